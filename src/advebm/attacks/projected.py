@@ -1,0 +1,100 @@
+"""Projected-gradient attacks: FGSM, PGD, the energy attack, targeted ones, as values of one dataclass."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from advebm import energies
+from advebm.descent import Descent, Energy, Observer, both, box, l2_ball, linf_ball, sign, unit
+from advebm.errors import UserError
+from advebm.starts import Gaussian, UniformBall, clean
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Projected gradient descent in an eps-ball, Madry et al. (2018); with one step from ``clean``, FGSM.
+
+    It lowers whatever energy it is given: ``attack(attack.harm(f, y), x, generator)`` is untargeted,
+    ``attack(lambda x: energies.conditional(f(x), target), x, generator)`` targeted.
+
+    Attributes:
+        eps: radius in pixels of [0, 1].
+        norm: ``linf`` (sign steps) or ``l2`` (unit steps).
+        steps: gradient evaluations of a run.
+        step_size: in pixels of [0, 1]; None means 2.5 eps / steps.
+        start: ``uniform`` in the ball, ``gaussian`` of deviation ``spread``, or ``clean``.
+        spread: deviation of a gaussian start.
+        loss: what an untargeted attack raises: ``cross-entropy`` = E(x, y) - E(x), JEAT eq. 14, or ``energy`` =
+            E(x, y), JEAT eq. 18.  The second can be masked by the scale of the logits: judge by the first.
+        restarts: runs from other starts; the lowest energy counts, for each image.
+    """
+
+    eps: float = 8 / 255
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = 10
+    step_size: float | None = None
+    start: Literal["uniform", "gaussian", "clean"] = "uniform"
+    spread: float = 1e-3
+    loss: Literal["cross-entropy", "energy"] = "cross-entropy"
+    restarts: int = 1
+
+    cites: ClassVar[tuple[str, ...]] = ("madry2018",)
+
+    def __post_init__(self) -> None:
+        if not self.eps >= 0:
+            raise UserError(f"eps is a radius >= 0 in pixels of [0, 1], got {self.eps}")
+        if self.eps > 1 and self.norm == "linf":
+            raise UserError(f"an linf eps is at most 1 in pixels of [0, 1], got {self.eps}; write 8/255, not 8")
+        if self.steps < 1 or self.restarts < 1:
+            raise UserError(f"steps and restarts are at least 1, got {self.steps} and {self.restarts}")
+        if self.step_size is not None and not self.step_size > 0:
+            raise UserError(f"step_size is > 0 or none (2.5 eps / steps), got {self.step_size}")
+        if self.spread < 0:
+            raise UserError(f"spread is a deviation >= 0, got {self.spread}")
+
+    def __call__(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None, *, observe: Observer | None = None
+    ) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] within eps of ``x``, of low energy."""
+        runs = [self._run(energy, x, generator, observe) for _ in range(self.restarts)]
+        if self.restarts == 1:
+            return runs[0]
+        with torch.no_grad():
+            best = torch.stack([energy(run) for run in runs]).argmin(0)
+        return torch.stack(runs)[best, torch.arange(len(x), device=x.device)]
+
+    def _run(
+        self, energy: Energy, x: Tensor, generator: torch.Generator | None, observe: Observer | None = None
+    ) -> Tensor:
+        starts = {"uniform": UniformBall(self.eps, self.norm), "gaussian": Gaussian(self.spread), "clean": clean}
+        descent = self.descent()
+        start = descent.constraint(starts[self.start](x, None, generator), x)
+        return descent(energy, start, origin=x, generator=generator, observe=observe)
+
+    def descent(self) -> Descent:
+        """The search it runs: the one place where radius, norm and step become directions and constraints."""
+        ball, direction = (linf_ball(self.eps), sign) if self.norm == "linf" else (l2_ball(self.eps), unit)
+        size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        return Descent(self.steps, size, direction, both(ball, box()))
+
+    def harm(self, f: energies.Logits, y: Tensor) -> Energy:
+        """The energy an untargeted attack on the labels ``y (B,)`` lowers: minus ``loss``."""
+        if self.loss == "energy":
+            return lambda x: -energies.joint(f(x), y)
+        return lambda x: -energies.conditional(f(x), y)
+
+    @property
+    def name(self) -> str:
+        """As tables write it: ``PGD-20 l2 0.75``."""
+        kind = "energy attack" if self.loss == "energy" else "FGSM" if self.start == "clean" else "PGD"
+        times = "" if self.restarts == 1 else f" x {self.restarts}"
+        steps = "" if kind == "FGSM" and self.steps == 1 else f"-{self.steps}"
+        radius = f"{self.eps * 255:.3g}/255" if self.norm == "linf" else f"{self.eps:.3g}"
+        return f"{kind}{steps}{times} {self.norm} {radius}"
+
+
+def fgsm(eps: float, norm: Literal["linf", "l2"] = "linf") -> Attack:
+    """The fast gradient (sign) method of Goodfellow et al. (2015): one full step from the image itself."""
+    return Attack(eps=eps, norm=norm, steps=1, start="clean")

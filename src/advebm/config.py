@@ -1,0 +1,226 @@
+"""Plain data <-> method objects, and the table of their names.
+
+A method object is a frozen dataclass of plain data (numbers, strings, None, tuples, other method objects): no
+functions, no tensors.  So :func:`describe` is its fields and :func:`build` is its constructor, and one is the inverse
+of the other.  Names exist only at the border, in YAML and on the command line.
+"""
+
+import dataclasses
+import importlib
+import types
+import typing
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import yaml
+
+from advebm.errors import UserError, suggest, unknown
+
+# Static text, so that listing what there is imports nothing.  A role is the lower-case name of the protocol or base
+# class that annotates such a field; whatever is not in the table is written "package.module:Class".
+KINDS: dict[str, dict[str, str]] = {
+    "source": {
+        "digits": "advebm.data.sources:Digits",
+    },
+    "backbone": {
+        "small-conv": "advebm.models.small:SmallConv",
+    },
+    "objective": {
+        "standard": "advebm.objectives.standard:Standard",
+        "noise": "advebm.objectives.standard:NoiseInjection",
+        "at": "advebm.objectives.at:AT",
+    },
+    "optimizer": {
+        "sgd": "advebm.train.optim:SGD",
+        "adam": "advebm.train.optim:Adam",
+    },
+    "schedule": {
+        "cosine": "advebm.train.optim:Cosine",
+        "steps": "advebm.train.optim:Steps",
+    },
+    "sampler": {
+        "ta": "advebm.samplers:TA",
+        "cs": "advebm.samplers:CS",
+    },
+    "metric": {
+        "accuracy": "advebm.metrics.robustness:Accuracy",
+        "robust-accuracy": "advebm.metrics.robustness:RobustAccuracy",
+        "robustness-curve": "advebm.metrics.robustness:RobustnessCurve",
+        "sample-quality": "advebm.metrics.quality:SampleQuality",
+        "energies": "advebm.metrics.energy:Energies",
+    },
+}
+
+
+def build(data: Any, role: str, *, where: str = "", foreign: bool = True) -> Any:
+    """``build({"kind": "at", "attack": {"eps": "8/255"}}, "objective")`` -> ``AT(...)``.
+
+    Args:
+        data: a mapping with a ``kind``, or a kind alone.
+        role: which part of :data:`KINDS` the kind is looked up in.
+        where: dotted path of the block, for messages.
+        foreign: whether a kind may be ``package.module:Class``, which imports that module.  Off for configurations
+            that came from somebody else.
+
+    Raises:
+        UserError: an unknown kind or option, or a value that is not of the option's type.
+    """
+    where = where or role
+    if isinstance(data, str):
+        data = {"kind": data}
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} takes a block of options with a kind, got {data!r}")
+    if "kind" not in data:
+        raise UserError(f"{where} has no kind; there is {', '.join(sorted(KINDS[role]))}")
+    cls = lookup(role, data["kind"], foreign=foreign)
+    return construct(cls, {k: v for k, v in data.items() if k != "kind"}, where=where, foreign=foreign)
+
+
+def describe(thing: Any, hint: Any = None) -> Any:
+    """The inverse of :func:`build` and :func:`construct`: what a run, a checkpoint and a report record."""
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        hints = typing.get_type_hints(type(thing))
+        plain = {f.name: describe(getattr(thing, f.name), hints[f.name]) for f in dataclasses.fields(thing) if f.init}
+        path = f"{type(thing).__module__}:{type(thing).__qualname__}"
+        kind = next((kind for kinds in KINDS.values() for kind, target in kinds.items() if target == path), None)
+        if kind is None and role_of(hint) is not None:
+            kind = path
+        return plain if kind is None else {"kind": kind, **plain}
+    if isinstance(thing, tuple | list):
+        inner = typing.get_args(hint)[:1] or (None,)
+        return [describe(item, inner[0]) for item in thing]
+    return thing
+
+
+def role_of(hint: Any) -> str | None:
+    """The part of :data:`KINDS` that an annotation names: ``Objective`` -> ``"objective"``; else None."""
+    for part in (hint, *typing.get_args(hint)):
+        if (name := getattr(part, "__name__", "").lower()) in KINDS:
+            return name
+    return None
+
+
+def lookup(role: str, kind: Any, *, foreign: bool = True) -> type:
+    """The class behind a kind: an entry of :data:`KINDS`, or ``package.module:Class``."""
+    target = KINDS[role].get(kind) if isinstance(kind, str) else None
+    if target is None:
+        if not (isinstance(kind, str) and ":" in kind):
+            raise unknown(role, kind, KINDS[role])
+        if not foreign:
+            raise UserError(f"{role} {kind!r} would import foreign code; only {', '.join(KINDS[role])} may stand here")
+        target = kind
+    module, _, name = target.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{role} {kind!r} cannot be imported: {error}") from error
+    if not dataclasses.is_dataclass(cls):
+        raise UserError(f"{role} {kind!r} is not a dataclass; a method is a frozen dataclass of plain data")
+    return cls
+
+
+def construct(cls: type, options: Mapping[str, Any], *, where: str = "", foreign: bool = True) -> Any:
+    """Call a dataclass with plain data, converted as its annotations say.
+
+    Raises:
+        UserError: an unknown or missing option, a value of the wrong type, or what ``__post_init__`` refuses.
+    """
+    where = where or cls.__name__
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in options:
+        if key not in fields:
+            raise UserError(f"{where} has no option {key!r}{suggest(key, fields)}; it takes {', '.join(fields)}")
+    for name, f in fields.items():
+        if name not in options and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where} needs {name!r}")
+    values = {k: _convert(v, hints[k], f"{where}.{k}", foreign) for k, v in options.items()}
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def override(data: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """``override(describe(recipe), "objective.attack.eps", "8/255")`` -> a changed copy.
+
+    Start from what :func:`describe` gave, not from a recipe's text: then every default is there to be changed.
+    Items of a list are reached by their number.
+    """
+    return _override(data, dotted.split("."), value, dotted)
+
+
+def _override(data: Any, path: list[str], value: Any, dotted: str) -> Any:
+    head, rest = path[0], path[1:]
+    if isinstance(data, list):
+        if not head.isdigit() or int(head) >= len(data):
+            raise UserError(f"--{dotted}: {head!r} is not an item of a list of {len(data)}; items count from 0")
+        changed = _override(data[int(head)], rest, value, dotted) if rest else value
+        return [changed if i == int(head) else item for i, item in enumerate(data)]
+    if not isinstance(data, Mapping):
+        raise UserError(f"--{dotted}: there is nothing below {data!r} to set {head!r} in")
+    if head not in data:
+        raise UserError(f"no option --{dotted}: {head!r} is unknown{suggest(head, data)}; there is {', '.join(data)}")
+    return {**data, head: _override(data[head], rest, value, dotted) if rest else value}
+
+
+def switch(data: Mapping[str, Any], role: str, kind: str) -> dict[str, Any]:
+    """Another kind in the same place: options that both kinds have keep their value, the others go.
+
+    ``switch({"kind": "at", "attack": {"eps": 1}}, "objective", "standard")`` -> ``{"kind": "standard"}``.
+    """
+    takes = {f.name for f in dataclasses.fields(lookup(role, kind)) if f.init}
+    return {"kind": kind, **{k: v for k, v in data.items() if k in takes}}
+
+
+def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if type(None) in args:
+                return None
+            raise UserError(f"{where} may not be empty")
+        return _convert(value, next(a for a in args if a is not type(None)), where, foreign)
+    if origin is typing.Literal:
+        if value not in args:
+            raise UserError(f"{where} is one of {', '.join(map(str, args))}, got {value!r}{suggest(value, args)}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where} takes a list, got {value!r}")
+        return tuple(_convert(v, args[0], f"{where}.{i}", foreign) for i, v in enumerate(value))
+    if (role := role_of(hint)) is not None:
+        return value if not isinstance(value, str | Mapping) else build(value, role, where=where, foreign=foreign)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return construct(typing.cast(type, hint), value, where=where, foreign=foreign)
+        if not isinstance(value, typing.cast(type, hint)):
+            raise UserError(f"{where} takes a block of options, got {value!r}")
+        return value
+    return _scalar(value, hint, where)
+
+
+def _scalar(value: Any, hint: Any, where: str) -> Any:
+    if hint is bool:
+        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "false", "no", "off"):
+            return value.lower() in ("true", "yes", "on")
+        if not isinstance(value, bool):
+            raise UserError(f"{where} is true or false, got {value!r}")
+        return value
+    if hint in (float, int):
+        what = "a number or a fraction such as 8/255" if hint is float else "a whole number"
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UserError(f"{where} takes {what}, got {value!r}")
+        try:
+            number = Fraction(value) if isinstance(value, str) else value  # "8/255" is how the field writes a radius
+            if hint is int and number != int(number):
+                raise ValueError
+            return hint(number)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise UserError(f"{where} takes {what}, got {value!r}") from None
+    if hint is str and not isinstance(value, str):
+        raise UserError(f"{where} takes text, got {value!r}")
+    return value

@@ -1,0 +1,60 @@
+"""The order of training images, as a pure function of how many have been seen."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from advebm import seeds
+from advebm.data.augment import Augment
+from advebm.data.sources import Images, to_float
+
+
+@dataclass
+class Loader:
+    """Shuffled batches of one stream, augmented on the device.
+
+    The order is endless: epoch after epoch, each a fresh permutation that depends on (seed, epoch) alone, and every
+    stream reads its own share of each batch.  So a resumed run needs no state but the number of images seen.
+
+    Attributes:
+        images: the training split, moved to ``device`` once, as uint8.
+        seed: of the run.
+        batch: images of one step over all streams.
+        streams: how many equal shares a batch is cut into.
+    """
+
+    images: Images
+    seed: int
+    batch: int
+    streams: int
+    augment: Augment
+    device: torch.device | str = "cpu"
+    _epoch: tuple[int, Tensor] = field(default=(-1, torch.empty(0)), repr=False)
+
+    def __post_init__(self) -> None:
+        self.images = Images(self.images.x.to(self.device), self.images.y.to(self.device))
+
+    def __call__(self, seen: int, stream: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images float32 (B/streams, C, H, W) in [0, 1] and labels, after ``seen`` images."""
+        share = self.batch // self.streams
+        start = seen + stream * share
+        index = torch.cat([self._positions(e, lo, hi) for e, lo, hi in self._pieces(start, start + share)])
+        batch = self.images.take(index.to(self.device))
+        return self.augment(to_float(batch.x), generator), batch.y
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The global positions start … stop as (epoch, from, to)."""
+        size, pieces = len(self.images), []
+        while start < stop:
+            epoch, offset = divmod(start, size)
+            end = min(stop - epoch * size, size)
+            pieces.append((epoch, offset, end))
+            start = epoch * size + end
+        return pieces
+
+    def _positions(self, epoch: int, start: int, stop: int) -> Tensor:
+        if self._epoch[0] != epoch:
+            order = torch.randperm(len(self.images), generator=seeds.generator(self.seed, "order", epoch))
+            self._epoch = (epoch, order)
+        return self._epoch[1][start:stop]

@@ -1,0 +1,121 @@
+"""Sources of labelled images.  Images live as one uint8 tensor and become float32 in [0, 1] a batch at a time."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advebm import seeds
+from advebm.data.augment import Augment
+from advebm.errors import UserError
+
+
+class Images(NamedTuple):
+    """A split.  ``x`` uint8 (N, C, H, W), ``y`` int64 (N,)."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:  # type: ignore[override]  # images, not fields
+        return self.x.shape[0]
+
+    def float(self) -> Tensor:
+        """All images as float32 in [0, 1]."""
+        return to_float(self.x)
+
+    def take(self, index: Tensor) -> "Images":
+        """The images at some positions."""
+        return Images(self.x[index], self.y[index])
+
+
+class Data(NamedTuple):
+    """What a source loads: training, validation (for selection) and test (for reporting only)."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Images
+    val: Images
+    test: Images
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image, (C, H, W)."""
+        return tuple(self.train.x.shape[1:])
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation a channel, of the training split, from a histogram of its bytes."""
+        means, deviations = [], []
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        for channel in self.train.x.unbind(1):
+            share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+            mean = (share * levels).sum()
+            means.append(round(mean.item(), 4))
+            deviations.append(round((share * (levels - mean) ** 2).sum().sqrt().item(), 4))
+        return tuple(means), tuple(deviations)
+
+
+@dataclass(frozen=True)
+class Augmentations:
+    """One augmentation a role: ``x`` for the images trained on."""
+
+    x: Augment = Augment()
+
+
+class Source(Protocol):
+    """A frozen dataclass that says which images, how they are split and augmented; ``load`` reads them."""
+
+    augment: Augmentations
+
+    def load(self) -> Data:
+        """All splits."""
+        ...
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The 1,797 real 8x8 digits of scikit-learn (UCI optical recognition, Alpaydin and Kaynak, 1998), offline.
+
+    Attributes:
+        val: share of the images kept for selection.
+        test: share of the images kept for reporting.
+        split_seed: decides who is in which split; not the seed of a run, so that runs are comparable.
+        augment: of the training images; none by default.
+    """
+
+    val: float = 0.1
+    test: float = 0.2
+    split_seed: int = 0
+    augment: Augmentations = Augmentations()
+
+    def __post_init__(self) -> None:
+        if not (0 < self.val and 0 < self.test and self.val + self.test < 1):
+            raise UserError(f"val and test are positive shares that leave some for training, got {self.val}, {self.test}")
+
+    def load(self) -> Data:
+        """1,257 training, 180 validation and 360 test images by default, each with the classes in proportion."""
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        x = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+        everything = Images(x, torch.from_numpy(labels).long())
+        return split("digits", tuple("0123456789"), everything, self.val, self.test, self.split_seed)
+
+
+def split(name: str, classes: tuple[str, ...], images: Images, val: float, test: float, seed: int) -> Data:
+    """Cut one set into three, class by class, so that each split has the classes in proportion."""
+    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for k in range(len(classes)):
+        members = (images.y == k).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=seeds.generator(seed, "split", k))]
+        cuts = [round(len(members) * test), round(len(members) * (test + val))]
+        for part, chunk in zip(parts, members.tensor_split(cuts), strict=True):
+            part.append(chunk)
+    testing, validation, training = (images.take(torch.cat(part).sort().values) for part in parts)
+    return Data(name, classes, training, validation, testing)
+
+
+def to_float(x: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]."""
+    return x.float() / 255

@@ -1,0 +1,188 @@
+"""The one inner loop: move an input downhill, inside a set, with optional noise."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from advebm.errors import UserError
+from advebm.seeds import randn
+
+Energy = Callable[[Tensor], Tensor]  # x (B, ...) -> (B,), to be lowered
+Direction = Callable[[Tensor, dict], Tensor]  # gradient, per-call memory -> direction
+Constraint = Callable[[Tensor, Tensor], Tensor]  # x, origin -> nearest allowed x
+Observer = Callable[[int, Tensor, Tensor], None]  # step, x (B, ...), energy (B,)
+Schedule = Callable[[float], float]  # share of the steps done, in [0, 1) -> value
+
+
+@dataclass(frozen=True)
+class Descent:
+    """``x ← constraint(x - size · direction(∇E(x)) + noise · ε, origin)``, ``steps`` times.
+
+    CEM's sampling protocol (Wang et al., 2021, appendix B) and the projected gradient descent of Madry et al. (2018)
+    are both this, with other energies, starts, directions and constraints.
+
+    Attributes:
+        steps: number of gradient evaluations; 0 returns the start.
+        size: step length in pixels of [0, 1] (with ``raw``: a factor on the gradient); a number or a function of the
+            share of steps done.
+        direction: :func:`sign`, :func:`unit`, :func:`raw` or :func:`heavy_ball`.
+        constraint: :func:`free`, :class:`box`, :class:`linf_ball`, :class:`l2_ball`, :class:`hold`, or several in
+            :class:`both`.
+        noise: standard deviation of the Gaussian added at each step; a number or a function as for ``size``.
+    """
+
+    steps: int
+    size: float | Schedule
+    direction: Direction
+    constraint: Constraint
+    noise: float | Schedule = 0.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError(f"steps must be >= 0, got {self.steps}")
+
+    def __call__(
+        self,
+        energy: Energy,
+        start: Tensor,
+        *,
+        origin: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        observe: Observer | None = None,
+    ) -> Tensor:
+        """The last iterate, detached, of the shape and type of ``start``; ``origin`` defaults to the start.
+
+        ``observe(k, x, energy)`` sees the ``steps`` points at which a gradient was taken, so not the last iterate:
+        whoever wants the best of all evaluates that one once more.
+        """
+        origin = start.detach() if origin is None else origin.detach()
+        x, memory = start.detach(), {}
+        for k in range(self.steps):
+            value, gradient = value_and_gradient(energy, x)
+            if observe is not None:
+                observe(k, x, value)
+            x = x - at(self.size, k / self.steps) * self.direction(gradient, memory)
+            if noise := at(self.noise, k / self.steps):
+                x = x + noise * randn(x, generator)
+            x = self.constraint(x, origin)
+        return x
+
+
+def value_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``E(x) (B,)`` and ``∂ΣE/∂x`` of the shape of ``x``, both detached.  Never touches ``parameter.grad``."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = energy(x)
+        if value.shape != x.shape[:1]:
+            raise UserError(
+                f"an energy must return one value per sample, shape {tuple(x.shape[:1])}; "
+                f"got {tuple(value.shape)} (did you call .mean()?)"
+            )
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), gradient
+
+
+def at(value: float | Schedule, share: float) -> float:
+    """A number as it is, a schedule at ``share`` of its way."""
+    return value(share) if callable(value) else value
+
+
+# Directions ----------------------------------------------------------------------------------------------------------
+
+
+def raw(gradient: Tensor, memory: dict) -> Tensor:
+    """The gradient itself, as Langevin dynamics wants it."""
+    return gradient
+
+
+def sign(gradient: Tensor, memory: dict) -> Tensor:
+    """Steepest descent in linf."""
+    return gradient.sign()
+
+
+def unit(gradient: Tensor, memory: dict) -> Tensor:
+    """Steepest descent in l2: the gradient of each sample, divided by its length."""
+    return gradient / per_sample(gradient.flatten(1).norm(dim=1), gradient).clamp_min(1e-12)
+
+
+def heavy_ball(decay: float) -> Direction:
+    """Momentum on unit gradients: ``v ← decay · v + ∇E / ‖∇E‖``."""
+
+    def direction(gradient: Tensor, memory: dict) -> Tensor:
+        memory["velocity"] = decay * memory.get("velocity", 0.0) + unit(gradient, memory)
+        return memory["velocity"]
+
+    return direction
+
+
+# Constraints ---------------------------------------------------------------------------------------------------------
+
+
+def free(x: Tensor, origin: Tensor) -> Tensor:
+    """Everywhere."""
+    return x
+
+
+@dataclass(frozen=True)
+class box:  # noqa: N801 - reads as a value
+    """Nearest point with every pixel in ``[low, high]``."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+        return x.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class linf_ball:  # noqa: N801
+    """Nearest point within ``radius`` of the origin in every pixel."""
+
+    radius: float
+
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+        return origin + (x - origin).clamp(-self.radius, self.radius)
+
+
+@dataclass(frozen=True)
+class l2_ball:  # noqa: N801
+    """Nearest point within Euclidean distance ``radius`` of the origin."""
+
+    radius: float
+
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+        offset = x - origin
+        length = per_sample(offset.flatten(1).norm(dim=1), x).clamp_min(1e-12)
+        return origin + offset * (self.radius / length).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class hold:  # noqa: N801
+    """The origin where ``mask`` is true (the known pixels of inpainting), ``x`` elsewhere."""
+
+    mask: Tensor
+
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+        return torch.where(self.mask, origin, x)
+
+
+@dataclass(frozen=True, init=False)
+class both:  # noqa: N801
+    """Several constraints, left to right.  Ball then box stays in both, as the origin lies in the box."""
+
+    parts: tuple[Constraint, ...]
+
+    def __init__(self, *parts: Constraint) -> None:
+        object.__setattr__(self, "parts", parts)
+
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+        for part in self.parts:
+            x = part(x, origin)
+        return x
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """``(B,)`` -> ``(B, 1, ..., 1)``, to broadcast over ``like``."""
+    return value.reshape(-1, *[1] * (like.ndim - 1))

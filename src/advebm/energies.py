@@ -1,0 +1,67 @@
+"""Energies read off a network's outputs.
+
+Convention of the whole package: an energy is a ``(B,)`` tensor, low on data, ``p(x) ∝ exp(-E(x))``, known up to a
+constant: compare differences between inputs of one model, never values across models.  Nothing here calls a network.
+
+CEM = Wang et al. (2021), "Demystifying adversarial training via a unified probabilistic framework".
+JEAT = Zhu et al. (2021), "Towards understanding the generative capability of adversarially robust classifiers".
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] -> logits (B, K)
+
+
+def joint(logits: Tensor, y: Tensor) -> Tensor:
+    """``E(x, y) = -f_y(x)``, JEAT eq. 12, CEM eq. 2.  ``logits (B, K)``, ``y (B,)`` int64 -> ``(B,)``, nats."""
+    return -logits.gather(1, y[:, None]).squeeze(1)
+
+
+def marginal(logits: Tensor) -> Tensor:
+    """``E(x) = -log Σ_k exp f_k(x)``, JEAT eq. 12.  ``logits (B, K)`` -> ``(B,)``, nats."""
+    return -logits.logsumexp(1)
+
+
+def conditional(logits: Tensor, y: Tensor) -> Tensor:
+    """``E(y|x) = E(x, y) - E(x) = -log p(y|x)``, the cross-entropy, JEAT eq. 13.  ``(B, K)``, ``(B,)`` -> ``(B,)``."""
+    return joint(logits, y) - marginal(logits)
+
+
+def similarity(z: Tensor, reference: Tensor, *, temperature: float = 1.0, cosine: bool = True) -> Tensor:
+    """``E(x, z) = -g(x)·z / τ`` of an encoder, CEM eq. 3.  ``z``, ``reference`` ``(B, D)`` -> ``(B,)``.
+
+    CEM writes the plain product (``cosine=False``); encoders trained as in SimCLR compare directions.
+    """
+    if cosine:
+        z, reference = normalize(z, dim=1), normalize(reference, dim=1)
+    return -(z * reference).sum(1) / temperature
+
+
+def infonce(z: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float = 0.5, cosine: bool = True) -> Tensor:
+    """``-log exp f(x, z⁺) / Σ_k exp f(x, z_k)``; the positive counts among the ``z_k``, CEM eq. 13.
+
+    ``z``, ``positive`` ``(B, D)``, ``negatives`` ``(M, D)`` -> ``(B,)``, nats.  Low where ``x`` lies near its positive.
+    """
+    if cosine:
+        z, positive, negatives = (normalize(v, dim=1) for v in (z, positive, negatives))
+    near = (z * positive).sum(1, keepdim=True) / temperature
+    return torch.cat([near, z @ negatives.T / temperature], 1).logsumexp(1) - near.squeeze(1)
+
+
+def crowding(z: Tensor, *, temperature: float = 0.5) -> Tensor:
+    """How close each sample lies to the others: ``log Σ_{j≠i} exp(cos(z_i, z_j) / τ)``.  ``(B, D)`` -> ``(B,)``.
+
+    Descending it spreads a batch out (maximum entropy).  Samples interact: each value depends on every row.
+    """
+    unit = normalize(z, dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    return (unit @ unit.T / temperature).masked_fill(itself, -torch.inf).logsumexp(1)
+
+
+def binary(logit: Tensor) -> Tensor:
+    """``E(x) = -f(x)`` of a critic with ``D = σ(f)``.  ``(B,)`` or ``(B, 1)`` -> ``(B,)``."""
+    return -logit.reshape(len(logit))

@@ -1,0 +1,45 @@
+"""Files that are either whole or not there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from advebm.errors import UserError
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` in one step, and make sure that it is on the disk before that."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON that a person can read, in one step."""
+    write(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """The value in ``path``; ``default``, where one is given, if there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        if default is not None:
+            return default
+        raise UserError(f"there is no {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The error for a path that cannot be written."""
+    return UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder with --out")

@@ -1,0 +1,94 @@
+"""Records, and what a metric is asked about."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from advebm.attacks.projected import Attack
+from advebm.data.sources import Data, Images
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One measured number.
+
+    Attributes:
+        name: what was measured, with its settings in words: ``accuracy under PGD-20 l2 0.75``.
+        value: the number.
+        error: its standard error over the ``count`` items; not over training seeds.
+        count: images it was measured on.
+        settings: everything needed to measure it again.
+        series: numbers for a figure: a histogram's edges and densities.
+    """
+
+    name: str
+    value: float
+    error: float
+    count: int
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    series: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+
+class SampleSet(NamedTuple):
+    """Generated images: float32 (N, C, H, W) in [0, 1], the classes asked for, and how they were made."""
+
+    x: Tensor
+    y: Tensor
+    manifest: Mapping[str, Any]
+
+
+class Features(NamedTuple):
+    """A named feature space: images (B, C, H, W) in [0, 1] -> features (B, D); ``logits`` where it can classify."""
+
+    name: str
+    extract: Callable[[Tensor], Tensor]
+    classify: Callable[[Tensor], Tensor] | None = None
+
+
+class Subject(NamedTuple):
+    """What a metric looks at."""
+
+    model: nn.Module
+    data: Data
+    split: Images  # the images measured on: test for reporting, val for selection
+    threat: Attack  # the radius and norm of the threat model, and the attack that judges by it
+    samples: Mapping[str, SampleSet] = MappingProxyType({})
+    features: Features | None = None
+    batch: int = 500
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The split as float images and labels on the model's device."""
+        for start in range(0, len(self.split), self.batch):
+            part = Images(self.split.x[start : start + self.batch], self.split.y[start : start + self.batch])
+            yield part.float().to(self.device), part.y.to(self.device)
+
+
+class Metric(Protocol):
+    """A frozen dataclass that turns a subject into records."""
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """Measure."""
+        ...
+
+
+def proportion(hits: Tensor) -> tuple[float, float, int]:
+    """Share of true values, its standard error √(p(1-p)/n), and n."""
+    n = hits.numel()
+    p = hits.double().mean().item()
+    return p, math.sqrt(p * (1 - p) / n), n
+
+
+def average(values: Tensor) -> tuple[float, float, int]:
+    """Mean, its standard error s/√n, and n."""
+    n = values.numel()
+    return values.double().mean().item(), values.double().std().item() / math.sqrt(n), n

@@ -1,0 +1,87 @@
+"""Distances between two sets of features: pure functions, float64, independent of how the sets were batched."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from advebm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, sum and sum of outer products of features: they add over batches and processes."""
+
+    count: int
+    total: Tensor  # (D,) float64
+    outer: Tensor  # (D, D) float64
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Of features (N, D)."""
+        if features.ndim != 2 or not torch.isfinite(features).all():
+            raise UserError(f"features are finite and of shape (N, D), got shape {tuple(features.shape)}")
+        f = features.double()
+        return cls(len(f), f.sum(0), f.T @ f)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer)
+
+    @property
+    def mean(self) -> Tensor:
+        """(D,)."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D), divided by N - 1."""
+        centred = self.outer - torch.outer(self.total, self.total) / self.count
+        return centred / (self.count - 1)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """``‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½)``, Heusel et al. (2017).
+
+    The trace of the root is the sum of the roots of the eigenvalues of ``Lᵀ Σ_b L`` where ``L Lᵀ = Σ_a``, which is
+    symmetric: no matrix root, nothing imaginary.  It is called FID only in the features of the Inception network.
+    """
+    if min(a.count, b.count) < 2 or a.mean.shape != b.mean.shape:
+        sizes = f"{a.count} x {len(a.total)} and {b.count} x {len(b.total)}"
+        raise UserError(f"a Fréchet distance takes two sets of at least 2 features of one dimension, got {sizes}")
+    first, second = a.covariance, b.covariance
+    try:
+        root = torch.linalg.cholesky(first)
+    except torch.linalg.LinAlgError:  # fewer samples than dimensions
+        values, vectors = torch.linalg.eigh(first)
+        root = vectors * values.clamp_min(0).sqrt()
+    cross = torch.linalg.eigvalsh(root.T @ second @ root).clamp_min(0).sqrt().sum()
+    return ((a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross).item()
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """KID: the unbiased squared MMD for the kernel ``(x·y / D + 1)³``, Bińkowski et al. (2018).  May be negative."""
+    if min(len(a), len(b)) < 2:
+        raise UserError(f"a kernel distance takes at least 2 features on each side, got {len(a)} and {len(b)}")
+    a, b = a.double(), b.double()
+
+    def kernel(u: Tensor, v: Tensor) -> Tensor:
+        return (u @ v.T / u.shape[1] + 1) ** 3
+
+    def within(u: Tensor) -> Tensor:
+        k = kernel(u, u)
+        return (k.sum() - k.trace()) / (len(u) * (len(u) - 1))
+
+    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+
+
+def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> float:
+    """Standard error of a statistic, from leaving out one of ``groups`` equal groups at a time.
+
+    ``statistic(kept)`` computes it from the groups whose numbers it is given.  ``√((g-1)/g Σ (θ_i - θ̄)²)``.
+    """
+    left = torch.tensor([statistic([g for g in range(groups) if g != out]) for out in range(groups)])
+    return ((groups - 1) * left.double().var(correction=0)).sqrt().item()

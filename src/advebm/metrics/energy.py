@@ -1,0 +1,50 @@
+"""How the energy ranks data, samples and noise."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advebm import energies
+from advebm.errors import UserError
+from advebm.metrics.base import Record, Subject, average
+from advebm.modes import searching
+
+
+@dataclass(frozen=True)
+class Energies:
+    """``E(x)`` of test images, of each set of samples, and of uniform noise.  Compare within one model only.
+
+    Attributes:
+        noise: number of noise images.
+        bins: of the histogram that each record carries.
+    """
+
+    noise: int = 1000
+    bins: int = 40
+
+    cites: ClassVar[tuple[str, ...]] = ("grathwohl2020",)
+
+    def __post_init__(self) -> None:
+        if self.noise < 2 or self.bins < 1:
+            raise UserError(f"noise is at least 2 images and bins at least 1, got {self.noise} and {self.bins}")
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """A record ``E(x) of …`` for each set: mean in nats, with the deviation among its settings."""
+        uniform = torch.rand(self.noise, *subject.data.shape, generator=generator)
+        sets = {"test images": subject.split.float(), **{f"samples {k}": v.x for k, v in subject.samples.items()}}
+        sets["uniform noise"] = uniform
+        records = []
+        with searching(subject.model) as f, torch.no_grad():
+            for name, x in sets.items():
+                parts = [energies.marginal(f(part.to(subject.device))).cpu() for part in x.split(subject.batch)]
+                records.append(self._record(f"E(x) of {name}", torch.cat(parts)))
+        return records
+
+    def _record(self, name: str, values: Tensor) -> Record:
+        density, edges = np.histogram(values.double().numpy(), bins=self.bins, density=True)
+        settings = {"unit": "nats", "deviation": values.double().std().item()}
+        series = {"edges": edges.tolist(), "density": density.tolist()}
+        return Record(name, *average(values), settings, series)

@@ -1,0 +1,77 @@
+"""Quality of generated images in a named feature space."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from advebm.errors import UserError
+from advebm.metrics.base import Features, Record, SampleSet, Subject, proportion
+from advebm.metrics.distances import Moments, frechet_distance, jackknife, kernel_distance
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """Fréchet and kernel distance of each set of samples to the training split, and how many are what was asked for.
+
+    FD is biased upwards where samples are few; compare it at one count only.  KID is unbiased.
+
+    Attributes:
+        groups: of the jackknife behind the error bars.
+    """
+
+    groups: int = 10
+
+    cites: ClassVar[tuple[str, ...]] = ("heusel2017", "binkowski2018")
+
+    def __post_init__(self) -> None:
+        if self.groups < 2:
+            raise UserError(f"a jackknife takes at least 2 groups, got {self.groups}")
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """Records ``FD (space)``, ``KID (space)`` and, where the space can classify, ``intended class (space)``."""
+        if not subject.samples:
+            return []
+        if (space := subject.features) is None:
+            raise UserError("sample quality needs a feature space: give --features RUN")
+        real = _features(space, subject, subject.data.train.float())
+        records = []
+        for name, samples in subject.samples.items():
+            records += self._one(name, samples, space, subject, real)
+        return records
+
+    def _one(self, name: str, samples: SampleSet, space: Features, subject: Subject, real: Tensor) -> list[Record]:
+        fake = _features(space, subject, samples.x)
+        if len(fake) < 2 * self.groups:
+            raise UserError(f"{len(fake)} samples are too few for {self.groups} groups; draw more or set groups lower")
+        parts = fake[torch.randperm(len(fake), generator=torch.Generator().manual_seed(0))].tensor_split(self.groups)
+        moments, reference = [Moments.of(part) for part in parts], Moments.of(real)
+
+        def fd(kept: Sequence[int]) -> float:
+            return frechet_distance(reduce(add, [moments[i] for i in kept]), reference)
+
+        def kid(kept: Sequence[int]) -> float:
+            return kernel_distance(torch.cat([parts[i] for i in kept]), real)
+
+        settings = {"samples": name, "space": space.name, "dimensions": fake.shape[1], "reference": "train"}
+        settings |= {"reference_count": len(real), "few": len(fake) <= fake.shape[1], **samples.manifest}
+        records = [
+            Record(f"{label} ({space.name})", statistic(range(self.groups)), jackknife(statistic, self.groups), len(fake), settings)
+            for label, statistic in (("FD", fd), ("KID", kid))
+        ]
+        if space.classify is not None:
+            with torch.no_grad():
+                hits = torch.cat(
+                    [space.classify(x.to(subject.device)).argmax(1).cpu() for x in samples.x.split(subject.batch)]
+                )
+            records.append(Record(f"intended class ({space.name})", *proportion(hits == samples.y), settings))
+        return records
+
+
+@torch.no_grad()
+def _features(space: Features, subject: Subject, x: Tensor) -> Tensor:
+    return torch.cat([space.extract(part.to(subject.device)).flatten(1).cpu() for part in x.split(subject.batch)])

@@ -1,0 +1,1 @@
+"""Networks: normalisation, a backbone, a head; saving, loading and averaging them."""

@@ -1,0 +1,182 @@
+"""Network = normalise + backbone + head; an architecture is plain data, a published model is a folder."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import advebm
+from advebm import config
+from advebm.errors import UserError
+from advebm.seeds import derive
+
+
+class Backbone(Protocol):
+    """A frozen dataclass of hyperparameters that builds a module ``(B, C, H, W) -> (B, features)``."""
+
+    def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
+        """The module for square images of ``size`` pixels, and the number of features it returns."""
+        ...
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std`` per channel: the first layer, so that the outside world only sees images in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise UserError(f"normalisation takes a mean and a positive deviation a channel, got {mean} and {std}")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` in [0, 1] -> the same shape, of mean 0 and deviation 1 on the data."""
+        return (x - self.mean) / self.std
+
+
+class Network(nn.Module):
+    """``x (B, C, H, W)`` in [0, 1] -> logits ``(B, K)``."""
+
+    def __init__(self, normalise: nn.Module, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.normalise, self.backbone, self.head = normalise, backbone, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, K)``."""
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees, ``(B, D)``."""
+        return self.backbone(self.normalise(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """All that is needed to build a network again, except its weights.
+
+    Attributes:
+        backbone: the feature extractor.
+        outputs: number of logits: the classes, or 1 for a critic.
+        channels, size: of the square images it takes.
+        mean, std: per-channel normalisation.
+    """
+
+    backbone: Backbone
+    outputs: int
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image, (C, H, W)."""
+        return (self.channels, self.size, self.size)
+
+    def build(self, seed: int = 0) -> Network:
+        """A network with fresh weights that depend on ``seed`` alone; the global random state is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "weights"))
+            backbone, width = self.backbone.build(self.channels, self.size)
+            return Network(Normalize(self.mean, self.std), backbone, nn.Linear(width, self.outputs))
+
+
+CARD = """---
+library_name: advebm
+tags: [energy-based-model, adversarial-training]
+---
+
+# {title}
+
+{summary}
+
+```python
+import advebm
+
+model = advebm.load("PATH OF THIS FOLDER")
+energy = advebm.energy(model, images)  # (B,), low on data; images (B, {channels}, {size}, {size}) in [0, 1]
+```
+
+Backbone `{backbone}`, {parameters:,} parameters, {outputs} outputs. `config.json` holds the architecture and what is
+known of the training; written by advebm {version}.
+"""
+
+
+def save(
+    folder: Path,
+    model: Network,
+    architecture: Architecture,
+    *,
+    title: str = "model",
+    summary: str = "",
+    ema: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``model.safetensors`` (and ``ema.safetensors``), ``config.json`` and the card ``README.md`` to ``folder``.
+
+    ``extra`` is put into ``config.json`` beside the architecture: training set, threat model, numbers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = config.describe(architecture)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    if ema is not None:
+        save_file({k: v.contiguous() for k, v in ema.items()}, folder / "ema.safetensors")
+    record = {"advebm": advebm.__version__, "architecture": plain, **(extra or {})}
+    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    card = CARD.format(
+        title=title,
+        summary=summary,
+        backbone=plain["backbone"]["kind"],
+        parameters=sum(p.numel() for p in model.parameters()),
+        version=advebm.__version__,
+        **{k: plain[k] for k in ("channels", "size", "outputs")},
+    )
+    (folder / "README.md").write_text(card)
+
+
+def load(folder: Path, *, ema: bool = True) -> tuple[Network, Architecture]:
+    """The network of a folder that :func:`save` wrote, in eval mode; with its averaged weights where it has them.
+
+    Raises:
+        UserError: a missing, truncated or foreign file.
+    """
+    architecture = read_architecture(folder)
+    name = "ema.safetensors" if ema and (folder / "ema.safetensors").exists() else "model.safetensors"
+    model = architecture.build()
+    load_weights(model, folder / name)
+    return model.eval(), architecture
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """What ``config.json`` in ``folder`` says of the network."""
+    path = folder / "config.json"
+    try:
+        plain = json.loads(path.read_text())["architecture"]
+    except FileNotFoundError:
+        raise UserError(f"no model at {folder}: config.json is missing") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+    return config.construct(Architecture, plain, where=str(path), foreign=False)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill ``model`` from a safetensors file; every name and shape has to match."""
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"no weights at {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None

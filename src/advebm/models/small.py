@@ -1,0 +1,69 @@
+"""A small convolutional network for images of 8 to 32 pixels."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from advebm.errors import UserError
+from advebm.modes import DualBatchNorm2d
+
+Norm = Literal["batch", "group", "dual", "none"]
+Activation = Literal["silu", "relu", "leaky_relu"]
+
+ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2)}
+
+
+def norm2d(kind: Norm, channels: int) -> nn.Module:
+    """The normalisation of a convolution's output; ``dual`` keeps a branch each for clean and adversarial batches."""
+    match kind:
+        case "batch":
+            return nn.BatchNorm2d(channels)
+        case "group":
+            return nn.GroupNorm(max(g for g in (8, 4, 2, 1) if channels % g == 0), channels)
+        case "dual":
+            return DualBatchNorm2d(channels)
+        case "none":
+            return nn.Identity()
+
+
+@dataclass(frozen=True)
+class SmallConv:
+    """Two 3x3 convolutions at full size, then stride-2 and 3x3 pairs down to 4x4, then one linear layer.
+
+    Each halving doubles the width.  The last layer sees the 4x4 grid rather than its mean: where a stroke lies
+    matters to drawing it.  SiLU, since a smooth energy has smooth input gradients (JEM's advice against divergence).
+
+    Attributes:
+        width: channels of the first convolutions.
+        features: size of the feature vector.
+        norm: ``batch``, ``group``, ``dual`` or ``none``.
+        activation: ``silu``, ``relu`` or ``leaky_relu``.
+    """
+
+    width: int = 32
+    features: int = 64
+    norm: Norm = "batch"
+    activation: Activation = "silu"
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.features < 1:
+            raise UserError(f"width and features are at least 1, got {self.width} and {self.features}")
+
+    def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
+        """The module ``(B, C, size, size) -> (B, features)``; ``size`` is 8, 16 or 32."""
+        if size not in (8, 16, 32):
+            raise UserError(f"small-conv takes images of 8, 16 or 32 pixels, got {size}")
+
+        def block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=self.norm == "none")
+            return [conv, norm2d(self.norm, outputs), ACTIVATIONS[self.activation]()]
+
+        width, layers = self.width, [*block(channels, self.width), *block(self.width, self.width)]
+        while size > 4:
+            layers += [*block(width, 2 * width, stride=2), *block(2 * width, 2 * width)]
+            width, size = 2 * width, size // 2
+        layers += [nn.Flatten(), nn.Linear(width * size * size, self.features), ACTIVATIONS[self.activation]()]
+        module = nn.Sequential(*layers)
+        return module.to(memory_format=torch.channels_last), self.features

@@ -1,0 +1,78 @@
+"""How a network behaves while it is searched rather than trained."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def searching(model: nn.Module, *, training: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yields the function to search: the network with frozen parameters, in a fixed mode.
+
+    A search calls only what this yields, never ``model`` itself, so that the same line can hand out a folded,
+    low-precision or compiled view.  Modes and ``requires_grad`` are restored exactly, running statistics stay put.
+
+    Freezing spares the activations that only weight gradients need, and a compiled backward would compute those
+    gradients and throw them away.
+
+    Args:
+        model: any module that maps images (B, C, H, W) to outputs.
+        training: whether batch norm uses the batch's statistics (FAST does) instead of the running ones.
+    """
+    modes = {m: m.training for m in model.modules()}
+    norms = {m: m.track_running_stats for m in model.modules() if isinstance(m, _BatchNorm)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.train(training)
+        for norm in norms:
+            norm.track_running_stats = False  # in train mode: use the batch's statistics, move nothing
+        for p in trainable:
+            p.requires_grad_(False)
+        yield model
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        for norm, tracked in norms.items():
+            norm.track_running_stats = tracked
+        for m, was in modes.items():
+            m.training = was
+
+
+class DualBatchNorm2d(nn.Module):
+    """Batch norm with separate statistics and affine terms for clean and adversarial batches.
+
+    The branch is chosen by ``with using(model, "adversarial")``, never by an extra argument, so that backbones keep
+    the signature ``forward(x)``.  Xie et al. (2020); the encoders of Jiang et al. (2020) need it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict({name: nn.BatchNorm2d(channels) for name in ("clean", "adversarial")})
+        self.branch = "clean"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` -> the same shape, by the statistics of the current branch."""
+        return self.branches[self.branch](x)
+
+
+@contextmanager
+def using(model: nn.Module, branch: str) -> Iterator[nn.Module]:
+    """Every :class:`DualBatchNorm2d` of ``model`` on one branch, restored afterwards."""
+    norms = [m for m in model.modules() if isinstance(m, DualBatchNorm2d)]
+    before = [m.branch for m in norms]
+    try:
+        for norm in norms:
+            norm.branches[branch]  # a misspelt branch fails here, before anything changes
+            norm.branch = branch
+        yield model
+    finally:
+        for norm, name in zip(norms, before, strict=True):
+            norm.branch = name
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether every parameter and buffer is a number."""
+    return all(bool(torch.isfinite(v).all()) for v in model.state_dict().values())

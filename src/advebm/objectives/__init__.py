@@ -1,0 +1,1 @@
+"""Objectives: what a training step searches for and what it then minimises."""

@@ -1,0 +1,36 @@
+"""Adversarial training."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from advebm.attacks.projected import Attack
+from advebm.modes import searching
+from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.standard import cross_entropy
+
+
+@dataclass(frozen=True)
+class AT(Stateless):
+    """Cross-entropy at the point of an eps-ball that maximises it, Madry et al. (2018, eq. 2.1), CEM eq. 6.
+
+    Attributes:
+        attack: the inner maximisation.
+        search_mode: batch norm during the search: ``eval`` (running statistics, as the reference code does) or
+            ``train`` (the batch's, moving nothing).
+    """
+
+    attack: Attack = Attack(steps=7)
+    search_mode: Literal["eval", "train"] = "eval"
+
+    cites: ClassVar[tuple[str, ...]] = ("madry2018",)
+
+    def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
+        """Adversarial images (B, C, H, W)."""
+        with searching(model, training=self.search_mode == "train") as f:
+            return self.attack(self.attack.harm(f, batch.y), batch.x, ctx.generator)
+
+    def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
+        """``CE(x̂, y)``."""
+        return cross_entropy(model, found, batch.y)

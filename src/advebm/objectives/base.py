@@ -1,0 +1,70 @@
+"""The form of every training method: search, loss, and what follows the optimiser's step.
+
+    found = objective.search(...)   the maximisation or sampling process: inner loops, no parameter gradients
+    loss  = objective.loss(...)     the minimisation process: the only part inside distributed training's forward
+    objective.after(...)            after the optimiser's step: buffers, curricula, instruments
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Batch(NamedTuple):
+    """One stream's share of a step."""
+
+    x: Tensor  # (B, C, H, W) in [0, 1]
+    y: Tensor  # (B,) int64
+
+
+class Context(NamedTuple):
+    """What a step may draw from and look at."""
+
+    generator: torch.Generator  # seeded from (seed, attempt, images, stream)
+    images: int = 0  # seen so far: the clock of every schedule
+    mean: Callable[[Tensor], Tensor] = lambda x: x  # over processes
+
+
+class Loss(NamedTuple):
+    """A scalar to differentiate, and detached 0-d tensors to log; the loop decides when to look at them."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """A frozen dataclass of plain data with these three parts."""
+
+    replays: ClassVar[int]  # optimiser steps a batch: 1, or m for "free" training
+
+    def init(self, like: Tensor, generator: torch.Generator) -> Any:
+        """State that outlives a step, one for each stream: None, or an object with (load_)state_dict."""
+        ...
+
+    def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> Any:
+        """Inner loops on the bare network.  Leaves no trace on it."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, found: Any, state: Any, ctx: Context) -> Loss:
+        """The loss at what was found."""
+        ...
+
+    def after(self, model: nn.Module, batch: Batch, found: Any, state: Any, loss: Loss, ctx: Context) -> None:
+        """Called when the weights have been updated."""
+        ...
+
+
+class Stateless:
+    """No state, nothing to do after a step: what most objectives share."""
+
+    replays: ClassVar[int] = 1
+
+    def init(self, like: Tensor, generator: torch.Generator) -> None:
+        """No state."""
+        return
+
+    def after(self, model: nn.Module, batch: Batch, found: Any, state: None, loss: Loss, ctx: Context) -> None:
+        """Nothing to do."""
+        return

@@ -1,0 +1,152 @@
+"""Where a search begins: a Start is called with images, labels and a generator and returns images."""
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from advebm.descent import per_sample
+from advebm.errors import UserError
+from advebm.seeds import rand, randn
+
+
+class Start(Protocol):
+    """``x`` gives shape, device and, where it matters, content; ``y`` the classes."""
+
+    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """``(B, C, H, W)`` -> ``(B, C, H, W)``."""
+        ...
+
+
+def clean(x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """The images themselves."""
+    return x
+
+
+def noise(x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Uniform noise in [0, 1), whatever the images."""
+    return rand(x, generator)
+
+
+@dataclass(frozen=True)
+class UniformBall:
+    """A point drawn uniformly from the eps-ball around each image (by volume: the l2 ball included)."""
+
+    eps: float
+    norm: Literal["linf", "l2"]
+
+    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:  # noqa: D102
+        if self.norm == "linf":
+            return x + self.eps * (2 * rand(x, generator) - 1)
+        heading = randn(x, generator)
+        heading = heading / per_sample(heading.flatten(1).norm(dim=1), x)
+        length = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
+        return x + self.eps * per_sample(length, x) * heading
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Each image plus white noise of standard deviation ``spread`` (TRADES starts so, at 0.001)."""
+
+    spread: float
+
+    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:  # noqa: D102
+        return x + self.spread * randn(x, generator)
+
+
+@dataclass(frozen=True)
+class ClassGaussians:
+    """Seeds ``N(μ_y, Σ_y)`` clamped to [0, 1], Santurkar et al. (2019); JEAT section 2.2.
+
+    With one class it is the global Gaussian of "uncond" sampling.  A class of n images gives a covariance of rank
+    n - 1 < D, so the factor is kept as the n centred images rather than as a D x D matrix: a draw is
+    ``μ + √(1-s) · Aᵀ ε / √(n-1) + √s · σ · ε'`` with the images in the rows of A, which has exactly the covariance
+    ``(1-s) Σ + s σ² I`` where σ² is the mean variance of a pixel.  It needs neither D² memory nor a factorisation.
+
+    Attributes:
+        images: centred images of every class, one (n_k, D) tensor a class.
+        means: (K, D).
+        shape: of one image, (C, H, W).
+        shrinkage: s in [0, 1], the share of the white part.
+    """
+
+    images: tuple[Tensor, ...] = field(repr=False)
+    means: Tensor = field(repr=False)
+    shape: tuple[int, ...]
+    shrinkage: float
+
+    @classmethod
+    def fit(cls, x: Tensor, y: Tensor | None = None, *, classes: int = 1, shrinkage: float = 0.01) -> "ClassGaussians":
+        """Fit on images ``x (N, C, H, W)`` in [0, 1]; one Gaussian a class, or one for all where ``y`` is None.
+
+        Fit on the training split: with the test split, as the papers did, the seeds leak what is measured later.
+        """
+        if not 0 <= shrinkage <= 1:
+            raise UserError(f"shrinkage lies in [0, 1], got {shrinkage}")
+        flat = x.flatten(1).float()
+        groups = [flat] if y is None else [flat[y == k] for k in range(classes)]
+        for k, group in enumerate(groups):
+            if len(group) < 2:
+                raise UserError(f"class {k} has {len(group)} images in the training split; a Gaussian needs 2")
+        means = torch.stack([group.mean(0) for group in groups])
+        images = tuple(group - mean for group, mean in zip(groups, means, strict=True))
+        return cls(images, means, tuple(x.shape[1:]), shrinkage)
+
+    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Seeds for classes ``y (B,)``, of the shape and device of ``x``; ``y`` may be None for the global one."""
+        y = torch.zeros(len(x), dtype=torch.long) if y is None or len(self.images) == 1 else y.cpu()
+        if len(y) and not (0 <= int(y.min()) and int(y.max()) < len(self.images)):
+            raise UserError(f"classes 0 to {len(self.images) - 1} have seeds, got {int(y.min())} to {int(y.max())}")
+        white = randn(x.flatten(1), generator)
+        out = torch.empty_like(white)
+        for k in y.unique().tolist():
+            rows = (y == k).to(x.device)
+            a = self.images[k].to(x)
+            variance = a.square().sum() / (len(a) - 1) / a.shape[1]
+            draw = torch.randn(int(rows.sum()), len(a), generator=generator, device=x.device, dtype=x.dtype)
+            coloured = draw @ a / (len(a) - 1) ** 0.5
+            isotropic = variance.sqrt() * white[rows]
+            out[rows] = self.means[k].to(x) + (1 - self.shrinkage) ** 0.5 * coloured + self.shrinkage**0.5 * isotropic
+        return out.view(len(x), *self.shape).clamp(0, 1)
+
+
+@dataclass
+class ReplayBuffer:
+    """Chains that outlive a step (persistent contrastive divergence), Grathwohl et al. (2020).
+
+    Plain tensors, one buffer a stream; never a module's buffer, which distributed training would broadcast.
+    """
+
+    chains: Tensor = field(repr=False)  # (N, C, H, W) in [0, 1], on the host
+
+    @classmethod
+    def uniform(cls, count: int, shape: tuple[int, ...], generator: torch.Generator) -> "ReplayBuffer":
+        """``count`` chains of uniform noise; ``shape`` is (C, H, W)."""
+        return cls(torch.rand(count, *shape, generator=generator))
+
+    def draw(self, count: int, restart: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``count`` distinct slots (count,) and their chains; each is fresh noise with probability ``restart``."""
+        if count > len(self.chains):
+            raise UserError(f"{count} chains are asked of a replay buffer of {len(self.chains)}; enlarge the buffer")
+        slots = torch.randperm(len(self.chains), generator=generator)[:count]
+        fresh = torch.rand(count, generator=generator) < restart
+        noise = torch.rand(self.chains[slots].shape, generator=generator)
+        return slots, torch.where(per_sample(fresh, noise), noise, self.chains[slots])
+
+    def put(self, slots: Tensor, x: Tensor) -> None:
+        """Store where the chains have got to."""
+        self.chains[slots] = x.detach().to(self.chains)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {"chains": self.chains}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue the chains of a checkpoint."""
+        if state["chains"].shape != self.chains.shape:
+            raise UserError(
+                f"the checkpoint holds {tuple(state['chains'].shape)} chains, this run expects "
+                f"{tuple(self.chains.shape)}; was the buffer's size changed?"
+            )
+        self.chains = state["chains"].clone()

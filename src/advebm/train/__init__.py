@@ -1,0 +1,1 @@
+"""Training: recipes, the loop, the engine, checkpoints, run folders."""

@@ -1,0 +1,237 @@
+"""THE training loop: step, report, validate, save, stop?; timed in images.  Methods never appear in it."""
+
+import contextlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advebm import config, modes, seeds
+from advebm.data.loader import Loader
+from advebm.data.sources import Data, Images
+from advebm.errors import Diverged, Interrupted, UserError
+from advebm.metrics.base import Subject
+from advebm.metrics.robustness import measure
+from advebm.models.ema import EMA
+from advebm.models.network import Architecture
+from advebm.objectives.base import Batch, Context
+from advebm.train.checkpoint import Progress
+from advebm.train.engine import Engine
+from advebm.train.recipe import Recipe
+from advebm.train.run import Run, environment
+
+Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl
+
+
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    report: Report = lambda line: None,
+) -> Run:
+    """Train a recipe in a run folder.
+
+    Args:
+        recipe: what to compute.
+        folder: new or empty; with ``resume``, the one that holds this recipe's run.
+        resume: go on from the latest checkpoint, to the bit on CPU.
+        device: ``cpu`` or ``cuda``; None takes the best there is.
+        report: called with every line of ``metrics.jsonl``.
+
+    Raises:
+        UserError: a bad recipe or folder.
+        Diverged: non-finite numbers more often than the recipe's ``rollbacks``.
+        Interrupted: SIGINT or SIGTERM came; the run is saved.
+    """
+    engine, cfg, objective = Engine(device), recipe.train, recipe.objective
+    streams = engine.owned(cfg.streams)
+    data = recipe.data.load()
+    if cfg.batch > len(data.train):
+        raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
+    validation = Images(data.val.x[: cfg.validate_with], data.val.y[: cfg.validate_with])
+    architecture = design(recipe, data)
+    model = architecture.build(recipe.seed).to(engine.device)
+    ema = EMA(model, cfg.ema) if cfg.ema else None
+    optimizer = recipe.optimizer.build(model.parameters())
+    loader = Loader(data.train, recipe.seed, cfg.batch, cfg.streams, recipe.data.augment.x, engine.device)
+    like = torch.empty(cfg.batch // cfg.streams, *data.shape)
+    states = {s: objective.init(like, seeds.generator(recipe.seed, "init", s)) for s in streams}
+    run = Run.open(folder) if resume else Run.create(folder, recipe, environment(engine.device))
+
+    with run.locked(engine.main), stopping() as signalled:
+
+        def save() -> None:
+            meter.check()
+            if not modes.all_finite(model):
+                raise Diverged(f"weights are not finite after {progress.images:,} images")
+            progress.seconds = clock.seconds()
+            known = {"data": data.name, "classes": data.classes, "threat": config.describe(recipe.threat)}
+            known |= {"recipe": recipe.name, "images": progress.images}
+            parts = (model, ema, architecture, optimizer, states, progress)
+            run.checkpoints.save(engine, *parts, title=recipe.name, extra=known)
+
+        def tell(line: Mapping[str, Any]) -> None:
+            if engine.main:
+                run.log({"images": progress.images, **line})
+                report({"images": progress.images, **line})
+
+        progress, meter = Progress(), Meter(engine)
+        if resume and run.checkpoints.names():
+            progress = run.checkpoints.load(model, ema, optimizer, states)
+            run.rewind(progress.images)
+        clock = Clock(progress)
+        if progress.images == 0:
+            save()
+        step = engine.wrap(model, objective)
+        model.train()
+
+        while progress.images < cfg.images:
+            try:
+                before = progress.images
+                for replay in range(objective.replays):
+                    optimizer.zero_grad(set_to_none=True)
+                    done = []
+                    for s in streams:
+                        keys = (recipe.seed, progress.attempt, before, s)
+                        batch = Batch(*loader(before, s, seeds.generator(*keys, "data", device=engine.device)))
+                        ctx = Context(seeds.generator(*keys, replay, device=engine.device), before, engine.mean)
+                        found = objective.search(model, batch, states[s], ctx)
+                        with engine.accumulating(step, last=s == streams[-1]):
+                            loss = step(batch, found, states[s], ctx)
+                            engine.backward(loss.total / len(streams))
+                        meter.add(loss.total, loss.terms)
+                        done.append((batch, found, states[s], loss, ctx))
+                    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or torch.inf)
+                    meter.add(norm, {"grad_norm": norm})
+                    factor = recipe.schedule(before + cfg.batch // 2, cfg.images)
+                    for group in optimizer.param_groups:
+                        group["lr"] = recipe.optimizer.lr * progress.rate * factor
+                    optimizer.step()
+                    for batch, found, state, loss, ctx in done:
+                        objective.after(model, batch, found, state, loss, ctx)
+                progress.images += cfg.batch
+                if ema is not None:
+                    ema.update(model, progress.images, cfg.batch)
+
+                if progress.passed(cfg.log_every, before, cfg.images):
+                    speed = clock.speed(progress.images)
+                    tell({**meter.take(), "train/lr": optimizer.param_groups[0]["lr"], "perf/img_per_s": speed})
+                if progress.passed(cfg.validate_every, before, cfg.images):
+                    scores = validate(model if ema is None else ema.module, data, validation, recipe)
+                    if scores["val/robust_accuracy"] > progress.best:
+                        progress.best, progress.best_images = scores["val/robust_accuracy"], progress.images
+                    tell(scores)
+                    clock.speed(progress.images)  # so that the next reading leaves this time out
+                stop = engine.any(signalled())
+                best = progress.best_images == progress.images
+                if progress.passed(cfg.checkpoint_every, before, cfg.images) or best or stop:
+                    save()
+                if stop and progress.images < cfg.images:
+                    raise Interrupted(f"saved after {progress.images:,} images; advebm train --resume {folder}")
+            except Diverged as failure:
+                if progress.attempt >= cfg.rollbacks:
+                    good = run.checkpoints.path()
+                    raise Diverged(f"{failure}; stopped after {cfg.rollbacks} rollbacks; last good checkpoint: {good}; try a lower --optimizer.lr") from None
+                attempt, rate = progress.attempt + 1, progress.rate * cfg.backoff
+                progress = run.checkpoints.load(model, ema, optimizer, states)
+                progress.attempt, progress.rate = attempt, rate
+                run.rewind(progress.images)
+                meter, clock = Meter(engine), Clock(progress)
+                tell({"event": "rollback", "reason": str(failure), "rate": rate})
+                where = f"rollback {attempt} of {cfg.rollbacks} to {progress.images:,} images, learning rate x {rate:g}"
+                warnings.warn(f"{failure}: {where}", RuntimeWarning, stacklevel=2)
+    return run
+
+
+def design(recipe: Recipe, data: Data) -> Architecture:
+    """The recipe's backbone for these images and classes, normalised by the training split's statistics."""
+    channels, height, width = data.shape
+    if height != width:
+        raise UserError(f"networks take square images, {data.name} has {height} x {width}")
+    return Architecture(recipe.backbone, len(data.classes), channels, height, *data.statistics())
+
+
+def validate(model: nn.Module, data: Data, split: Images, recipe: Recipe) -> dict[str, float]:
+    """Accuracy, clean and under the recipe's threat, on images kept for selection; always the same attack noise."""
+    subject = Subject(model, data, split, recipe.threat)
+    scores = {"val/accuracy": None, "val/robust_accuracy": recipe.threat}
+    generator = seeds.generator(recipe.seed, "val", device=subject.device)
+    return {name: measure(subject, attack, generator)[0] for name, attack in scores.items()}
+
+
+class Meter:
+    """Means of what objectives log, kept on the device until they are wanted; remembers a non-finite loss."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.sums: dict[str, list[Tensor]] = {}
+        self.sound: Tensor | None = None
+
+    def add(self, total: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """One loss; looking at it is left for later, as it would make the device wait."""
+        for name, value in terms.items():
+            self.sums.setdefault(name, []).append(value.detach())
+        finite = total.detach().isfinite()
+        self.sound = finite if self.sound is None else self.sound & finite
+
+    def check(self) -> None:
+        """Raise :class:`Diverged` if any total since the last look was not finite, in any process."""
+        if self.sound is not None and self.engine.any(not bool(self.sound)):
+            latest = {name: round(values[-1].item(), 4) for name, values in self.sums.items() if values}
+            raise Diverged(f"the loss is not finite: {latest}")
+
+    def take(self) -> dict[str, float]:
+        """The means since the last time, over processes, after a check."""
+        self.check()
+        means = {f"train/{k}": self.engine.mean(torch.stack(v).mean()).item() for k, v in self.sums.items()}
+        self.sums, self.sound = {}, None
+        return means
+
+
+class Clock:
+    """Seconds of training over all sessions, and images a second since the last look."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.offset, self.images = progress.seconds, progress.images
+        self.start = self.last = time.perf_counter()
+
+    def seconds(self) -> float:
+        """In all sessions so far."""
+        return self.offset + time.perf_counter() - self.start
+
+    def speed(self, images: int) -> float:
+        """Images a second since the last call."""
+        now, seen = time.perf_counter(), images - self.images
+        elapsed, self.last, self.images = now - self.last, now, images
+        return seen / elapsed
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a question the loop can ask; a second one acts at once."""
+    received: list[int] = []
+    old: dict[int, Any] = {}
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+    wanted: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+        old.update({number: signal.signal(number, receive) for number in wanted})
+    try:
+        yield lambda: bool(received)
+    finally:
+        restore()

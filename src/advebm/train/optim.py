@@ -1,0 +1,110 @@
+"""Optimisers and learning-rate schedules as plain data; time is counted in images."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from advebm.errors import UserError
+
+
+class Optimizer(Protocol):
+    """Builds a torch optimiser; ``lr`` is the peak that a schedule scales."""
+
+    lr: float
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of some parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with (Nesterov) momentum."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _check_rates(self.lr, self.weight_decay)
+        if self.nesterov and not self.momentum > 0:
+            raise UserError("nesterov needs momentum > 0; set nesterov to false")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """``torch.optim.SGD``."""
+        return torch.optim.SGD(
+            parameters, self.lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay
+        )
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with decoupled weight decay (AdamW); without decay it is Adam."""
+
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rates(self.lr, self.weight_decay)
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"betas are two numbers in [0, 1), got {self.betas}")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """``torch.optim.AdamW``."""
+        first, second = self.betas
+        return torch.optim.AdamW(parameters, self.lr, betas=(first, second), weight_decay=self.weight_decay)
+
+
+def _check_rates(lr: float, weight_decay: float) -> None:
+    if not lr > 0 or not weight_decay >= 0:
+        raise UserError(f"lr is > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
+
+
+class Schedule(Protocol):
+    """``schedule(images, total)``: the factor on the peak learning rate."""
+
+    def __call__(self, images: int, total: int) -> float:
+        """After ``images`` of ``total``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up over a share of the images, then half a cosine to zero."""
+
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"warmup is a share in [0, 1) of all images, got {self.warmup}")
+
+    def __call__(self, images: int, total: int) -> float:  # noqa: D102
+        share = images / total
+        if share < self.warmup:
+            return share / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (share - self.warmup) / (1 - self.warmup)))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The rate times ``factor`` at each of some shares of the way; ``at=()`` keeps it constant."""
+
+    at: tuple[float, ...] = ()
+    factor: float = 0.1
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(0 < share < 1 for share in (*self.at, 1 - self.warmup / 2)) or not self.factor > 0:
+            raise UserError(f"at and warmup are shares in (0, 1) and factor > 0, got {self.at}, {self.warmup}, {self.factor}")
+
+    def __call__(self, images: int, total: int) -> float:  # noqa: D102
+        share = images / total
+        if share < self.warmup:
+            return share / self.warmup
+        return self.factor ** sum(share >= at for at in self.at)

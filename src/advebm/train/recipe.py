@@ -1,0 +1,157 @@
+"""A recipe: everything that decides what a run computes, as plain data; and the recipes that come with the package."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from advebm import config
+from advebm.attacks.projected import Attack
+from advebm.data.sources import Source
+from advebm.errors import UserError, unknown
+from advebm.metrics.base import Metric
+from advebm.models.network import Backbone
+from advebm.objectives.base import Objective
+from advebm.samplers import Sampler
+from advebm.train.optim import SGD, Cosine, Optimizer, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How long, how often.  All periods are in images.
+
+    Attributes:
+        images: seen in all.
+        batch: images of an optimiser's step, over all streams and processes.
+        streams: equal shares of a batch, each with its own random numbers, chains and batch-norm statistics.  Processes
+            own streams, so results do not depend on how many processes there are; one process takes them in turn.
+        ema: half-life of the weight average, 0 for none.
+        clip: largest norm of the gradient; none for no limit.
+        log_every, validate_every, checkpoint_every: periods.
+        validate_with: images of the validation split used each time; none for all.
+        rollbacks: how many times a non-finite loss may go back to the last checkpoint, with the learning rate times
+            ``backoff`` and other random numbers, before the run stops.
+    """
+
+    images: int = 100_000
+    batch: int = 128
+    streams: int = 1
+    ema: int = 5_000
+    clip: float | None = 1.0
+    log_every: int = 2_000
+    validate_every: int = 10_000
+    validate_with: int | None = None
+    checkpoint_every: int = 20_000
+    rollbacks: int = 3
+    backoff: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "streams", "log_every", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is at least 1, got {getattr(self, name)}")
+        if self.batch % self.streams:
+            raise UserError(f"batch {self.batch} cannot be cut into {self.streams} equal streams")
+        if min(self.ema, self.rollbacks) < 0 or not 0 < self.backoff <= 1:
+            raise UserError(
+                f"ema and rollbacks are >= 0 and backoff lies in (0, 1], got {self.ema}, {self.rollbacks}, {self.backoff}"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip is > 0 or none, got {self.clip}")
+        if self.validate_with is not None and self.validate_with < 1:
+            raise UserError(f"validate_with is at least 1 or none, got {self.validate_with}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run, before it has run.
+
+    Attributes:
+        name: of the recipe; runs are named after it.
+        data: the images.
+        backbone: the network between normalisation and head.
+        objective: the training method.
+        threat: the threat model and the attack that judges by it, in validation and evaluation.
+        sampler: default sampling; other algorithms take its settings over.
+        metrics: what ``evaluate`` measures.
+        optimizer, schedule, train: how the objective is minimised.
+        seed: of everything random except the split of the data.
+    """
+
+    name: str
+    data: Source
+    backbone: Backbone
+    objective: Objective
+    threat: Attack
+    sampler: Sampler
+    metrics: tuple[Metric, ...]
+    optimizer: Optimizer = SGD()
+    schedule: Schedule = Cosine()
+    train: Training = Training()
+    seed: int = 0
+
+
+def names() -> list[str]:
+    """The recipes of the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
+
+
+def header(name: str) -> list[str]:
+    """The comment at the head of a recipe, a line each: source, hardware, measured numbers."""
+    lines = _folder().joinpath(f"{name}.yaml").read_text().splitlines()
+    return [line.removeprefix("#").strip() for line in lines[: next(i for i, v in enumerate(lines) if v[:1] != "#")]]
+
+
+def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
+    """Plain data plus ``("objective.attack.eps", "8/255")`` pairs -> a recipe.
+
+    A pair that names a kind (``objective.kind`` or ``objective``) comes first and keeps the options that both kinds
+    have.  The others are applied to the fully described recipe, so that they reach every default.
+
+    Raises:
+        UserError: an unknown name or option, or a value that is not of the option's type.
+    """
+    roles = {f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type))}
+    plain, rest = dict(plain), []
+    for dotted, value in overrides:
+        block = dotted.removesuffix(".kind")
+        if block in roles:
+            old = plain.get(block)
+            plain[block] = config.switch(old if isinstance(old, Mapping) else {}, roles[block], value)
+        else:
+            rest.append((dotted, value))
+    described = config.describe(config.construct(Recipe, plain, where="recipe"))
+    for dotted, value in rest:
+        described = config.override(described, dotted, value)
+    return config.construct(Recipe, described, where="recipe")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The plain data of a YAML file."""
+    try:
+        plain = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} holds no options; a recipe is a block such as data:, objective:, train:")
+    return plain
+
+
+def find(name: str) -> dict[str, Any]:
+    """The plain data of a recipe of the package."""
+    if name not in names():
+        raise unknown("recipe", name, names())
+    return yaml.safe_load(_folder().joinpath(f"{name}.yaml").read_text())
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML that :func:`read` and :func:`resolve` turn into the same recipe."""
+    return yaml.safe_dump(config.describe(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _folder() -> Any:
+    return files("advebm").joinpath("recipes")

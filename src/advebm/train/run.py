@@ -1,0 +1,139 @@
+"""A run's folder: what every stage reads and writes."""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import advebm
+from advebm import files
+from advebm.errors import UserError
+from advebm.models import network
+from advebm.models.network import Architecture, Network
+from advebm.train import recipe as recipes
+from advebm.train.checkpoint import Checkpoints
+from advebm.train.recipe import Recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None  # type: ignore[assignment]
+
+
+class Run:
+    """``config.yaml env.json metrics.jsonl checkpoints/ samples/ metrics.json report.html`` in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+
+    @classmethod
+    def create(cls, folder: Path, recipe: Recipe, environment: Mapping[str, Any]) -> "Run":
+        """A new run in an empty or new folder.
+
+        Raises:
+            UserError: the folder holds something already or cannot be written; nothing is left behind.
+        """
+        if folder.is_dir() and any(folder.iterdir()):
+            hint = f"; to go on with it: advebm train --resume {folder}" if (folder / "config.yaml").exists() else ""
+            raise UserError(f"{folder} is not empty{hint}")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; --out takes a folder")
+        files.write(folder / "config.yaml", recipes.dump(recipe))
+        files.write_json(folder / "env.json", dict(environment))
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Run":
+        """A run that is there."""
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            near = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml")) if folder.parent.is_dir() else []
+            there = f"; in {folder.parent} there is {', '.join(near)}" if near else ""
+            raise UserError(f"there is no run at {folder} (no config.yaml){there}")
+        return cls(folder)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return recipes.resolve(recipes.read(self.folder / "config.yaml"))
+
+    def model(self, which: str = "latest") -> tuple[Network, Architecture]:
+        """The network of a checkpoint (averaged weights, eval mode)."""
+        return network.load(self.checkpoints.path(which))
+
+    @contextlib.contextmanager
+    def locked(self, main: bool = True) -> Iterator[None]:
+        """Refuse a second training of the same run; the lock goes with the process, however it ends."""
+        if not main or fcntl is None:
+            yield
+            return
+        try:
+            handle = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise files.unwritable(self.folder / ".lock", error) from None
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process is training {self.folder}") from None
+            yield
+
+    # metrics.jsonl: one line an event of training -------------------------------------------------------------------
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; a last line that a kill cut short is left out."""
+        path, lines = self.folder / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+        return lines
+
+    def rewind(self, images: int) -> None:
+        """Forget what was logged after ``images``: it is about to be computed again."""
+        kept = [line for line in self.history() if line["images"] <= images]
+        files.write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    # metrics.json: evaluation records ---------------------------------------------------------------------------------
+
+    def records(self) -> list[dict[str, Any]]:
+        """All evaluation records, oldest first."""
+        return files.read_json(self.folder / "metrics.json", default=[])
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Add evaluation records; none is ever changed or removed."""
+        files.write_json(self.folder / "metrics.json", [*self.records(), *records])
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """``parent/name-20261120-161200``, with a counter if two runs start in one second."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    candidates = [f"{name}-{stamp}", *(f"{name}-{stamp}-{i}" for i in range(2, 100))]
+    return next(parent / c for c in candidates if not (parent / c).exists())
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and time: for ``env.json`` and the report."""
+    return {
+        "advebm": advebm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
