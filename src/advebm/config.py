@@ -32,12 +32,12 @@ KINDS: dict[str, dict[str, str]] = {
         "at": "advebm.objectives.at:AT",
     },
     "optimizer": {
-        "sgd": "advebm.train.optim:SGD",
-        "adam": "advebm.train.optim:Adam",
+        "sgd": "advebm.training.optim:SGD",
+        "adam": "advebm.training.optim:Adam",
     },
     "schedule": {
-        "cosine": "advebm.train.optim:Cosine",
-        "steps": "advebm.train.optim:Steps",
+        "cosine": "advebm.training.optim:Cosine",
+        "steps": "advebm.training.optim:Steps",
     },
     "sampler": {
         "ta": "advebm.samplers:TA",

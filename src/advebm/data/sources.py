@@ -1,7 +1,7 @@
 """Sources of labelled images.  Images live as one uint8 tensor and become float32 in [0, 1] a batch at a time."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -88,6 +88,8 @@ class Digits:
     test: float = 0.2
     split_seed: int = 0
     augment: Augmentations = Augmentations()
+
+    cites: ClassVar[tuple[str, ...]] = ("digits1998",)
 
     def __post_init__(self) -> None:
         if not (0 < self.val and 0 < self.test and self.val + self.test < 1):

@@ -78,10 +78,10 @@ class RobustnessCurve:
     """Robust accuracy over several radii, with the threat's norm and steps.
 
     Attributes:
-        factors: radii as multiples of the threat's eps.
+        factors: radii as multiples of the threat's eps; 1 is what ``robust-accuracy`` measures.
     """
 
-    factors: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    factors: tuple[float, ...] = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
 
     def __post_init__(self) -> None:
         if not self.factors or min(self.factors) < 0:

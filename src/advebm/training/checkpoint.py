@@ -20,7 +20,7 @@ from advebm.errors import UserError
 from advebm.models import network
 from advebm.models.ema import EMA
 from advebm.models.network import Architecture, Network
-from advebm.train.engine import Engine
+from advebm.training.engine import Engine
 
 
 @dataclasses.dataclass

@@ -21,10 +21,10 @@ from advebm.metrics.robustness import measure
 from advebm.models.ema import EMA
 from advebm.models.network import Architecture
 from advebm.objectives.base import Batch, Context
-from advebm.train.checkpoint import Progress
-from advebm.train.engine import Engine
-from advebm.train.recipe import Recipe
-from advebm.train.run import Run, environment
+from advebm.training.checkpoint import Progress
+from advebm.training.engine import Engine
+from advebm.training.recipe import Recipe
+from advebm.training.run import Run, environment
 
 Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl
 

@@ -1,8 +1,7 @@
-"""A recipe: everything that decides what a run computes, as plain data; and the recipes that come with the package."""
+"""A recipe: everything that decides what a run computes, as plain data."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import yaml
 from advebm import config
 from advebm.attacks.projected import Attack
 from advebm.data.sources import Source
-from advebm.errors import UserError, unknown
+from advebm.errors import UserError
 from advebm.metrics.base import Metric
 from advebm.models.network import Backbone
 from advebm.objectives.base import Objective
 from advebm.samplers import Sampler
-from advebm.train.optim import SGD, Cosine, Optimizer, Schedule
+from advebm.training.optim import SGD, Cosine, Optimizer, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +92,6 @@ class Recipe:
     seed: int = 0
 
 
-def names() -> list[str]:
-    """The recipes of the package."""
-    return sorted(f.name.removesuffix(".yaml") for f in _folder().iterdir() if f.name.endswith(".yaml"))
-
-
-def header(name: str) -> list[str]:
-    """The comment at the head of a recipe, a line each: source, hardware, measured numbers."""
-    lines = _folder().joinpath(f"{name}.yaml").read_text().splitlines()
-    return [line.removeprefix("#").strip() for line in lines[: next(i for i, v in enumerate(lines) if v[:1] != "#")]]
-
-
 def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
     """Plain data plus ``("objective.attack.eps", "8/255")`` pairs -> a recipe.
 
@@ -141,17 +129,7 @@ def read(path: Path) -> dict[str, Any]:
     return plain
 
 
-def find(name: str) -> dict[str, Any]:
-    """The plain data of a recipe of the package."""
-    if name not in names():
-        raise unknown("recipe", name, names())
-    return yaml.safe_load(_folder().joinpath(f"{name}.yaml").read_text())
-
-
 def dump(recipe: Recipe) -> str:
     """YAML that :func:`read` and :func:`resolve` turn into the same recipe."""
     return yaml.safe_dump(config.describe(recipe), sort_keys=False, allow_unicode=True)
 
-
-def _folder() -> Any:
-    return files("advebm").joinpath("recipes")

@@ -17,9 +17,9 @@ from advebm import files
 from advebm.errors import UserError
 from advebm.models import network
 from advebm.models.network import Architecture, Network
-from advebm.train import recipe as recipes
-from advebm.train.checkpoint import Checkpoints
-from advebm.train.recipe import Recipe
+from advebm.training import recipe as recipes
+from advebm.training.checkpoint import Checkpoints
+from advebm.training.recipe import Recipe
 
 try:
     import fcntl

@@ -1,0 +1,7 @@
+"""``python -m advebm``."""
+
+import sys
+
+from advebm.cli import main
+
+sys.exit(main())

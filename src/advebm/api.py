@@ -1,0 +1,192 @@
+"""The public functions.  Images are float32 (B, C, H, W) in [0, 1], labels int64 (B,); inputs are checked here."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from advebm import checks, config, energies, evaluation, generation, recipes, seeds
+from advebm.attacks.projected import Attack
+from advebm.data.sources import Data
+from advebm.descent import Energy
+from advebm.errors import UserError
+from advebm.metrics.base import Metric, Record, SampleSet, Subject
+from advebm.metrics.robustness import Accuracy, RobustAccuracy
+from advebm.models.network import Network, Normalize
+from advebm.modes import searching
+from advebm.reporting.build import report as build_report
+from advebm.training import loop
+from advebm.training.recipe import Recipe, resolve
+from advebm.training.run import Run, new_folder
+
+__all__ = ["Attack", "attack", "energy", "evaluate", "load", "load_data", "load_recipe", "report", "sample", "train", "wrap"]
+
+
+def load(path: str | Path, *, checkpoint: str = "latest") -> Network:
+    """The network of a run, a checkpoint or a published model's folder: averaged weights, eval mode, on the CPU.
+
+    Args:
+        path: the folder.
+        checkpoint: of a run: ``latest``, ``best`` or a number of images.
+
+    Raises:
+        UserError: nothing there, or a damaged file.
+    """
+    return evaluation.find_model(Path(path), checkpoint=checkpoint)[0]
+
+
+def wrap(module: nn.Module, *, mean: Iterable[float] = (0.0,), std: Iterable[float] = (1.0,)) -> Network:
+    """Your own classifier as a network on images in [0, 1].
+
+    Args:
+        module: normalised images (B, C, H, W) -> logits (B, K): logits, not probabilities.
+        mean, std: the normalisation it was trained with, a value a channel or one for all; it becomes the first layer.
+    """
+    return Network(Normalize(tuple(mean), tuple(std)), module, nn.Identity()).eval()
+
+
+def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """``E(x)``, or ``E(x, y)`` where labels are given: (B,), nats, low on data, known up to a constant.
+
+    A model with one output is read as a critic, ``E(x) = -f(x)``, JEAT eq. 12 otherwise.
+
+    Raises:
+        UserError: images outside [0, 1], labels out of range, probabilities instead of logits.
+    """
+    with searching(model) as f, torch.no_grad():
+        out = f(checks.images(x))
+        if out.ndim == 1 or out.shape[1] == 1:
+            if y is not None:
+                raise UserError("a critic has one output and no classes; leave out y")
+            return energies.binary(out)
+        checks.logits(out, len(x))
+        return energies.marginal(out) if y is None else energies.joint(out, checks.labels(y, len(x), out.shape[1]))
+
+
+def attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Literal["linf", "l2"] = "linf",
+    steps: int = 20,
+    step_size: float | None = None,
+    loss: Literal["cross-entropy", "energy"] = "cross-entropy",
+    restarts: int = 1,
+    target: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Adversarial images within ``eps`` of ``x``, by projected gradient descent; see :class:`Attack`.
+
+    Args:
+        model: classifier on images in [0, 1].
+        x, y: images and their labels.
+        eps, norm, steps, step_size, loss, restarts: as in :class:`Attack`.
+        target: classes (B,) to be taken for, instead of merely leaving ``y``.
+        seed: of the random starts.
+    """
+    _check_classifier(model, x, y)
+    search = Attack(eps=eps, norm=norm, steps=steps, step_size=step_size, loss=loss, restarts=restarts)
+    generator = seeds.generator(seed, "attack", device=x.device)
+    with searching(model) as f:
+        lowered: Energy = search.harm(f, y)
+        if target is not None:
+            goal = checks.labels(target, len(x), f(x[:1]).shape[1])
+            read = energies.joint if loss == "energy" else energies.conditional
+            lowered = lambda v: read(f(v), goal)
+        return search(lowered, x, generator)
+
+
+def sample(
+    model: nn.Module,
+    y: Tensor,
+    *,
+    data: Data | str,
+    method: str = "cs",
+    seed: int = 0,
+    **settings: Any,
+) -> Tensor:
+    """Images (N, C, H, W) of classes ``y (N,)``, drawn from a classifier.
+
+    Args:
+        model: classifier on images in [0, 1].
+        y: the class of each image.
+        data: on whose training split the seeds are fitted; a name such as ``digits`` or what :func:`load_data` gave.
+        method: ``ta``, ``cs``, ….
+        seed: of seeds and noise.
+        settings: of the sampler: ``steps``, ``step_size``, ``radius``, ``noise``, ``direction``, ``start``.
+    """
+    sampler = config.build({"kind": method, **settings}, "sampler")
+    data = load_data(data) if isinstance(data, str) else data
+    checks.labels(y, len(y), len(data.classes))
+    return generation.generate(model, sampler, data, y, seed=seed).x
+
+
+def evaluate(
+    model: nn.Module,
+    *,
+    data: Data | str,
+    threat: Attack,
+    metrics: Iterable[Metric] | None = None,
+    samples: Mapping[str, SampleSet] | None = None,
+    seed: int = 0,
+) -> list[Record]:
+    """Records of a model on the test split: accuracy, clean and under ``threat``, unless other metrics are given."""
+    data = load_data(data) if isinstance(data, str) else data
+    subject = Subject(model, data, data.test, threat, samples or {})
+    x, y = next(subject.batches())
+    _check_classifier(model, x[:16], y[:16])
+    return evaluation.evaluate(subject, (Accuracy(), RobustAccuracy()) if metrics is None else metrics, seed=seed)
+
+
+def train(
+    recipe: Recipe | str,
+    *,
+    folder: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    device: str | None = None,
+) -> Run:
+    """Train a recipe; see :func:`advebm.training.loop.train`.
+
+    Args:
+        recipe: a name of the package or what :func:`load_recipe` gave.
+        folder: of the run; ``runs/NAME-TIME`` by default.
+        options: ``{"train.images": 10_000, "objective.attack.eps": "8/255"}``, on top of a named recipe.
+        resume: go on with the run in ``folder``, by its own recipe.
+        device: None takes the best there is.
+    """
+    recipe = load_recipe(recipe, options) if isinstance(recipe, str) else recipe
+    if resume:
+        if folder is None:
+            raise UserError("resume needs the folder of the run")
+        recipe = Run.open(folder).recipe
+    return loop.train(recipe, Path(folder or new_folder(Path("runs"), recipe.name)), resume=resume, device=device)
+
+
+def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe of the package, with options changed."""
+    return resolve(recipes.find(name), list((options or {}).items()))
+
+
+def load_data(name: str, **settings: Any) -> Data:
+    """Training, validation and test images: ``load_data("digits")``."""
+    return config.build({"kind": name, **settings}, "source").load()
+
+
+def report(run: Run | str | Path, *, out: str | Path | None = None) -> Path:
+    """Write the run's ``report.html`` and return where it is."""
+    run = run if isinstance(run, Run) else Run.open(run)
+    return build_report(run, out=None if out is None else Path(out))
+
+
+def _check_classifier(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    checks.images(x)
+    with searching(model) as f, torch.no_grad():
+        out = checks.logits(f(x), len(x))
+    if out.shape[1] < 2:
+        raise UserError("this needs a classifier; the model has one output")
+    checks.labels(y, len(x), out.shape[1])

@@ -1,0 +1,259 @@
+"""The command line: parse, call, print.  Nothing that imports torch is imported before a verb needs it."""
+
+import argparse
+import ast
+import importlib.util
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from advebm import __version__, recipes
+from advebm.config import KINDS
+from advebm.errors import Diverged, Interrupted, UserError, suggest, unknown
+
+Overrides = list[tuple[str, str]]
+
+# Blocks of a recipe that a kind can be given for, as in --objective at; any other option has a dot in its name.
+BLOCKS = {"data": "source", "backbone": "backbone", "objective": "objective", "sampler": "sampler"}
+BLOCKS |= {"optimizer": "optimizer", "schedule": "schedule"}
+
+
+class Parser(argparse.ArgumentParser):
+    """One-line errors, no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise, so that :func:`main` prints it like every other mistake."""
+        if bad := re.search(r"invalid choice: '([^']*)'.*choose from (.*)\)", message):
+            known = [word.strip(" '") for word in bad[2].split(",")]
+            raise UserError(f"no command {bad[1]!r}{suggest(bad[1], known)}; there is {', '.join(known)}")
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 (diverged), 2 (a mistake in what was asked for), 130 (stopped)."""
+    warnings.showwarning = lambda message, *rest: print(f"advebm: warning: {message}", file=sys.stderr)
+    try:
+        parser = build_parser()
+        args, rest = parser.parse_known_args(argv)
+        overrides = split_overrides(rest, args)
+        args.call(args, overrides)
+    except UserError as error:
+        return _fail(error, 2)
+    except Diverged as error:
+        return _fail(error, 1)
+    except Interrupted as error:
+        print(f"advebm: {error}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"advebm: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def build_parser() -> Parser:
+    """All verbs."""
+    parser = Parser(prog="advebm", description="Adversarially trained energy-based models.")
+    parser.add_argument("--version", action="version", version=f"advebm {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def verb(name: str, call: Callable[[argparse.Namespace, Overrides], None], about: str, more: str = "") -> Parser:
+        sub = verbs.add_parser(name, help=about, description=f"{about} {more}".strip())
+        sub.set_defaults(call=call, takes_overrides=())
+        return sub
+
+    sub = verb("demo", run_demo, "Train on digits, draw images, evaluate and report: a minute on a laptop.")
+    sub.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the runs go (runs)")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = verb(
+        "train",
+        run_train,
+        "Train a recipe, or go on with a run.",
+        "Any option of a recipe can be given as --block.option VALUE, as in --objective.attack.eps 8/255; "
+        "--print_config shows them all.",
+    )
+    sub.set_defaults(takes_overrides=(*BLOCKS, "train", "threat", "metrics", "name"))
+    source = sub.add_mutually_exclusive_group()
+    source.add_argument("--recipe", metavar="NAME", help="a recipe of the package; see advebm list")
+    source.add_argument("--config", type=Path, metavar="FILE", help="a recipe as YAML, such as a run's config.yaml")
+    source.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where its last checkpoint is")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/NAME-TIME)")
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
+    sub.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
+
+    sub = verb("sample", run_sample, "Draw images from a run into RUN/samples.", "Takes --sampler.option VALUE.")
+    sub.set_defaults(takes_overrides=("sampler",))
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--method", metavar="NAME", help=f"{', '.join(KINDS['sampler'])}; the recipe's by default")
+    sub.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
+    sub.add_argument("--name", help="of the set; METHOD-START by default")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+
+    sub = verb(
+        "evaluate",
+        run_evaluate,
+        "Measure a run and its samples; appends to RUN/metrics.json.",
+        "Takes --threat.option VALUE and --metrics.NUMBER.option VALUE.",
+    )
+    sub.set_defaults(takes_overrides=("threat", "metrics"))
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--features", type=Path, metavar="RUN", help="run whose classifier judges the samples (own)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+    sub.add_argument("--json", action="store_true", help="print records as JSON, one a line")
+
+    sub = verb("report", run_report, "Write RUN/report.html.")
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="compare with a run")
+
+    sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
+    sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
+    return parser
+
+
+def split_overrides(rest: Sequence[str], args: argparse.Namespace) -> Overrides:
+    """``--a.b value`` and ``--a.b=value`` -> pairs; what the command does not take is an error."""
+    overrides, rest = [], list(rest)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        block = name.partition(".")[0]
+        if not word.startswith("--") or not ("." in name or block in BLOCKS):
+            raise UserError(f"unexpected {word!r}; options of a recipe have a dot, as in --train.images 1000")
+        if block not in args.takes_overrides:
+            allowed = ", ".join(f"--{b}.…" for b in args.takes_overrides) or "no options of a recipe"
+            raise UserError(f"no option {word}{suggest(block, args.takes_overrides)}; this command takes {allowed}")
+        if not equals:
+            if not rest:
+                raise UserError(f"{word} needs a value")
+            value = rest.pop(0)
+        overrides.append((name, value))
+    return overrides
+
+
+def run_demo(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm demo``."""
+    import time
+
+    from advebm.demo import demo
+    from advebm.tables import demo_table
+    from advebm.training.run import new_folder
+
+    begun = time.perf_counter()
+    path, records = demo(new_folder(args.out, "demo"), seed=args.seed)
+    demo_table(records)
+    print(f"{time.perf_counter() - begun:.0f} s; report: {path}")
+
+
+def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm train``."""
+    from advebm.demo import fit
+    from advebm.training.recipe import dump, read, resolve
+    from advebm.training.run import Run, new_folder
+
+    if args.resume is not None:
+        if overrides or args.out or args.seed is not None:
+            raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
+        recipe, folder = Run.open(args.resume).recipe, args.resume
+    else:
+        if (args.recipe or args.config) is None:
+            raise UserError(f"train takes --recipe NAME, --config FILE or --resume RUN; recipes: {', '.join(recipes.names())}")
+        plain = recipes.find(args.recipe) if args.recipe else read(args.config)
+        recipe = resolve(plain if args.seed is None else {**plain, "seed": args.seed}, overrides)
+        folder = args.out or new_folder(Path("runs"), recipe.name)
+    if args.print_config:
+        print(dump(recipe), end="")
+        return
+    fit(recipe, folder, resume=args.resume is not None, device=args.device)
+    print(folder)
+
+
+def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm sample``."""
+    from advebm import config
+    from advebm.demo import draw
+    from advebm.training.recipe import resolve
+    from advebm.training.run import Run
+
+    if args.per_class < 1:
+        raise UserError(f"--per-class is at least 1, got {args.per_class}")
+    run = Run.open(args.run)
+    method = [("sampler", args.method)] if args.method else []
+    sampler = resolve(config.describe(run.recipe), [*method, *overrides]).sampler
+    name = args.name or f"{config.describe(sampler)['kind'].rpartition(':')[2].lower()}-{sampler.start}"
+    print(draw(run, name, sampler, args.per_class, seed=args.seed, checkpoint=args.checkpoint) / "grid.png")
+
+
+def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm evaluate``."""
+    import dataclasses
+
+    from advebm import config, console
+    from advebm.evaluation import evaluate_run
+    from advebm.tables import record_table
+    from advebm.training.recipe import resolve
+    from advebm.training.run import Run
+
+    run = Run.open(args.run)
+    recipe = resolve(config.describe(run.recipe), overrides)
+    options = {"features": args.features, "checkpoint": args.checkpoint, "seed": args.seed}
+    records = evaluate_run(run, recipe=recipe, **options, progress=lambda name: console.screen.print(f"  {name}"))
+    if args.json:
+        for record in records:
+            print(json.dumps(dataclasses.asdict(record)))
+    else:
+        record_table(records)
+
+
+def run_report(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm report``."""
+    from advebm.reporting.build import report
+    from advebm.training.run import Run
+
+    print(report(Run.open(args.run), beside=[Run.open(path) for path in args.beside]))
+
+
+def run_list(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm list``: from static text and source files; imports no method."""
+    what = None if args.what is None else args.what.rstrip("s")
+    if what is not None and what not in ("recipe", *KINDS):
+        raise unknown("kind of thing", args.what, ["recipe", *KINDS])
+    if what in (None, "recipe"):
+        print("recipe (advebm train --recipe NAME)")
+        for name in recipes.names():
+            print(f"  {name:20} {recipes.header(name)[0]}")
+    for role, kinds in KINDS.items():
+        if what in (None, role):
+            print(role)
+            for kind, target in kinds.items():
+                print(f"  {kind:20} {_summary(target)}")
+
+
+def _summary(target: str) -> str:
+    """The first line of a class's docstring, without importing its module."""
+    module, _, name = target.partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    tree = ast.parse(Path(spec.origin).read_text())
+    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    return (ast.get_docstring(node) or "").splitlines()[0].replace("``", "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

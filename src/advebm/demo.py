@@ -1,0 +1,68 @@
+"""From nothing to a report: two classifiers of digits, one adversarially trained; images from it; what they differ in."""
+
+from pathlib import Path
+
+import torch
+
+from advebm import config, console, evaluation, generation, recipes
+from advebm.reporting.build import report
+from advebm.samplers import CS, TA, Sampler
+from advebm.training.loop import train
+from advebm.training.recipe import Recipe, resolve
+from advebm.training.run import Run
+
+PER_CLASS = 100
+SETS: dict[str, tuple[type[Sampler], str]] = {
+    "ta-class": (TA, "class"),
+    "cs-class": (CS, "class"),
+    "ta-global": (TA, "global"),
+    "cs-global": (CS, "global"),
+}
+
+
+def demo(folder: Path, *, seed: int = 0) -> tuple[Path, list[dict[str, object]]]:
+    """Train, sample, evaluate and report in ``folder``; the report's path and the records of both runs."""
+    say = console.screen.print
+    runs = {}
+    for number, name in enumerate(("digits-standard", "digits-at"), 1):
+        say(f"[{number}/5] train {name}")
+        recipe = resolve({**recipes.find(name), "seed": seed})
+        runs[name] = fit(recipe, folder / name)
+    robust = runs["digits-at"]
+    say(f"[3/5] sample {PER_CLASS * 10:,} images each by {', '.join(SETS)}")
+    for name, (kind, start) in SETS.items():
+        plain = {**config.describe(robust.recipe.sampler), "start": start}
+        sampler = config.construct(kind, {k: v for k, v in plain.items() if k != "kind"})
+        draw(robust, name, sampler, PER_CLASS, seed=seed)
+    say("[4/5] evaluate both; sample quality in the features of digits-standard")
+    records = []
+    for name, run in runs.items():
+        space = runs["digits-standard"].folder
+        for record in evaluation.evaluate_run(run, features=space, seed=seed):
+            records.append({"run": name, "record": record})
+    say("[5/5] report")
+    return report(robust, beside=[runs["digits-standard"]], out=folder / "report.html"), records
+
+
+def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
+    """:func:`advebm.training.loop.train` behind a progress bar."""
+    seen: dict[str, float] = {}
+    with console.bar(recipe.name, recipe.train.images) as tell:
+        return train(
+            recipe,
+            folder,
+            resume=resume,
+            device=device,
+            report=lambda line: tell(line["images"], console.training_note(line, seen)),
+        )
+
+
+def draw(run: Run, name: str, sampler: Sampler, per_class: int, *, seed: int = 0, checkpoint: str = "latest") -> Path:
+    """Images of every class, and one chain a class as a film, into the run's ``samples/NAME``."""
+    model, data = run.model(checkpoint)[0], run.recipe.data.load()
+    y = torch.arange(len(data.classes)).repeat_interleave(per_class)
+    with console.bar(name, len(y)) as tell:
+        samples = generation.generate(model, sampler, data, y, seed=seed, progress=tell)
+    folder = run.folder / "samples" / name
+    generation.write(folder, samples, len(data.classes), generation.film(model, sampler, data, seed=seed))
+    return folder

@@ -1,0 +1,94 @@
+"""Metrics on a subject, and on a run: appends to its ``metrics.json``."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from advebm import files, generation, seeds
+from advebm.errors import UserError
+from advebm.metrics.base import Features, Metric, Record, Subject
+from advebm.models import network
+from advebm.models.network import Network
+from advebm.training.recipe import Recipe
+from advebm.training.run import Run
+
+
+def evaluate(
+    subject: Subject,
+    metrics: Iterable[Metric],
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Record]:
+    """The records of several metrics.  Each draws from its own generator, so that their order does not matter."""
+    records = []
+    for metric in metrics:
+        name = type(metric).__name__
+        progress(name)
+        records += metric(subject, seeds.generator(seed, "evaluate", name, device=subject.device))
+    return records
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    recipe: Recipe | None = None,
+    features: Path | None = None,
+    checkpoint: str = "latest",
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Record]:
+    """The recipe's metrics on a checkpoint and on all samples of a run; appended to the run's ``metrics.json``.
+
+    Args:
+        run: a trained run.
+        recipe: the run's own by default; another threat or other metrics may be asked for.
+        features: run or model folder whose classifier gives the feature space of sample quality; none takes the
+            run's own model, which says so in the metric's name and flatters its own samples.
+        checkpoint: ``latest``, ``best`` or a number of images.
+        seed: of the attacks.
+        device: where to compute.
+        progress: told the name of each metric.
+    """
+    recipe = recipe or run.recipe
+    path = run.checkpoints.path(checkpoint)
+    model = network.load(path)[0].to(device)
+    data = recipe.data.load()
+    samples = {p.parent.name: generation.read(p.parent) for p in sorted(run.folder.glob("samples/*/manifest.json"))}
+    if features is None:
+        space = feature_space("own features", model)
+    else:
+        name = features.resolve().name
+        space = feature_space(f"features of {name}", find_model(features)[0].to(device))
+    subject = Subject(model, data, data.test, recipe.threat, samples, space)
+    records = evaluate(subject, recipe.metrics, seed=seed, progress=progress)
+    about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    run.append([{**dataclasses.asdict(record), **about} for record in records])
+    return records
+
+
+def find_model(path: Path, *, checkpoint: str = "latest") -> tuple[Network, dict[str, Any]]:
+    """The network and ``config.json`` of a run folder, a checkpoint or a published model's folder."""
+    if not path.exists():
+        raise UserError(f"there is no run or model at {path}")
+    folder = path if (path / "config.json").is_file() else Run.open(path).checkpoints.path(checkpoint)
+    return network.load(folder)[0], files.read_json(folder / "config.json")
+
+
+def feature_space(name: str, model: Network) -> Features:
+    """A classifier's penultimate features under a name that says whose they are."""
+    return Features(name, model.features, model)
+
+
+def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest record of each name and set of samples, in the order of first appearance."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        key = (record["name"], str(record["settings"].get("samples")))
+        newest[key] = record
+    return list(newest.values())
+
+

@@ -1,0 +1,52 @@
+"""Grids of small images as PNG."""
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from advebm import files
+
+GAP = 1  # pixels between tiles, before enlarging
+
+
+def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
+    """A picture of ``rows (R, N, C, H, W)`` in [0, 1]: R rows of N tiles, each enlarged to about ``tile`` pixels.
+
+    Pixels stay square and sharp: 8x8 images are shown as they are, not smoothed into something better.
+    """
+    height, count, channels, h, w = rows.shape
+    canvas = torch.ones(height * (h + GAP) + GAP, count * (w + GAP) + GAP, channels)
+    for r in range(height):
+        for n in range(count):
+            top, left = GAP + r * (h + GAP), GAP + n * (w + GAP)
+            canvas[top : top + h, left : left + w] = rows[r, n].permute(1, 2, 0)
+    pixels = (canvas * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    scale = max(1, round(tile / max(h, w)))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tensor:
+    """The first ``columns`` images of each class, (classes, columns, C, H, W); missing ones are white."""
+    rows = torch.ones(classes, columns, *x.shape[1:])
+    for k in range(classes):
+        members = x[y == k][:columns]
+        rows[k, : len(members)] = members
+    return rows
+
+
+def png(picture: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG file in one step."""
+    files.write(path, png(picture))
+
+

@@ -1,0 +1,114 @@
+"""From a run's files to ``report.html``."""
+
+import base64
+import json
+import time
+from collections.abc import Iterable, Mapping
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from advebm import citations, evaluation, files, generation, pictures
+from advebm.attacks.projected import Attack
+from advebm.reporting import figures
+from advebm.training.recipe import dump
+from advebm.training.run import Run
+
+
+def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> Path:
+    """Write one HTML file with nothing outside it, from whatever the run holds so far.
+
+    Args:
+        run: the run it is about.
+        beside: runs whose robustness and records are shown for comparison.
+        out: the file; ``report.html`` in the run's folder by default.
+    """
+    recipe, history = run.recipe, run.history()
+    data = recipe.data.load()
+    everyone = {r.recipe.name: evaluation.latest(r.records()) for r in (run, *beside)}
+    own = everyone[recipe.name]
+    count = len(data.classes)
+    sets = {p.parent.name: p.parent for p in sorted(run.folder.glob("samples/*/manifest.json"))}
+    real = pictures.by_class(data.train.float(), data.train.y, count)
+    samples = [{"title": "training images", "text": data.name, "image": _picture(real)}]
+    films = []
+    for name, folder in sets.items():
+        drawn = generation.read(folder)
+        text = describe_sampler(drawn.manifest)
+        samples.append({"title": name, "text": text, "image": _picture(pictures.by_class(drawn.x, drawn.y, count))})
+        if (folder / "film.png").exists():
+            steps = ", ".join(map(str, drawn.manifest.get("film", [])))
+            films.append({"title": name, "text": f"steps {steps}", "image": _uri((folder / "film.png").read_bytes())})
+    html = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
+        resources("advebm.reporting").joinpath("template.html").read_text()
+    )
+    page = html.render(
+        title=recipe.name,
+        subtitle=_subtitle(run, history),
+        events=[line for line in history if line.get("event") == "rollback"],
+        cards=_cards(own, recipe.threat),
+        samples=samples if sets else [],
+        films=films,
+        curves=_uri(figures.curves(history)) if any("train/loss" in line for line in history) else None,
+        robustness=_uri(figures.robustness(everyone, recipe.threat.eps)),
+        energies=_uri(figures.energies(own)),
+        tables=[{"name": name, "rows": [row(r) for r in records]} for name, records in everyone.items() if records],
+        config=dump(recipe),
+        environment=json.dumps(files.read_json(run.folder / "env.json", default={}), indent=2),
+        citations=citations.bibtex(recipe),
+    )
+    path = out or run.folder / "report.html"
+    files.write(path, page)
+    return path
+
+
+def row(record: Mapping[str, Any]) -> dict[str, str]:
+    """A record as text: shares in percent, everything else to four digits."""
+    share = record["name"].startswith(("accuracy", "intended class"))
+    scale, unit = (100, " %") if share else (1, "")
+    value, error = record["value"] * scale, record["error"] * scale
+    digits = 1 if share else 3
+    return {
+        "name": record["name"],
+        "value": f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
+        "count": f"{record['count']:,}",
+        "samples": str(record["settings"].get("samples", "")),
+    }
+
+
+def describe_sampler(manifest: Mapping[str, Any]) -> str:
+    """The settings of a set of samples in a line."""
+    s = manifest["sampler"]
+    parts = [f"{s['steps']} {s['direction']} steps of {s['step_size']:g} from {s['start']} seeds"]
+    parts += [f"ball {s['radius']:g}"] if s["radius"] else []
+    parts += [f"noise {s['noise']:g}"] if s["noise"] else []
+    return ", ".join(parts)
+
+
+def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[str, str]]:
+    """Clean accuracy, accuracy under the threat, and the best distance of a set of samples."""
+    records = list(records)
+    names = ("accuracy", f"accuracy under {threat.name}")
+    shown = [r for name in names for r in records if r["name"] == name]
+    shown += sorted((r for r in records if r["name"].startswith("FD")), key=lambda r: r["value"])[:1]
+    cards = []
+    for text in map(row, shown):
+        name = " · ".join(filter(None, [text["name"], text["samples"]]))
+        cards.append({"value": text["value"], "name": f"{name}, n = {text['count']}"})
+    return cards
+
+
+def _subtitle(run: Run, history: Iterable[Mapping[str, Any]]) -> str:
+    images = max((line["images"] for line in history), default=0)
+    parts = [f"{run.folder.resolve().name}", f"{images:,} training images seen", time.strftime("written %Y-%m-%d %H:%M")]
+    return " · ".join(parts)
+
+
+def _picture(rows: Any) -> str:
+    return str(_uri(pictures.png(pictures.grid(rows, tile=32))))
+
+
+def _uri(png: bytes | None) -> str | None:
+    return None if png is None else "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,100 @@
+"""Figures of a report, from a run's files."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+History = Sequence[Mapping[str, Any]]
+Records = Iterable[Mapping[str, Any]]
+
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.prop_cycle": plt.cycler(color=["#0f6fc6", "#d9730d", "#2e8b57", "#a23b72", "#6b7280", "#c2a300"]),
+}
+
+
+def series(history: History, name: str) -> tuple[list[float], list[float]]:
+    """Images seen and values of one quantity."""
+    points = [(line["images"], line[name]) for line in history if name in line]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def curves(history: History) -> bytes:
+    """Loss, accuracies and energies against images seen."""
+    panels = {
+        "loss": {"train/loss": "objective"},
+        "accuracy": {
+            "train/accuracy": "training inputs",
+            "val/accuracy": "validation, clean",
+            "val/robust_accuracy": "validation, attacked",
+        },
+        "energy of training inputs (nats)": {"train/energy_joint": "E(x, y)", "train/energy_marginal": "E(x)"},
+    }
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(11, 3))
+        for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+            for name, label in lines.items():
+                x, y = series(history, name)
+                axis.plot(x, y, label=label, marker="." if name.startswith("val") else None)
+            axis.set(xlabel="images seen", title=title)
+            axis.legend(frameon=False)
+        axes[0].set_yscale("log")
+        axes[1].set_ylim(0, 1.02)
+        return _png(figure)
+
+
+def robustness(runs: Mapping[str, Records], trained_at: float) -> bytes | None:
+    """Accuracy against the radius of the attack, one line a run; None if no run has been measured at two radii."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(5.2, 3.2))
+        for name, records in runs.items():
+            points = {0.0: (r["value"], r["error"]) for r in records if r["name"] == "accuracy"}
+            for r in records:
+                if "attack" in r["settings"]:
+                    points[r["settings"]["attack"]["eps"]] = (r["value"], r["error"])
+            if len(points) > 1:
+                x = sorted(points)
+                axis.errorbar(
+                    x, [points[e][0] for e in x], [1.96 * points[e][1] for e in x], label=name, marker=".", capsize=2
+                )
+        if not axis.has_data():
+            plt.close(figure)
+            return None
+        axis.axvline(trained_at, color="#999999", lw=0.8, ls="--")
+        axis.annotate("threat model", (trained_at, 0.02), rotation=90, fontsize=7, color="#777777", ha="right")
+        axis.set(xlabel="eps of the attack", ylabel="accuracy", ylim=(0, 1.02), title="accuracy under attack")
+        axis.legend(frameon=False)
+        return _png(figure)
+
+
+def energies(records: Records) -> bytes | None:
+    """Histograms of E(x); None if there are none."""
+    chosen = [r for r in records if r["series"].get("edges")]
+    if not chosen:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(5.2, 3.2))
+        for r in chosen:
+            axis.stairs(r["series"]["density"], r["series"]["edges"], label=r["name"].removeprefix("E(x) of "), lw=1.4)
+        axis.set(xlabel="E(x) (nats; low = like data)", ylabel="density", title="energy of data, samples and noise")
+        axis.legend(frameon=False, fontsize=7)
+        return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
