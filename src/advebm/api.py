@@ -21,7 +21,19 @@ from advebm.training import loop
 from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run, new_folder
 
-__all__ = ["Attack", "attack", "energy", "evaluate", "load", "load_data", "load_recipe", "report", "sample", "train", "wrap"]
+__all__ = [
+    "Attack",
+    "attack",
+    "energy",
+    "evaluate",
+    "load",
+    "load_data",
+    "load_recipe",
+    "report",
+    "sample",
+    "train",
+    "wrap",
+]
 
 
 def load(path: str | Path, *, checkpoint: str = "latest") -> Network:
@@ -34,7 +46,7 @@ def load(path: str | Path, *, checkpoint: str = "latest") -> Network:
     Raises:
         UserError: nothing there, or a damaged file.
     """
-    return evaluation.find_model(Path(path), checkpoint=checkpoint)[0]
+    return evaluation.find_model(Path(path), checkpoint=checkpoint)
 
 
 def wrap(module: nn.Module, *, mean: Iterable[float] = (0.0,), std: Iterable[float] = (1.0,)) -> Network:

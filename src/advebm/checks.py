@@ -30,7 +30,7 @@ def labels(y: Tensor, count: int, classes: int) -> Tensor:
         raise UserError(f"labels are a tensor ({count},), one for each image, got {got}")
     if y.dtype != torch.int64:
         raise UserError(f"labels are int64, got {y.dtype}; call y.long()")
-    if count and not (0 <= int(y.min()) and int(y.max()) < classes):
+    if count and not (int(y.min()) >= 0 and int(y.max()) < classes):
         raise UserError(f"labels lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
     return y
 

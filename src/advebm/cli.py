@@ -172,7 +172,9 @@ def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
         recipe, folder = Run.open(args.resume).recipe, args.resume
     else:
         if (args.recipe or args.config) is None:
-            raise UserError(f"train takes --recipe NAME, --config FILE or --resume RUN; recipes: {', '.join(recipes.names())}")
+            raise UserError(
+                f"train takes --recipe NAME, --config FILE or --resume RUN; recipes: {', '.join(recipes.names())}"
+            )
         plain = recipes.find(args.recipe) if args.recipe else read(args.config)
         recipe = resolve(plain if args.seed is None else {**plain, "seed": args.seed}, overrides)
         folder = args.out or new_folder(Path("runs"), recipe.name)

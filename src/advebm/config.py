@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -117,7 +117,7 @@ def lookup(role: str, kind: Any, *, foreign: bool = True) -> type:
         raise UserError(f"{role} {kind!r} cannot be imported: {error}") from error
     if not dataclasses.is_dataclass(cls):
         raise UserError(f"{role} {kind!r} is not a dataclass; a method is a frozen dataclass of plain data")
-    return cls
+    return cast(type, cls)
 
 
 def construct(cls: type, options: Mapping[str, Any], *, where: str = "", foreign: bool = True) -> Any:
@@ -196,8 +196,8 @@ def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
         return value if not isinstance(value, str | Mapping) else build(value, role, where=where, foreign=foreign)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):
-            return construct(typing.cast(type, hint), value, where=where, foreign=foreign)
-        if not isinstance(value, typing.cast(type, hint)):
+            return construct(cast(type, hint), value, where=where, foreign=foreign)
+        if not isinstance(value, cast(type, hint)):
             raise UserError(f"{where} takes a block of options, got {value!r}")
         return value
     return _scalar(value, hint, where)

@@ -11,7 +11,7 @@ from advebm.training.loop import train
 from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run
 
-PER_CLASS = 100
+PER_CLASS = 150
 SETS: dict[str, tuple[type[Sampler], str]] = {
     "ta-class": (TA, "class"),
     "cs-class": (CS, "class"),

@@ -10,7 +10,7 @@ from advebm.errors import UserError
 from advebm.seeds import randn
 
 Energy = Callable[[Tensor], Tensor]  # x (B, ...) -> (B,), to be lowered
-Direction = Callable[[Tensor, dict], Tensor]  # gradient, per-call memory -> direction
+Direction = Callable[[Tensor, dict[str, Tensor]], Tensor]  # gradient, per-call memory -> direction
 Constraint = Callable[[Tensor, Tensor], Tensor]  # x, origin -> nearest allowed x
 Observer = Callable[[int, Tensor, Tensor], None]  # step, x (B, ...), energy (B,)
 Schedule = Callable[[float], float]  # share of the steps done, in [0, 1) -> value
@@ -58,7 +58,7 @@ class Descent:
         whoever wants the best of all evaluates that one once more.
         """
         origin = start.detach() if origin is None else origin.detach()
-        x, memory = start.detach(), {}
+        x, memory = start.detach(), dict[str, Tensor]()
         for k in range(self.steps):
             value, gradient = value_and_gradient(energy, x)
             if observe is not None:
@@ -92,17 +92,17 @@ def at(value: float | Schedule, share: float) -> float:
 # Directions ----------------------------------------------------------------------------------------------------------
 
 
-def raw(gradient: Tensor, memory: dict) -> Tensor:
+def raw(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
     """The gradient itself, as Langevin dynamics wants it."""
     return gradient
 
 
-def sign(gradient: Tensor, memory: dict) -> Tensor:
+def sign(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
     """Steepest descent in linf."""
     return gradient.sign()
 
 
-def unit(gradient: Tensor, memory: dict) -> Tensor:
+def unit(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
     """Steepest descent in l2: the gradient of each sample, divided by its length."""
     return gradient / per_sample(gradient.flatten(1).norm(dim=1), gradient).clamp_min(1e-12)
 
@@ -110,8 +110,9 @@ def unit(gradient: Tensor, memory: dict) -> Tensor:
 def heavy_ball(decay: float) -> Direction:
     """Momentum on unit gradients: ``v ← decay · v + ∇E / ‖∇E‖``."""
 
-    def direction(gradient: Tensor, memory: dict) -> Tensor:
-        memory["velocity"] = decay * memory.get("velocity", 0.0) + unit(gradient, memory)
+    def direction(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
+        step = unit(gradient, memory)
+        memory["velocity"] = decay * memory["velocity"] + step if "velocity" in memory else step
         return memory["velocity"]
 
     return direction
@@ -126,7 +127,7 @@ def free(x: Tensor, origin: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class box:  # noqa: N801 - reads as a value
+class box:
     """Nearest point with every pixel in ``[low, high]``."""
 
     low: float = 0.0
@@ -137,7 +138,7 @@ class box:  # noqa: N801 - reads as a value
 
 
 @dataclass(frozen=True)
-class linf_ball:  # noqa: N801
+class linf_ball:
     """Nearest point within ``radius`` of the origin in every pixel."""
 
     radius: float
@@ -147,7 +148,7 @@ class linf_ball:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class l2_ball:  # noqa: N801
+class l2_ball:
     """Nearest point within Euclidean distance ``radius`` of the origin."""
 
     radius: float
@@ -159,7 +160,7 @@ class l2_ball:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class hold:  # noqa: N801
+class hold:
     """The origin where ``mask`` is true (the known pixels of inpainting), ``x`` elsewhere."""
 
     mask: Tensor
@@ -169,7 +170,7 @@ class hold:  # noqa: N801
 
 
 @dataclass(frozen=True, init=False)
-class both:  # noqa: N801
+class both:
     """Several constraints, left to right.  Ball then box stays in both, as the origin lies in the box."""
 
     parts: tuple[Constraint, ...]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from advebm import files, generation, seeds
+from advebm import generation, seeds
 from advebm.errors import UserError
 from advebm.metrics.base import Features, Metric, Record, Subject
 from advebm.models import network
@@ -55,14 +55,14 @@ def evaluate_run(
     """
     recipe = recipe or run.recipe
     path = run.checkpoints.path(checkpoint)
-    model = network.load(path)[0].to(device)
+    model = run.model(checkpoint)[0].to(device)
     data = recipe.data.load()
     samples = {p.parent.name: generation.read(p.parent) for p in sorted(run.folder.glob("samples/*/manifest.json"))}
     if features is None:
         space = feature_space("own features", model)
     else:
         name = features.resolve().name
-        space = feature_space(f"features of {name}", find_model(features)[0].to(device))
+        space = feature_space(f"features of {name}", find_model(features).to(device))
     subject = Subject(model, data, data.test, recipe.threat, samples, space)
     records = evaluate(subject, recipe.metrics, seed=seed, progress=progress)
     about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -70,12 +70,13 @@ def evaluate_run(
     return records
 
 
-def find_model(path: Path, *, checkpoint: str = "latest") -> tuple[Network, dict[str, Any]]:
-    """The network and ``config.json`` of a run folder, a checkpoint or a published model's folder."""
+def find_model(path: Path, *, checkpoint: str = "latest") -> Network:
+    """The network of a run folder, a checkpoint or a published model's folder."""
     if not path.exists():
         raise UserError(f"there is no run or model at {path}")
-    folder = path if (path / "config.json").is_file() else Run.open(path).checkpoints.path(checkpoint)
-    return network.load(folder)[0], files.read_json(folder / "config.json")
+    if (path / "config.json").is_file():
+        return network.load(path)[0]
+    return Run.open(path).model(checkpoint)[0]
 
 
 def feature_space(name: str, model: Network) -> Features:
@@ -90,5 +91,3 @@ def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         key = (record["name"], str(record["settings"].get("samples")))
         newest[key] = record
     return list(newest.values())
-
-

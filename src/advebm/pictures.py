@@ -10,6 +10,7 @@ from torch import Tensor
 from advebm import files
 
 GAP = 1  # pixels between tiles, before enlarging
+MARGIN = 0.45  # their grey
 
 
 def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
@@ -18,7 +19,7 @@ def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
     Pixels stay square and sharp: 8x8 images are shown as they are, not smoothed into something better.
     """
     height, count, channels, h, w = rows.shape
-    canvas = torch.ones(height * (h + GAP) + GAP, count * (w + GAP) + GAP, channels)
+    canvas = torch.full((height * (h + GAP) + GAP, count * (w + GAP) + GAP, channels), MARGIN)
     for r in range(height):
         for n in range(count):
             top, left = GAP + r * (h + GAP), GAP + n * (w + GAP)
@@ -48,5 +49,3 @@ def png(picture: Image.Image) -> bytes:
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG file in one step."""
     files.write(path, png(picture))
-
-

@@ -96,7 +96,7 @@ class ClassGaussians:
     def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Seeds for classes ``y (B,)``, of the shape and device of ``x``; ``y`` may be None for the global one."""
         y = torch.zeros(len(x), dtype=torch.long) if y is None or len(self.images) == 1 else y.cpu()
-        if len(y) and not (0 <= int(y.min()) and int(y.max()) < len(self.images)):
+        if len(y) and not (int(y.min()) >= 0 and int(y.max()) < len(self.images)):
             raise UserError(f"classes 0 to {len(self.images) - 1} have seeds, got {int(y.min())} to {int(y.max())}")
         white = randn(x.flatten(1), generator)
         out = torch.empty_like(white)

@@ -92,8 +92,10 @@ class Digits:
     cites: ClassVar[tuple[str, ...]] = ("digits1998",)
 
     def __post_init__(self) -> None:
-        if not (0 < self.val and 0 < self.test and self.val + self.test < 1):
-            raise UserError(f"val and test are positive shares that leave some for training, got {self.val}, {self.test}")
+        if not (self.val > 0 and self.test > 0 and self.val + self.test < 1):
+            raise UserError(
+                f"val and test are positive shares that leave some for training, got {self.val}, {self.test}"
+            )
 
     def load(self) -> Data:
         """1,257 training, 180 validation and 360 test images by default, each with the classes in proportion."""

@@ -60,7 +60,13 @@ class SampleQuality:
         settings = {"samples": name, "space": space.name, "dimensions": fake.shape[1], "reference": "train"}
         settings |= {"reference_count": len(real), "few": len(fake) <= fake.shape[1], **samples.manifest}
         records = [
-            Record(f"{label} ({space.name})", statistic(range(self.groups)), jackknife(statistic, self.groups), len(fake), settings)
+            Record(
+                f"{label} ({space.name})",
+                statistic(range(self.groups)),
+                jackknife(statistic, self.groups),
+                len(fake),
+                settings,
+            )
             for label, statistic in (("FD", fd), ("KID", kid))
         ]
         if space.classify is not None:

@@ -143,20 +143,22 @@ def save(
     (folder / "README.md").write_text(card)
 
 
-def load(folder: Path, *, ema: bool = True) -> tuple[Network, Architecture]:
+def load(folder: Path, *, ema: bool = True, foreign: bool = False) -> tuple[Network, Architecture]:
     """The network of a folder that :func:`save` wrote, in eval mode; with its averaged weights where it has them.
+
+    ``foreign`` allows a backbone ``package.module:Class``, whose module is imported: for folders of one's own.
 
     Raises:
         UserError: a missing, truncated or foreign file.
     """
-    architecture = read_architecture(folder)
+    architecture = read_architecture(folder, foreign=foreign)
     name = "ema.safetensors" if ema and (folder / "ema.safetensors").exists() else "model.safetensors"
     model = architecture.build()
     load_weights(model, folder / name)
     return model.eval(), architecture
 
 
-def read_architecture(folder: Path) -> Architecture:
+def read_architecture(folder: Path, *, foreign: bool = False) -> Architecture:
     """What ``config.json`` in ``folder`` says of the network."""
     path = folder / "config.json"
     try:
@@ -165,7 +167,7 @@ def read_architecture(folder: Path) -> Architecture:
         raise UserError(f"no model at {folder}: config.json is missing") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
-    return config.construct(Architecture, plain, where=str(path), foreign=False)
+    return config.construct(Architecture, plain, where=str(path), foreign=foreign)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

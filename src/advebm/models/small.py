@@ -1,5 +1,6 @@
 """A small convolutional network for images of 8 to 32 pixels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,11 @@ from advebm.modes import DualBatchNorm2d
 Norm = Literal["batch", "group", "dual", "none"]
 Activation = Literal["silu", "relu", "leaky_relu"]
 
-ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2)}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+}
 
 
 def norm2d(kind: Norm, channels: int) -> nn.Module:
@@ -30,25 +35,25 @@ def norm2d(kind: Norm, channels: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class SmallConv:
-    """Two 3x3 convolutions at full size, then stride-2 and 3x3 pairs down to 4x4, then one linear layer.
+    """Two 3x3 convolutions at full size, then pairs of a stride-2 and a 3x3 convolution down to 4x4.
 
-    Each halving doubles the width.  The last layer sees the 4x4 grid rather than its mean: where a stroke lies
-    matters to drawing it.  SiLU, since a smooth energy has smooth input gradients (JEM's advice against divergence).
+    Each halving doubles the width.  The head sees the 4x4 grid rather than its mean: where a stroke lies matters to
+    drawing it.  SiLU, since a smooth energy has smooth input gradients.
 
     Attributes:
         width: channels of the first convolutions.
-        features: size of the feature vector.
+        features: size of a linear layer before the head; none hands the grid itself to the head.
         norm: ``batch``, ``group``, ``dual`` or ``none``.
         activation: ``silu``, ``relu`` or ``leaky_relu``.
     """
 
-    width: int = 32
-    features: int = 64
+    width: int = 24
+    features: int | None = None
     norm: Norm = "batch"
     activation: Activation = "silu"
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.features < 1:
+        if min(self.width, self.features or 1) < 1:
             raise UserError(f"width and features are at least 1, got {self.width} and {self.features}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
@@ -64,6 +69,9 @@ class SmallConv:
         while size > 4:
             layers += [*block(width, 2 * width, stride=2), *block(2 * width, 2 * width)]
             width, size = 2 * width, size // 2
-        layers += [nn.Flatten(), nn.Linear(width * size * size, self.features), ACTIVATIONS[self.activation]()]
+        layers, outputs = [*layers, nn.Flatten()], width * size * size
+        if self.features is not None:
+            layers += [nn.Linear(outputs, self.features), ACTIVATIONS[self.activation]()]
+            outputs = self.features
         module = nn.Sequential(*layers)
-        return module.to(memory_format=torch.channels_last), self.features
+        return module.to(memory_format=torch.channels_last), outputs  # type: ignore[call-overload]

@@ -1,8 +1,8 @@
 """The form of every training method: search, loss, and what follows the optimiser's step.
 
-    found = objective.search(...)   the maximisation or sampling process: inner loops, no parameter gradients
-    loss  = objective.loss(...)     the minimisation process: the only part inside distributed training's forward
-    objective.after(...)            after the optimiser's step: buffers, curricula, instruments
+found = objective.search(...)   the maximisation or sampling process: inner loops, no parameter gradients
+loss  = objective.loss(...)     the minimisation process: the only part inside distributed training's forward
+objective.after(...)            after the optimiser's step: buffers, curricula, instruments
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 History = Sequence[Mapping[str, Any]]
 Records = Iterable[Mapping[str, Any]]
 
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -59,10 +59,10 @@ def robustness(runs: Mapping[str, Records], trained_at: float) -> bytes | None:
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.2, 3.2))
         for name, records in runs.items():
-            points = {0.0: (r["value"], r["error"]) for r in records if r["name"] == "accuracy"}
+            points = {}
             for r in records:
-                if "attack" in r["settings"]:
-                    points[r["settings"]["attack"]["eps"]] = (r["value"], r["error"])
+                if r["name"] == "accuracy" or "attack" in r["settings"]:
+                    points[r["settings"].get("attack", {"eps": 0.0})["eps"]] = (r["value"], r["error"])
             if len(points) > 1:
                 x = sorted(points)
                 axis.errorbar(

@@ -67,4 +67,3 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all processes."""
         self.accelerator.wait_for_everyone()
-

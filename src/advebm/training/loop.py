@@ -139,7 +139,9 @@ def train(
             except Diverged as failure:
                 if progress.attempt >= cfg.rollbacks:
                     good = run.checkpoints.path()
-                    raise Diverged(f"{failure}; stopped after {cfg.rollbacks} rollbacks; last good checkpoint: {good}; try a lower --optimizer.lr") from None
+                    raise Diverged(
+                        f"{failure}; stopped after {cfg.rollbacks} rollbacks; last good checkpoint: {good}; try a lower --optimizer.lr"
+                    ) from None
                 attempt, rate = progress.attempt + 1, progress.rate * cfg.backoff
                 progress = run.checkpoints.load(model, ema, optimizer, states)
                 progress.attempt, progress.rate = attempt, rate

@@ -101,7 +101,9 @@ class Steps:
 
     def __post_init__(self) -> None:
         if not all(0 < share < 1 for share in (*self.at, 1 - self.warmup / 2)) or not self.factor > 0:
-            raise UserError(f"at and warmup are shares in (0, 1) and factor > 0, got {self.at}, {self.warmup}, {self.factor}")
+            raise UserError(
+                f"at and warmup are shares in (0, 1) and factor > 0, got {self.at}, {self.warmup}, {self.factor}"
+            )
 
     def __call__(self, images: int, total: int) -> float:  # noqa: D102
         share = images / total

@@ -132,4 +132,3 @@ def read(path: Path) -> dict[str, Any]:
 def dump(recipe: Recipe) -> str:
     """YAML that :func:`read` and :func:`resolve` turn into the same recipe."""
     return yaml.safe_dump(config.describe(recipe), sort_keys=False, allow_unicode=True)
-

@@ -67,7 +67,7 @@ class Run:
 
     def model(self, which: str = "latest") -> tuple[Network, Architecture]:
         """The network of a checkpoint (averaged weights, eval mode)."""
-        return network.load(self.checkpoints.path(which))
+        return network.load(self.checkpoints.path(which), foreign=True)
 
     @contextlib.contextmanager
     def locked(self, main: bool = True) -> Iterator[None]:
