@@ -1,4 +1,4 @@
-"""From nothing to a report: two classifiers of digits, one adversarially trained; images from it; what they differ in."""
+"""From nothing to a report: two classifiers of digits, one adversarially trained, and images drawn from it."""
 
 from pathlib import Path
 

@@ -59,7 +59,7 @@ def film(model: nn.Module, sampler: Sampler, data: Data, *, frames: int = 7, see
 
 
 def write(folder: Path, samples: SampleSet, classes: int, strip: tuple[Tensor, list[int]] | None = None) -> None:
-    """``images.npz`` (uint8 ``x``, int64 ``y``), ``grid.png``, ``film.png`` and, once they are whole, ``manifest.json``.
+    """``images.npz`` (uint8 ``x``, int64 ``y``), ``grid.png``, ``film.png``; then, to say so, ``manifest.json``.
 
     ``strip`` is what :func:`film` returned.
     """

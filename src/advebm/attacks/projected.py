@@ -9,7 +9,7 @@ from torch import Tensor
 from advebm import energies
 from advebm.descent import Descent, Energy, Observer, both, box, l2_ball, linf_ball, sign, unit
 from advebm.errors import UserError
-from advebm.starts import Gaussian, UniformBall, clean
+from advebm.starts import Gaussian, Start, UniformBall, clean
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,11 @@ class Attack:
     def _run(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None, observe: Observer | None = None
     ) -> Tensor:
-        starts = {"uniform": UniformBall(self.eps, self.norm), "gaussian": Gaussian(self.spread), "clean": clean}
+        starts: dict[str, Start] = {
+            "uniform": UniformBall(self.eps, self.norm),
+            "gaussian": Gaussian(self.spread),
+            "clean": clean,
+        }
         descent = self.descent()
         start = descent.constraint(starts[self.start](x, None, generator), x)
         return descent(energy, start, origin=x, generator=generator, observe=observe)

@@ -12,20 +12,21 @@ from advebm.data.augment import Augment
 from advebm.errors import UserError
 
 
-class Images(NamedTuple):
+@dataclass(frozen=True)
+class Images:
     """A split.  ``x`` uint8 (N, C, H, W), ``y`` int64 (N,)."""
 
     x: Tensor
     y: Tensor
 
-    def __len__(self) -> int:  # type: ignore[override]  # images, not fields
+    def __len__(self) -> int:
         return self.x.shape[0]
 
     def float(self) -> Tensor:
         """All images as float32 in [0, 1]."""
         return to_float(self.x)
 
-    def take(self, index: Tensor) -> "Images":
+    def take(self, index: Tensor | slice) -> "Images":
         """The images at some positions."""
         return Images(self.x[index], self.y[index])
 
@@ -66,7 +67,10 @@ class Augmentations:
 class Source(Protocol):
     """A frozen dataclass that says which images, how they are split and augmented; ``load`` reads them."""
 
-    augment: Augmentations
+    @property
+    def augment(self) -> Augmentations:
+        """Of the training images."""
+        ...
 
     def load(self) -> Data:
         """All splits."""

@@ -69,7 +69,7 @@ class Subject(NamedTuple):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The split as float images and labels on the model's device."""
         for start in range(0, len(self.split), self.batch):
-            part = Images(self.split.x[start : start + self.batch], self.split.y[start : start + self.batch])
+            part = self.split.take(slice(start, start + self.batch))
             yield part.float().to(self.device), part.y.to(self.device)
 
 

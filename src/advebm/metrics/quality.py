@@ -59,16 +59,10 @@ class SampleQuality:
 
         settings = {"samples": name, "space": space.name, "dimensions": fake.shape[1], "reference": "train"}
         settings |= {"reference_count": len(real), "few": len(fake) <= fake.shape[1], **samples.manifest}
-        records = [
-            Record(
-                f"{label} ({space.name})",
-                statistic(range(self.groups)),
-                jackknife(statistic, self.groups),
-                len(fake),
-                settings,
-            )
-            for label, statistic in (("FD", fd), ("KID", kid))
-        ]
+        records = []
+        for label, distance in (("FD", fd), ("KID", kid)):
+            value, error = distance(range(self.groups)), jackknife(distance, self.groups)
+            records.append(Record(f"{label} ({space.name})", value, error, len(fake), settings))
         if space.classify is not None:
             with torch.no_grad():
                 hits = torch.cat(

@@ -102,11 +102,8 @@ def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[st
 
 def _subtitle(run: Run, history: Iterable[Mapping[str, Any]]) -> str:
     images = max((line["images"] for line in history), default=0)
-    parts = [
-        f"{run.folder.resolve().name}",
-        f"{images:,} training images seen",
-        time.strftime("written %Y-%m-%d %H:%M"),
-    ]
+    written = time.strftime("written %Y-%m-%d %H:%M")
+    parts = [run.folder.resolve().name, f"{images:,} training images seen", written]
     return " · ".join(parts)
 
 

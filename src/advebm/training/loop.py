@@ -56,7 +56,7 @@ def train(
     data = recipe.data.load()
     if cfg.batch > len(data.train):
         raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
-    validation = Images(data.val.x[: cfg.validate_with], data.val.y[: cfg.validate_with])
+    validation = data.val.take(slice(cfg.validate_with))
     architecture = design(recipe, data)
     model = architecture.build(recipe.seed).to(engine.device)
     ema = EMA(model, cfg.ema) if cfg.ema else None
@@ -138,9 +138,9 @@ def train(
                     raise Interrupted(f"saved after {progress.images:,} images; advebm train --resume {folder}")
             except Diverged as failure:
                 if progress.attempt >= cfg.rollbacks:
-                    good = run.checkpoints.path()
                     raise Diverged(
-                        f"{failure}; stopped after {cfg.rollbacks} rollbacks; last good checkpoint: {good}; try a lower --optimizer.lr"
+                        f"{failure}; stopped after {cfg.rollbacks} rollbacks; last good checkpoint: "
+                        f"{run.checkpoints.path()}; try a lower --optimizer.lr"
                     ) from None
                 attempt, rate = progress.attempt + 1, progress.rate * cfg.backoff
                 progress = run.checkpoints.load(model, ema, optimizer, states)

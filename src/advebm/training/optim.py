@@ -14,7 +14,10 @@ from advebm.errors import UserError
 class Optimizer(Protocol):
     """Builds a torch optimiser; ``lr`` is the peak that a schedule scales."""
 
-    lr: float
+    @property
+    def lr(self) -> float:
+        """The peak rate."""
+        ...
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser of some parameters."""

@@ -54,9 +54,8 @@ class Training:
         if self.batch % self.streams:
             raise UserError(f"batch {self.batch} cannot be cut into {self.streams} equal streams")
         if min(self.ema, self.rollbacks) < 0 or not 0 < self.backoff <= 1:
-            raise UserError(
-                f"ema and rollbacks are >= 0 and backoff lies in (0, 1], got {self.ema}, {self.rollbacks}, {self.backoff}"
-            )
+            got = f"{self.ema}, {self.rollbacks}, {self.backoff}"
+            raise UserError(f"ema and rollbacks are >= 0 and backoff lies in (0, 1], got {got}")
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"clip is > 0 or none, got {self.clip}")
         if self.validate_with is not None and self.validate_with < 1:
