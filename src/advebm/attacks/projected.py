@@ -95,7 +95,7 @@ class Attack:
         kind = "energy attack" if self.loss == "energy" else "FGSM" if self.start == "clean" else "PGD"
         times = "" if self.restarts == 1 else f" x {self.restarts}"
         steps = "" if kind == "FGSM" and self.steps == 1 else f"-{self.steps}"
-        radius = f"{self.eps * 255:.3g}/255" if self.norm == "linf" else f"{self.eps:.3g}"
+        radius = f"{self.eps * 255:.3g}/255" if self.norm == "linf" else f"{self.eps:.4g}"
         return f"{kind}{steps}{times} {self.norm} {radius}"
 
 

@@ -102,7 +102,7 @@ class Digits:
             )
 
     def load(self) -> Data:
-        """1,257 training, 180 validation and 360 test images by default, each with the classes in proportion."""
+        """1,258 training, 180 validation and 359 test images by default, each with the classes in proportion."""
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)

@@ -103,10 +103,9 @@ class Steps:
     warmup: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(0 < share < 1 for share in (*self.at, 1 - self.warmup / 2)) or not self.factor > 0:
-            raise UserError(
-                f"at and warmup are shares in (0, 1) and factor > 0, got {self.at}, {self.warmup}, {self.factor}"
-            )
+        if not (all(0 < at < 1 for at in self.at) and 0 <= self.warmup < 1 and self.factor > 0):
+            got = f"{self.at}, {self.warmup}, {self.factor}"
+            raise UserError(f"at are shares in (0, 1), warmup is one in [0, 1) and factor is > 0, got {got}")
 
     def __call__(self, images: int, total: int) -> float:  # noqa: D102
         share = images / total

@@ -1,0 +1,35 @@
+import pytest
+import torch
+from torch import nn
+
+from advebm.objectives.base import Batch
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def net():
+    """A small classifier with batch norm, in float64 and train mode, with no normalisation of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)]
+        return nn.Sequential(*layers).double()
+
+
+@pytest.fixture
+def batch(generator):
+    x = torch.rand(6, 3, 8, 8, dtype=torch.float64, generator=generator)
+    return Batch(x, torch.arange(6) % 5)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A short, real adversarial training run on digits that several tests look at and none changes."""
+    from advebm.training.loop import train
+
+    from tests.helpers import tiny
+
+    return train(tiny(), tmp_path_factory.mktemp("runs") / "tiny", device="cpu")

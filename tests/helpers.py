@@ -1,0 +1,18 @@
+from advebm import recipes
+from advebm.training.recipe import Recipe, resolve
+
+
+def tiny(name: str = "digits-at", **options: object) -> Recipe:
+    """A recipe of the package, cut down to a second or two."""
+    short = {
+        "backbone.width": 8,
+        "objective.attack.steps": 2,
+        "threat.steps": 3,
+        "train.images": 6_000,
+        "train.log_every": 1_000,
+        "train.validate_every": 3_000,
+        "train.checkpoint_every": 2_000,
+    }
+    if name != "digits-at":
+        del short["objective.attack.steps"]
+    return resolve(recipes.find(name), [*short.items(), *((k.replace("__", "."), v) for k, v in options.items())])
