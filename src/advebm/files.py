@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -19,7 +20,8 @@ def write(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from None
 
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 import advebm
-from advebm import config
+from advebm import config, files
 from advebm.errors import UserError
 from advebm.seeds import derive
 
@@ -125,13 +125,12 @@ def save(
 
     ``extra`` is put into ``config.json`` beside the architecture: training set, threat model, numbers.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     plain = config.describe(architecture)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    if ema is not None:
-        save_file({k: v.contiguous() for k, v in ema.items()}, folder / "ema.safetensors")
+    for name, weights in (("model", model.state_dict()), ("ema", ema)):
+        if weights is not None:
+            files.write(folder / f"{name}.safetensors", safetensors.save({k: v.contiguous() for k, v in weights.items()}))
     record = {"advebm": advebm.__version__, "architecture": plain, **(extra or {})}
-    (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    files.write_json(folder / "config.json", record)
     card = CARD.format(
         title=title,
         summary=summary,
@@ -140,7 +139,7 @@ def save(
         version=advebm.__version__,
         **{k: plain[k] for k in ("channels", "size", "outputs")},
     )
-    (folder / "README.md").write_text(card)
+    files.write(folder / "README.md", card)
 
 
 def load(folder: Path, *, ema: bool = True, foreign: bool = False) -> tuple[Network, Architecture]:
@@ -173,7 +172,7 @@ def read_architecture(folder: Path, *, foreign: bool = False) -> Architecture:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fill ``model`` from a safetensors file; every name and shape has to match."""
     try:
-        weights = load_file(path)
+        weights = safetensors.load_file(path)
     except FileNotFoundError:
         raise UserError(f"no weights at {path}") from None
     except (SafetensorError, OSError) as error:

@@ -7,7 +7,7 @@ one step.  So at any moment LATEST names a whole checkpoint.
 
 import dataclasses
 import hashlib
-import os
+import io
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,17 +96,20 @@ class Checkpoints:
             engine.barrier()
             for stream, state in states.items():
                 if state is not None:
-                    torch.save(state.state_dict(), draft / "state" / f"stream-{stream}.pt")
+                    files.write(draft / "state" / f"stream-{stream}.pt", _pack(state.state_dict()))
             if engine.main:
                 average = None if ema is None else ema.state_dict()
                 network.save(draft, model, architecture, title=title, summary="A checkpoint.", ema=average, extra=extra)
-                torch.save(optimizer.state_dict(), draft / "state" / "optimizer.pt")
+                files.write(draft / "state" / "optimizer.pt", _pack(optimizer.state_dict()))
                 files.write_json(draft / "state" / "progress.json", dataclasses.asdict(progress))
             engine.barrier()
             if engine.main:
                 self._publish(draft, name, progress)
         except OSError as error:
             raise files.unwritable(self.folder / name, error) from None
+        finally:
+            if engine.main:
+                shutil.rmtree(draft, ignore_errors=True)  # published by now, or not to be
         engine.barrier()
 
     def load(
@@ -130,9 +133,6 @@ class Checkpoints:
     def _publish(self, draft: Path, name: str, progress: Progress) -> None:
         written = sorted(p for p in draft.rglob("*") if p.is_file())
         files.write_json(draft / "state" / "sha256.json", {str(p.relative_to(draft)): _digest(p) for p in written})
-        for p in written:
-            with p.open("rb") as file:
-                os.fsync(file.fileno())
         target = self.folder / name
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed before LATEST named it
         draft.rename(target)
@@ -151,6 +151,12 @@ class Checkpoints:
                 others = [name for name in self.names() if name != path.name]
                 fix = f"; to go on from {others[-1]}: echo {others[-1]} > {self.folder / 'LATEST'}" if others else ""
                 raise UserError(f"checkpoint {path} is damaged: {file} is not what was written{fix}")
+
+
+def _pack(state: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def _digest(path: Path) -> str:

@@ -1,0 +1,328 @@
+"""The loop: it learns, resumes to the bit, survives signals, rolls back, refuses bad folders."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from advebm.errors import Diverged, Interrupted, UserError
+from advebm.objectives.base import Batch, Context, Loss
+from advebm.objectives.standard import Standard
+from advebm.seeds import rand
+from advebm.training import loop
+from advebm.training.checkpoint import Progress
+from advebm.training.loop import train
+from advebm.training.optim import SGD, Cosine, Steps
+from advebm.training.recipe import dump
+from advebm.training.run import Run
+
+from tests.helpers import tiny
+
+
+def weights(run, name="model"):
+    return load_file(run.checkpoints.path() / f"{name}.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_folder_holds_what_every_stage_needs(small_run):
+    assert {"config.yaml", "env.json", "metrics.jsonl", "checkpoints"} <= {p.name for p in small_run.folder.iterdir()}
+    assert small_run.recipe == tiny()
+    path = small_run.checkpoints.path()
+    assert path.name == "6016"  # 47 batches of 128
+    files = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+    assert files == {"model.safetensors", "ema.safetensors", "config.json", "README.md"} | {
+        f"state/{n}" for n in ("optimizer.pt", "progress.json", "sha256.json")
+    }
+    assert len(small_run.checkpoints.names()) <= 3
+    assert not list((small_run.folder / "checkpoints").glob(".*"))
+
+
+def test_training_learns_and_logs(small_run):
+    lines = small_run.history()
+    logged = [line for line in lines if "train/loss" in line]
+    assert [line["images"] for line in logged] == [1024, 2048, 3072, 4096, 5120, 6016]
+    assert logged[-1]["train/loss"] < logged[0]["train/loss"] - 0.5
+    scores = [line for line in lines if "val/accuracy" in line]
+    assert [line["images"] for line in scores] == [3072, 6016]
+    assert scores[-1]["val/accuracy"] > 0.8
+    assert scores[-1]["val/robust_accuracy"] < scores[-1]["val/accuracy"]
+    assert logged[0]["perf/img_per_s"] > 0
+
+
+def test_best_is_the_checkpoint_of_the_best_validation_score(small_run):
+    scores = {line["images"]: line["val/robust_accuracy"] for line in small_run.history() if "val/accuracy" in line}
+    assert small_run.checkpoints.path("best").name == str(max(scores, key=scores.get))
+    model = small_run.model("best")[0]
+    data = small_run.recipe.data.load()
+    measured = loop.validate(model, data, data.val, small_run.recipe)
+    assert measured["val/robust_accuracy"] == max(scores.values())
+
+
+def test_the_seed_decides_everything(tmp_path):
+    recipe = tiny("digits-standard", train__images=1000)
+    runs = [train(r, tmp_path / n, device="cpu") for n, r in (("a", recipe), ("b", recipe))]
+    other = train(dataclasses.replace(recipe, seed=1), tmp_path / "c", device="cpu")
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert not same(weights(runs[0]), weights(other))
+
+
+def test_averaged_weights_are_what_is_validated_and_loaded(small_run):
+    assert not same(weights(small_run), weights(small_run, "ema"))
+    loaded = small_run.model()[0].state_dict()
+    assert same(loaded, weights(small_run, "ema"))
+
+
+def test_streams_are_shares_of_one_batch(tmp_path):
+    """Without batch norm or noise, two streams accumulate the gradient of one batch."""
+    options = {"backbone__norm": "group", "train__images": 512, "train__clip": "none"}
+    one = train(tiny("digits-standard", **options), tmp_path / "one", device="cpu")
+    two = train(tiny("digits-standard", train__streams=2, **options), tmp_path / "two", device="cpu")
+    for a, b in zip(weights(one).values(), weights(two).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "advebm", *map(str, arguments)]
+
+
+def write_config(path, recipe):
+    path.write_text(dump(recipe))
+    return path
+
+
+def start(config, folder):
+    return subprocess.Popen(
+        command("train", "--config", config, "--out", folder, "--device", "cpu"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(folder, images, process):
+    deadline = time.monotonic() + 120
+    latest = folder / "checkpoints" / "LATEST"
+    while not (latest.exists() and int(latest.read_text() or 0) >= images):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        time.sleep(0.01)
+
+
+def test_kill_9_and_resume_give_the_weights_of_an_uninterrupted_run(tmp_path):
+    """Adversarial training with random starts, augmentation, EMA and momentum; killed twice, at whatever moment."""
+    recipe = tiny(train__images=16_000, train__checkpoint_every=1_000, data__augment__x__crop=1)
+    config = write_config(tmp_path / "c.yaml", recipe)
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    folder = tmp_path / "killed"
+    first = start(config, folder)
+    wait_for(folder, 2_000, first)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    second = subprocess.Popen(
+        command("train", "--resume", folder, "--device", "cpu"), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(folder, 6_000, second)
+    second.kill()
+    second.communicate()
+    killed = Run.open(folder)
+    assert int(killed.checkpoints.path().name) < recipe.train.images, "killed too late to show anything"
+    train(killed.recipe, folder, resume=True, device="cpu")
+    for name in ("model", "ema"):
+        assert same(weights(whole, name), weights(killed, name))
+    numbers = lambda run: [
+        {k: v for k, v in line.items() if k != "perf/img_per_s"} for line in run.history() if "val/accuracy" in line
+    ]
+    assert numbers(whole) == numbers(killed)
+    images = [line["images"] for line in killed.history() if "train/loss" in line]
+    assert images == sorted(set(images))
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_prints_the_command_that_resumes(tmp_path, sign):
+    recipe = tiny(train__images=200_000, train__checkpoint_every=1_000_000, train__validate_every=1_000_000)
+    folder = tmp_path / "run"
+    process = start(write_config(tmp_path / "c.yaml", recipe), folder)
+    wait_for(folder, 0, process)
+    time.sleep(1.5)
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"advebm train --resume {folder}" in err
+    assert "Traceback" not in err
+    assert int(Run.open(folder).checkpoints.path().name) > 0
+
+
+def test_interrupted_in_the_same_process(tmp_path):
+    """Stopping between two checkpoints loses nothing: the rest gives the weights of an uninterrupted run."""
+    recipe = tiny("digits-standard", train__images=2_000)
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+
+    def interrupt(line):
+        if line["images"] > 1_000:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="--resume"):
+        train(recipe, tmp_path / "stopped", device="cpu", report=interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run = train(recipe, tmp_path / "stopped", resume=True, device="cpu")
+    assert same(weights(whole), weights(run))
+
+
+@dataclasses.dataclass(frozen=True)
+class Exploding(Standard):
+    """Standard training whose loss is not finite after ``at`` images: once, or ``forever``."""
+
+    at: int = 1_500
+    forever: bool = False
+
+    def loss(self, model, batch: Batch, found, state, ctx: Context) -> Loss:
+        loss = super().loss(model, batch, found, state, ctx)
+        draw = rand(torch.empty(()), ctx.generator).item()
+        SEEN.append((ctx.images, draw))
+        first = len([images for images, _ in SEEN if images >= self.at]) == 1
+        explode = first or (self.forever and ctx.images >= self.at)
+        return Loss(loss.total * math.inf if explode else loss.total, loss.terms)
+
+
+SEEN: list[tuple[int, float]] = []
+
+
+def exploding(**options):
+    base = tiny("digits-standard", train__images=3_000, train__checkpoint_every=500)
+    return dataclasses.replace(base, objective=Exploding(**options))
+
+
+def test_a_non_finite_loss_rolls_back_loudly_with_a_lower_rate(tmp_path):
+    SEEN.clear()
+    recipe = dataclasses.replace(exploding(), schedule=Steps())
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, rollbacks=100))
+    with pytest.warns(RuntimeWarning, match=r"not finite.*rollback 1 of 100 to 1,536 images, learning rate x 0.5"):
+        run = train(recipe, tmp_path / "run", device="cpu")
+    events = [line for line in run.history() if line.get("event") == "rollback"]
+    assert events[0]["images"] == 1536
+    first = [draw for images, draw in SEEN if images == 1536]
+    assert first[0] != first[1], "a rolled-back run must draw anew"
+    assert run.checkpoints.path().name == "3072"
+    state = json.loads((run.checkpoints.path() / "state" / "progress.json").read_text())
+    assert state["attempt"] == len(events)
+    assert state["rate"] == 0.5 ** len(events)
+    rates = [line["train/lr"] for line in run.history() if "train/lr" in line]
+    assert rates[-1] == pytest.approx(recipe.optimizer.lr * state["rate"])
+    assert all(torch.isfinite(v).all() for v in weights(run).values())
+
+
+def test_it_stops_after_the_allowed_rollbacks_and_keeps_the_last_good_checkpoint(tmp_path):
+    SEEN.clear()
+    with pytest.warns(RuntimeWarning), pytest.raises(Diverged, match=r"3 rollbacks; last good checkpoint: .*1536"):
+        train(exploding(forever=True), tmp_path / "run", device="cpu")
+    run = Run.open(tmp_path / "run")
+    assert all(torch.isfinite(v).all() for v in weights(run).values())
+    assert run.checkpoints.names()[-1] == "1536"
+
+
+def test_two_trainings_of_one_run_are_refused(small_run):
+    with small_run.locked(), pytest.raises(UserError, match="another process is training"):
+        train(small_run.recipe, small_run.folder, resume=True, device="cpu")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    run = train(tiny("digits-standard", train__images=300), tmp_path / "run", device="cpu")
+    before = weights(run)
+    train(run.recipe, run.folder, resume=True, device="cpu")
+    assert same(before, weights(run))
+
+
+@pytest.fixture
+def copy(small_run, tmp_path):
+    import shutil
+
+    return Run(Path(shutil.copytree(small_run.folder, tmp_path / "copy")))
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "ema.safetensors", "state/optimizer.pt", "state/progress.json", "config.json"]
+)
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damaged_checkpoints_are_named_with_the_way_out(copy, file, damage):
+    path = copy.checkpoints.path() / file
+    whole = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "flipped":
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=rf"damaged: {file}.*echo \d+ > .*LATEST"):
+        train(copy.recipe, copy.folder, resume=True, device="cpu")
+    previous = copy.checkpoints.names()[-2]
+    (copy.folder / "checkpoints" / "LATEST").write_text(previous + "\n")
+    assert copy.model()[1].outputs == 10
+
+
+def test_bad_folders_are_refused_and_nothing_is_left(tmp_path, small_run):
+    recipe = tiny("digits-standard")
+    with pytest.raises(UserError, match="not empty; to go on with it: advebm train --resume"):
+        train(recipe, small_run.folder, device="cpu")
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        train(recipe, file, device="cpu")
+    with pytest.raises(UserError, match="cannot write"):
+        train(recipe, file / "below", device="cpu")
+    with pytest.raises(UserError, match="there is no run at"):
+        Run.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="in .* there is tiny"):
+        Run.open(small_run.folder.parent / "tinny")
+    with pytest.raises(UserError, match="1258 training images"):
+        train(tiny("digits-standard", train__batch=2000), tmp_path / "big", device="cpu")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path):
+    """A limit on file size stands for a full disk; the checkpoint before it stays the latest."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000));"
+        "from advebm.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    config = write_config(tmp_path / "c.yaml", tiny("digits-standard", train__images=500))
+    arguments = ["train", "--config", config, "--out", tmp_path / "run", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    checkpoints = Run(tmp_path / "run").checkpoints
+    assert checkpoints.names() == ["0"]  # without momentum the first one is small enough
+    assert checkpoints.path().name == "0"
+    assert {p.name for p in checkpoints.folder.iterdir()} == {"0", "LATEST"}
+
+
+def test_schedules_by_hand():
+    cosine = Cosine(warmup=0.2)
+    assert [cosine(i, 100) for i in (0, 10, 20, 60, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    steps = Steps(at=(0.5, 0.75), factor=0.1, warmup=0.1)
+    assert [steps(i, 100) for i in (5, 20, 50, 80)] == pytest.approx([0.5, 1, 0.1, 0.01])
+    assert Steps()(99, 100) == 1
+    with pytest.raises(UserError, match="nesterov needs momentum"):
+        SGD(momentum=0)
+    with pytest.raises(UserError, match="lr is > 0"):
+        SGD(lr=-1)
+
+
+def test_a_period_is_passed_once():
+    passed = [Progress(images=i + 30).passed(100, i, 240) for i in range(0, 240, 30)]
+    assert passed == [False, False, False, True, False, False, True, True]
