@@ -29,7 +29,6 @@ def batch(generator):
 def small_run(tmp_path_factory):
     """A short, real adversarial training run on digits that several tests look at and none changes."""
     from advebm.training.loop import train
-
     from tests.helpers import tiny
 
     return train(tiny(), tmp_path_factory.mktemp("runs") / "tiny", device="cpu")

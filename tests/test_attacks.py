@@ -7,7 +7,6 @@ from advebm import energies
 from advebm.attacks.projected import Attack, fgsm
 from advebm.errors import UserError
 from advebm.metrics.robustness import survives
-
 from tests.references import attacks as reference
 
 

@@ -63,7 +63,7 @@ def read(load, seen, stream=0):
 
 def test_every_epoch_shows_every_image_once_in_another_order():
     load = loader()
-    order = sum((read(load, seen) for seen in range(0, 320, 32)), [])
+    order = [y for seen in range(0, 320, 32) for y in read(load, seen)]
     epochs = [order[i : i + 100] for i in (0, 100, 200)]
     assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -79,7 +79,7 @@ def test_the_order_depends_on_images_seen_alone():
 
 def test_streams_share_the_batch_that_one_stream_would_read():
     whole, parts = loader(), loader(streams=4)
-    assert sum((read(parts, 96, s) for s in range(4)), []) == read(whole, 96)
+    assert [y for s in range(4) for y in read(parts, 96, s)] == read(whole, 96)
 
 
 def test_images_and_labels_stay_together_and_are_scaled():

@@ -5,8 +5,20 @@ import torch
 from torch import nn
 
 from advebm import energies
-from advebm.descent import Descent, both, box, free, heavy_ball, hold, l2_ball, linf_ball, raw, sign, unit
-from advebm.descent import value_and_gradient
+from advebm.descent import (
+    Descent,
+    both,
+    box,
+    free,
+    heavy_ball,
+    hold,
+    l2_ball,
+    linf_ball,
+    raw,
+    sign,
+    unit,
+    value_and_gradient,
+)
 from advebm.errors import UserError
 from advebm.modes import searching
 

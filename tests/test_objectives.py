@@ -11,7 +11,6 @@ from advebm.errors import UserError
 from advebm.objectives.at import AT
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.standard import NoiseInjection, Standard
-
 from tests.references import attacks as reference
 
 OBJECTIVES = [Standard(), NoiseInjection(), AT(), AT(Attack(norm="l2", eps=0.5, steps=3), search_mode="train")]

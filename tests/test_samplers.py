@@ -6,7 +6,6 @@ from advebm import energies, generation
 from advebm.descent import value_and_gradient
 from advebm.errors import UserError
 from advebm.samplers import CS, TA, Sampler
-
 from tests.references import attacks as reference
 
 

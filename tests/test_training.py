@@ -24,7 +24,6 @@ from advebm.training.loop import train
 from advebm.training.optim import SGD, Cosine, Steps
 from advebm.training.recipe import dump
 from advebm.training.run import Run
-
 from tests.helpers import tiny
 
 
@@ -283,7 +282,7 @@ def test_bad_folders_are_refused_and_nothing_is_left(tmp_path, small_run):
         train(recipe, file / "below", device="cpu")
     with pytest.raises(UserError, match="there is no run at"):
         Run.open(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="in .* there is tiny"):
+    with pytest.raises(UserError, match=r"in .* there is tiny"):
         Run.open(small_run.folder.parent / "tinny")
     with pytest.raises(UserError, match="1258 training images"):
         train(tiny("digits-standard", train__batch=2000), tmp_path / "big", device="cpu")

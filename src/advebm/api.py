@@ -12,7 +12,7 @@ from advebm.attacks.projected import Attack
 from advebm.data.sources import Data
 from advebm.descent import Energy
 from advebm.errors import UserError
-from advebm.metrics.base import Metric, Record, SampleSet, Subject
+from advebm.metrics.base import Metric, Record, SampleSet, Subject, device_of
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.models.network import Network, Normalize
 from advebm.modes import searching
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-def load(path: str | Path, *, checkpoint: str = "latest") -> Network:
+def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
     """The network of a run, a checkpoint or a published model's folder: averaged weights, eval mode, on the CPU.
 
     Args:
@@ -46,17 +46,18 @@ def load(path: str | Path, *, checkpoint: str = "latest") -> Network:
     Raises:
         UserError: nothing there, or a damaged file.
     """
-    return evaluation.find_model(Path(path), checkpoint=checkpoint)
+    return evaluation.find_model(Path(path), checkpoint=str(checkpoint))
 
 
-def wrap(module: nn.Module, *, mean: Iterable[float] = (0.0,), std: Iterable[float] = (1.0,)) -> Network:
-    """Your own classifier as a network on images in [0, 1].
+def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float | Iterable[float] = 1.0) -> Network:
+    """Your own classifier as a network on images in [0, 1]; it is put into eval mode.
 
     Args:
         module: normalised images (B, C, H, W) -> logits (B, K): logits, not probabilities.
         mean, std: the normalisation it was trained with, a value a channel or one for all; it becomes the first layer.
     """
-    return Network(Normalize(tuple(mean), tuple(std)), module, nn.Identity()).eval()
+    means, stds = ((float(v),) if isinstance(v, int | float) else tuple(v) for v in (mean, std))
+    return Network(Normalize(means, stds), module, nn.Identity()).eval()
 
 
 def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -133,7 +134,8 @@ def sample(
     """
     sampler = config.build({"kind": method, **settings}, "sampler")
     data = load_data(data) if isinstance(data, str) else data
-    checks.labels(y, len(y), len(data.classes))
+    checks.labels(y, None, len(data.classes))
+    _check_classifier(model, torch.rand(2, *data.shape).to(device_of(model)))
     return generation.generate(model, sampler, data, y, seed=seed).x
 
 
@@ -144,11 +146,16 @@ def evaluate(
     threat: Attack,
     metrics: Iterable[Metric] | None = None,
     samples: Mapping[str, SampleSet] | None = None,
+    features: Network | None = None,
     seed: int = 0,
 ) -> list[Record]:
-    """Records of a model on the test split: accuracy, clean and under ``threat``, unless other metrics are given."""
+    """Records of a model on the test split: accuracy, clean and under ``threat``, unless other metrics are given.
+
+    Sample quality is measured in the features of the classifier ``features``, on ``samples`` by name.
+    """
     data = load_data(data) if isinstance(data, str) else data
-    subject = Subject(model, data, data.test, threat, samples or {})
+    space = None if features is None else evaluation.feature_space("given features", features)
+    subject = Subject(model, data, data.test, threat, samples or {}, space)
     x, y = next(subject.batches())
     _check_classifier(model, x[:16], y[:16])
     return evaluation.evaluate(subject, (Accuracy(), RobustAccuracy()) if metrics is None else metrics, seed=seed)
@@ -165,17 +172,19 @@ def train(
     """Train a recipe; see :func:`advebm.training.loop.train`.
 
     Args:
-        recipe: a name of the package or what :func:`load_recipe` gave.
+        recipe: a name of the package or what :func:`load_recipe` gave; with ``resume``, the run's own is used.
         folder: of the run; ``runs/NAME-TIME`` by default.
         options: ``{"train.images": 10_000, "objective.attack.eps": "8/255"}``, on top of a named recipe.
         resume: go on with the run in ``folder``, by its own recipe.
         device: None takes the best there is.
     """
-    recipe = load_recipe(recipe, options) if isinstance(recipe, str) else recipe
+    if options and (resume or isinstance(recipe, Recipe)):
+        raise UserError("options go with the name of a recipe; a Recipe and a run that is resumed have their own")
     if resume:
         if folder is None:
             raise UserError("resume needs the folder of the run")
         recipe = Run.open(folder).recipe
+    recipe = load_recipe(recipe, options) if isinstance(recipe, str) else recipe
     return loop.train(recipe, Path(folder or new_folder(Path("runs"), recipe.name)), resume=resume, device=device)
 
 
@@ -189,16 +198,17 @@ def load_data(name: str, **settings: Any) -> Data:
     return config.build({"kind": name, **settings}, "source").load()
 
 
-def report(run: Run | str | Path, *, out: str | Path | None = None) -> Path:
-    """Write the run's ``report.html`` and return where it is."""
-    run = run if isinstance(run, Run) else Run.open(run)
-    return build_report(run, out=None if out is None else Path(out))
+def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), out: str | Path | None = None) -> Path:
+    """Write the run's ``report.html``, with other runs ``beside`` it for comparison, and return where it is."""
+    first, *others = (r if isinstance(r, Run) else Run.open(r) for r in (run, *beside))
+    return build_report(first, beside=others, out=None if out is None else Path(out))
 
 
-def _check_classifier(model: nn.Module, x: Tensor, y: Tensor) -> None:
+def _check_classifier(model: nn.Module, x: Tensor, y: Tensor | None = None) -> None:
     checks.images(x)
     with searching(model) as f, torch.no_grad():
         out = checks.logits(f(x), len(x))
     if out.shape[1] < 2:
         raise UserError("this needs a classifier; the model has one output")
-    checks.labels(y, len(x), out.shape[1])
+    if y is not None:
+        checks.labels(y, len(x), out.shape[1])

@@ -6,15 +6,13 @@ from torch import Tensor
 from advebm.errors import UserError
 
 
-def images(x: Tensor, *, shape: tuple[int, ...] | None = None) -> Tensor:
+def images(x: Tensor) -> Tensor:
     """Refuse what is not floating-point (B, C, H, W) in [0, 1]."""
     if not isinstance(x, Tensor) or x.ndim != 4:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"images are a tensor (batch, channels, height, width), got {got}")
     if not x.dtype.is_floating_point:
         raise UserError(f"images are floating point in [0, 1], got {x.dtype}; divide bytes by 255")
-    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
-        raise UserError(f"the model takes images of shape {tuple(shape)}, got {tuple(x.shape[1:])}")
     if x.numel():
         low, high = x.min().item(), x.max().item()
         if not (low >= 0 and high <= 1):  # also catches NaN
@@ -23,14 +21,14 @@ def images(x: Tensor, *, shape: tuple[int, ...] | None = None) -> Tensor:
     return x
 
 
-def labels(y: Tensor, count: int, classes: int) -> Tensor:
-    """Refuse what is not int64 (B,) in 0 … classes - 1."""
-    if not isinstance(y, Tensor) or y.ndim != 1 or len(y) != count:
+def labels(y: Tensor, count: int | None, classes: int) -> Tensor:
+    """Refuse what is not int64 (B,) in 0 … classes - 1; with ``count``, of that length."""
+    if not isinstance(y, Tensor) or y.ndim != 1 or len(y) != (len(y) if count is None else count):
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise UserError(f"labels are a tensor ({count},), one for each image, got {got}")
+        raise UserError(f"labels are a tensor ({'B' if count is None else count},), one for each image, got {got}")
     if y.dtype != torch.int64:
         raise UserError(f"labels are int64, got {y.dtype}; call y.long()")
-    if count and not (int(y.min()) >= 0 and int(y.max()) < classes):
+    if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
         raise UserError(f"labels lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
     return y
 
@@ -42,6 +40,11 @@ def logits(out: Tensor, count: int) -> Tensor:
         raise UserError(f"a classifier returns logits (batch, classes) = ({count}, K), got {got}")
     if not torch.isfinite(out).all():
         raise UserError("the model returns NaN or infinite logits for images in [0, 1]")
-    if out.shape[1] > 1 and out.min() >= 0 and torch.allclose(out.sum(1), torch.ones_like(out[:, 0]), atol=1e-4):
+    if (
+        out.numel()
+        and out.shape[1] > 1
+        and out.min() >= 0
+        and torch.allclose(out.sum(1), torch.ones_like(out[:, 0]), atol=1e-4)
+    ):
         raise UserError("the model returns probabilities (each row sums to 1); return logits: remove the softmax")
     return out

@@ -22,4 +22,4 @@ def bibtex(thing: Any) -> str:
     """BibTeX entries for :func:`keys`."""
     text = files("advebm").joinpath("citations.bib").read_text()
     entries = {key: entry for entry, key in re.findall(r"(?ms)^(@\w+\{([^,]+),.*?\n\})", text)}
-    return "\n".join(entries[key] for key in keys(thing))
+    return "\n".join(entries.get(key, f"% {key}: cited by a method that is not part of advebm") for key in keys(thing))

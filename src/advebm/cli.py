@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (diverged), 2 (a mistake in what was asked for), 130 (stopped)."""
     warnings.showwarning = lambda message, *rest: print(f"advebm: warning: {message}", file=sys.stderr)
     try:
-        parser = build_parser()
-        args, rest = parser.parse_known_args(argv)
-        overrides = split_overrides(rest, args)
+        plain, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+        args, unexpected = build_parser().parse_known_args(plain)
+        check_options(args, unexpected, overrides)
         args.call(args, overrides)
     except UserError as error:
         return _fail(error, 2)
@@ -71,7 +71,7 @@ def build_parser() -> Parser:
 
     def verb(name: str, call: Callable[[argparse.Namespace, Overrides], None], about: str, more: str = "") -> Parser:
         sub = verbs.add_parser(name, help=about, description=f"{about} {more}".strip())
-        sub.set_defaults(call=call, takes_overrides=())
+        sub.set_defaults(call=call, takes=(), options=sub._option_string_actions)
         return sub
 
     sub = verb("demo", run_demo, "Train on digits, draw images, evaluate and report: a minute on a laptop.")
@@ -85,7 +85,7 @@ def build_parser() -> Parser:
         "Any option of a recipe can be given as --block.option VALUE, as in --objective.attack.eps 8/255; "
         "--print_config shows them all.",
     )
-    sub.set_defaults(takes_overrides=(*BLOCKS, "train", "threat", "metrics", "name"))
+    sub.set_defaults(takes=(*BLOCKS, "train", "threat", "metrics"))
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="NAME", help="a recipe of the package; see advebm list")
     source.add_argument("--config", type=Path, metavar="FILE", help="a recipe as YAML, such as a run's config.yaml")
@@ -96,11 +96,11 @@ def build_parser() -> Parser:
     sub.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
 
     sub = verb("sample", run_sample, "Draw images from a run into RUN/samples.", "Takes --sampler.option VALUE.")
-    sub.set_defaults(takes_overrides=("sampler",))
+    sub.set_defaults(takes=("sampler",))
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--method", metavar="NAME", help=f"{', '.join(KINDS['sampler'])}; the recipe's by default")
     sub.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
-    sub.add_argument("--name", help="of the set; METHOD-START by default")
+    sub.add_argument("--name", help="of the set, METHOD-START by default; replaces a set of that name")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
 
@@ -108,14 +108,17 @@ def build_parser() -> Parser:
         "evaluate",
         run_evaluate,
         "Measure a run and its samples; appends to RUN/metrics.json.",
-        "Takes --threat.option VALUE and --metrics.NUMBER.option VALUE.",
+        "Takes --threat.option VALUE, --metrics NAME,NAME and --metrics.NUMBER.option VALUE.",
     )
-    sub.set_defaults(takes_overrides=("threat", "metrics"))
+    sub.set_defaults(takes=("threat", "metrics"))
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--features", type=Path, metavar="RUN", help="run whose classifier judges the samples (own)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
     sub.add_argument("--json", action="store_true", help="print records as JSON, one a line")
+
+    for drawing in (verbs.choices["sample"], verbs.choices["evaluate"]):
+        drawing.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, …")
 
     sub = verb("report", run_report, "Write RUN/report.html.")
     sub.add_argument("run", type=Path, metavar="RUN")
@@ -126,24 +129,46 @@ def build_parser() -> Parser:
     return parser
 
 
-def split_overrides(rest: Sequence[str], args: argparse.Namespace) -> Overrides:
-    """``--a.b value`` and ``--a.b=value`` -> pairs; what the command does not take is an error."""
-    overrides, rest = [], list(rest)
-    while rest:
-        word = rest.pop(0)
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
+    """Take ``--a.b value``, ``--a.b=value`` and ``--objective value`` out of the words: what is left, and pairs."""
+    words, plain, overrides = list(argv), [], []
+    while words:
+        word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        block = name.partition(".")[0]
-        if not word.startswith("--") or not ("." in name or block in BLOCKS):
-            raise UserError(f"unexpected {word!r}; options of a recipe have a dot, as in --train.images 1000")
-        if block not in args.takes_overrides:
-            allowed = ", ".join(f"--{b}.…" for b in args.takes_overrides) or "no options of a recipe"
-            raise UserError(f"no option {word}{suggest(block, args.takes_overrides)}; this command takes {allowed}")
+        if not word.startswith("--") or not ("." in name or name in (*BLOCKS, "metrics")):
+            plain.append(word)
+            continue
         if not equals:
-            if not rest:
+            if not words:
                 raise UserError(f"{word} needs a value")
-            value = rest.pop(0)
+            value = words.pop(0)
         overrides.append((name, value))
-    return overrides
+    return plain, overrides
+
+
+def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides: Overrides) -> None:
+    """Refuse words that the command does not take."""
+    allowed = ", ".join(f"--{block}.…" for block in args.takes)
+    more = f"; options of a recipe have a dot, as in {allowed}" if allowed else ""
+    if unexpected:
+        word = unexpected[0].partition("=")[0]
+        raise UserError(f"unexpected {word!r}{suggest(word, args.options)}{more}")
+    for name, _ in overrides:
+        block = name.partition(".")[0]
+        if block not in args.takes:
+            what = f"this command takes {allowed}" if allowed else "this command takes no options of a recipe"
+            raise UserError(f"no option --{name}{suggest(block, args.takes)}; {what}")
+
+
+def device(name: str) -> str:
+    """The name of a device, if it is there."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"there is no device {name!r} here") from None
+    return name
 
 
 def run_demo(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -162,7 +187,7 @@ def run_demo(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm train``."""
-    from advebm.demo import fit
+    from advebm.stages import fit
     from advebm.training.recipe import dump, read, resolve
     from advebm.training.run import Run, new_folder
 
@@ -188,7 +213,7 @@ def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
 def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm sample``."""
     from advebm import config
-    from advebm.demo import draw
+    from advebm.stages import draw
     from advebm.training.recipe import resolve
     from advebm.training.run import Run
 
@@ -197,8 +222,9 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     run = Run.open(args.run)
     method = [("sampler", args.method)] if args.method else []
     sampler = resolve(config.describe(run.recipe), [*method, *overrides]).sampler
+    options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": device(args.device)}
     name = args.name or f"{config.describe(sampler)['kind'].rpartition(':')[2].lower()}-{sampler.start}"
-    print(draw(run, name, sampler, args.per_class, seed=args.seed, checkpoint=args.checkpoint) / "grid.png")
+    print(draw(run, name, sampler, args.per_class, **options) / "grid.png")
 
 
 def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -214,6 +240,7 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     run = Run.open(args.run)
     recipe = resolve(config.describe(run.recipe), overrides)
     options = {"features": args.features, "checkpoint": args.checkpoint, "seed": args.seed}
+    options["device"] = device(args.device)
     records = evaluate_run(run, recipe=recipe, **options, progress=lambda name: console.screen.print(f"  {name}"))
     if args.json:
         for record in records:

@@ -7,6 +7,7 @@ of the other.  Names exist only at the border, in YAML and on the command line.
 
 import dataclasses
 import importlib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -113,11 +114,18 @@ def lookup(role: str, kind: Any, *, foreign: bool = True) -> type:
     module, _, name = target.partition(":")
     try:
         cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{role} {kind!r} cannot be imported: {error}") from error
     if not dataclasses.is_dataclass(cls):
         raise UserError(f"{role} {kind!r} is not a dataclass; a method is a frozen dataclass of plain data")
     return cast(type, cls)
+
+
+def check_choices(thing: Any) -> None:
+    """Refuse a value that a field's ``Literal`` annotation does not list; for ``__post_init__``."""
+    for name, hint in typing.get_type_hints(type(thing)).items():
+        if typing.get_origin(hint) is typing.Literal:
+            _convert(getattr(thing, name), hint, name, True)
 
 
 def construct(cls: type, options: Mapping[str, Any], *, where: str = "", foreign: bool = True) -> Any:
@@ -127,11 +135,15 @@ def construct(cls: type, options: Mapping[str, Any], *, where: str = "", foreign
         UserError: an unknown or missing option, a value of the wrong type, or what ``__post_init__`` refuses.
     """
     where = where or cls.__name__
+    if not isinstance(options, Mapping):
+        raise UserError(f"{where} takes a block of options, got {options!r}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in options:
         if key not in fields:
-            raise UserError(f"{where} has no option {key!r}{suggest(key, fields)}; it takes {', '.join(fields)}")
+            raise UserError(
+                f"{where} has no option {key!r}{suggest(key, fields)}; it takes {', '.join(fields) or 'none'}"
+            )
     for name, f in fields.items():
         if name not in options and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"{where} needs {name!r}")
@@ -159,7 +171,9 @@ def _override(data: Any, path: list[str], value: Any, dotted: str) -> Any:
         changed = _override(data[int(head)], rest, value, dotted) if rest else value
         return [changed if i == int(head) else item for i, item in enumerate(data)]
     if not isinstance(data, Mapping):
-        raise UserError(f"--{dotted}: there is nothing below {data!r} to set {head!r} in")
+        raise UserError(
+            f"--{dotted}: there is nothing below {data!r} to set {head!r} in; give the whole block in a --config file"
+        )
     if head not in data:
         raise UserError(f"no option --{dotted}: {head!r} is unknown{suggest(head, data)}; there is {', '.join(data)}")
     return {**data, head: _override(data[head], rest, value, dotted) if rest else value}
@@ -188,12 +202,16 @@ def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
         return value
     if origin is tuple:
         if isinstance(value, str):
-            value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
+            try:
+                value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
+            except yaml.YAMLError:
+                raise UserError(f"{where} takes a list such as 1,2,3, got {value!r}") from None
         if not isinstance(value, list | tuple):
             raise UserError(f"{where} takes a list, got {value!r}")
         return tuple(_convert(v, args[0], f"{where}.{i}", foreign) for i, v in enumerate(value))
     if (role := role_of(hint)) is not None:
-        return value if not isinstance(value, str | Mapping) else build(value, role, where=where, foreign=foreign)
+        made = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        return value if made else build(value, role, where=where, foreign=foreign)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):
             return construct(cast(type, hint), value, where=where, foreign=foreign)
@@ -216,7 +234,7 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
             raise UserError(f"{where} takes {what}, got {value!r}")
         try:
             number = Fraction(value) if isinstance(value, str) else value  # "8/255" is how the field writes a radius
-            if hint is int and number != int(number):
+            if not math.isfinite(number) or (hint is int and number != int(number)):
                 raise ValueError
             return hint(number)
         except (ValueError, ZeroDivisionError, OverflowError):

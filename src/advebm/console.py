@@ -18,19 +18,27 @@ class Bar:
     def __init__(self, progress: Progress, name: str, total: int, done: int) -> None:
         self.progress, self.name, self.total = progress, name, total
         self.task = progress.add_task(name, total=total, completed=done, note="")
-        self.first, self.start = done, time.perf_counter()
-        self.last = self.start
+        self.first = self.done = done
+        self.start = self.last = time.perf_counter()
+        self.note = ""
 
     def __call__(self, done: int, note: str = "") -> None:
         """So many are done."""
         self.progress.update(self.task, completed=min(done, self.total), note=note)
         now = time.perf_counter()
-        if not screen.is_terminal and (now - self.last > QUIET or done >= self.total):
-            speed = (done - self.first) / (now - self.start)
-            left = (self.total - done) / speed if speed > 0 else 0.0
-            eta = f", {left:.0f} s left" if done < self.total else f", {now - self.start:.1f} s"
-            screen.print(f"  {self.name}  {min(done, self.total):,}/{self.total:,}  {speed:,.0f}/s{eta}  {note}")
+        self.done, self.note = done, note
+        if not screen.is_terminal and now - self.last > QUIET and done < self.total:
+            self.say()
             self.last = now
+
+    def say(self) -> None:
+        """Where it stands, in a line."""
+        seconds = time.perf_counter() - self.start
+        speed = (self.done - self.first) / seconds
+        left = (self.total - self.done) / speed if speed > 0 else 0.0
+        eta = f"{left:.0f} s left" if self.done < self.total else f"{seconds:.1f} s"
+        count = f"{min(self.done, self.total):,}/{self.total:,}"
+        screen.print(f"  {self.name}  {count}  {speed:,.0f}/s, {eta}  {self.note}", soft_wrap=True)
 
 
 @contextmanager
@@ -46,7 +54,10 @@ def bar(name: str, total: int, done: int = 0) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=screen, disable=not screen.is_terminal) as progress:
-        yield Bar(progress, name, total, done)
+        drawn = Bar(progress, name, total, done)
+        yield drawn
+    if not screen.is_terminal:
+        drawn.say()
 
 
 def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:

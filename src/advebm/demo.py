@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import torch
-
-from advebm import config, console, evaluation, generation, recipes
+from advebm import config, console, evaluation, recipes
 from advebm.reporting.build import report
 from advebm.samplers import CS, TA, Sampler
-from advebm.training.loop import train
-from advebm.training.recipe import Recipe, resolve
-from advebm.training.run import Run
+from advebm.stages import draw, fit
+from advebm.training.recipe import resolve
 
 PER_CLASS = 150
 SETS: dict[str, tuple[type[Sampler], str]] = {
@@ -42,27 +39,3 @@ def demo(folder: Path, *, seed: int = 0) -> tuple[Path, list[dict[str, object]]]
             records.append({"run": name, "record": record})
     say("[5/5] report")
     return report(robust, beside=[runs["digits-standard"]], out=folder / "report.html"), records
-
-
-def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
-    """:func:`advebm.training.loop.train` behind a progress bar."""
-    seen: dict[str, float] = {}
-    with console.bar(recipe.name, recipe.train.images) as tell:
-        return train(
-            recipe,
-            folder,
-            resume=resume,
-            device=device,
-            report=lambda line: tell(line["images"], console.training_note(line, seen)),
-        )
-
-
-def draw(run: Run, name: str, sampler: Sampler, per_class: int, *, seed: int = 0, checkpoint: str = "latest") -> Path:
-    """Images of every class, and one chain a class as a film, into the run's ``samples/NAME``."""
-    model, data = run.model(checkpoint)[0], run.recipe.data.load()
-    y = torch.arange(len(data.classes)).repeat_interleave(per_class)
-    with console.bar(name, len(y)) as tell:
-        samples = generation.generate(model, sampler, data, y, seed=seed, progress=tell)
-    folder = run.folder / "samples" / name
-    generation.write(folder, samples, len(data.classes), generation.film(model, sampler, data, seed=seed))
-    return folder

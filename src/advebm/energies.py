@@ -42,7 +42,7 @@ def similarity(z: Tensor, reference: Tensor, *, temperature: float = 1.0, cosine
 
 
 def infonce(z: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float = 0.5, cosine: bool = True) -> Tensor:
-    """``-log exp f(x, z⁺) / Σ_k exp f(x, z_k)``; the positive counts among the ``z_k``, CEM eq. 13.
+    """``-log exp f(x, z⁺) / Σ_k exp f(x, z_k)``; the positive counts among the ``z_k``, CEM eq. 8.
 
     ``z``, ``positive`` ``(B, D)``, ``negatives`` ``(M, D)`` -> ``(B,)``, nats.  Low where ``x`` lies near its positive.
     """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def evaluate_run(
         progress: told the name of each metric.
     """
     recipe = recipe or run.recipe
+    run.records()  # a damaged file is noticed now rather than after minutes
     path = run.checkpoints.path(checkpoint)
     model = run.model(checkpoint)[0].to(device)
     data = recipe.data.load()
@@ -61,12 +63,19 @@ def evaluate_run(
     if features is None:
         space = feature_space("own features", model)
     else:
-        name = features.resolve().name
-        space = feature_space(f"features of {name}", find_model(features).to(device))
+        owner = features.resolve()
+        owner = owner.parents[1] if owner.parent.name == "checkpoints" else owner
+        space = feature_space(f"features of {owner.name}", find_model(features).to(device))
     subject = Subject(model, data, data.test, recipe.threat, samples, space)
-    records = evaluate(subject, recipe.metrics, seed=seed, progress=progress)
-    about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    run.append([{**dataclasses.asdict(record), **about} for record in records])
+    for name, drawn in samples.items():
+        if (other := drawn.manifest.get("checkpoint")) != path.name:
+            warnings.warn(f"samples {name} were drawn from checkpoint {other}, not {path.name}", stacklevel=2)
+    records = []
+    for metric in recipe.metrics:
+        new = evaluate(subject, [metric], seed=seed, progress=progress)
+        about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        run.append([{**dataclasses.asdict(record), **about} for record in new])
+        records += new
     return records
 
 
@@ -85,9 +94,9 @@ def feature_space(name: str, model: Network) -> Features:
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest record of each name and set of samples, in the order of first appearance."""
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    """The newest record of each name, set of samples and attack, in the order of first appearance."""
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in records:
-        key = (record["name"], str(record["settings"].get("samples")))
+        key = (record["name"], str(record["settings"].get("samples")), str(record["settings"].get("attack")))
         newest[key] = record
     return list(newest.values())

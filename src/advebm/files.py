@@ -40,6 +40,8 @@ def read_json(path: Path, default: Any = None) -> Any:
         raise UserError(f"there is no {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

@@ -1,5 +1,7 @@
 """From a trained run to a folder of generated images: grid, film strip, all images, manifest."""
 
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from advebm import config, files, pictures, seeds
 from advebm.data.sources import Data
 from advebm.errors import UserError
-from advebm.metrics.base import SampleSet
+from advebm.metrics.base import SampleSet, device_of
 from advebm.samplers import Sampler
 
 CHUNK = 500  # images drawn together, each chunk with its own generator: results do not depend on who draws which
@@ -35,7 +37,7 @@ def generate(
         seed: of seeds and noise.
         progress: told how many images are done.
     """
-    device, start = next(model.parameters()).device, sampler.prepare(data)
+    device, start = device_of(model), sampler.prepare(data)
     drawn = []
     for number, classes in enumerate(y.split(CHUNK)):
         classes, generator = classes.to(device), seeds.generator(seed, "sample", number, device=device)
@@ -48,7 +50,7 @@ def generate(
 
 def film(model: nn.Module, sampler: Sampler, data: Data, *, frames: int = 7, seed: int = 0) -> tuple[Tensor, list[int]]:
     """One chain a class, seen at ``frames`` steps from the seed to the last iterate: (classes, frames, C, H, W)."""
-    device, y = next(model.parameters()).device, torch.arange(len(data.classes))
+    device, y = device_of(model), torch.arange(len(data.classes))
     generator = seeds.generator(seed, "film", device=device)
     begin = sampler.prepare(data)(torch.empty(len(y), *data.shape, device=device), y.to(device), generator)
     path: list[Tensor] = []
@@ -81,8 +83,10 @@ def read(folder: Path) -> SampleSet:
     """What :func:`write` wrote; an error where the manifest is missing, that is, where writing was cut short."""
     manifest = files.read_json(folder / "manifest.json")
     try:
-        with np.load(folder / "images.npz", allow_pickle=False) as arrays:
+        with (folder / "images.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
-    except (OSError, KeyError, ValueError, EOFError) as error:
-        raise UserError(f"{folder / 'images.npz'} is damaged: {error}") from None
+    except (OSError, KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{folder / 'images.npz'} is damaged ({type(error).__name__}); sample again") from None
+    if not isinstance(manifest, dict) or not {"sampler", "seed"} <= manifest.keys() or x.ndim != 4:
+        raise UserError(f"{folder / 'manifest.json'} is damaged; sample again")
     return SampleSet(x.float() / 255, y, manifest)

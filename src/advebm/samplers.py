@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm import energies, starts
+from advebm.config import check_choices
 from advebm.data.sources import Data
 from advebm.descent import Constraint, Descent, Energy, Observer, both, box, l2_ball, raw, sign, unit
 from advebm.energies import Logits
@@ -24,13 +25,13 @@ class Sampler:
     Abstract: each algorithm is an energy whose descent is ``g``.  The papers do not give α, β, η, K; the recipes do.
 
     Attributes:
-        steps: K, gradient evaluations.
+        steps: K, the number of updates (CEM counts k = 0, …, K, one more).
         step_size: α, in pixels of [0, 1] with ``unit`` directions.
         radius: β, of the l2 ball around the seed; none for no ball.  Images stay in [0, 1] in any case.
         noise: η, deviation of the Gaussian added at each step.
         direction: ``unit`` (gradients of length 1, as the checkpoints of the papers were used), ``raw`` or ``sign``.
         start: seeds: ``class`` (a Gaussian a class), ``global`` (one Gaussian for all: no class shape) or ``noise``
-            (uniform).  Gaussians are fitted on the training split; the papers took the test split, which leaks.
+            (uniform).  Gaussians are fitted on the training split; CEM took the test split, which leaks.
         shrinkage: share of white noise in a seed's covariance.
     """
 
@@ -45,11 +46,14 @@ class Sampler:
     cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "santurkar2019")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.steps < 0 or not self.step_size > 0 or not self.noise >= 0:
             got = f"{self.steps}, {self.step_size}, {self.noise}"
             raise UserError(f"a sampler takes steps >= 0, step_size > 0 and noise >= 0, got {got}")
         if self.radius is not None and not self.radius > 0:
             raise UserError(f"radius is > 0 or none, got {self.radius}")
+        if not 0 <= self.shrinkage <= 1:
+            raise UserError(f"shrinkage lies in [0, 1], got {self.shrinkage}")
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
         """What the algorithm descends for classes ``y (B,)``."""

@@ -80,7 +80,7 @@ class ClassGaussians:
     def fit(cls, x: Tensor, y: Tensor | None = None, *, classes: int = 1, shrinkage: float = 0.01) -> "ClassGaussians":
         """Fit on images ``x (N, C, H, W)`` in [0, 1]; one Gaussian a class, or one for all where ``y`` is None.
 
-        Fit on the training split: with the test split, as the papers did, the seeds leak what is measured later.
+        Fit on the training split: with the test split, as CEM did, the seeds leak what is measured later.
         """
         if not 0 <= shrinkage <= 1:
             raise UserError(f"shrinkage lies in [0, 1], got {shrinkage}")
@@ -129,9 +129,10 @@ class ReplayBuffer:
         """``count`` distinct slots (count,) and their chains; each is fresh noise with probability ``restart``."""
         if count > len(self.chains):
             raise UserError(f"{count} chains are asked of a replay buffer of {len(self.chains)}; enlarge the buffer")
-        slots = torch.randperm(len(self.chains), generator=generator)[:count]
-        fresh = torch.rand(count, generator=generator) < restart
-        noise = torch.rand(self.chains[slots].shape, generator=generator)
+        where = generator.device  # chains live on the host, the generator where the model is
+        slots = torch.randperm(len(self.chains), generator=generator, device=where)[:count].cpu()
+        fresh = (torch.rand(count, generator=generator, device=where) < restart).cpu()
+        noise = torch.rand(self.chains[slots].shape, generator=generator, device=where).cpu()
         return slots, torch.where(per_sample(fresh, noise), noise, self.chains[slots])
 
     def put(self, slots: Tensor, x: Tensor) -> None:

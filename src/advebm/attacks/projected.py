@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from advebm import energies
+from advebm.config import check_choices
 from advebm.descent import Descent, Energy, Observer, both, box, l2_ball, linf_ball, sign, unit
 from advebm.errors import UserError
 from advebm.starts import Gaussian, Start, UniformBall, clean
@@ -43,6 +44,7 @@ class Attack:
     cites: ClassVar[tuple[str, ...]] = ("madry2018",)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not self.eps >= 0:
             raise UserError(f"eps is a radius >= 0 in pixels of [0, 1], got {self.eps}")
         if self.eps > 1 and self.norm == "linf":
@@ -92,9 +94,11 @@ class Attack:
     @property
     def name(self) -> str:
         """As tables write it: ``PGD-20 l2 0.75``."""
-        kind = "energy attack" if self.loss == "energy" else "FGSM" if self.start == "clean" else "PGD"
+        kind = (
+            "energy attack" if self.loss == "energy" else "FGSM" if self.start == "clean" and self.steps == 1 else "PGD"
+        )
         times = "" if self.restarts == 1 else f" x {self.restarts}"
-        steps = "" if kind == "FGSM" and self.steps == 1 else f"-{self.steps}"
+        steps = "" if kind == "FGSM" else f"-{self.steps}"
         radius = f"{self.eps * 255:.3g}/255" if self.norm == "linf" else f"{self.eps:.4g}"
         return f"{kind}{steps}{times} {self.norm} {radius}"
 

@@ -120,6 +120,9 @@ def split(name: str, classes: tuple[str, ...], images: Images, val: float, test:
         cuts = [round(len(members) * test), round(len(members) * (test + val))]
         for part, chunk in zip(parts, members.tensor_split(cuts), strict=True):
             part.append(chunk)
+    for what, part in zip(("test", "validation", "training"), parts, strict=True):
+        if not sum(map(len, part)):
+            raise UserError(f"no image of {len(images)} is left for the {what} split; val is {val}, test {test}")
     testing, validation, training = (images.take(torch.cat(part).sort().values) for part in parts)
     return Data(name, classes, training, validation, testing)
 

@@ -64,7 +64,7 @@ class Subject(NamedTuple):
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return device_of(self.model)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The split as float images and labels on the model's device."""
@@ -79,6 +79,11 @@ class Metric(Protocol):
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Measure."""
         ...
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU if it has none."""
+    return next((v.device for v in model.state_dict().values()), torch.device("cpu"))
 
 
 def proportion(hits: Tensor) -> tuple[float, float, int]:

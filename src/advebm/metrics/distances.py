@@ -66,16 +66,23 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     """KID: the unbiased squared MMD for the kernel ``(x·y / D + 1)³``, Bińkowski et al. (2018).  May be negative."""
     if min(len(a), len(b)) < 2:
         raise UserError(f"a kernel distance takes at least 2 features on each side, got {len(a)} and {len(b)}")
-    a, b = a.double(), b.double()
+    return unbiased_mmd(len(a), kernel_pairs(a), len(b), kernel_pairs(b), kernel_sum(a, b))
 
-    def kernel(u: Tensor, v: Tensor) -> Tensor:
-        return (u @ v.T / u.shape[1] + 1) ** 3
 
-    def within(u: Tensor) -> Tensor:
-        k = kernel(u, u)
-        return (k.sum() - k.trace()) / (len(u) * (len(u) - 1))
+def unbiased_mmd(m: int, aa: float, n: int, bb: float, ab: float) -> float:
+    """From the kernel's sums over different pairs within each set (m and n items) and over all pairs across."""
+    return aa / (m * (m - 1)) + bb / (n * (n - 1)) - 2 * ab / (m * n)
 
-    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+
+def kernel_sum(a: Tensor, b: Tensor, *, block: int = 2048) -> float:
+    """``Σ_ij (a_i·b_j / D + 1)³`` in float64, a block of rows at a time: memory does not grow with both sets."""
+    b = b.double()
+    return sum(((part.double() @ b.T / b.shape[1] + 1) ** 3).sum().item() for part in a.split(block))
+
+
+def kernel_pairs(a: Tensor) -> float:
+    """The kernel summed over pairs of different items of one set."""
+    return kernel_sum(a, a) - ((a.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item()
 
 
 def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> float:

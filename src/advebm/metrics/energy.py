@@ -33,7 +33,7 @@ class Energies:
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """A record ``E(x) of …`` for each set: mean in nats, with the deviation among its settings."""
-        uniform = torch.rand(self.noise, *subject.data.shape, generator=generator)
+        uniform = torch.rand(self.noise, *subject.data.shape, generator=generator, device=generator.device)
         sets = {"test images": subject.split.float(), **{f"samples {k}": v.x for k, v in subject.samples.items()}}
         sets["uniform noise"] = uniform
         records = []

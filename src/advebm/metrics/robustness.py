@@ -89,12 +89,15 @@ class RobustnessCurve:
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """A record a radius."""
-        return [_record(subject, _scaled(subject.threat, factor), generator) for factor in self.factors]
+        attacks = [_scaled(subject.threat, factor) for factor in self.factors]
+        return [_record(subject, attack, generator) for attack in dict.fromkeys(attacks)]
 
 
 def _scaled(attack: Attack, factor: float) -> Attack:
+    """Another radius, in linf at most 1, where the ball holds every image; a step given in pixels grows with it."""
+    eps = attack.eps * factor if attack.norm == "l2" else min(attack.eps * factor, 1.0)
     step = None if attack.step_size is None else attack.step_size * factor
-    return replace(attack, eps=attack.eps * factor, step_size=step or None)
+    return replace(attack, eps=eps, step_size=step or None)
 
 
 def _record(subject: Subject, attack: Attack, generator: torch.Generator) -> Record:

@@ -11,7 +11,7 @@ class EMA:
 
     Its memory is counted in images, so that it does not depend on the batch size: after ``half_life`` images a
     value's weight has halved.  At the start it is shortened to a tenth of the images seen, so that the random first
-    weights are soon forgotten.  ``half_life=0`` copies the model.
+    weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, half_life: float) -> None:

@@ -40,6 +40,8 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` in [0, 1] -> the same shape, of mean 0 and deviation 1 on the data."""
+        if self.mean.shape[1] not in (1, x.shape[1]):
+            raise UserError(f"the model normalises {self.mean.shape[1]} channels, the images have {x.shape[1]}")
         return (x - self.mean) / self.std
 
 
@@ -77,10 +79,12 @@ class Architecture:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of one image, (C, H, W)."""
-        return (self.channels, self.size, self.size)
+    def __post_init__(self) -> None:
+        if min(self.outputs, self.channels, self.size) < 1 or len(self.mean) != self.channels:
+            raise UserError(
+                f"outputs, channels and size are at least 1 and there is a mean a channel, got "
+                f"{self.outputs}, {self.channels}, {self.size} and {len(self.mean)} means"
+            )
 
     def build(self, seed: int = 0) -> Network:
         """A network with fresh weights that depend on ``seed`` alone; the global random state is left as it was."""
@@ -128,7 +132,9 @@ def save(
     plain = config.describe(architecture)
     for name, weights in (("model", model.state_dict()), ("ema", ema)):
         if weights is not None:
-            files.write(folder / f"{name}.safetensors", safetensors.save({k: v.contiguous() for k, v in weights.items()}))
+            files.write(
+                folder / f"{name}.safetensors", safetensors.save({k: v.contiguous() for k, v in weights.items()})
+            )
     record = {"advebm": advebm.__version__, "architecture": plain, **(extra or {})}
     files.write_json(folder / "config.json", record)
     card = CARD.format(

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from advebm.config import check_choices
 from advebm.errors import UserError
-from advebm.modes import DualBatchNorm2d
 
-Norm = Literal["batch", "group", "dual", "none"]
+Norm = Literal["batch", "group", "none"]
 Activation = Literal["silu", "relu", "leaky_relu"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -21,14 +21,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def norm2d(kind: Norm, channels: int) -> nn.Module:
-    """The normalisation of a convolution's output; ``dual`` keeps a branch each for clean and adversarial batches."""
+    """The normalisation of a convolution's output."""
     match kind:
         case "batch":
             return nn.BatchNorm2d(channels)
         case "group":
             return nn.GroupNorm(max(g for g in (8, 4, 2, 1) if channels % g == 0), channels)
-        case "dual":
-            return DualBatchNorm2d(channels)
         case "none":
             return nn.Identity()
 
@@ -43,7 +41,7 @@ class SmallConv:
     Attributes:
         width: channels of the first convolutions.
         features: size of a linear layer before the head; none hands the grid itself to the head.
-        norm: ``batch``, ``group``, ``dual`` or ``none``.
+        norm: ``batch``, ``group`` or ``none``.
         activation: ``silu``, ``relu`` or ``leaky_relu``.
     """
 
@@ -53,6 +51,7 @@ class SmallConv:
     activation: Activation = "silu"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if min(self.width, self.features or 1) < 1:
             raise UserError(f"width and features are at least 1, got {self.width} and {self.features}")
 

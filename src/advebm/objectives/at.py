@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
+from advebm.config import check_choices
 from advebm.modes import searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.objectives.standard import cross_entropy
@@ -25,6 +26,9 @@ class AT(Stateless):
     search_mode: Literal["eval", "train"] = "eval"
 
     cites: ClassVar[tuple[str, ...]] = ("madry2018",)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
         """Adversarial images (B, C, H, W)."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from advebm import citations, evaluation, files, generation, pictures
+from advebm import citations, config, evaluation, files, generation, pictures
 from advebm.attacks.projected import Attack
 from advebm.reporting import figures
 from advebm.training.recipe import dump
@@ -27,8 +27,12 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> 
     """
     recipe, history = run.recipe, run.history()
     data = recipe.data.load()
-    everyone = {r.recipe.name: evaluation.latest(r.records()) for r in (run, *beside)}
-    own = everyone[recipe.name]
+    runs = [run, *beside]
+    titles = [r.recipe.name for r in runs]
+    if len(set(titles)) < len(titles):
+        titles = [str(r.folder) for r in runs]
+    everyone = {title: evaluation.latest(r.records()) for title, r in zip(titles, runs, strict=True)}
+    own = everyone[titles[0]]
     count = len(data.classes)
     sets = {p.parent.name: p.parent for p in sorted(run.folder.glob("samples/*/manifest.json"))}
     real = pictures.by_class(data.train.float(), data.train.y, count)
@@ -52,7 +56,7 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> 
         samples=samples if sets else [],
         films=films,
         curves=_uri(figures.curves(history)) if any("train/loss" in line for line in history) else None,
-        robustness=_uri(figures.robustness(everyone, recipe.threat.eps)),
+        robustness=_uri(figures.robustness(everyone, config.describe(recipe.threat))),
         energies=_uri(figures.energies(own)),
         tables=[{"name": name, "rows": [row(r) for r in records]} for name, records in everyone.items() if records],
         config=dump(recipe),

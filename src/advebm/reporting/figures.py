@@ -54,15 +54,24 @@ def curves(history: History) -> bytes:
         return _png(figure)
 
 
-def robustness(runs: Mapping[str, Records], trained_at: float) -> bytes | None:
-    """Accuracy against the radius of the attack, one line a run; None if no run has been measured at two radii."""
+def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes | None:
+    """Accuracy against the radius of the attack, one line a run; None if no run has been measured at two radii.
+
+    ``threat`` is the described attack of the threat model; records of attacks that differ in more than the radius and
+    its step are left out.
+    """
+
+    def others(attack: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in attack.items() if k not in ("eps", "step_size")}
+
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.2, 3.2))
         for name, records in runs.items():
             points = {}
             for r in records:
-                if r["name"] == "accuracy" or "attack" in r["settings"]:
-                    points[r["settings"].get("attack", {"eps": 0.0})["eps"]] = (r["value"], r["error"])
+                attack = r["settings"].get("attack", {**threat, "eps": 0.0})
+                if r["name"].startswith("accuracy") and others(attack) == others(threat):
+                    points[attack["eps"]] = (r["value"], r["error"])
             if len(points) > 1:
                 x = sorted(points)
                 axis.errorbar(
@@ -71,8 +80,8 @@ def robustness(runs: Mapping[str, Records], trained_at: float) -> bytes | None:
         if not axis.has_data():
             plt.close(figure)
             return None
-        axis.axvline(trained_at, color="#999999", lw=0.8, ls="--")
-        axis.annotate("threat model", (trained_at, 0.02), rotation=90, fontsize=7, color="#777777", ha="right")
+        axis.axvline(threat["eps"], color="#999999", lw=0.8, ls="--")
+        axis.annotate("threat model", (threat["eps"], 0.02), rotation=90, fontsize=7, color="#777777", ha="right")
         axis.set(xlabel="eps of the attack", ylabel="accuracy", ylim=(0, 1.02), title="accuracy under attack")
         axis.legend(frameon=False)
         return _png(figure)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked when read, the last two and the best kept.
+"""Checkpoints: whole or absent, checked when read; the last two and the best are kept.
 
 ``checkpoints/<images>/`` is the folder of a published model plus ``state/`` (optimiser, progress, every stream's
 state).  It is written under another name, renamed, and only then named in ``checkpoints/LATEST``, one line replaced in
@@ -31,15 +31,15 @@ class Progress:
         images: seen so far.
         attempt: number of rollbacks; other attempts draw other random numbers.
         rate: factor on the learning rate, lowered by rollbacks.
-        best: highest validation score so far, -1 before the first.
-        best_images: when it was reached.
-        seconds: of training, over all sessions.
+        best: highest validation scores so far, robust accuracy first, then clean; -1 before the first.
+        best_images: when they were reached.
+        seconds: of training that led here, over all sessions.
     """
 
     images: int = 0
     attempt: int = 0
     rate: float = 1.0
-    best: float = -1.0
+    best: tuple[float, float] = (-1.0, -1.0)
     best_images: int = 0
     seconds: float = 0.0
 
@@ -55,18 +55,29 @@ class Checkpoints:
         self.folder = folder
 
     def path(self, which: str = "latest") -> Path:
-        """The checkpoint that LATEST or BEST names, or the one of some number of images; whole, or an error."""
-        name = which
-        if which in ("latest", "best"):
-            pointer = self.folder / which.upper()
-            if not pointer.exists():
-                raise UserError(f"{self.folder} has no {which} checkpoint yet")
-            name = pointer.read_text().strip()
-        path = self.folder / name
-        if not path.is_dir():
-            raise UserError(f"there is no checkpoint {path}; there is {', '.join(self.names()) or 'none'}")
-        self._verify(path)
-        return path
+        """A whole checkpoint: the ``latest``, the ``best`` so far, or the one of some number of images."""
+        name = self.latest() if which in ("latest", "best") else which
+        if name not in self.names():
+            there, hint = ", ".join(self.names()) or "none", self._way_out(name) if which == "latest" else ""
+            raise UserError(f"there is no checkpoint {name!r} in {self.folder}; there is {there}{hint}")
+        if which == "best":
+            name = str(files.read_json(self._verified(name) / "state" / "progress.json")["best_images"])
+        return self._verified(name)
+
+    def latest(self) -> str:
+        """What LATEST says; the empty string before there is one."""
+        try:
+            name = (self.folder / "LATEST").read_text().strip()
+        except FileNotFoundError:
+            if self.names() in ([], ["0"]):  # killed before the first checkpoint was named
+                return ""
+            name = ""
+        except (OSError, UnicodeDecodeError):
+            name = ""
+        if not name.isdigit():
+            there = self._way_out("") or "; there is no whole checkpoint"
+            raise UserError(f"{self.folder / 'LATEST'} is damaged: it names no checkpoint{there}")
+        return name
 
     def names(self) -> list[str]:
         """Whole checkpoints, oldest first."""
@@ -128,29 +139,37 @@ class Checkpoints:
         for stream, state in states.items():
             if state is not None:
                 state.load_state_dict(torch.load(path / "state" / f"stream-{stream}.pt", weights_only=True))
-        return Progress(**files.read_json(path / "state" / "progress.json"))
+        progress = Progress(**files.read_json(path / "state" / "progress.json"))
+        progress.best = (progress.best[0], progress.best[1])
+        return progress
 
     def _publish(self, draft: Path, name: str, progress: Progress) -> None:
         written = sorted(p for p in draft.rglob("*") if p.is_file())
         files.write_json(draft / "state" / "sha256.json", {str(p.relative_to(draft)): _digest(p) for p in written})
-        target = self.folder / name
+        target, previous = self.folder / name, self.latest()
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed before LATEST named it
         draft.rename(target)
-        previous = (self.folder / "LATEST").read_text().strip() if (self.folder / "LATEST").exists() else name
         files.write(self.folder / "LATEST", name + "\n")
-        if progress.best_images == progress.images and progress.best >= 0:
-            files.write(self.folder / "BEST", name + "\n")
-        best = (self.folder / "BEST").read_text().strip() if (self.folder / "BEST").exists() else name
-        for old in set(self.names()) - {name, previous, best}:
+        for old in set(self.names()) - {name, previous, str(progress.best_images)}:
             shutil.rmtree(self.folder / old)
 
-    def _verify(self, path: Path) -> None:
-        digests: dict[str, str] = files.read_json(path / "state" / "sha256.json")
+    def _verified(self, name: str) -> Path:
+        """The folder of a checkpoint, if every file in it is what was written."""
+        path = self.folder / name
+        digests = files.read_json(path / "state" / "sha256.json", default={})
+        if not isinstance(digests, dict) or not digests.keys() >= NEEDED:
+            raise UserError(f"checkpoint {path} is damaged: state/sha256.json is not whole{self._way_out(name)}")
         for file, digest in digests.items():
             if not (path / file).exists() or _digest(path / file) != digest:
-                others = [name for name in self.names() if name != path.name]
-                fix = f"; to go on from {others[-1]}: echo {others[-1]} > {self.folder / 'LATEST'}" if others else ""
-                raise UserError(f"checkpoint {path} is damaged: {file} is not what was written{fix}")
+                raise UserError(f"checkpoint {path} is damaged: {file} is not what was written{self._way_out(name)}")
+        return path
+
+    def _way_out(self, name: str) -> str:
+        others = [other for other in self.names() if other != name]
+        return f"; to go on from {others[-1]}: echo {others[-1]} > {self.folder / 'LATEST'}" if others else ""
+
+
+NEEDED = {"model.safetensors", "config.json", "state/optimizer.pt", "state/progress.json"}
 
 
 def _pack(state: Mapping[str, Any]) -> bytes:

@@ -30,8 +30,8 @@ class Engine:
     def __init__(self, device: str | None = None) -> None:
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.device = self.accelerator.device
-        if device not in (None, "auto", self.device.type):
-            raise UserError(f"there is no device {device!r} here; this process has {self.device.type}")
+        if device not in (None, self.device.type, str(self.device)):
+            raise UserError(f"there is no device {device!r} for this process, which has {str(self.device)!r}")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
 

@@ -42,7 +42,8 @@ def train(
     Args:
         recipe: what to compute.
         folder: new or empty; with ``resume``, the one that holds this recipe's run.
-        resume: go on from the latest checkpoint, to the bit on CPU.
+        resume: go on from the latest checkpoint, to the bit on CPU; only a logged mean may miss what its window held
+            before the checkpoint.
         device: ``cpu`` or ``cuda``; None takes the best there is.
         report: called with every line of ``metrics.jsonl``.
 
@@ -64,13 +65,16 @@ def train(
     loader = Loader(data.train, recipe.seed, cfg.batch, cfg.streams, recipe.data.augment.x, engine.device)
     like = torch.empty(cfg.batch // cfg.streams, *data.shape)
     states = {s: objective.init(like, seeds.generator(recipe.seed, "init", s)) for s in streams}
-    run = Run.open(folder) if resume else Run.create(folder, recipe, environment(engine.device))
+    if not resume and engine.main:
+        Run.create(folder, recipe, environment(engine.device))
+    engine.barrier()
+    run = Run.open(folder)
 
     with run.locked(engine.main), stopping() as signalled:
 
         def save() -> None:
             meter.check()
-            if not modes.all_finite(model):
+            if engine.any(not modes.all_finite(model)):
                 raise Diverged(f"weights are not finite after {progress.images:,} images")
             progress.seconds = clock.seconds()
             known = {"data": data.name, "classes": data.classes, "threat": config.describe(recipe.threat)}
@@ -84,11 +88,12 @@ def train(
                 report({"images": progress.images, **line})
 
         progress, meter = Progress(), Meter(engine)
-        if resume and run.checkpoints.names():
+        resumed = bool(run.checkpoints.latest())
+        if resumed:
             progress = run.checkpoints.load(model, ema, optimizer, states)
-            run.rewind(progress.images)
+            run.rewind(progress.images, progress.attempt, engine.main)
         clock = Clock(progress)
-        if progress.images == 0:
+        if not resumed:
             save()
         step = engine.wrap(model, objective)
         model.train()
@@ -126,8 +131,9 @@ def train(
                     tell({**meter.take(), "train/lr": optimizer.param_groups[0]["lr"], "perf/img_per_s": speed})
                 if progress.passed(cfg.validate_every, before, cfg.images):
                     scores = validate(model if ema is None else ema.module, data, validation, recipe)
-                    if scores["val/robust_accuracy"] > progress.best:
-                        progress.best, progress.best_images = scores["val/robust_accuracy"], progress.images
+                    score = (scores["val/robust_accuracy"], scores["val/accuracy"])
+                    if score > progress.best:
+                        progress.best, progress.best_images = score, progress.images
                     tell(scores)
                     clock.speed(progress.images)  # so that the next reading leaves this time out
                 stop = engine.any(signalled())
@@ -140,14 +146,14 @@ def train(
                 if progress.attempt >= cfg.rollbacks:
                     raise Diverged(
                         f"{failure}; stopped after {cfg.rollbacks} rollbacks; last good checkpoint: "
-                        f"{run.checkpoints.path()}; try a lower --optimizer.lr"
+                        f"{run.checkpoints.path()}; try a new run with a lower --optimizer.lr"
                     ) from None
                 attempt, rate = progress.attempt + 1, progress.rate * cfg.backoff
                 progress = run.checkpoints.load(model, ema, optimizer, states)
                 progress.attempt, progress.rate = attempt, rate
-                run.rewind(progress.images)
+                run.rewind(progress.images, attempt, engine.main)
                 meter, clock = Meter(engine), Clock(progress)
-                tell({"event": "rollback", "reason": str(failure), "rate": rate})
+                tell({"event": "rollback", "attempt": attempt, "reason": str(failure), "rate": rate})
                 where = f"rollback {attempt} of {cfg.rollbacks} to {progress.images:,} images, learning rate x {rate:g}"
                 warnings.warn(f"{failure}: {where}", RuntimeWarning, stacklevel=2)
     return run

@@ -35,6 +35,8 @@ class SGD:
 
     def __post_init__(self) -> None:
         _check_rates(self.lr, self.weight_decay)
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum lies in [0, 1), got {self.momentum}")
         if self.nesterov and not self.momentum > 0:
             raise UserError("nesterov needs momentum > 0; set nesterov to false")
 
@@ -88,7 +90,7 @@ class Cosine:
             raise UserError(f"warmup is a share in [0, 1) of all images, got {self.warmup}")
 
     def __call__(self, images: int, total: int) -> float:  # noqa: D102
-        share = images / total
+        share = min(images / total, 1.0)  # the last batch may reach beyond the end
         if share < self.warmup:
             return share / self.warmup
         return 0.5 * (1 + math.cos(math.pi * (share - self.warmup) / (1 - self.warmup)))

@@ -23,7 +23,7 @@ class Training:
     """How long, how often.  All periods are in images.
 
     Attributes:
-        images: seen in all.
+        images: seen in all, rounded up to whole batches.
         batch: images of an optimiser's step, over all streams and processes.
         streams: equal shares of a batch, each with its own random numbers, chains and batch-norm statistics.  Processes
             own streams, so results do not depend on how many processes there are; one process takes them in turn.
@@ -95,16 +95,21 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
     """Plain data plus ``("objective.attack.eps", "8/255")`` pairs -> a recipe.
 
     A pair that names a kind (``objective.kind`` or ``objective``) comes first and keeps the options that both kinds
-    have.  The others are applied to the fully described recipe, so that they reach every default.
+    have; a mapping replaces the block.  The others are applied to the fully described recipe, so that they reach every
+    default.
 
     Raises:
         UserError: an unknown name or option, or a value that is not of the option's type.
     """
-    roles = {f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type))}
+    roles = {
+        f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type)) and f.name != "metrics"
+    }
     plain, rest = dict(plain), []
     for dotted, value in overrides:
         block = dotted.removesuffix(".kind")
-        if block in roles:
+        if block in roles and isinstance(value, Mapping):
+            plain[block] = value
+        elif block in roles:
             old = plain.get(block)
             plain[block] = config.switch(old if isinstance(old, Mapping) else {}, roles[block], value)
         else:

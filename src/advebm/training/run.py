@@ -41,10 +41,14 @@ class Run:
         Raises:
             UserError: the folder holds something already or cannot be written; nothing is left behind.
         """
-        if folder.is_dir() and any(folder.iterdir()):
+        try:
+            empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        except OSError as error:
+            raise files.unwritable(folder, error) from None
+        if not empty and folder.is_dir():
             hint = f"; to go on with it: advebm train --resume {folder}" if (folder / "config.yaml").exists() else ""
             raise UserError(f"{folder} is not empty{hint}")
-        if folder.exists() and not folder.is_dir():
+        if not empty:
             raise UserError(f"{folder} is a file; --out takes a folder")
         files.write(folder / "config.yaml", recipes.dump(recipe))
         files.write_json(folder / "env.json", dict(environment))
@@ -90,27 +94,38 @@ class Run:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise files.unwritable(self.folder / "metrics.jsonl", error) from None
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last line that a kill cut short is left out."""
+        """The lines of ``metrics.jsonl``; what is not whole, such as a line that a kill cut short, is left out."""
         path, lines = self.folder / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for text in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
+                line = json.loads(text)
+                if isinstance(line, dict) and "images" in line:
+                    lines.append(line)
         return lines
 
-    def rewind(self, images: int) -> None:
-        """Forget what was logged after ``images``: it is about to be computed again."""
-        kept = [line for line in self.history() if line["images"] <= images]
+    def rewind(self, images: int, attempt: int, main: bool = True) -> None:
+        """Forget what was logged after ``images`` and by later attempts: it is about to be computed again."""
+        if not main:
+            return
+        kept = [line for line in self.history() if line["images"] <= images and line.get("attempt", 0) <= attempt]
         files.write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     # metrics.json: evaluation records ---------------------------------------------------------------------------------
 
     def records(self) -> list[dict[str, Any]]:
         """All evaluation records, oldest first."""
-        return files.read_json(self.folder / "metrics.json", default=[])
+        records = files.read_json(self.folder / "metrics.json", default=[])
+        whole = {"name", "value", "error", "count", "settings", "series"}
+        if not isinstance(records, list) or not all(isinstance(r, dict) and whole <= r.keys() for r in records):
+            raise UserError(f"{self.folder / 'metrics.json'} is damaged: it is not a list of records")
+        return records
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Add evaluation records; none is ever changed or removed."""
