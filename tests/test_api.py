@@ -80,6 +80,27 @@ def test_your_own_module(test_images):
     assert len(advebm.evaluate(wrapped, data="digits", threat=advebm.Attack(eps=0.1))) == 2
 
 
+def test_sample_quality_from_python(model):
+    from advebm.metrics.base import SampleSet
+    from advebm.metrics.quality import SampleQuality
+
+    data = advebm.load_data("digits")
+    sets = {
+        "test images": SampleSet(data.test.float(), data.test.y, {}),
+        "noise": SampleSet(torch.rand(50, 1, 8, 8), data.test.y[:50], {}),
+    }
+    threat = advebm.Attack(eps=0.5, norm="l2")
+    records = advebm.evaluate(model, data=data, threat=threat, metrics=[SampleQuality()], samples=sets, features=model)
+    value = {(r.name.split()[0], r.settings["samples"]): r.value for r in records}
+    assert value["FD", "test images"] < 0.3 * value["FD", "noise"]
+    assert abs(value["KID", "test images"]) < 0.1 * value["KID", "noise"]
+    assert value["intended", "test images"] > 0.8 > value["intended", "noise"]
+
+
+def test_empty_batches_are_fine(model):
+    assert advebm.energy(model, torch.empty(0, 1, 8, 8)).shape == (0,)
+
+
 def test_training_from_python(tmp_path):
     run = advebm.train(
         "digits-standard", folder=tmp_path / "r", options={"train.images": 500, "backbone.width": 8}, device="cpu"
@@ -110,6 +131,18 @@ def bad(x, y):
         "label of another type": (lambda: advebm.energy(logits, x, y.float()), "labels are int64"),
         "too few labels": (lambda: advebm.attack(logits, x, y[:3], eps=0.1), r"labels are a tensor \(50,\)"),
         "target out of range": (lambda: advebm.attack(logits, x, y, eps=0.1, target=y + 5), "labels lie in 0 to 9"),
+        "unknown norm": (lambda: advebm.attack(logits, x, y, eps=0.1, norm="l3"), "norm is one of linf, l2, got 'l3'"),
+        "unknown loss": (lambda: advebm.Attack(loss="energie"), "did you mean 'energy'"),
+        "probabilities sampled": (lambda: advebm.sample(probabilities, y, data="digits"), "remove the softmax"),
+        "a number for labels": (lambda: advebm.sample(logits, 3, data="digits"), "got int"),
+        "channels": (
+            lambda: advebm.wrap(logits, mean=(0.1,) * 3, std=(1,) * 3)(x),
+            "normalises 3 channels, the images have 1",
+        ),
+        "options of a recipe": (
+            lambda: advebm.train(advebm.load_recipe("digits-at"), options={"train.images": 5}),
+            "options go with the name",
+        ),
         "negative eps": (lambda: advebm.attack(logits, x, y, eps=-1), "radius >= 0"),
         "maps": (lambda: advebm.energy(nn.Conv2d(1, 2, 3), x), "a classifier returns logits"),
         "class to sample": (

@@ -108,6 +108,9 @@ def test_the_clean_image_counts_as_an_attack(batch):
     f = lambda v: torch.stack([0 * v.sum((1, 2, 3)), 1 + 0 * v.sum((1, 2, 3))], 1)
     right = survives(f, torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 1, 0, 1]), Attack(steps=1), torch.Generator())
     assert right.tolist() == [False, True, True, False, True]
+    coin = lambda v: torch.cat([0.5 - v.flatten(1), v.flatten(1) - 0.5], 1)
+    wrong, nothing = torch.full((100, 1, 1, 1), 0.51), torch.zeros(100, dtype=torch.long)
+    assert not survives(coin, wrong, nothing, Attack(eps=0.1, steps=1, step_size=1e-9), torch.Generator()).any()
 
 
 @pytest.mark.parametrize(

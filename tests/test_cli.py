@@ -160,6 +160,15 @@ MISTAKES = {
     "unknown device": ([*AT, "--device", "gpu7"], "there is no device 'gpu7'"),
     "seed that is no number": ([*AT, "--seed", "x"], "invalid int value: 'x'"),
     "unknown list": (["list", "objectivs"], "did you mean"),
+    "misspelt plain option": (["train", "--recip", "digits-at"], r"unexpected '--recip' \(did you mean '--recipe'\?\)"),
+    "option of another command": (["demo", "--seeds", "1"], r"unexpected '--seeds' \(did you mean '--seed'\?\)"),
+    "validation split too small": ([*AT, "--data.val", "0.0001"], "no image of 1797 is left for the validation split"),
+    "momentum": ([*AT, "--optimizer.momentum", "-1", "--optimizer.nesterov", "no"], r"momentum lies in \[0, 1\)"),
+    "list that is none": ([*AT, "--optimizer", "adam", "--optimizer.betas", "[0.9, {"], "takes a list such as 1,2,3"),
+    "empty module": ([*AT, "--data", ":"], "cannot be imported"),
+    "shrinkage": ([*AT, "--sampler.shrinkage", "7"], "shrinkage lies in"),
+    "long name": ([*AT, "--device", "cpu", "--out", "x" * 300], "cannot write"),
+    "infinite rate": ([*AT, "--optimizer.lr", "inf"], "takes a number"),
 }
 
 
@@ -257,3 +266,87 @@ def test_the_demo_prints_its_table(tmp_path, capsys, monkeypatch):
     (report,) = tmp_path.glob("demo-*/report.html")
     assert str(report) in out
     assert "[5/5] report" in err
+
+
+def test_options_may_stand_anywhere(run, capsys):
+    arguments = ["sample", "--sampler.steps", 1, run.folder, "--per-class", 1, "--sampler.start=global"]
+    assert call(*arguments, capsys=capsys)[0] == 0
+    assert (run.folder / "samples" / "cs-global" / "grid.png").exists()
+
+
+def test_few_samples_do_not_cost_the_other_records(run, capsys):
+    call("sample", run.folder, "--per-class", 1, "--sampler.steps", 1, "--name", "few", capsys=capsys)
+    status, out, _ = call(
+        "evaluate", run.folder, "--threat.steps", 1, "--metrics", "accuracy,sample-quality", capsys=capsys
+    )
+    assert status == 0
+    assert "accuracy" in out
+    assert len([r for r in run.records() if r["settings"].get("samples") == "few"]) == 3
+    call("sample", run.folder, "--checkpoint", "best", "--per-class", 1, "--sampler.steps", 1, capsys=capsys)
+    manifest = json.loads((run.folder / "samples" / "cs-class" / "manifest.json").read_text())
+    assert manifest["checkpoint"] == run.checkpoints.path("best").name
+
+
+def test_samples_of_another_checkpoint_are_noticed(run):
+    from advebm.evaluation import evaluate_run
+    from advebm.stages import draw
+
+    other = run.checkpoints.names()[0]
+    draw(run, "old", run.recipe.sampler, 1, checkpoint=other)
+    recipe = __import__("dataclasses").replace(run.recipe, metrics=())
+    with pytest.warns(UserWarning, match=f"samples old were drawn from checkpoint {other}, not 6016"):
+        assert evaluate_run(run, recipe=recipe) == []
+
+
+def test_metrics_can_be_chosen(capsys):
+    _, out, _ = call(
+        "train", "--recipe", "digits-at", "--metrics", "accuracy,energies", "--print_config", capsys=capsys
+    )
+    assert [m["kind"] for m in yaml.safe_load(out)["metrics"]] == ["accuracy", "energies"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metrics.json", "[1]"),
+        ("metrics.json", "{}"),
+        ("metrics.json", "[{}]"),
+        ("samples/cs-class/manifest.json", "{}"),
+        ("samples/cs-class/manifest.json", "[]"),
+        ("samples/cs-class/images.npz", "not an archive"),
+        ("config.yaml", "data: 5"),
+        ("config.yaml", "\x00"),
+    ],
+)
+def test_damaged_files_of_a_run_are_one_line(run, capsys, file, text):
+    call("sample", run.folder, "--per-class", 1, "--sampler.steps", 1, capsys=capsys)
+    (run.folder / file).write_text(text)
+    refused("report", run.folder, capsys=capsys)
+
+
+def test_damaged_lines_of_the_log_are_left_out(run, capsys):
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"a": 1}\n{"images": 9, "tr')
+    assert call("report", run.folder, capsys=capsys)[0] == 0
+    assert call("train", "--resume", run.folder, "--device", "cpu", capsys=capsys)[0] == 0
+
+
+def test_two_runs_of_one_recipe_keep_their_own_numbers(run, small_run, tmp_path, capsys):
+    for folder, value in ((run.folder, 0.25), (tmp_path / "other", 0.75)):
+        if folder != run.folder:
+            __import__("shutil").copytree(small_run.folder, folder)
+        record = {"name": "accuracy", "value": value, "error": 0.0, "count": 4, "settings": {}, "series": {}}
+        (folder / "metrics.json").write_text(json.dumps([record]))
+    call("report", run.folder, "--beside", tmp_path / "other", capsys=capsys)
+    page = (run.folder / "report.html").read_text()
+    cards = re.findall(r'class="card"><b>([^<]*)</b>', page)
+    assert cards == ["25.0 ± 0.0 %"]
+    assert "75.0 ± 0.0 %" in page
+    assert page.count("<h3>") == 2
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".", ""])
+def test_samples_stay_in_the_run(run, capsys, name):
+    if name:
+        assert "--name is the name of a folder" in refused("sample", run.folder, "--name", name, capsys=capsys)
+    assert not (run.folder / "samples").exists()

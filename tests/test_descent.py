@@ -173,3 +173,10 @@ def test_a_reduced_energy_is_refused():
 def test_negative_steps_are_refused():
     with pytest.raises(UserError, match="steps must be >= 0"):
         Descent(-1, 1.0, raw, free)
+
+
+@pytest.mark.parametrize("ball", [linf_ball(0.5), l2_ball(0.5), box()], ids=str)
+def test_points_inside_stay_where_they_are(ball, generator):
+    origin = torch.full((3, 1, 2, 2), 0.5)
+    inside = origin + 0.2 * (torch.rand(origin.shape, generator=generator) - 0.5)
+    torch.testing.assert_close(ball(inside, origin), inside)

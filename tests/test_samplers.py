@@ -86,6 +86,8 @@ def test_the_same_seed_gives_the_same_images_whatever_comes_after(net, digits):
     first_chunk = generation.generate(network, sampler, digits, y[: generation.CHUNK], seed=3).x
     assert torch.equal(all_of_them[: generation.CHUNK], first_chunk)
     assert not torch.equal(generation.generate(network, sampler, digits, y[:10], seed=4).x, all_of_them[:10])
+    last = all_of_them[generation.CHUNK :]
+    assert not torch.equal(generation.generate(network, sampler, digits, y[generation.CHUNK :], seed=3).x, last)
 
 
 def test_a_film_begins_at_the_seed_and_ends_at_the_sample(digits):

@@ -207,7 +207,9 @@ def test_a_non_finite_loss_rolls_back_loudly_with_a_lower_rate(tmp_path):
     SEEN.clear()
     recipe = dataclasses.replace(exploding(), schedule=Steps())
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, rollbacks=100))
-    with pytest.warns(RuntimeWarning, match=r"not finite.*rollback 1 of 100 to 1,536 images, learning rate x 0.5"):
+    with pytest.warns(
+        RuntimeWarning, match=r"the loss is not finite.*rollback 1 of 100 to 1,536 images, learning rate x 0.5"
+    ):
         run = train(recipe, tmp_path / "run", device="cpu")
     events = [line for line in run.history() if line.get("event") == "rollback"]
     assert events[0]["images"] == 1536
@@ -325,3 +327,62 @@ def test_schedules_by_hand():
 def test_a_period_is_passed_once():
     passed = [Progress(images=i + 30).passed(100, i, 240) for i in range(0, 240, 30)]
     assert passed == [False, False, False, True, False, False, True, True]
+
+
+def test_a_kill_between_two_writes_of_a_checkpoint_loses_nothing(tmp_path):
+    """The states a kill can leave: a draft, a renamed folder that LATEST does not name yet, no LATEST at all."""
+    recipe = tiny("digits-standard", train__images=1_500, train__checkpoint_every=500, train__log_every=100)
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    run = Run.create(tmp_path / "first", recipe, {})
+    (run.folder / "checkpoints" / "0" / "state").mkdir(parents=True)  # renamed, not named
+    train(recipe, run.folder, resume=True, device="cpu")
+    assert same(weights(whole), weights(run))
+    folder = run.folder / "checkpoints"
+    names = run.checkpoints.names()
+    (folder / "LATEST").write_text(names[-2] + "\n")  # the newest is there, but LATEST was not replaced
+    (folder / ".1536.tmp" / "state").mkdir(parents=True)
+    train(recipe, run.folder, resume=True, device="cpu")
+    assert same(weights(whole), weights(run))
+    assert not list(folder.glob(".*"))
+    assert [line["images"] for line in run.history()] == [line["images"] for line in whole.history()]
+
+
+def test_resuming_from_the_first_checkpoint_does_not_write_it_again(tmp_path):
+    recipe = tiny("digits-standard", train__images=300, train__checkpoint_every=10_000, train__validate_every=10_000)
+    run = train(recipe, tmp_path / "run", device="cpu")
+    folder = run.folder / "checkpoints"
+    assert run.checkpoints.names() == ["0", "384"]
+    (folder / "LATEST").write_text("0\n")
+    before = (folder / "0").stat().st_mtime_ns
+    train(recipe, run.folder, resume=True, device="cpu")
+    assert (folder / "0").stat().st_mtime_ns == before
+
+
+def test_a_lost_pointer_is_no_reason_to_start_again(copy):
+    (copy.folder / "checkpoints" / "LATEST").unlink()
+    with pytest.raises(UserError, match=r"LATEST is damaged.*to go on from 6016: echo"):
+        train(copy.recipe, copy.folder, resume=True, device="cpu")
+
+
+def test_rewinding_forgets_later_images_and_later_attempts(tmp_path):
+    run = Run.create(tmp_path / "run", tiny(), {})
+    lines = [{"images": 1}, {"images": 2}, {"images": 2, "event": "rollback", "attempt": 1}, {"images": 3}]
+    for line in lines:
+        run.log(line)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"images": 4, "tra')
+    assert run.history() == lines
+    run.rewind(2, 1)
+    assert run.history() == lines[:3]
+    run.rewind(2, 0)
+    assert run.history() == lines[:2]
+
+
+def test_equal_robustness_is_decided_by_clean_accuracy(tmp_path, monkeypatch):
+    scores = iter([(0.5, 0.8), (0.5, 0.9), (0.5, 0.7), (0.4, 1.0), (0.1, 1.0)])
+    named = lambda *_: dict(zip(("val/robust_accuracy", "val/accuracy"), next(scores), strict=True))
+    monkeypatch.setattr(loop, "validate", named)
+    recipe = tiny("digits-standard", train__images=640, train__validate_every=128, train__checkpoint_every=128)
+    run = train(recipe, tmp_path / "run", device="cpu")
+    assert run.checkpoints.path("best").name == "256"
+    assert run.checkpoints.names() == ["256", "512", "640"]

@@ -40,11 +40,7 @@ def logits(out: Tensor, count: int) -> Tensor:
         raise UserError(f"a classifier returns logits (batch, classes) = ({count}, K), got {got}")
     if not torch.isfinite(out).all():
         raise UserError("the model returns NaN or infinite logits for images in [0, 1]")
-    if (
-        out.numel()
-        and out.shape[1] > 1
-        and out.min() >= 0
-        and torch.allclose(out.sum(1), torch.ones_like(out[:, 0]), atol=1e-4)
-    ):
+    sums = out.sum(1)
+    if out.numel() and out.shape[1] > 1 and out.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
         raise UserError("the model returns probabilities (each row sums to 1); return logits: remove the softmax")
     return out

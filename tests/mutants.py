@@ -1,0 +1,524 @@
+"""Hand-made mutants: each flips a sign, drops a term, changes a scale or forgets to restore, and some test must fail.
+
+``make mutants`` copies the package, applies one mutant at a time and runs the tests that should notice.  A mutant that
+survives means that a test is missing.  ``python tests/mutants.py WORD`` runs those whose name holds WORD.
+"""
+
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # file of tests/ that should notice
+
+
+MUTANTS = [
+    # energies
+    Mutant("joint: sign", "energies.py", "return -logits.gather", "return logits.gather", "energies"),
+    Mutant("marginal: sign", "energies.py", "return -logits.logsumexp", "return logits.logsumexp", "energies"),
+    Mutant(
+        "conditional: marginal dropped",
+        "energies.py",
+        "joint(logits, y) - marginal(logits)",
+        "joint(logits, y)",
+        "energies",
+    ),
+    Mutant(
+        "conditional: marginal added",
+        "energies.py",
+        "joint(logits, y) - marginal",
+        "joint(logits, y) + marginal",
+        "energies",
+    ),
+    Mutant(
+        "similarity: temperature dropped",
+        "energies.py",
+        "reference).sum(1) / temperature",
+        "reference).sum(1)",
+        "energies",
+    ),
+    Mutant(
+        "infonce: positive left out",
+        "energies.py",
+        "torch.cat([near, z @ negatives.T / temperature], 1)",
+        "(z @ negatives.T / temperature)",
+        "energies",
+    ),
+    Mutant("crowding: itself counted", "energies.py", ".masked_fill(itself, -torch.inf)", "", "energies"),
+    Mutant("binary: sign", "energies.py", "return -logit.reshape", "return logit.reshape", "energies"),
+    # descent
+    Mutant("descent: uphill", "descent.py", "x = x - at(self.size", "x = x + at(self.size", "descent"),
+    Mutant("descent: noise scale", "descent.py", "x = x + noise * randn", "x = x + noise**2 * randn", "descent"),
+    Mutant(
+        "descent: constraint from the iterate",
+        "descent.py",
+        "x = self.constraint(x, origin)",
+        "x = self.constraint(x, x)",
+        "descent",
+    ),
+    Mutant(
+        "descent: schedule off by one",
+        "descent.py",
+        "at(self.size, k / self.steps)",
+        "at(self.size, (k + 1) / self.steps)",
+        "descent",
+    ),
+    Mutant(
+        "unit: not normalised",
+        "descent.py",
+        "return gradient / per_sample(gradient.flatten(1).norm(dim=1), gradient).clamp_min(1e-12)",
+        "return gradient",
+        "descent",
+    ),
+    Mutant(
+        "unit: normalised over the batch",
+        "descent.py",
+        "gradient / per_sample(gradient.flatten(1).norm(dim=1), gradient)",
+        "gradient / gradient.norm()",
+        "descent",
+    ),
+    Mutant(
+        "heavy ball: decay", "descent.py", 'decay * memory["velocity"] + step', 'memory["velocity"] + step', "descent"
+    ),
+    Mutant(
+        "linf ball: radius doubled",
+        "descent.py",
+        "clamp(-self.radius, self.radius)",
+        "clamp(-2 * self.radius, 2 * self.radius)",
+        "descent",
+    ),
+    Mutant(
+        "l2 ball: grows to the radius",
+        "descent.py",
+        "(self.radius / length).clamp(max=1.0)",
+        "(self.radius / length)",
+        "descent",
+    ),
+    Mutant("box: upper end", "descent.py", "x.clamp(self.low, self.high)", "x.clamp_min(self.low)", "descent"),
+    Mutant(
+        "hold: mask inverted",
+        "descent.py",
+        "torch.where(self.mask, origin, x)",
+        "torch.where(self.mask, x, origin)",
+        "descent",
+    ),
+    Mutant(
+        "gradient: of the mean",
+        "descent.py",
+        "autograd.grad(value.sum(), x)",
+        "autograd.grad(value.mean(), x)",
+        "descent",
+    ),
+    # modes
+    Mutant("searching: modes not restored", "modes.py", "            m.training = was", "            pass", "modes"),
+    Mutant(
+        "searching: parameters stay frozen", "modes.py", "p.requires_grad_(True)", "p.requires_grad_(False)", "modes"
+    ),
+    Mutant(
+        "searching: thaws what was frozen",
+        "modes.py",
+        "[p for p in model.parameters() if p.requires_grad]",
+        "list(model.parameters())",
+        "modes",
+    ),
+    Mutant(
+        "searching: statistics move",
+        "modes.py",
+        "norm.track_running_stats = False",
+        "norm.track_running_stats = True",
+        "modes",
+    ),
+    Mutant("searching: always eval", "modes.py", "model.train(training)", "model.eval()", "modes"),
+    Mutant("using: branch not restored", "modes.py", "            norm.branch = name", "            pass", "modes"),
+    # starts
+    Mutant(
+        "uniform: half the ball",
+        "starts.py",
+        "self.eps * (2 * rand(x, generator) - 1)",
+        "self.eps * rand(x, generator)",
+        "starts",
+    ),
+    Mutant("uniform l2: not by volume", "starts.py", " ** (1 / x[0].numel())", "", "starts"),
+    Mutant("gaussians: covariance scale", "starts.py", "draw @ a / (len(a) - 1) ** 0.5", "draw @ a / len(a)", "starts"),
+    Mutant(
+        "gaussians: shrinkage forgotten", "starts.py", "(1 - self.shrinkage) ** 0.5 * coloured", "coloured", "starts"
+    ),
+    Mutant(
+        "gaussians: white part not scaled",
+        "starts.py",
+        "self.shrinkage**0.5 * isotropic",
+        "self.shrinkage * isotropic",
+        "starts",
+    ),
+    Mutant("gaussians: classes mixed up", "starts.py", "self.means[k].to(x)", "self.means[-1 - k].to(x)", "starts"),
+    Mutant("gaussians: not clamped", "starts.py", "*self.shape).clamp(0, 1)", "*self.shape)", "starts"),
+    Mutant(
+        "replay: restarts the others",
+        "starts.py",
+        ", noise, self.chains[slots])",
+        ", self.chains[slots], noise)",
+        "starts",
+    ),
+    Mutant(
+        "replay: slots with repetition",
+        "starts.py",
+        "torch.randperm(len(self.chains), generator=generator, device=where)[:count]",
+        "torch.randint(len(self.chains), (count,), generator=generator)",
+        "starts",
+    ),
+    Mutant("replay: nothing stored", "starts.py", "self.chains[slots] = x.detach().to(self.chains)", "pass", "starts"),
+    # attacks
+    Mutant(
+        "attack: sign of the cross-entropy",
+        "attacks/projected.py",
+        "lambda x: -energies.conditional",
+        "lambda x: energies.conditional",
+        "attacks",
+    ),
+    Mutant(
+        "attack: sign of the energy",
+        "attacks/projected.py",
+        "lambda x: -energies.joint",
+        "lambda x: energies.joint",
+        "attacks",
+    ),
+    Mutant("attack: no box", "attacks/projected.py", "both(ball, box())", "ball", "attacks"),
+    Mutant("attack: no ball", "attacks/projected.py", "both(ball, box())", "box()", "attacks"),
+    Mutant(
+        "attack: default step",
+        "attacks/projected.py",
+        "2.5 * self.eps / self.steps",
+        "self.eps / self.steps",
+        "attacks",
+    ),
+    Mutant("attack: worst restart kept", "attacks/projected.py", ".argmin(0)", ".argmax(0)", "attacks"),
+    Mutant(
+        "attack: directions swapped",
+        "attacks/projected.py",
+        "(linf_ball(self.eps), sign)",
+        "(linf_ball(self.eps), unit)",
+        "attacks",
+    ),
+    Mutant("attack: origin lost", "attacks/projected.py", "start, origin=x, generator", "start, generator", "attacks"),
+    Mutant(
+        "survives: wrong images repaired",
+        "metrics/robustness.py",
+        "standing = correct(f, x, y)",
+        "standing = torch.ones_like(y, dtype=torch.bool)",
+        "attacks",
+    ),
+    Mutant(
+        "survives: last restart decides",
+        "metrics/robustness.py",
+        "left = standing.nonzero().squeeze(1)",
+        "left = torch.arange(len(y))",
+        "attacks",
+    ),
+    # objectives and samplers
+    Mutant(
+        "AT: trains on clean images",
+        "objectives/at.py",
+        "cross_entropy(model, found, batch.y)",
+        "cross_entropy(model, batch.x, batch.y)",
+        "objectives",
+    ),
+    Mutant(
+        "AT: search mode ignored",
+        "objectives/at.py",
+        'training=self.search_mode == "train"',
+        "training=False",
+        "objectives",
+    ),
+    Mutant(
+        "noise: variance for deviation",
+        "objectives/standard.py",
+        "self.std * randn",
+        "self.std**0.5 * randn",
+        "objectives",
+    ),
+    Mutant(
+        "cross-entropy: sum",
+        "objectives/standard.py",
+        "energies.conditional(logits, y).mean()\n",
+        "energies.conditional(logits, y).sum()\n",
+        "objectives",
+    ),
+    Mutant(
+        "cross-entropy: the joint energy alone",
+        "objectives/standard.py",
+        "total = energies.conditional",
+        "total = energies.joint",
+        "objectives",
+    ),
+    Mutant(
+        "TA: descends the joint energy",
+        "samplers.py",
+        "lambda x: energies.conditional",
+        "lambda x: energies.joint",
+        "samplers",
+    ),
+    Mutant(
+        "CS: descends the conditional energy",
+        "samplers.py",
+        "lambda x: energies.joint",
+        "lambda x: energies.conditional",
+        "samplers",
+    ),
+    Mutant("sampler: no ball", "samplers.py", "both(l2_ball(self.radius), box())", "box()", "samplers"),
+    Mutant("sampler: noise dropped", "samplers.py", "constraint, self.noise)", "constraint)", "samplers"),
+    Mutant(
+        "sampler: global seeds know the class", "samplers.py", 'if self.start == "global":', "if False:", "samplers"
+    ),
+    Mutant(
+        "film: does not end at the sample",
+        "generation.py",
+        "path.append(end.cpu())",
+        "path.append(path[0])",
+        "samplers",
+    ),
+    Mutant("generate: one seed for all chunks", "generation.py", '"sample", number,', '"sample",', "samplers"),
+    # metrics
+    Mutant(
+        "frechet: means dropped", "metrics/distances.py", "(a.mean - b.mean).square().sum() + first", "first", "metrics"
+    ),
+    Mutant("frechet: cross term halved", "metrics/distances.py", "- 2 * cross", "- cross", "metrics"),
+    Mutant(
+        "covariance: divided by N",
+        "metrics/distances.py",
+        "return centred / (self.count - 1)",
+        "return centred / self.count",
+        "metrics",
+    ),
+    Mutant(
+        "kernel: diagonal kept",
+        "metrics/distances.py",
+        "return kernel_sum(a, a) - ",
+        "return kernel_sum(a, a) - 0 * ",
+        "metrics",
+    ),
+    Mutant("kernel: dimension dropped", "metrics/distances.py", "b.T / b.shape[1] + 1", "b.T + 1", "metrics"),
+    Mutant("kernel: sign of the cross term", "metrics/distances.py", "- 2 * ab", "+ 2 * ab", "metrics"),
+    Mutant("jackknife: scale", "metrics/distances.py", "((groups - 1) * left", "(left", "metrics"),
+    Mutant(
+        "quality: samples compared with themselves",
+        "metrics/quality.py",
+        "[kernel_sum(part, real.features) for part in parts]",
+        "[kernel_sum(part, fake) for part in parts]",
+        "metrics",
+    ),
+    Mutant("proportion: error", "metrics/base.py", "p * (1 - p) / n)", "p * (1 - p)) / n", "metrics"),
+    Mutant("energies: sign", "metrics/energy.py", "energies.marginal(f(", "-energies.marginal(f(", "metrics"),
+    Mutant(
+        "curve: radius not scaled",
+        "metrics/robustness.py",
+        "eps = attack.eps * factor if",
+        "eps = attack.eps if",
+        "metrics",
+    ),
+    # data and models
+    Mutant("loader: one order for all epochs", "data/loader.py", '"order", epoch)', '"order")', "data"),
+    Mutant("loader: streams read the same share", "data/loader.py", "seen + stream * share", "seen", "data"),
+    Mutant("augment: one offset for all", "data/augment.py", "(count,), generator", "(1,), generator", "data"),
+    Mutant("augment: flips vertically", "data/augment.py", "x.flip(3)", "x.flip(2)", "data"),
+    Mutant("digits: scale", "data/sources.py", "pixels * (255 / 16)", "pixels * 15", "data"),
+    Mutant(
+        "split: validation from test",
+        "data/sources.py",
+        "round(len(members) * (test + val))",
+        "round(len(members) * test)",
+        "data",
+    ),
+    Mutant(
+        "normalise: mean forgotten",
+        "models/network.py",
+        "return (x - self.mean) / self.std",
+        "return x / self.std",
+        "models",
+    ),
+    Mutant("ema: decay", "models/ema.py", "0.5 ** (batch / half_life)", "0.5 ** (half_life / batch)", "models"),
+    Mutant(
+        "ema: statistics left out",
+        "models/ema.py",
+        "if average.dtype.is_floating_point:",
+        "if average.requires_grad:",
+        "models",
+    ),
+    Mutant(
+        "load: train mode",
+        "models/network.py",
+        "return model.eval(), architecture",
+        "return model, architecture",
+        "models",
+    ),
+    Mutant(
+        "load: plain weights preferred", "models/network.py", "if ema and (folder", "if not ema and (folder", "models"
+    ),
+    # training
+    Mutant(
+        "resume: optimiser forgotten",
+        "training/checkpoint.py",
+        "        optimizer.load_state_dict",
+        "        (lambda state: None)",
+        "training",
+    ),
+    Mutant(
+        "resume: average forgotten",
+        "training/checkpoint.py",
+        "network.load_weights(ema.module",
+        "network.load_weights(model",
+        "training",
+    ),
+    Mutant(
+        "resume: log not rewound",
+        "training/loop.py",
+        "            run.rewind(progress.images, progress.attempt, engine.main)\n        clock",
+        "        clock",
+        "training",
+    ),
+    Mutant(
+        "checkpoint: digests not compared",
+        "training/checkpoint.py",
+        "or _digest(path / file) != digest",
+        "",
+        "training",
+    ),
+    Mutant(
+        "checkpoint: best not kept",
+        "training/checkpoint.py",
+        "- {name, previous, str(progress.best_images)}",
+        "- {name, previous}",
+        "training",
+    ),
+    Mutant(
+        "checkpoint: named before it is whole",
+        "training/checkpoint.py",
+        '        draft.rename(target)\n        files.write(self.folder / "LATEST", name + "\\n")',
+        '        files.write(self.folder / "LATEST", name + "\\n")',
+        "training",
+    ),
+    Mutant(
+        "rollback: same random numbers",
+        "training/loop.py",
+        "progress.attempt, progress.rate = attempt, rate",
+        "progress.rate = rate",
+        "training",
+    ),
+    Mutant(
+        "rollback: same learning rate",
+        "training/loop.py",
+        "progress.attempt, progress.rate = attempt, rate",
+        "progress.attempt = attempt",
+        "training",
+    ),
+    Mutant(
+        "rollback: non-finite loss unnoticed",
+        "training/loop.py",
+        "if self.sound is not None and",
+        "if False and",
+        "training",
+    ),
+    Mutant("streams: gradients added", "training/loop.py", "loss.total / len(streams)", "loss.total", "training"),
+    Mutant(
+        "cosine: does not end at zero", "training/optim.py", "0.5 * (1 + math.cos(", "0.5 * (2 + math.cos(", "training"
+    ),
+    Mutant(
+        "signal: handlers not restored",
+        "training/loop.py",
+        "    finally:\n        restore()",
+        "    finally:\n        pass",
+        "training",
+    ),
+    # configuration and borders
+    Mutant(
+        "config: fractions refused",
+        "config.py",
+        "Fraction(value) if isinstance(value, str)",
+        "float(value) if isinstance(value, str)",
+        "config",
+    ),
+    Mutant(
+        "config: defaults out of reach",
+        "training/recipe.py",
+        'described = config.describe(config.construct(Recipe, plain, where="recipe"))',
+        "described = plain",
+        "config",
+    ),
+    Mutant("config: foreign code allowed", "config.py", "        if not foreign:\n", "        if False:\n", "config"),
+    Mutant("checks: range", "checks.py", "if not (low >= 0 and high <= 1)", "if not (low >= -1 and high <= 1)", "api"),
+    Mutant(
+        "checks: probabilities", "checks.py", "torch.allclose(sums, torch.ones_like(sums), atol=1e-4)", "False", "api"
+    ),
+    Mutant(
+        "api: target ignored", "api.py", "            lowered = lambda v: read(f(v), goal)", "            pass", "api"
+    ),
+]
+
+
+def apply(mutant: Mutant, package: Path) -> None:
+    path = package / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(f"mutant {mutant.name!r}: its text stands {text.count(mutant.old)} times in {mutant.file}")
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def run(mutant: Mutant) -> tuple[Mutant, str]:
+    """The test that killed the mutant, or the empty string."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+        apply(mutant, source / "advebm")
+        shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "CITATION.cff", "Makefile"):
+            shutil.copy(ROOT / name, folder)
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"tests/test_{mutant.tests}.py",
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        killer = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.M)
+        if done.returncode not in (0, 1) or (done.returncode == 1 and not killer):
+            raise SystemExit(
+                f"mutant {mutant.name!r}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+        return mutant, killer[1] if killer else ""
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTANTS if all(word in m.name for word in words)]
+    for mutant in chosen:
+        text = (ROOT / "src" / "advebm" / mutant.file).read_text()
+        if text.count(mutant.old) != 1:
+            raise SystemExit(f"mutant {mutant.name!r}: its text stands {text.count(mutant.old)} times in {mutant.file}")
+    begun, survivors = time.perf_counter(), []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, killer in pool.map(run, chosen):
+            print(f"{'killed  ' if killer else 'SURVIVED'}  {mutant.name:45} {killer}", flush=True)
+            survivors += [] if killer else [mutant.name]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed in {time.perf_counter() - begun:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
