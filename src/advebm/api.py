@@ -50,7 +50,7 @@ def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
 
 
 def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float | Iterable[float] = 1.0) -> Network:
-    """Your own classifier as a network on images in [0, 1]; it is put into eval mode.
+    """Your own classifier as a network on images in [0, 1], in eval mode; its logits are its features too.
 
     Args:
         module: normalised images (B, C, H, W) -> logits (B, K): logits, not probabilities.

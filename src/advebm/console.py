@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 screen = Console(stderr=True, highlight=False)
 QUIET = 10.0  # seconds between lines where there is no terminal to draw a bar on
@@ -45,15 +46,13 @@ class Bar:
 def bar(name: str, total: int, done: int = 0) -> Iterator[Bar]:
     """``with bar("train", 50_000) as tell: tell(128, "loss 2.3")``."""
     columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("  {task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(16),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left  {task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    with Progress(*columns, console=screen, disable=not screen.is_terminal) as progress:
+    with Progress(*columns, console=screen, expand=True, disable=not screen.is_terminal) as progress:
         drawn = Bar(progress, name, total, done)
         yield drawn
     if not screen.is_terminal:
@@ -62,7 +61,7 @@ def bar(name: str, total: int, done: int = 0) -> Iterator[Bar]:
 
 def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:
     """The newest numbers of a training log in a few words; ``seen`` keeps them from call to call."""
-    names = {"train/loss": "loss", "val/accuracy": "clean", "val/robust_accuracy": "robust", "perf/img_per_s": "img/s"}
-    seen.update({names[k]: v for k, v in line.items() if k in names})
-    shown = {k: f"{v:,.0f}" if k == "img/s" else f"{v:.3f}" for k, v in seen.items()}
-    return "  ".join(f"{k} {v}" for k, v in shown.items())
+    names = {"perf/img_per_s": "img/s", "train/loss": "loss", "val/accuracy": "clean", "val/robust_accuracy": "robust"}
+    seen.update({k: v for k, v in line.items() if k in names})
+    shown = {names[k]: seen[k] for k in names if k in seen}
+    return "  ".join(f"{v:,.0f} {k}" if k == "img/s" else f"{k} {v:.3g}" for k, v in shown.items())
