@@ -1,4 +1,6 @@
-from advebm import recipes
+import dataclasses
+
+from advebm import config, recipes
 from advebm.training.recipe import Recipe, resolve
 
 
@@ -16,3 +18,11 @@ def tiny(name: str = "digits-at", **options: object) -> Recipe:
     if name != "digits-at":
         del short["objective.attack.steps"]
     return resolve(recipes.find(name), [*short.items(), *((k.replace("__", "."), v) for k, v in options.items())])
+
+
+def default(role: str, kind: str) -> object:
+    """A method object with every option at its default; what has none is a path."""
+    cls = config.lookup(role, kind)
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    assert set(needed) <= {"path"}, "a method works with its defaults, or names what it needs"
+    return config.build({"kind": kind, **dict.fromkeys(needed, "some/where")}, role)

@@ -9,13 +9,14 @@ from advebm.errors import UserError
 from advebm.objectives.at import AT
 from advebm.samplers import CS, TA
 from advebm.training.recipe import Recipe, dump, resolve
+from tests.helpers import default
 
 EVERY_KIND = [(role, kind) for role, kinds in config.KINDS.items() for kind in kinds]
 
 
 @pytest.mark.parametrize(("role", "kind"), EVERY_KIND)
 def test_build_and_describe_are_inverse_for_every_default(role, kind):
-    thing = config.build(kind, role)
+    thing = default(role, kind)
     plain = config.describe(thing)
     assert plain["kind"] == kind
     assert config.build(plain, role) == thing
@@ -53,6 +54,7 @@ def test_every_option_of_a_recipe_can_be_overridden_with_its_own_value():
 def test_values_are_converted_as_annotated():
     attack = config.construct(Attack, {"eps": "8/255", "steps": "20", "step_size": "none", "norm": "l2"})
     assert attack == Attack(eps=8 / 255, steps=20, step_size=None, norm="l2")
+    assert config.construct(Attack, {"step_size": "2.5/255"}).step_size == 2.5 / 255
     assert config.construct(Attack, {"eps": 1, "steps": 1e1}) == Attack(eps=1.0, steps=10)
     adam = config.build({"kind": "adam", "lr": "1e-4", "betas": "0,0.99"}, "optimizer")
     assert adam.lr == 1e-4

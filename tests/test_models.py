@@ -138,3 +138,23 @@ def test_ema_forgets_the_first_weights_early_and_without_memory_copies():
     assert ema.module.weight.item() == pytest.approx(5.0, abs=1e-3)
     assert copy.module.weight.item() == 5.0
     assert not any(p.requires_grad for p in ema.module.parameters())
+
+
+def test_low_precision_stays_inside_the_network(tmp_path):
+    """Logits, energies and input gradients are float32 and near; what is saved and loaded knows nothing of it."""
+    arch = architecture(norm="group")
+    model, x = arch.build(1), torch.rand(16, 1, 8, 8, requires_grad=True)
+    exact = model(x)
+    slope = torch.autograd.grad(exact.logsumexp(1).sum(), x)[0]
+    model.precision = torch.bfloat16
+    short = model(x)
+    short_slope = torch.autograd.grad(short.logsumexp(1).sum(), x)[0]
+    assert short.dtype == short_slope.dtype == torch.float32
+    assert 0 < (short - exact).abs().max() < 0.05
+    cosine = torch.nn.functional.cosine_similarity(slope.flatten(1), short_slope.flatten(1))
+    assert 0.98 < cosine.min() < 1 - 1e-9
+    network.save(tmp_path, model, arch)
+    loaded = network.load(tmp_path)[0]
+    assert loaded.precision == torch.float32
+    assert all(v.dtype == torch.float32 for v in loaded.state_dict().values())
+    torch.testing.assert_close(loaded(x), exact)

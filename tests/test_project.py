@@ -9,6 +9,7 @@ import pytest
 import advebm
 from advebm import citations, config, recipes
 from advebm.training.recipe import resolve
+from tests.helpers import default
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "advebm"
@@ -61,7 +62,7 @@ def test_nothing_in_the_package_needs_torchvision():
 def test_every_citation_is_in_the_bibliography():
     for role, kinds in config.KINDS.items():
         for kind in kinds:
-            thing = config.build(kind, role)
+            thing = default(role, kind)
             assert citations.bibtex(thing).count("@") == len(citations.keys(thing))
     recipe = resolve(recipes.find("digits-at"))
     assert {"madry2018", "cem-workshop", "heusel2017", "digits1998"} <= set(citations.keys(recipe))

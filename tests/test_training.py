@@ -386,3 +386,13 @@ def test_equal_robustness_is_decided_by_clean_accuracy(tmp_path, monkeypatch):
     run = train(recipe, tmp_path / "run", device="cpu")
     assert run.checkpoints.path("best").name == "256"
     assert run.checkpoints.names() == ["256", "512", "640"]
+
+
+def test_training_in_low_precision_learns_and_keeps_float32_weights(tmp_path):
+    run = train(tiny(train__precision="bfloat16"), tmp_path / "run", device="cpu")
+    lines = [line for line in run.history() if "train/loss" in line]
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.5
+    assert {v.dtype for k, v in weights(run).items() if "num_batches" not in k} == {torch.float32}
+    assert run.model()[0].precision == torch.float32
+    with pytest.raises(UserError, match="precision is one of float32, bfloat16"):
+        tiny(train__precision="float16")

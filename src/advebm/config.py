@@ -23,9 +23,17 @@ from advebm.errors import UserError, suggest, unknown
 KINDS: dict[str, dict[str, str]] = {
     "source": {
         "digits": "advebm.data.sources:Digits",
+        "cifar10": "advebm.data.files:Cifar10",
+        "cifar100": "advebm.data.files:Cifar100",
+        "folder": "advebm.data.files:Folder",
+        "npz": "advebm.data.files:Npz",
+        "hf": "advebm.data.files:HubImages",
     },
     "backbone": {
         "small-conv": "advebm.models.small:SmallConv",
+        "resnet": "advebm.models.resnet:ResNet",
+        "preact-resnet": "advebm.models.resnet:PreActResNet",
+        "wide-resnet": "advebm.models.wide_resnet:WideResNet",
     },
     "objective": {
         "standard": "advebm.objectives.standard:Standard",
@@ -69,13 +77,19 @@ def build(data: Any, role: str, *, where: str = "", foreign: bool = True) -> Any
     """
     where = where or role
     if isinstance(data, str):
-        data = {"kind": data}
+        data = short(data, role)
     if not isinstance(data, Mapping):
         raise UserError(f"{where} takes a block of options with a kind, got {data!r}")
     if "kind" not in data:
         raise UserError(f"{where} has no kind; there is {', '.join(sorted(KINDS[role]))}")
     cls = lookup(role, data["kind"], foreign=foreign)
     return construct(cls, {k: v for k, v in data.items() if k != "kind"}, where=where, foreign=foreign)
+
+
+def short(text: str, role: str) -> dict[str, str]:
+    """A kind alone, or a kind and a path: ``folder:PATH`` -> ``{"kind": "folder", "path": "PATH"}``."""
+    kind, colon, path = text.partition(":")
+    return {"kind": kind, "path": path} if colon and kind in KINDS[role] else {"kind": text}
 
 
 def describe(thing: Any, hint: Any = None) -> Any:
@@ -184,8 +198,9 @@ def switch(data: Mapping[str, Any], role: str, kind: str) -> dict[str, Any]:
 
     ``switch({"kind": "at", "attack": {"eps": 1}}, "objective", "standard")`` -> ``{"kind": "standard"}``.
     """
-    takes = {f.name for f in dataclasses.fields(lookup(role, kind)) if f.init}
-    return {"kind": kind, **{k: v for k, v in data.items() if k in takes}}
+    given = short(kind, role)
+    takes = {f.name for f in dataclasses.fields(lookup(role, given["kind"])) if f.init}
+    return {**{k: v for k, v in data.items() if k in takes}, **given}
 
 
 def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
@@ -233,7 +248,7 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise UserError(f"{where} takes {what}, got {value!r}")
         try:
-            number = Fraction(value) if isinstance(value, str) else value  # "8/255" is how the field writes a radius
+            number = _fraction(value) if isinstance(value, str) else value
             if not math.isfinite(number) or (hint is int and number != int(number)):
                 raise ValueError
             return hint(number)
@@ -242,3 +257,9 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
     if hint is str and not isinstance(value, str):
         raise UserError(f"{where} takes text, got {value!r}")
     return value
+
+
+def _fraction(text: str) -> Fraction:
+    """``8/255`` is how the field writes a radius, ``2.5/255`` a step."""
+    above, slash, below = text.partition("/")
+    return Fraction(above) / Fraction(below) if slash else Fraction(above)

@@ -63,7 +63,7 @@ class Sampler:
         """Where chains begin, fitted on the training split."""
         if self.start == "noise":
             return starts.noise
-        x, y = data.train.float(), data.train.y
+        x, y = data.train.x, data.train.y
         if self.start == "global":
             return ClassGaussians.fit(x, shrinkage=self.shrinkage)
         return ClassGaussians.fit(x, y, classes=len(data.classes), shrinkage=self.shrinkage)

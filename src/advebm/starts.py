@@ -60,55 +60,66 @@ class ClassGaussians:
     """Seeds ``N(μ_y, Σ_y)`` clamped to [0, 1], Santurkar et al. (2019); JEAT section 2.2.
 
     With one class it is the global Gaussian of "uncond" sampling.  A class of n images gives a covariance of rank
-    n - 1 < D, so the factor is kept as the n centred images rather than as a D x D matrix: a draw is
-    ``μ + √(1-s) · Aᵀ ε / √(n-1) + √s · σ · ε'`` with the images in the rows of A, which has exactly the covariance
-    ``(1-s) Σ + s σ² I`` where σ² is the mean variance of a pixel.  It needs neither D² memory nor a factorisation.
+    n - 1 < D, so its factor is the n images themselves rather than a D x D matrix: a draw is
+    ``μ + √(1-s) · (X - μ)ᵀ ε / √(n-1) + √s · σ · ε'`` with the images in the rows of X, which has exactly the
+    covariance ``(1-s) Σ + s σ² I`` where σ² is the mean variance of a pixel.  That needs no factorisation, and no
+    memory beyond the images, which may stay bytes; a class becomes floating point while it is drawn from.
 
     Attributes:
-        images: centred images of every class, one (n_k, D) tensor a class.
+        x: images (N, C, H, W): uint8, or floating point in [0, 1].
+        members: positions of each class's images in ``x``.
         means: (K, D).
-        shape: of one image, (C, H, W).
+        variances: σ² of each class, (K,).
         shrinkage: s in [0, 1], the share of the white part.
     """
 
-    images: tuple[Tensor, ...] = field(repr=False)
+    x: Tensor = field(repr=False)
+    members: tuple[Tensor, ...] = field(repr=False)
     means: Tensor = field(repr=False)
-    shape: tuple[int, ...]
+    variances: Tensor
     shrinkage: float
 
     @classmethod
     def fit(cls, x: Tensor, y: Tensor | None = None, *, classes: int = 1, shrinkage: float = 0.01) -> "ClassGaussians":
-        """Fit on images ``x (N, C, H, W)`` in [0, 1]; one Gaussian a class, or one for all where ``y`` is None.
+        """Fit on images; one Gaussian a class, or one for all where ``y`` is None.
 
         Fit on the training split: with the test split, as CEM did, the seeds leak what is measured later.
         """
         if not 0 <= shrinkage <= 1:
             raise UserError(f"shrinkage lies in [0, 1], got {shrinkage}")
-        flat = x.flatten(1).float()
-        groups = [flat] if y is None else [flat[y == k] for k in range(classes)]
-        for k, group in enumerate(groups):
-            if len(group) < 2:
-                raise UserError(f"class {k} has {len(group)} images in the training split; a Gaussian needs 2")
-        means = torch.stack([group.mean(0) for group in groups])
-        images = tuple(group - mean for group, mean in zip(groups, means, strict=True))
-        return cls(images, means, tuple(x.shape[1:]), shrinkage)
+        members = (
+            tuple((y == k).nonzero().squeeze(1) for k in range(classes)) if y is not None else (torch.arange(len(x)),)
+        )
+        means, variances = [], []
+        for k, index in enumerate(members):
+            if len(index) < 2:
+                raise UserError(f"class {k} has {len(index)} images in the training split; a Gaussian needs 2")
+            variance, mean = torch.var_mean(_rows(x, index), 0)
+            means.append(mean)
+            variances.append(variance.mean())
+        return cls(x, members, torch.stack(means), torch.stack(variances), shrinkage)
 
     def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Seeds for classes ``y (B,)``, of the shape and device of ``x``; ``y`` may be None for the global one."""
-        y = torch.zeros(len(x), dtype=torch.long) if y is None or len(self.images) == 1 else y.cpu()
-        if len(y) and not (int(y.min()) >= 0 and int(y.max()) < len(self.images)):
-            raise UserError(f"classes 0 to {len(self.images) - 1} have seeds, got {int(y.min())} to {int(y.max())}")
+        y = torch.zeros(len(x), dtype=torch.long) if y is None or len(self.members) == 1 else y.cpu()
+        if len(y) and not (int(y.min()) >= 0 and int(y.max()) < len(self.members)):
+            raise UserError(f"classes 0 to {len(self.members) - 1} have seeds, got {int(y.min())} to {int(y.max())}")
         white = randn(x.flatten(1), generator)
         out = torch.empty_like(white)
         for k in y.unique().tolist():
-            rows = (y == k).to(x.device)
-            a = self.images[k].to(x)
-            variance = a.square().sum() / (len(a) - 1) / a.shape[1]
-            draw = torch.randn(int(rows.sum()), len(a), generator=generator, device=x.device, dtype=x.dtype)
-            coloured = draw @ a / (len(a) - 1) ** 0.5
-            isotropic = variance.sqrt() * white[rows]
-            out[rows] = self.means[k].to(x) + (1 - self.shrinkage) ** 0.5 * coloured + self.shrinkage**0.5 * isotropic
-        return out.view(len(x), *self.shape).clamp(0, 1)
+            rows, mean = (y == k).to(x.device), self.means[k].to(x)
+            images = _rows(self.x, self.members[k]).to(x)
+            draw = torch.randn(int(rows.sum()), len(images), generator=generator, device=x.device, dtype=x.dtype)
+            coloured = (draw @ images - draw.sum(1, keepdim=True) * mean) / (len(images) - 1) ** 0.5
+            isotropic = self.variances[k].to(x).sqrt() * white[rows]
+            out[rows] = mean + (1 - self.shrinkage) ** 0.5 * coloured + self.shrinkage**0.5 * isotropic
+        return out.view(len(x), *self.x.shape[1:]).clamp(0, 1)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Some images as floating-point rows in [0, 1], (n, D)."""
+    chosen = x[index].flatten(1)
+    return chosen if chosen.dtype.is_floating_point else chosen.float() / 255
 
 
 @dataclass

@@ -108,23 +108,24 @@ class Digits:
         pixels, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
         everything = Images(x, torch.from_numpy(labels).long())
-        return split("digits", tuple("0123456789"), everything, self.val, self.test, self.split_seed)
+        test, val, train = partition(everything, 10, (self.test, self.val), self.split_seed)
+        return Data("digits", tuple("0123456789"), train, val, test)
 
 
-def split(name: str, classes: tuple[str, ...], images: Images, val: float, test: float, seed: int) -> Data:
-    """Cut one set into three, class by class, so that each split has the classes in proportion."""
-    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for k in range(len(classes)):
+def partition(images: Images, classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
+    """Cut a set into parts of these shares and what remains, class by class, so that each has them in proportion."""
+    parts: list[list[Tensor]] = [[] for _ in (*shares, 1.0)]
+    for k in range(classes):
         members = (images.y == k).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=seeds.generator(seed, "split", k))]
-        cuts = [round(len(members) * test), round(len(members) * (test + val))]
+        cuts = [round(len(members) * sum(shares[: i + 1])) for i in range(len(shares))]
         for part, chunk in zip(parts, members.tensor_split(cuts), strict=True):
             part.append(chunk)
-    for what, part in zip(("test", "validation", "training"), parts, strict=True):
-        if not sum(map(len, part)):
-            raise UserError(f"no image of {len(images)} is left for the {what} split; val is {val}, test {test}")
-    testing, validation, training = (images.take(torch.cat(part).sort().values) for part in parts)
-    return Data(name, classes, training, validation, testing)
+    if not all(sum(map(len, part)) for part in parts):
+        raise UserError(
+            f"{len(images)} images are too few to cut shares of {', '.join(map(str, shares))} from each class"
+        )
+    return tuple(images.take(torch.cat(part).sort().values) for part in parts)
 
 
 def to_float(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
-from advebm.data.sources import Data, Images
+from advebm.data.sources import Data, Images, to_float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +66,16 @@ class Subject(NamedTuple):
         """Where the model lives."""
         return device_of(self.model)
 
+    def on_device(self, x: Tensor) -> Tensor:
+        """Images, bytes or floating point in [0, 1], as float32 on the model's device."""
+        x = x.to(self.device)
+        return to_float(x) if x.dtype == torch.uint8 else x
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The split as float images and labels on the model's device."""
         for start in range(0, len(self.split), self.batch):
             part = self.split.take(slice(start, start + self.batch))
-            yield part.float().to(self.device), part.y.to(self.device)
+            yield self.on_device(part.x), part.y.to(self.device)
 
 
 class Metric(Protocol):

@@ -34,12 +34,12 @@ class Energies:
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """A record ``E(x) of …`` for each set: mean in nats, with the deviation among its settings."""
         uniform = torch.rand(self.noise, *subject.data.shape, generator=generator, device=generator.device)
-        sets = {"test images": subject.split.float(), **{f"samples {k}": v.x for k, v in subject.samples.items()}}
+        sets = {"test images": subject.split.x, **{f"samples {k}": v.x for k, v in subject.samples.items()}}
         sets["uniform noise"] = uniform
         records = []
         with searching(subject.model) as f, torch.no_grad():
             for name, x in sets.items():
-                parts = [energies.marginal(f(part.to(subject.device))).cpu() for part in x.split(subject.batch)]
+                parts = [energies.marginal(f(subject.on_device(part))).cpu() for part in x.split(subject.batch)]
                 records.append(self._record(f"E(x) of {name}", torch.cat(parts)))
         return records
 

@@ -48,7 +48,7 @@ class SampleQuality:
             return []
         if (space := subject.features) is None:
             raise UserError("sample quality needs a feature space: give --features RUN")
-        features = _features(space, subject, subject.data.train.float())
+        features = _features(space, subject, subject.data.train.x)
         real = Reference(features, Moments.of(features), kernel_pairs(features))
         records = []
         for name, samples in subject.samples.items():
@@ -92,4 +92,5 @@ class SampleQuality:
 
 @torch.no_grad()
 def _features(space: Features, subject: Subject, x: Tensor) -> Tensor:
-    return torch.cat([space.extract(part.to(subject.device)).flatten(1).cpu() for part in x.split(subject.batch)])
+    parts = (subject.on_device(part) for part in x.split(subject.batch))
+    return torch.cat([space.extract(part).flatten(1).cpu() for part in parts])

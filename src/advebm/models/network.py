@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import advebm
 from advebm import config, files
 from advebm.errors import UserError
+from advebm.models.layers import Staged
 from advebm.seeds import derive
 
 
@@ -46,7 +47,13 @@ class Normalize(nn.Module):
 
 
 class Network(nn.Module):
-    """``x (B, C, H, W)`` in [0, 1] -> logits ``(B, K)``."""
+    """``x (B, C, H, W)`` in [0, 1] -> logits ``(B, K)``.
+
+    ``precision`` is the type that autocast computes in, around the network only: images, their gradients and the
+    logits stay float32.  It is a choice of the moment, not part of the weights; loaded networks are in float32.
+    """
+
+    precision: torch.dtype = torch.float32
 
     def __init__(self, normalise: nn.Module, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -54,11 +61,24 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, K)``."""
-        return self.head(self.features(x))
+        if self.precision == torch.float32:
+            return self.head(self.features(x))
+        with torch.autocast(x.device.type, self.precision):
+            return self.head(self.features(x)).float()
 
     def features(self, x: Tensor) -> Tensor:
         """What the head sees, ``(B, D)``."""
         return self.backbone(self.normalise(x))
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """What each stage of the backbone returns, ``(B, C_i, H_i, W_i)``, before a closing norm and the pooling.
+
+        Raises:
+            UserError: a backbone without stages.
+        """
+        if not isinstance(self.backbone, Staged):
+            raise UserError("the backbone has no stages; resnet, preact-resnet and wide-resnet have")
+        return self.backbone.feature_maps(self.normalise(x))
 
 
 @dataclasses.dataclass(frozen=True)

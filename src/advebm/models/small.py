@@ -1,34 +1,13 @@
 """A small convolutional network for images of 8 to 32 pixels."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from advebm.config import check_choices
 from advebm.errors import UserError
-
-Norm = Literal["batch", "group", "none"]
-Activation = Literal["silu", "relu", "leaky_relu"]
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.2),
-}
-
-
-def norm2d(kind: Norm, channels: int) -> nn.Module:
-    """The normalisation of a convolution's output."""
-    match kind:
-        case "batch":
-            return nn.BatchNorm2d(channels)
-        case "group":
-            return nn.GroupNorm(max(g for g in (8, 4, 2, 1) if channels % g == 0), channels)
-        case "none":
-            return nn.Identity()
+from advebm.models.layers import ACTIVATIONS, Activation, Norm, norm2d
 
 
 @dataclass(frozen=True)
@@ -41,7 +20,7 @@ class SmallConv:
     Attributes:
         width: channels of the first convolutions.
         features: size of a linear layer before the head; none hands the grid itself to the head.
-        norm: ``batch``, ``group`` or ``none``.
+        norm: ``batch``, ``group``, ``dual`` (separate clean and adversarial batch norm) or ``none``.
         activation: ``silu``, ``relu`` or ``leaky_relu``.
     """
 

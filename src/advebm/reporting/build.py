@@ -35,7 +35,7 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> 
     own = everyone[titles[0]]
     count = len(data.classes)
     sets = {p.parent.name: p.parent for p in sorted(run.folder.glob("samples/*/manifest.json"))}
-    real = pictures.by_class(data.train.float(), data.train.y, count)
+    real = pictures.by_class(data.train.x, data.train.y, count)
     samples = [{"title": "training images", "text": data.name, "image": _picture(real)}]
     films = []
     for name, folder in sets.items():

@@ -61,6 +61,7 @@ def train(
     architecture = design(recipe, data)
     model = architecture.build(recipe.seed).to(engine.device)
     ema = EMA(model, cfg.ema) if cfg.ema else None
+    model.precision = getattr(torch, cfg.precision)
     optimizer = recipe.optimizer.build(model.parameters())
     loader = Loader(data.train, recipe.seed, cfg.batch, cfg.streams, recipe.data.augment.x, engine.device)
     like = torch.empty(cfg.batch // cfg.streams, *data.shape)

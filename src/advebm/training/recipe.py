@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -28,6 +28,8 @@ class Training:
         streams: equal shares of a batch, each with its own random numbers, chains and batch-norm statistics.  Processes
             own streams, so results do not depend on how many processes there are; one process takes them in turn.
         ema: half-life of the weight average, 0 for none.
+        precision: of the network in searches and losses, ``float32`` or ``bfloat16`` (autocast); weights, images,
+            updates and everything measured stay float32.
         clip: largest norm of the gradient; none for no limit.
         log_every, validate_every, checkpoint_every: periods.
         validate_with: images of the validation split used each time; none for all.
@@ -39,6 +41,7 @@ class Training:
     batch: int = 128
     streams: int = 1
     ema: int = 5_000
+    precision: Literal["float32", "bfloat16"] = "float32"
     clip: float | None = 1.0
     log_every: int = 2_000
     validate_every: int = 10_000
@@ -48,6 +51,7 @@ class Training:
     backoff: float = 0.5
 
     def __post_init__(self) -> None:
+        config.check_choices(self)
         for name in ("images", "batch", "streams", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is at least 1, got {getattr(self, name)}")

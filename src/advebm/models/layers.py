@@ -1,0 +1,86 @@
+"""What the backbones are made of: convolutions, normalisations, activations, stages."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from advebm.errors import UserError
+from advebm.modes import DualBatchNorm2d
+
+Norm = Literal["batch", "group", "dual", "none"]
+Activation = Literal["silu", "relu", "leaky_relu"]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+}
+
+
+def norm2d(kind: Norm, channels: int) -> nn.Module:
+    """The normalisation of a convolution's output; it begins with weights 1 and biases 0."""
+    match kind:
+        case "batch":
+            return nn.BatchNorm2d(channels)
+        case "group":
+            return nn.GroupNorm(max(g for g in (8, 4, 2, 1) if channels % g == 0), channels)
+        case "dual":
+            return DualBatchNorm2d(channels)
+        case "none":
+            return nn.Identity()
+
+
+def conv2d(inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> nn.Conv2d:
+    """A convolution that keeps the size up to its stride, with biases exactly when ``norm`` is ``none``.
+
+    Weights are drawn by He et al. (2015), normal with variance ``2 / (kernel² outputs)``; biases begin at 0.
+    """
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=norm == "none")
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+class Staged(nn.Module):
+    """``stem``, ``stages``, ``closing``, global average pooling: ``(B, C, H, W)`` -> ``(B, D)``."""
+
+    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], closing: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.stages, self.closing = stem, nn.ModuleList(stages), closing
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """What each stage returns, ``(B, C_i, H_i, W_i)``."""
+        maps, x = [], self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last map, closed and averaged over its pixels, ``(B, D)``."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.closing(x).mean((2, 3))
+
+
+def stages(
+    block: Callable[[int, int, int], nn.Module], inputs: int, widths: Sequence[int], counts: Sequence[int]
+) -> list[nn.Module]:
+    """``counts[i]`` blocks ``block(inputs, widths[i], stride)`` each; all stages but the first begin with stride 2."""
+    made: list[nn.Module] = []
+    for width, count in zip(widths, counts, strict=True):
+        first = block(inputs, width, 2 if made else 1)
+        made.append(nn.Sequential(first, *(block(width, width, 1) for _ in range(count - 1))))
+        inputs = width
+    return made
+
+
+def check_size(kind: str, size: int) -> None:
+    """Refuse images below 8 pixels: three halvings leave one."""
+    if size < 8:
+        raise UserError(f"{kind} takes images of at least 8 pixels, got {size}")
