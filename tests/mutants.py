@@ -484,6 +484,7 @@ MUTANTS = [
         "torch.autocast(x.device.type, self.precision, enabled=False)",
         "models",
     ),
+    Mutant("init: body left fresh", "models/network.py", "target.load_state_dict({**own, **fits})", "pass", "training"),
     # training
     Mutant(
         "resume: optimiser forgotten",

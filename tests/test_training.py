@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from advebm.data.files import Npz
 from advebm.errors import Diverged, Interrupted, UserError
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.standard import Standard
@@ -396,3 +398,26 @@ def test_training_in_low_precision_learns_and_keeps_float32_weights(tmp_path):
     assert run.model()[0].precision == torch.float32
     with pytest.raises(UserError, match="precision is one of float32, bfloat16"):
         tiny(train__precision="float16")
+
+
+def test_training_may_begin_with_the_weights_of_a_run(tmp_path, small_run):
+    """All of them for the same classes; all but the head for others; none of another network, and then no folder."""
+    averaged = weights(small_run, "ema")
+    begin = {"train__images": 128, "backbone__width": 8, "init": str(small_run.folder), "optimizer__lr": 1e-12}
+    run = train(tiny("digits-standard", **begin), tmp_path / "same", device="cpu")
+    learned = [name for name in averaged if "running" not in name and "num_batches" not in name]
+    assert all(torch.allclose(weights(run)[name], averaged[name]) for name in learned)
+    images = torch.randint(256, (300, 8, 8), dtype=torch.uint8)
+    np.savez(tmp_path / "three.npz", x=images.numpy(), y=np.arange(300) % 3)
+    base = tiny("digits-standard", **begin)
+    other = dataclasses.replace(base, data=Npz(str(tmp_path / "three.npz")))
+    run = train(other, tmp_path / "other", device="cpu")
+    now = weights(run)
+    assert now["head.weight"].shape == (3, averaged["head.weight"].shape[1])
+    body = [name for name in learned if not name.startswith("head")]
+    assert all(torch.allclose(now[name], averaged[name]) for name in body)
+    with pytest.raises(UserError, match="the weights belong to another network"):
+        train(tiny("digits-standard", **{**begin, "backbone__width": 4}), tmp_path / "no", device="cpu")
+    with pytest.raises(UserError, match="there is no run or model at nowhere"):
+        train(tiny("digits-standard", init="nowhere"), tmp_path / "no", device="cpu")
+    assert not (tmp_path / "no").exists()

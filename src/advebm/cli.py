@@ -91,6 +91,7 @@ def build_parser() -> Parser:
     source.add_argument("--config", type=Path, metavar="FILE", help="a recipe as YAML, such as a run's config.yaml")
     source.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where its last checkpoint is")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/NAME-TIME)")
+    sub.add_argument("--init", metavar="RUN", help="begin with the weights of a run or model; other classes: new head")
     sub.add_argument("--seed", type=int)
     sub.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
     sub.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
@@ -192,7 +193,7 @@ def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.training.run import Run, new_folder
 
     if args.resume is not None:
-        if overrides or args.out or args.seed is not None:
+        if overrides or args.out or args.init or args.seed is not None:
             raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
         recipe, folder = Run.open(args.resume).recipe, args.resume
     else:
@@ -201,7 +202,8 @@ def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
                 f"train takes --recipe NAME, --config FILE or --resume RUN; recipes: {', '.join(recipes.names())}"
             )
         plain = recipes.find(args.recipe) if args.recipe else read(args.config)
-        recipe = resolve(plain if args.seed is None else {**plain, "seed": args.seed}, overrides)
+        given = {"seed": args.seed, "init": args.init}
+        recipe = resolve({**plain, **{k: v for k, v in given.items() if v is not None}}, overrides)
         folder = args.out or new_folder(Path("runs"), recipe.name)
     if args.print_config:
         print(dump(recipe), end="")

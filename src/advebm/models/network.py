@@ -207,3 +207,21 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None
+
+
+def transfer(source: nn.Module, target: nn.Module) -> list[str]:
+    """Copy the weights of one network into another; a head for another number of classes stays as it is.
+
+    Returns the names that were left fresh.
+
+    Raises:
+        UserError: something else differs; nothing has been copied then.
+    """
+    theirs, own = source.state_dict(), target.state_dict()
+    fits = {name: v for name, v in theirs.items() if name in own and own[name].shape == v.shape}
+    different = sorted((theirs.keys() | own.keys()) - fits.keys())
+    if others := [name for name in different if not name.startswith("head.")]:
+        shown = ", ".join(others[:5]) + ", …" * (len(others) > 5)
+        raise UserError(f"the weights belong to another network: {len(others)} entries differ ({shown})")
+    target.load_state_dict({**own, **fits})
+    return different

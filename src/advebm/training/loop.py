@@ -16,10 +16,11 @@ from advebm import config, modes, seeds
 from advebm.data.loader import Loader
 from advebm.data.sources import Data, Images
 from advebm.errors import Diverged, Interrupted, UserError
+from advebm.evaluation import find_model
 from advebm.metrics.base import Subject
 from advebm.metrics.robustness import measure
 from advebm.models.ema import EMA
-from advebm.models.network import Architecture
+from advebm.models.network import Architecture, transfer
 from advebm.objectives.base import Batch, Context
 from advebm.training.checkpoint import Progress
 from advebm.training.engine import Engine
@@ -59,7 +60,10 @@ def train(
         raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
     validation = data.val.take(slice(cfg.validate_with))
     architecture = design(recipe, data)
-    model = architecture.build(recipe.seed).to(engine.device)
+    model = architecture.build(recipe.seed)
+    if recipe.init is not None and not resume:
+        transfer(find_model(Path(recipe.init)), model)
+    model.to(engine.device)
     ema = EMA(model, cfg.ema) if cfg.ema else None
     model.precision = getattr(torch, cfg.precision)
     optimizer = recipe.optimizer.build(model.parameters())

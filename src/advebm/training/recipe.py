@@ -80,6 +80,7 @@ class Recipe:
         metrics: what ``evaluate`` measures.
         optimizer, schedule, train: how the objective is minimised.
         seed: of everything random except the split of the data.
+        init: run or model folder whose weights training begins with; a head for other classes begins fresh.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Recipe:
     schedule: Schedule = Cosine()
     train: Training = Training()
     seed: int = 0
+    init: str | None = None
 
 
 def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
