@@ -165,7 +165,7 @@ MUTANTS = [
         "starts",
     ),
     Mutant("gaussians: classes mixed up", "starts.py", "self.means[k].to(x)", "self.means[-1 - k].to(x)", "starts"),
-    Mutant("gaussians: not clamped", "starts.py", "*self.shape).clamp(0, 1)", "*self.shape)", "starts"),
+    Mutant("gaussians: not clamped", "starts.py", "*self.x.shape[1:]).clamp(0, 1)", "*self.x.shape[1:])", "starts"),
     Mutant(
         "replay: restarts the others",
         "starts.py",
@@ -445,8 +445,8 @@ MUTANTS = [
     Mutant(
         "archive: any class",
         "data/files.py",
-        'if module.split(".")[0] != "numpy" or name not in self.allowed:',
-        "if False:",
+        'raise pickle.UnpicklingError(f"{module}.{name} is refused")',
+        "return super().find_class(module, name)",
         "sources",
     ),
     Mutant(
@@ -457,10 +457,10 @@ MUTANTS = [
         "sources",
     ),
     Mutant(
-        "decode: bad images kept",
+        "decode: gaps where images are bad",
         "data/decode.py",
-        "torch.from_numpy(pixels[: len(kept)])",
-        "torch.from_numpy(pixels)",
+        "pixels[len(kept)] = result",
+        "pixels[position] = result",
         "sources",
     ),
     Mutant(
