@@ -21,20 +21,6 @@ from advebm.training import loop
 from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run, new_folder
 
-__all__ = [
-    "Attack",
-    "attack",
-    "energy",
-    "evaluate",
-    "load",
-    "load_data",
-    "load_recipe",
-    "report",
-    "sample",
-    "train",
-    "wrap",
-]
-
 
 def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
     """The network of a run, a checkpoint or a published model's folder: averaged weights, eval mode, on the CPU.

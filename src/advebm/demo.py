@@ -4,17 +4,11 @@ from pathlib import Path
 
 from advebm import config, console, evaluation, recipes
 from advebm.reporting.build import report
-from advebm.samplers import CS, TA, Sampler
 from advebm.stages import draw, fit
 from advebm.training.recipe import resolve
 
 PER_CLASS = 150
-SETS: dict[str, tuple[type[Sampler], str]] = {
-    "ta-class": (TA, "class"),
-    "cs-class": (CS, "class"),
-    "ta-global": (TA, "global"),
-    "cs-global": (CS, "global"),
-}
+SETS = {f"{kind}-{start}": (kind, start) for start in ("class", "global") for kind in ("ta", "cs")}
 
 
 def demo(folder: Path, *, seed: int = 0) -> tuple[Path, list[dict[str, object]]]:
@@ -28,9 +22,8 @@ def demo(folder: Path, *, seed: int = 0) -> tuple[Path, list[dict[str, object]]]
     robust = runs["digits-at"]
     say(f"[3/5] sample {PER_CLASS * 10:,} images each by {', '.join(SETS)}")
     for name, (kind, start) in SETS.items():
-        plain = {**config.describe(robust.recipe.sampler), "start": start}
-        sampler = config.construct(kind, {k: v for k, v in plain.items() if k != "kind"})
-        draw(robust, name, sampler, PER_CLASS, seed=seed)
+        recipe = resolve(config.describe(robust.recipe), [("sampler", kind), ("sampler.start", start)])
+        draw(robust, name, recipe.sampler, PER_CLASS, seed=seed)
     say("[4/5] evaluate both; sample quality in the features of digits-standard")
     records = []
     for name, run in runs.items():

@@ -57,9 +57,9 @@ def evaluate_run(
     recipe = recipe or run.recipe
     run.records()  # a damaged file is noticed now rather than after minutes
     path = run.checkpoints.path(checkpoint)
-    model = run.model(checkpoint)[0].to(device)
+    model = run.model(path.name)[0].to(device)
     data = recipe.data.load()
-    samples = {p.parent.name: generation.read(p.parent) for p in sorted(run.folder.glob("samples/*/manifest.json"))}
+    samples = {name: generation.read(folder) for name, folder in run.samples().items()}
     if features is None:
         space = feature_space("own features", model)
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm import config, files, pictures, seeds
-from advebm.data.sources import Data
+from advebm.data.sources import Data, to_float
 from advebm.errors import UserError
 from advebm.metrics.base import SampleSet, device_of
 from advebm.samplers import Sampler
@@ -89,4 +89,4 @@ def read(folder: Path) -> SampleSet:
         raise UserError(f"{folder / 'images.npz'} is damaged ({type(error).__name__}); sample again") from None
     if not isinstance(manifest, dict) or not {"sampler", "seed"} <= manifest.keys() or x.ndim != 4:
         raise UserError(f"{folder / 'manifest.json'} is damaged; sample again")
-    return SampleSet(x.float() / 255, y, manifest)
+    return SampleSet(to_float(x), y, manifest)

@@ -34,7 +34,7 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> 
     everyone = {title: evaluation.latest(r.records()) for title, r in zip(titles, runs, strict=True)}
     own = everyone[titles[0]]
     count = len(data.classes)
-    sets = {p.parent.name: p.parent for p in sorted(run.folder.glob("samples/*/manifest.json"))}
+    sets = run.samples()
     real = pictures.by_class(data.train.x, data.train.y, count)
     samples = [{"title": "training images", "text": data.name, "image": _picture(real)}]
     films = []

@@ -73,6 +73,10 @@ class Run:
         """The network of a checkpoint (averaged weights, eval mode)."""
         return network.load(self.checkpoints.path(which), foreign=True)
 
+    def samples(self) -> dict[str, Path]:
+        """The folder of each whole set of samples, by name."""
+        return {path.parent.name: path.parent for path in sorted(self.folder.glob("samples/*/manifest.json"))}
+
     @contextlib.contextmanager
     def locked(self, main: bool = True) -> Iterator[None]:
         """Refuse a second training of the same run; the lock goes with the process, however it ends."""
