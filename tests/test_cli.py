@@ -112,6 +112,75 @@ def test_train_sample_evaluate_report(tmp_path, capsys):
     assert not re.search(r"(src|href)=.https?:", page)
 
 
+MINE = """
+from torch import nn
+
+def classifier():
+    layers = [nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(16, 2))
+
+def ten(): return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+def small(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+def text(): return "no module"
+def asks(width): return ten()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of one's own, and 200 mixed images of two classes in different sizes, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADVEBM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text(MINE)
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        kind = ("red", "blue")[i % 2]
+        pixels = rng.integers(0, 120, (16 + i % 7, 16 + i % 5, 3), dtype=np.uint8)
+        pixels[..., 2 * (i % 2)] += 100
+        path = tmp_path / "pictures" / kind / f"{i}.{('png', 'jpg')[i % 3 == 0]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return ["--recipe", "digits-at", "--data", "folder:pictures", "--data.size", "16"]
+
+
+def test_ones_own_module_and_folder_from_nothing_to_a_report(mine, tmp_path, capsys):
+    """The commands of the README: everything in one, and a trained module taken over as it is."""
+    short = ["--train.images", "2560", "--train.batch", "64", "--train.ema", "0", "--device", "cpu"]
+    folder = tmp_path / "runs" / "mine"
+    status, out, err = call("run", *mine, "--model", "mine:classifier", *short, "--out", folder, capsys=capsys)
+    assert status == 0, err
+    assert re.search(r"^accuracy +(100|9\d)\.\d ± ", out, re.M), out
+    assert "FD (own features)" in out
+    assert out.strip().endswith(str(folder / "report.html"))
+    assert (folder / "samples" / "cs-class" / "grid.png").exists()
+    assert Run.open(folder).recipe.backbone.path == "mine:classifier"
+    taken = ["train", *mine, "--model", "mine:classifier", "--init", folder, "--train.images", 0, "--train.batch", 64]
+    status, out, err = call(*taken, "--device", "cpu", "--out", "taken", capsys=capsys)
+    assert (status, out) == (0, "taken\n"), err
+    one, two = (Run.open(Path(r)).model()[0].state_dict() for r in (folder, "taken"))
+    assert all((one[name] == two[name]).all() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("mine:ten", r"returns \(2, 10\) for 2 images, there have to be 2 logits an image"),
+        ("mine:small", "does not take images of 3 x 16 x 16"),
+        ("mine:text", "mine:text returns a str, not a torch module"),
+        ("mine:asks", "mine:asks is called without arguments: missing a required argument: 'width'"),
+        ("mine:nothing", "'mine:nothing' cannot be imported"),
+        ("nobody:here", "'nobody:here' cannot be imported"),
+        ("mine", "is package.module:factory, got 'mine'"),
+    ],
+)
+def test_modules_that_do_not_fit_are_one_line(mine, tmp_path, capsys, factory, message):
+    train = ["train", *mine, "--train.batch", 64, "--device", "cpu", "--out", "out", "--model", factory]
+    assert re.search(message, refused(*train, capsys=capsys))
+    assert not (tmp_path / "out").exists()
+
+
 def test_print_config_is_a_config(tmp_path, capsys):
     status, out, _ = call(
         "train", "--recipe", "digits-at", "--objective", "noise", "--seed", 4, "--print_config", capsys=capsys
@@ -146,7 +215,7 @@ MISTAKES = {
     "two recipes": ([*AT, "--config", "x.yaml"], "not allowed with argument"),
     "negative eps": ([*AT, "--objective.attack.eps", "-0.1"], "eps is a radius >= 0 .* got -0.1"),
     "eps in bytes": ([*AT, "--threat.norm", "linf", "--threat.eps", "8"], "write 8/255, not 8"),
-    "unknown kind": ([*AT, "--objective", "trade"], "no objective 'trade'.*there is at, noise, standard"),
+    "unknown kind": ([*AT, "--objective", "trade"], "no objective 'trade'.*there is at, awp, fast, .*standard, trades"),
     "unknown command": (["trian"], r"no command 'trian' \(did you mean 'train'\?\)"),
     "no command": ([], "the following arguments are required: COMMAND"),
     "unknown flag": ([*AT, "--epochs", "3"], "unexpected '--epochs'; options of a recipe have a dot, as in --data"),

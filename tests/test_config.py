@@ -1,4 +1,5 @@
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -90,6 +91,7 @@ def test_foreign_classes_are_named_by_module_and_kept(monkeypatch):
 @dataclasses.dataclass(frozen=True)
 class Foreign:
     width: int = 1
+    needs: ClassVar[frozenset[str]] = frozenset()
 
 
 MISTAKES = [
@@ -128,7 +130,7 @@ def test_missing_and_unknown_blocks_are_named():
         resolve({k: v for k, v in plain.items() if k != "data"})
     with pytest.raises(UserError, match="recipe has no option 'dta'"):
         resolve({**plain, "dta": {}})
-    with pytest.raises(UserError, match="objective has no kind; there is at, noise, standard"):
+    with pytest.raises(UserError, match="objective has no kind; there is at, awp, fast, free"):
         resolve({**plain, "objective": {}})
     with pytest.raises(UserError, match="takes a block of options with a kind, got 5"):
         config.build(5, "objective")

@@ -54,7 +54,7 @@ def test_bad_splits_are_refused():
 
 def loader(count=100, batch=32, streams=1, seed=0):
     x = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
-    return Loader(Images(x, torch.arange(count)), seed, batch, streams, Augment())
+    return Loader(Images(x, torch.arange(count)), seed, batch, streams, (Augment(),))
 
 
 def read(load, seen, stream=0):
@@ -83,7 +83,7 @@ def test_streams_share_the_batch_that_one_stream_would_read():
 
 
 def test_images_and_labels_stay_together_and_are_scaled():
-    x, y = loader()(0, 0, torch.Generator())
+    (x,), y = loader()(0, 0, torch.Generator())
     assert torch.equal((x * 255).round().flatten().long(), y)
     assert x.dtype == torch.float32
 

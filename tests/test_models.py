@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -158,3 +159,16 @@ def test_low_precision_stays_inside_the_network(tmp_path):
     assert loaded.precision == torch.float32
     assert all(v.dtype == torch.float32 for v in loaded.state_dict().values())
     torch.testing.assert_close(loaded(x), exact)
+
+
+def test_somebody_elses_model_imports_nothing(tmp_path):
+    """A published configuration may not name code to import, neither as a kind nor as the path of an own module."""
+    network.save(tmp_path, architecture().build(), architecture())
+    path = tmp_path / "config.json"
+    for backbone in ({"kind": "own", "path": "antigravity:x"}, {"kind": "antigravity:x"}):
+        plain = json.loads(path.read_text())
+        plain["architecture"]["backbone"] = backbone
+        path.write_text(json.dumps(plain))
+        with pytest.raises(UserError, match="would import foreign code"):
+            network.load(tmp_path)
+    assert "antigravity" not in sys.modules

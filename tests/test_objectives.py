@@ -8,12 +8,34 @@ from torch import nn
 from advebm import config, seeds
 from advebm.attacks.projected import Attack
 from advebm.errors import UserError
-from advebm.objectives.at import AT
+from advebm.objectives.at import AT, PreJEAT
+from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context
+from advebm.objectives.fast import FAST
+from advebm.objectives.free import FREE
+from advebm.objectives.langevin import JEAT, JEM, MLE, SGLD
 from advebm.objectives.standard import NoiseInjection, Standard
+from advebm.objectives.trades import TRADES, WEAT
 from tests.references import attacks as reference
 
-OBJECTIVES = [Standard(), NoiseInjection(), AT(), AT(Attack(norm="l2", eps=0.5, steps=3), search_mode="train")]
+SHORT = SGLD(steps=2, buffer=8)
+OBJECTIVES = [
+    Standard(),
+    NoiseInjection(),
+    AT(),
+    AT(Attack(norm="l2", eps=0.5, steps=3), search_mode="train"),
+    PreJEAT(),
+    FAST(),
+    FREE(),
+    TRADES(),
+    WEAT(),
+    WEAT(on="adversarial"),
+    AWP(),
+    AWP(TRADES()),
+    MLE(SHORT),
+    JEM(SHORT),
+    JEAT(SHORT),
+]
 
 
 def name(objective):
@@ -35,15 +57,27 @@ def test_contract(objective, net, batch, generator):
     loss.total.backward()
     assert all(p.grad is not None for p in net.parameters())
     objective.after(net, batch, found, state, loss, ctx)
+    moved = objective.adversarial(batch, found)
+    assert moved is None or moved.shape == batch.x.shape
     assert config.build(config.describe(objective), "objective") == objective
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
 def test_one_generator_gives_one_result(objective, net, batch):
     net.eval()
-    one, two, other = (objective.search(net, batch, None, Context(seeds.generator(seed))) for seed in (1, 1, 2))
-    assert torch.equal(one, two)
-    assert torch.equal(one, other) == isinstance(objective, Standard)
+    state = objective.init(batch.x, seeds.generator(0))
+    ctx = lambda seed: Context(seeds.generator(seed))
+    one, two, other = (tensors(objective.search(net, batch, state, ctx(seed))) for seed in (1, 1, 2))
+    assert all(map(torch.equal, one, two))
+    assert all(map(torch.equal, one, other)) == isinstance(objective, Standard | FREE)
+
+
+def tensors(found):
+    """The tensors in what a search returned."""
+    if isinstance(found, torch.Tensor):
+        return [found]
+    items = found.values() if isinstance(found, dict) else found if isinstance(found, tuple) else ()
+    return [tensor for item in items for tensor in tensors(item)]
 
 
 def test_standard_loss_is_the_cross_entropy_of_the_images(net, batch, generator):

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from advebm import recipes
 from advebm.data.files import Npz
 from advebm.errors import Diverged, Interrupted, UserError
 from advebm.objectives.base import Batch, Context, Loss
@@ -24,9 +27,11 @@ from advebm.training import loop
 from advebm.training.checkpoint import Progress
 from advebm.training.loop import train
 from advebm.training.optim import SGD, Cosine, Steps
-from advebm.training.recipe import dump
+from advebm.training.recipe import dump, resolve
 from advebm.training.run import Run
 from tests.helpers import tiny
+
+RNG = np.random.default_rng(0)
 
 
 def weights(run, name="model"):
@@ -411,7 +416,8 @@ def test_training_may_begin_with_the_weights_of_a_run(tmp_path, small_run):
     np.savez(tmp_path / "three.npz", x=images.numpy(), y=np.arange(300) % 3)
     base = tiny("digits-standard", **begin)
     other = dataclasses.replace(base, data=Npz(str(tmp_path / "three.npz")))
-    run = train(other, tmp_path / "other", device="cpu")
+    with pytest.warns(UserWarning, match=r"other classes than three: head.bias, head.weight begin fresh"):
+        run = train(other, tmp_path / "other", device="cpu")
     now = weights(run)
     assert now["head.weight"].shape == (3, averaged["head.weight"].shape[1])
     body = [name for name in learned if not name.startswith("head")]
@@ -420,4 +426,116 @@ def test_training_may_begin_with_the_weights_of_a_run(tmp_path, small_run):
         train(tiny("digits-standard", **{**begin, "backbone__width": 4}), tmp_path / "no", device="cpu")
     with pytest.raises(UserError, match="there is no run or model at nowhere"):
         train(tiny("digits-standard", init="nowhere"), tmp_path / "no", device="cpu")
+    colours = np.repeat(images.numpy()[..., None], 3, 3)
+    np.savez(tmp_path / "colour.npz", x=colours, y=np.arange(300) % 3)
+    other = dataclasses.replace(base, data=Npz(str(tmp_path / "colour.npz")))
+    with pytest.raises(UserError, match=r"the images have 3 channels \(colour\), the weights .* of 1 \(grey\)"):
+        train(other, tmp_path / "no", device="cpu")
     assert not (tmp_path / "no").exists()
+
+
+def test_no_images_take_over_the_weights_as_they_are(tmp_path, small_run):
+    recipe = tiny(init=str(small_run.folder), train__images=0)
+    run = train(recipe, tmp_path / "taken", device="cpu")
+    assert run.checkpoints.names() == ["0"]
+    assert same(weights(run), weights(small_run, "ema"))
+    with pytest.raises(UserError, match="images is at least 0, got -1"):
+        tiny(train__images=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Looks(Standard):
+    """Checks, in a real run, that every role arrives as the recipe says."""
+
+    seen: ClassVar[list[Batch]] = []
+    needs: ClassVar[frozenset[str]] = frozenset({"view", "outside", "extra"})
+
+    def search(self, model, batch, state, ctx):
+        self.seen.append(batch)
+        return batch.x
+
+
+def test_every_role_has_its_own_images_and_augmentation(tmp_path):
+    """x is mirrored at random, the view is always itself, outside are bright images, extra is the data in another
+    order."""
+    bright = RNG.integers(200, 256, (300, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "bright.npz", x=bright, y=np.arange(300) % 2)
+    roles = {"objective": "tests.test_training:Looks", "outside": f"npz:{tmp_path / 'bright.npz'}", "extra": "digits"}
+    plain = {**recipes.find("digits-standard"), "backbone": {"kind": "small-conv", "width": 8}}
+    recipe = resolve(
+        {**plain, **roles}, [("data.augment.x.flip", True), ("data.augment.view", {}), ("train.images", 256)]
+    )
+    Looks.seen.clear()
+    train(recipe, tmp_path / "run", device="cpu")
+    first, second = Looks.seen
+    mirrored = (first.x == first.view.flip(3)).flatten(1).all(1)
+    plain = (first.x == first.view).flatten(1).all(1)
+    assert (mirrored | plain).all()
+    assert 30 < plain.sum() < 98
+    assert first.outside.shape == first.x.shape
+    assert first.outside.min() > 0.75
+    digits = recipe.data.load().train.float()
+    assert all((digits == image).flatten(1).all(1).any() for image in first.extra[:10])
+    assert not torch.equal(first.extra, first.view)
+    assert not torch.equal(first.outside, second.outside)
+
+
+def test_roles_are_given_exactly_where_they_are_needed(tmp_path):
+    with pytest.raises(UserError, match="objective Looks needs outside images; give them with --outside KIND"):
+        tiny("digits-standard", objective="tests.test_training:Looks")
+    with pytest.raises(UserError, match="objective Standard takes no extra images; leave extra out"):
+        tiny("digits-standard", extra="digits")
+    np.savez(tmp_path / "large.npz", x=RNG.integers(0, 256, (90, 9, 9), dtype=np.uint8), y=np.arange(90) % 2)
+    roles = {"objective": "tests.test_training:Looks", "outside": f"npz:{tmp_path / 'large.npz'}", "extra": "digits"}
+    with pytest.raises(UserError, match=r"the images of --outside are \(1, 9, 9\), those of digits \(1, 8, 8\)"):
+        train(resolve({**recipes.find("digits-standard"), **roles}), tmp_path / "no", device="cpu")
+    assert not (tmp_path / "no").exists()
+
+
+def staged(**options):
+    """Standard training of 1,024 images, then adversarial training of as many."""
+    plain = {**recipes.find("digits-at"), "before": [{"name": "warm", "objective": {"kind": "standard"}}]}
+    short = {"backbone.width": 8, "train.images": 1024, "train.validate_every": 1024, "train.checkpoint_every": 256}
+    return resolve(plain, [*short.items(), *((k.replace("__", "."), v) for k, v in options.items())])
+
+
+def test_stages_follow_one_another(tmp_path):
+    """A stage takes what it leaves out from the recipe; the second begins where the first ended, as by hand."""
+    recipe = staged(before__0__seed=3)
+    stage = recipe.before[0]
+    assert (stage.objective, stage.name, stage.seed, stage.before) == (Standard(), "warm", 3, ())
+    assert (stage.backbone, stage.train) == (recipe.backbone, recipe.train)
+    assert resolve(yaml.safe_load(dump(recipe))) == recipe
+    told = []
+    run = train(recipe, tmp_path / "run", device="cpu", report=lambda line: told.append(line["images"]))
+    assert told == sorted(told)
+    assert told[-1] == 2048
+    first = Run.open(run.folder / "before" / "0-warm")
+    assert first.recipe.objective == Standard()
+    by_hand = dataclasses.replace(recipe, before=(), init=str(first.folder))
+    assert same(weights(run), weights(train(by_hand, tmp_path / "hand", device="cpu")))
+
+
+def test_an_interrupted_stage_goes_on(tmp_path, monkeypatch):
+    whole = weights(train(staged(), tmp_path / "whole", device="cpu"))
+
+    def interrupt(line):
+        if line["images"] >= threshold:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    for threshold in (512, 1500):
+        folder = tmp_path / str(threshold)
+        with pytest.raises(Interrupted, match=f"advebm train --resume {folder}$"):
+            train(staged(train__log_every=128), folder, device="cpu", report=interrupt)
+        assert same(weights(train(Run.open(folder).recipe, folder, resume=True, device="cpu")), whole)
+
+
+def test_bad_stages_are_refused():
+    plain = recipes.find("digits-at")
+    for stage, message in (
+        ({"objective": "standard"}, "takes a block with a name"),
+        ({"name": "a", "init": "x"}, "begins with the stage before it"),
+        ({"name": "a", "objectiv": "standard"}, "did you mean 'objective'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve({**plain, "before": [stage]})

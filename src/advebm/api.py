@@ -26,13 +26,13 @@ def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
     """The network of a run, a checkpoint or a published model's folder: averaged weights, eval mode, on the CPU.
 
     Args:
-        path: the folder.
+        path: the folder, or ``hf:USER/NAME`` for a model published on the Hub.
         checkpoint: of a run: ``latest``, ``best`` or a number of images.
 
     Raises:
         UserError: nothing there, or a damaged file.
     """
-    return evaluation.find_model(Path(path), checkpoint=str(checkpoint))
+    return evaluation.find_model(path, checkpoint=str(checkpoint))
 
 
 def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float | Iterable[float] = 1.0) -> Network:

@@ -15,11 +15,11 @@ from advebm import __version__, recipes
 from advebm.config import KINDS
 from advebm.errors import Diverged, Interrupted, UserError, suggest, unknown
 
-Overrides = list[tuple[str, str]]
+Overrides = list[tuple[str, Any]]
 
 # Blocks of a recipe that a kind can be given for, as in --objective at; any other option has a dot in its name.
 BLOCKS = {"data": "source", "backbone": "backbone", "objective": "objective", "sampler": "sampler"}
-BLOCKS |= {"optimizer": "optimizer", "schedule": "schedule"}
+BLOCKS |= {"optimizer": "optimizer", "schedule": "schedule", "outside": "source", "extra": "source"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +38,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (diverged), 2 (a mistake in what was asked for), 130 (stopped)."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # for package.module:Class of one's own
     warnings.showwarning = lambda message, *rest: print(f"advebm: warning: {message}", file=sys.stderr)
     try:
         plain, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
@@ -78,23 +80,28 @@ def build_parser() -> Parser:
     sub.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the runs go (runs)")
     sub.add_argument("--seed", type=int, default=0)
 
-    sub = verb(
-        "train",
-        run_train,
-        "Train a recipe, or go on with a run.",
+    options = (
         "Any option of a recipe can be given as --block.option VALUE, as in --objective.attack.eps 8/255; "
-        "--print_config shows them all.",
+        "--print_config shows them all."
     )
-    sub.set_defaults(takes=(*BLOCKS, "train", "threat", "metrics"))
-    source = sub.add_mutually_exclusive_group()
-    source.add_argument("--recipe", metavar="NAME", help="a recipe of the package; see advebm list")
-    source.add_argument("--config", type=Path, metavar="FILE", help="a recipe as YAML, such as a run's config.yaml")
-    source.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where its last checkpoint is")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/NAME-TIME)")
-    sub.add_argument("--init", metavar="RUN", help="begin with the weights of a run or model; other classes: new head")
-    sub.add_argument("--seed", type=int)
-    sub.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
-    sub.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
+    train = verb("train", run_train, "Train a recipe, or go on with a run.", options)
+    whole = verb("run", run_run, "Train, sample, evaluate and report, in one command.", options)
+    for sub in (train, whole):
+        sub.set_defaults(takes=(*BLOCKS, "train", "threat", "metrics", "normalise", "before"))
+        source = sub.add_mutually_exclusive_group()
+        source.add_argument("--recipe", metavar="NAME", help="a recipe of the package; see advebm list")
+        source.add_argument("--config", type=Path, metavar="FILE", help="a recipe as YAML, such as a run's config.yaml")
+        source.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where its last checkpoint is")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/NAME-TIME)")
+        sub.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="train a torch module of your own")
+        sub.add_argument(
+            "--init", metavar="RUN", help="begin with the weights of a run, a model or a file; other classes: new head"
+        )
+        sub.add_argument("--seed", type=int)
+        sub.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
+        sub.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
+    whole.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
+    whole.add_argument("--features", metavar="RUN", help="run or model whose classifier judges the samples (own)")
 
     sub = verb("sample", run_sample, "Draw images from a run into RUN/samples.", "Takes --sampler.option VALUE.")
     sub.set_defaults(takes=("sampler",))
@@ -113,17 +120,23 @@ def build_parser() -> Parser:
     )
     sub.set_defaults(takes=("threat", "metrics"))
     sub.add_argument("run", type=Path, metavar="RUN")
-    sub.add_argument("--features", type=Path, metavar="RUN", help="run whose classifier judges the samples (own)")
+    sub.add_argument("--features", metavar="RUN", help="run or model whose classifier judges the samples (own)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
     sub.add_argument("--json", action="store_true", help="print records as JSON, one a line")
 
     for drawing in (verbs.choices["sample"], verbs.choices["evaluate"]):
-        drawing.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, …")
+        drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
 
     sub = verb("report", run_report, "Write RUN/report.html.")
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="compare with a run")
+
+    sub = verb("push", run_push, "Publish the model of a run on the Hub, where hf:USER/NAME finds it.")
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("name", metavar="USER/NAME")
+    sub.add_argument("--private", action="store_true", help="for those with access only")
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
 
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
@@ -161,10 +174,11 @@ def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides
             raise UserError(f"no option --{name}{suggest(block, args.takes)}; {what}")
 
 
-def device(name: str) -> str:
-    """The name of a device, if it is there."""
+def device(name: str | None) -> str:
+    """The name of a device, if it is there; the best there is by default."""
     import torch
 
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
@@ -188,12 +202,18 @@ def run_demo(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm train``."""
+    if (folder := _train(args, overrides)) is not None:
+        print(folder)
+
+
+def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
+    """Train as the options say; the run's folder, or None where only the recipe was asked for."""
     from advebm.stages import fit
     from advebm.training.recipe import dump, read, resolve
     from advebm.training.run import Run, new_folder
 
     if args.resume is not None:
-        if overrides or args.out or args.init or args.seed is not None:
+        if overrides or args.out or args.init or args.model or args.seed is not None:
             raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
         recipe, folder = Run.open(args.resume).recipe, args.resume
     else:
@@ -202,14 +222,32 @@ def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
                 f"train takes --recipe NAME, --config FILE or --resume RUN; recipes: {', '.join(recipes.names())}"
             )
         plain = recipes.find(args.recipe) if args.recipe else read(args.config)
+        if args.model:
+            overrides = [*overrides, ("backbone", {"kind": "own", "path": args.model})]
         given = {"seed": args.seed, "init": args.init}
         recipe = resolve({**plain, **{k: v for k, v in given.items() if v is not None}}, overrides)
         folder = args.out or new_folder(Path("runs"), recipe.name)
     if args.print_config:
         print(dump(recipe), end="")
-        return
+        return None
     fit(recipe, folder, resume=args.resume is not None, device=args.device)
-    print(folder)
+    return folder
+
+
+def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm run``."""
+    folder = _train(args, overrides)
+    if folder is None:
+        return
+    where = [f"--device={args.device}"] if args.device else []
+    judge = [f"--features={args.features}"] if args.features else []
+    for verb, options in (
+        ("sample", [*where, f"--per-class={args.per_class}"]),
+        ("evaluate", [*where, *judge]),
+        ("report", []),
+    ):
+        following = build_parser().parse_args([verb, str(folder), *options])
+        following.call(following, [])
 
 
 def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -257,6 +295,14 @@ def run_report(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.training.run import Run
 
     print(report(Run.open(args.run), beside=[Run.open(path) for path in args.beside]))
+
+
+def run_push(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm push``."""
+    from advebm.models import hub
+    from advebm.training.run import Run
+
+    print(hub.push(Run.open(args.run).checkpoints.path(args.checkpoint), args.name, private=args.private))
 
 
 def run_list(args: argparse.Namespace, overrides: Overrides) -> None:

@@ -34,11 +34,22 @@ KINDS: dict[str, dict[str, str]] = {
         "resnet": "advebm.models.resnet:ResNet",
         "preact-resnet": "advebm.models.resnet:PreActResNet",
         "wide-resnet": "advebm.models.wide_resnet:WideResNet",
+        "own": "advebm.models.own:Own",
     },
     "objective": {
         "standard": "advebm.objectives.standard:Standard",
         "noise": "advebm.objectives.standard:NoiseInjection",
         "at": "advebm.objectives.at:AT",
+        "fast": "advebm.objectives.fast:FAST",
+        "free": "advebm.objectives.free:FREE",
+        "trades": "advebm.objectives.trades:TRADES",
+        "weat": "advebm.objectives.trades:WEAT",
+        "awp": "advebm.objectives.awp:AWP",
+        "rst": "advebm.objectives.rst:RST",
+        "prejeat": "advebm.objectives.at:PreJEAT",
+        "jeat": "advebm.objectives.langevin:JEAT",
+        "jem": "advebm.objectives.langevin:JEM",
+        "mle": "advebm.objectives.langevin:MLE",
     },
     "optimizer": {
         "sgd": "advebm.training.optim:SGD",
@@ -83,6 +94,8 @@ def build(data: Any, role: str, *, where: str = "", foreign: bool = True) -> Any
     if "kind" not in data:
         raise UserError(f"{where} has no kind; there is {', '.join(sorted(KINDS[role]))}")
     cls = lookup(role, data["kind"], foreign=foreign)
+    if not foreign and getattr(cls, "imports", False):
+        raise UserError(f"{where} {data['kind']!r} would import foreign code, which a model from elsewhere may not")
     return construct(cls, {k: v for k, v in data.items() if k != "kind"}, where=where, foreign=foreign)
 
 

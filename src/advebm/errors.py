@@ -12,6 +12,10 @@ class Diverged(RuntimeError):
     """Training produced non-finite numbers more often than it may roll back."""
 
 
+class EarlyStop(RuntimeError):
+    """An objective asks that training end at the last checkpoint; the message says why."""
+
+
 class Interrupted(RuntimeError):
     """Training was stopped by a signal, after saving; the message holds the command that resumes it."""
 

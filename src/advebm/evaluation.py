@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from advebm import generation, seeds
-from advebm.errors import UserError
 from advebm.metrics.base import Features, Metric, Record, Subject
 from advebm.models import network
 from advebm.models.network import Network
@@ -36,7 +35,7 @@ def evaluate_run(
     run: Run,
     *,
     recipe: Recipe | None = None,
-    features: Path | None = None,
+    features: str | Path | None = None,
     checkpoint: str = "latest",
     seed: int = 0,
     device: str = "cpu",
@@ -47,8 +46,8 @@ def evaluate_run(
     Args:
         run: a trained run.
         recipe: the run's own by default; another threat or other metrics may be asked for.
-        features: run or model folder whose classifier gives the feature space of sample quality; none takes the
-            run's own model, which says so in the metric's name and flatters its own samples.
+        features: run or model (a folder or ``hf:USER/NAME``) whose classifier gives the feature space of sample
+            quality; none takes the run's own model, which says so in the metric's name and flatters its own samples.
         checkpoint: ``latest``, ``best`` or a number of images.
         seed: of the attacks.
         device: where to compute.
@@ -63,7 +62,7 @@ def evaluate_run(
     if features is None:
         space = feature_space("own features", model)
     else:
-        owner = features.resolve()
+        owner = Path(features).resolve()
         owner = owner.parents[1] if owner.parent.name == "checkpoints" else owner
         space = feature_space(f"features of {owner.name}", find_model(features).to(device))
     subject = Subject(model, data, data.test, recipe.threat, samples, space)
@@ -79,13 +78,11 @@ def evaluate_run(
     return records
 
 
-def find_model(path: Path, *, checkpoint: str = "latest") -> Network:
-    """The network of a run folder, a checkpoint or a published model's folder."""
-    if not path.exists():
-        raise UserError(f"there is no run or model at {path}")
-    if (path / "config.json").is_file():
-        return network.load(path)[0]
-    return Run.open(path).model(checkpoint)[0]
+def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
+    """The network of a run folder, a checkpoint, a published model's folder or ``hf:USER/NAME``."""
+    if (Path(where) / "config.yaml").is_file():
+        return Run.open(where).model(checkpoint)[0]
+    return network.find(where)
 
 
 def feature_space(name: str, model: Network) -> Features:

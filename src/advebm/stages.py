@@ -16,7 +16,9 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | Non
     """:func:`advebm.training.loop.train` behind a progress bar."""
     seen: dict[str, float] = {}
     latest = Run.open(folder).checkpoints.latest() if resume else ""
-    with console.bar(recipe.name, recipe.train.images, int(latest) if latest.isdigit() else 0) as tell:
+    earlier = sum(stage.train.images for stage in recipe.before)
+    done = earlier + int(latest) if latest.isdigit() else 0
+    with console.bar(recipe.name, earlier + recipe.train.images, done) as tell:
         return train(
             recipe,
             folder,

@@ -1,32 +1,53 @@
 """Augmentation of a whole batch on its device, with a generator."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from advebm.config import check_choices
+from advebm.data.autoaugment import autoaugment
 from advebm.errors import UserError
+
+GREY = 0.5  # of a cut-out square: the middle of the range, whatever the data's mean
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crop after zero padding, and horizontal flip, drawn for each image.
+    """Random crop after zero padding, horizontal flip, a policy and a cut-out square, drawn for each image.
+
+    They come in this order, that of Cubuk et al. (2019) for CIFAR: the usual crop and flip, the policy, then cutout,
+    so that no later operation moves or recolours the square.
 
     Attributes:
         crop: pixels of padding on each side, which is also the largest shift; 0 leaves images in place.
         flip: whether half of the images are mirrored.
+        policy: ``autoaugment`` is the one found on CIFAR-10 (Cubuk et al., 2019), for grey and RGB images.
+        cutout: edge in pixels of one grey square (DeVries and Taylor, 2017) around a pixel drawn uniformly, so that it
+            may stick out over the border; 0 cuts nothing out.
     """
 
     crop: int = 0
     flip: bool = False
+    policy: Literal["none", "autoaugment"] = "none"
+    cutout: int = 0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.crop < 0:
             raise UserError(f"crop is a number of pixels >= 0, got {self.crop}")
+        if self.cutout < 0:
+            raise UserError(f"cutout is a number of pixels >= 0, got {self.cutout}")
+
+    @property
+    def cites(self) -> tuple[str, ...]:
+        """Keys of ``citations.bib`` for what is switched on."""
+        return ("cubuk2019",) * (self.policy == "autoaugment") + ("devries2017",) * (self.cutout > 0)
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """``(B, C, H, W)`` -> the same shape and type."""
+        """``(B, C, H, W)`` in [0, 1] -> the same shape and type; the policy rounds to multiples of 1/255."""
         count, _, height, width = x.shape
         if self.crop:
             top, left = (self._draw(2 * self.crop + 1, count, x, generator) for _ in range(2))
@@ -38,7 +59,17 @@ class Augment:
         if self.flip:
             mirrored = self._draw(2, count, x, generator).bool()
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        if self.policy == "autoaugment":
+            x = autoaugment(x, generator)
+        if self.cutout:
+            rows, columns = (self._stretch(self._draw(size, count, x, generator), size) for size in (height, width))
+            x = x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], GREY)
         return x.contiguous()
+
+    def _stretch(self, centre: Tensor, size: int) -> Tensor:
+        """Which of ``size`` rows or columns the square covers; centres (B,) -> bool (B, size)."""
+        offset = torch.arange(size, device=centre.device) - centre[:, None] + self.cutout // 2
+        return (offset >= 0) & (offset < self.cutout)
 
     @staticmethod
     def _draw(below: int, count: int, x: Tensor, generator: torch.Generator) -> Tensor:

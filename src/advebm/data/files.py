@@ -15,7 +15,7 @@ from torch import Tensor
 from advebm.config import check_choices
 from advebm.data.augment import Augment
 from advebm.data.decode import Corrupt, cached, decode
-from advebm.data.sources import Augmentations, Data, Images, partition
+from advebm.data.sources import Augmentations, Data, Images, gather, partition
 from advebm.errors import UserError
 
 NATURAL = Augmentations(x=Augment(crop=4, flip=True))
@@ -158,11 +158,11 @@ class Folder:
             classes = _class_names(root / "train")
             if (other := _class_names(root / "test")) != classes:
                 raise UserError(f"{root}: train has the classes {', '.join(classes)}, test {', '.join(other)}")
-            parts = {split: self._read(root / split, classes) for split in ("train", "test")}
+            parts = {split: [self._read(root / split, classes)] for split in ("train", "test")}
             return _with_validation(name, classes, parts, self.val, self.split_seed)
         classes = _class_names(root)
         everything = self._read(root, classes)
-        test, val, train = partition(everything, len(classes), (self.test, self.val), self.split_seed)
+        test, val, train = partition([everything], len(classes), (self.test, self.val), self.split_seed)
         return Data(name, classes, train, val, test)
 
     def _read(self, root: Path, classes: Sequence[str]) -> Images:
@@ -211,11 +211,13 @@ class Npz:
         if not {"x", "y"} <= arrays.keys():
             raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}; it needs arrays x and y")
         first = self._images(path, arrays["x"], arrays["y"])
+        if not int(first.y.max()):
+            raise UserError(f"{path}: all labels y are 0; a classifier needs at least 2 classes")
         classes = tuple(str(k) for k in range(int(first.y.max()) + 1))
         if "x_test" in arrays and "y_test" in arrays:
-            parts = {"train": first, "test": self._images(path, arrays["x_test"], arrays["y_test"])}
+            parts = {"train": [first], "test": [self._images(path, arrays["x_test"], arrays["y_test"])]}
             return _with_validation(path.stem, classes, parts, self.val, self.split_seed)
-        test, val, train = partition(first, len(classes), (self.test, self.val), self.split_seed)
+        test, val, train = partition([first], len(classes), (self.test, self.val), self.split_seed)
         return Data(path.stem, classes, train, val, test)
 
     @staticmethod
@@ -237,16 +239,19 @@ class Npz:
 # The three ways to read the Hub's layout ------------------------------------------------------------------------------
 
 
-def _from_parquet(folder: Path, corrupt: Corrupt) -> tuple[dict[str, Images], tuple[str, ...]]:
+Parts = dict[str, list[Images]]  # the shards of each split
+
+
+def _from_parquet(folder: Path, corrupt: Corrupt) -> tuple[Parts, tuple[str, ...]]:
     """Splits and class names of ``train-*.parquet`` and ``test-*.parquet``, wherever they are below ``folder``."""
     parquet = _optional("pyarrow.parquet")
-    parts: dict[str, Images] = {}
+    parts: Parts = {}
     classes: tuple[str, ...] = ()
     for split in ("train", "test"):
         shards = sorted(folder.rglob(f"{split}-*.parquet"))
         if not shards:
             raise UserError(f"{folder} has no {split}-*.parquet; it needs training and test images")
-        images = []
+        parts[split] = []
         for shard in shards:
             try:
                 schema = parquet.read_schema(shard)
@@ -255,8 +260,7 @@ def _from_parquet(folder: Path, corrupt: Corrupt) -> tuple[dict[str, Images], tu
             image, label = (_column(shard, schema.names, wanted) for wanted in (IMAGE_COLUMNS, LABEL_COLUMNS))
             classes = classes or _names_in(schema.metadata or {}, label)
             make = _reader(parquet, shard, image, label, corrupt)
-            images.append(Images(**cached((f"parquet {corrupt}".encode(), shard.read_bytes()), make)))
-        parts[split] = Images(torch.cat([i.x for i in images]), torch.cat([i.y for i in images]))
+            parts[split].append(Images(**cached((f"parquet {corrupt}".encode(), shard.read_bytes()), make)))
     return parts, classes
 
 
@@ -273,7 +277,7 @@ def _reader(parquet: Any, shard: Path, image: str, label: str, corrupt: Corrupt)
 
 def _from_hub(
     name: str, corrupt: Corrupt, *, channels: int = 3, size: int | None = None
-) -> tuple[dict[str, Images], tuple[str, ...]]:
+) -> tuple[Parts, tuple[str, ...]]:
     datasets = _optional("datasets")
     try:
         found = datasets.load_dataset(name)
@@ -283,20 +287,25 @@ def _from_hub(
     test = next((split for split in ("test", "validation") if split in found), None)
     if "train" not in found or test is None:
         raise UserError(f"{name} has the splits {', '.join(found)}; it needs train and test (or validation)")
-    parts: dict[str, Images] = {}
+    parts: Parts = {}
     classes: tuple[str, ...] = ()
     for split, part in (("train", found["train"]), ("test", found[test])):
         image, label = (_column(name, part.column_names, wanted) for wanted in (IMAGE_COLUMNS, LABEL_COLUMNS))
         classes = classes or tuple(getattr(part.features[label], "names", None) or ())
         raw = part.cast_column(image, datasets.Image(decode=False))
-        blobs = [cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]) for cell in raw[image]]
-        names = [f"{name} {split} {i}" for i in range(len(blobs))]
-        x, kept = decode(blobs, names, channels=channels, size=size, corrupt=corrupt)
-        parts[split] = Images(x, torch.tensor(list(raw[label]), dtype=torch.int64)[kept])
+
+        def make(raw: Any = raw, image: str = image, label: str = label, split: str = split) -> dict[str, Tensor]:
+            blobs = [cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]) for cell in raw[image]]
+            names = [f"{name} {split} {i}" for i in range(len(blobs))]
+            x, kept = decode(blobs, names, channels=channels, size=size, corrupt=corrupt)
+            return {"x": x, "y": torch.tensor(list(raw[label]), dtype=torch.int64)[kept]}
+
+        content = f"hub {name} {split} {part._fingerprint} {channels} {size} {corrupt}".encode()
+        parts[split] = [Images(**cached((content,), make))]
     return parts, classes
 
 
-def _from_archive(folder: Path) -> dict[str, Images]:
+def _from_archive(folder: Path) -> Parts:
     """The files of ``cifar-10-python.tar.gz`` or ``cifar-100-python.tar.gz``, unpacked."""
     inside = next((folder / n for n in ("cifar-10-batches-py", "cifar-100-python") if (folder / n).is_dir()), folder)
     layouts = (
@@ -305,26 +314,19 @@ def _from_archive(folder: Path) -> dict[str, Images]:
     )
     for layout in layouts:
         if all((inside / name).is_file() for names in layout.values() for name in names):
-            return {split: _unpickle([inside / name for name in names]) for split, names in layout.items()}
+            return {split: [_unpickle(inside / name) for name in names] for split, names in layout.items()}
     raise UserError(f"{folder} has neither train-*.parquet nor the files of CIFAR's python archive")
 
 
-def _unpickle(paths: Sequence[Path]) -> Images:
-    x: list[Tensor] = []
-    y: list[Tensor] = []
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                batch = _Arrays(file, encoding="bytes").load()
-            pixels = np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32)
-            labels = np.asarray(batch.get(b"fine_labels", batch.get(b"labels")), np.int64)
-        except Exception as error:  # damaged pickles fail in every way
-            raise UserError(
-                f"{path} is not a batch of CIFAR's python archive: {type(error).__name__}: {error}"
-            ) from None
-        x.append(torch.from_numpy(pixels.copy()))
-        y.append(torch.from_numpy(labels))
-    return Images(torch.cat(x), torch.cat(y))
+def _unpickle(path: Path) -> Images:
+    try:
+        with path.open("rb") as file:
+            batch = _Arrays(file, encoding="bytes").load()
+        pixels = np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32)
+        labels = np.asarray(batch.get(b"fine_labels", batch.get(b"labels")), np.int64)
+    except Exception as error:  # damaged pickles fail in every way
+        raise UserError(f"{path} is not a batch of CIFAR's python archive: {type(error).__name__}: {error}") from None
+    return Images(torch.from_numpy(pixels.copy()), torch.from_numpy(labels))
 
 
 class _Arrays(pickle.Unpickler):
@@ -346,15 +348,20 @@ class _Arrays(pickle.Unpickler):
 # Small parts ----------------------------------------------------------------------------------------------------------
 
 
-def _with_validation(name: str, classes: Sequence[str], parts: dict[str, Images], val: float, seed: int) -> Data:
-    count = max(int(part.y.max()) for part in parts.values()) + 1
+def _with_validation(name: str, classes: Sequence[str], parts: Parts, val: float, seed: int) -> Data:
+    shards = [*parts["train"], *parts["test"]]
+    count = max(int(shard.y.max()) for shard in shards) + 1
     named = tuple(classes) or (CIFAR10 if name == "cifar10" else tuple(str(k) for k in range(count)))
     if count > len(named):
         raise UserError(f"{name} has labels up to {count - 1}, but {len(named)} class names")
-    if min(int(part.y.min()) for part in parts.values()) < 0:
+    if count < 2:
+        raise UserError(f"all images of {name} have the label 0; a classifier needs at least 2 classes")
+    if min(int(shard.y.min()) for shard in shards) < 0:
         raise UserError(f"{name} has images without a label (label -1)")
     validation, training = partition(parts["train"], len(named), (val,), seed)
-    return Data(name, named, training, validation, parts["test"])
+    test = parts["test"]
+    whole = test[0] if len(test) == 1 else gather(test, torch.arange(sum(map(len, test))))
+    return Data(name, named, training, validation, whole)
 
 
 def _class_names(root: Path) -> tuple[str, ...]:

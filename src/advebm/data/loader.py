@@ -22,26 +22,29 @@ class Loader:
         seed: of the run.
         batch: images of one step over all streams.
         streams: how many equal shares a batch is cut into.
+        augment: one for each view of the images that a call returns.
+        role: other roles of a run read in another order.
     """
 
     images: Images
     seed: int
     batch: int
     streams: int
-    augment: Augment
+    augment: tuple[Augment, ...]
     device: torch.device | str = "cpu"
+    role: str = ""
     _epoch: tuple[int, Tensor] = field(default=(-1, torch.empty(0)), repr=False)
 
     def __post_init__(self) -> None:
         self.images = Images(self.images.x.to(self.device), self.images.y.to(self.device))
 
-    def __call__(self, seen: int, stream: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images float32 (B/streams, C, H, W) in [0, 1] and labels, after ``seen`` images."""
+    def __call__(self, seen: int, stream: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+        """Views, float32 (B/streams, C, H, W) in [0, 1] each, and the labels of the images, after ``seen`` images."""
         share = self.batch // self.streams
         start = seen + stream * share
         index = torch.cat([self._positions(e, lo, hi) for e, lo, hi in self._pieces(start, start + share)])
         batch = self.images.take(index.to(self.device))
-        return self.augment(to_float(batch.x), generator), batch.y
+        return [augment(to_float(batch.x), generator) for augment in self.augment], batch.y
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """The global positions start … stop as (epoch, from, to)."""
@@ -55,6 +58,7 @@ class Loader:
 
     def _positions(self, epoch: int, start: int, stop: int) -> Tensor:
         if self._epoch[0] != epoch:
-            order = torch.randperm(len(self.images), generator=seeds.generator(self.seed, "order", epoch))
+            keys = ("order", self.role) if self.role else ("order",)
+            order = torch.randperm(len(self.images), generator=seeds.generator(self.seed, *keys, epoch))
             self._epoch = (epoch, order)
         return self._epoch[1][start:stop]

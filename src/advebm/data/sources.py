@@ -1,5 +1,6 @@
 """Sources of labelled images.  Images live as one uint8 tensor and become float32 in [0, 1] a batch at a time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -59,9 +60,15 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentations:
-    """One augmentation a role: ``x`` for the images trained on."""
+    """One augmentation a role.
+
+    Attributes:
+        x: of the images trained on, and of these sources where they serve as ``outside`` or ``extra`` images.
+        view: of the second view of the same images, for objectives that need one; none draws it like ``x``.
+    """
 
     x: Augment = Augment()
+    view: Augment | None = None
 
 
 class Source(Protocol):
@@ -108,24 +115,36 @@ class Digits:
         pixels, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
         everything = Images(x, torch.from_numpy(labels).long())
-        test, val, train = partition(everything, 10, (self.test, self.val), self.split_seed)
+        test, val, train = partition([everything], 10, (self.test, self.val), self.split_seed)
         return Data("digits", tuple("0123456789"), train, val, test)
 
 
-def partition(images: Images, classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
+def partition(shards: Sequence[Images], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
     """Cut a set into parts of these shares and what remains, class by class, so that each has them in proportion."""
     parts: list[list[Tensor]] = [[] for _ in (*shares, 1.0)]
+    y = torch.cat([shard.y for shard in shards])
     for k in range(classes):
-        members = (images.y == k).nonzero().squeeze(1)
+        members = (y == k).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=seeds.generator(seed, "split", k))]
         cuts = [round(len(members) * sum(shares[: i + 1])) for i in range(len(shares))]
         for part, chunk in zip(parts, members.tensor_split(cuts), strict=True):
             part.append(chunk)
     if not all(sum(map(len, part)) for part in parts):
-        raise UserError(
-            f"{len(images)} images are too few to cut shares of {', '.join(map(str, shares))} from each class"
-        )
-    return tuple(images.take(torch.cat(part).sort().values) for part in parts)
+        raise UserError(f"{len(y)} images are too few to cut shares of {', '.join(map(str, shares))} from each class")
+    return tuple(gather(shards, torch.cat(part).sort().values) for part in parts)
+
+
+def gather(shards: Sequence[Images], index: Tensor) -> Images:
+    """The images at sorted positions of shards laid end to end, copied once: they are never laid so."""
+    if len(shapes := {tuple(shard.x.shape[1:]) for shard in shards}) > 1:
+        raise UserError(f"images of one set have one size, got {' and '.join(map(str, sorted(shapes)))}")
+    x = torch.empty((len(index), *shards[0].x.shape[1:]), dtype=torch.uint8)
+    start = filled = 0
+    for shard in shards:
+        own = index[(index >= start) & (index < start + len(shard))] - start
+        torch.index_select(shard.x, 0, own, out=x[filled : filled + len(own)])
+        start, filled = start + len(shard), filled + len(own)
+    return Images(x, torch.cat([shard.y for shard in shards])[index])
 
 
 def to_float(x: Tensor) -> Tensor:

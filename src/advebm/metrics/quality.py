@@ -86,7 +86,10 @@ class SampleQuality:
                 hits = torch.cat(
                     [space.classify(x.to(subject.device)).argmax(1).cpu() for x in samples.x.split(subject.batch)]
                 )
-            records.append(Record(f"intended class ({space.name})", *proportion(hits == samples.y), settings))
+            intended = hits == samples.y
+            classes = [k for k in range(len(subject.data.classes)) if (samples.y == k).any()]
+            shares = {subject.data.classes[k]: [intended[samples.y == k].float().mean().item()] for k in classes}
+            records.append(Record(f"intended class ({space.name})", *proportion(intended), settings, shares))
         return records
 
 

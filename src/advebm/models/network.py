@@ -14,15 +14,17 @@ from torch import Tensor, nn
 import advebm
 from advebm import config, files
 from advebm.errors import UserError
+from advebm.models import hub
 from advebm.models.layers import Staged
+from advebm.modes import searching
 from advebm.seeds import derive
 
 
 class Backbone(Protocol):
     """A frozen dataclass of hyperparameters that builds a module ``(B, C, H, W) -> (B, features)``."""
 
-    def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
-        """The module for square images of ``size`` pixels, and the number of features it returns."""
+    def build(self, channels: int, size: int) -> tuple[nn.Module, int | None]:
+        """The module for square images of ``size`` pixels, and its number of features; None if they are the logits."""
         ...
 
 
@@ -111,7 +113,22 @@ class Architecture:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "weights"))
             backbone, width = self.backbone.build(self.channels, self.size)
-            return Network(Normalize(self.mean, self.std), backbone, nn.Linear(width, self.outputs))
+            head = nn.Identity() if width is None else nn.Linear(width, self.outputs)
+            model = Network(Normalize(self.mean, self.std), backbone, head)
+            if width is None:
+                self._check(model)
+            return model
+
+    def _check(self, model: Network) -> None:
+        """Try a network whose head is its own on two grey images."""
+        try:
+            with searching(model) as f, torch.no_grad():
+                got = tuple(f(torch.full((2, self.channels, self.size, self.size), 0.5)).shape)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            shape = f"{self.channels} x {self.size} x {self.size}"
+            raise UserError(f"the network does not take images of {shape}: {' '.join(str(error).split())}") from None
+        if got not in ((2, self.outputs), (2,) if self.outputs == 1 else ()):
+            raise UserError(f"the network returns {got} for 2 images, there have to be {self.outputs} logits an image")
 
 
 CARD = """---
@@ -183,6 +200,22 @@ def load(folder: Path, *, ema: bool = True, foreign: bool = False) -> tuple[Netw
     return model.eval(), architecture
 
 
+def find(where: str | Path) -> Network:
+    """The network of a published model (a folder or ``hf:USER/NAME``), or of the latest checkpoint of a run's folder.
+
+    Raises:
+        UserError: nothing there, or a damaged file.
+    """
+    name = str(where).removeprefix("hf:")
+    path = hub.pull(name) if name != str(where) else Path(where)
+    if (path / "config.json").is_file():
+        return load(path)[0]
+    pointer = path / "checkpoints" / "LATEST"
+    if not pointer.is_file():
+        raise UserError(f"there is no run or model at {path}")
+    return load(pointer.parent / pointer.read_text().strip(), foreign=True)[0]
+
+
 def read_architecture(folder: Path, *, foreign: bool = False) -> Architecture:
     """What ``config.json`` in ``folder`` says of the network."""
     path = folder / "config.json"
@@ -218,6 +251,13 @@ def transfer(source: nn.Module, target: nn.Module) -> list[str]:
         UserError: something else differs; nothing has been copied then.
     """
     theirs, own = source.state_dict(), target.state_dict()
+    colour = {1: "grey", 3: "colour"}
+    channels, wanted = (len(state["normalise.mean"].flatten()) for state in (own, theirs))
+    if channels != wanted:
+        raise UserError(
+            f"the images have {channels} channels ({colour.get(channels, 'other')}), the weights belong to a network "
+            f"of {wanted} ({colour.get(wanted, 'other')}); --data.channels converts images where it is an option"
+        )
     fits = {name: v for name, v in theirs.items() if name in own and own[name].shape == v.shape}
     different = sorted((theirs.keys() | own.keys()) - fits.keys())
     if others := [name for name in different if not name.startswith("head.")]:

@@ -38,3 +38,22 @@ class AT(Stateless):
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
         """``CE(x̂, y)``."""
         return cross_entropy(model, found, batch.y)
+
+    def adversarial(self, batch: Batch, found: Tensor) -> Tensor:
+        """The images that the search moved."""
+        return found
+
+
+@dataclass(frozen=True)
+class PreJEAT(AT):
+    """AT by one step of the energy attack, JEAT algorithm 2: ``x̂`` raises E(x, y), the cross-entropy falls at ``x̂``.
+
+    The step is eps, from a uniform start.  The algorithm does not clamp x̂ to [0, 1]; here it is.
+
+    Attributes:
+        attack, search_mode: as for ``at``.
+    """
+
+    attack: Attack = Attack(eps=8 / 255, steps=1, step_size=8 / 255, loss="energy")
+
+    cites: ClassVar[tuple[str, ...]] = ("jeat",)

@@ -17,6 +17,9 @@ class Batch(NamedTuple):
 
     x: Tensor  # (B, C, H, W) in [0, 1]
     y: Tensor  # (B,) int64
+    view: Tensor | None = None  # another augmentation of the same images
+    outside: Tensor | None = None  # (B, C, H, W): images that are not of the data
+    extra: Tensor | None = None  # (B, C, H, W): more images of the data, without labels
 
 
 class Context(NamedTuple):
@@ -37,7 +40,15 @@ class Loss(NamedTuple):
 class Objective(Protocol):
     """A frozen dataclass of plain data with these three parts."""
 
-    replays: ClassVar[int]  # optimiser steps a batch: 1, or m for "free" training
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which of labels, view, outside and extra a batch has to have."""
+        ...
+
+    @property
+    def replays(self) -> int:
+        """Optimiser steps a batch: 1, or m for "free" training."""
+        ...
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
         """State that outlives a step, one for each stream: None, or an object with (load_)state_dict."""
@@ -55,16 +66,25 @@ class Objective(Protocol):
         """Called when the weights have been updated."""
         ...
 
+    def adversarial(self, batch: Batch, found: Any) -> Tensor | None:
+        """The attacked images among what was found, in the order of the batch, for instruments; None without any."""
+        ...
+
 
 class Stateless:
-    """No state, nothing to do after a step: what most objectives share."""
+    """No state, nothing to do after a step, no attack, labels are needed: what most objectives share."""
 
+    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
     replays: ClassVar[int] = 1
 
-    def init(self, like: Tensor, generator: torch.Generator) -> None:
+    def init(self, like: Tensor, generator: torch.Generator) -> Any:
         """No state."""
-        return
+        return None
 
-    def after(self, model: nn.Module, batch: Batch, found: Any, state: None, loss: Loss, ctx: Context) -> None:
+    def after(self, model: nn.Module, batch: Batch, found: Any, state: Any, loss: Loss, ctx: Context) -> None:
         """Nothing to do."""
         return
+
+    def adversarial(self, batch: Batch, found: Any) -> Tensor | None:
+        """None."""
+        return None

@@ -1,6 +1,7 @@
 """THE training loop: step, report, validate, save, stop?; timed in images.  Methods never appear in it."""
 
 import contextlib
+import dataclasses
 import signal
 import threading
 import time
@@ -13,21 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from advebm import config, modes, seeds
+from advebm.data.augment import Augment
 from advebm.data.loader import Loader
 from advebm.data.sources import Data, Images
-from advebm.errors import Diverged, Interrupted, UserError
+from advebm.errors import Diverged, EarlyStop, Interrupted, UserError
 from advebm.evaluation import find_model
 from advebm.metrics.base import Subject
 from advebm.metrics.robustness import measure
+from advebm.models import foreign
 from advebm.models.ema import EMA
-from advebm.models.network import Architecture, transfer
+from advebm.models.network import Architecture, Network, transfer
 from advebm.objectives.base import Batch, Context
 from advebm.training.checkpoint import Progress
 from advebm.training.engine import Engine
+from advebm.training.instruments import EnergyShift
 from advebm.training.recipe import Recipe
 from advebm.training.run import Run, environment
 
-Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl
+Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl, images counted over all stages
+AGAIN = "advebm train --resume"
 
 
 def train(
@@ -56,24 +61,29 @@ def train(
     engine, cfg, objective = Engine(device), recipe.train, recipe.objective
     streams = engine.owned(cfg.streams)
     data = recipe.data.load()
+    if "labels" in objective.needs and int(data.train.y.min()) < 0:
+        raise UserError(f"objective {type(objective).__name__} needs labels, {data.name} has none")
     if cfg.batch > len(data.train):
         raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
     validation = data.val.take(slice(cfg.validate_with))
     architecture = design(recipe, data)
     model = architecture.build(recipe.seed)
-    if recipe.init is not None and not resume:
-        transfer(find_model(Path(recipe.init)), model)
+    feed, earlier = Feed(recipe, data, engine), sum(stage.train.images for stage in recipe.before)
+    if not resume:
+        if recipe.init is not None and not recipe.before:
+            begin(model, recipe.init, data)
+        if engine.main:
+            Run.create(folder, recipe, environment(engine.device))
+        engine.barrier()
+    run = Run.open(folder)
+    if recipe.before and not run.checkpoints.latest():
+        begin(model, str(prepare(recipe, run, device, report).folder), data)
     model.to(engine.device)
     ema = EMA(model, cfg.ema) if cfg.ema else None
     model.precision = getattr(torch, cfg.precision)
     optimizer = recipe.optimizer.build(model.parameters())
-    loader = Loader(data.train, recipe.seed, cfg.batch, cfg.streams, recipe.data.augment.x, engine.device)
     like = torch.empty(cfg.batch // cfg.streams, *data.shape)
     states = {s: objective.init(like, seeds.generator(recipe.seed, "init", s)) for s in streams}
-    if not resume and engine.main:
-        Run.create(folder, recipe, environment(engine.device))
-    engine.barrier()
-    run = Run.open(folder)
 
     with run.locked(engine.main), stopping() as signalled:
 
@@ -90,7 +100,7 @@ def train(
         def tell(line: Mapping[str, Any]) -> None:
             if engine.main:
                 run.log({"images": progress.images, **line})
-                report({"images": progress.images, **line})
+                report({"images": earlier + progress.images, **line})
 
         progress, meter = Progress(), Meter(engine)
         resumed = bool(run.checkpoints.latest())
@@ -106,12 +116,13 @@ def train(
         while progress.images < cfg.images:
             try:
                 before = progress.images
+                logging = Progress(before + cfg.batch).passed(cfg.log_every, before, cfg.images)
                 for replay in range(objective.replays):
                     optimizer.zero_grad(set_to_none=True)
                     done = []
                     for s in streams:
                         keys = (recipe.seed, progress.attempt, before, s)
-                        batch = Batch(*loader(before, s, seeds.generator(*keys, "data", device=engine.device)))
+                        batch = feed(before, s, keys)
                         ctx = Context(seeds.generator(*keys, replay, device=engine.device), before, engine.mean)
                         found = objective.search(model, batch, states[s], ctx)
                         with engine.accumulating(step, last=s == streams[-1]):
@@ -124,16 +135,20 @@ def train(
                     factor = recipe.schedule(before + cfg.batch // 2, cfg.images)
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.optimizer.lr * progress.rate * factor
+                    moved = objective.adversarial(done[0][0], done[0][1]) if logging else None
+                    shift = EnergyShift(model, done[0][0], moved) if moved is not None else None
                     optimizer.step()
+                    shifts = shift.terms() if shift is not None else {}
                     for batch, found, state, loss, ctx in done:
                         objective.after(model, batch, found, state, loss, ctx)
                 progress.images += cfg.batch
                 if ema is not None:
                     ema.update(model, progress.images, cfg.batch)
 
-                if progress.passed(cfg.log_every, before, cfg.images):
+                if logging:
                     speed = clock.speed(progress.images)
-                    tell({**meter.take(), "train/lr": optimizer.param_groups[0]["lr"], "perf/img_per_s": speed})
+                    rate = optimizer.param_groups[0]["lr"]
+                    tell({**meter.take(), **shifts, "train/lr": rate, "perf/img_per_s": speed})
                 if progress.passed(cfg.validate_every, before, cfg.images):
                     scores = validate(model if ema is None else ema.module, data, validation, recipe)
                     score = (scores["val/robust_accuracy"], scores["val/accuracy"])
@@ -146,7 +161,13 @@ def train(
                 if progress.passed(cfg.checkpoint_every, before, cfg.images) or best or stop:
                     save()
                 if stop and progress.images < cfg.images:
-                    raise Interrupted(f"saved after {progress.images:,} images; advebm train --resume {folder}")
+                    raise Interrupted(f"saved after {progress.images:,} images; {AGAIN} {folder}")
+            except EarlyStop as reason:
+                progress = run.checkpoints.load(model, ema, optimizer, states)
+                run.rewind(progress.images, progress.attempt, engine.main)
+                tell({"event": "early stop", "reason": str(reason)})
+                warnings.warn(f"{reason}: stopped at {progress.images:,} images", RuntimeWarning, stacklevel=2)
+                break
             except Diverged as failure:
                 if progress.attempt >= cfg.rollbacks:
                     raise Diverged(
@@ -165,11 +186,66 @@ def train(
 
 
 def design(recipe: Recipe, data: Data) -> Architecture:
-    """The recipe's backbone for these images and classes, normalised by the training split's statistics."""
+    """The recipe's backbone for these images and classes, normalised as it says."""
     channels, height, width = data.shape
     if height != width:
         raise UserError(f"networks take square images, {data.name} has {height} x {width}")
-    return Architecture(recipe.backbone, len(data.classes), channels, height, *data.statistics())
+    own, wanted = data.statistics(), (recipe.normalise.mean, recipe.normalise.std)
+    mean, std = (a if b is None else b * channels if len(b) == 1 else b for a, b in zip(own, wanted, strict=True))
+    return Architecture(recipe.backbone, len(data.classes), channels, height, mean, std)
+
+
+def begin(model: Network, init: str, data: Data) -> None:
+    """Put the weights of a run, a published model or a file into a network that has not been trained."""
+    path = Path(init)
+    fresh = foreign.load(model, path) if path.is_file() else transfer(find_model(init), model)
+    if fresh:
+        warnings.warn(f"{init} has other classes than {data.name}: {', '.join(fresh)} begin fresh", stacklevel=2)
+
+
+def prepare(recipe: Recipe, run: Run, device: str | None, report: Report) -> Run:
+    """Train what is left of the stages before a recipe, in ``before`` of its run's folder; the last one's run."""
+    init = recipe.init
+    for number, stage in enumerate(recipe.before):
+        folder = run.folder / "before" / f"{number}-{stage.name}"
+        begun = (folder / "config.yaml").exists()
+        if not begun or int(Run.open(folder).checkpoints.latest() or -1) < stage.train.images:
+            offset = sum(earlier.train.images for earlier in recipe.before[:number])
+            tell = lambda line, offset=offset: report({**line, "images": offset + line["images"]})
+            try:
+                train(dataclasses.replace(stage, init=init), folder, resume=begun, device=device, report=tell)
+            except Interrupted as stop:
+                raise Interrupted(f"{str(stop).partition(';')[0]} of {stage.name}; {AGAIN} {run.folder}") from None
+        init = str(folder)
+    return Run.open(folder)
+
+
+class Feed:
+    """The batches of a run: what its objective needs of the data, and of other sources."""
+
+    def __init__(self, recipe: Recipe, data: Data, engine: Engine) -> None:
+        def loader(images: Images, augment: tuple[Augment, ...], role: str = "") -> Loader:
+            return Loader(images, recipe.seed, recipe.train.batch, recipe.train.streams, augment, engine.device, role)
+
+        self.device, needs, roles = engine.device, recipe.objective.needs, recipe.data.augment
+        self.loader = loader(data.train, (roles.x, roles.view or roles.x) if "view" in needs else (roles.x,))
+        self.others: dict[str, Loader] = {}
+        for role, source in (("outside", recipe.outside), ("extra", recipe.extra)):
+            if source is None:
+                continue
+            other = source.load()
+            if other.shape != data.shape:
+                raise UserError(f"the images of --{role} are {other.shape}, those of {data.name} {data.shape}")
+            self.others[role] = loader(other.train, (source.augment.x,), role)
+
+    def __call__(self, seen: int, stream: int, keys: tuple[int, ...]) -> Batch:
+        """A stream's share of the batch after ``seen`` images; ``keys`` seed its augmentations."""
+        views, y = self.loader(seen, stream, seeds.generator(*keys, "data", device=self.device))
+        others = {
+            role: loader(seen, stream, seeds.generator(*keys, role, device=self.device))[0][0]
+            for role, loader in self.others.items()
+        }
+        return Batch(views[0], y, view=views[1] if len(views) > 1 else None, **others)
 
 
 def validate(model: nn.Module, data: Data, split: Images, recipe: Recipe) -> dict[str, float]:

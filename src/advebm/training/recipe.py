@@ -23,7 +23,7 @@ class Training:
     """How long, how often.  All periods are in images.
 
     Attributes:
-        images: seen in all, rounded up to whole batches.
+        images: seen in all, rounded up to whole batches; 0 takes over the weights of ``init`` as they are.
         batch: images of an optimiser's step, over all streams and processes.
         streams: equal shares of a batch, each with its own random numbers, chains and batch-norm statistics.  Processes
             own streams, so results do not depend on how many processes there are; one process takes them in turn.
@@ -52,7 +52,9 @@ class Training:
 
     def __post_init__(self) -> None:
         config.check_choices(self)
-        for name in ("images", "batch", "streams", "log_every", "validate_every", "checkpoint_every"):
+        if self.images < 0:
+            raise UserError(f"images is at least 0, got {self.images}")
+        for name in ("batch", "streams", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is at least 1, got {getattr(self, name)}")
         if self.batch % self.streams:
@@ -64,6 +66,19 @@ class Training:
             raise UserError(f"clip is > 0 or none, got {self.clip}")
         if self.validate_with is not None and self.validate_with < 1:
             raise UserError(f"validate_with is at least 1 or none, got {self.validate_with}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """The network's first layer, ``(x - mean) / std``: one value for all channels or a value a channel.
+
+    Attributes:
+        mean, std: on the scale of [0, 1]; none takes the training split's.  (0.5 and 0.5 feed [-1, 1], 0 and 1 nothing
+            but the images.)
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +95,13 @@ class Recipe:
         metrics: what ``evaluate`` measures.
         optimizer, schedule, train: how the objective is minimised.
         seed: of everything random except the split of the data.
-        init: run or model folder whose weights training begins with; a head for other classes begins fresh.
+        init: whose weights training begins with: a run, a published model (a folder or ``hf:USER/NAME``), or a file of
+            weights.  A head for other classes begins fresh.
+        outside: images that are not of the data, for objectives that need them.
+        extra: more images, whose labels are not used, for objectives that need them.
+        normalise: the network's first layer.
+        before: stages trained before this one, each beginning with the weights of the one before.  What a stage leaves
+            out is as here.
     """
 
     name: str
@@ -95,6 +116,19 @@ class Recipe:
     train: Training = Training()
     seed: int = 0
     init: str | None = None
+    outside: Source | None = None
+    extra: Source | None = None
+    normalise: Normalisation = Normalisation()
+    before: tuple["Recipe", ...] = ()
+
+    def __post_init__(self) -> None:
+        needs = self.objective.needs
+        for role in ("outside", "extra"):
+            given, needed = getattr(self, role) is not None, role in needs
+            if given != needed:
+                kind = type(self.objective).__name__
+                fix = f"give them with --{role} KIND" if needed else f"leave {role} out"
+                raise UserError(f"objective {kind} {'needs' if needed else 'takes no'} {role} images; {fix}")
 
 
 def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
@@ -102,7 +136,7 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
 
     A pair that names a kind (``objective.kind`` or ``objective``) comes first and keeps the options that both kinds
     have; a mapping replaces the block.  The others are applied to the fully described recipe, so that they reach every
-    default.
+    default.  Stages in ``before`` are completed after that from the recipe itself, and changed by ``before.0.…``.
 
     Raises:
         UserError: an unknown name or option, or a value that is not of the option's type.
@@ -110,11 +144,14 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
     roles = {
         f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type)) and f.name != "metrics"
     }
-    plain, rest = dict(plain), []
-    for dotted, value in overrides:
+    plain, rest, overrides = dict(plain), [], list(overrides)
+    before = plain.pop("before", ())
+    for dotted, value in [pair for pair in overrides if not pair[0].startswith("before")]:
         block = dotted.removesuffix(".kind")
         if block in roles and isinstance(value, Mapping):
             plain[block] = value
+        elif block in roles and str(value).lower() in ("none", "null"):
+            plain[block] = None
         elif block in roles:
             old = plain.get(block)
             plain[block] = config.switch(old if isinstance(old, Mapping) else {}, roles[block], value)
@@ -123,7 +160,25 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
     described = config.describe(config.construct(Recipe, plain, where="recipe"))
     for dotted, value in rest:
         described = config.override(described, dotted, value)
+    described["before"] = [_stage(stage, described, f"before.{i}") for i, stage in enumerate(before)]
+    for dotted, value in [pair for pair in overrides if pair[0].startswith("before")]:
+        described = config.override(described, dotted, value)
     return config.construct(Recipe, described, where="recipe")
+
+
+def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A stage, with what it leaves out as in the final one; an option left out of a block of the same kind too."""
+    if not isinstance(stage, Mapping) or "name" not in stage:
+        raise UserError(f"recipe.{where} takes a block with a name and the options that differ, got {stage!r}")
+    if stage.get("before") or stage.get("init"):
+        raise UserError(f"recipe.{where} is a stage: it begins with the stage before it and has no init or before")
+    inherited = {k: v for k, v in final.items() if k not in ("before", "init", "outside", "extra")}
+    merged = {**inherited, **stage}
+    for name, block in stage.items():
+        if isinstance(block, Mapping) and isinstance(final.get(name), Mapping):
+            same = "kind" not in block or block["kind"] == final[name].get("kind")
+            merged[name] = {**final[name], **block} if same else block
+    return config.describe(config.construct(Recipe, merged, where=f"recipe.{where}"))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,294 @@
+"""AutoAugment's policy for CIFAR-10 (Cubuk et al., 2019) for a whole batch on its device.
+
+The operations work on bytes and give what Pillow gives, pixel for pixel: its fixed-point coordinates, its single and
+double precision, its truncations.  The numbers are drawn first, for all images (:func:`draw`), and applied afterwards
+(:func:`apply`), so that what becomes of an image depends on that image and its own numbers alone.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from advebm.errors import UserError
+
+GREY = 128  # what shear, translate and rotate move in from outside, the usual choice for CIFAR
+LEVELS = 10  # the paper's grid of magnitudes, 0 ... 9
+
+# The 25 sub-policies found on CIFAR-10 (appendix of Cubuk et al., 2019): (operation, probability, level) twice.
+POLICY = (
+    (("Invert", 0.1, 7), ("Contrast", 0.2, 6)),
+    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
+    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
+    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.5, 8), ("Equalize", 0.9, 2)),
+    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
+    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
+    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
+    (("Equalize", 0.6, 5), ("Equalize", 0.5, 1)),
+    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
+    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
+    (("Equalize", 0.3, 7), ("AutoContrast", 0.4, 8)),
+    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
+    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
+    (("Solarize", 0.5, 2), ("Invert", 0.0, 3)),
+    (("Equalize", 0.2, 0), ("AutoContrast", 0.6, 0)),
+    (("Equalize", 0.2, 8), ("Equalize", 0.6, 4)),
+    (("Color", 0.9, 9), ("Equalize", 0.6, 6)),
+    (("AutoContrast", 0.8, 4), ("Solarize", 0.2, 8)),
+    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
+    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, 3)),
+    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.9, 2), ("Solarize", 0.8, 3)),
+    (("Equalize", 0.8, 8), ("Invert", 0.1, 3)),
+    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 1)),
+)
+
+
+class Plan(NamedTuple):
+    """What was drawn for each of B images.
+
+    Attributes:
+        sub: int64 (B,), the sub-policy's place in :data:`POLICY`.
+        applied: bool (B, 2), whether its first and its second operation take place.
+        sign: float64 (B, 2), -1 or 1; operations without a direction ignore it.
+    """
+
+    sub: Tensor
+    applied: Tensor
+    sign: Tensor
+
+
+def autoaugment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """One sub-policy for each image, drawn uniformly.  ``x (B, C, H, W)`` in [0, 1] -> the same shape and type.
+
+    Raises:
+        UserError: images that are neither grey nor RGB.
+    """
+    return apply(x, draw(len(x), generator))
+
+
+def draw(count: int, generator: torch.Generator) -> Plan:
+    """The random numbers for ``count`` images, on the generator's device."""
+    device = generator.device
+    sub = torch.randint(len(POLICY), (count,), generator=generator, device=device)
+    chance = torch.rand(count, 2, generator=generator, device=device, dtype=torch.float64)
+    sign = 2.0 * torch.randint(2, (count, 2), generator=generator, device=device).double() - 1
+    return Plan(sub, chance < _PROBABILITY.to(device)[sub], sign)
+
+
+def apply(x: Tensor, plan: Plan) -> Tensor:
+    """Follow a plan.  ``x (B, C, H, W)`` in [0, 1] is rounded to bytes once -> the same shape and type, in 1/255.
+
+    Each operation is one call for all images that have their turn for it, wherever they stand in the batch.
+    """
+    if x.shape[1] not in (1, 3):
+        raise UserError(f"autoaugment takes grey or RGB images, 1 or 3 channels, got {x.shape[1]}")
+    pixels = (x * 255).round().to(torch.uint8)
+    operation, base, span = (table.to(x.device)[plan.sub] for table in (_OPERATION, _BASE, _SPAN))
+    operation = torch.where(plan.applied, operation, len(OPERATIONS))
+    magnitude = base + plan.sign * span
+    for turn in range(2):
+        counts = operation[:, turn].bincount(minlength=len(OPERATIONS) + 1).tolist()
+        *groups, _ = operation[:, turn].argsort().split(counts)
+        for (function, *_), members in zip(OPERATIONS.values(), groups, strict=True):
+            if len(members):
+                pixels[members] = function(pixels[members], magnitude[members, turn])
+    return pixels.to(x.dtype) / 255
+
+
+# --- operations: bytes (B, C, H, W), C = 1 or 3, and a float64 magnitude an image, (B,) -> bytes (B, C, H, W) ---
+
+
+def shear_x(x: Tensor, magnitude: Tensor) -> Tensor:
+    """``out[i, j] = x[i, j + magnitude · i]``: about the upper left corner, so row 0 stays."""
+    zero, one = torch.zeros_like(magnitude), torch.ones_like(magnitude)
+    return _affine(x, (one, zero, zero), (magnitude, one, zero))
+
+
+def shear_y(x: Tensor, magnitude: Tensor) -> Tensor:
+    """``out[i, j] = x[i + magnitude · j, j]``: about the upper left corner, so column 0 stays."""
+    zero, one = torch.zeros_like(magnitude), torch.ones_like(magnitude)
+    return _affine(x, (one, magnitude, zero), (zero, one, zero))
+
+
+def translate_x(x: Tensor, magnitude: Tensor) -> Tensor:
+    """To the left by ``magnitude`` of the width."""
+    zero, one = torch.zeros_like(magnitude), torch.ones_like(magnitude)
+    return _affine(x, (one, zero, zero), (zero, one, magnitude * x.shape[3]))
+
+
+def translate_y(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Upwards by ``magnitude`` of the height."""
+    zero, one = torch.zeros_like(magnitude), torch.ones_like(magnitude)
+    return _affine(x, (one, zero, magnitude * x.shape[2]), (zero, one, zero))
+
+
+def rotate(x: Tensor, magnitude: Tensor) -> Tensor:
+    """By ``magnitude`` degrees about the centre, against the clock."""
+    cos, sin = magnitude.deg2rad().cos(), magnitude.deg2rad().sin()
+    i, j = x.shape[2] / 2, x.shape[3] / 2
+    return _affine(x, (cos, sin, i - cos * i - sin * j), (-sin, cos, j + sin * i - cos * j))
+
+
+def autocontrast(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Stretch each channel to 0 ... 255; a constant one stays.  Truncation in float64 is Pillow's."""
+    del magnitude
+    low, high = (f((2, 3), keepdim=True).double() for f in (x.amin, x.amax))
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / tensor would round twice
+    stretched = (x * scale + -low * scale).to(torch.uint8)
+    return torch.where(high > low, stretched, x)
+
+
+def invert(x: Tensor, magnitude: Tensor) -> Tensor:
+    """The negative."""
+    del magnitude
+    return 255 - x
+
+
+def equalize(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Flatten each channel's histogram.
+
+    A level of the result stands for as many pixels as 1/255 of all but the brightest; where that is less than one,
+    as in a constant channel and in every image of 8x8, nothing happens.
+    """
+    del magnitude
+    index = x.flatten(2).long()
+    counts = index.new_zeros(*x.shape[:2], 256).scatter_add_(2, index, torch.ones_like(index))
+    brightest = (x == x.amax((2, 3), keepdim=True)).flatten(2).sum(2, keepdim=True)
+    step = (index.shape[2] - brightest) // 255
+    darker = counts.cumsum(2) - counts
+    table = ((darker + step // 2) // step.clamp(min=1)).clamp(max=255)
+    return torch.where(step > 0, table.gather(2, index), index).to(torch.uint8).view_as(x)
+
+
+def solarize(x: Tensor, magnitude: Tensor) -> Tensor:
+    """The negative of what is not below the threshold ``magnitude``."""
+    return torch.where(x < _per_image(magnitude), x, 255 - x)
+
+
+def posterize(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Keep the ``magnitude`` highest bits, rounded to a whole number of them, 1 ... 8."""
+    mask = 256 - 2 ** (8 - magnitude.round().long())
+    return x & _per_image(mask).to(torch.uint8)
+
+
+def contrast(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Away from the image's mean luma, itself rounded to a byte, by the factor ``magnitude``."""
+    luma = _luma(x)
+    count = luma[0].numel()
+    mean = (2 * luma.sum((1, 2, 3), dtype=torch.int64) + count) // (2 * count)
+    return _blend(_per_image(mean), x, magnitude)
+
+
+def color(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Away from the grey image by the factor ``magnitude``; a grey image stays."""
+    return _blend(_luma(x), x, magnitude)
+
+
+def brightness(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Away from black by the factor ``magnitude``."""
+    return _blend(torch.zeros_like(x), x, magnitude)
+
+
+def sharpness(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Away from the 3x3 average (the centre counts five times, the outermost pixels stay) by ``magnitude``."""
+    wide = x.int()
+    rows = wide[:, :, :-2] + wide[:, :, 1:-1] + wide[:, :, 2:]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[:, :, 1:-1, 1:-1]
+    wide[:, :, 1:-1, 1:-1] = (2 * total + 13) // 26
+    return _blend(wide, x, magnitude)
+
+
+def _affine(x: Tensor, row: tuple[Tensor, Tensor, Tensor], column: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """``out[i, j] = x[a i + b j + c, d i + e j + f]`` for ``row = (a, b, c)`` and ``column = (d, e, f)``, each (B,).
+
+    Pixels are squares around their centres, the nearest one is taken, :data:`GREY` comes in from outside.  Coordinates
+    are multiples of 2^-16, which is how Pillow computes them for images of less than 32,768 pixels a side.
+    """
+    height, width = x.shape[2:]
+    i, j = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+
+    def source(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        di, dj, start = ((v * 65536 + 0.5).floor().long()[:, None, None] for v in (a, b, c + a / 2 + b / 2))
+        return (di * i + dj * j + start) >> 16
+
+    r, c = source(*row), source(*column)
+    inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+    index = torch.where(inside, r * width + c, 0).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return torch.where(inside[:, None], x.flatten(2).gather(2, index).view_as(x), GREY)
+
+
+def _blend(start: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """``start + factor (x - start)``, in float32 and truncated as in Pillow.
+
+    Where Pillow was compiled to fuse the product and the sum (not on x86-64), its result is 1 less or more for 0.4 % of
+    the pairs of bytes.
+    """
+    start = start.float()
+    return (start + _per_image(factor).float() * (x.float() - start)).clamp(0, 255).to(torch.uint8)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """(B, 1, H, W) of ITU-R 601-2, rounded to a byte; a grey image is its own."""
+    if x.shape[1] == 1:
+        return x
+    red, green, blue = x.int().split(1, 1)
+    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
+
+
+def _per_image(value: Tensor) -> Tensor:
+    return value[:, None, None, None]
+
+
+# --- the paper's magnitudes ---
+
+
+class Operation(NamedTuple):
+    """An operation and its magnitudes.
+
+    Attributes:
+        function: bytes (B, C, H, W) and magnitudes (B,) -> bytes (B, C, H, W).
+        lowest: magnitude of level 0.
+        highest: magnitude of level 9; those between are evenly spaced.
+        mirrored: whether half of the images take ``2 · lowest - magnitude`` instead: the other way, or less contrast.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    lowest: float = 0
+    highest: float = 0
+    mirrored: bool = False
+
+
+OPERATIONS = {
+    "ShearX": Operation(shear_x, 0, 0.3, mirrored=True),
+    "ShearY": Operation(shear_y, 0, 0.3, mirrored=True),
+    "TranslateX": Operation(translate_x, 0, 150 / 331, mirrored=True),  # 150 pixels of an ImageNet crop of 331
+    "TranslateY": Operation(translate_y, 0, 150 / 331, mirrored=True),
+    "Rotate": Operation(rotate, 0, 30, mirrored=True),
+    "AutoContrast": Operation(autocontrast),
+    "Invert": Operation(invert),
+    "Equalize": Operation(equalize),
+    "Solarize": Operation(solarize, 256, 0),
+    "Posterize": Operation(posterize, 8, 4),
+    "Contrast": Operation(contrast, 1, 1.9, mirrored=True),
+    "Color": Operation(color, 1, 1.9, mirrored=True),
+    "Brightness": Operation(brightness, 1, 1.9, mirrored=True),
+    "Sharpness": Operation(sharpness, 1, 1.9, mirrored=True),
+}
+
+
+def _terms(name: str, level: int) -> tuple[float, float]:
+    """Base and span of ``magnitude = base + sign · span``."""
+    _, lowest, highest, mirrored = OPERATIONS[name]
+    span = (highest - lowest) * level / (LEVELS - 1)
+    return (lowest, span) if mirrored else (lowest + span, 0)
+
+
+# The policy as tables (25, 2), to be read by a plan.
+_PROBABILITY = torch.tensor([[p for _, p, _ in pair] for pair in POLICY], dtype=torch.float64)
+_OPERATION = torch.tensor([[list(OPERATIONS).index(name) for name, _, _ in pair] for pair in POLICY])
+_BASE, _SPAN = torch.tensor(
+    [[_terms(name, level) for name, _, level in pair] for pair in POLICY], dtype=torch.float64
+).unbind(2)

@@ -1,0 +1,372 @@
+"""Weights of other code bases: state dicts of image classifiers, recognised by their names, put into ours.
+
+Equal names do not make equal functions.  What names and shapes cannot tell is refused where the file gives a sign of
+it (see :func:`load`).  What no file tells is the user's to know: an activation other than ReLU, a normalisation that
+was kept outside of the file or computed from each image, an ε of batch norm other than 1e-5.
+"""
+
+import math
+import pickle
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from advebm.errors import UserError
+from advebm.models.network import Network
+from advebm.models.resnet import LAYOUTS
+
+# Where checkpoints keep a state_dict: averaged weights before those they are the average of, as network.load does.
+CONTAINERS = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.", "attacker.", "model.", "net.", "0.", "1.")
+CONSTANTS = {"mean": "mean", "new_mean": "mean", "mu": "mean", "std": "std", "new_std": "std", "sigma": "std"}
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a code base calls the parts of a network, and what they are called here.
+
+    Attributes:
+        title: for messages.
+        block: pattern of a part of a block: its stage from 1, its place in the stage, its name.
+        parts: of a block, theirs -> ours.
+        others: the rest, theirs -> ours.
+    """
+
+    title: str
+    block: str
+    parts: Mapping[str, str]
+    others: Mapping[str, str]
+
+    def translate(self, name: str) -> str:
+        """Our name of an entry; one that is not known keeps its own."""
+        part, _, entry = name.rpartition(".")
+        if found := re.fullmatch(self.block, part):
+            if found[3] in self.parts:
+                return f"backbone.stages.{int(found[1]) - 1}.{found[2]}.{self.parts[found[3]]}.{entry}"
+        elif part in self.others:
+            return f"{self.others[part]}.{entry}"
+        return name
+
+
+PLACE = r"backbone\.stages\.(\d+)\.(\d+)\."
+LAYER, HEAD = r"layer(\d+)\.(\d+)\.(.+)", {"linear": "head", "fc": "head"}
+UNITS = {"conv1": "residual.0", "bn1": "residual.1", "conv2": "residual.3", "bn2": "residual.4"}
+PRE = {"bn1": "opening.0", "conv1": "residual.0", "bn2": "residual.1", "conv2": "residual.3"}
+
+OURS = Layout("advebm's own names", r"(?!)", {}, {})
+WRAPPED = Layout("the module's own names", r"(?!)", {}, {})
+RESNET = Layout(
+    "the names of public ResNets (conv1, layer1.0.conv1, layer1.0.bn1, …)",
+    LAYER,
+    {**UNITS, "conv3": "residual.6", "bn3": "residual.7"}
+    | {f"{theirs}.{i}": f"shortcut.{i}" for theirs in ("shortcut", "downsample") for i in (0, 1)},
+    {"conv1": "backbone.stem.0", "bn1": "backbone.stem.1", **HEAD},
+)
+PREACT = Layout(
+    "the names of public pre-activation ResNets (conv1, layer1.0.bn1, layer1.0.conv1, …, bn)",
+    LAYER,
+    {**PRE, "shortcut": "shortcut", "shortcut.0": "shortcut", "downsample.0": "shortcut"},
+    {"conv1": "backbone.stem", "bn": "backbone.closing.0", "bn1": "backbone.closing.0", **HEAD},
+)
+WIDE = Layout(
+    "the names of public wide ResNets (conv1, block1.layer.0.bn1, …, bn1, fc)",
+    r"block(\d+)\.layer\.(\d+)\.(.+)",
+    {**PRE, "convShortcut": "shortcut"},
+    {"conv1": "backbone.stem", "bn1": "backbone.closing.0", **HEAD},
+)
+PUBLIC = (RESNET, PREACT, WIDE)
+
+
+def read(path: Path) -> Weights:
+    """The state dict in a file: ``.safetensors``, or anything else a torch checkpoint, of which no code is run.
+
+    It may lie in a container (``state_dict``, ``model``, …; averaged weights such as ``ema_state_dict`` win over the
+    others).  Prefixes that all entries share, but for constants of a normalisation, are taken off: those of
+    DataParallel, of a compiled module, of a module in a wrapper or at the end of a Sequential.  The second copy of the
+    network that the robustness library's checkpoints hold is left out.
+
+    Raises:
+        UserError: no such file, a damaged one, one with more than tensors in it, or one without a state dict.
+    """
+    *_, weights = _stripped(_state_dict(path))
+    return weights
+
+
+def load(model: Network, path: Path) -> list[str]:
+    """Copy the weights in a file into a network, if they make the same function of it; else nothing is copied.
+
+    Known are our own names, the names of the module in a network around one's own module, and those of three public
+    families of CIFAR classifiers with batch norm and ReLU: ResNet, pre-activation ResNet and wide ResNet.  Constants
+    of a normalisation in the file replace those of ``model``.  ``num_batches_tracked`` may be missing.
+
+    Returns:
+        The names that were left fresh: the head's, where it is one for another number of classes.
+
+    Raises:
+        UserError: what :func:`read` raises; weights that do not fit; weights that fit and make another function: a
+            pre-activation network without closing norm, or whose shortcuts take the bare input, norms without running
+            statistics, or a model whose activation is not ReLU.
+    """
+    own, readings = model.state_dict(), list(_stripped(_state_dict(path)))
+    weights = next((w for w in readings if _wrapped(w, own)), readings[-1])
+    layout = _recognise(weights, own, path)
+    named, origin = _rename(weights, layout)
+    unused = [name for name in named if layout is WIDE and name.startswith("sub_block1.")]
+    for name in unused:
+        del named[name]
+    _shape_constants(named, own, path)
+    if layout in PUBLIC and (why := _lacks(named)):
+        raise UserError(f"{path} has {layout.title}, but {why}")
+    fresh = _other_classes(named, own)
+    for name in fresh:
+        named.pop(name, None)
+    _check_fit({k: v for k, v in own.items() if k not in fresh}, named, origin, f"{path}, which has {layout.title},")
+    if layout in PUBLIC and (why := _differs(named, model, layout)):
+        raise UserError(f"{path} has {layout.title}, but {why}")
+    model.load_state_dict({**own, **named})
+    if unused:
+        warnings.warn(f"{path}: left out {len(unused)} entries of sub_block1, which no output uses", stacklevel=2)
+    return fresh
+
+
+def _state_dict(path: Path) -> Weights:
+    """The tensors in a file under the names that they have there."""
+    plain = _open(path)
+    while isinstance(plain, Mapping):
+        inside = next((plain[key] for key in CONTAINERS if isinstance(plain.get(key), Mapping)), None)
+        if inside is None:
+            break
+        plain = inside
+    if not isinstance(plain, Mapping) or not plain:
+        kind = "an empty dict" if isinstance(plain, Mapping) else f"a {type(plain).__name__}"
+        raise UserError(f"{path} holds no state_dict, but {kind}")
+    if other := [str(key) for key, value in plain.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path} holds no state_dict: {_some(other)} are no tensors, nor one of {_some(CONTAINERS, 9)}")
+    return {str(name): value for name, value in plain.items() if name != "n_averaged"}
+
+
+def _stripped(weights: Weights) -> Iterator[Weights]:
+    """The weights, and again after each prefix taken off."""
+    yield weights
+    copies = set()
+    for name in weights:
+        if "attacker.model." in name:
+            twin = weights.get(name.replace("attacker.model.", "model."))
+            if twin is not None and torch.equal(twin, weights[name]):
+                copies.add(name)
+    weights = {name: value for name, value in weights.items() if name not in copies}
+    while prefix := next((p for p in PREFIXES if _shared(p, weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        yield weights
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} holds {found[1]}, which only running code of the file could read; if you trust it, load it "
+                "where it comes from and save its state_dict alone"
+            ) from None
+        raise UserError(f"{path} is damaged or no torch checkpoint") from None
+    except Exception as error:  # a damaged file can raise anything
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged or cannot be read: {why}") from None
+
+
+def _some(names: Iterable[str], count: int = 5) -> str:
+    """The first few of a list, and how many there are."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")
+
+
+def _constant(name: str) -> str | None:
+    """``mean`` or ``std`` for a constant of a normalisation."""
+    return CONSTANTS.get(name.rpartition(".")[2])
+
+
+def _shared(prefix: str, weights: Weights) -> bool:
+    rest = [name for name in weights if not _constant(name)]
+    return bool(rest) and all(name.startswith(prefix) for name in rest)
+
+
+def _wrapped(weights: Weights, own: Weights) -> bool:
+    """Whether the names are those of the module inside of a network."""
+    return all(f"backbone.{name}" in own for name in weights)
+
+
+def _recognise(weights: Weights, own: Weights, path: Path) -> Layout:
+    """By names; where those of two layouts are alike, by the order of a block's norm and convolution."""
+    if any(name.startswith(("backbone.", "head.")) for name in weights):
+        return OURS
+    if _wrapped(weights, own):
+        return WRAPPED
+    if any(re.match(WIDE.block, name) for name in weights):
+        return WIDE
+    if any(re.match(LAYER, name) for name in weights):
+        # a norm that comes before its convolution has as many channels as that has inputs
+        norms = {name: value for name, value in weights.items() if re.fullmatch(r"layer\d+\.0\.bn1\.weight", name)}
+        convolutions = {name: weights.get(name.replace("bn1", "conv1")) for name in norms}
+        before = any(c is not None and len(c) != len(norms[name]) for name, c in convolutions.items())
+        return PREACT if before else RESNET
+    if "init_conv.weight" in weights or "conv_2d.weight" in weights:
+        raise UserError(f"{path} is a DeepMind network, whose strided convolutions pad one side only; none here does")
+    raise UserError(f"{path} has names that are not known: {_some(weights)}")
+
+
+def _rename(weights: Weights, layout: Layout) -> tuple[Weights, dict[str, str]]:
+    """The entries under our names, and what each was called; constants of public layouts become our normalisation's."""
+    named: Weights = {}
+    origin: dict[str, str] = {}
+    for name, value in weights.items():
+        ours = f"backbone.{name}" if layout is WRAPPED else layout.translate(name)
+        if layout in PUBLIC and (constant := _constant(name)):
+            ours = f"normalise.{constant}"
+            if ours in named and torch.equal(named[ours].flatten(), value.flatten()):
+                continue
+        ours = name if ours in named else ours
+        named[ours], origin[ours] = value, name
+    return named, origin
+
+
+def _shape_constants(named: Weights, own: Weights, path: Path) -> None:
+    """Give the constants, one or one a channel, the shape of ours."""
+    given = [name for name in ("normalise.mean", "normalise.std") if name in named and name in own]
+    if len(given) == 1:
+        raise UserError(f"{path} has only one of the two constants of a normalisation, {given[0]}")
+    for name in given:
+        value, shape = named[name].flatten(), own[name].shape
+        if value.numel() not in (1, shape[1]):
+            raise UserError(f"{path} normalises {value.numel()} channels, the model's images have {shape[1]}")
+        if not value.isfinite().all() or (name == "normalise.std" and not (value > 0).all()):
+            raise UserError(f"{path} cannot normalise by {name.removeprefix('normalise.')} {value.tolist()}")
+        named[name] = value.view(1, -1, 1, 1).expand(shape)
+
+
+def _other_classes(named: Weights, own: Weights) -> list[str]:
+    """The names of a head that differs in its number of classes and in nothing else."""
+    theirs, ours = named.get("head.weight"), own.get("head.weight")
+    if theirs is None or ours is None or len(theirs) == len(ours) or theirs.shape[1:] != ours.shape[1:]:
+        return []
+    return sorted(name for name in own if name.startswith("head."))
+
+
+def _check_fit(own: Weights, named: Weights, origin: Mapping[str, str], what: str) -> None:
+    """Every name on both sides, with the same shape."""
+    needed = [name for name in own if not name.startswith("normalise.") and not name.endswith("num_batches_tracked")]
+    missing = [name for name in needed if name not in named]
+    unexpected = [origin[name] for name in named if name not in own]
+    both = [name for name in named if name in own]
+    shapes = [
+        f"{origin[name]} {tuple(named[name].shape)}, not {tuple(own[name].shape)}"
+        for name in both
+        if named[name].shape != own[name].shape
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    if not any(lists.values()):
+        return
+    wrong = "; ".join(f"{kind}: {_some(names)}" for kind, names in lists.items() if names)
+    theirs, ours = _options(named), _options(own)
+    fix = "" if theirs == ours else f"; likely fix: {theirs} (the model is {ours})"
+    matched = f"{len(both) - len(shapes)} of {len(named)} entries do"
+    raise UserError(f"{what} does not fit the model: {matched}; {wrong}{fix}")
+
+
+def _options(weights: Weights) -> str:
+    """The backbone that weights with our names belong to, as options of the command line."""
+    places = {found.groups() for name in weights if (found := re.match(PLACE, name))}
+    counts = tuple(count for _, count in sorted(Counter(stage for stage, _ in places).items()))
+    first = "backbone.stages.0.0."
+    if (inner := weights.get(first + "residual.0.weight")) is None:
+        return "a network of another kind"
+    width, expansion = len(inner), 4 if first + "residual.6.weight" in weights else 1
+    depth = next((d for d, (_, blocks, times) in LAYOUTS.items() if (blocks, times) == (counts, expansion)), None)
+    if "backbone.stem.weight" not in weights and depth is not None:
+        kind = f"resnet --backbone.depth {depth} --backbone.width {width}"
+    elif "backbone.stem.weight" in weights and counts == (2, 2, 2, 2):
+        kind = f"preact-resnet --backbone.width {width}"
+    elif "backbone.stem.weight" in weights and len(counts) == 3 and len(set(counts)) == 1:
+        kind = f"wide-resnet --backbone.depth {6 * counts[0] + 4} --backbone.widen {width // 16}"
+    else:
+        return f"a backbone of {', '.join(map(str, counts))} blocks, which there is not here"
+    return f"--backbone {kind} --backbone.norm {_norm(weights)}"
+
+
+def _norm(weights: Weights) -> str:
+    """The kind of the norms."""
+    if any(".branches." in name for name in weights):
+        return "dual"
+    if any(name.endswith(".running_mean") for name in weights):
+        return "batch"
+    return "group" if "backbone.stages.0.0.residual.1.weight" in weights else "none"
+
+
+def _lacks(named: Weights) -> str | None:
+    """What a network with foreign names would need to be one of ours."""
+    if "backbone.stem.weight" in named and not any(name.startswith("backbone.closing.") for name in named):
+        return "no norm after the last block: it pools what the blocks add up to, ours a norm and an activation of it"
+    if "head.weight" in named and "head.bias" not in named:
+        return "no biases in its head: such heads take normalised features, ours takes them as they are"
+    if _norm(named) in ("group", "none"):
+        return "no running statistics of batch norm: what its norms do instead is not in the file"
+    return None
+
+
+def _differs(named: Weights, model: nn.Module, layout: Layout) -> str | None:
+    """Where a network that fits by names and shapes is another function."""
+    kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.ReLU | nn.SiLU | nn.LeakyReLU)}
+    if kinds != {"ReLU"}:
+        theirs, ours = "such networks compute with ReLU", ", ".join(sorted(kinds))
+        return f"{theirs}, the model with {ours}; likely fix: --backbone.activation relu"
+    if layout is PREACT and _bare_shortcuts(named):
+        return (
+            "by its running means its shortcuts take a block's bare input, as in some code bases; "
+            "ours take the activated input, as in He et al. (2016b)"
+        )
+    return None
+
+
+def _bare_shortcuts(w: Weights) -> bool:
+    """Whether running means fit shortcuts of a block's bare input better than those of its activated input.
+
+    Both have the same names and shapes.  But a block's output has the running mean of the norm after it, and that is
+    the mean of its residual, which the norms inside foretell as if their outputs were normal, and the shortcut's
+    weights times the mean of its input.
+    """
+    found = filter(None, (re.match(PLACE, name) for name in w))
+    places = sorted({(int(place[1]), int(place[2])) for place in found})
+    blocks = [f"backbone.stages.{stage}.{index}." for stage, index in places]
+    after = [*(f"{block}opening.0" for block in blocks[1:]), "backbone.closing.0"]
+    bare = activated = 0.0
+    for block, following in zip(blocks, after, strict=True):
+        if (shortcut := w.get(f"{block}shortcut.weight")) is None:
+            continue
+        matrix, mean = shortcut.double()[:, :, 0, 0], w[f"{block}opening.0.running_mean"].double()
+        residual = w[f"{block}residual.3.weight"].double().sum((2, 3)) @ _mean_activation(w, f"{block}residual.1")
+        wanted = w[f"{following}.running_mean"].double() - residual
+        scale = w[f"{following}.running_var"].double()
+        bare += ((wanted - matrix @ mean).square() / scale).mean().item()
+        activated += ((wanted - matrix @ _mean_activation(w, f"{block}opening.0")).square() / scale).mean().item()
+    return bare < activated
+
+
+def _mean_activation(w: Weights, norm: str) -> Tensor:
+    """``E relu(n)`` a channel, for ``n`` normal with the norm's bias as mean and its weight as deviation."""
+    mean, deviation = w[f"{norm}.bias"].double(), w[f"{norm}.weight"].double().abs().clamp_min(1e-12)
+    z = mean / deviation
+    return mean * torch.special.ndtr(z) + deviation * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)

@@ -1,0 +1,118 @@
+"""Published models on the Hugging Face Hub; the hub's client is imported when it is used, since that is slow."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from advebm import files
+from advebm.errors import UserError
+
+# What a published model consists of (see network.save); nothing else travels, a checkpoint's state least of all.
+FILES = ["config.json", "model.safetensors", "ema.safetensors", "README.md"]
+
+
+def push(folder: Path, name: str, *, private: bool = False) -> str:
+    """Upload a published model as one commit; a file of :data:`FILES` that ``folder`` lacks is removed from the Hub.
+
+    Args:
+        folder: what :func:`advebm.models.network.save` wrote; a checkpoint is one, too.
+        name: ``user/name``; made if it is not there.
+        private: make it for those with access only.
+
+    Returns:
+        The page of the model.
+
+    Raises:
+        UserError: ``folder`` is not a model, nobody is logged in or may write there, the Hub is out of reach, or
+            ``private`` was asked for and the model is there already for all to see.
+    """
+    _check_model(folder, "is not a published model")
+    plain = files.read_json(folder / "config.json")
+    if not isinstance(plain, dict) or "architecture" not in plain:
+        raise UserError(f"{folder} is not a published model: config.json has no architecture")
+    _check_name(name)
+    from huggingface_hub import HfApi, get_token
+
+    with _in_one_line(name, f"cannot push {name}"):
+        if get_token() is None:
+            raise UserError("nobody is logged in to the Hub; run: hf auth login")
+        api = HfApi()
+        page = api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.model_info(name).private:
+            raise UserError(f"{name} is on the Hub already, and public; choose another name or leave out --private")
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=FILES,
+            delete_patterns=FILES,  # an average of an earlier push would be preferred to these weights
+            commit_message="Upload an advebm model",
+        )
+    return str(page)
+
+
+def pull(name: str, *, revision: str | None = None) -> Path:
+    """Download a published model into the hub client's cache, or find it there when the Hub is out of reach.
+
+    Args:
+        name: ``user/name``.
+        revision: branch, tag or commit; the newest by default.
+
+    Returns:
+        The folder in the cache, with no more than :data:`FILES` in it; not to be written to.
+
+    Raises:
+        UserError: no such model or revision, no access to it, not a model of advebm, or out of reach and not cached.
+    """
+    _check_name(name)
+    from huggingface_hub import HfApi
+
+    with _in_one_line(name, f"cannot pull {name}" + (f" at {revision}" if revision else "")):
+        folder = Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=FILES))
+    _check_model(folder, f"is {name} of the Hub, which is not a model of advebm")
+    return folder
+
+
+def _check_model(folder: Path, otherwise: str) -> None:
+    if missing := [file for file in FILES[:2] if not (folder / file).is_file()]:
+        raise UserError(f"{folder} {otherwise}: {' and '.join(missing)} missing")
+
+
+def _check_name(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        valid = name.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError(f"a model on the Hub is called user/name, of letters, digits, '-', '_' and '.', got {name!r}")
+
+
+@contextmanager
+def _in_one_line(name: str, what: str) -> Iterator[None]:
+    """Turn what the hub's client raises into the :class:`UserError` that says why it is so."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, errors.HTTPError) as error:
+        causes = [e for e in (error, error.__cause__) if e is not None]
+        status = next((e.response.status_code for e in causes if isinstance(e, errors.HfHubHTTPError)), None)
+        unreached = (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError)
+        if isinstance(error, errors.RevisionNotFoundError):
+            why = "there is no such revision"
+        elif status == 404 or isinstance(error, errors.RepositoryNotFoundError):
+            why = "there is no such model, or it is not open to you; if it should be, run: hf auth login"
+        elif status == 401:
+            why = "the Hub does not accept the login; run: hf auth login"
+        elif status == 403:
+            why = f"the login may not do that; {name.split('/')[0]} has to be you, with a token that may write"
+        elif status is None and any(isinstance(e, unreached) for e in causes):
+            why = "the Hub cannot be reached; check the connection and HF_HUB_OFFLINE"
+        else:
+            why = " ".join(" ".join(map(str, causes)).split())
+        raise UserError(f"{what}: {why}") from None

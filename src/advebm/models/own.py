@@ -1,0 +1,46 @@
+"""Networks that are not ours."""
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from typing import ClassVar
+
+from torch import nn
+
+from advebm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Own:
+    """Your own torch module, ``own:PACKAGE.MODULE:FACTORY``: a complete classifier, trained or not.
+
+    The factory is called without arguments and returns a module that maps normalised images (B, C, H, W) to logits
+    (B, K).  Its logits are its features too.
+
+    Attributes:
+        path: ``package.module:factory``, from the installed packages or the current folder.
+    """
+
+    path: str
+
+    imports: ClassVar[bool] = True  # so that it may not stand in the configuration of somebody else's model
+
+    def __post_init__(self) -> None:
+        if ":" not in self.path:
+            raise UserError(f"a module of your own is package.module:factory, got {self.path!r}")
+
+    def build(self, channels: int, size: int) -> tuple[nn.Module, None]:
+        """What the factory returns; None says that no head is missing."""
+        module, _, name = self.path.partition(":")
+        try:
+            factory = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"{self.path!r} cannot be imported: {error}") from error
+        try:
+            inspect.signature(factory).bind()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.path} is called without arguments: {error}") from None
+        made = factory()
+        if not isinstance(made, nn.Module):
+            raise UserError(f"{self.path} returns a {type(made).__name__}, not a torch module")
+        return made, None

@@ -1,0 +1,103 @@
+"""Adversarial weight perturbation around any other objective."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advebm.errors import UserError
+from advebm.modes import searching
+from advebm.objectives.at import AT
+from advebm.objectives.base import Batch, Context, Loss, Objective
+
+
+class Found(NamedTuple):
+    """What the inner objective found, and how far each weight is moved."""
+
+    inner: Any
+    moves: dict[str, Tensor]
+
+
+class _Loss(nn.Module):
+    """An objective's loss as a module, so that it can be called with other weights."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, *arguments: Any) -> Loss:
+        return self.objective.loss(self.model, *arguments)
+
+    def at(self, weights: dict[str, Tensor], *arguments: Any) -> Loss:
+        return torch.func.functional_call(self, {f"model.{name}": w for name, w in weights.items()}, arguments)
+
+
+@dataclass(frozen=True)
+class AWP:
+    """The loss of another objective at ``w + v``, ``v`` raising it: Wu et al. (2020), their eq. 8 to 10 as coded.
+
+    ``v = gamma ‖w‖ g / ‖g‖`` for each weight of a convolution or linear layer (no biases, no norms), g the gradient of
+    the loss at what the inner search found.  The gradient at w + v then updates w.  Weight decay pulls at w (in the
+    authors' code, which moves the weights in place, at w + v).
+
+    Attributes:
+        objective: whose search and loss are used: ``at`` (AT-AWP), ``trades`` (TRADES-AWP), …
+        gamma: size of v relative to each weight's norm; the paper has 0.01 for AT, 0.005 for TRADES.
+        warmup: images seen before weights are perturbed.
+    """
+
+    objective: Objective = AT()
+    gamma: float = 0.01
+    warmup: int = 0
+
+    cites: ClassVar[tuple[str, ...]] = ("wu2020",)
+
+    def __post_init__(self) -> None:
+        if not self.gamma >= 0 or self.warmup < 0:
+            raise UserError(f"gamma and warmup are >= 0, got {self.gamma} and {self.warmup}")
+        if self.objective.replays != 1:
+            raise UserError(f"awp goes around an objective without replays, not {type(self.objective).__name__}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the inner objective needs."""
+        return self.objective.needs
+
+    @property
+    def replays(self) -> int:
+        """One."""
+        return 1
+
+    def init(self, like: Tensor, generator: torch.Generator) -> Any:
+        """The inner objective's state."""
+        return self.objective.init(like, generator)
+
+    def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> Found:
+        """The inner search, then the direction in which the weights hurt most."""
+        inner = self.objective.search(model, batch, state, ctx)
+        if ctx.images < self.warmup:
+            return Found(inner, {})
+        weights = {name: p for name, p in model.named_parameters() if "weight" in name and p.ndim > 1}
+        with searching(model, training=True), torch.enable_grad():
+            copies = {name: p.detach().clone().requires_grad_() for name, p in weights.items()}
+            total = _Loss(model, self.objective).at(copies, batch, inner, state, ctx).total
+            gradients = torch.autograd.grad(total, list(copies.values()))
+        moves = {
+            name: self.gamma * w.detach().norm() * g / (g.norm() + 1e-20)
+            for (name, w), g in zip(weights.items(), gradients, strict=True)
+        }
+        return Found(inner, moves)
+
+    def loss(self, model: nn.Module, batch: Batch, found: Found, state: Any, ctx: Context) -> Loss:
+        """The inner loss at the moved weights, whose gradient reaches the weights."""
+        moved = {name: p + found.moves[name] for name, p in model.named_parameters() if name in found.moves}
+        return _Loss(model, self.objective).at(moved, batch, found.inner, state, ctx)
+
+    def adversarial(self, batch: Batch, found: Found) -> Tensor | None:
+        """The inner objective's."""
+        return self.objective.adversarial(batch, found.inner)
+
+    def after(self, model: nn.Module, batch: Batch, found: Found, state: Any, loss: Loss, ctx: Context) -> None:
+        """What the inner objective does."""
+        self.objective.after(model, batch, found.inner, state, loss, ctx)

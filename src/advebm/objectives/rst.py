@@ -1,0 +1,79 @@
+"""Robust self-training: images without labels join in with the labels that a standard classifier gives them."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from advebm.errors import UserError
+from advebm.models import network
+from advebm.modes import searching
+from advebm.objectives.base import Batch, Context, Loss, Objective
+from advebm.objectives.trades import TRADES
+
+
+@dataclass(frozen=True)
+class RST:
+    """Another objective on batches that are half pseudo-labelled, Carmon et al. (2019), algorithm 1.
+
+    Each step's images and as many ``extra`` ones are one batch, with one mean over it, as in the authors' code (there:
+    TRADES).  They label the extra set once, without augmentation; here the teacher sees each augmented image.
+
+    Attributes:
+        teacher: run or folder of the standard classifier that gives the labels.
+        objective: what is done with the joint batch.
+    """
+
+    teacher: str
+    objective: Objective = TRADES()
+
+    cites: ClassVar[tuple[str, ...]] = ("carmon2019",)
+
+    def __post_init__(self) -> None:
+        if self.objective.needs - {"labels"}:
+            raise UserError(f"rst goes around an objective on labelled images, not {type(self.objective).__name__}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Extra images."""
+        return self.objective.needs | {"extra"}
+
+    @property
+    def replays(self) -> int:
+        """The inner objective's."""
+        return self.objective.replays
+
+    def init(self, like: Tensor, generator: torch.Generator) -> Any:
+        """The inner objective's state, for batches of twice the size."""
+        _teacher(self.teacher)
+        return self.objective.init(torch.cat([like, like]), generator)
+
+    def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> tuple[Batch, Any]:
+        """The joint batch, and what the inner objective finds on it."""
+        assert batch.extra is not None
+        with searching(_teacher(self.teacher).to(batch.x.device)) as f, torch.no_grad():
+            labels = f(batch.extra).argmax(1)
+        whole = Batch(torch.cat([batch.x, batch.extra]), torch.cat([batch.y, labels]))
+        return whole, self.objective.search(model, whole, state, ctx)
+
+    def loss(self, model: nn.Module, batch: Batch, found: tuple[Batch, Any], state: Any, ctx: Context) -> Loss:
+        """The inner loss of the joint batch."""
+        return self.objective.loss(model, *found, state, ctx)
+
+    def adversarial(self, batch: Batch, found: tuple[Batch, Any]) -> Tensor | None:
+        """The attacked images with true labels."""
+        moved = self.objective.adversarial(*found)
+        return None if moved is None else moved[: len(batch.x)]
+
+    def after(
+        self, model: nn.Module, batch: Batch, found: tuple[Batch, Any], state: Any, loss: Loss, ctx: Context
+    ) -> None:
+        """What the inner objective does."""
+        self.objective.after(model, *found, state, loss, ctx)
+
+
+@functools.lru_cache(maxsize=1)
+def _teacher(where: str) -> network.Network:
+    return network.find(where)

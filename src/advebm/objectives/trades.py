@@ -1,0 +1,106 @@
+"""Training that ties the prediction at an image to that of its neighbours: TRADES and WEAT."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from advebm import energies
+from advebm.attacks.projected import Attack
+from advebm.config import check_choices
+from advebm.errors import UserError
+from advebm.modes import searching
+from advebm.objectives.base import Batch, Context, Loss, Stateless
+
+INNER = Attack(eps=0.031, steps=10, step_size=0.007, start="gaussian", spread=0.001)
+
+
+def divergence(clean: Tensor, moved: Tensor) -> Tensor:
+    """``KL(p ‖ q)`` of each image, from the log-probabilities of ``p`` and ``q`` (B, K) -> (B,), nats."""
+    return kl_div(moved, clean, reduction="none", log_target=True).sum(1)
+
+
+@dataclass(frozen=True)
+class TRADES(Stateless):
+    """``CE(x, y) + β KL(p(x) ‖ p(x̂))``, x̂ maximising the same KL: Zhang et al. (2019), eq. 5 as in their code.
+
+    CEM (section 3) writes the KL the other way round; this is the direction of the authors' code, and gradients flow
+    through both of its sides.  The target of the search, p(x), is computed once a batch.
+
+    Attributes:
+        attack: the search; its ``loss`` is not used.  Radius, steps and start are those of the code for linf.
+        beta: weight of the KL, 1/λ in the paper.
+    """
+
+    attack: Attack = INNER
+    beta: float = 6.0
+
+    cites: ClassVar[tuple[str, ...]] = ("zhang2019", "madry2018")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not self.beta >= 0:
+            raise UserError(f"beta is a weight >= 0, got {self.beta}")
+        if self.attack.start == "clean":
+            raise UserError("at the image itself the KL is flat; the attack's start is gaussian or uniform")
+
+    def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
+        """Adversarial images (B, C, H, W)."""
+        with searching(model) as f:
+            with torch.no_grad():
+                target = log_softmax(f(batch.x), 1)
+            return self.attack(lambda x: -divergence(target, log_softmax(f(x), 1)), batch.x, ctx.generator)
+
+    def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
+        """The sum of both terms."""
+        clean, adversarial = model(batch.x), model(found)
+        return self._total(clean, adversarial, cross_entropy(clean, batch.y, reduction="none"), batch.y)
+
+    def adversarial(self, batch: Batch, found: Tensor) -> Tensor:
+        """The images that the search moved."""
+        return found
+
+    def _total(self, clean: Tensor, adversarial: Tensor, first: Tensor, y: Tensor) -> Loss:
+        gap = divergence(log_softmax(clean, 1), log_softmax(adversarial, 1))
+        total = (self._weights(clean.detach()) * (first + self.beta * gap)).mean()
+        with torch.no_grad():
+            terms = {
+                "loss": total.detach(),
+                "kl": gap.mean(),
+                "accuracy": (adversarial.argmax(1) == y).float().mean(),
+                "clean_accuracy": (clean.argmax(1) == y).float().mean(),
+                "energy_joint": energies.joint(adversarial, y).mean(),
+                "energy_marginal": energies.marginal(adversarial).mean(),
+            }
+        return Loss(total, {name: term.detach() for name, term in terms.items()})
+
+    def _weights(self, clean: Tensor) -> Tensor:
+        return torch.ones_like(clean[:, 0])
+
+
+@dataclass(frozen=True)
+class WEAT(TRADES):
+    """TRADES with less weight on images of low energy: ``1 / log(1 + exp |E(x)|)``, Mirza et al. (2024).
+
+    The weights come from the clean images' energies, are not differentiated and not normalised.
+
+    Attributes:
+        attack, beta: as for TRADES.
+        on: where the cross-entropy is taken: ``clean`` (their WEAT_nat) or ``adversarial`` (WEAT_adv, whose code has a
+            beta of 7 as one default and 6 as another).
+    """
+
+    on: Literal["clean", "adversarial"] = "clean"
+
+    cites: ClassVar[tuple[str, ...]] = ("mirza2024", "zhang2019", "madry2018")
+
+    def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
+        """The weighted sum of both terms."""
+        clean, adversarial = model(batch.x), model(found)
+        first = cross_entropy(clean if self.on == "clean" else adversarial, batch.y, reduction="none")
+        return self._total(clean, adversarial, first, batch.y)
+
+    def _weights(self, clean: Tensor) -> Tensor:
+        return 1 / torch.nn.functional.softplus(energies.marginal(clean).abs())
