@@ -24,14 +24,15 @@ class FakeHub(ThreadingHTTPServer):
     """As much of the Hub as the client needs to make a model, upload a folder with large files and download it.
 
     ``repos`` maps a name to its commits, oldest first, each a dict path -> bytes; ``public`` names those that anybody
-    may read; ``seen`` lists requests.  ``alice`` is who owns the token.
+    may read; ``seen`` lists requests, ``broken`` maps the beginning of some to the status that they get.  ``alice`` is
+    who owns the token.
     """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Request)
-        self.repos, self.public, self.large, self.seen = {}, set(), {}, []
+        self.repos, self.public, self.large, self.seen, self.broken = {}, set(), {}, [], {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
@@ -47,7 +48,7 @@ def commit_id(number):
 
 
 class Request(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm, wbufsize = "HTTP/1.1", True, -1
 
     def log_message(self, *args):
         pass
@@ -72,6 +73,8 @@ class Request(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
         hub.seen.append(f"{self.command} {path}")
+        if status := next((v for k, v in hub.broken.items() if hub.seen[-1].startswith(k)), None):
+            return self.answer(status, {"error": "out of order"})
         login = self.headers.get("Authorization")
         known = login == f"Bearer {TOKEN}"
         if login is not None and not known:
@@ -294,6 +297,18 @@ def test_no_login_and_no_permission(server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="nobody is logged in to the Hub; run: hf auth login"):
         hub.push(tmp_path / "model", "alice/net")
     assert not server.seen, "asked before anything is sent"
+
+
+def test_other_failures_are_told_in_one_line(server, tmp_path):
+    publish(tmp_path / "model")
+    server.broken["PUT /large"] = 403
+    with pytest.raises(UserError, match="cannot push alice/net: the login may not do that"):
+        hub.push(tmp_path / "model", "alice/net")
+    assert len(server.repos["alice/net"]) == 1
+    server.broken["GET /api/models"] = 418
+    with pytest.raises(UserError, match=r"cannot pull alice/net: .*418") as error:
+        hub.pull("alice/net")
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_not_a_model_is_neither_pushed_nor_pulled(server, tmp_path):

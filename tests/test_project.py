@@ -19,8 +19,8 @@ LAYERS = [
     {"energies", "descent", "starts", "modes", "checks"},
     {"models", "data", "pictures"},
     {"objectives", "samplers", "attacks", "metrics"},
-    {"training", "evaluation", "generation"},
-    {"cli", "api", "demo", "console", "stages", "tables", "reporting", "__main__"},
+    {"training", "evaluation", "generation", "comparison"},
+    {"cli", "api", "demo", "console", "stages", "tables", "reporting", "reproduce", "__main__"},
 ]
 
 

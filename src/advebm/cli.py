@@ -125,12 +125,33 @@ def build_parser() -> Parser:
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
     sub.add_argument("--json", action="store_true", help="print records as JSON, one a line")
 
-    for drawing in (verbs.choices["sample"], verbs.choices["evaluate"]):
-        drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
-
     sub = verb("report", run_report, "Write RUN/report.html.")
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="compare with a run")
+
+    sub = verb(
+        "compare",
+        run_compare,
+        "Measure runs alike, print one table and write one report.",
+        "Clean, PGD-10, PGD-50 and energy-attack accuracy, sample quality, cost. Takes --threat.option VALUE.",
+    )
+    sub.set_defaults(takes=("threat",))
+    sub.add_argument("runs", type=Path, metavar="RUN", nargs="+")
+    sub.add_argument("--features", metavar="RUN", help="run or model whose classifier judges the samples (own)")
+    sub.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help="comparison.html")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = verb(
+        "reproduce",
+        run_reproduce,
+        "Carry out an experiment of the papers at a size for two CPU cores, or on where it was.",
+        "Takes --data.path and every other option of train, for all recipes of the experiment.",
+    )
+    sub.set_defaults(takes=(*BLOCKS, "train", "threat", "metrics", "normalise"))
+    sub.add_argument("experiment", nargs="?", metavar="NAME", help="see --list")
+    sub.add_argument("--list", action="store_true", help="every figure, table and algorithm, and what makes it")
+    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="training seeds; tables give mean and deviation")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME)")
 
     sub = verb("push", run_push, "Publish the model of a run on the Hub, where hf:USER/NAME finds it.")
     sub.add_argument("run", type=Path, metavar="RUN")
@@ -140,6 +161,8 @@ def build_parser() -> Parser:
 
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
+    for drawing in (verbs.choices[name] for name in ("sample", "evaluate", "compare")):
+        drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
     return parser
 
 
@@ -191,12 +214,12 @@ def run_demo(args: argparse.Namespace, overrides: Overrides) -> None:
     import time
 
     from advebm.demo import demo
-    from advebm.tables import demo_table
+    from advebm.tables import side_by_side
     from advebm.training.run import new_folder
 
     begun = time.perf_counter()
     path, records = demo(new_folder(args.out, "demo"), seed=args.seed)
-    demo_table(records)
+    side_by_side(records)
     print(f"{time.perf_counter() - begun:.0f} s; report: {path}")
 
 
@@ -295,6 +318,38 @@ def run_report(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.training.run import Run
 
     print(report(Run.open(args.run), beside=[Run.open(path) for path in args.beside]))
+
+
+def run_compare(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm compare``."""
+    from advebm import config, console
+    from advebm.comparison import compare
+    from advebm.reporting.build import report
+    from advebm.tables import one_a_line
+    from advebm.training.recipe import resolve
+    from advebm.training.run import Run
+
+    runs = [Run.open(path) for path in args.runs]
+    threat = resolve(config.describe(runs[0].recipe), overrides).threat
+    say = lambda text: console.screen.print(f"  {text}")
+    options = {"features": args.features, "seed": args.seed, "device": device(args.device)}
+    one_a_line(compare(runs, threat=threat, **options, progress=say))
+    print(report(runs[0], beside=runs[1:], out=args.out))
+
+
+def run_reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm reproduce``."""
+    from advebm.reproduce import EXPERIMENTS, papers, reproduce
+
+    if args.list or args.experiment is None:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name:20} {(experiment.__doc__ or '').splitlines()[0]}")
+        for paper in papers():
+            print(f"\n{paper['key']}: {paper['title']}")
+            for item in paper["items"]:
+                print(f"  {item['id']:18} {item['status']:9} {item['what']}\n  {'':28} {item['how']}")
+        return
+    print(reproduce(args.experiment, args.out or Path("runs") / args.experiment, seeds=args.seeds, options=overrides))
 
 
 def run_push(args: argparse.Namespace, overrides: Overrides) -> None:

@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, str]] = {
         "folder": "advebm.data.files:Folder",
         "npz": "advebm.data.files:Npz",
         "hf": "advebm.data.files:HubImages",
+        "part": "advebm.data.sources:Part",
     },
     "backbone": {
         "small-conv": "advebm.models.small:SmallConv",
@@ -66,6 +67,7 @@ KINDS: dict[str, dict[str, str]] = {
     "metric": {
         "accuracy": "advebm.metrics.robustness:Accuracy",
         "robust-accuracy": "advebm.metrics.robustness:RobustAccuracy",
+        "targeted-accuracy": "advebm.metrics.robustness:TargetedAccuracy",
         "robustness-curve": "advebm.metrics.robustness:RobustnessCurve",
         "sample-quality": "advebm.metrics.quality:SampleQuality",
         "energies": "advebm.metrics.energy:Energies",
@@ -204,6 +206,17 @@ def _override(data: Any, path: list[str], value: Any, dotted: str) -> Any:
     if head not in data:
         raise UserError(f"no option --{dotted}: {head!r} is unknown{suggest(head, data)}; there is {', '.join(data)}")
     return {**data, head: _override(data[head], rest, value, dotted) if rest else value}
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Blocks of ``new`` over those of ``old``: options of a block of the same kind one by one, another kind whole."""
+    merged = {**old, **new}
+    for name, block in new.items():
+        before = old.get(name)
+        if isinstance(block, Mapping) and isinstance(before, Mapping):
+            same = "kind" not in block or block["kind"] == before.get("kind")
+            merged[name] = {**before, **block} if same else block
+    return merged
 
 
 def switch(data: Mapping[str, Any], role: str, kind: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """From nothing to a report: two classifiers of digits, one adversarially trained, and images drawn from it."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from advebm import config, console, evaluation, recipes
 from advebm.reporting.build import report
@@ -11,7 +13,7 @@ PER_CLASS = 150
 SETS = {f"{kind}-{start}": (kind, start) for start in ("class", "global") for kind in ("ta", "cs")}
 
 
-def demo(folder: Path, *, seed: int = 0) -> tuple[Path, list[dict[str, object]]]:
+def demo(folder: Path, *, seed: int = 0) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """Train, sample, evaluate and report in ``folder``; the report's path and the records of both runs."""
     say = console.screen.print
     runs = {}
@@ -25,10 +27,9 @@ def demo(folder: Path, *, seed: int = 0) -> tuple[Path, list[dict[str, object]]]
         recipe = resolve(config.describe(robust.recipe), [("sampler", kind), ("sampler.start", start)])
         draw(robust, name, recipe.sampler, PER_CLASS, seed=seed)
     say("[4/5] evaluate both; sample quality in the features of digits-standard")
-    records = []
+    records = {}
     for name, run in runs.items():
-        space = runs["digits-standard"].folder
-        for record in evaluation.evaluate_run(run, features=space, seed=seed):
-            records.append({"run": name, "record": record})
+        found = evaluation.evaluate_run(run, features=runs["digits-standard"].folder, seed=seed)
+        records[name] = [dataclasses.asdict(record) for record in found]
     say("[5/5] report")
     return report(robust, beside=[runs["digits-standard"]], out=folder / "report.html"), records

@@ -62,9 +62,7 @@ def evaluate_run(
     if features is None:
         space = feature_space("own features", model)
     else:
-        owner = Path(features).resolve()
-        owner = owner.parents[1] if owner.parent.name == "checkpoints" else owner
-        space = feature_space(f"features of {owner.name}", find_model(features).to(device))
+        space = feature_space(f"features of {owner(features)}", find_model(features).to(device))
     subject = Subject(model, data, data.test, recipe.threat, samples, space)
     for name, drawn in samples.items():
         if (other := drawn.manifest.get("checkpoint")) != path.name:
@@ -83,6 +81,12 @@ def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
     if (Path(where) / "config.yaml").is_file():
         return Run.open(where).model(checkpoint)[0]
     return network.find(where)
+
+
+def owner(features: str | Path) -> str:
+    """The name of the run or model that features are of."""
+    path = Path(features).resolve()
+    return path.parents[1].name if path.parent.name == "checkpoints" else path.name
 
 
 def feature_space(name: str, model: Network) -> Features:

@@ -19,20 +19,29 @@ def record_table(records: Iterable[Record]) -> None:
     _print(table)
 
 
-def demo_table(records: Iterable[Mapping[str, Any]]) -> None:
-    """Standard and adversarial training side by side, then the samples."""
+def side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """A column a run, a row a quantity."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    for item in records:
-        text = row(asdict(item["record"]))
-        cells.setdefault((text["name"], text["samples"]), {})[item["run"]] = text["value"]
-    runs = ("digits-standard", "digits-at")
+    for title, records in runs.items():
+        for text in map(row, records):
+            cells.setdefault((text["name"], text["samples"]), {})[title] = text["value"]
     table = Table("measured", "samples", *runs, box=None, pad_edge=False)
     for (name, samples), values in cells.items():
         table.add_row(name, samples, *(values.get(run, "") for run in runs))
     _print(table)
 
 
-def _print(table: Table) -> None:
+def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """A row a run, a column a quantity: for many runs."""
+    cells = {title: {(r["name"], r["samples"]): r["value"] for r in map(row, rs)} for title, rs in runs.items()}
+    columns = list(dict.fromkeys(key for values in cells.values() for key in values))
+    table = Table("run", *(" · ".join(filter(None, key)) for key in columns), box=None, pad_edge=False)
+    for title, values in cells.items():
+        table.add_row(title, *(values.get(key, "") for key in columns))
+    _print(table, 60 + 14 * len(columns))
+
+
+def _print(table: Table, width: int = 120) -> None:
     console = Console(highlight=False)
-    console.width = max(console.width, 120)  # a pipe has no width of its own
+    console.width = max(console.width, width)  # a pipe has no width of its own
     console.print(table)

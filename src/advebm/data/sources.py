@@ -119,6 +119,40 @@ class Digits:
         return Data("digits", tuple("0123456789"), train, val, test)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A share of another source's training images, or the rest of them, for images whose labels are hidden.
+
+    ``--data part --extra part --extra.rest true`` trains on one half with labels and on the other without.
+
+    Attributes:
+        source: the other source; its validation and test images are kept as they are.
+        share: of the training images, class by class.
+        rest: whether to take the images that are not in the share.
+        split_seed: decides which ones.
+    """
+
+    source: Source = Digits()
+    share: float = 0.5
+    rest: bool = False
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UserError(f"share lies in (0, 1), got {self.share}")
+
+    @property
+    def augment(self) -> Augmentations:
+        """The source's."""
+        return self.source.augment
+
+    def load(self) -> Data:
+        """The source's data with fewer training images."""
+        data = self.source.load()
+        parts = partition([data.train], len(data.classes), (self.share,), self.split_seed)
+        return data._replace(train=parts[self.rest])
+
+
 def partition(shards: Sequence[Images], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
     """Cut a set into parts of these shares and what remains, class by class, so that each has them in proportion."""
     parts: list[list[Tensor]] = [[] for _ in (*shares, 1.0)]

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from advebm import config
+from advebm import config, energies
 from advebm.attacks.projected import Attack
+from advebm.descent import Energy
 from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, proportion
@@ -71,6 +72,36 @@ class RobustAccuracy:
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """One record, ``accuracy under`` the attack."""
         return [_record(subject, self.attack or subject.threat, generator)]
+
+
+@dataclass(frozen=True)
+class TargetedAccuracy:
+    """Share of images that stay right under an attack towards a random other class, CEM section 4.1.
+
+    A targeted attack descends ``E(x, t) - E(x)``, so it also raises E(x), which the untargeted one lowers.
+
+    Attributes:
+        attack: the attack; none takes the recipe's ``threat``.
+    """
+
+    attack: Attack | None = None
+
+    cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "madry2018")
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """One record, ``accuracy under targeted`` and the attack."""
+        attack, classes, hits = self.attack or subject.threat, len(subject.data.classes), []
+        with searching(subject.model) as f:
+            for x, y in subject.batches():
+                step = torch.randint(1, classes, y.shape, generator=generator, device=y.device)
+                moved = attack(self._towards(f, (y + step) % classes), x, generator)
+                hits.append(correct(f, x, y) & correct(f, moved, y))
+        settings: dict[str, Any] = {"attack": config.describe(attack), "targeted": True}
+        return [Record(f"accuracy under targeted {attack.name}", *proportion(torch.cat(hits)), settings)]
+
+    @staticmethod
+    def _towards(f: Logits, goal: Tensor) -> Energy:
+        return lambda x: energies.conditional(f(x), goal)
 
 
 @dataclass(frozen=True)

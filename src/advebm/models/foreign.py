@@ -342,11 +342,12 @@ def _differs(named: Weights, model: nn.Module, layout: Layout) -> str | None:
 
 
 def _bare_shortcuts(w: Weights) -> bool:
-    """Whether running means fit shortcuts of a block's bare input better than those of its activated input.
+    """Whether running means fit shortcuts of a block's bare input, and far better than those of its activated input.
 
-    Both have the same names and shapes.  But a block's output has the running mean of the norm after it, and that is
-    the mean of its residual, which the norms inside foretell as if their outputs were normal, and the shortcut's
-    weights times the mean of its input.
+    Both have the same names and shapes.  But the mean of a block's output is the running mean of the norm after it,
+    and that is the mean of its residual plus the shortcut's weights times the mean of the shortcut's input; what an
+    activation makes of a norm's output is foretold as if that were normal.  A network that has been trained at all
+    tells by an order of magnitude; the margin spares one whose statistics have hardly moved, which tells nothing.
     """
     found = filter(None, (re.match(PLACE, name) for name in w))
     places = sorted({(int(place[1]), int(place[2])) for place in found})
@@ -362,7 +363,7 @@ def _bare_shortcuts(w: Weights) -> bool:
         scale = w[f"{following}.running_var"].double()
         bare += ((wanted - matrix @ mean).square() / scale).mean().item()
         activated += ((wanted - matrix @ _mean_activation(w, f"{block}opening.0")).square() / scale).mean().item()
-    return bare < activated
+    return 3 * bare < activated
 
 
 def _mean_activation(w: Weights, norm: str) -> Tensor:

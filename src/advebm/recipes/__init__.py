@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from advebm.config import merge
 from advebm.errors import unknown
 
 
@@ -15,7 +16,13 @@ def names() -> list[str]:
 
 def find(name: str) -> dict[str, Any]:
     """The plain data of a recipe."""
-    return yaml.safe_load(_text(name))
+    return complete(yaml.safe_load(_text(name)))
+
+
+def complete(plain: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that names another one as its ``base``, with what it leaves out as there."""
+    rest = {key: value for key, value in plain.items() if key != "base"}
+    return merge(find(plain["base"]), rest) if "base" in plain else rest
 
 
 def header(name: str) -> list[str]:

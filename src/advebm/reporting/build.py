@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from advebm import citations, config, evaluation, files, generation, pictures
+from advebm import citations, comparison, config, evaluation, files, generation, pictures
 from advebm.attacks.projected import Attack
 from advebm.reporting import figures
 from advebm.training.recipe import dump
@@ -22,19 +22,16 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> 
 
     Args:
         run: the run it is about.
-        beside: runs whose robustness and records are shown for comparison.
+        beside: runs whose samples, energies, robustness and records are shown for comparison.
         out: the file; ``report.html`` in the run's folder by default.
     """
     recipe, history = run.recipe, run.history()
     data = recipe.data.load()
-    runs = [run, *beside]
-    titles = [r.recipe.name for r in runs]
-    if len(set(titles)) < len(titles):
-        titles = [str(r.folder) for r in runs]
-    everyone = {title: evaluation.latest(r.records()) for title, r in zip(titles, runs, strict=True)}
-    own = everyone[titles[0]]
+    runs = comparison.titled([run, *beside])
+    everyone = {title: evaluation.latest(r.records()) for title, r in runs.items()}
+    own = next(iter(everyone.values()))
     count = len(data.classes)
-    sets = run.samples()
+    sets = {f"{title} · {n}" if len(runs) > 1 else n: f for title, r in runs.items() for n, f in r.samples().items()}
     real = pictures.by_class(data.train.x, data.train.y, count)
     samples = [{"title": "training images", "text": data.name, "image": _picture(real)}]
     films = []
@@ -42,7 +39,7 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> 
         drawn = generation.read(folder)
         text = describe_sampler(drawn.manifest)
         samples.append({"title": name, "text": text, "image": _picture(pictures.by_class(drawn.x, drawn.y, count))})
-        if (folder / "film.png").exists():
+        if (folder / "film.png").exists() and folder.parent.parent == run.folder:
             steps = ", ".join(map(str, drawn.manifest.get("film", [])))
             films.append({"title": name, "text": f"steps {steps}", "image": _uri((folder / "film.png").read_bytes())})
     html = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
@@ -56,6 +53,11 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> 
         samples=samples if sets else [],
         films=films,
         curves=_uri(figures.curves(history)) if any("train/loss" in line for line in history) else None,
+        shifts=[
+            {"title": title, "image": _uri(figure)}
+            for title, r in runs.items()
+            if (figure := figures.shifts(r.history(), len(data.train))) is not None
+        ],
         robustness=_uri(figures.robustness(everyone, config.describe(recipe.threat))),
         energies=_uri(figures.energies(own)),
         tables=[{"name": name, "rows": [row(r) for r in records]} for name, records in everyone.items() if records],

@@ -70,7 +70,8 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
             points = {}
             for r in records:
                 attack = r["settings"].get("attack", {**threat, "eps": 0.0})
-                if r["name"].startswith("accuracy") and others(attack) == others(threat):
+                untargeted = not r["settings"].get("targeted")
+                if r["name"].startswith("accuracy") and untargeted and others(attack) == others(threat):
                     points[attack["eps"]] = (r["value"], r["error"])
             if len(points) > 1:
                 x = sorted(points)
@@ -84,6 +85,35 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
         axis.annotate("threat model", (threat["eps"], 0.02), rotation=90, fontsize=7, color="#777777", ha="right")
         axis.set(xlabel="eps of the attack", ylabel="accuracy", ylim=(0, 1.02), title="accuracy under attack")
         axis.legend(frameon=False)
+        return _png(figure)
+
+
+def shifts(history: History, epoch: int) -> bytes | None:
+    """Changes of the energy by the attack and by the update, JEAT eq. 15 and figure 3; None if none were recorded.
+
+    One point an epoch of ``epoch`` images: mean, and deviation over images, of the batches that were looked at.
+    """
+    lines = [line for line in history if "shift/attack_joint" in line]
+    if not lines:
+        return None
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["images"] - 1) // epoch, []).append(line)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 3))
+        for axis, (energy, label) in zip(axes, (("joint", "E(x, y)"), ("marginal", "E(x)")), strict=True):
+            for change, symbol in (("attack", "Δx"), ("update", "Δθ")):
+                name, centres, widths = f"shift/{change}_{energy}", [], []
+                for group in groups.values():
+                    centre = sum(line[name] for line in group) / len(group)
+                    spread = sum(line[f"{name}_sd"] ** 2 + (line[name] - centre) ** 2 for line in group) / len(group)
+                    centres.append(centre)
+                    widths.append(spread**0.5)
+                x = [e + 0.5 for e in groups]
+                axis.errorbar(x, centres, widths, label=f"{symbol} {label}", marker=".", capsize=2, lw=1)
+            axis.axhline(0, color="#999999", lw=0.8)
+            axis.set(xlabel="epoch", ylabel="nats", title=f"change of {label} by attack (Δx) and update (Δθ)")
+            axis.legend(frameon=False)
         return _png(figure)
 
 

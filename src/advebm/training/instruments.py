@@ -1,11 +1,12 @@
-"""What happens to the energy during training, JEAT eq. 15."""
+"""What can be seen of training: changes of the energy, JEAT eq. 15, and what a step costs."""
 
 import torch
 from torch import Tensor, nn
 
-from advebm import energies
+from advebm import energies, seeds
 from advebm.modes import searching
-from advebm.objectives.base import Batch
+from advebm.objectives.base import Batch, Context
+from advebm.training.recipe import Recipe, design
 
 
 class EnergyShift:
@@ -34,3 +35,30 @@ class EnergyShift:
         with searching(self.model) as f:
             logits = f(x)
         return {"joint": energies.joint(logits, self.y), "marginal": energies.marginal(logits)}
+
+
+def passes(recipe: Recipe, images: int = 4) -> tuple[float, float]:
+    """Forward and backward passes of the network that a recipe's objective takes an image, counted on one batch."""
+    data, counts = recipe.data.load(), [0, 0]
+    model = design(recipe, data).build(recipe.seed).train()
+
+    def backward(gradient: Tensor) -> None:
+        counts[1] += len(gradient)
+
+    def forward(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        counts[0] += len(out)
+        if out.requires_grad:
+            out.register_hook(backward)
+
+    model.register_forward_hook(forward)
+    part = data.train.take(slice(images))
+    x, objective, generator = part.float(), recipe.objective, seeds.generator(recipe.seed)
+    batch = Batch(x, part.y, view=x, outside=x, extra=x)
+    state = objective.init(x, generator)
+    for _ in range(objective.replays):
+        ctx = Context(generator)
+        found = objective.search(model, batch, state, ctx)
+        loss = objective.loss(model, batch, found, state, ctx)
+        loss.total.backward()
+        objective.after(model, batch, found, state, loss, ctx)
+    return counts[0] / images, counts[1] / images

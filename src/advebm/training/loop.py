@@ -23,12 +23,12 @@ from advebm.metrics.base import Subject
 from advebm.metrics.robustness import measure
 from advebm.models import foreign
 from advebm.models.ema import EMA
-from advebm.models.network import Architecture, Network, transfer
+from advebm.models.network import Network, transfer
 from advebm.objectives.base import Batch, Context
 from advebm.training.checkpoint import Progress
 from advebm.training.engine import Engine
 from advebm.training.instruments import EnergyShift
-from advebm.training.recipe import Recipe
+from advebm.training.recipe import Recipe, design
 from advebm.training.run import Run, environment
 
 Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl, images counted over all stages
@@ -183,16 +183,6 @@ def train(
                 where = f"rollback {attempt} of {cfg.rollbacks} to {progress.images:,} images, learning rate x {rate:g}"
                 warnings.warn(f"{failure}: {where}", RuntimeWarning, stacklevel=2)
     return run
-
-
-def design(recipe: Recipe, data: Data) -> Architecture:
-    """The recipe's backbone for these images and classes, normalised as it says."""
-    channels, height, width = data.shape
-    if height != width:
-        raise UserError(f"networks take square images, {data.name} has {height} x {width}")
-    own, wanted = data.statistics(), (recipe.normalise.mean, recipe.normalise.std)
-    mean, std = (a if b is None else b * channels if len(b) == 1 else b for a, b in zip(own, wanted, strict=True))
-    return Architecture(recipe.backbone, len(data.classes), channels, height, mean, std)
 
 
 def begin(model: Network, init: str, data: Data) -> None:

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import yaml
 
-from advebm import config
+from advebm import config, recipes
 from advebm.attacks.projected import Attack
-from advebm.data.sources import Source
+from advebm.data.sources import Data, Source
 from advebm.errors import UserError
 from advebm.metrics.base import Metric
-from advebm.models.network import Backbone
+from advebm.models.network import Architecture, Backbone
 from advebm.objectives.base import Objective
 from advebm.samplers import Sampler
 from advebm.training.optim import SGD, Cosine, Optimizer, Schedule
@@ -173,12 +173,18 @@ def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
     if stage.get("before") or stage.get("init"):
         raise UserError(f"recipe.{where} is a stage: it begins with the stage before it and has no init or before")
     inherited = {k: v for k, v in final.items() if k not in ("before", "init", "outside", "extra")}
-    merged = {**inherited, **stage}
-    for name, block in stage.items():
-        if isinstance(block, Mapping) and isinstance(final.get(name), Mapping):
-            same = "kind" not in block or block["kind"] == final[name].get("kind")
-            merged[name] = {**final[name], **block} if same else block
+    merged = config.merge(inherited, stage)
     return config.describe(config.construct(Recipe, merged, where=f"recipe.{where}"))
+
+
+def design(recipe: Recipe, data: Data) -> Architecture:
+    """The recipe's backbone for these images and classes, normalised as it says."""
+    channels, height, width = data.shape
+    if height != width:
+        raise UserError(f"networks take square images, {data.name} has {height} x {width}")
+    own, wanted = data.statistics(), (recipe.normalise.mean, recipe.normalise.std)
+    mean, std = (a if b is None else b * channels if len(b) == 1 else b for a, b in zip(own, wanted, strict=True))
+    return Architecture(recipe.backbone, len(data.classes), channels, height, mean, std)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -191,7 +197,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise UserError(f"{path} holds no options; a recipe is a block such as data:, objective:, train:")
-    return plain
+    return recipes.complete(plain)
 
 
 def dump(recipe: Recipe) -> str:

@@ -1,0 +1,121 @@
+"""Several runs by the same measure: one table, one report."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from advebm import evaluation
+from advebm.attacks.projected import Attack
+from advebm.errors import UserError
+from advebm.metrics.base import Metric
+from advebm.metrics.quality import SampleQuality
+from advebm.metrics.robustness import Accuracy, RobustAccuracy
+from advebm.training.instruments import passes
+from advebm.training.run import Run
+
+Records = list[dict[str, Any]]
+
+
+def attacks(threat: Attack) -> tuple[Attack, ...]:
+    """PGD of 10 and 50 steps and the energy attack, within the threat's ball and with its steps, JEAT section 4.1."""
+    one = dataclasses.replace(threat, loss="cross-entropy", restarts=1)
+    sized = [dataclasses.replace(one, steps=steps) for steps in (10, 50)]
+    return (*sized, dataclasses.replace(one, loss="energy"))
+
+
+def compare(
+    runs: Sequence[Run],
+    *,
+    threat: Attack | None = None,
+    features: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Records]:
+    """Measure runs alike: clean, PGD-10, PGD-50 and energy-attack accuracy, sample quality, what training costs.
+
+    What a run's ``metrics.json`` holds already for its latest checkpoint is not measured again; what is new is
+    appended there.  Returns the records of each run by its title.
+
+    Args:
+        runs: trained ones, with samples drawn where their quality is to be compared.
+        threat: for all; the first run's by default.
+        features: whose classifier gives the feature space, as for :func:`advebm.evaluation.evaluate_run`.
+        seed: of the attacks.
+        device: where to compute.
+        progress: told what is being done.
+    """
+    if len({tuple(run.recipe.data.load().shape) for run in runs}) > 1:
+        raise UserError("the runs were trained on images of different shapes; compare runs on the same data")
+    threat = threat or runs[0].recipe.threat
+    found = {}
+    for title, run in titled(runs).items():
+        wanted: dict[tuple[str, str | None], Metric] = {("accuracy", None): Accuracy()}
+        wanted |= {(f"accuracy under {a.name}", None): RobustAccuracy(a) for a in attacks(threat)}
+        wanted |= {(f"FD ({_space(features)})", name): SampleQuality() for name in run.samples()}
+        tell = lambda name, title=title: progress(f"{title}: {name}")
+        measure(run, wanted, features=features, seed=seed, device=device, progress=tell)
+        if not any(r["name"] == COSTS[0] for r in run.records()):
+            run.append(costs(run))
+        names = {*(name for name, _ in wanted), *COSTS}
+        names |= {f"{kind} ({_space(features)})" for kind in ("KID", "intended class")}
+        found[title] = [r for r in evaluation.latest(run.records()) if r["name"] in names]
+    return found
+
+
+def measure(run: Run, wanted: Mapping[tuple[str, str | None], Metric], **options: Any) -> None:
+    """Metrics by the name of the record, and the samples, that they give: those that the run does not hold yet."""
+    latest = run.checkpoints.path().name
+    there = {(r["name"], r["settings"].get("samples")) for r in run.records() if r.get("checkpoint") == latest}
+    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if key not in there))
+    if missing:
+        evaluation.evaluate_run(run, recipe=dataclasses.replace(run.recipe, metrics=missing), **options)
+
+
+COSTS = ("forward passes an image", "backward passes an image", "training images a second")
+
+
+def costs(run: Run) -> Records:
+    """Passes through the network that training on an image takes, counted on a step, and the speed that was logged."""
+    speeds = [line["perf/img_per_s"] for line in run.history() if "perf/img_per_s" in line]
+    values = (*passes(run.recipe), statistics.median(speeds) if speeds else 0.0)
+    about = {"error": 0.0, "settings": {}, "series": {}, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    counts = (1, 1, len(speeds))
+    return [{"name": n, "value": v, "count": c, **about} for n, v, c in zip(COSTS, values, counts, strict=True)]
+
+
+def titled(runs: Iterable[Run]) -> dict[str, Run]:
+    """Runs by their recipe's name, or by their folder where two have one recipe."""
+    runs = list(runs)
+    names = [run.recipe.name for run in runs]
+    return {str(run.folder) if names.count(name) > 1 else name: run for name, run in zip(names, runs, strict=True)}
+
+
+def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
+    """Mean and deviation over seeds of what was measured for each title; the error is the deviation then."""
+    if len(records) == 1:
+        return dict(records[0])
+    merged: dict[str, Records] = {}
+    for title in records[0]:
+        groups: dict[tuple[str, Any], Records] = {}
+        for seed in records:
+            for r in seed[title]:
+                groups.setdefault((r["name"], r["settings"].get("samples")), []).append(r)
+        merged[title] = [
+            {
+                **group[0],
+                "value": statistics.fmean(r["value"] for r in group),
+                "error": statistics.stdev(r["value"] for r in group),
+                "seeds": len(group),
+            }
+            for group in groups.values()
+            if len(group) > 1
+        ]
+    return merged
+
+
+def _space(features: str | Path | None) -> str:
+    return "own features" if features is None else f"features of {evaluation.owner(features)}"
