@@ -58,6 +58,7 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "schedule": {
         "cosine": "advebm.training.optim:Cosine",
+        "cyclic": "advebm.training.optim:Cyclic",
         "steps": "advebm.training.optim:Steps",
     },
     "sampler": {

@@ -97,6 +97,21 @@ class Cosine:
 
 
 @dataclass(frozen=True)
+class Cyclic:
+    """Linear from zero to the peak rate at a share of the way, and linear back to zero."""
+
+    peak: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < 1:
+            raise UserError(f"peak is a share in (0, 1) of all images, got {self.peak}")
+
+    def __call__(self, images: int, total: int) -> float:  # noqa: D102
+        share = min(images / total, 1.0)
+        return share / self.peak if share < self.peak else (1 - share) / (1 - self.peak)
+
+
+@dataclass(frozen=True)
 class Steps:
     """The rate times ``factor`` at each of some shares of the way; ``at=()`` keeps it constant."""
 

@@ -1,0 +1,289 @@
+"""Runs side by side, whole experiments, and the inventory of the papers."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from advebm import cli, comparison, config, recipes, reproduce
+from advebm.attacks.projected import Attack
+from advebm.data.sources import Digits, Part
+from advebm.errors import UserError
+from advebm.metrics.base import Subject
+from advebm.metrics.robustness import TargetedAccuracy, measure
+from advebm.objectives.at import AT
+from advebm.objectives.awp import AWP
+from advebm.objectives.free import FREE
+from advebm.objectives.langevin import MLE, SGLD
+from advebm.objectives.standard import Standard
+from advebm.objectives.trades import TRADES
+from advebm.training.instruments import passes
+from advebm.training.optim import Cyclic
+from advebm.training.recipe import read, resolve
+from advebm.training.run import Run
+from tests.helpers import tiny
+from tests.references import attacks as reference
+
+
+@pytest.fixture
+def run(small_run, tmp_path):
+    return Run(Path(shutil.copytree(small_run.folder, tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("objective", "forward", "backward"),
+    [
+        (Standard(), 1, 1),
+        (AT(Attack(steps=7)), 8, 8),
+        (TRADES(Attack(steps=10, start="gaussian")), 13, 12),  # target, 10 steps, clean and adversarial
+        (FREE(replays=8), 8, 8),
+        (AWP(AT(Attack(steps=2))), 4, 4),  # 2 steps, the direction, the loss
+        (MLE(SGLD(steps=20, buffer=8)), 22, 22),
+    ],
+)
+def test_passes_are_those_of_the_algorithm(objective, forward, backward):
+    assert passes(dataclasses.replace(tiny("digits-standard"), objective=objective)) == (forward, backward)
+
+
+def test_a_comparison_measures_once(run, monkeypatch):
+    threat = Attack(eps=0.3, norm="l2", steps=4)
+    found = comparison.compare([run], threat=threat)
+    assert list(found) == ["digits-at"]
+    values = {r["name"]: r["value"] for r in found["digits-at"]}
+    names = {"accuracy", "accuracy under PGD-10 l2 0.3", "accuracy under PGD-50 l2 0.3"}
+    assert values.keys() == {*names, "accuracy under energy attack-4 l2 0.3", *comparison.COSTS}
+    assert values["accuracy under PGD-50 l2 0.3"] <= values["accuracy"]
+    assert (values["forward passes an image"], values["backward passes an image"]) == (3, 3)
+    speeds = [line["perf/img_per_s"] for line in run.history() if "perf/img_per_s" in line]
+    assert values["training images a second"] == statistics.median(speeds)
+    before = run.records()
+    monkeypatch.setattr(comparison.evaluation, "evaluate_run", lambda *a, **k: pytest.fail("measured again"))
+    assert comparison.compare([run], threat=threat) == found
+    assert run.records() == before
+
+
+def test_runs_of_one_recipe_are_told_apart_by_folder(run, small_run):
+    assert list(comparison.titled([run, small_run])) == [str(run.folder), str(small_run.folder)]
+
+
+def test_seeds_give_mean_and_deviation():
+    record = lambda value: {"name": "a", "value": value, "error": 9.0, "settings": {}}
+    (merged,) = comparison.over_seeds([{"x": [record(v)]} for v in (1.0, 2.0, 6.0)])["x"]
+    assert (merged["value"], merged["seeds"]) == (3.0, 3)
+    assert merged["error"] == pytest.approx(7**0.5)
+    assert comparison.over_seeds([{"x": [record(1.0)]}]) == {"x": [record(1.0)]}
+
+
+def test_compare_on_the_command_line(run, tmp_path, capsys):
+    out = tmp_path / "c.html"
+    arguments = ["compare", run.folder, "--threat.steps", 2, "--out", out, "--device", "cpu"]
+    assert cli.main([str(a) for a in arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "PGD-50" in printed
+    assert printed.strip().endswith(str(out))
+    assert "Energy during training" in out.read_text()
+
+
+def test_a_targeted_attack_goes_to_another_class(small_run):
+    """Against a re-derivation that attacks towards the same drawn classes."""
+    model, data = small_run.model()[0], Digits().load()
+    split = data.test.take(slice(64))
+    attack = Attack(eps=0.9, norm="l2", steps=5, start="clean")
+    subject = Subject(model, data, split, attack)
+    (record,) = TargetedAccuracy()(subject, torch.Generator().manual_seed(1))
+    goal = (split.y + torch.randint(1, 10, (64,), generator=torch.Generator().manual_seed(1))) % 10
+    assert (goal != split.y).all()
+    moved = reference.pgd_l2(model, split.float(), goal, 0.9, -0.45, 5)  # descends the cross-entropy of the goal
+    hits = (model(moved).argmax(1) == split.y) & (model(split.float()).argmax(1) == split.y)
+    assert record.value == pytest.approx(hits.float().mean().item(), abs=1e-6)
+    untargeted = measure(subject, attack, torch.Generator().manual_seed(1))[0]
+    assert record.value > untargeted
+
+
+def test_parts_of_a_source_are_disjoint_and_whole():
+    whole, first, rest = (s.load() for s in (Digits(), Part(share=0.3), Part(share=0.3, rest=True)))
+    assert len(first.train) + len(rest.train) == len(whole.train)
+    assert (first.train.y.bincount() - 0.3 * whole.train.y.bincount()).abs().max() <= 1
+    key = lambda images: {tuple(x.flatten().tolist()) for x in images.x}
+    assert key(first.train) | key(rest.train) == key(whole.train)
+    assert torch.equal(first.test.x, whole.test.x)
+    with pytest.raises(UserError, match="share lies in"):
+        Part(share=1.0)
+
+
+def test_recipes_may_stand_on_others(tmp_path):
+    small, standard = recipes.find("cifar10-at-small"), recipes.find("cifar10-standard-small")
+    assert standard["objective"] == {"kind": "standard"}
+    assert standard["backbone"] == {**small["backbone"], "width": 32}
+    assert standard["train"]["ema"] == small["train"]["ema"]
+    assert "base" not in standard
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: digits-at\nname: mine\ntrain: {images: 128}\n")
+    recipe = resolve(read(path))
+    assert (recipe.name, recipe.train.images, recipe.train.ema) == ("mine", 128, 3000)
+    path.write_text("base: digits-att\nname: mine\n")
+    with pytest.raises(UserError, match="did you mean 'digits-at'"):
+        read(path)
+
+
+def test_merging_keeps_options_of_the_same_kind_alone():
+    old = {"a": {"kind": "x", "p": 1, "q": 2}, "b": 1}
+    assert config.merge(old, {"a": {"q": 3}}) == {"a": {"kind": "x", "p": 1, "q": 3}, "b": 1}
+    assert config.merge(old, {"a": {"kind": "x", "q": 3}})["a"] == {"kind": "x", "p": 1, "q": 3}
+    assert config.merge(old, {"a": {"kind": "y"}, "b": 2}) == {"a": {"kind": "y"}, "b": 2}
+
+
+# Experiments --------------------------------------------------------------------------------------------------------
+
+
+def test_an_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """Two methods, two seeds; a second call trains, draws and measures nothing; another recipe is refused."""
+
+    def small(folder, seeds, options):
+        short = {"backbone__width": 8, "train__images": 512, "train__validate_every": 512, "threat__steps": 2}
+        entries = {
+            "standard": reproduce.recipe("digits-standard", options, **short),
+            "noise": reproduce.recipe("digits-noise", options, **short),
+        }
+        measure = reproduce.compared("standard", entries["standard"].threat)
+        return reproduce.study(folder, seeds, entries, measure, per_class=4)
+
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "small", small)
+    page = reproduce.reproduce("small", tmp_path / "out", seeds=2, options=[("sampler.steps", 2)])
+    assert page.exists()
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert first.keys() == {"standard", "noise"}
+    assert all(record["seeds"] == 2 for records in first.values() for record in records)
+    assert any(record["name"] == "FD (features of standard)" for record in first["noise"])
+    for name in ("fit", "draw"):
+        monkeypatch.setattr(reproduce, name, lambda *a, **k: pytest.fail("done again"))
+    monkeypatch.setattr(comparison.evaluation, "evaluate_run", lambda *a, **k: pytest.fail("measured again"))
+    reproduce.reproduce("small", tmp_path / "out", seeds=2, options=[("sampler.steps", 2)])
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == first
+    with pytest.raises(UserError, match="holds a run of another recipe"):
+        reproduce.reproduce("small", tmp_path / "out", options=[("sampler.steps", 2), ("optimizer.lr", 0.5)])
+
+
+def test_bad_experiments_are_refused(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"no experiment 'jeat-tabel1' .did you mean 'jeat-table1'"):
+        reproduce.reproduce("jeat-tabel1", tmp_path)
+    with pytest.raises(UserError, match="seeds is at least 1"):
+        reproduce.reproduce("jeat-table1", tmp_path, seeds=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
+def test_every_experiment_is_made_of_recipes_that_resolve(name, tmp_path, monkeypatch):
+    """All but the training: entries, options and judges fit together."""
+    seen = {}
+
+    def study(folder, seeds, entries, measure, per_class=0):
+        seen.update(entries)
+        return {}, []
+
+    monkeypatch.setattr(reproduce, "study", study)
+    monkeypatch.setattr(reproduce, "carry", lambda recipe, folder: Run(folder))
+    reproduce.EXPERIMENTS[name](tmp_path, 1, [("train.images", 1234)])
+    assert len(seen) >= 2
+    assert all(recipe.train.images == 1234 for recipe in seen.values())
+    assert len({recipe.threat for recipe in seen.values()}) == 1
+
+
+# The inventory ------------------------------------------------------------------------------------------------------
+
+PAPERS = {paper["key"]: paper for paper in reproduce.papers()}
+COUNTS = {  # what the documents number, and how far
+    "cem-workshop": {"figure": 1, "table": 2},
+    "cem-slides": {},
+    "jeat": {"figure": 13, "table": 4, "algorithm": 2},
+    "binary-at": {"figure": 7, "table": 4, "algorithm": 2},
+}
+
+
+@pytest.mark.parametrize("key", COUNTS)
+def test_every_figure_table_and_algorithm_is_listed(key):
+    ids = [item["id"] for item in PAPERS[key]["items"]]
+    assert len(set(ids)) == len(ids)
+    for kind, count in COUNTS[key].items():
+        numbered = sorted(int(i.rpartition("-")[2]) for i in ids if i.startswith(f"{kind}-") and i[-1].isdigit())
+        assert numbered == list(range(1, count + 1)), kind
+
+
+def commands():
+    for paper in PAPERS.values():
+        for item in paper["items"]:
+            yield f"{paper['key']} {item['id']}", item["status"], item["how"]
+            for row in item.get("rows", []):
+                yield f"{paper['key']} {item['id']} {row['name']}", row["status"], row.get("how", "")
+
+
+@pytest.mark.parametrize(("where", "status", "how"), list(commands()))
+def test_every_item_has_a_command_that_is_there_or_a_reason(where, status, how):
+    assert status in {"runnable", "planned", "quoted", "not-run", "doubtful"}
+    if status == "runnable":
+        assert how.startswith("advebm ")
+    words = how.replace("&&", " ").split()
+    for flag, known in (("--recipe", recipes.names()), ("reproduce", reproduce.EXPERIMENTS)):
+        named = [after for word, after in itertools.pairwise(words) if word == flag]
+        assert all(name in known for name in named), f"{where}: {how}"
+
+
+def test_the_list_of_the_papers_is_printed(capsys):
+    assert cli.main(["reproduce", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "digits-supervised" in out
+    assert "jeat: Towards Understanding" in out
+
+
+# The full recipes -----------------------------------------------------------------------------------------------------
+
+TABLE4 = {  # JEAT table 4: rate, batch, where it falls (epochs), epochs, weight decay
+    "jeat": (1e-4, 64, (160, 180), 200, 0.0),
+    "jem": (1e-4, 64, (160, 180), 200, 0.0),
+    "free": (0.1, 128, (100, 150), 200, 2e-4),
+    "fast": (0.2, 128, None, 15, 5e-4),
+    "trades": (0.1, 128, (75, 90, 100), 120, 2e-4),
+}
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("method", TABLE4)
+def test_the_full_recipes_are_those_of_the_papers_table(method, data):
+    lr, batch, falls, epochs, decay = TABLE4[method]
+    recipe = resolve(recipes.find(f"{data}-{method}"))
+    assert (recipe.optimizer.lr, recipe.train.batch, recipe.optimizer.weight_decay) == (lr, batch, decay)
+    assert recipe.train.images * recipe.objective.replays == epochs * 50_000
+    if falls:
+        assert recipe.schedule.at == pytest.approx([fall / epochs for fall in falls])
+        assert recipe.schedule.factor == (0.3 if method == "jem" else 0.1)  # JEM's own code
+    else:
+        assert recipe.schedule == Cyclic(0.5)
+    if method in ("jeat", "jem"):
+        assert recipe.optimizer.betas == (0.9, 0.999)
+    else:
+        assert recipe.optimizer.momentum == 0.9
+    assert (recipe.backbone.depth, recipe.backbone.widen) == (28, 10)
+    assert (recipe.threat.eps, recipe.threat.steps, recipe.threat.step_size) == (8 / 255, 50, 2 / 255)
+
+
+METHODS = {name.removeprefix("cifar10-") for name in recipes.names() if name.startswith("cifar10-")}
+
+
+def test_every_method_has_a_recipe_for_every_size():
+    full = {name for name in METHODS if not name.endswith("-small")}
+    assert {"trades", "fast", "free", "at-awp", "trades-awp", "rst-awp", "jem", "prejeat", "jeat", "weat"} < full
+    assert {"at", "standard", "noise", "short-run-mle", "persistent-mle"} < full
+    names = set(recipes.names())
+    for method in full:
+        assert {f"cifar100-{method}", f"cifar10-{method}-small", f"cifar100-{method}-small"} <= names
+        assert method in ("at", "standard") or f"digits-{method}" in names
+    for method in METHODS:
+        ten, hundred = (resolve(recipes.find(f"{data}-{method}")) for data in ("cifar10", "cifar100"))
+        if method != "standard-small":  # shorter, as a victim only
+            assert hundred.train == ten.train
+        assert hundred.objective == ten.objective
