@@ -349,19 +349,18 @@ class _Arrays(pickle.Unpickler):
 
 
 def _with_validation(name: str, classes: Sequence[str], parts: Parts, val: float, seed: int) -> Data:
-    shards = [*parts["train"], *parts["test"]]
-    count = max(int(shard.y.max()) for shard in shards) + 1
+    y = torch.cat([shard.y for shards in parts.values() for shard in shards])
+    count = int(y.max()) + 1
     named = tuple(classes) or (CIFAR10 if name == "cifar10" else tuple(str(k) for k in range(count)))
     if count > len(named):
         raise UserError(f"{name} has labels up to {count - 1}, but {len(named)} class names")
     if count < 2:
         raise UserError(f"all images of {name} have the label 0; a classifier needs at least 2 classes")
-    if min(int(shard.y.min()) for shard in shards) < 0:
+    if int(y.min()) < 0:
         raise UserError(f"{name} has images without a label (label -1)")
     validation, training = partition(parts["train"], len(named), (val,), seed)
-    test = parts["test"]
-    whole = test[0] if len(test) == 1 else gather(test, torch.arange(sum(map(len, test))))
-    return Data(name, named, training, validation, whole)
+    (test,) = gather(parts["test"], torch.arange(sum(map(len, parts["test"]))))
+    return Data(name, named, training, validation, test)
 
 
 def _class_names(root: Path) -> tuple[str, ...]:

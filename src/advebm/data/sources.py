@@ -1,6 +1,5 @@
 """Sources of labelled images.  Images live as one uint8 tensor and become float32 in [0, 1] a batch at a time."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -153,8 +152,11 @@ class Part:
         return data._replace(train=parts[self.rest])
 
 
-def partition(shards: Sequence[Images], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
-    """Cut a set into parts of these shares and what remains, class by class, so that each has them in proportion."""
+def partition(shards: list[Images], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
+    """Cut a set into parts of these shares and what remains, class by class, so that each has them in proportion.
+
+    The set is its shards laid end to end; the list is emptied, see :func:`gather`.
+    """
     parts: list[list[Tensor]] = [[] for _ in (*shares, 1.0)]
     y = torch.cat([shard.y for shard in shards])
     for k in range(classes):
@@ -165,20 +167,27 @@ def partition(shards: Sequence[Images], classes: int, shares: tuple[float, ...],
             part.append(chunk)
     if not all(sum(map(len, part)) for part in parts):
         raise UserError(f"{len(y)} images are too few to cut shares of {', '.join(map(str, shares))} from each class")
-    return tuple(gather(shards, torch.cat(part).sort().values) for part in parts)
+    return gather(shards, *(torch.cat(part).sort().values for part in parts))
 
 
-def gather(shards: Sequence[Images], index: Tensor) -> Images:
-    """The images at sorted positions of shards laid end to end, copied once: they are never laid so."""
+def gather(shards: list[Images], *parts: Tensor) -> tuple[Images, ...]:
+    """The images at sorted positions, for each part, in shards laid end to end.
+
+    The list is emptied on the way, so that there are never two copies of a whole set.
+    """
     if len(shapes := {tuple(shard.x.shape[1:]) for shard in shards}) > 1:
         raise UserError(f"images of one set have one size, got {' and '.join(map(str, sorted(shapes)))}")
-    x = torch.empty((len(index), *shards[0].x.shape[1:]), dtype=torch.uint8)
-    start = filled = 0
-    for shard in shards:
-        own = index[(index >= start) & (index < start + len(shard))] - start
-        torch.index_select(shard.x, 0, own, out=x[filled : filled + len(own)])
-        start, filled = start + len(shard), filled + len(own)
-    return Images(x, torch.cat([shard.y for shard in shards])[index])
+    y = torch.cat([shard.y for shard in shards])
+    made = [torch.empty((len(part), *next(iter(shapes))), dtype=torch.uint8) for part in parts]
+    start, filled = 0, [0] * len(parts)
+    while shards:
+        shard = shards.pop(0)
+        for i, part in enumerate(parts):
+            own = part[(part >= start) & (part < start + len(shard))] - start
+            torch.index_select(shard.x, 0, own, out=made[i][filled[i] : filled[i] + len(own)])
+            filled[i] += len(own)
+        start += len(shard)
+    return tuple(Images(x, y[part]) for x, part in zip(made, parts, strict=True))
 
 
 def to_float(x: Tensor) -> Tensor:
