@@ -383,6 +383,13 @@ def test_bad_settings_are_refused(tmp_path, batch):
             make()
 
 
+def test_a_buffer_that_is_too_small_leaves_no_run_behind(tmp_path):
+    recipe = tiny("digits-standard", objective="jem", **{"objective.negatives.buffer": 50})
+    with pytest.raises(UserError, match="50 chains is smaller than the 128 images of a step"):
+        train(recipe, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_run_with_another_buffer_is_refused(tmp_path):
     recipe = tiny("digits-standard", objective="mle", **{"objective.negatives.buffer": 150, "train.images": 128})
     run = train(recipe, tmp_path / "run", device="cpu")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -440,6 +441,9 @@ def test_no_images_take_over_the_weights_as_they_are(tmp_path, small_run):
     run = train(recipe, tmp_path / "taken", device="cpu")
     assert run.checkpoints.names() == ["0"]
     assert same(weights(run), weights(small_run, "ema"))
+    # killed before its first checkpoint, it still begins with those weights
+    shutil.rmtree(run.folder / "checkpoints")
+    assert same(weights(train(recipe, run.folder, resume=True, device="cpu")), weights(small_run, "ema"))
     with pytest.raises(UserError, match="images is at least 0, got -1"):
         tiny(train__images=-1)
 

@@ -55,13 +55,13 @@ def compare(
     for title, run in titled(runs).items():
         wanted: dict[tuple[str, str | None], Metric] = {("accuracy", None): Accuracy()}
         wanted |= {(f"accuracy under {a.name}", None): RobustAccuracy(a) for a in attacks(threat)}
-        wanted |= {(f"FD ({_space(features)})", name): SampleQuality() for name in run.samples()}
+        wanted |= {(f"FD ({space(features)})", name): SampleQuality() for name in run.samples()}
         tell = lambda name, title=title: progress(f"{title}: {name}")
         measure(run, wanted, features=features, seed=seed, device=device, progress=tell)
         if not any(r["name"] == COSTS[0] for r in run.records()):
             run.append(costs(run))
         names = {*(name for name, _ in wanted), *COSTS}
-        names |= {f"{kind} ({_space(features)})" for kind in ("KID", "intended class")}
+        names |= {f"{kind} ({space(features)})" for kind in ("KID", "intended class")}
         found[title] = [r for r in evaluation.latest(run.records()) if r["name"] in names]
     return found
 
@@ -117,5 +117,6 @@ def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
     return merged
 
 
-def _space(features: str | Path | None) -> str:
+def space(features: str | Path | None) -> str:
+    """The name of a feature space, as it stands in records."""
     return "own features" if features is None else f"features of {evaluation.owner(features)}"

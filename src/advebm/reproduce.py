@@ -13,6 +13,7 @@ from advebm.attacks.projected import Attack
 from advebm.comparison import Records
 from advebm.errors import UserError, unknown
 from advebm.metrics.base import Metric, Record
+from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.reporting.build import report
 from advebm.stages import draw, fit
@@ -52,7 +53,7 @@ def reproduce(name: str, folder: Path, *, seeds: int = 1, options: Options = ())
     results, runs = EXPERIMENTS[name](folder, seeds, options)
     files.write_json(folder / "results.json", results)
     one_a_line(results)
-    return report(runs[0], beside=runs[1:], out=folder / "report.html")
+    return report(runs[0], beside=runs[1:], out=folder / "report.html", title=name)
 
 
 def carry(recipe: Recipe, folder: Path) -> Run:
@@ -164,7 +165,15 @@ def jeat_figure5(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
         for reading, std in (("deviation", level / 255), ("variance", (level / 255) ** 0.5)):
             entries[f"{reading}-{level}"] = recipe("cifar10-noise-small", options, objective__std=std)
     entries = {"standard": recipe("cifar10-standard-small", options), **entries}
-    return study(folder, seeds, entries, compared("standard", entries["standard"].threat), per_class=10)
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        judge = runs["standard"].folder
+        for run in runs.values():
+            quality = {(f"FD ({comparison.space(judge)})", name): SampleQuality() for name in run.samples()}
+            comparison.measure(run, {("accuracy", None): Accuracy(), **quality}, features=judge)
+        return {label: evaluation.latest(run.records()) for label, run in runs.items()}
+
+    return study(folder, seeds, entries, measure, per_class=20)
 
 
 def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:

@@ -17,13 +17,14 @@ from advebm.training.recipe import dump
 from advebm.training.run import Run
 
 
-def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> Path:
+def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None, title: str | None = None) -> Path:
     """Write one HTML file with nothing outside it, from whatever the run holds so far.
 
     Args:
         run: the run it is about.
         beside: runs whose samples, energies, robustness and records are shown for comparison.
         out: the file; ``report.html`` in the run's folder by default.
+        title: at its head; the recipe's name by default.
     """
     recipe, history = run.recipe, run.history()
     data = recipe.data.load()
@@ -46,7 +47,7 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None) -> 
         resources("advebm.reporting").joinpath("template.html").read_text()
     )
     page = html.render(
-        title=recipe.name,
+        title=title or recipe.name,
         subtitle=_subtitle(run, history),
         events=[line for line in history if line.get("event") == "rollback"],
         cards=_cards(own, recipe.threat),
@@ -76,9 +77,10 @@ def row(record: Mapping[str, Any]) -> dict[str, str]:
     scale, unit = (100, " %") if share else (1, "")
     value, error = record["value"] * scale, record["error"] * scale
     digits = 1 if share else 3
+    exact = f"{value:,.0f}" if value == round(value) or value > 100 else f"{value:.1f}"  # counts have no error
     return {
         "name": record["name"],
-        "value": f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
+        "value": exact if error == 0 and not share else f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
         "count": f"{record['count']:,}",
         "samples": str(record["settings"].get("samples", "")),
     }

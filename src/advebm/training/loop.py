@@ -69,21 +69,21 @@ def train(
     architecture = design(recipe, data)
     model = architecture.build(recipe.seed)
     feed, earlier = Feed(recipe, data, engine), sum(stage.train.images for stage in recipe.before)
-    if not resume:
-        if recipe.init is not None and not recipe.before:
-            begin(model, recipe.init, data)
-        if engine.main:
-            Run.create(folder, recipe, environment(engine.device))
-        engine.barrier()
+    like = torch.empty(cfg.batch // cfg.streams, *data.shape)
+    states = {s: objective.init(like, seeds.generator(recipe.seed, "init", s)) for s in streams}
+    fresh = not resume or not Run.open(folder).checkpoints.latest()
+    if fresh and recipe.init is not None and not recipe.before:
+        begin(model, recipe.init, data)
+    if not resume and engine.main:  # from here on nothing is wrong with what was asked for
+        Run.create(folder, recipe, environment(engine.device))
+    engine.barrier()
     run = Run.open(folder)
-    if recipe.before and not run.checkpoints.latest():
+    if fresh and recipe.before:
         begin(model, str(prepare(recipe, run, device, report).folder), data)
     model.to(engine.device)
     ema = EMA(model, cfg.ema) if cfg.ema else None
     model.precision = getattr(torch, cfg.precision)
     optimizer = recipe.optimizer.build(model.parameters())
-    like = torch.empty(cfg.batch // cfg.streams, *data.shape)
-    states = {s: objective.init(like, seeds.generator(recipe.seed, "init", s)) for s in streams}
 
     with run.locked(engine.main), stopping() as signalled:
 
