@@ -169,8 +169,9 @@ def jeat_figure5(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
         judge = runs["standard"].folder
         for run in runs.values():
-            quality = {(f"FD ({comparison.space(judge)})", name): SampleQuality() for name in run.samples()}
-            comparison.measure(run, {("accuracy", None): Accuracy(), **quality}, features=judge)
+            wanted: dict[tuple[str, str | None], Metric] = {("accuracy", None): Accuracy()}
+            wanted |= {(f"FD ({comparison.space(judge)})", name): SampleQuality() for name in run.samples()}
+            comparison.measure(run, wanted, features=judge)
         return {label: evaluation.latest(run.records()) for label, run in runs.items()}
 
     return study(folder, seeds, entries, measure, per_class=20)
