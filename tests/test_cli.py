@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -328,10 +327,8 @@ def test_the_demo_prints_its_table(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(recipes, "find", lambda name, find=recipes.find: {**find(name), "train": {"images": 2000}})
     monkeypatch.setattr(demo, "PER_CLASS", 5)
-    begun = time.perf_counter()
     status, out, err = call("demo", "--out", tmp_path, capsys=capsys)
     assert status == 0, err
-    assert time.perf_counter() - begun < 60
     assert re.search(r"accuracy under PGD-20 l2 0\.9 +[\d.]+ ± [\d.]+ % +[\d.]+ ± [\d.]+ %", out)
     for name in demo.SETS:
         assert name in out

@@ -326,7 +326,7 @@ def test_schedules_by_hand():
     steps = Steps(at=(0.5, 0.75), factor=0.1, warmup=0.1)
     assert [steps(i, 100) for i in (5, 20, 50, 80)] == pytest.approx([0.5, 1, 0.1, 0.01])
     assert Steps()(99, 100) == 1
-    assert [Cyclic(peak=0.4)(i, 100) for i in (0, 20, 40, 70, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [Cyclic(peak=0.4)(i, 100) for i in (0, 20, 40, 45, 70, 100)] == pytest.approx([0, 0.5, 1, 55 / 60, 0.5, 0])
     with pytest.raises(UserError, match="nesterov needs momentum"):
         SGD(momentum=0)
     with pytest.raises(UserError, match="lr is > 0"):
