@@ -174,7 +174,8 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(tmp_path, sign):
 def test_interrupted_in_the_same_process(tmp_path):
     """Stopping between two checkpoints loses nothing: the rest gives the weights of an uninterrupted run."""
     recipe = tiny("digits-standard", train__images=2_000)
-    whole, handler = train(recipe, tmp_path / "whole", device="cpu"), signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
+    whole = train(recipe, tmp_path / "whole", device="cpu")
 
     def interrupt(line):
         if line["images"] > 1_000:
@@ -480,7 +481,7 @@ def test_every_role_has_its_own_images_and_augmentation(tmp_path):
     assert first.outside.shape == first.x.shape
     assert first.outside.min() > 0.75
     digits = recipe.data.load().train.float()
-    assert all((digits == image).flatten(1).all(1).any() for image in first.extra[:10])
+    assert all((digits == image).flatten(1).all(1).any() for image in [*first.extra[:10], *first.view])
     assert not torch.equal(first.extra, first.view)
     assert not torch.equal(first.outside, second.outside)
 
