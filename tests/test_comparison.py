@@ -22,6 +22,7 @@ from advebm.objectives.free import FREE
 from advebm.objectives.langevin import MLE, SGLD
 from advebm.objectives.standard import Standard
 from advebm.objectives.trades import TRADES
+from advebm.stages import draw
 from advebm.training.instruments import passes
 from advebm.training.optim import Cyclic
 from advebm.training.recipe import read, resolve
@@ -42,7 +43,7 @@ def run(small_run, tmp_path):
         (AT(Attack(steps=7)), 8, 8),
         (TRADES(Attack(steps=10, start="gaussian")), 13, 12),  # target, 10 steps, clean and adversarial
         (FREE(replays=8), 8, 8),
-        (AWP(AT(Attack(steps=2))), 4, 4),  # 2 steps, the direction, the loss
+        (AWP(AT(Attack(steps=2)), warmup=100), 4, 4),  # 2 steps, the direction, the loss
         (MLE(SGLD(steps=20, buffer=8)), 22, 22),
     ],
 )
@@ -65,6 +66,26 @@ def test_a_comparison_measures_once(run, monkeypatch):
     monkeypatch.setattr(comparison.evaluation, "evaluate_run", lambda *a, **k: pytest.fail("measured again"))
     assert comparison.compare([run], threat=threat) == found
     assert run.records() == before
+
+
+def test_what_has_changed_is_measured_again(run, tmp_path):
+    """Another step of the same attack, other samples, another judge: none passes for what was measured before."""
+    draw(run, "cs-class", run.recipe.sampler, 4)
+    threat, names = Attack(eps=0.3, norm="l2", steps=4), ("accuracy under PGD-10 l2 0.3", "FD (features of run)")
+    judge = shutil.copytree(run.folder, tmp_path / "judge" / "run")
+    read = lambda **o: {
+        r["name"]: r for r in comparison.compare([run], **{"threat": threat, "features": judge, **o})["digits-at"]
+    }
+    first = read()
+    tiny_steps = read(threat=dataclasses.replace(threat, step_size=1e-4))
+    assert tiny_steps[names[0]]["value"] > first[names[0]]["value"]
+    draw(run, "cs-class", dataclasses.replace(run.recipe.sampler, steps=1), 4)
+    other = read()
+    assert other[names[0]]["value"] == first[names[0]]["value"]
+    assert other[names[1]]["value"] != first[names[1]]["value"]
+    untrained = Run(Path(shutil.copytree(judge, tmp_path / "elsewhere" / "run")))
+    (untrained.folder / "checkpoints" / "LATEST").write_text(untrained.checkpoints.names()[0])
+    assert read(features=untrained.folder)[names[1]]["value"] != other[names[1]]["value"]
 
 
 def test_runs_of_one_recipe_are_told_apart_by_folder(run, small_run):
@@ -172,6 +193,12 @@ def test_an_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 def test_bad_experiments_are_refused(tmp_path, capsys):
     with pytest.raises(UserError, match=r"no experiment 'jeat-tabel1' .did you mean 'jeat-table1'"):
         reproduce.reproduce("jeat-tabel1", tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    with pytest.raises(UserError, match="is a run; --out takes a folder for the whole experiment"):
+        reproduce.reproduce("jeat-table1", run)
+    shutil.rmtree(run)
     with pytest.raises(UserError, match="seeds is at least 1"):
         reproduce.reproduce("jeat-table1", tmp_path, seeds=0)
     assert not list(tmp_path.iterdir())

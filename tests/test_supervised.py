@@ -5,14 +5,17 @@ import dataclasses
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from advebm import config, seeds
+from advebm import config, recipes, seeds
 from advebm.attacks.projected import Attack
+from advebm.data.sources import Digits
 from advebm.errors import EarlyStop, Interrupted, UserError
+from advebm.evaluation import evaluate_run
 from advebm.objectives.at import AT, PreJEAT
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context, Loss
@@ -22,8 +25,10 @@ from advebm.objectives.langevin import JEAT, JEM, MLE, SGLD
 from advebm.objectives.rst import RST
 from advebm.objectives.standard import Standard
 from advebm.objectives.trades import TRADES, WEAT
+from advebm.reporting.build import report
 from advebm.training.instruments import EnergyShift
 from advebm.training.loop import train
+from advebm.training.recipe import resolve
 from advebm.training.run import Run
 from tests.helpers import tiny
 from tests.references import objectives as reference
@@ -93,6 +98,32 @@ def test_fast_is_one_step_in_train_mode(net, batch):
     start = 0.06 * (2 * torch.rand(batch.x.shape, generator=seeds.generator(0), dtype=torch.float64) - 1)
     close(found, reference.fast_search(copy.deepcopy(net), batch.x, batch.y, start, 0.06, 0.075))
     close(ours, gradients(net, reference.at_loss(net, found, batch.y)))
+
+
+def test_steps_follow_the_radius(net, inside):
+    """Without a step of its own: eps for the energy attack, 1.25 eps for FAST; a start at rest shows it."""
+    clean = {"eps": 0.05, "steps": 1, "start": "clean"}
+    for objective, moved in (
+        (FAST(Attack(**clean)), 0.05),  # 1.25 eps, cut to the ball
+        (PreJEAT(Attack(**clean, loss="energy")), 0.05),
+    ):
+        found = objective.search(net, inside, None, Context(seeds.generator(0)))
+        assert (found - inside.x).abs().max().item() == pytest.approx(moved)
+    assert FAST(Attack(eps=0.08, steps=1)).inner().step_size == pytest.approx(0.1)
+    assert PreJEAT(Attack(eps=0.08, steps=1, loss="energy")).inner().step_size == pytest.approx(0.08)
+    assert FAST(Attack(eps=0.08, steps=1, step_size=0.01)).inner().step_size == 0.01
+
+
+def test_another_method_takes_the_radius_over_and_not_the_steps():
+    for kind, steps, loss in (("prejeat", 1, "energy"), ("jeat", 1, "energy"), ("fast", 1, "cross-entropy")):
+        attack = resolve(recipes.find("digits-at"), [("objective", kind)]).objective.attack
+        assert (attack.eps, attack.norm, attack.steps, attack.loss) == (0.9, "l2", steps, loss), kind
+    change = lambda *pairs: resolve(recipes.find("digits-at"), pairs)
+    assert change(("objective", "trades")).objective.attack.start == "gaussian"
+    wrapped = change(("objective", "awp"), ("objective.gamma", 0.02)).objective
+    assert (wrapped.gamma, wrapped.objective) == (0.02, AT(Attack(norm="l2", eps=0.9, steps=7)))
+    part = change(("data", "part"), ("data.share", 0.25)).data
+    assert (part.source, part.share) == (Digits(), 0.25)
 
 
 def test_fast_stops_when_robustness_falls(net, batch):
@@ -333,7 +364,7 @@ def test_states_survive_an_interruption(tmp_path, kind):
         "train.validate_every": 1024,
         "backbone.norm": "group",
     }
-    options = {"objective": kind, **LOOPED[kind], **short, "train.log_every": 128}
+    options = {"objective": {"kind": kind}, **LOOPED[kind], **short, "train.log_every": 128}
     recipe = tiny("digits-standard", **options)
 
     def interrupt(line):
@@ -346,6 +377,11 @@ def test_states_survive_an_interruption(tmp_path, kind):
     whole = train(recipe, tmp_path / "whole", device="cpu")
     one, two = (load_file(r.checkpoints.path() / "model.safetensors") for r in (cut, whole))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    if kind != "awp":  # what outlives a step, too
+        states = [torch.load(r.checkpoints.path() / "state" / "stream-0.pt", weights_only=True) for r in (cut, whole)]
+        assert states[0].keys() == states[1].keys()
+        assert all(bool(torch.all(torch.as_tensor(v) == torch.as_tensor(states[1][k]))) for k, v in states[0].items())
+        assert kind != "fast" or states[0]["images"] > 0
     lines = [line for line in whole.history() if "train/loss" in line]
     assert lines
     assert all(("shift/attack_joint" in line) == (kind != "jem") for line in lines)
@@ -364,6 +400,9 @@ def test_a_collapse_ends_training_at_the_checkpoint_before(tmp_path, monkeypatch
     assert run.checkpoints.path().name == "1024"
     assert max(line["images"] for line in run.history()) == 1024
     assert run.history()[-1]["event"] == "early stop"
+    before = run.history()
+    assert train(run.recipe, run.folder, resume=True, device="cpu").history() == before  # it has ended
+    assert "Early stop" in report(run).read_text()
 
 
 def test_bad_settings_are_refused(tmp_path, batch):
@@ -371,6 +410,10 @@ def test_bad_settings_are_refused(tmp_path, batch):
         (lambda: TRADES(Attack(start="clean")), "the KL is flat"),
         (lambda: TRADES(beta=-1), "beta is a weight >= 0"),
         (lambda: FAST(fall=0), "fall in"),
+        (lambda: FAST(Attack(steps=4)), "training by one step, got attack.steps 4"),
+        (lambda: PreJEAT(Attack(steps=1)), "attack.loss is energy, got cross-entropy"),
+        (lambda: JEAT(attack=Attack(steps=1)), "attack.loss is energy, got cross-entropy"),
+        (lambda: JEM(weight=-1), "weight is >= 0"),
         (lambda: FREE(eps=8), "write 8/255, not 8"),
         (lambda: FREE(replays=0), "replays is at least 1"),
         (lambda: AWP(FREE()), "without replays, not FREE"),
@@ -388,6 +431,21 @@ def test_a_buffer_that_is_too_small_leaves_no_run_behind(tmp_path):
     with pytest.raises(UserError, match="50 chains is smaller than the 128 images of a step"):
         train(recipe, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+def test_unlabelled_images_are_for_objectives_without_labels(tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 256, (400, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "bare.npz", x=x)
+    options = {"data": f"npz:{tmp_path / 'bare.npz'}", "backbone.norm": "group", "train.images": 256}
+    with pytest.raises(UserError, match="objective Standard needs labels, bare has none"):
+        train(tiny("digits-standard", **options), tmp_path / "no", device="cpu")
+    assert not (tmp_path / "no").exists()
+    short = {"objective.negatives.steps": 2, "objective.negatives.buffer": 150, "train.validate_every": 128}
+    run = train(tiny("digits-standard", objective="mle", **options, **short), tmp_path / "run", device="cpu")
+    assert run.model()[0](torch.rand(2, 1, 8, 8)).shape == (2, 1)
+    assert all("val/accuracy" not in line for line in run.history())
+    with pytest.raises(UserError, match="accuracy needs labels"):
+        evaluate_run(run)
 
 
 def test_a_resumed_run_with_another_buffer_is_refused(tmp_path):

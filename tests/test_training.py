@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from advebm import recipes
 from advebm.data.files import Npz
 from advebm.errors import Diverged, Interrupted, UserError
+from advebm.models.own import Own
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.standard import Standard
 from advebm.seeds import rand
@@ -542,6 +543,37 @@ def test_bad_stages_are_refused():
         ({"objective": "standard"}, "takes a block with a name"),
         ({"name": "a", "init": "x"}, "begins with the stage before it"),
         ({"name": "a", "objectiv": "standard"}, "did you mean 'objective'"),
+        ({"name": "../a"}, "a name is part of a folder's, without /"),
     ):
         with pytest.raises(UserError, match=message):
             resolve({**plain, "before": [stage]})
+    with pytest.raises(UserError, match="before takes a list of stages, got 3"):
+        resolve({**plain, "before": 3})
+    assert resolve({**plain, "before": None}).before == ()
+
+
+def test_a_normalisation_that_is_asked_for_survives_init(tmp_path, small_run):
+    init = {"init": str(small_run.folder), "train__images": 0}
+    own = small_run.model()[0].normalise
+    taken = train(tiny(**init), tmp_path / "taken", device="cpu").model()[0].normalise
+    assert torch.equal(taken.mean, own.mean)
+    asked = train(tiny(**init, normalise__mean="0", normalise__std="1"), tmp_path / "asked", device="cpu")
+    assert asked.model()[0].normalise.mean.flatten().tolist() == [0.0]
+    assert asked.model()[0].normalise.std.flatten().tolist() == [1.0]
+
+
+def test_dropout_in_ones_own_module_is_seeded_too(tmp_path, monkeypatch):
+    """The same weights whatever the process drew before, and what it draws afterwards is left alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    layers = "nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 10)"
+    (tmp_path / "dropping.py").write_text(f"from torch import nn\ndef make(): return nn.Sequential({layers})\n")
+    short = {"train__images": 256, "train__validate_every": 256}
+    runs = []
+    for draws in (0, 3):
+        torch.rand(draws)
+        state = torch.get_rng_state()
+        own = dataclasses.replace(tiny("digits-standard", **short), backbone=Own("dropping:make"))
+        runs.append(weights(train(own, tmp_path / str(draws), device="cpu")))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert same(*runs)

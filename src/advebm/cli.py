@@ -259,6 +259,12 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
 
 def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm run``."""
+    from advebm.evaluation import find_model
+
+    if args.per_class < 1:
+        raise UserError(f"--per-class is at least 1, got {args.per_class}")
+    if args.features:
+        find_model(args.features)  # rather now than after training
     folder = _train(args, overrides)
     if folder is None:
         return
@@ -348,15 +354,19 @@ def run_reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
             print(f"\n{paper['key']}: {paper['title']}")
             for item in paper["items"]:
                 print(f"  {item['id']:18} {item['status']:9} {item['what']}\n  {'':28} {item['how']}")
+                for row in item.get("rows", []):
+                    values = "  ".join(f"{k} {'-' if v is None else v}" for k, v in row["values"].items())
+                    print(f"  {'':28} {row['status']:9} {row['name']}: {values}")
         return
     print(reproduce(args.experiment, args.out or Path("runs") / args.experiment, seeds=args.seeds, options=overrides))
 
 
 def run_push(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm push``."""
-    from advebm.models import hub
+    from advebm.models import hub, network
     from advebm.training.run import Run
 
+    network.read_architecture(Run.open(args.run).checkpoints.path(args.checkpoint))  # nothing that imports code
     print(hub.push(Run.open(args.run).checkpoints.path(args.checkpoint), args.name, private=args.private))
 
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advebm import evaluation
+import torch
+
+from advebm import config, evaluation, generation
 from advebm.attacks.projected import Attack
 from advebm.errors import UserError
 from advebm.metrics.base import Metric
@@ -48,8 +50,9 @@ def compare(
         device: where to compute.
         progress: told what is being done.
     """
-    if len({tuple(run.recipe.data.load().shape) for run in runs}) > 1:
-        raise UserError("the runs were trained on images of different shapes; compare runs on the same data")
+    tests = {run.folder: run.recipe.data.load().test for run in runs}
+    if any(not torch.equal(test.x, tests[runs[0].folder].x) for test in tests.values()):
+        raise UserError("the runs have different test images; compare runs on the same data")
     threat = threat or runs[0].recipe.threat
     found = {}
     for title, run in titled(runs).items():
@@ -62,17 +65,48 @@ def compare(
             run.append(costs(run))
         names = {*(name for name, _ in wanted), *COSTS}
         names |= {f"{kind} ({space(features)})" for kind in ("KID", "intended class")}
-        found[title] = [r for r in evaluation.latest(run.records()) if r["name"] in names]
+        judges = (None, evaluation.judge(features))
+        used = (None, *map(config.describe, attacks(threat)))
+        found[title] = [
+            r
+            for r in evaluation.latest(run.records())
+            if r["name"] in names and r.get("judge") in judges and r["settings"].get("attack") in used
+        ]
     return found
 
 
-def measure(run: Run, wanted: Mapping[tuple[str, str | None], Metric], **options: Any) -> None:
-    """Metrics by the name of the record, and the samples, that they give: those that the run does not hold yet."""
-    latest = run.checkpoints.path().name
-    there = {(r["name"], r["settings"].get("samples")) for r in run.records() if r.get("checkpoint") == latest}
-    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if key not in there))
+def measure(
+    run: Run,
+    wanted: Mapping[tuple[str, str | None], Metric],
+    *,
+    features: str | Path | None = None,
+    seed: int = 0,
+    **rest: Any,
+) -> None:
+    """Metrics by the name of the record, and the samples, that they give: those that the run does not hold yet.
+
+    A record is held if it is of the latest checkpoint, the same seed, the very same attack, the set of samples as it
+    is now, and the same judge.
+    """
+    about = {"checkpoint": run.checkpoints.path().name, "seed": seed}
+    manifests = {name: generation.read(folder).manifest for name, folder in run.samples().items()}
+
+    def held(name: str, samples: str | None, metric: Metric) -> bool:
+        settings = {"samples": samples, **manifests[samples]} if samples else {}
+        if (attack := getattr(metric, "attack", None)) is not None:
+            settings["attack"] = config.describe(attack)
+        expected = {**about, "judge": evaluation.judge(features)} if samples else about
+        return any(
+            r["name"] == name
+            and all(r.get(key) == value for key, value in expected.items())
+            and all(r["settings"].get(key) == value for key, value in settings.items())
+            for r in run.records()
+        )
+
+    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not held(*key, metric)))
     if missing:
-        evaluation.evaluate_run(run, recipe=dataclasses.replace(run.recipe, metrics=missing), **options)
+        recipe = dataclasses.replace(run.recipe, metrics=missing)
+        evaluation.evaluate_run(run, recipe=recipe, features=features, seed=seed, **rest)
 
 
 COSTS = ("forward passes an image", "backward passes an image", "training images a second")

@@ -223,11 +223,22 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 def switch(data: Mapping[str, Any], role: str, kind: str) -> dict[str, Any]:
     """Another kind in the same place: options that both kinds have keep their value, the others go.
 
-    ``switch({"kind": "at", "attack": {"eps": 1}}, "objective", "standard")`` -> ``{"kind": "standard"}``.
+    ``switch({"kind": "at", "attack": {"eps": 1}}, "objective", "standard")`` -> ``{"kind": "standard"}``.  Of a block
+    whose class names ``carried`` options only those are kept: one method's attack is another's radius, not its steps.
+    A kind that wraps another one of its role takes the old one in, as ``awp`` does with ``at``.
     """
     given = short(kind, role)
-    takes = {f.name for f in dataclasses.fields(lookup(role, given["kind"])) if f.init}
-    return {**{k: v for k, v in data.items() if k in takes}, **given}
+    fields = {f.name: f for f in dataclasses.fields(lookup(role, given["kind"])) if f.init}
+    if role in fields and data and role not in data:
+        return {**given, role: dict(data)}
+    kept = {}
+    for name, value in data.items():
+        if name in fields and name != "kind":
+            carried = getattr(fields[name].default, "carried", None)
+            if isinstance(value, Mapping) and carried:
+                value = {**describe(fields[name].default), **{k: v for k, v in value.items() if k in carried}}
+            kept[name] = value
+    return {**kept, **given}
 
 
 def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:

@@ -71,7 +71,8 @@ def evaluate_run(
     for metric in recipe.metrics:
         new = evaluate(subject, [metric], seed=seed, progress=progress)
         about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        run.append([{**dataclasses.asdict(record), **about} for record in new])
+        whose = {"judge": judge(features)}
+        run.append([{**dataclasses.asdict(r), **about, **(whose if "space" in r.settings else {})} for r in new])
         records += new
     return records
 
@@ -87,6 +88,15 @@ def owner(features: str | Path) -> str:
     """The name of the run or model that features are of."""
     path = Path(features).resolve()
     return path.parents[1].name if path.parent.name == "checkpoints" else path.name
+
+
+def judge(features: str | Path | None) -> str | None:
+    """Which weights features are of: a folder and its latest checkpoint, a model on the Hub, or the run's own."""
+    if features is None:
+        return None
+    pointer = Path(features) / "checkpoints" / "LATEST"
+    latest = f"@{pointer.read_text().strip()}" if pointer.is_file() else ""
+    return str(features) if str(features).startswith("hf:") else f"{Path(features).resolve()}{latest}"
 
 
 def feature_space(name: str, model: Network) -> Features:

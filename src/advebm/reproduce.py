@@ -11,8 +11,9 @@ import yaml
 from advebm import comparison, config, console, evaluation, files, recipes
 from advebm.attacks.projected import Attack
 from advebm.comparison import Records
-from advebm.errors import UserError, unknown
+from advebm.errors import Diverged, UserError, unknown
 from advebm.metrics.base import Metric, Record
+from advebm.metrics.energy import Energies
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.reporting.build import report
@@ -50,6 +51,8 @@ def reproduce(name: str, folder: Path, *, seeds: int = 1, options: Options = ())
         raise unknown("experiment", name, EXPERIMENTS)
     if seeds < 1:
         raise UserError(f"seeds is at least 1, got {seeds}")
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is a run; --out takes a folder for the whole experiment")
     results, runs = EXPERIMENTS[name](folder, seeds, options)
     files.write_json(folder / "results.json", results)
     one_a_line(results)
@@ -59,13 +62,22 @@ def reproduce(name: str, folder: Path, *, seeds: int = 1, options: Options = ())
 def carry(recipe: Recipe, folder: Path) -> Run:
     """Train a recipe in a folder: from the beginning, from where it was, or not at all."""
     if not (folder / "config.yaml").is_file():
-        return fit(recipe, folder)
+        return _fit(recipe, folder)
     run = Run.open(folder)
     if dataclasses.replace(run.recipe, init=None) != dataclasses.replace(recipe, init=None):
         raise UserError(f"{folder} holds a run of another recipe; choose another --out")
-    done = run.checkpoints.latest()
-    ended = any(line.get("event") == "early stop" for line in run.history())
-    return run if ended or int(done or -1) >= recipe.train.images else fit(recipe, folder, resume=True)
+    done = int(run.checkpoints.latest() or -1) >= recipe.train.images
+    return run if done or (folder / "diverged").exists() else _fit(recipe, folder, resume=True)
+
+
+def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
+    """Train; what diverges for good stays as it was at its last checkpoint, and is a result as well."""
+    try:
+        return fit(recipe, folder, resume=resume)
+    except Diverged as failure:
+        say(f"  {recipe.name}: {failure}")
+        files.write(folder / "diverged", str(failure))
+        return Run.open(folder)
 
 
 def drawn(run: Run, recipe: Recipe, per_class: int) -> None:
@@ -132,8 +144,9 @@ def digits_supervised(folder: Path, seeds: int, options: Options) -> tuple[dict[
     for method in (*methods, "persistent-mle", "short-run-mle"):
         entries[method] = recipe(f"digits-{method}", options)
     half = recipe("digits-standard", [*options, ("data", "part")], **common)
-    teacher = carry(dataclasses.replace(half, name="teacher"), folder / "teacher")
-    entries["rst-awp"] = recipe("digits-rst-awp", options, objective__objective__teacher=str(teacher.folder))
+    teacher = folder / "teacher"
+    entries["rst-awp"] = recipe("digits-rst-awp", options, objective__objective__teacher=str(teacher))
+    carry(dataclasses.replace(half, name="teacher"), teacher)
     return study(folder, seeds, entries, compared("standard", entries["standard"].threat), per_class=50)
 
 
@@ -199,10 +212,16 @@ def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Re
         return [dataclasses.asdict(count), *measured(run, towards)]
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        for kind in ("ta", "cs"):
+            drawn(runs["at"], resolve(config.describe(runs["at"].recipe), [("sampler", kind)]), 100)
         records = compared("at", threat)(runs)
-        return {label: [*records[label], *stability(run)] for label, run in runs.items()}
+        found = {label: [*records[label], *stability(run)] for label, run in runs.items()}
+        # section 4.1: TA pushes up E(x), CS does not
+        energies = {f"E(x) of samples {kind}-class": Energies() for kind in ("ta", "cs")}
+        found["at"] += measured(runs["at"], {"E(x) of test images": Energies(), **energies})
+        return found
 
-    return study(folder, seeds, entries, measure, per_class=20)
+    return study(folder, seeds, entries, measure)
 
 
 EXPERIMENTS: dict[str, Callable[[Path, int, Options], tuple[dict[str, Records], list[Run]]]] = {

@@ -42,6 +42,7 @@ class Attack:
     restarts: int = 1
 
     cites: ClassVar[tuple[str, ...]] = ("madry2018",)
+    carried: ClassVar[tuple[str, ...]] = ("eps", "norm")  # to the attack of another method
 
     def __post_init__(self) -> None:
         check_choices(self)

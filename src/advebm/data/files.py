@@ -179,9 +179,10 @@ class Folder:
 
 @dataclass(frozen=True)
 class Npz:
-    """An npz archive: ``npz:PATH`` with ``x`` uint8 (N, H, W, C), (N, C, H, W) or (N, H, W) and ``y`` (N,).
+    """An npz archive: ``npz:PATH`` with ``x`` uint8 (N, H, W, C), (N, C, H, W) or (N, H, W) and labels ``y`` (N,).
 
-    With ``x_test`` and ``y_test`` these are the test split; else images are split here.
+    With ``x_test`` and ``y_test`` these are the test split; else images are split here.  Without ``y`` the images are
+    unlabelled, for objectives that need no labels.
 
     Attributes:
         path: the archive.
@@ -208,12 +209,17 @@ class Npz:
                 arrays = {name: archive[name] for name in archive.files}
         except Exception as error:  # numpy, zipfile and zlib each raise their own
             raise UserError(f"{path} is not an npz archive of arrays: {type(error).__name__}: {error}") from None
-        if not {"x", "y"} <= arrays.keys():
+        if "x" not in arrays:
             raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}; it needs arrays x and y")
+        unlabelled = "y" not in arrays
+        if unlabelled:
+            arrays = {"x": arrays["x"], "y": np.full(arrays["x"].shape[:1], -1)}
         first = self._images(path, arrays["x"], arrays["y"])
+        if not unlabelled and int(first.y.min()) < 0:
+            raise UserError(f"{path}: labels y are >= 0, got {int(first.y.min())}; leave y out for unlabelled images")
         if not int(first.y.max()):
             raise UserError(f"{path}: all labels y are 0; a classifier needs at least 2 classes")
-        classes = tuple(str(k) for k in range(int(first.y.max()) + 1))
+        classes = ("unlabelled",) if unlabelled else tuple(str(k) for k in range(int(first.y.max()) + 1))
         if "x_test" in arrays and "y_test" in arrays:
             parts = {"train": [first], "test": [self._images(path, arrays["x_test"], arrays["y_test"])]}
             return _with_validation(path.stem, classes, parts, self.val, self.split_seed)

@@ -22,6 +22,11 @@ class Images:
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a label; what has none has the label -1."""
+        return bool((self.y >= 0).all())
+
     def float(self) -> Tensor:
         """All images as float32 in [0, 1]."""
         return to_float(self.x)
@@ -158,7 +163,7 @@ def partition(shards: list[Images], classes: int, shares: tuple[float, ...], see
     The set is its shards laid end to end; the list is emptied, see :func:`gather`.
     """
     parts: list[list[Tensor]] = [[] for _ in (*shares, 1.0)]
-    y = torch.cat([shard.y for shard in shards])
+    y = torch.cat([shard.y for shard in shards]).clamp_min(0)
     for k in range(classes):
         members = (y == k).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=seeds.generator(seed, "split", k))]

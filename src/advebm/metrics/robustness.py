@@ -39,6 +39,8 @@ def survives(f: Logits, x: Tensor, y: Tensor, attack: Attack, generator: torch.G
 
 def measure(subject: Subject, attack: Attack | None, generator: torch.Generator) -> tuple[float, float, int]:
     """Share of the subject's split that is right (under attack, if there is one), with its error and count."""
+    if not subject.split.labelled:
+        raise UserError(f"accuracy needs labels, {subject.data.name} has none; choose --metrics without it")
     with searching(subject.model) as f:
         hits = [
             correct(f, x, y) if attack is None else survives(f, x, y, attack, generator) for x, y in subject.batches()

@@ -220,9 +220,13 @@ def _recognise(weights: Weights, own: Weights, path: Path) -> Layout:
         return WIDE
     if any(re.match(LAYER, name) for name in weights):
         # a norm that comes before its convolution has as many channels as that has inputs
-        norms = {name: value for name, value in weights.items() if re.fullmatch(r"layer\d+\.0\.bn1\.weight", name)}
+        norms = {
+            name: value
+            for name, value in weights.items()
+            if re.fullmatch(r"layer\d+\.0\.bn1\.weight", name) and value.ndim
+        }
         convolutions = {name: weights.get(name.replace("bn1", "conv1")) for name in norms}
-        before = any(c is not None and len(c) != len(norms[name]) for name, c in convolutions.items())
+        before = any(c is not None and c.ndim and len(c) != len(norms[name]) for name, c in convolutions.items())
         return PREACT if before else RESNET
     if "init_conv.weight" in weights or "conv_2d.weight" in weights:
         raise UserError(f"{path} is a DeepMind network, whose strided convolutions pad one side only; none here does")
@@ -292,7 +296,7 @@ def _options(weights: Weights) -> str:
     places = {found.groups() for name in weights if (found := re.match(PLACE, name))}
     counts = tuple(count for _, count in sorted(Counter(stage for stage, _ in places).items()))
     first = "backbone.stages.0.0."
-    if (inner := weights.get(first + "residual.0.weight")) is None:
+    if (inner := weights.get(first + "residual.0.weight")) is None or not inner.ndim:
         return "a network of another kind"
     width, expansion = len(inner), 4 if first + "residual.6.weight" in weights else 1
     depth = next((d for d, (_, blocks, times) in LAYOUTS.items() if (blocks, times) == (counts, expansion)), None)

@@ -170,7 +170,8 @@ def save(
     for name, weights in (("model", model.state_dict()), ("ema", ema)):
         if weights is not None:
             files.write(
-                folder / f"{name}.safetensors", safetensors.save({k: v.contiguous() for k, v in weights.items()})
+                folder / f"{name}.safetensors",
+                safetensors.save({k: v.detach().clone().contiguous() for k, v in weights.items()}),
             )
     record = {"advebm": advebm.__version__, "architecture": plain, **(extra or {})}
     files.write_json(folder / "config.json", record)

@@ -40,7 +40,10 @@ class Own:
             inspect.signature(factory).bind()
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.path} is called without arguments: {error}") from None
-        made = factory()
+        try:
+            made = factory()
+        except Exception as error:  # somebody else's code
+            raise UserError(f"{self.path} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
         if not isinstance(made, nn.Module):
             raise UserError(f"{self.path} returns a {type(made).__name__}, not a torch module")
         return made, None

@@ -1,15 +1,29 @@
 """Adversarial training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
 from advebm.config import check_choices
+from advebm.errors import UserError
 from advebm.modes import searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.objectives.standard import cross_entropy
+
+ENERGY_STEP = Attack(eps=8 / 255, steps=1, loss="energy")
+
+
+def stepped(attack: Attack, factor: float) -> Attack:
+    """An attack whose step is ``factor`` times eps, unless it has one of its own."""
+    return attack if attack.step_size is not None or not attack.eps else replace(attack, step_size=factor * attack.eps)
+
+
+def check_energy(attack: Attack) -> None:
+    """Refuse an attack on anything but E(x, y)."""
+    if attack.loss != "energy":
+        raise UserError(f"this method attacks the energy, so attack.loss is energy, got {attack.loss}")
 
 
 @dataclass(frozen=True)
@@ -32,8 +46,13 @@ class AT(Stateless):
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
         """Adversarial images (B, C, H, W)."""
+        attack = self.inner()
         with searching(model, training=self.search_mode == "train") as f:
-            return self.attack(self.attack.harm(f, batch.y), batch.x, ctx.generator)
+            return attack(attack.harm(f, batch.y), batch.x, ctx.generator)
+
+    def inner(self) -> Attack:
+        """The attack that is run."""
+        return self.attack
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
         """``CE(x̂, y)``."""
@@ -48,12 +67,21 @@ class AT(Stateless):
 class PreJEAT(AT):
     """AT by one step of the energy attack, JEAT algorithm 2: ``x̂`` raises E(x, y), the cross-entropy falls at ``x̂``.
 
-    The step is eps, from a uniform start.  The algorithm does not clamp x̂ to [0, 1]; here it is.
+    From a uniform start.  The algorithm does not clamp x̂ to [0, 1]; here it is.
 
     Attributes:
-        attack, search_mode: as for ``at``.
+        attack: the energy attack; a ``step_size`` of none is eps here.
+        search_mode: as for ``at``.
     """
 
-    attack: Attack = Attack(eps=8 / 255, steps=1, step_size=8 / 255, loss="energy")
+    attack: Attack = ENERGY_STEP
 
     cites: ClassVar[tuple[str, ...]] = ("jeat",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_energy(self.attack)
+
+    def inner(self) -> Attack:
+        """The attack, with its step."""
+        return stepped(self.attack, 1.0)

@@ -78,14 +78,15 @@ class AWP:
         inner = self.objective.search(model, batch, state, ctx)
         if ctx.images < self.warmup:
             return Found(inner, {})
-        weights = {name: p for name, p in model.named_parameters() if "weight" in name and p.ndim > 1}
+        weights = {n: p for n, p in model.named_parameters() if "weight" in n and p.ndim > 1 and p.requires_grad}
         with searching(model, training=True), torch.enable_grad():
             copies = {name: p.detach().clone().requires_grad_() for name, p in weights.items()}
             total = _Loss(model, self.objective).at(copies, batch, inner, state, ctx).total
-            gradients = torch.autograd.grad(total, list(copies.values()))
+            gradients = torch.autograd.grad(total, list(copies.values()), allow_unused=True)
         moves = {
             name: self.gamma * w.detach().norm() * g / (g.norm() + 1e-20)
             for (name, w), g in zip(weights.items(), gradients, strict=True)
+            if g is not None
         }
         return Found(inner, moves)
 

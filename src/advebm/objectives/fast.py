@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from advebm.attacks.projected import Attack
 from advebm.errors import EarlyStop, UserError
 from advebm.modes import searching
-from advebm.objectives.at import AT
+from advebm.objectives.at import AT, stepped
 from advebm.objectives.base import Batch, Context, Loss
 
 
@@ -38,13 +38,13 @@ class FAST(AT):
     at the last checkpoint before it.
 
     Attributes:
-        attack: the step; its ``step_size`` of 10/255 is 1.25 times the radius of 8/255.
+        attack: of one step; a ``step_size`` of none is 1.25 eps here.
         search_mode: as for ``at``.
         watch_every: images between looks; 0 for none.
         fall: how far the accuracy may fall from one look to the next.
     """
 
-    attack: Attack = Attack(eps=8 / 255, steps=1, step_size=10 / 255)
+    attack: Attack = Attack(eps=8 / 255, steps=1)
     search_mode: Literal["eval", "train"] = "train"
     watch_every: int = 10_000
     fall: float = 0.2
@@ -55,6 +55,12 @@ class FAST(AT):
         super().__post_init__()
         if self.watch_every < 0 or not 0 < self.fall <= 1:
             raise UserError(f"watch_every is >= 0 and fall in (0, 1], got {self.watch_every} and {self.fall}")
+        if self.attack.steps != 1:
+            raise UserError(f"fast is training by one step, got attack.steps {self.attack.steps}; see at for more")
+
+    def inner(self) -> Attack:
+        """The attack, with its step."""
+        return stepped(self.attack, 1.25)
 
     def init(self, like: Tensor, generator: torch.Generator) -> Watch:
         """Nothing seen yet."""

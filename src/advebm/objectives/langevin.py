@@ -12,11 +12,10 @@ from advebm.attacks.projected import Attack
 from advebm.descent import Descent, box, free, raw
 from advebm.errors import UserError
 from advebm.modes import searching
+from advebm.objectives.at import ENERGY_STEP, check_energy, stepped
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.seeds import randn
 from advebm.starts import ReplayBuffer
-
-ENERGY_ATTACK = Attack(eps=8 / 255, steps=1, step_size=8 / 255, loss="energy")
 
 
 @dataclass(frozen=True)
@@ -163,6 +162,11 @@ class JEM(_Sampled):
 
     cites: ClassVar[tuple[str, ...]] = ("grathwohl2020",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.weight >= 0:
+            raise UserError(f"weight is >= 0, got {self.weight}")
+
     def loss(self, model: nn.Module, batch: Batch, found: Found, state: ReplayBuffer | None, ctx: Context) -> Loss:
         """The sum of both terms."""
         logits, negative = model(found.positive), energies.marginal(model(found.negative))
@@ -182,19 +186,24 @@ class JEAT(_Sampled):
 
     Attributes:
         negatives, data_noise, energy_l2: as for ``mle``; the paper mentions no noise on the data, so there is none.
-        attack: one energy-FGSM step of eps from a uniform start, eq. 18.
+        attack: one energy-FGSM step from a uniform start, eq. 18; a ``step_size`` of none is eps here.
     """
 
     data_noise: float = 0.0
-    attack: Attack = ENERGY_ATTACK
+    attack: Attack = ENERGY_STEP
 
     cites: ClassVar[tuple[str, ...]] = ("jeat",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_energy(self.attack)
 
     def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> Found:
         """Adversarial images from the (noisy) data, and negatives."""
         found = super().search(model, batch, state, ctx)
+        attack = stepped(self.attack, 1.0)
         with searching(model) as f:
-            moved = self.attack(self.attack.harm(f, batch.y), found.positive, ctx.generator)
+            moved = attack(attack.harm(f, batch.y), found.positive.clamp(0, 1), ctx.generator)
         return found._replace(positive=moved, adversarial=moved)
 
     def loss(self, model: nn.Module, batch: Batch, found: Found, state: ReplayBuffer | None, ctx: Context) -> Loss:

@@ -49,7 +49,7 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None, tit
     page = html.render(
         title=title or recipe.name,
         subtitle=_subtitle(run, history),
-        events=[line for line in history if line.get("event") == "rollback"],
+        events=[line for line in history if "event" in line],
         cards=_cards(own, recipe.threat),
         samples=samples if sets else [],
         films=films,

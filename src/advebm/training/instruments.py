@@ -55,10 +55,11 @@ def passes(recipe: Recipe, images: int = 4) -> tuple[float, float]:
     x, objective, generator = part.float(), recipe.objective, seeds.generator(recipe.seed)
     batch = Batch(x, part.y, view=x, outside=x, extra=x)
     state = objective.init(x, generator)
-    for _ in range(objective.replays):
-        ctx = Context(generator)
+    ctx = Context(generator, recipe.train.images)
+    for replay in range(objective.replays):
         found = objective.search(model, batch, state, ctx)
         loss = objective.loss(model, batch, found, state, ctx)
         loss.total.backward()
-        objective.after(model, batch, found, state, loss, ctx)
+        if replay < objective.replays - 1:  # what is done after a step is not part of it
+            objective.after(model, batch, found, state, loss, ctx)
     return counts[0] / images, counts[1] / images

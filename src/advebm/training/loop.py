@@ -1,6 +1,7 @@
 """THE training loop: step, report, validate, save, stop?; timed in images.  Methods never appear in it."""
 
 import contextlib
+import copy
 import dataclasses
 import signal
 import threading
@@ -61,7 +62,7 @@ def train(
     engine, cfg, objective = Engine(device), recipe.train, recipe.objective
     streams = engine.owned(cfg.streams)
     data = recipe.data.load()
-    if "labels" in objective.needs and int(data.train.y.min()) < 0:
+    if "labels" in objective.needs and not data.train.labelled:
         raise UserError(f"objective {type(objective).__name__} needs labels, {data.name} has none")
     if cfg.batch > len(data.train):
         raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
@@ -73,19 +74,23 @@ def train(
     states = {s: objective.init(like, seeds.generator(recipe.seed, "init", s)) for s in streams}
     fresh = not resume or not Run.open(folder).checkpoints.latest()
     if fresh and recipe.init is not None and not recipe.before:
-        begin(model, recipe.init, data)
+        begin(model, recipe.init, data, recipe)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("the network has no parameters to train")
     if not resume and engine.main:  # from here on nothing is wrong with what was asked for
         Run.create(folder, recipe, environment(engine.device))
     engine.barrier()
     run = Run.open(folder)
+    if any(line.get("event") == "early stop" for line in run.history()):
+        return run
     if fresh and recipe.before:
-        begin(model, str(prepare(recipe, run, device, report).folder), data)
+        begin(model, str(prepare(recipe, run, device, report).folder), data, recipe)
     model.to(engine.device)
     ema = EMA(model, cfg.ema) if cfg.ema else None
     model.precision = getattr(torch, cfg.precision)
     optimizer = recipe.optimizer.build(model.parameters())
 
-    with run.locked(engine.main), stopping() as signalled:
+    with run.locked(engine.main), stopping() as signalled, torch.random.fork_rng(devices=[]):
 
         def save() -> None:
             meter.check()
@@ -124,6 +129,7 @@ def train(
                         keys = (recipe.seed, progress.attempt, before, s)
                         batch = feed(before, s, keys)
                         ctx = Context(seeds.generator(*keys, replay, device=engine.device), before, engine.mean)
+                        torch.manual_seed(seeds.derive(*keys, replay, "global"))  # dropout in modules of one's own
                         found = objective.search(model, batch, states[s], ctx)
                         with engine.accumulating(step, last=s == streams[-1]):
                             loss = step(batch, found, states[s], ctx)
@@ -135,7 +141,8 @@ def train(
                     factor = recipe.schedule(before + cfg.batch // 2, cfg.images)
                     for group in optimizer.param_groups:
                         group["lr"] = recipe.optimizer.lr * progress.rate * factor
-                    moved = objective.adversarial(done[0][0], done[0][1]) if logging else None
+                    looking = logging and replay == objective.replays - 1
+                    moved = objective.adversarial(done[0][0], done[0][1]) if looking else None
                     shift = EnergyShift(model, done[0][0], moved) if moved is not None else None
                     optimizer.step()
                     shifts = shift.terms() if shift is not None else {}
@@ -149,7 +156,7 @@ def train(
                     speed = clock.speed(progress.images)
                     rate = optimizer.param_groups[0]["lr"]
                     tell({**meter.take(), **shifts, "train/lr": rate, "perf/img_per_s": speed})
-                if progress.passed(cfg.validate_every, before, cfg.images):
+                if validation.labelled and progress.passed(cfg.validate_every, before, cfg.images):
                     scores = validate(model if ema is None else ema.module, data, validation, recipe)
                     score = (scores["val/robust_accuracy"], scores["val/accuracy"])
                     if score > progress.best:
@@ -185,10 +192,16 @@ def train(
     return run
 
 
-def begin(model: Network, init: str, data: Data) -> None:
-    """Put the weights of a run, a published model or a file into a network that has not been trained."""
-    path = Path(init)
+def begin(model: Network, init: str, data: Data, recipe: Recipe) -> None:
+    """Put the weights of a run, a published model or a file into a network that has not been trained.
+
+    Its normalisation comes with them, unless the recipe gives one.
+    """
+    path, own = Path(init), copy.deepcopy(model.normalise.state_dict())
     fresh = foreign.load(model, path) if path.is_file() else transfer(find_model(init), model)
+    for name in ("mean", "std"):
+        if getattr(recipe.normalise, name) is not None:
+            model.normalise.load_state_dict({**model.normalise.state_dict(), name: own[name]})
     if fresh:
         warnings.warn(f"{init} has other classes than {data.name}: {', '.join(fresh)} begin fresh", stacklevel=2)
 

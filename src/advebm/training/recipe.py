@@ -122,6 +122,8 @@ class Recipe:
     before: tuple["Recipe", ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise UserError(f"a name is part of a folder's, without /, got {self.name!r}")
         needs = self.objective.needs
         for role in ("outside", "extra"):
             given, needed = getattr(self, role) is not None, role in needs
@@ -145,7 +147,9 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
         f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type)) and f.name != "metrics"
     }
     plain, rest, overrides = dict(plain), [], list(overrides)
-    before = plain.pop("before", ())
+    before = plain.pop("before", None) or ()
+    if not isinstance(before, list | tuple):
+        raise UserError(f"recipe.before takes a list of stages, got {before!r}")
     for dotted, value in [pair for pair in overrides if not pair[0].startswith("before")]:
         block = dotted.removesuffix(".kind")
         if block in roles and isinstance(value, Mapping):
