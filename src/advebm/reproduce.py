@@ -18,7 +18,7 @@ from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.reporting.build import report
 from advebm.stages import draw, fit
-from advebm.tables import one_a_line
+from advebm.tables import one_a_line, side_by_side
 from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run
 
@@ -55,7 +55,7 @@ def reproduce(name: str, folder: Path, *, seeds: int = 1, options: Options = ())
         raise UserError(f"{folder} is a run; --out takes a folder for the whole experiment")
     results, runs = EXPERIMENTS[name](folder, seeds, options)
     files.write_json(folder / "results.json", results)
-    one_a_line(results)
+    (one_a_line if len(results) > 4 else side_by_side)(results)
     return report(runs[0], beside=runs[1:], out=folder / "report.html", title=name)
 
 
