@@ -377,8 +377,9 @@ def run_list(args: argparse.Namespace, overrides: Overrides) -> None:
         raise unknown("kind of thing", args.what, ["recipe", *KINDS])
     if what in (None, "recipe"):
         print("recipe (advebm train --recipe NAME)")
+        width = max(map(len, recipes.names()))
         for name in recipes.names():
-            print(f"  {name:20} {recipes.header(name)[0]}")
+            print(f"  {name:{width}} {recipes.header(name)[0]}")
     for role, kinds in KINDS.items():
         if what in (None, role):
             print(role)

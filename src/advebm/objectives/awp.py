@@ -35,7 +35,7 @@ class _Loss(nn.Module):
 
 @dataclass(frozen=True)
 class AWP:
-    """The loss of another objective at ``w + v``, ``v`` raising it: Wu et al. (2020), their eq. 8 to 10 as coded.
+    """The loss of another objective at ``w + v``, ``v`` raising it: Wu et al. (2020), as in their code.
 
     ``v = gamma ‖w‖ g / ‖g‖`` for each weight of a convolution or linear layer (no biases, no norms), g the gradient of
     the loss at what the inner search found.  The gradient at w + v then updates w.  Weight decay pulls at w (in the

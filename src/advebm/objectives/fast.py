@@ -31,7 +31,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class FAST(AT):
-    """AT by one step of 1.25 eps from a uniform start, in train mode, Wong et al. (2020), algorithm 3 and code.
+    """AT by one step of 1.25 eps from a uniform start, in train mode, Wong et al. (2020), as in their code.
 
     One-step training can collapse within an epoch: robust to one step, not at all to several ("catastrophic
     overfitting").  So PGD accuracy on a training batch is looked at now and then, and a sudden fall stops training

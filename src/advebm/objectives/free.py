@@ -35,7 +35,7 @@ class Perturbation:
 class FREE(Stateless):
     """Each batch is trained on ``replays`` times; one backward pass updates weights and perturbation together.
 
-    Shafahi et al. (2019), algorithm 1: the loss at ``clip(x + δ, 0, 1)``, then ``δ ← clip(δ + step sign ∇_δ, ±eps)``
+    Shafahi et al. (2019): the loss at ``clip(x + δ, 0, 1)``, then ``δ ← clip(δ + step sign ∇_δ, ±eps)``
     with the gradient at the weights before their update.  δ outlives the batch.  An image counts once as seen, so the
     papers' 200 epochs with m = 8 are 25 epochs of images here.
 

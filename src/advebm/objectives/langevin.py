@@ -149,7 +149,7 @@ class MLE(_Sampled):
 
 @dataclass(frozen=True)
 class JEM(_Sampled):
-    """``CE(x, y) + weight (E(x⁺) - E(x⁻))``: -log p(y|x) - log p(x), Grathwohl et al. (2020), their eq. 8 and code.
+    """``CE(x, y) + weight (E(x⁺) - E(x⁻))``: -log p(y|x) - log p(x), Grathwohl et al. (2020), as in their code.
 
     The code draws x⁺ apart from the labelled x; here both are the batch, which has the same expectation.
 

@@ -16,7 +16,7 @@ from advebm.objectives.trades import TRADES
 
 @dataclass(frozen=True)
 class RST:
-    """Another objective on batches that are half pseudo-labelled, Carmon et al. (2019), algorithm 1.
+    """Another objective on batches that are half pseudo-labelled, Carmon et al. (2019).
 
     Each step's images and as many ``extra`` ones are one batch, with one mean over it, as in the authors' code (there:
     TRADES).  They label the extra set once, without augmentation; here the teacher sees each augmented image.

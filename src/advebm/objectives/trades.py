@@ -24,7 +24,7 @@ def divergence(clean: Tensor, moved: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TRADES(Stateless):
-    """``CE(x, y) + β KL(p(x) ‖ p(x̂))``, x̂ maximising the same KL: Zhang et al. (2019), eq. 5 as in their code.
+    """``CE(x, y) + β KL(p(x) ‖ p(x̂))``, x̂ maximising the same KL: Zhang et al. (2019), as in their code.
 
     CEM (section 3) writes the KL the other way round; this is the direction of the authors' code, and gradients flow
     through both of its sides.  The target of the search, p(x), is computed once a batch.
