@@ -292,6 +292,8 @@ def test_rst_trains_on_the_joint_batch(net, inside, small_run):
     assert objective.needs == {"labels", "extra"}
     with pytest.raises(UserError, match="there is no run or model at nowhere"):
         RST("nowhere").init(x, seeds.generator(0))
+    with pytest.raises(UserError, match="does not take images of 3 x 8 x 8"):
+        objective.init(torch.zeros(6, 3, 8, 8), seeds.generator(0))
     with pytest.raises(UserError, match="on labelled images, not RST"):
         RST("nowhere", RST("nowhere"))
 

@@ -47,7 +47,12 @@ class RST:
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
         """The inner objective's state, for batches of twice the size."""
-        _teacher(self.teacher)
+        try:
+            with searching(_teacher(self.teacher)) as f, torch.no_grad():
+                f(like[:2].cpu())
+        except RuntimeError as error:
+            shape = " x ".join(map(str, like.shape[1:]))
+            raise UserError(f"the teacher {self.teacher} does not take images of {shape}: {error}") from None
         return self.objective.init(torch.cat([like, like]), generator)
 
     def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> tuple[Batch, Any]:
