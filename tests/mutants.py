@@ -929,7 +929,7 @@ MUTANTS = [
     Mutant(
         "comparison: any judge of that name",
         "comparison.py",
-        '{**about, "judge": evaluation.judge(features)}',
+        '{**about, "judge": judge}',
         "about",
         "comparison",
     ),

@@ -282,7 +282,7 @@ def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
 def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm sample``."""
     from advebm import config
-    from advebm.stages import draw
+    from advebm.stages import draw, set_name
     from advebm.training.recipe import resolve
     from advebm.training.run import Run
 
@@ -292,7 +292,7 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     method = [("sampler", args.method)] if args.method else []
     sampler = resolve(config.describe(run.recipe), [*method, *overrides]).sampler
     options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": device(args.device)}
-    name = args.name or f"{config.describe(sampler)['kind'].rpartition(':')[2].lower()}-{sampler.start}"
+    name = args.name or set_name(sampler)
     print(draw(run, name, sampler, args.per_class, **options) / "grid.png")
 
 
@@ -366,8 +366,9 @@ def run_push(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.models import hub, network
     from advebm.training.run import Run
 
-    network.read_architecture(Run.open(args.run).checkpoints.path(args.checkpoint))  # nothing that imports code
-    print(hub.push(Run.open(args.run).checkpoints.path(args.checkpoint), args.name, private=args.private))
+    folder = Run.open(args.run).checkpoints.path(args.checkpoint)
+    network.read_architecture(folder)  # refuses what would import code
+    print(hub.push(folder, args.name, private=args.private))
 
 
 def run_list(args: argparse.Namespace, overrides: Overrides) -> None:

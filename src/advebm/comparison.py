@@ -19,6 +19,7 @@ from advebm.training.instruments import passes
 from advebm.training.run import Run
 
 Records = list[dict[str, Any]]
+Wanted = dict[tuple[str, str | None], Metric]  # by the name of the record, and the samples, that a metric gives
 
 
 def attacks(threat: Attack) -> tuple[Attack, ...]:
@@ -53,20 +54,18 @@ def compare(
     tests = {run.folder: run.recipe.data.load().test for run in runs}
     if any(not torch.equal(test.x, tests[runs[0].folder].x) for test in tests.values()):
         raise UserError("the runs have different test images; compare runs on the same data")
-    threat = threat or runs[0].recipe.threat
+    judged_by = attacks(threat or runs[0].recipe.threat)
+    used = (None, *map(config.describe, judged_by))
+    judges = (None, evaluation.judge(features))
     found = {}
     for title, run in titled(runs).items():
-        wanted: dict[tuple[str, str | None], Metric] = {("accuracy", None): Accuracy()}
-        wanted |= {(f"accuracy under {a.name}", None): RobustAccuracy(a) for a in attacks(threat)}
-        wanted |= {(f"FD ({space(features)})", name): SampleQuality() for name in run.samples()}
+        wanted = {**accuracies(judged_by), **quality(run, features)}
         tell = lambda name, title=title: progress(f"{title}: {name}")
         measure(run, wanted, features=features, seed=seed, device=device, progress=tell)
         if not any(r["name"] == COSTS[0] for r in run.records()):
             run.append(costs(run))
         names = {*(name for name, _ in wanted), *COSTS}
         names |= {f"{kind} ({space(features)})" for kind in ("KID", "intended class")}
-        judges = (None, evaluation.judge(features))
-        used = (None, *map(config.describe, attacks(threat)))
         found[title] = [
             r
             for r in evaluation.latest(run.records())
@@ -75,9 +74,20 @@ def compare(
     return found
 
 
+def accuracies(attacks: Iterable[Attack]) -> Wanted:
+    """Clean accuracy, and accuracy under each attack."""
+    clean: Wanted = {("accuracy", None): Accuracy()}
+    return clean | {(f"accuracy under {a.name}", None): RobustAccuracy(a) for a in attacks}
+
+
+def quality(run: Run, features: str | Path | None) -> Wanted:
+    """The quality of every set of samples of a run."""
+    return {(f"FD ({space(features)})", name): SampleQuality() for name in run.samples()}
+
+
 def measure(
     run: Run,
-    wanted: Mapping[tuple[str, str | None], Metric],
+    wanted: Wanted,
     *,
     features: str | Path | None = None,
     seed: int = 0,
@@ -89,18 +99,19 @@ def measure(
     is now, and the same judge.
     """
     about = {"checkpoint": run.checkpoints.path().name, "seed": seed}
+    records, judge = run.records(), evaluation.judge(features)
     manifests = {name: generation.read(folder).manifest for name, folder in run.samples().items()}
 
     def held(name: str, samples: str | None, metric: Metric) -> bool:
         settings = {"samples": samples, **manifests[samples]} if samples else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
-        expected = {**about, "judge": evaluation.judge(features)} if samples else about
+        expected = {**about, "judge": judge} if samples else about
         return any(
             r["name"] == name
             and all(r.get(key) == value for key, value in expected.items())
             and all(r["settings"].get(key) == value for key, value in settings.items())
-            for r in run.records()
+            for r in records
         )
 
     missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not held(*key, metric)))

@@ -10,14 +10,13 @@ import yaml
 
 from advebm import comparison, config, console, evaluation, files, recipes
 from advebm.attacks.projected import Attack
-from advebm.comparison import Records
+from advebm.comparison import Records, Wanted
 from advebm.errors import Diverged, UserError, unknown
-from advebm.metrics.base import Metric, Record
+from advebm.metrics.base import Record
 from advebm.metrics.energy import Energies
-from advebm.metrics.quality import SampleQuality
-from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
+from advebm.metrics.robustness import TargetedAccuracy
 from advebm.reporting.build import report
-from advebm.stages import draw, fit
+from advebm.stages import draw, fit, set_name
 from advebm.tables import one_a_line, side_by_side
 from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run
@@ -66,8 +65,7 @@ def carry(recipe: Recipe, folder: Path) -> Run:
     run = Run.open(folder)
     if dataclasses.replace(run.recipe, init=None) != dataclasses.replace(recipe, init=None):
         raise UserError(f"{folder} holds a run of another recipe; choose another --out")
-    done = int(run.checkpoints.latest() or -1) >= recipe.train.images
-    return run if done or (folder / "diverged").exists() else _fit(recipe, folder, resume=True)
+    return run if run.finished or (folder / "diverged").exists() else _fit(recipe, folder, resume=True)
 
 
 def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
@@ -82,7 +80,7 @@ def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
 
 def drawn(run: Run, recipe: Recipe, per_class: int) -> None:
     """Draw a set of samples by the recipe's sampler, unless it is there."""
-    name = f"{config.describe(recipe.sampler)['kind']}-{recipe.sampler.start}"
+    name = set_name(recipe.sampler)
     if name not in run.samples():
         draw(run, name, recipe.sampler, per_class, seed=recipe.seed)
 
@@ -116,10 +114,11 @@ def compared(judge: str, threat: Attack) -> Measure:
     return measure
 
 
-def measured(run: Run, wanted: Mapping[str, Metric]) -> Records:
-    """The records that metrics give by name; measured unless they are there."""
-    comparison.measure(run, {(name, None): metric for name, metric in wanted.items()})
-    return [r for r in evaluation.latest(run.records()) if r["name"] in wanted]
+def measured(run: Run, wanted: Wanted) -> Records:
+    """The records that metrics give; measured unless they are there."""
+    comparison.measure(run, wanted)
+    names = {name for name, _ in wanted}
+    return [r for r in evaluation.latest(run.records()) if r["name"] in names]
 
 
 def recipe(name: str, options: Options, **changes: Any) -> Recipe:
@@ -163,10 +162,7 @@ def jeat_table1(folder: Path, seeds: int, options: Options) -> tuple[dict[str, R
     ]
     many = [dataclasses.replace(threat, loss=loss) for loss in ("cross-entropy", "energy")]
 
-    wanted: dict[str, Metric] = {
-        "accuracy": Accuracy(),
-        **{f"accuracy under {a.name}": RobustAccuracy(a) for a in (*one, *many)},
-    }
+    wanted = comparison.accuracies((*one, *many))
     measure = lambda runs: {label: measured(run, wanted) for label, run in runs.items()}
     return study(folder, seeds, entries, measure)
 
@@ -182,8 +178,7 @@ def jeat_figure5(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
         judge = runs["standard"].folder
         for run in runs.values():
-            wanted: dict[tuple[str, str | None], Metric] = {("accuracy", None): Accuracy()}
-            wanted |= {(f"FD ({comparison.space(judge)})", name): SampleQuality() for name in run.samples()}
+            wanted = {**comparison.accuracies(()), **comparison.quality(run, judge)}
             comparison.measure(run, wanted, features=judge)
         return {label: evaluation.latest(run.records()) for label, run in runs.items()}
 
@@ -204,7 +199,7 @@ def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Re
     }
 
     threat = entries["at"].threat
-    towards = {f"accuracy under targeted {threat.name}": TargetedAccuracy(threat)}
+    towards: Wanted = {(f"accuracy under targeted {threat.name}", None): TargetedAccuracy(threat)}
 
     def stability(run: Run) -> Records:
         events = [line["attempt"] for line in run.history() if line.get("event") == "rollback"]
@@ -217,8 +212,8 @@ def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Re
         records = compared("at", threat)(runs)
         found = {label: [*records[label], *stability(run)] for label, run in runs.items()}
         # section 4.1: TA pushes up E(x), CS does not
-        energies = {f"E(x) of samples {kind}-class": Energies() for kind in ("ta", "cs")}
-        found["at"] += measured(runs["at"], {"E(x) of test images": Energies(), **energies})
+        of = ("test images", "samples ta-class", "samples cs-class")
+        found["at"] += measured(runs["at"], {(f"E(x) of {what}", None): Energies() for what in of})
         return found
 
     return study(folder, seeds, entries, measure)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from advebm import console, generation
+from advebm import config, console, generation
 from advebm.errors import UserError
 from advebm.samplers import Sampler
 from advebm.training.loop import train
@@ -26,6 +26,11 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | Non
             device=device,
             report=lambda line: tell(line["images"], console.training_note(line, seen)),
         )
+
+
+def set_name(sampler: Sampler) -> str:
+    """What a set of samples is called unless it is given a name: ``cs-class``."""
+    return f"{config.describe(sampler)['kind'].rpartition(':')[2].lower()}-{sampler.start}"
 
 
 def draw(

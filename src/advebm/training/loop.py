@@ -212,7 +212,7 @@ def prepare(recipe: Recipe, run: Run, device: str | None, report: Report) -> Run
     for number, stage in enumerate(recipe.before):
         folder = run.folder / "before" / f"{number}-{stage.name}"
         begun = (folder / "config.yaml").exists()
-        if not begun or int(Run.open(folder).checkpoints.latest() or -1) < stage.train.images:
+        if not begun or not Run.open(folder).finished:
             offset = sum(earlier.train.images for earlier in recipe.before[:number])
             tell = lambda line, offset=offset: report({**line, "images": offset + line["images"]})
             try:

@@ -69,6 +69,11 @@ class Run:
         """The resolved recipe."""
         return recipes.resolve(recipes.read(self.folder / "config.yaml"))
 
+    @property
+    def finished(self) -> bool:
+        """Whether all images of the recipe have been seen."""
+        return int(self.checkpoints.latest() or -1) >= self.recipe.train.images
+
     def model(self, which: str = "latest") -> tuple[Network, Architecture]:
         """The network of a checkpoint (averaged weights, eval mode)."""
         return network.load(self.checkpoints.path(which), foreign=True)
