@@ -1,7 +1,13 @@
 import dataclasses
 
+import pytest
+
 from advebm import config, recipes
 from advebm.training.recipe import Recipe, resolve
+
+few_samples = pytest.mark.filterwarnings(
+    "ignore:F.*fewer give a larger one"
+)  # tests draw fewer than there are dimensions
 
 
 def tiny(name: str = "digits-at", **options: object) -> Recipe:
