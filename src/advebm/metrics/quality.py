@@ -61,8 +61,8 @@ class SampleQuality:
     def __post_init__(self) -> None:
         if self.groups < 2:
             raise UserError(f"a jackknife takes at least 2 groups, got {self.groups}")
-        if self.overlap <= WIDE:
-            raise UserError(f"overlap is more than {WIDE} images, got {self.overlap}")
+        if self.overlap <= max(WIDE, self.groups):
+            raise UserError(f"overlap is more than {WIDE} images and more than groups, got {self.overlap}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Records of each set.
