@@ -929,7 +929,7 @@ MUTANTS = [
     Mutant(
         "comparison: any judge of that name",
         "comparison.py",
-        '{**about, "judge": judge}',
+        '{**about, "judge": whose}',
         "about",
         "comparison",
     ),

@@ -17,7 +17,7 @@ from advebm.attacks.projected import Attack
 from advebm.data.sources import Data, Images
 from advebm.errors import UserError
 from advebm.evaluation import Classifier, evaluate_run, feature_space, find_space
-from advebm.metrics import overlap, quality
+from advebm.metrics import overlap
 from advebm.metrics.base import Features, SampleSet, Subject, label
 from advebm.metrics.distances import Moments, inception_score, kernel_distance
 from advebm.metrics.overlap import Balls, density_coverage, hits, precision_recall
@@ -438,4 +438,3 @@ def test_python_names_spaces_too(small_run, generator):
     records = {r.name: r.value for r in advebm.evaluate(advebm.load(small_run.folder), **options, features="pixels")}
     assert records["coverage (pixels)"] > 0.6
     assert records["precision (pixels)"] > 0.6
-    assert quality.NEAR < quality.WIDE

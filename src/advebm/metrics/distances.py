@@ -60,6 +60,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of ``Lᵀ Σ_b L`` where ``L Lᵀ = Σ_a``, which is
     symmetric: no matrix root, nothing imaginary.  It is called FID only in the features of the Inception network.
+    The fewer features, the larger it is on average; with no more of them than dimensions it says little by itself.
     """
     if min(a.count, b.count) < 2 or a.mean.shape != b.mean.shape:
         sizes = f"{a.count} x {len(a.total)} and {b.count} x {len(b.total)}"
@@ -102,8 +103,8 @@ def kernel_pairs(a: Tensor) -> float:
 def inception_score(logits: Tensor, splits: int = 10, generator: torch.Generator | None = None) -> tuple[float, float]:
     """``exp E_x KL(p(y|x) ‖ p(y))`` in each split of the images: mean and deviation over the splits.
 
-    Salimans et al. (2016).  It lies between 1 and K.  The deviation is the one that is published: divided by the
-    number of splits, and no standard error.
+    Salimans et al. (2016).  It lies between 1 and K.  The deviation is what papers print behind ±, the root of the mean
+    square over the splits; it is no standard error.
 
     Args:
         logits: (N, K).

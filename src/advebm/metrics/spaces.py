@@ -43,7 +43,7 @@ class InceptionFeatures:
     judge: ClassVar[str] = inception.NAME
 
     def load(self, device: torch.device | str) -> Features:
-        """A few images at a time: one takes 299 x 299 pixels and 30 MB inside."""
+        """A few images at a time, since each is taken to 299 x 299 pixels."""
         network = inception.load(self.path).to(device)
 
         def extract(x: Tensor) -> Tensor:
