@@ -4,6 +4,7 @@ from torch import nn
 
 import advebm
 from advebm.errors import UserError
+from tests.helpers import few_samples
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,7 @@ def test_your_own_module(test_images):
     assert len(advebm.evaluate(wrapped, data="digits", threat=advebm.Attack(eps=0.1))) == 2
 
 
+@few_samples
 def test_sample_quality_from_python(model):
     from advebm.metrics.base import SampleSet
     from advebm.metrics.quality import SampleQuality

@@ -81,6 +81,10 @@ KINDS: dict[str, dict[str, str]] = {
         "sample-quality": "advebm.metrics.quality:SampleQuality",
         "energies": "advebm.metrics.energy:Energies",
     },
+    "space": {
+        "inception": "advebm.metrics.spaces:InceptionFeatures",
+        "pixels": "advebm.metrics.spaces:Pixels",
+    },
 }
 
 

@@ -100,7 +100,7 @@ def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[st
     records = list(records)
     names = ("accuracy", f"accuracy under {threat.name}")
     shown = [r for name in names for r in records if r["name"] == name]
-    shown += sorted((r for r in records if r["name"].startswith("FD")), key=lambda r: r["value"])[:1]
+    shown += sorted((r for r in records if r["name"].startswith(("FD", "FID"))), key=lambda r: r["value"])[:1]
     cards = []
     for text in map(row, shown):
         name = " · ".join(filter(None, [text["name"], text["samples"]]))
