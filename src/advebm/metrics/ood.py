@@ -6,7 +6,7 @@ class.  Results in the literature often mean the opposite; each function says wh
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -62,7 +62,10 @@ class EnergyScore:
 
 @dataclass(frozen=True)
 class MaxSoftmax:
-    """``-log max_k p(k|x)``, which ranks as one minus the confidence of Hendrycks and Gimpel (2017) does."""
+    """``log (1 - p) / p`` of the confidence ``p = max_k p(k|x)``, Hendrycks and Gimpel (2017).
+
+    It ranks as ``1 - p`` does, but two confidences that round to 1 are still told apart.
+    """
 
     name = "max-softmax"
     cites: ClassVar[tuple[str, ...]] = ("hendrycks2017",)
@@ -113,14 +116,16 @@ class ODIN:
 
 
 def _outputs(f: Logits, x: Tensor) -> Tensor:
-    """(B, K) in float64, in which a confidence of 1 - 1e-9 is not 1 yet; (B, 1) of a critic."""
+    """(B, K), or (B, 1) of a critic, in float64, for differences of logits that ODIN divides by 1000."""
     return f(x).double().reshape(len(x), -1)
 
 
 def _doubt(logits: Tensor) -> Tensor:
+    """Log-odds against the most likely class, in nats; (B, K) -> (B,)."""
     if logits.shape[1] < 2:
         raise UserError("this score needs a classifier, the model has one output; use energy or max-logit")
-    return energies.conditional(logits, logits.argmax(1))
+    top, most_likely = logits.max(1)
+    return logits.scatter(1, most_likely[:, None], -torch.inf).logsumexp(1) - top
 
 
 # Two sets of scores -> how well they are told apart; float64, ties counted half --------------------------------------
@@ -263,25 +268,26 @@ class OutOfDistribution:
         """Five records for each set and score, as the images are and in the worst case: ``AUROC energy vs uniform``."""
         seed, where = generator.initial_seed(), generator.device
         eps = self._radius(subject.threat)
+        metric = config.describe(replace(self, eps=eps))
         inside = outliers.choose(subject.split.x, self.count, generator)
-        sets: dict[str, tuple[Outlier, Tensor]] = {}
+        sets: dict[str, Tensor] = {}
         for outlier in self.sets:
-            own = seeds.generator(seed, *map(str, _key(outlier)), device=where)
+            own = seeds.generator(seed, str(config.describe(outlier)), device=where)
             name, x = outliers.draw(outlier, subject.data, self.count, own)
             if name in sets:
                 raise UserError(f"two sets are called {name}; measure them one at a time")
-            sets[name] = outlier, x
+            sets[name] = x
         records = []
         with searching(subject.model) as f:
             for score in self.scores:
                 known = _scored(score, f, inside, subject)
-                for name, (outlier, x) in sets.items():
-                    cases = {"": _scored(score, f, x, subject)}
+                for name, x in sets.items():
+                    about = {"score": score.name, "outliers": name, "metric": metric}
+                    cases: dict[str | None, Tensor] = {None: _scored(score, f, x, subject)}
                     if eps > 0:
                         own = seeds.generator(seed, "worst case", name, score.name, device=where)
-                        cases[f", {self._attack_name(eps)}"] = self._lowest(score, f, x, eps, subject, own)
-                    about = {"score": config.describe(score), "set": config.describe(outlier)}
-                    records += self._records(f"{score.name} vs {name}", known, cases, about, eps)
+                        cases[self._attack(eps)] = self._lowest(score, f, x, eps, subject, own)
+                    records += self._records(known, cases, about)
         return records
 
     def _lowest(
@@ -299,22 +305,19 @@ class OutOfDistribution:
             lowest.append(torch.stack(scores).amin(0))
         return torch.cat(lowest)
 
-    def _records(
-        self, name: str, inside: Tensor, cases: dict[str, Tensor], about: dict[str, Any], eps: float
-    ) -> list[Record]:
+    def _records(self, inside: Tensor, cases: dict[str | None, Tensor], about: dict[str, Any]) -> list[Record]:
         edges = np.histogram_bin_edges(torch.cat([inside, *cases.values()]).numpy(), BINS)
         density = lambda scores: np.histogram(scores.numpy(), edges, density=True)[0].tolist()
         records = []
-        for case, outside in cases.items():
+        for attack, outside in cases.items():
             settings = {**about, "inside": len(inside), "outside": len(outside)}
-            if case:
-                settings["attack"] = {"eps": eps, "norm": self.norm, "steps": self.steps, "restarts": self.restarts}
+            name = f"{about['score']} vs {about['outliers']}"
+            if attack is not None:
+                name, settings["attack"] = f"{name}, {attack}", attack
             shown = {"score": edges.tolist(), "inside": density(inside), "outside": density(outside)}
             for measure, function in MEASURES.items():
-                series = shown if measure == "AUROC" else {}
-                count = len(inside) + len(outside)
-                found = function(inside, outside)
-                records.append(Record(f"{measure} {name}{case}", *found, count, settings, series))
+                count, series = len(inside) + len(outside), shown if measure == "AUROC" else {}
+                records.append(Record(f"{measure} {name}", *function(inside, outside), count, settings, series))
         return records
 
     def _radius(self, threat: Attack) -> float:
@@ -322,13 +325,9 @@ class OutOfDistribution:
             return self.eps
         return threat.eps if threat.norm == self.norm else {"l2": 1.0, "linf": 8 / 255}[self.norm]
 
-    def _attack_name(self, eps: float) -> str:
+    def _attack(self, eps: float) -> str:
         times = "" if self.restarts == 1 else f" x {self.restarts}"
         return f"APGD-{self.steps}{times} {radius(eps, self.norm)}"
-
-
-def _key(outlier: Outlier) -> tuple[Any, ...]:
-    return tuple(config.describe(outlier).items())
 
 
 def _plain(score: Score, f: Logits, x: Tensor) -> Tensor:
