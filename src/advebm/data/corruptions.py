@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad
+from torch.nn.functional import conv2d, pad
 
 from advebm.errors import UserError, unknown
 from advebm.seeds import rand, randn
@@ -59,9 +59,16 @@ def brightness(x: Tensor, shift: float, generator: torch.Generator) -> Tensor:
 
 
 def pixelate(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Averages over larger pixels, whose number along an edge is this share of it."""
-    size = [max(1, round(edge * share)) for edge in x.shape[2:]]
-    return interpolate(interpolate(x, size=size, mode="area"), size=list(x.shape[2:]), mode="nearest-exact")
+    """Larger pixels, whose number along an edge is this share of it; averages by area, there and back."""
+    rows, columns = (_blocks(edge, max(1, round(edge * share))).to(x) for edge in x.shape[2:])
+    return rows @ x @ columns.T
+
+
+def _blocks(edge: int, cells: int) -> Tensor:
+    """Matrix (edge, edge) that averages pixels over equal cells, and cells over pixels, each by the area they share."""
+    fine, coarse = torch.arange(edge + 1) / edge, torch.arange(cells + 1)[:, None] / cells
+    shared = (torch.minimum(coarse[1:], fine[1:]) - torch.maximum(coarse[:-1], fine[:-1])).clamp_min(0)
+    return edge * cells * shared.T @ shared
 
 
 def jpeg(x: Tensor, quality: float, generator: torch.Generator) -> Tensor:
@@ -82,7 +89,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, tuple[float, ...]]] = {
     "gaussian-blur": (gaussian_blur, (0.015, 0.025, 0.035, 0.05, 0.07)),
     "contrast": (contrast, (0.7, 0.5, 0.35, 0.2, 0.1)),
     "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
-    "pixelate": (pixelate, (0.8, 0.65, 0.5, 0.4, 0.3)),
+    "pixelate": (pixelate, (0.8, 0.6, 0.45, 0.35, 0.25)),
     "jpeg": (jpeg, (60, 40, 25, 15, 8)),
 }
 SEVERITIES = (1, 2, 3, 4, 5)

@@ -19,7 +19,7 @@ from advebm.metrics.distances import jackknife
 from advebm.modes import searching
 
 GROUPS = 20  # of the jackknife
-WIDEST = 100.0  # temperatures are sought between 1/100 and 100
+RANGE = 20.0  # of the logarithms of temperatures, on both sides of 0
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,25 @@ def temperature(logits: Tensor, y: Tensor) -> tuple[float, float]:
     """The T whose ``softmax(f / T)`` has the least negative log-likelihood, Guo et al. (2017), and its standard error.
 
     The derivative by 1/T, ``E_p[f] - f_y`` on average, never falls as 1/T grows: bisection of log T finds its root.
-    There is none where every answer is right, or where they are worse than chance: then T is at the end of
-    [1/100, 100], with a warning.  The error is that of an M-estimator, without trust in the model.
+    The error is that of an M-estimator: it does not take the model to be right.
+
+    Raises:
+        UserError: every answer is right, or they are worse than constant ones: then no finite T > 0 is the best.
     """
     z = logits.double()
     chosen = z.gather(1, y[:, None]).squeeze(1)
+    if not z.mean(1).mean() < chosen.mean() < z.amax(1).mean():
+        what = "all" if (z.argmax(1) == y).all() else "too few"
+        raise UserError(f"no temperature is the best for {len(z)} images of which {what} are classified right")
 
     def slope(t: float) -> Tensor:
         return ((z / t).softmax(1) * z).sum(1) - chosen  # (N,), by 1/T
 
-    low, high = -math.log(WIDEST), math.log(WIDEST)
-    for _ in range(60):
+    low, high = -RANGE, RANGE
+    for _ in range(80):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(math.exp(middle)).mean() < 0 else (middle, high)
     t = math.exp((low + high) / 2)
-    if abs(math.log(t)) > math.log(WIDEST) - 1e-6:
-        warnings.warn(f"no temperature fits {len(z)} images best; {t:.3g} is the end of the range", stacklevel=2)
     p = (z / t).softmax(1)
     curvature = ((p * z.square()).sum(1) - (p * z).sum(1).square()).mean()
     error = slope(t).square().mean().sqrt() / (curvature * math.sqrt(len(z)))
@@ -123,13 +126,16 @@ class Calibration:
             raise UserError(f"bins is at least 1, got {self.bins}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """``temperature``; ``ECE``, ``MCE``, ``NLL``, ``Brier score``; these again ``after temperature scaling``."""
+        """``ECE``, ``MCE``, ``NLL``, ``Brier score``; ``temperature``; the four ``after temperature scaling``."""
         validation, (logits, y) = _logits(subject, subject.data.val), _logits(subject, subject.split)
-        t, error = temperature(*validation)
-        records = [Record("temperature", t, error, len(validation[1]), {"fitted_on": "val"})]
-        for case, factor in (("", 1.0), (" after temperature scaling", t)):
-            records += self._records(logits / factor, y, case, {"temperature": factor})
-        return records
+        records = self._records(logits, y, "", {"temperature": 1.0})
+        try:
+            t, error = temperature(*validation)
+        except UserError as reason:
+            warnings.warn(f"calibration is measured without temperature scaling: {reason}", stacklevel=2)
+            return records
+        scaled = self._records(logits / t, y, " after temperature scaling", {"temperature": t})
+        return [*records, Record("temperature", t, error, len(validation[1]), {"fitted_on": "val"}), *scaled]
 
     def _records(self, logits: Tensor, y: Tensor, case: str, settings: dict[str, Any]) -> list[Record]:
         whole, groups = Reliability.of(logits, y, self.bins), min(GROUPS, len(y))

@@ -177,9 +177,9 @@ def _share_below(scores: Tensor, others: Tensor) -> Tensor:
 def _average_precision(positive: Tensor, negative: Tensor) -> float:
     """``Σ_t (R_t - R_{t-1}) P_t`` over the distinct scores of positives t, from the highest; no interpolation."""
     found, counts = positive.unique(return_counts=True)
-    at_least = lambda scores: len(scores) - torch.searchsorted(scores.sort().values, found)
+    at_least = lambda scores: (len(scores) - torch.searchsorted(scores.sort().values, found)).double()
     true, false = at_least(positive), at_least(negative)
-    return (counts / len(positive) * true / (true + false)).sum().item()
+    return (counts * true / (true + false)).sum().item() / len(positive)
 
 
 def _false_positives(positive: Tensor, negative: Tensor) -> float:
