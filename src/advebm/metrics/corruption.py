@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from advebm import seeds
+from advebm.attacks.base import correct
 from advebm.data.corruptions import CORRUPTIONS, SEVERITIES, check, corrupt
 from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, average, proportion
-from advebm.metrics.robustness import correct
 from advebm.modes import searching
 
 
