@@ -61,6 +61,8 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None, tit
         ],
         robustness=_uri(figures.robustness(everyone, config.describe(recipe.threat))),
         energies=_uri(figures.energies(own)),
+        reliability=_uri(figures.reliability(own)),
+        detection=_uri(figures.detection(own)),
         tables=[{"name": name, "rows": [row(r) for r in records]} for name, records in everyone.items() if records],
         config=dump(recipe),
         environment=json.dumps(files.read_json(run.folder / "env.json", default={}), indent=2),
