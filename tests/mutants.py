@@ -992,6 +992,9 @@ MUTANTS = [
         "share / self.peak if share < 0.5",
         "training",
     ),
+    # models by name
+    Mutant("find_model: files taken for code", "evaluation.py", 'return ":" in str(where) and', "return", "api"),
+    Mutant("find_model: train mode", "evaluation.py", "make(), nn.Identity()).eval()", "make(), nn.Identity())", "api"),
 ]
 
 

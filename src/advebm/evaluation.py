@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from advebm import generation, seeds
 from advebm.metrics.base import Features, Metric, Record, Subject
 from advebm.models import network
-from advebm.models.network import Network
+from advebm.models.network import Network, Normalize
+from advebm.models.own import Own
 from advebm.training.recipe import Recipe
 from advebm.training.run import Run
 
@@ -46,7 +49,7 @@ def evaluate_run(
     Args:
         run: a trained run.
         recipe: the run's own by default; another threat or other metrics may be asked for.
-        features: run or model (a folder or ``hf:USER/NAME``) whose classifier gives the feature space of sample
+        features: run or model (as for :func:`find_model`) whose classifier gives the feature space of sample
             quality; none takes the run's own model, which says so in the metric's name and flatters its own samples.
         checkpoint: ``latest``, ``best`` or a number of images.
         seed: of the attacks.
@@ -78,10 +81,24 @@ def evaluate_run(
 
 
 def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
-    """The network of a run folder, a checkpoint, a published model's folder or ``hf:USER/NAME``."""
+    """The network of a run folder, a checkpoint, a published model's folder, ``hf:USER/NAME`` or a module of one's own.
+
+    A module of one's own is ``PACKAGE.MODULE:FACTORY``, see :class:`Own`; it takes images in [0, 1] as they are, so it
+    normalises them itself.  Every network is in eval mode.
+
+    Raises:
+        UserError: nothing there, a damaged file, a factory that fails.
+    """
     if (Path(where) / "config.yaml").is_file():
         return Run.open(where).model(checkpoint)[0]
+    if is_factory(where):
+        return Network(Normalize((0.0,), (1.0,)), Own(str(where)).make(), nn.Identity()).eval()
     return network.find(where)
+
+
+def is_factory(where: str | Path) -> bool:
+    """Whether a model is named as ``PACKAGE.MODULE:FACTORY``, which imports code, rather than as files."""
+    return ":" in str(where) and not str(where).startswith("hf:") and not Path(where).exists()
 
 
 def owner(features: str | Path) -> str:
@@ -91,12 +108,14 @@ def owner(features: str | Path) -> str:
 
 
 def judge(features: str | Path | None) -> str | None:
-    """Which weights features are of: a folder and its latest checkpoint, a model on the Hub, or the run's own."""
+    """Which weights features are of: a folder and its latest checkpoint, a model's name, or the run's own."""
     if features is None:
         return None
+    if str(features).startswith("hf:") or is_factory(features):
+        return str(features)
     pointer = Path(features) / "checkpoints" / "LATEST"
     latest = f"@{pointer.read_text().strip()}" if pointer.is_file() else ""
-    return str(features) if str(features).startswith("hf:") else f"{Path(features).resolve()}{latest}"
+    return f"{Path(features).resolve()}{latest}"
 
 
 def feature_space(name: str, model: Network) -> Features:
