@@ -130,7 +130,7 @@ def build_parser() -> Parser:
         "doctor",
         run_doctor,
         "Look for what spoils a model's energies and the attacks on it; say what to do.",
-        "Exit status 1 where there are faults. A run brings its images and its threat; another model takes --data NAME. "
+        "Exit status 1 where there are faults. A run has its images and its threat; any other model takes --data NAME. "
         "Takes --data.option VALUE and --threat.option VALUE.",
     )
     sub.set_defaults(takes=("data", "threat"))

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from advebm.doctor import CHECKS, Finding, about, title
+from advebm import doctor
 from advebm.metrics.base import Record
 from advebm.reporting.build import row
 
@@ -43,7 +43,7 @@ def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     _print(table, 60 + 14 * len(columns))
 
 
-def findings_list(findings: Iterable[Finding]) -> None:
+def findings_list(findings: Iterable[doctor.Finding]) -> None:
     """A block a finding, then what was skipped; where there is none, what was looked at."""
     findings = list(findings)
     shown = [f for f in findings if f.severity != "skipped"]
@@ -56,8 +56,8 @@ def findings_list(findings: Iterable[Finding]) -> None:
     faults = sum(f.severity == "fault" for f in shown)
     if not faults:
         print("no faults found; checked:")
-        for check in CHECKS:
-            print(f"  {title(check):12}{about(check)}")
+        for check in doctor.CHECKS:
+            print(f"  {doctor.title(check):12}{doctor.about(check)}")
     else:
         print(f"{faults} fault{'s' * (faults > 1)}")
 
