@@ -1,4 +1,7 @@
 import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 from advebm import config, recipes
 from advebm.training.recipe import Recipe, resolve
@@ -26,3 +29,14 @@ def default(role: str, kind: str) -> object:
     needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
     assert set(needed) <= {"path", "teacher"}, "a method works with its defaults, or names what it needs"
     return config.build({"kind": kind, **dict.fromkeys(needed, "some.where:file")}, role)
+
+
+class Plain(nn.Module):
+    """A function of images as a model without weights."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x)

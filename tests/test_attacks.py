@@ -6,7 +6,8 @@ import torch
 from advebm import energies
 from advebm.attacks.projected import Attack, fgsm
 from advebm.errors import UserError
-from advebm.metrics.robustness import survives
+from advebm.metrics.verdicts import judge
+from tests.helpers import Plain
 from tests.references import attacks as reference
 
 
@@ -99,18 +100,18 @@ def test_a_point_survives_only_if_every_restart_fails(batch):
     y = torch.zeros(4000, dtype=torch.long)
     f = lambda v: torch.cat([0.5 - v.flatten(1), v.flatten(1) - 0.5], 1)  # wrong where the pixel exceeds 0.5
     still = Attack(eps=0.1, steps=1, step_size=1e-9, restarts=3)
-    share = survives(f, x, y, still, torch.Generator().manual_seed(0)).float().mean().item()
+    share = judge(Plain(f), x, y, still).standing().float().mean().item()
     assert share == pytest.approx(1 / 8, abs=4 * (7 / 64 / 4000) ** 0.5)
 
 
 def test_the_clean_image_counts_as_an_attack(batch):
     """An attack that could repair a wrong image must not."""
     f = lambda v: torch.stack([0 * v.sum((1, 2, 3)), 1 + 0 * v.sum((1, 2, 3))], 1)
-    right = survives(f, torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 1, 0, 1]), Attack(steps=1), torch.Generator())
-    assert right.tolist() == [False, True, True, False, True]
+    right = judge(Plain(f), torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 1, 0, 1]), Attack(steps=1))
+    assert right.standing().tolist() == [False, True, True, False, True]
     coin = lambda v: torch.cat([0.5 - v.flatten(1), v.flatten(1) - 0.5], 1)
     wrong, nothing = torch.full((100, 1, 1, 1), 0.51), torch.zeros(100, dtype=torch.long)
-    assert not survives(coin, wrong, nothing, Attack(eps=0.1, steps=1, step_size=1e-9), torch.Generator()).any()
+    assert not judge(Plain(coin), wrong, nothing, Attack(eps=0.1, steps=1, step_size=1e-9)).standing().any()
 
 
 @pytest.mark.parametrize(

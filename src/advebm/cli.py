@@ -327,7 +327,9 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     recipe = resolve(config.describe(run.recipe), overrides)
     options = {"features": args.features, "checkpoint": args.checkpoint, "seed": args.seed}
     options["device"] = device(args.device)
-    records = evaluate_run(run, recipe=recipe, **options, progress=lambda name: console.screen.print(f"  {name}"))
+    records = evaluate_run(
+        run, recipe=recipe, **options, progress=lambda name: console.screen.print(f"  {name}"), bar=console.bar
+    )
     if args.json:
         for record in records:
             print(json.dumps(dataclasses.asdict(record)))
@@ -390,7 +392,7 @@ def run_compare(args: argparse.Namespace, overrides: Overrides) -> None:
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
     say = lambda text: console.screen.print(f"  {text}")
     options = {"features": args.features, "seed": args.seed, "device": device(args.device)}
-    one_a_line(compare(runs, threat=threat, **options, progress=say))
+    one_a_line(compare(runs, threat=threat, **options, progress=say, bar=console.bar))
     print(report(runs[0], beside=runs[1:], out=args.out))
 
 

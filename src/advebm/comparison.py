@@ -12,7 +12,7 @@ import torch
 from advebm import config, evaluation, generation
 from advebm.attacks.projected import Attack
 from advebm.errors import UserError
-from advebm.metrics.base import Metric
+from advebm.metrics.base import Bar, Metric, silent
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.training.instruments import passes
@@ -37,6 +37,7 @@ def compare(
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
+    bar: Bar = silent,
 ) -> dict[str, Records]:
     """Measure runs alike: clean, PGD-10, PGD-50 and energy-attack accuracy, sample quality, what training costs.
 
@@ -50,6 +51,7 @@ def compare(
         seed: of the attacks.
         device: where to compute.
         progress: told what is being done.
+        bar: what shows how far an attack is.
     """
     tests = {run.folder: run.recipe.data.load().test for run in runs}
     if any(not torch.equal(test.x, tests[runs[0].folder].x) for test in tests.values()):
@@ -61,7 +63,7 @@ def compare(
     for title, run in titled(runs).items():
         wanted = {**accuracies(judged_by), **quality(run, features)}
         tell = lambda name, title=title: progress(f"{title}: {name}")
-        measure(run, wanted, features=features, seed=seed, device=device, progress=tell)
+        measure(run, wanted, features=features, seed=seed, device=device, progress=tell, bar=bar)
         if not any(r["name"] == COSTS[0] for r in run.records()):
             run.append(costs(run))
         names = {*(name for name, _ in wanted), *COSTS}

@@ -65,6 +65,14 @@ KINDS: dict[str, dict[str, str]] = {
         "ta": "advebm.samplers:TA",
         "cs": "advebm.samplers:CS",
     },
+    "adversary": {
+        "pgd": "advebm.attacks.projected:Attack",
+        "apgd": "advebm.attacks.apgd:APGD",
+        "fab": "advebm.attacks.fab:FAB",
+        "square": "advebm.attacks.square:Square",
+        "cw": "advebm.attacks.cw:CW",
+        "autoattack": "advebm.attacks.autoattack:AutoAttack",
+    },
     "metric": {
         "accuracy": "advebm.metrics.robustness:Accuracy",
         "robust-accuracy": "advebm.metrics.robustness:RobustAccuracy",
@@ -115,8 +123,8 @@ def describe(thing: Any, hint: Any = None) -> Any:
         plain = {f.name: describe(getattr(thing, f.name), hints[f.name]) for f in dataclasses.fields(thing) if f.init}
         path = f"{type(thing).__module__}:{type(thing).__qualname__}"
         kind = next((kind for kinds in KINDS.values() for kind, target in kinds.items() if target == path), None)
-        if kind is None and role_of(hint) is not None:
-            kind = path
+        if hint is not None:  # a field of one class needs no kind
+            kind = None if role_of(hint) is None else kind or path
         return plain if kind is None else {"kind": kind, **plain}
     if isinstance(thing, tuple | list):
         inner = typing.get_args(hint)[:1] or (None,)
@@ -236,7 +244,10 @@ def switch(data: Mapping[str, Any], role: str, kind: str) -> dict[str, Any]:
         if name in fields and name != "kind":
             carried = getattr(fields[name].default, "carried", None)
             if isinstance(value, Mapping) and carried:
-                value = {**describe(fields[name].default), **{k: v for k, v in value.items() if k in carried}}
+                value = {
+                    **describe(fields[name].default, type(fields[name].default)),
+                    **{k: v for k, v in value.items() if k in carried},
+                }
             kept[name] = value
     return {**kept, **given}
 

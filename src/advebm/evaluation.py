@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from advebm import generation, seeds
-from advebm.metrics.base import Features, Metric, Record, Subject
+from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent
 from advebm.models import network
 from advebm.models.network import Network, Normalize
 from advebm.models.own import Own
@@ -43,6 +43,7 @@ def evaluate_run(
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda name: None,
+    bar: Bar = silent,
 ) -> list[Record]:
     """The recipe's metrics on a checkpoint and on all samples of a run; appended to the run's ``metrics.json``.
 
@@ -55,6 +56,7 @@ def evaluate_run(
         seed: of the attacks.
         device: where to compute.
         progress: told the name of each metric.
+        bar: what shows how far a long attack is; it can be stopped, and goes on in the run's ``verdicts``.
     """
     recipe = recipe or run.recipe
     run.records()  # a damaged file is noticed now rather than after minutes
@@ -66,7 +68,7 @@ def evaluate_run(
         space = feature_space("own features", model)
     else:
         space = feature_space(f"features of {owner(features)}", find_model(features).to(device))
-    subject = Subject(model, data, data.test, recipe.threat, samples, space)
+    subject = Subject(model, data, data.test, recipe.threat, samples, space, folder=run.folder / "verdicts", bar=bar)
     for name, drawn in samples.items():
         if (other := drawn.manifest.get("checkpoint")) != path.name:
             warnings.warn(f"samples {name} were drawn from checkpoint {other}, not {path.name}", stacklevel=2)

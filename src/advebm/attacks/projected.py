@@ -1,12 +1,13 @@
 """Projected-gradient attacks: FGSM, PGD, the energy attack, targeted ones, as values of one dataclass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from advebm import energies
+from advebm.attacks.base import Adversary, Run, check_radius, margin, radius
 from advebm.config import check_choices
 from advebm.descent import Descent, Energy, Observer, both, box, l2_ball, linf_ball, sign, unit
 from advebm.errors import UserError
@@ -14,7 +15,7 @@ from advebm.starts import Gaussian, Start, UniformBall, clean
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(Adversary):
     """Projected gradient descent in an eps-ball, Madry et al. (2018); with one step from ``clean``, FGSM.
 
     It lowers whatever energy it is given: ``attack(attack.harm(f, y), x, generator)`` is untargeted,
@@ -27,8 +28,9 @@ class Attack:
         step_size: in pixels of [0, 1]; None means 2.5 eps / steps.
         start: ``uniform`` in the ball, ``gaussian`` of deviation ``spread``, or ``clean``.
         spread: deviation of a gaussian start.
-        loss: what an untargeted attack raises: ``cross-entropy`` = E(x, y) - E(x), JEAT eq. 14, or ``energy`` =
-            E(x, y), JEAT eq. 18.  The second can be masked by the scale of the logits: judge by the first.
+        loss: what an untargeted attack raises: ``cross-entropy`` = E(x, y) - E(x), JEAT eq. 14; ``energy`` = E(x, y),
+            JEAT eq. 18, which the scale of the logits can mask: judge by the first; or ``margin``, the loss of Carlini
+            and Wagner (2017) within the ball.
         restarts: runs from other starts; the lowest energy counts, for each image.
     """
 
@@ -38,7 +40,7 @@ class Attack:
     step_size: float | None = None
     start: Literal["uniform", "gaussian", "clean"] = "uniform"
     spread: float = 1e-3
-    loss: Literal["cross-entropy", "energy"] = "cross-entropy"
+    loss: Literal["cross-entropy", "energy", "margin"] = "cross-entropy"
     restarts: int = 1
 
     cites: ClassVar[tuple[str, ...]] = ("madry2018",)
@@ -46,10 +48,7 @@ class Attack:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if not self.eps >= 0:
-            raise UserError(f"eps is a radius >= 0 in pixels of [0, 1], got {self.eps}")
-        if self.eps > 1 and self.norm == "linf":
-            raise UserError(f"an linf eps is at most 1 in pixels of [0, 1], got {self.eps}; write 8/255, not 8")
+        check_radius(self.eps, self.norm)
         if self.steps < 1 or self.restarts < 1:
             raise UserError(f"steps and restarts are at least 1, got {self.steps} and {self.restarts}")
         if self.step_size is not None and not self.step_size > 0:
@@ -90,18 +89,25 @@ class Attack:
         """The energy an untargeted attack on the labels ``y (B,)`` lowers: minus ``loss``."""
         if self.loss == "energy":
             return lambda x: -energies.joint(f(x), y)
+        if self.loss == "margin":
+            return lambda x: -margin(f(x), y)
         return lambda x: -energies.conditional(f(x), y)
+
+    def runs(self, classes: int) -> list[Run]:
+        """A run a restart."""
+        once = replace(self, restarts=1)
+        return [
+            Run(self.name, lambda f, x, y, generator: once(once.harm(f, y), x, generator), self.steps)
+        ] * self.restarts
 
     @property
     def name(self) -> str:
         """As tables write it: ``PGD-20 l2 0.75``."""
-        kind = (
-            "energy attack" if self.loss == "energy" else "FGSM" if self.start == "clean" and self.steps == 1 else "PGD"
-        )
+        kind = {"energy": "energy attack", "margin": "C&W-PGD"}.get(self.loss, "PGD")
+        kind = "FGSM" if kind == "PGD" and self.start == "clean" and self.steps == 1 else kind
         times = "" if self.restarts == 1 else f" x {self.restarts}"
         steps = "" if kind == "FGSM" else f"-{self.steps}"
-        radius = f"{self.eps * 255:.3g}/255" if self.norm == "linf" else f"{self.eps:.4g}"
-        return f"{kind}{steps}{times} {self.norm} {radius}"
+        return f"{kind}{steps}{times} {radius(self.eps, self.norm)}"
 
 
 def fgsm(eps: float, norm: Literal["linf", "l2"] = "linf") -> Attack:

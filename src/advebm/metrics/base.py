@@ -3,6 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -50,6 +52,15 @@ class Features(NamedTuple):
     classify: Callable[[Tensor], Tensor] | None = None
 
 
+Tell = Callable[[int, str], None]  # how much is done, and a note
+Bar = Callable[[str, int], AbstractContextManager[Tell]]  # what, and how much there is to do
+
+
+def silent(name: str, total: int) -> AbstractContextManager[Tell]:
+    """Tells nobody."""
+    return nullcontext(lambda done, note: None)
+
+
 class Subject(NamedTuple):
     """What a metric looks at."""
 
@@ -60,6 +71,8 @@ class Subject(NamedTuple):
     samples: Mapping[str, SampleSet] = MappingProxyType({})
     features: Features | None = None
     batch: int = 500
+    folder: Path | None = None  # where long measurements keep where they are
+    bar: Bar = silent  # what shows how far they are
 
     @property
     def device(self) -> torch.device:
@@ -67,9 +80,8 @@ class Subject(NamedTuple):
         return device_of(self.model)
 
     def on_device(self, x: Tensor) -> Tensor:
-        """Images, bytes or floating point in [0, 1], as float32 on the model's device."""
-        x = x.to(self.device)
-        return to_float(x) if x.dtype == torch.uint8 else x
+        """Images, bytes or floating point in [0, 1], as floating point on the model's device."""
+        return as_images(x, self.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The split as float images and labels on the model's device."""
@@ -89,6 +101,12 @@ class Metric(Protocol):
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's weights are; the CPU if it has none."""
     return next((v.device for v in model.state_dict().values()), torch.device("cpu"))
+
+
+def as_images(x: Tensor, device: torch.device) -> Tensor:
+    """Images, bytes or floating point in [0, 1], as floating point on a device."""
+    x = x.to(device)
+    return to_float(x) if x.dtype == torch.uint8 else x
 
 
 def proportion(hits: Tensor) -> tuple[float, float, int]:

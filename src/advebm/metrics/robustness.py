@@ -1,51 +1,38 @@
 """Accuracy, clean and under attack."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from advebm import config, energies
+from advebm.attacks.base import Adversary, correct
 from advebm.attacks.projected import Attack
+from advebm.config import check_choices
 from advebm.descent import Energy
 from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, proportion
+from advebm.metrics.verdicts import Verdicts, judge
 from advebm.modes import searching
 
 
-@torch.no_grad()
-def correct(f: Logits, x: Tensor, y: Tensor) -> Tensor:
-    """Which images are classified as labelled, bool (B,)."""
-    return f(x).argmax(1) == y
-
-
-def survives(f: Logits, x: Tensor, y: Tensor, attack: Attack, generator: torch.Generator) -> Tensor:
-    """Which images are classified right, and still so after every restart of the attack, bool (B,).
-
-    The clean image lies in the ball, so it counts as an attack too; images already broken are not attacked again.
-    """
-    standing = correct(f, x, y)
-    once = replace(attack, restarts=1)
-    for _ in range(attack.restarts if attack.eps > 0 else 0):
-        left = standing.nonzero().squeeze(1)
-        if len(left) == 0:
-            break
-        found = once(once.harm(f, y[left]), x[left], generator)
-        standing[left] = correct(f, found, y[left])
-    return standing
-
-
-def measure(subject: Subject, attack: Attack | None, generator: torch.Generator) -> tuple[float, float, int]:
+def measure(subject: Subject, attack: Adversary | None, generator: torch.Generator) -> tuple[float, float, int]:
     """Share of the subject's split that is right (under attack, if there is one), with its error and count."""
+    return proportion(verdicts(subject, Attack(eps=0.0) if attack is None else attack, generator).standing())
+
+
+def verdicts(subject: Subject, attack: Adversary, generator: torch.Generator, precision: str = "float32") -> Verdicts:
+    """What becomes of the subject's split under attack, see :func:`advebm.metrics.verdicts.judge`."""
     if not subject.split.labelled:
         raise UserError(f"accuracy needs labels, {subject.data.name} has none; choose --metrics without it")
-    with searching(subject.model) as f:
-        hits = [
-            correct(f, x, y) if attack is None else survives(f, x, y, attack, generator) for x, y in subject.batches()
-        ]
-    return proportion(torch.cat(hits))
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    options = {"seed": seed, "batch": subject.batch, "precision": getattr(torch, precision), "folder": subject.folder}
+    with subject.bar(attack.name, len(subject.split)) as tell:
+        return judge(subject.model, subject.split.x, subject.split.y, attack, **options, tell=tell)
 
 
 @dataclass(frozen=True)
@@ -61,19 +48,37 @@ class Accuracy:
 class RobustAccuracy:
     """Share of images that stay right under an attack of the threat model.
 
-    Projected gradient descent bounds the accuracy against a perfect attacker only from above.
+    An attack bounds the accuracy against a perfect attacker only from above: projected gradient descent loosely,
+    AutoAttack closely.  Each image counts as right only if every run of the attack fails on it.
 
     Attributes:
         attack: the attack; none takes the recipe's ``threat``.
+        precision: what the attack searches in, ``float32`` or ``bfloat16``; the verdict is always in float32.
+        images: how many of the first images; none takes all.
     """
 
-    attack: Attack | None = None
+    attack: Adversary | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    images: int | None = None
 
     cites: ClassVar[tuple[str, ...]] = ("madry2018",)
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.images is not None and self.images < 1:
+            raise UserError(f"images is at least 1 or none, which takes all, got {self.images}")
+
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """One record, ``accuracy under`` the attack."""
-        return [_record(subject, self.attack or subject.threat, generator)]
+        """``accuracy under`` the attack; and, where it has several parts, what is left after each but the last."""
+        attack = self.attack or subject.threat
+        subject = subject._replace(split=subject.split.take(slice(0, self.images)))
+        found = verdicts(subject, attack, generator, self.precision)
+        settings: dict[str, Any] = {"attack": config.describe(attack), "precision": self.precision}
+        records = [_record(f"accuracy under {attack.name}", found.standing(), settings)]
+        for count, part in enumerate(found.attacks[:-1], 1):
+            name = f"accuracy under {attack.name}, after {part}"
+            records.append(_record(name, found.standing(count), {**settings, "part": part}))
+        return records
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,14 @@ class RobustnessCurve:
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """A record a radius."""
         attacks = [_scaled(subject.threat, factor) for factor in self.factors]
-        return [_record(subject, attack, generator) for attack in dict.fromkeys(attacks)]
+        return [
+            _record(
+                f"accuracy under {attack.name}",
+                verdicts(subject, attack, generator).standing(),
+                {"attack": config.describe(attack)},
+            )
+            for attack in dict.fromkeys(attacks)
+        ]
 
 
 def _scaled(attack: Attack, factor: float) -> Attack:
@@ -133,6 +145,13 @@ def _scaled(attack: Attack, factor: float) -> Attack:
     return replace(attack, eps=eps, step_size=step or None)
 
 
-def _record(subject: Subject, attack: Attack, generator: torch.Generator) -> Record:
-    settings: dict[str, Any] = {"attack": config.describe(attack)}
-    return Record(f"accuracy under {attack.name}", *measure(subject, attack, generator), settings)
+def _record(name: str, hits: Tensor, settings: Mapping[str, Any]) -> Record:
+    return Record(name, *proportion(hits), {**settings, "interval": wilson(hits)})
+
+
+def wilson(hits: Tensor, z: float = 1.96) -> list[float]:
+    """The interval of Wilson (1927) for a share, 95 % by default: it stays in [0, 1] where the share is 0 or 1."""
+    p, _, n = proportion(hits)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(centre - half, 0.0), min(centre + half, 1.0)]

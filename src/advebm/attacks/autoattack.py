@@ -1,0 +1,67 @@
+"""AutoAttack: attacks without parameters to tune, one after the other, Croce and Hein (2020)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from advebm.attacks.apgd import APGD
+from advebm.attacks.base import Adversary, Run, check_radius, radius
+from advebm.attacks.fab import FAB
+from advebm.attacks.square import Square
+from advebm.config import check_choices
+
+
+@dataclass(frozen=True)
+class AutoAttack(Adversary):
+    """AutoAttack, Croce and Hein (2020): each attack sees the points that those before it left standing.
+
+    ``standard`` is APGD-CE, APGD-T (nine targets), FAB-T (nine targets) and Square with 5,000 queries, as the authors
+    and RobustBench run it.  ``quick`` stops after APGD-T, where it is decided for most networks, and bounds
+    ``standard`` from above.  ``full`` is ``standard`` with five restarts of APGD-CE and FAB-T, and five of APGD-DLR on
+    top.  ``rand`` is APGD-CE and APGD-DLR with gradients averaged over 20 passes, for networks that are random.  Losses
+    that few classes do not have (DLR takes three, its targeted form four) are replaced by the margin.
+
+    Attributes:
+        eps: radius in pixels of [0, 1].
+        norm: ``linf`` or ``l2``.
+        version: ``quick``, ``standard``, ``full`` or ``rand``.
+    """
+
+    eps: float = 8 / 255
+    norm: Literal["linf", "l2"] = "linf"
+    version: Literal["quick", "standard", "full", "rand"] = "standard"
+
+    cites: ClassVar[tuple[str, ...]] = (
+        "croce2020reliable",
+        "croce2020minimally",
+        "andriushchenko2020",
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_radius(self.eps, self.norm)
+
+    @property
+    def name(self) -> str:
+        """As tables write it: ``AutoAttack linf 8/255``; other versions say which."""
+        version = "" if self.version == "standard" else f" {self.version}"
+        return f"AutoAttack{version} {radius(self.eps, self.norm)}"
+
+    def attacks(self, classes: int) -> list[Adversary]:
+        """In order, for so many classes."""
+        eps, norm = self.eps, self.norm
+        dlr = APGD(eps, norm, loss="dlr" if classes > 2 else "margin")
+        targeted = APGD(eps, norm, loss="targeted-dlr" if classes > 3 else "margin")
+        match self.version:
+            case "quick":
+                return [APGD(eps, norm), targeted]
+            case "standard":
+                return [APGD(eps, norm), targeted, FAB(eps, norm), Square(eps, norm)]
+            case "full":
+                strong = [APGD(eps, norm, restarts=5), replace(dlr, restarts=5)]
+                return [*strong, targeted, FAB(eps, norm, restarts=5), Square(eps, norm)]
+            case "rand":
+                return [APGD(eps, norm, samples=20), replace(dlr, samples=20)]
+
+    def runs(self, classes: int) -> list[Run]:
+        """Of all attacks."""
+        return [run for attack in self.attacks(classes) for run in attack.runs(classes)]

@@ -1,0 +1,131 @@
+"""What an evaluation asks of an attack: its radius, and single runs that are spared the points already broken."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from advebm.energies import Logits
+from advebm.errors import UserError
+
+Search = Callable[[Logits, Tensor, Tensor, torch.Generator], Tensor]  # f, x, y, generator -> images like x
+
+
+class Run(NamedTuple):
+    """One run of an attack, from one start towards one goal.
+
+    Attributes:
+        attack: the name of the attack that it belongs to.
+        search: images that it leads to.
+        passes: forward passes of each image, for estimates of time.
+    """
+
+    attack: str
+    search: Search
+    passes: int
+
+
+class Adversary:
+    """An attack on labelled images: a frozen dataclass of plain data with an ``eps``, a ``norm`` and a ``name``.
+
+    It is made of runs, and whoever carries it out spares each run the points that an earlier one has broken.
+    """
+
+    @property
+    def eps(self) -> float:
+        """Radius in pixels of [0, 1]; infinite for an attack that minimises the distance."""
+        raise NotImplementedError
+
+    @property
+    def norm(self) -> str:
+        """``linf`` or ``l2``."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """As tables write it."""
+        raise NotImplementedError
+
+    def runs(self, classes: int) -> Sequence[Run]:
+        """The runs against a classifier of so many classes, in order.
+
+        Raises:
+            UserError: a loss that this number of classes has not got.
+        """
+        raise NotImplementedError
+
+    def find(self, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] within ``eps`` of ``x``; of points that stay right, what the last run left.
+
+        Args:
+            f: logits (B, K) of images, as :func:`advebm.modes.searching` gives it.
+            x, y: images and their labels, int64 (B,).
+            generator: of every draw.
+        """
+        with torch.no_grad():
+            out = f(x)
+        found, left = x.clone(), (out.argmax(1) == y).nonzero().squeeze(1)
+        for run in self.runs(out.shape[1]):
+            if len(left) == 0:
+                break
+            found[left] = run.search(f, x[left], y[left], generator)
+            left = left[correct(f, found[left], y[left])]
+        return found
+
+
+@torch.no_grad()
+def correct(f: Logits, x: Tensor, y: Tensor) -> Tensor:
+    """Which images are classified as labelled, bool (B,)."""
+    return f(x).argmax(1) == y
+
+
+def two_classes(f: Logits) -> Logits:
+    """A critic as a classifier: its logit f against 0, so that the softmax of ``(0, f)`` is its sigmoid."""
+
+    def logits(x: Tensor) -> Tensor:
+        out = f(x).reshape(len(x))
+        return torch.stack([torch.zeros_like(out), out], 1)
+
+    return logits
+
+
+def radius(eps: float, norm: str) -> str:
+    """As tables write a ball: ``linf 8/255``, ``l2 0.5``."""
+    return f"{norm} {eps * 255:.3g}/255" if norm == "linf" else f"{norm} {eps:.4g}"
+
+
+def check_radius(eps: float, norm: str) -> None:
+    """Refuse a radius that is none, or that was written in bytes."""
+    if not eps >= 0:
+        raise UserError(f"eps is a radius >= 0 in pixels of [0, 1], got {eps}")
+    if eps > 1 and norm == "linf":
+        raise UserError(f"an linf eps is at most 1 in pixels of [0, 1], got {eps}; write 8/255, not 8")
+
+
+def ranked(f: Logits, x: Tensor, y: Tensor, rank: int) -> Tensor:
+    """The ``rank``-th most likely class of each image other than ``y``, from 1: int64 (B,)."""
+    with torch.no_grad():
+        out = f(x).scatter(1, y[:, None], -torch.inf)
+    return out.argsort(1, descending=True)[:, rank - 1]
+
+
+# Losses that attacks raise: logits (B, K) and labels (B,) -> (B,), positive where the label has lost ------------------
+
+
+def margin(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """``max_{k≠y} f_k - f_y``, Carlini and Wagner (2017); with a target ``f_t - f_y``."""
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    if target is not None:
+        return logits.gather(1, target[:, None]).squeeze(1) - own
+    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - own
+
+
+def dlr(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+    """The difference-of-logits ratio of Croce and Hein (2020): the margin in a unit that scaling f does not change.
+
+    The unit is ``f_(1) - f_(3)``, of the sorted logits; with a target ``f_(1) - (f_(3) + f_(4)) / 2``.
+    """
+    top = logits.topk(3 if target is None else 4, 1).values
+    third = top[:, 2] if target is None else (top[:, 2] + top[:, 3]) / 2
+    return margin(logits, y, target) / (top[:, 0] - third + 1e-12)

@@ -1,0 +1,136 @@
+"""FAB: the nearest point across the decision boundary, Croce and Hein (2020)."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from advebm.attacks.base import Adversary, Run, check_radius, margin, radius, ranked
+from advebm.config import check_choices
+from advebm.descent import per_sample, value_and_gradient
+from advebm.energies import Logits
+from advebm.errors import UserError
+
+FARTHEST = 0.1  # largest weight of the step from the image itself, alpha_max of the paper
+OVERSHOOT = 1.05  # eta
+BACK = 0.9  # beta: what remains of the way from the image once the boundary is crossed
+
+
+@dataclass(frozen=True)
+class FAB(Adversary):
+    """The targeted fast adaptive boundary attack, Croce and Hein (2020), within a radius.
+
+    It walks along the linearised boundary between the label and one other class and stays near the image; it stops at
+    a point that is misclassified within ``eps``.
+
+    Attributes:
+        eps: radius in pixels of [0, 1].
+        norm: ``linf`` or ``l2``: the distance that is made small.
+        steps: gradient evaluations of a run.
+        targets: the most likely wrong classes it goes for, in turn; no more than there are.
+        restarts: runs for each of them; all but the first begin at random, half of ``eps`` away.
+    """
+
+    eps: float = 8 / 255
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = 100
+    targets: int = 9
+    restarts: int = 1
+
+    cites: ClassVar[tuple[str, ...]] = ("croce2020minimally",)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_radius(self.eps, self.norm)
+        if min(self.steps, self.targets, self.restarts) < 1:
+            counts = f"{self.steps}, {self.targets} and {self.restarts}"
+            raise UserError(f"steps, targets and restarts are at least 1, got {counts}")
+
+    @property
+    def label(self) -> str:
+        """Without the ball."""
+        return "FAB-T" + (f" x {self.restarts}" if self.restarts > 1 else "")
+
+    @property
+    def name(self) -> str:
+        """As tables write it: ``FAB-T 100 linf 8/255``."""
+        return f"{self.label} {self.steps} {radius(self.eps, self.norm)}"
+
+    def runs(self, classes: int) -> list[Run]:
+        """A run for each target and restart."""
+        goals = range(1, min(self.targets, classes - 1) + 1)
+        return [
+            Run(self.label, partial(self._search, goal, start), 2 * self.steps + 1)
+            for goal in goals
+            for start in range(self.restarts)
+        ]
+
+    def _search(self, goal: int, start: int, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Misclassified points within ``eps`` where there are some, else the images themselves."""
+        target, found = ranked(f, x, y, goal), x.clone()
+        rows, at = torch.arange(len(x), device=x.device), x
+        if start:
+            at = (x + self.eps / 2 * self._direction(x, generator)).clamp(0, 1)
+        for _ in range(self.steps):
+            origin, label, aim = x[rows], y[rows], target[rows]
+            gap, normal = value_and_gradient(partial(self._gap, f, label, aim), at)
+            moves = onto_plane(
+                torch.cat([at, origin]).flatten(1),
+                normal.flatten(1).repeat(2, 1),
+                torch.cat([-gap, -gap + (normal * (at - origin)).flatten(1).sum(1)]),
+                self.norm,
+            )
+            here, home = (move.view_as(at) for move in moves.chunk(2))
+            lengths = (self._length(move).clamp_min(1e-8) for move in (here, home))
+            near, far = (per_sample(length, at) for length in lengths)
+            share = (near / (near + far)).clamp_max(FARTHEST)
+            at = ((1 - share) * (at + OVERSHOOT * here) + share * (origin + OVERSHOOT * home)).clamp(0, 1)
+            with torch.no_grad():
+                crossed = f(at).argmax(1) != label
+            done = crossed & (self._length(at - origin) <= self.eps)
+            found[rows[done]] = at[done]
+            at = torch.where(per_sample(crossed, at), origin + BACK * (at - origin), at)[~done]
+            rows = rows[~done]
+            if len(rows) == 0:
+                break
+        return found
+
+    @staticmethod
+    def _gap(f: Logits, y: Tensor, target: Tensor, x: Tensor) -> Tensor:
+        return margin(f(x), y, target)
+
+    def _length(self, move: Tensor) -> Tensor:
+        flat = move.flatten(1)
+        return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
+
+    def _direction(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        draw = torch.rand if self.norm == "linf" else torch.randn
+        noise = draw(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = 2 * noise - 1 if self.norm == "linf" else noise
+        return noise / per_sample(self._length(noise).clamp_min(1e-12), x)
+
+
+def onto_plane(x: Tensor, w: Tensor, gap: Tensor, norm: str) -> Tensor:
+    """The shortest move (B, D) with ``w · move = gap`` that keeps ``x (B, D)`` in [0, 1].
+
+    Every coordinate moves by ``min(λ r, room)`` with one λ a row, and r = 1 for linf, abs(w) for l2.  What that
+    achieves is concave and piecewise linear in λ, so Newton's method from 0 finds λ in finitely many steps and never
+    overshoots, without sorting.  Where no point of the box lies on the plane, the move ends in the corner next to it.
+    """
+    room = torch.where(w * gap[:, None] > 0, 1 - x, x)
+    weight, wanted = w.abs(), gap.abs()
+    rate = torch.ones_like(w) if norm == "linf" else weight
+    factor, steps = torch.zeros_like(gap), weight * rate
+    for _ in range(x.shape[1] + 1):
+        scaled = factor[:, None] * rate
+        missing = wanted - (weight * torch.minimum(scaled, room)).sum(1)
+        slope = (steps * (scaled < room)).sum(1)
+        more = torch.where(slope > 0, missing / slope, torch.inf)  # nothing left to move: into the corner
+        open_ = (missing > 1e-6 * wanted) & torch.isfinite(factor)
+        if not open_.any():
+            break
+        factor = torch.where(open_, factor + more, factor)
+    size = torch.where(rate > 0, torch.minimum(factor[:, None] * rate.clamp_min(1e-30), room), 0)
+    return size * w.sign() * gap.sign()[:, None]

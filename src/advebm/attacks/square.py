@@ -1,0 +1,170 @@
+"""Square attack: random search without gradients, Andriushchenko et al. (2020)."""
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from advebm.attacks.base import Adversary, Run, check_radius, margin, radius
+from advebm.config import check_choices
+from advebm.descent import per_sample
+from advebm.energies import Logits
+from advebm.errors import UserError
+
+SHARE = 0.8  # of the pixels that the first square covers, p of the paper as AutoAttack sets it
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which that share is halved
+
+
+@dataclass(frozen=True)
+class Square(Adversary):
+    """The square attack on the margin, Andriushchenko et al. (2020): it sees outputs, never gradients.
+
+    Each query changes a square at a random place, the same for all points of a batch, and keeps it where the margin
+    falls; it stops at a point once that is misclassified.
+
+    Attributes:
+        eps: radius in pixels of [0, 1].
+        norm: ``linf`` or ``l2``.
+        queries: forward passes.
+    """
+
+    eps: float = 8 / 255
+    norm: Literal["linf", "l2"] = "linf"
+    queries: int = 5000
+
+    cites: ClassVar[tuple[str, ...]] = ("andriushchenko2020",)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_radius(self.eps, self.norm)
+        if self.queries < 1:
+            raise UserError(f"queries is at least 1, got {self.queries}")
+
+    @property
+    def name(self) -> str:
+        """As tables write it: ``Square 5000 linf 8/255``."""
+        return f"Square {self.queries} {radius(self.eps, self.norm)}"
+
+    def runs(self, classes: int) -> list[Run]:
+        """One."""
+        return [Run("Square", self._search, self.queries)]
+
+    @torch.no_grad()
+    def _search(self, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Misclassified points where they were found, else those of the smallest margin."""
+        found, rows = x.clone(), torch.arange(len(x), device=x.device)
+        start, propose = (_stripes, _square) if self.norm == "linf" else (_tiles, _two_windows)
+        origin, label = x, y
+        best = start(x, self.eps, generator)
+        value = margin(f(best), label)
+        for query in range(self.queries):
+            broken = value > 0
+            if broken.any():
+                found[rows[broken]] = best[broken]
+                rows, origin, label, best, value = (v[~broken] for v in (rows, origin, label, best, value))
+                if len(rows) == 0:
+                    return found
+            if query == self.queries - 1:
+                break  # the start was the first query
+            share = SHARE / 2 ** bisect_left(HALVINGS, query)
+            tried = propose(best, origin, share, self.eps, generator)
+            new = margin(f(tried), label)
+            better = new > value
+            value = torch.where(better, new, value)
+            best = torch.where(per_sample(better, best), tried, best)
+        found[rows] = best
+        return found
+
+
+def side(share: float, size: int) -> int:
+    """Of a square that covers a share of ``size`` x ``size`` pixels."""
+    return min(max(round(math.sqrt(share) * size), 1), size)
+
+
+def _place(size: int, shape: torch.Size, generator: torch.Generator) -> tuple[slice, slice]:
+    """A window of ``size`` x ``size`` pixels, anywhere within the image."""
+    corner = [int(torch.randint(0, n - size + 1, (), generator=generator, device=generator.device)) for n in shape[2:]]
+    return slice(corner[0], corner[0] + size), slice(corner[1], corner[1] + size)
+
+
+def _signs(*shape: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    return 2.0 * torch.randint(0, 2, shape, generator=generator, device=like.device).to(like.dtype) - 1
+
+
+def _stripes(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """Vertical stripes of plus and minus eps."""
+    b, c, _, w = x.shape
+    return (x + eps * _signs(b, c, 1, w, like=x, generator=generator)).clamp(0, 1)
+
+
+def _square(best: Tensor, origin: Tensor, share: float, eps: float, generator: torch.Generator) -> Tensor:
+    """All pixels of a square to plus or minus eps, a sign a channel."""
+    h, w = _place(side(share, min(best.shape[2:])), best.shape, generator)
+    tried = best.clone()
+    tried[:, :, h, w] = (origin[:, :, h, w] + eps * _signs(best.shape[1], 1, 1, like=best, generator=generator)).clamp(
+        0, 1
+    )
+    return tried
+
+
+def _tiles(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    """A grid of five by five bumps with random signs, of length eps."""
+    b, c, height, width = x.shape
+    size = max(min(height, width) // 5, 1)
+    delta = torch.zeros_like(x)
+    for i in range(0, height - size + 1, size):
+        for j in range(0, width - size + 1, size):
+            signs = _signs(b, c, 1, 1, like=x, generator=generator)
+            delta[:, :, i : i + size, j : j + size] = bump(size, generator).to(x) * signs
+    return _at_length(x, delta, eps)
+
+
+def _two_windows(best: Tensor, origin: Tensor, share: float, eps: float, generator: torch.Generator) -> Tensor:
+    """Moves the length of one window, and what clipping to the box has left unused, into a bump in another."""
+    size = max(side(share, min(best.shape[2:])), 3)
+    size = min(size + 1 - size % 2, *best.shape[2:])
+    delta = best - origin
+    h, w = _place(size, best.shape, generator)
+    h2, w2 = _place(size, best.shape, generator)
+    both = torch.zeros_like(delta[:1, :1], dtype=torch.bool)
+    both[:, :, h, w] = both[:, :, h2, w2] = True
+    norm = lambda v: v.flatten(2).norm(dim=2)[:, :, None, None]
+    available = norm(delta * both) ** 2
+    unused = (eps**2 - delta.flatten(1).square().sum(1)).clamp_min(0)[:, None, None, None] / delta.shape[1]
+    old = delta[:, :, h, w]
+    new = bump(size, generator).to(best) * _signs(*delta.shape[:2], 1, 1, like=best, generator=generator)
+    new = new + old / norm(old).clamp_min(1e-12)
+    new = new / norm(new).clamp_min(1e-12) * (available + unused).sqrt()
+    delta[:, :, h2, w2] = 0
+    delta[:, :, h, w] = new
+    return _at_length(origin, delta, eps)
+
+
+def _at_length(x: Tensor, delta: Tensor, eps: float) -> Tensor:
+    length = per_sample(delta.flatten(1).norm(dim=1).clamp_min(1e-12), x)
+    return (x + eps * delta / length).clamp(0, 1)
+
+
+def bump(size: int, generator: torch.Generator) -> Tensor:
+    """``size`` x ``size``, of length 1: a positive pyramid over a negative one, or beside it.
+
+    A pyramid falls off from its centre with the Chebyshev distance d as ``Σ_{m ≥ d} 1 / (m + 1)²``.
+    """
+    half = size // 2
+    pattern = torch.cat([_pyramid(half, size), -_pyramid(size - half, size)])
+    pattern = pattern / pattern.norm()
+    return pattern.T if torch.rand((), generator=generator, device=generator.device) > 0.5 else pattern
+
+
+def _pyramid(height: int, width: int) -> Tensor:
+    if height == 0:
+        return torch.zeros(0, width)
+    rows, columns = (torch.arange(n) - n // 2 for n in (height, width))
+    distance = torch.maximum(rows.abs()[:, None], columns.abs()[None])
+    terms = 1 / torch.arange(1, max(height // 2, width // 2) + 2).double() ** 2
+    tails = terms.flip(0).cumsum(0).flip(0)
+    pyramid = tails[distance.clamp_max(len(tails) - 1)].float()
+    return pyramid / pyramid.norm()
