@@ -155,6 +155,12 @@ def bright_is_nan(gradient, x):
     return torch.where(x.mean((1, 2, 3), keepdim=True) > 0.3, torch.nan, gradient)
 
 
+def several(x):
+    if len(x) == 1:
+        raise ValueError("expected more than one image")
+    return x
+
+
 class Planted(NamedTuple):
     plant: Callable[[nn.Sequential], nn.Module]
     threat: Attack = THREAT
@@ -195,9 +201,7 @@ PLANTED = {
     "large-radius": Planted(lambda net: backward(net, lambda g, x: -g), SMALL),
     "shape: a critic": Planted(lambda net: Around(net, after=lambda out: out[:, :1])),
     "shape: feature maps": Planted(lambda net: Around(net, after=lambda out: out[:, :, None])),
-    "batch: refuses one": Planted(
-        lambda net: Around(net, before=lambda x: x + 0 * x.std(0).max().div(len(x) - 1).log())
-    ),
+    "batch: refuses one": Planted(lambda net: Around(net, before=several)),
     "probabilities: sigmoid": Planted(lambda net: Around(net, after=torch.sigmoid)),
     "zero-gradient: some are NaN": Planted(lambda net: backward(net, bright_is_nan)),
     "no-gradient: other leaf": Planted(lambda net: Around(net, before=lambda x: x.detach().requires_grad_())),

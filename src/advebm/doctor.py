@@ -119,7 +119,7 @@ class Patient:
         left = []
         for x, y in zip(self.x.tensor_split(self.parts), self.y.tensor_split(self.parts), strict=True):
             found = attack.find(f or self.f, x, y, self.generator)
-            left.append(correct(self.f, x, y) & correct(self.f, found, y))
+            left.append(correct(self.f, found, y))  # what was wrong before, find leaves as it is
         return share(torch.cat(left))
 
     def above(self, a: float, b: float) -> bool:
