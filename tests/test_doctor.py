@@ -16,7 +16,8 @@ from torch import nn
 import advebm
 from advebm import cli
 from advebm.attacks.projected import Attack
-from advebm.doctor import ATTACKS, CHECKS, Patient, autoattack, examine, exceeds, outputs, title
+from advebm.data.sources import Images
+from advebm.doctor import ATTACKS, CHECKS, Patient, autoattack, examine, examine_split, exceeds, outputs, title
 from advebm.errors import UserError
 from advebm.models.network import Normalize
 from advebm.modes import searching
@@ -54,9 +55,9 @@ def network():
     return nn.Sequential(Normalize(MEAN, STD), *layers, nn.Linear(512, 10))
 
 
-def seeded(build):
+def seeded(build, seed=0):
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return build()
 
 
@@ -178,7 +179,7 @@ PLANTED = {
     "forward": Planted(lambda net: Around(net, before=lambda x: x[:, :, :4])),
     "shape": Planted(lambda net: Around(net, after=lambda out: (out, None))),
     "not-finite": Planted(lambda net: Around(net, after=lambda out: torch.where(out > 12, torch.nan, out))),
-    "classes": Planted(lambda net: Around(net, after=lambda out: out[:, :7])),
+    "classes": Planted(lambda net: Around(net, after=lambda out: out[:, :9])),
     "state": Planted(Counting),
     "randomness": Planted(lambda net: Around(net, after=lambda out: out + 0.1 * torch.randn_like(out))),
     "batch": Planted(lambda net: Adapting(copy.deepcopy(net))),
@@ -202,6 +203,10 @@ PLANTED = {
     "shape: a critic": Planted(lambda net: Around(net, after=lambda out: out[:, :1])),
     "shape: feature maps": Planted(lambda net: Around(net, after=lambda out: out[:, :, None])),
     "batch: refuses one": Planted(lambda net: Around(net, before=several)),
+    "modes: more contrast would help a little": Planted(lambda net: Around(untracked(net), before=lambda x: 0.3 * x)),
+    "chance: contrast helps by luck": Planted(
+        lambda net: nn.Sequential(*net[:-1], seeded(lambda: nn.Linear(512, 10), 3))
+    ),
     "probabilities: sigmoid": Planted(lambda net: Around(net, after=torch.sigmoid)),
     "zero-gradient: some are NaN": Planted(lambda net: backward(net, bright_is_nan)),
     "no-gradient: other leaf": Planted(lambda net: Around(net, before=lambda x: x.detach().requires_grad_())),
@@ -267,9 +272,36 @@ def test_the_same_generator_gives_the_same_findings(standard):
 def test_train_mode_is_a_warning(standard):
     """The numbers are right, since they are taken in eval mode; elsewhere they may not be."""
     model = nn.Sequential(*copy.deepcopy(standard), nn.Softmax(1)).train()
-    warning, *_ = look(model)[1:]
+    warning, *skipped = look(model)[1:]
     assert (warning.name, warning.severity) == ("train-mode", "warning")
     assert "call model.eval()" in warning.fix
+    assert [f.name for f in skipped] == [title(check) for check in ATTACKS]
+
+
+def test_a_weak_attack_is_not_taken_for_a_strong_model(linear):
+    """Of the threat, radius and norm count: no finding comes from its steps, its start or its loss."""
+    weak = Attack(eps=0.9, norm="l2", steps=1, step_size=1e-4, start="clean", loss="energy")
+    assert look(linear, threat=weak) == []
+    patient = Patient(linear, linear, X, Y, weak, torch.Generator(), {}, False)
+    assert patient.many == THREAT
+
+
+def test_chance_is_the_most_frequent_label(standard):
+    """A model that always says 0 is right on three quarters of these images, and has learnt nothing."""
+    rows = torch.cat([(Y == 0).nonzero()[:27], (Y > 0).nonzero()[:9]]).squeeze(1).repeat(3)
+    finding, *_ = look(Around(standard, after=lambda out: 0 * out + 9 * torch.eye(10)[0]).eval(), X[rows], Y[rows])
+    assert finding.name == "chance"
+    assert "accuracy 75.0 % on 108 images, of the most frequent label 75.0 %" in finding.what
+
+
+def test_images_are_drawn_from_all_of_a_split(standard):
+    """Sorted by class, the first 200 hold none of the classes that this model exchanges."""
+    rows = Y.argsort()
+    split = Images((255 * X[rows]).byte(), Y[rows])
+    model = Around(standard, after=lambda out: out[:, [*range(8), 9, 8]]).eval()
+    assert faults(examine_split(model, split, threat=THREAT, count=200)) == ["labels-permuted"]
+    with pytest.raises(UserError, match="on labelled images"):
+        examine_split(model, Images(split.x, -torch.ones_like(split.y)), threat=THREAT)
 
 
 def test_a_permutation_names_the_classes(standard):

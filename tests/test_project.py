@@ -99,6 +99,16 @@ def test_the_readme_names_what_exists():
         assert f'"{verb}"' in (SOURCE / "cli.py").read_text(), verb
 
 
+def test_every_finding_of_the_doctor_is_documented():
+    source, page = (SOURCE / "doctor.py").read_text(), (ROOT / "docs" / "doctor.md").read_text()
+    names = set(re.findall(r'(?:fault|Finding)\(\s*"([\w-]+)"', source)) | set(
+        re.findall(r'^ {8}"(.+)": \(', source, re.M)
+    )
+    assert {"shape", "train-mode", "range-255", "chance", "large-radius"} <= names
+    table = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`([\w-]+)`", table)) == names
+
+
 def test_versions_agree():
     assert advebm.__version__ in (ROOT / "CHANGELOG.md").read_text()
     assert advebm.__version__ in (ROOT / "CITATION.cff").read_text()
