@@ -1183,7 +1183,7 @@ MUTANTS = [
     Mutant(
         "doctor: images in order",
         "doctor.py",
-        'torch.randperm(len(split), generator=seeds.generator(seed, "doctor", "images"))[:count]',
+        'torch.randperm(len(split), generator=seeds.generator(seed, "doctor", "images"))[: max(count, 0)]',
         "torch.arange(len(split))[:count]",
         "doctor",
     ),

@@ -454,6 +454,7 @@ def test_the_command_line_on_a_run(small_run, capsys):
         (["own_models:bright", "--data", "digitz"], "no source 'digitz'.*did you mean 'digits'"),
         (["own_models:bright", "--data", "digits", "--threat.eps", "8"], "write 8/255, not 8"),
         (["own_models:bright", "--data", "digits", "--images", "10"], "at least 50 images, got 10"),
+        (["own_models:bright", "--data", "digits", "--images", "-5"], "at least 50 images, got 0"),
         (["own_models:bright", "--data", "digits", "--metrics", "fid"], "no option --metrics"),
     ],
 )

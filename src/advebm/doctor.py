@@ -198,7 +198,7 @@ def examine_split(
     """:func:`examine` on ``count`` images drawn from a split, or on all if there are fewer."""
     if not split.labelled:
         raise UserError("a model is examined on labelled images, these have none")
-    rows = torch.randperm(len(split), generator=seeds.generator(seed, "doctor", "images"))[:count]
+    rows = torch.randperm(len(split), generator=seeds.generator(seed, "doctor", "images"))[: max(count, 0)]
     drawn, generator = split.take(rows), seeds.generator(seed, "doctor", device=device_of(model))
     return examine(model, drawn.float(), drawn.y, threat=threat, generator=generator, progress=progress)
 
