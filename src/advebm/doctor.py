@@ -38,7 +38,7 @@ class Finding:
         name: of what was found: ``normalisation-missing``.
         severity: a ``fault`` makes energies or robust accuracies wrong, a ``warning`` may; a check is ``skipped`` where
             an earlier fault leaves nothing to be seen.
-        what: was found, with the numbers that were measured.
+        what: what was found, with the numbers that were measured.
         fix: what to do.
     """
 
