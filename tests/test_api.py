@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 import advebm
+from advebm import evaluation
 from advebm.errors import UserError
 from tests.helpers import few_samples
 
@@ -164,3 +165,23 @@ def test_mistakes_are_explained(mistake, test_images):
     action, message = bad(*test_images)[mistake]
     with pytest.raises(UserError, match=message):
         action()
+
+
+def test_a_module_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch, test_images):
+    """``module:factory`` is the module on images in [0, 1] as they are, in eval mode; files come first."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "from torch import nn\ndef linear(): return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10))\n"
+    (tmp_path / "ones_own.py").write_text(code + "def text(): return 'no module'\n")
+    found = advebm.load("ones_own:linear")
+    x, _ = test_images
+    weight, bias = (found.backbone[2].weight, found.backbone[2].bias)
+    torch.testing.assert_close(found(x), x.flatten(1) @ weight.T + bias)
+    assert not any(module.training for module in found.modules())
+    assert evaluation.judge("ones_own:linear") == "ones_own:linear"
+    for name, message in (
+        ("ones_own:text", "returns a str, not a torch module"),
+        ("ones_own:missing", "cannot be imported"),
+        ("ones_own", "no run or model at ones_own"),
+    ):
+        with pytest.raises(UserError, match=message):
+            advebm.load(name)

@@ -19,7 +19,7 @@ LAYERS = [
     {"energies", "descent", "starts", "modes", "checks"},
     {"models", "data", "pictures"},
     {"objectives", "samplers", "attacks", "metrics"},
-    {"training", "evaluation", "generation", "comparison"},
+    {"training", "evaluation", "generation", "comparison", "suites", "doctor"},
     {"cli", "api", "demo", "console", "stages", "tables", "reporting", "reproduce", "__main__"},
 ]
 
@@ -97,6 +97,16 @@ def test_the_readme_names_what_exists():
         assert (ROOT / path).exists(), path
     for verb in re.findall(r"^advebm (\w+)", text, re.M):
         assert f'"{verb}"' in (SOURCE / "cli.py").read_text(), verb
+
+
+def test_every_finding_of_the_doctor_is_documented():
+    source, page = (SOURCE / "doctor.py").read_text(), (ROOT / "docs" / "doctor.md").read_text()
+    names = set(re.findall(r'(?:fault|Finding)\(\s*"([\w-]+)"', source)) | set(
+        re.findall(r'^ {8}"(.+)": \(', source, re.M)
+    )
+    assert {"shape", "train-mode", "range-255", "chance", "large-radius"} <= names
+    table = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`([\w-]+)`", table)) == names
 
 
 def test_versions_agree():

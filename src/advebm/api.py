@@ -26,7 +26,8 @@ def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
     """The network of a run, a checkpoint or a published model's folder: averaged weights, eval mode, on the CPU.
 
     Args:
-        path: the folder, or ``hf:USER/NAME`` for a model published on the Hub.
+        path: the folder, ``hf:USER/NAME`` for a model published on the Hub, or ``PACKAGE.MODULE:FACTORY`` for a module
+            of your own on images in [0, 1].
         checkpoint: of a run: ``latest``, ``best`` or a number of images.
 
     Raises:

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 (diverged), 2 (a mistake in what was asked for), 130 (stopped)."""
+    """Run a command; returns the exit status: 0, 1 (diverged, faults), 2 (a mistake in what was asked for), 130."""
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # for package.module:Class of one's own
     warnings.showwarning = lambda message, *rest: print(f"advebm: warning: {message}", file=sys.stderr)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plain, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
         args, unexpected = build_parser().parse_known_args(plain)
         check_options(args, unexpected, overrides)
-        args.call(args, overrides)
+        return args.call(args, overrides) or 0
     except UserError as error:
         return _fail(error, 2)
     except Diverged as error:
@@ -61,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    return 0
 
 
 def _fail(error: Exception, status: int) -> int:
@@ -75,7 +74,9 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"advebm {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def verb(name: str, call: Callable[[argparse.Namespace, Overrides], None], about: str, more: str = "") -> Parser:
+    def verb(
+        name: str, call: Callable[[argparse.Namespace, Overrides], int | None], about: str, more: str = ""
+    ) -> Parser:
         sub = verbs.add_parser(name, help=about, description=f"{about} {more}".strip())
         sub.set_defaults(call=call, takes=(), options=sub._option_string_actions)
         return sub
@@ -129,6 +130,22 @@ def build_parser() -> Parser:
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
     sub.add_argument("--json", action="store_true", help="print records as JSON, one a line")
 
+    sub = verb(
+        "doctor",
+        run_doctor,
+        "Look for what spoils a model's energies and the attacks on it; say what to do.",
+        "Exit status 1 where there are faults. A run has its images and its threat; any other model takes --data NAME. "
+        "Takes --data.option VALUE and --threat.option VALUE.",
+    )
+    sub.set_defaults(takes=("data", "threat"))
+    sub.add_argument(
+        "model", metavar="MODEL", help="a run, a model's folder, hf:USER/NAME or PACKAGE.MODULE:FACTORY of your own"
+    )
+    sub.add_argument("--images", type=int, default=300, metavar="N", help="test images to try it on (300)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+    sub.add_argument("--json", action="store_true", help="print findings as JSON, one a line")
+
     sub = verb("report", run_report, "Write RUN/report.html.")
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="compare with a run")
@@ -165,7 +182,7 @@ def build_parser() -> Parser:
 
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
-    for drawing in (verbs.choices[name] for name in ("sample", "evaluate", "compare")):
+    for drawing in (verbs.choices[name] for name in ("sample", "evaluate", "doctor", "compare")):
         drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
     return parser
 
@@ -322,6 +339,40 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
             print(json.dumps(dataclasses.asdict(record)))
     else:
         record_table(records)
+
+
+def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:
+    """``advebm doctor``: 1 where there are faults."""
+    import dataclasses
+
+    from advebm import config, console
+    from advebm.attacks.base import radius
+    from advebm.doctor import examine_split
+    from advebm.evaluation import find_model
+    from advebm.tables import findings_list
+    from advebm.training.recipe import resolve
+    from advebm.training.run import Run
+
+    if (Path(args.model) / "config.yaml").is_file():
+        plain = config.describe(Run.open(args.model).recipe)
+    elif "data" in dict(overrides):
+        rest = {"backbone": "small-conv", "objective": "standard", "sampler": "ta", "metrics": []}
+        plain = {"name": "doctor", "threat": {}, **rest}  # of which only images and threat are looked at
+    else:
+        raise UserError(f"{args.model} is not a run, which knows its images: give --data NAME, as in --data cifar10")
+    recipe = resolve(plain, overrides)
+    model = find_model(args.model, checkpoint=args.checkpoint).to(device(args.device))
+    data, threat = recipe.data.load(), recipe.threat
+    count = min(args.images, len(data.test))
+    console.screen.print(f"{args.model} on {count} test images of {data.name} at {radius(threat.eps, threat.norm)}")
+    say = lambda name: console.screen.print(f"  {name}")
+    findings = examine_split(model, data.test, threat=threat, count=count, seed=args.seed, progress=say)
+    if args.json:
+        for finding in findings:
+            print(json.dumps(dataclasses.asdict(finding)))
+    else:
+        findings_list(findings)
+    return int(any(finding.severity == "fault" for finding in findings))
 
 
 def run_report(args: argparse.Namespace, overrides: Overrides) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advebm import config, generation, seeds
 from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent
 from advebm.metrics.spaces import Space
 from advebm.models import network
-from advebm.models.network import Network
+from advebm.models.network import Network, Normalize
+from advebm.models.own import Own
 from advebm.modes import searching
 from advebm.training.recipe import Recipe
 from advebm.training.run import Run
@@ -85,10 +86,24 @@ def evaluate_run(
 
 
 def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
-    """The network of a run folder, a checkpoint, a published model's folder or ``hf:USER/NAME``."""
+    """The network of a run folder, a checkpoint, a published model's folder, ``hf:USER/NAME`` or a module of one's own.
+
+    A module of one's own is ``PACKAGE.MODULE:FACTORY``, see :class:`Own`; it takes images in [0, 1] as they are, so it
+    normalises them itself.  Every network is in eval mode.
+
+    Raises:
+        UserError: nothing there, a damaged file, a factory that fails.
+    """
     if (Path(where) / "config.yaml").is_file():
         return Run.open(where).model(checkpoint)[0]
+    if is_factory(where):
+        return Network(Normalize((0.0,), (1.0,)), Own(str(where)).make(), nn.Identity()).eval()
     return network.find(where)
+
+
+def is_factory(where: str | Path) -> bool:
+    """Whether a model is named as ``PACKAGE.MODULE:FACTORY``, which imports code, rather than as files."""
+    return ":" in str(where) and not str(where).startswith("hf:") and not Path(where).exists()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +124,8 @@ class Classifier:
 
     @property
     def judge(self) -> str:
-        """A folder and its latest checkpoint, or a model on the Hub."""
-        if self.where.startswith("hf:"):
+        """A folder and its latest checkpoint, a model on the Hub, or a module of one's own."""
+        if self.where.startswith("hf:") or is_factory(self.where):
             return self.where
         pointer = Path(self.where) / "checkpoints" / "LATEST"
         latest = f"@{pointer.read_text().strip()}" if pointer.is_file() else ""

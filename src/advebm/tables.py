@@ -1,5 +1,6 @@
 """Tables for people, on standard output."""
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from advebm import doctor
 from advebm.metrics.base import Record
 from advebm.reporting.build import row
 
@@ -39,6 +41,25 @@ def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     for title, values in cells.items():
         table.add_row(title, *(values.get(key, "") for key in columns))
     _print(table, 60 + 14 * len(columns))
+
+
+def findings_list(findings: Iterable[doctor.Finding]) -> None:
+    """A block a finding, then what was skipped; where there is none, what was looked at."""
+    findings = list(findings)
+    shown = [f for f in findings if f.severity != "skipped"]
+    for finding in shown:
+        print(f"{finding.severity}: {finding.name}")
+        for line in (f"found: {finding.what}", f"to do: {finding.fix}"):
+            print(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="         "))
+    if skipped := [f.name for f in findings if f.severity == "skipped"]:
+        print(textwrap.fill(f"skipped until that is mended: {', '.join(skipped)}", 100, subsequent_indent="  "))
+    faults = sum(f.severity == "fault" for f in shown)
+    if not faults:
+        print("no faults found; checked:")
+        for check in doctor.CHECKS:
+            print(f"  {doctor.title(check):12}{doctor.about(check)}")
+    else:
+        print(f"{faults} fault{'s' * (faults > 1)}")
 
 
 def _print(table: Table, width: int = 120) -> None:

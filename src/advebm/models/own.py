@@ -31,6 +31,14 @@ class Own:
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, None]:
         """What the factory returns; None says that no head is missing."""
+        return self.make(), None
+
+    def make(self) -> nn.Module:
+        """Call the factory.
+
+        Raises:
+            UserError: nothing of that name, or a factory that fails or returns something else.
+        """
         module, _, name = self.path.partition(":")
         try:
             factory = getattr(import_module(module), name)
@@ -46,4 +54,4 @@ class Own:
             raise UserError(f"{self.path} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
         if not isinstance(made, nn.Module):
             raise UserError(f"{self.path} returns a {type(made).__name__}, not a torch module")
-        return made, None
+        return made
