@@ -121,10 +121,22 @@ def build_parser() -> Parser:
         "evaluate",
         run_evaluate,
         "Measure a run and its samples; appends to RUN/metrics.json.",
-        "Takes --threat.option VALUE, --metrics NAME,NAME and --metrics.NUMBER.option VALUE.",
+        "Takes --threat.option VALUE, --metrics NAME,NAME and --metrics.NUMBER.option VALUE; with --model also --data "
+        "and --normalise.option. A stopped evaluation goes on in the run's folder.",
     )
-    sub.set_defaults(takes=("threat", "metrics"))
-    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.set_defaults(takes=("threat", "metrics", "data", "normalise"))
+    sub.add_argument("run", type=Path, nargs="?", metavar="RUN")
+    sub.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="PACKAGE.MODULE:FACTORY, a model's folder or hf:USER/NAME; becomes a run in --out",
+    )
+    sub.add_argument("--out", type=Path, metavar="DIR", help="with --model: the run's folder (runs/model-TIME)")
+    sub.add_argument("--suite", metavar="NAME", help="robustbench, jeat, cem, binary-at or all, instead of --metrics")
+    sub.add_argument("--tier", default="standard", metavar="NAME", help="of a suite: quick, standard or full")
+    sub.add_argument(
+        "--samples", type=Path, action="append", default=[], metavar="DIR", help="images to judge as samples; repeat"
+    )
     sub.add_argument("--features", metavar="RUN", help=JUDGES)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
@@ -323,17 +335,33 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
 
     from advebm import config, console
     from advebm.evaluation import evaluate_run
+    from advebm.stages import adopt, take_in
+    from advebm.suites import suite
     from advebm.tables import record_table
     from advebm.training.recipe import resolve
-    from advebm.training.run import Run
+    from advebm.training.run import Run, new_folder
 
-    run = Run.open(args.run)
-    recipe = resolve(config.describe(run.recipe), overrides)
+    if (args.run is None) == (args.model is None):
+        raise UserError("evaluate takes a RUN, or --model and --data for a model without one")
+    if args.model is None:
+        if args.out or any(name.partition(".")[0] in ("data", "normalise") for name, _ in overrides):
+            raise UserError("--out, --data and --normalise go with --model; a run has its own")
+        run = Run.open(args.run)
+        recipe = resolve(config.describe(run.recipe), overrides)
+    else:
+        run = adopt(args.model, args.out or new_folder(Path("runs"), "model"), overrides)
+        recipe = run.recipe
+        print(run.folder)
+    if args.suite:
+        if any(name.partition(".")[0] == "metrics" for name, _ in overrides):
+            raise UserError("--suite says which metrics; leave --metrics out")
+        recipe = dataclasses.replace(recipe, metrics=suite(args.suite, recipe.threat, args.tier))
+    for folder in args.samples:
+        take_in(run, folder)
     options = {"features": args.features, "checkpoint": args.checkpoint, "seed": args.seed}
     options["device"] = device(args.device)
-    records = evaluate_run(
-        run, recipe=recipe, **options, progress=lambda name: console.screen.print(f"  {name}"), bar=console.bar
-    )
+    say = lambda name: console.screen.print(f"  {name}")
+    records = evaluate_run(run, recipe=recipe, **options, progress=say, bar=console.bar)
     if args.json:
         for record in records:
             print(json.dumps(dataclasses.asdict(record)))

@@ -87,6 +87,7 @@ def read(folder: Path) -> SampleSet:
             x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
     except (OSError, KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{folder / 'images.npz'} is damaged ({type(error).__name__}); sample again") from None
-    if not isinstance(manifest, dict) or not {"sampler", "seed"} <= manifest.keys() or x.ndim != 4:
+    known = isinstance(manifest, dict) and ({"sampler", "seed"} <= manifest.keys() or "images" in manifest)
+    if not known or x.ndim != 4:
         raise UserError(f"{folder / 'manifest.json'} is damaged; sample again")
     return SampleSet(to_float(x), y, manifest)

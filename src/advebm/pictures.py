@@ -33,8 +33,10 @@ def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
 def by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tensor:
     """The first ``columns`` images of each class, (classes, columns, C, H, W) in [0, 1]; missing ones are white.
 
-    ``x`` is floating point in [0, 1] or uint8.
+    ``x`` is floating point in [0, 1] or uint8.  Images without classes, all y < 0, come as they are, row by row.
     """
+    if len(y) and int(y.max()) < 0:
+        y = torch.arange(len(y)) // columns
     scale = 255 if x.dtype == torch.uint8 else 1
     rows = torch.ones(classes, columns, *x.shape[1:])
     for k in range(classes):

@@ -1,14 +1,20 @@
 """Training and sampling behind a progress bar: what the command line and the demo share."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from advebm import config, console, generation
+from advebm.data.files import read_folder
 from advebm.errors import UserError
+from advebm.evaluation import is_factory
+from advebm.metrics.base import SampleSet
+from advebm.models import network
 from advebm.samplers import Sampler
 from advebm.training.loop import train
-from advebm.training.recipe import Recipe
+from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run
 
 
@@ -26,6 +32,52 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | Non
             device=device,
             report=lambda line: tell(line["images"], console.training_note(line, seen)),
         )
+
+
+def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run:
+    """A run around a model that is there already: nothing is trained, everything else works on it.
+
+    Args:
+        where: ``PACKAGE.MODULE:FACTORY``, a model's or run's folder, or ``hf:USER/NAME``.
+        folder: of the new run.
+        overrides: ``data``, and other options of a recipe.
+
+    Raises:
+        UserError: no model there, no data, or data of other classes or another shape.
+    """
+    overrides = list(overrides)
+    if not any(name.partition(".")[0] == "data" for name, _ in overrides):
+        raise UserError("a model of its own needs --data NAME, and --data.path where that takes one")
+    plain: dict[str, Any] = {"name": folder.name, "objective": "standard", "threat": {}, "sampler": "cs"}
+    plain |= {"metrics": ["accuracy", "robust-accuracy"], "train": {"images": 0}, "data": "digits"}
+    architecture = None
+    if is_factory(where):
+        plain |= {"backbone": {"kind": "own", "path": where}, "normalise": {"mean": [0.0], "std": [1.0]}}
+    else:
+        at, foreign = network.locate(where)
+        architecture = network.read_architecture(at, foreign=foreign)
+        plain |= {"backbone": config.describe(architecture.backbone), "init": where}
+        plain |= {"normalise": {"mean": list(architecture.mean), "std": list(architecture.std)}}
+    recipe = resolve(plain, overrides)
+    if architecture is not None:
+        data = recipe.data.load()
+        ours = (architecture.outputs, architecture.channels, architecture.size)
+        if ours != (theirs := (len(data.classes), *data.shape[:2])):
+            words = "{} classes of {} x {} x {}".format
+            raise UserError(
+                f"{where} is for {words(*ours, ours[-1])}, {data.name} has {words(*theirs, theirs[-1])}; "
+                "evaluate it on data like its own"
+            )
+    return fit(recipe, folder)
+
+
+def take_in(run: Run, folder: Path) -> str:
+    """Images from a folder as a set of samples of a run, under the folder's name, which is returned."""
+    data, name = run.recipe.data.load(), folder.resolve().name
+    images = read_folder(folder, data.classes, data.shape)
+    about = {"images": str(folder.resolve()), "checkpoint": run.checkpoints.path().name}
+    generation.write(run.folder / "samples" / name, SampleSet(images.float(), images.y, about), len(data.classes))
+    return name
 
 
 def set_name(sampler: Sampler) -> str:

@@ -380,6 +380,28 @@ def _class_names(root: Path) -> tuple[str, ...]:
     return names
 
 
+def read_folder(folder: Path, classes: Sequence[str], shape: tuple[int, ...]) -> Images:
+    """Images of ``shape (C, H, W)`` from a folder, as they are; y is -1 where it has no sub-folder for each class.
+
+    Raises:
+        UserError: no image, one that cannot be read, or images of another size.
+    """
+    root = _existing(str(folder))
+    parts = [root / name for name in classes]
+    labelled = any(part.is_dir() for part in parts)
+    found = [(p, k) for k, part in enumerate(parts) for p in _pictures(part)] if labelled else []
+    found = found or [(p, -1) for p in _pictures(root)]
+    if not found:
+        raise UserError(f"{root} holds no image ({', '.join(sorted(SUFFIXES))})")
+    paths = [p for p, _ in found]
+    names = [str(p.relative_to(root)) for p in paths]
+    x, _ = decode(paths, names, channels=shape[0], size=None, corrupt="refuse")
+    if tuple(x.shape[1:]) != shape:
+        size = "x".join(map(str, x.shape[2:]))
+        raise UserError(f"the images in {root} are {size}, those of the data {shape[1]}x{shape[2]}; resize them first")
+    return Images(x, torch.tensor([k for _, k in found]))
+
+
 def _pictures(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 

@@ -109,7 +109,7 @@ class SampleQuality:
             about = {**settings, "splits": groups, "deviation": deviation}
             error = deviation / (groups - 1) ** 0.5
             records.append(Record(label("class score", space.name), score, error, count, about))
-            if logits.shape[1] == len(subject.data.classes):
+            if logits.shape[1] == len(subject.data.classes) and (classes >= 0).all():
                 records.append(_intended(logits.argmax(1) == classes, classes, space, subject, settings))
         return records
 

@@ -207,14 +207,20 @@ def find(where: str | Path) -> Network:
     Raises:
         UserError: nothing there, or a damaged file.
     """
+    path, foreign = locate(where)
+    return load(path, foreign=foreign)[0]
+
+
+def locate(where: str | Path) -> tuple[Path, bool]:
+    """The folder of such a network's weights, and whether it is a run's, which may name code to import."""
     name = str(where).removeprefix("hf:")
     path = hub.pull(name) if name != str(where) else Path(where)
     if (path / "config.json").is_file():
-        return load(path)[0]
+        return path, False
     pointer = path / "checkpoints" / "LATEST"
     if not pointer.is_file():
         raise UserError(f"there is no run or model at {path}")
-    return load(pointer.parent / pointer.read_text().strip(), foreign=True)[0]
+    return pointer.parent / pointer.read_text().strip(), True
 
 
 def read_architecture(folder: Path, *, foreign: bool = False) -> Architecture:

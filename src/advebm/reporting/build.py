@@ -90,6 +90,8 @@ def row(record: Mapping[str, Any]) -> dict[str, str]:
 
 def describe_sampler(manifest: Mapping[str, Any]) -> str:
     """The settings of a set of samples in a line."""
+    if "images" in manifest:
+        return f"from {manifest['images']}"
     s = manifest["sampler"]
     parts = [f"{s['steps']} {s['direction']} steps of {s['step_size']:g} from {s['start']} seeds"]
     parts += [f"ball {s['radius']:g}"] if s["radius"] else []
