@@ -1,10 +1,15 @@
 import dataclasses
 from collections.abc import Callable
 
+import pytest
 from torch import Tensor, nn
 
 from advebm import config, recipes
 from advebm.training.recipe import Recipe, resolve
+
+few_samples = pytest.mark.filterwarnings(
+    "ignore:F.*fewer give a larger one"
+)  # tests draw fewer than there are dimensions
 
 
 def tiny(name: str = "digits-at", **options: object) -> Recipe:

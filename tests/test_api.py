@@ -5,6 +5,7 @@ from torch import nn
 import advebm
 from advebm import evaluation
 from advebm.errors import UserError
+from tests.helpers import few_samples
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,7 @@ def test_your_own_module(test_images):
     assert len(advebm.evaluate(wrapped, data="digits", threat=advebm.Attack(eps=0.1))) == 2
 
 
+@few_samples
 def test_sample_quality_from_python(model):
     from advebm.metrics.base import SampleSet
     from advebm.metrics.quality import SampleQuality
@@ -175,7 +177,7 @@ def test_a_module_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch, test_i
     weight, bias = (found.backbone[2].weight, found.backbone[2].bias)
     torch.testing.assert_close(found(x), x.flatten(1) @ weight.T + bias)
     assert not any(module.training for module in found.modules())
-    assert evaluation.judge("ones_own:linear") == "ones_own:linear"
+    assert evaluation.Classifier("ones_own:linear").judge == "ones_own:linear"
     for name, message in (
         ("ones_own:text", "returns a str, not a torch module"),
         ("ones_own:missing", "cannot be imported"),

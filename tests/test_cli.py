@@ -14,7 +14,7 @@ from PIL import Image
 from advebm import cli, recipes
 from advebm.training.recipe import dump
 from advebm.training.run import Run
-from tests.helpers import tiny
+from tests.helpers import few_samples, tiny
 
 
 def call(*arguments, capsys):
@@ -71,6 +71,7 @@ def test_list_shows_every_recipe_and_method_with_a_line(capsys):
     assert "digits-at" not in out
 
 
+@few_samples
 def test_train_sample_evaluate_report(tmp_path, capsys):
     """All four stages by hand, each from the files of the one before."""
     config = tmp_path / "c.yaml"
@@ -321,6 +322,7 @@ def test_a_read_only_run_folder_is_one_line(run, capsys, monkeypatch):
     assert not list(run.folder.glob(".*.tmp"))
 
 
+@few_samples
 def test_the_demo_prints_its_table(tmp_path, capsys, monkeypatch):
     """The real demo with a fraction of the training: every stage, the table, the report."""
     from advebm import demo
@@ -343,6 +345,7 @@ def test_options_may_stand_anywhere(run, capsys):
     assert (run.folder / "samples" / "cs-global" / "grid.png").exists()
 
 
+@few_samples
 def test_few_samples_do_not_cost_the_other_records(run, capsys):
     call("sample", run.folder, "--per-class", 1, "--sampler.steps", 1, "--name", "few", capsys=capsys)
     status, out, _ = call(
@@ -350,7 +353,7 @@ def test_few_samples_do_not_cost_the_other_records(run, capsys):
     )
     assert status == 0
     assert "accuracy" in out
-    assert len([r for r in run.records() if r["settings"].get("samples") == "few"]) == 3
+    assert len([r for r in run.records() if r["settings"].get("samples") == "few"]) == 8
     call("sample", run.folder, "--checkpoint", "best", "--per-class", 1, "--sampler.steps", 1, capsys=capsys)
     manifest = json.loads((run.folder / "samples" / "cs-class" / "manifest.json").read_text())
     assert manifest["checkpoint"] == run.checkpoints.path("best").name

@@ -27,7 +27,7 @@ from advebm.training.instruments import passes
 from advebm.training.optim import Cyclic
 from advebm.training.recipe import read, resolve
 from advebm.training.run import Run
-from tests.helpers import tiny
+from tests.helpers import few_samples, tiny
 from tests.references import attacks as reference
 
 
@@ -68,6 +68,7 @@ def test_a_comparison_measures_once(run, monkeypatch):
     assert run.records() == before
 
 
+@few_samples
 def test_what_has_changed_is_measured_again(run, tmp_path):
     """Another step of the same attack, other samples, another judge: none passes for what was measured before."""
     draw(run, "cs-class", run.recipe.sampler, 4)
@@ -162,6 +163,7 @@ def test_merging_keeps_options_of_the_same_kind_alone():
 # Experiments --------------------------------------------------------------------------------------------------------
 
 
+@few_samples
 def test_an_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """Two methods, two seeds; a second call trains, draws and measures nothing; another recipe is refused."""
 

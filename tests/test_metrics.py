@@ -124,8 +124,7 @@ def test_a_metric_may_bring_its_own_attack():
     assert robust.value == 0
 
 
-def space(x):
-    return Features("test space", lambda v: v.flatten(1)[:, :3], Linear())
+SPACE = Features("test space", lambda v: v.flatten(1)[:, :3], lambda f: Linear()(f[:, None, None]))
 
 
 def test_sample_quality_by_hand(generator):
@@ -135,9 +134,9 @@ def test_sample_quality_by_hand(generator):
     x = torch.rand(40, 1, 4, 4, generator=generator)
     sets = {
         "copies": SampleSet(train.float(), train.y, {}),
-        "noise": SampleSet(x, 1 - (x.mean((1, 2, 3)) > 0.5).long(), {"a": 1}),
+        "noise": SampleSet(x, 1 - (x.flatten(1)[:, :3].mean(1) > 0.5).long(), {"a": 1}),
     }
-    subject = subject._replace(samples=sets, features=space(None))
+    subject = subject._replace(samples=sets, features=SPACE)
     records = {(r.name, r.settings["samples"]): r for r in SampleQuality(groups=4)(subject, generator)}
     assert records["FD (test space)", "copies"].value == pytest.approx(0, abs=1e-6)
     f = lambda images: images.flatten(1)[:, :3].double().numpy()
@@ -158,8 +157,8 @@ def test_sample_quality_refuses_too_few_and_needs_a_space(generator):
     few = {"few": SampleSet(torch.rand(3, 1, 4, 4), torch.zeros(3, dtype=torch.long), {})}
     with pytest.raises(UserError, match="give --features"):
         SampleQuality()(subject._replace(samples=few), generator)
-    with pytest.warns(UserWarning, match="3 images are too few"):
-        assert SampleQuality()(subject._replace(samples=few, features=space(None)), generator) == []
+    with pytest.warns(UserWarning, match="few: 3 images are too few"):
+        assert SampleQuality()(subject._replace(samples=few, features=SPACE), generator) == []
 
 
 def test_energies_of_data_samples_and_noise(generator):

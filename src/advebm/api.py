@@ -133,15 +133,20 @@ def evaluate(
     threat: Attack,
     metrics: Iterable[Metric] | None = None,
     samples: Mapping[str, SampleSet] | None = None,
-    features: Network | None = None,
+    features: Network | str | None = None,
     seed: int = 0,
 ) -> list[Record]:
     """Records of a model on the test split: accuracy, clean and under ``threat``, unless other metrics are given.
 
-    Sample quality is measured in the features of the classifier ``features``, on ``samples`` by name.
+    Sample quality is measured on ``samples`` by name, in the features of the classifier ``features`` or in what
+    :func:`advebm.evaluation.find_space` reads: ``"inception"``, ``"pixels"``, a run or model.
     """
     data = load_data(data) if isinstance(data, str) else data
-    space = None if features is None else evaluation.feature_space("given features", features)
+    space = None
+    if isinstance(features, str):
+        space = evaluation.find_space(features).load(device_of(model))
+    elif features is not None:
+        space = evaluation.feature_space("given features", features)
     subject = Subject(model, data, data.test, threat, samples or {}, space)
     x, y = next(subject.batches())
     _check_classifier(model, x[:16], y[:16])

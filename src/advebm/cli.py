@@ -20,6 +20,10 @@ Overrides = list[tuple[str, Any]]
 # Blocks of a recipe that a kind can be given for, as in --objective at; any other option has a dot in its name.
 BLOCKS = {"data": "source", "backbone": "backbone", "objective": "objective", "sampler": "sampler"}
 BLOCKS |= {"optimizer": "optimizer", "schedule": "schedule", "outside": "source", "extra": "source"}
+JUDGES = (  # for --features
+    "what judges the samples: the classifier of a run or model (its own by default), pixels, inception (downloads its "
+    "weights once), or inception:PATH of torch-fidelity's weight file"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,7 +106,7 @@ def build_parser() -> Parser:
         sub.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
         sub.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
     whole.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
-    whole.add_argument("--features", metavar="RUN", help="run or model whose classifier judges the samples (own)")
+    whole.add_argument("--features", metavar="RUN", help=JUDGES)
 
     sub = verb("sample", run_sample, "Draw images from a run into RUN/samples.", "Takes --sampler.option VALUE.")
     sub.set_defaults(takes=("sampler",))
@@ -121,7 +125,7 @@ def build_parser() -> Parser:
     )
     sub.set_defaults(takes=("threat", "metrics"))
     sub.add_argument("run", type=Path, metavar="RUN")
-    sub.add_argument("--features", metavar="RUN", help="run or model whose classifier judges the samples (own)")
+    sub.add_argument("--features", metavar="RUN", help=JUDGES)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
     sub.add_argument("--json", action="store_true", help="print records as JSON, one a line")
@@ -154,7 +158,7 @@ def build_parser() -> Parser:
     )
     sub.set_defaults(takes=("threat",))
     sub.add_argument("runs", type=Path, metavar="RUN", nargs="+")
-    sub.add_argument("--features", metavar="RUN", help="run or model whose classifier judges the samples (own)")
+    sub.add_argument("--features", metavar="RUN", help=JUDGES)
     sub.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help="comparison.html")
     sub.add_argument("--seed", type=int, default=0)
 
@@ -276,12 +280,12 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
 
 def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm run``."""
-    from advebm.evaluation import find_model
+    from advebm.evaluation import find_space
 
     if args.per_class < 1:
         raise UserError(f"--per-class is at least 1, got {args.per_class}")
     if args.features:
-        find_model(args.features)  # rather now than after training
+        find_space(args.features).load("cpu")  # rather now than after training
     folder = _train(args, overrides)
     if folder is None:
         return

@@ -12,7 +12,7 @@ import torch
 from advebm import config, evaluation, generation
 from advebm.attacks.projected import Attack
 from advebm.errors import UserError
-from advebm.metrics.base import Bar, Metric, silent
+from advebm.metrics.base import Bar, Metric, label, silent
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.training.instruments import passes
@@ -47,7 +47,7 @@ def compare(
     Args:
         runs: trained ones, with samples drawn where their quality is to be compared.
         threat: for all; the first run's by default.
-        features: whose classifier gives the feature space, as for :func:`advebm.evaluation.evaluate_run`.
+        features: the feature space of sample quality, as for :func:`advebm.evaluation.evaluate_run`.
         seed: of the attacks.
         device: where to compute.
         progress: told what is being done.
@@ -58,7 +58,7 @@ def compare(
         raise UserError("the runs have different test images; compare runs on the same data")
     judged_by = attacks(threat or runs[0].recipe.threat)
     used = (None, *map(config.describe, judged_by))
-    judges = (None, evaluation.judge(features))
+    judges = (None, judge(features))
     found = {}
     for title, run in titled(runs).items():
         wanted = {**accuracies(judged_by), **quality(run, features)}
@@ -67,7 +67,7 @@ def compare(
         if not any(r["name"] == COSTS[0] for r in run.records()):
             run.append(costs(run))
         names = {*(name for name, _ in wanted), *COSTS}
-        names |= {f"{kind} ({space(features)})" for kind in ("KID", "intended class")}
+        names |= {label(kind, space(features)) for kind in ("KID", "class score", "intended class")}
         found[title] = [
             r
             for r in evaluation.latest(run.records())
@@ -84,7 +84,7 @@ def accuracies(attacks: Iterable[Attack]) -> Wanted:
 
 def quality(run: Run, features: str | Path | None) -> Wanted:
     """The quality of every set of samples of a run."""
-    return {(f"FD ({space(features)})", name): SampleQuality() for name in run.samples()}
+    return {(label("FD", space(features)), name): SampleQuality() for name in run.samples()}
 
 
 def measure(
@@ -101,14 +101,14 @@ def measure(
     is now, and the same judge.
     """
     about = {"checkpoint": run.checkpoints.path().name, "seed": seed}
-    records, judge = run.records(), evaluation.judge(features)
+    records, whose = run.records(), judge(features)
     manifests = {name: generation.read(folder).manifest for name, folder in run.samples().items()}
 
     def held(name: str, samples: str | None, metric: Metric) -> bool:
         settings = {"samples": samples, **manifests[samples]} if samples else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
-        expected = {**about, "judge": judge} if samples else about
+        expected = {**about, "judge": whose} if samples else about
         return any(
             r["name"] == name
             and all(r.get(key) == value for key, value in expected.items())
@@ -166,4 +166,9 @@ def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
 
 def space(features: str | Path | None) -> str:
     """The name of a feature space, as it stands in records."""
-    return "own features" if features is None else f"features of {evaluation.owner(features)}"
+    return evaluation.OWN if features is None else evaluation.find_space(features).name
+
+
+def judge(features: str | Path | None) -> str | None:
+    """Which weights features are of; None for the run's own."""
+    return None if features is None else evaluation.find_space(features).judge

@@ -80,7 +80,26 @@ KINDS: dict[str, dict[str, str]] = {
         "robustness-curve": "advebm.metrics.robustness:RobustnessCurve",
         "sample-quality": "advebm.metrics.quality:SampleQuality",
         "energies": "advebm.metrics.energy:Energies",
+        "ood": "advebm.metrics.ood:OutOfDistribution",
+        "calibration": "advebm.metrics.calibration:Calibration",
+        "corruption-accuracy": "advebm.metrics.corruption:CorruptionAccuracy",
     },
+    "space": {
+        "inception": "advebm.metrics.spaces:InceptionFeatures",
+        "pixels": "advebm.metrics.spaces:Pixels",
+    },
+    "score": {
+        "energy": "advebm.metrics.ood:EnergyScore",
+        "max-softmax": "advebm.metrics.ood:MaxSoftmax",
+        "max-logit": "advebm.metrics.ood:MaxLogit",
+        "odin": "advebm.metrics.ood:ODIN",
+    },
+}
+KINDS["outlier"] = {  # noises, and every source of other images
+    "uniform": "advebm.data.outliers:UniformNoise",
+    "gaussian": "advebm.data.outliers:GaussianNoise",
+    "class-gaussian": "advebm.data.outliers:ClassGaussianNoise",
+    **KINDS["source"],
 }
 
 

@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from advebm import generation, seeds
+from advebm import config, generation, seeds
 from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent
+from advebm.metrics.spaces import Space
 from advebm.models import network
 from advebm.models.network import Network, Normalize
 from advebm.models.own import Own
+from advebm.modes import searching
 from advebm.training.recipe import Recipe
 from advebm.training.run import Run
+
+OWN = "own features"  # the space of the run's own classifier
 
 
 def evaluate(
@@ -50,8 +55,8 @@ def evaluate_run(
     Args:
         run: a trained run.
         recipe: the run's own by default; another threat or other metrics may be asked for.
-        features: run or model (as for :func:`find_model`) whose classifier gives the feature space of sample
-            quality; none takes the run's own model, which says so in the metric's name and flatters its own samples.
+        features: the feature space of sample quality, as :func:`find_space` reads it; none takes the run's own
+            model, which says so in the metric's name and flatters its own samples.
         checkpoint: ``latest``, ``best`` or a number of images.
         seed: of the attacks.
         device: where to compute.
@@ -64,10 +69,8 @@ def evaluate_run(
     model = run.model(path.name)[0].to(device)
     data = recipe.data.load()
     samples = {name: generation.read(folder) for name, folder in run.samples().items()}
-    if features is None:
-        space = feature_space("own features", model)
-    else:
-        space = feature_space(f"features of {owner(features)}", find_model(features).to(device))
+    judge = None if features is None else find_space(features)
+    space = feature_space(OWN, model) if judge is None else judge.load(device)
     subject = Subject(model, data, data.test, recipe.threat, samples, space, folder=run.folder / "verdicts", bar=bar)
     for name, drawn in samples.items():
         if (other := drawn.manifest.get("checkpoint")) != path.name:
@@ -76,7 +79,7 @@ def evaluate_run(
     for metric in recipe.metrics:
         new = evaluate(subject, [metric], seed=seed, progress=progress)
         about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        whose = {"judge": judge(features)}
+        whose = {"judge": None if judge is None else judge.judge}
         run.append([{**dataclasses.asdict(r), **about, **(whose if "space" in r.settings else {})} for r in new])
         records += new
     return records
@@ -103,26 +106,52 @@ def is_factory(where: str | Path) -> bool:
     return ":" in str(where) and not str(where).startswith("hf:") and not Path(where).exists()
 
 
-def owner(features: str | Path) -> str:
-    """The name of the run or model that features are of."""
-    path = Path(features).resolve()
-    return path.parents[1].name if path.parent.name == "checkpoints" else path.name
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """The penultimate features of the classifier of a run or model.
+
+    Attributes:
+        where: what :func:`find_model` takes.
+    """
+
+    where: str
+
+    @property
+    def name(self) -> str:
+        """``features of`` the run or model."""
+        path = Path(self.where).resolve()
+        return f"features of {path.parents[1].name if path.parent.name == 'checkpoints' else path.name}"
+
+    @property
+    def judge(self) -> str:
+        """A folder and its latest checkpoint, or the name of a model on the Hub or of one's own."""
+        if self.where.startswith("hf:") or is_factory(self.where):
+            return self.where
+        pointer = Path(self.where) / "checkpoints" / "LATEST"
+        latest = f"@{pointer.read_text().strip()}" if pointer.is_file() else ""
+        return f"{Path(self.where).resolve()}{latest}"
+
+    def load(self, device: torch.device | str) -> Features:
+        """Its latest checkpoint."""
+        return feature_space(self.name, find_model(self.where).to(device))
 
 
-def judge(features: str | Path | None) -> str | None:
-    """Which weights features are of: a folder and its latest checkpoint, a model's name, or the run's own."""
-    if features is None:
-        return None
-    if str(features).startswith("hf:") or is_factory(features):
-        return str(features)
-    pointer = Path(features) / "checkpoints" / "LATEST"
-    latest = f"@{pointer.read_text().strip()}" if pointer.is_file() else ""
-    return f"{Path(features).resolve()}{latest}"
+def find_space(features: str | Path) -> Space:
+    """What ``--features`` names: ``inception``, ``inception:PATH`` with one's own copy of its weights, ``pixels``, or a
+    run or model as :func:`find_model` takes it.  A folder that is called like a kind is ``./pixels``.
+    """
+    text = str(features)
+    return config.build(text, "space") if text.partition(":")[0] in config.KINDS["space"] else Classifier(text)
 
 
 def feature_space(name: str, model: Network) -> Features:
     """A classifier's penultimate features under a name that says whose they are."""
-    return Features(name, model.features, model)
+
+    def extract(x: Tensor) -> Tensor:
+        with searching(model):
+            return model.features(x)
+
+    return Features(name, extract, model.head)
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

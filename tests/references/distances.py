@@ -5,8 +5,10 @@ import scipy.linalg
 
 
 def frechet(a, b):
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    return frechet_of_gaussians(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+
+
+def frechet_of_gaussians(mean_a, cov_a, mean_b, cov_b):
     root = scipy.linalg.sqrtm(cov_a @ cov_b).real
     return ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
 

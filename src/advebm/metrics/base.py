@@ -45,11 +45,23 @@ class SampleSet(NamedTuple):
 
 
 class Features(NamedTuple):
-    """A named feature space: images (B, C, H, W) in [0, 1] -> features (B, D); ``logits`` where it can classify."""
+    """A named feature space: images (B, C, H, W) in [0, 1] -> features (B, D).
+
+    ``logits``, where the features are a classifier's, takes them to its logits (B, K).
+    """
 
     name: str
     extract: Callable[[Tensor], Tensor]
-    classify: Callable[[Tensor], Tensor] | None = None
+    logits: Callable[[Tensor], Tensor] | None = None
+
+
+INCEPTION = "inception"  # the one space whose quantities have names of their own
+
+
+def label(quantity: str, space: str) -> str:
+    """What a quantity is called in a feature space: FID, KID and IS are Inception's, elsewhere the space is named."""
+    plain = {"FD": "FID", "KID": "KID", "class score": "IS"} if space == INCEPTION else {}
+    return plain.get(quantity, f"{quantity} ({space})")
 
 
 Tell = Callable[[int, str], None]  # how much is done, and a note

@@ -1,5 +1,7 @@
-"""Distances between two sets of features: pure functions, float64, independent of how the sets were batched."""
+"""Distances between two sets of features, and the score of one: pure, float64, whatever batches the sets came in."""
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,6 +9,18 @@ import torch
 from torch import Tensor
 
 from advebm.errors import UserError
+
+
+def checked(features: Tensor) -> Tensor:
+    """Features as float64; refuse what is not finite and of shape (N, D)."""
+    if features.ndim != 2 or not torch.isfinite(features).all():
+        raise UserError(f"features are finite and of shape (N, D), got {_what(features)}")
+    return features.double()
+
+
+def _what(features: Tensor) -> str:
+    bad = int((~torch.isfinite(features)).sum())
+    return f"shape {tuple(features.shape)}" + (f" with {bad} values that are NaN or infinite" if bad else "")
 
 
 @dataclass(frozen=True)
@@ -20,9 +34,7 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
         """Of features (N, D)."""
-        if features.ndim != 2 or not torch.isfinite(features).all():
-            raise UserError(f"features are finite and of shape (N, D), got shape {tuple(features.shape)}")
-        f = features.double()
+        f = checked(features)
         return cls(len(f), f.sum(0), f.T @ f)
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -48,6 +60,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of ``Lᵀ Σ_b L`` where ``L Lᵀ = Σ_a``, which is
     symmetric: no matrix root, nothing imaginary.  It is called FID only in the features of the Inception network.
+    The fewer features, the larger it is on average; with no more of them than dimensions it says little by itself.
     """
     if min(a.count, b.count) < 2 or a.mean.shape != b.mean.shape:
         sizes = f"{a.count} x {len(a.total)} and {b.count} x {len(b.total)}"
@@ -64,8 +77,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """KID: the unbiased squared MMD for the kernel ``(x·y / D + 1)³``, Bińkowski et al. (2018).  May be negative."""
-    if min(len(a), len(b)) < 2:
-        raise UserError(f"a kernel distance takes at least 2 features on each side, got {len(a)} and {len(b)}")
+    a, b = checked(a), checked(b)
+    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
+        sizes = f"{len(a)} x {a.shape[1]} and {len(b)} x {b.shape[1]}"
+        raise UserError(f"a kernel distance takes two sets of at least 2 features of one dimension, got {sizes}")
     return unbiased_mmd(len(a), kernel_pairs(a), len(b), kernel_pairs(b), kernel_sum(a, b))
 
 
@@ -83,6 +98,35 @@ def kernel_sum(a: Tensor, b: Tensor, *, block: int = 2048) -> float:
 def kernel_pairs(a: Tensor) -> float:
     """The kernel summed over pairs of different items of one set."""
     return kernel_sum(a, a) - ((a.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item()
+
+
+def inception_score(logits: Tensor, splits: int = 10, generator: torch.Generator | None = None) -> tuple[float, float]:
+    """``exp E_x KL(p(y|x) ‖ p(y))`` in each split of the images: mean and deviation over the splits.
+
+    Salimans et al. (2016).  It lies between 1 and K.  The deviation is what papers print behind ±, the root of the mean
+    square over the splits; it is no standard error.
+
+    Args:
+        logits: (N, K).
+        splits: equal parts of the images, each with its own p(y).
+        generator: shuffles the images; without one they are split in the order they come in, which has to be random.
+    """
+    logits = checked(logits)
+    if not 1 <= splits <= len(logits):
+        raise UserError(f"a score in {splits} splits takes at least as many images, got {len(logits)}")
+    if logits.shape[1] == 1:
+        warnings.warn("the score is 1 whatever the images are: the classifier has one class", stacklevel=2)
+    if generator is not None:
+        logits = logits[torch.randperm(len(logits), generator=generator, device=generator.device).to(logits.device)]
+    ends = [i * len(logits) // splits for i in range(1, splits)]
+    scores = torch.stack([_score(part) for part in logits.log_softmax(1).tensor_split(ends)])
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def _score(log_p: Tensor) -> Tensor:
+    """Of one split, from log-probabilities: nothing underflows."""
+    log_q = log_p.logsumexp(0) - math.log(len(log_p))
+    return (log_p.exp() * (log_p - log_q)).sum(1).mean().exp()
 
 
 def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> float:

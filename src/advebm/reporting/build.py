@@ -61,6 +61,8 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None, tit
         ],
         robustness=_uri(figures.robustness(everyone, config.describe(recipe.threat))),
         energies=_uri(figures.energies(own)),
+        reliability=_uri(figures.reliability(own)),
+        detection=_uri(figures.detection(own)),
         tables=[{"name": name, "rows": [row(r) for r in records]} for name, records in everyone.items() if records],
         config=dump(recipe),
         environment=json.dumps(files.read_json(run.folder / "env.json", default={}), indent=2),
@@ -100,7 +102,7 @@ def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[st
     records = list(records)
     names = ("accuracy", f"accuracy under {threat.name}")
     shown = [r for name in names for r in records if r["name"] == name]
-    shown += sorted((r for r in records if r["name"].startswith("FD")), key=lambda r: r["value"])[:1]
+    shown += sorted((r for r in records if r["name"].startswith(("FD", "FID"))), key=lambda r: r["value"])[:1]
     cards = []
     for text in map(row, shown):
         name = " · ".join(filter(None, [text["name"], text["samples"]]))

@@ -70,8 +70,8 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
             points = {}
             for r in records:
                 attack = r["settings"].get("attack", {**threat, "eps": 0.0})
-                untargeted = not r["settings"].get("targeted")
-                if r["name"].startswith("accuracy") and untargeted and others(attack) == others(threat):
+                plain = not {"targeted", "corruption"} & r["settings"].keys()
+                if r["name"].startswith("accuracy") and plain and others(attack) == others(threat):
                     points[attack["eps"]] = (r["value"], r["error"])
             if len(points) > 1:
                 x = sorted(points)
@@ -128,6 +128,51 @@ def energies(records: Records) -> bytes | None:
             axis.stairs(r["series"]["density"], r["series"]["edges"], label=r["name"].removeprefix("E(x) of "), lw=1.4)
         axis.set(xlabel="E(x) (nats; low = like data)", ylabel="density", title="energy of data, samples and noise")
         axis.legend(frameon=False, fontsize=7)
+        return _png(figure)
+
+
+def reliability(records: Records) -> bytes | None:
+    """Accuracy against confidence, and the share of predictions in each bin; None if there are no such records."""
+    chosen = [r for r in records if r["name"].startswith("ECE") and r["series"]]
+    if not chosen:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(5.2, 3.2))
+        axis.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls="--")
+        for r, label in zip(chosen, ("as trained", "temperature scaled"), strict=False):
+            s, width = r["series"], 1 / r["settings"]["bins"]
+            (line,) = axis.plot(s["confidence"], s["accuracy"], lw=0.8, label=f"{label}, ECE {r['value']:.3f}")
+            axis.scatter(s["confidence"], s["accuracy"], [4 + 60 * share for share in s["share"]], line.get_color())
+            axis.bar(s["lower"], s["share"], width, align="edge", color=line.get_color(), alpha=0.2)
+        axis.set(xlabel="confidence", ylabel="accuracy; bars: share", xlim=(0, 1), ylim=(0, 1.02), title="calibration")
+        axis.legend(frameon=False, fontsize=7)
+        return _png(figure)
+
+
+def detection(records: Records) -> bytes | None:
+    """Histograms of scores of the data and of outliers, as they are and attacked; None if there are none.
+
+    A row for each set and a column for each score.
+    """
+    panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for r in records:
+        if r["name"].startswith("AUROC") and r["series"]:
+            panels.setdefault((r["settings"]["outliers"], r["settings"]["score"]), []).append(r)
+    if not panels:
+        return None
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    with plt.rc_context(STYLE):
+        size = (4.2 * len(columns), 2.6 * len(rows))
+        figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
+        for axis, place in zip(axes.flat, [(row, column) for row in rows for column in columns], strict=True):
+            for i, r in enumerate(panels.get(place, [])):
+                s, label = r["series"], r["settings"].get("attack", place[0])
+                if i == 0:
+                    axis.stairs(s["inside"], s["score"], label="test images", lw=1.4)
+                axis.stairs(s["outside"], s["score"], label=f"{label}: AUROC {r['value']:.3f}", lw=1.4)
+            axis.set(title=f"{place[1]} · {place[0]}", xlabel="score (high = out of distribution)", ylabel="density")
+            axis.margins(y=0.4)  # for the legend
+            axis.legend(frameon=False, fontsize=7, loc="upper left")
         return _png(figure)
 
 

@@ -138,7 +138,8 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
 
     A pair that names a kind (``objective.kind`` or ``objective``) comes first and keeps the options that both kinds
     have; a mapping replaces the block.  The others are applied to the fully described recipe, so that they reach every
-    default.  Stages in ``before`` are completed after that from the recipe itself, and changed by ``before.0.…``.
+    default: a whole list first, then options inside it.  Stages in ``before`` are completed after that from the recipe
+    itself, and changed by ``before.0.…``.
 
     Raises:
         UserError: an unknown name or option, or a value that is not of the option's type.
@@ -162,8 +163,10 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
         else:
             rest.append((dotted, value))
     described = config.describe(config.construct(Recipe, plain, where="recipe"))
-    for dotted, value in rest:
+    for dotted, value in sorted(rest, key=lambda pair: pair[0].count(".")):
         described = config.override(described, dotted, value)
+        if any(other.startswith(f"{dotted}.") for other, _ in rest):
+            described = config.describe(config.construct(Recipe, described, where="recipe"))
     described["before"] = [_stage(stage, described, f"before.{i}") for i, stage in enumerate(before)]
     for dotted, value in [pair for pair in overrides if pair[0].startswith("before")]:
         described = config.override(described, dotted, value)

@@ -1,0 +1,168 @@
+"""Whether confidences are the shares of right answers: calibration errors, proper scores, temperature scaling."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from advebm import checks, energies
+from advebm.data.sources import Images
+from advebm.errors import UserError
+from advebm.metrics.base import Record, Subject, average
+from advebm.metrics.distances import jackknife
+from advebm.modes import searching
+
+GROUPS = 20  # of the jackknife
+RANGE = 20.0  # of the logarithms of temperatures, on both sides of 0
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Sums over the predictions in each of M equal bins of confidence, ``(m/M, (m+1)/M]``: they add over batches."""
+
+    count: Tensor  # (M,) float64
+    confidence: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, y: Tensor, bins: int) -> "Reliability":
+        """Of logits (N, K) and labels int64 (N,)."""
+        confidence, predicted = logits.double().softmax(1).max(1)
+        place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+        sums = lambda values: torch.zeros(bins, dtype=torch.float64, device=place.device).index_add(0, place, values)
+        return cls(sums(torch.ones_like(confidence)), sums(confidence), sums((predicted == y).double()))
+
+    def __add__(self, other: "Reliability") -> "Reliability":
+        return Reliability(self.count + other.count, self.confidence + other.confidence, self.right + other.right)
+
+    @property
+    def gaps(self) -> Tensor:
+        """|accuracy - confidence| in each bin, 0 in empty ones, (M,)."""
+        return (self.right - self.confidence).abs() / self.count.clamp_min(1)
+
+    def expected_error(self) -> float:
+        """ECE: the mean gap, weighted by the share of predictions in each bin, Guo et al. (2017)."""
+        return (self.gaps * self.count).sum().item() / self.count.sum().item()
+
+    def maximum_error(self) -> float:
+        """MCE: the largest gap of any bin, however few predictions it holds, Guo et al. (2017)."""
+        return self.gaps.max().item()
+
+    def series(self) -> dict[str, list[float]]:
+        """Of the bins that hold something: lower edge, mean confidence, accuracy, share of all predictions."""
+        held = self.count.nonzero().squeeze(1)
+        n = self.count[held]
+        return {
+            "lower": (held / len(self.count)).tolist(),
+            "confidence": (self.confidence[held] / n).tolist(),
+            "accuracy": (self.right[held] / n).tolist(),
+            "share": (n / self.count.sum()).tolist(),
+        }
+
+
+def negative_log_likelihood(logits: Tensor, y: Tensor) -> Tensor:
+    """``-log p(y|x)`` in nats; (N, K), (N,) -> (N,) float64."""
+    return energies.conditional(logits.double(), y)
+
+
+def brier(logits: Tensor, y: Tensor) -> Tensor:
+    """``Σ_k (p(k|x) - [k = y])²``, in [0, 2], Brier (1950); (N, K), (N,) -> (N,) float64."""
+    p = logits.double().softmax(1)
+    return p.square().sum(1) - 2 * p.gather(1, y[:, None]).squeeze(1) + 1
+
+
+def temperature(logits: Tensor, y: Tensor) -> tuple[float, float]:
+    """The T whose ``softmax(f / T)`` has the least negative log-likelihood, Guo et al. (2017), and its standard error.
+
+    The derivative by 1/T, ``E_p[f] - f_y`` on average, never falls as 1/T grows: bisection of log T finds its root.
+    The error is that of an M-estimator: it does not take the model to be right.
+
+    Raises:
+        UserError: every answer is right, or they are worse than constant ones: then no finite T > 0 is the best.
+    """
+    z = logits.double()
+    chosen = z.gather(1, y[:, None]).squeeze(1)
+    if not z.mean(1).mean() < chosen.mean() < z.amax(1).mean():
+        what = "all" if (z.argmax(1) == y).all() else "too few"
+        raise UserError(f"no temperature is the best for {len(z)} images of which {what} are classified right")
+
+    def slope(t: float) -> Tensor:
+        return ((z / t).softmax(1) * z).sum(1) - chosen  # (N,), by 1/T
+
+    low, high = -RANGE, RANGE
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(math.exp(middle)).mean() < 0 else (middle, high)
+    t = math.exp((low + high) / 2)
+    p = (z / t).softmax(1)
+    curvature = ((p * z.square()).sum(1) - (p * z).sum(1).square()).mean()
+    error = slope(t).square().mean().sqrt() / (curvature * math.sqrt(len(z)))
+    return t, t**2 * error.item()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration errors, likelihood and Brier score of a classifier, before and after temperature scaling.
+
+    The temperature is fitted on the validation split and leaves every prediction as it is.  ECE is biased upwards
+    where images are few; it depends on the bins.
+
+    Attributes:
+        bins: of equal width, on [0, 1].
+    """
+
+    bins: int = 15
+
+    cites: ClassVar[tuple[str, ...]] = ("guo2017", "brier1950")
+
+    def __post_init__(self) -> None:
+        if self.bins < 1:
+            raise UserError(f"bins is at least 1, got {self.bins}")
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """``ECE``, ``MCE``, ``NLL``, ``Brier score``; ``temperature``; the four ``after temperature scaling``."""
+        validation, (logits, y) = _logits(subject, subject.data.val), _logits(subject, subject.split)
+        records = self._records(logits, y, "", {"temperature": 1.0})
+        try:
+            t, error = temperature(*validation)
+        except UserError as reason:
+            warnings.warn(f"calibration is measured without temperature scaling: {reason}", stacklevel=2)
+            return records
+        scaled = self._records(logits / t, y, " after temperature scaling", {"temperature": t})
+        return [*records, Record("temperature", t, error, len(validation[1]), {"fitted_on": "val"}), *scaled]
+
+    def _records(self, logits: Tensor, y: Tensor, case: str, settings: dict[str, Any]) -> list[Record]:
+        whole, groups = Reliability.of(logits, y, self.bins), min(GROUPS, len(y))
+        parts = [Reliability.of(logits[g::groups], y[g::groups], self.bins) for g in range(groups)]
+
+        def error(statistic: Callable[[Reliability], float]) -> float:
+            return jackknife(lambda kept: statistic(reduce(add, [parts[g] for g in kept])), groups)
+
+        settings = {**settings, "bins": self.bins}
+        records = []
+        for name, statistic in (("ECE", Reliability.expected_error), ("MCE", Reliability.maximum_error)):
+            series = whole.series() if name == "ECE" else {}
+            records.append(Record(f"{name}{case}", statistic(whole), error(statistic), len(y), settings, series))
+        for name, values in (("NLL", negative_log_likelihood(logits, y)), ("Brier score", brier(logits, y))):
+            records.append(Record(f"{name}{case}", *average(values), settings))
+        return records
+
+
+def _logits(subject: Subject, split: Images) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) in float64 and labels (N,) of a split, on the host."""
+    if not split.labelled:
+        raise UserError(f"calibration needs labels, {subject.data.name} has none; choose --metrics without it")
+    found = []
+    with searching(subject.model) as f, torch.no_grad():
+        for x, y in subject._replace(split=split).batches():
+            found.append((checks.logits(f(x), len(x)).double().cpu(), y.cpu()))
+    logits, y = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if logits.shape[1] < 2:
+        raise UserError("calibration needs a classifier, the model has one output")
+    return logits, y

@@ -1,0 +1,59 @@
+"""Accuracy on corrupted images."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from advebm import seeds
+from advebm.attacks.base import correct
+from advebm.data.corruptions import CORRUPTIONS, SEVERITIES, check, corrupt
+from advebm.errors import UserError
+from advebm.metrics.base import Record, Subject, average, proportion
+from advebm.modes import searching
+
+
+@dataclass(frozen=True)
+class CorruptionAccuracy:
+    """Share of corrupted images that are classified as labelled, for each corruption and severity.
+
+    After Hendrycks and Dietterich (2019), with parameters of our own: not CIFAR-10-C, and not comparable with it.
+
+    Attributes:
+        corruptions: which ones; see :mod:`advebm.data.corruptions`.
+        severities: from 1 to 5.
+    """
+
+    corruptions: tuple[str, ...] = tuple(CORRUPTIONS)
+    severities: tuple[int, ...] = SEVERITIES
+
+    cites: ClassVar[tuple[str, ...]] = ("hendrycks2019",)
+
+    def __post_init__(self) -> None:
+        if not self.corruptions or not self.severities:
+            raise UserError("corruptions and severities name at least one each, such as jpeg and 3")
+        for name in self.corruptions:
+            for severity in self.severities:
+                check(name, severity)
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """``accuracy under gaussian-noise 3`` and so on, and their mean, ``accuracy under corruptions``."""
+        if not subject.split.labelled:
+            raise UserError(f"accuracy needs labels, {subject.data.name} has none; choose --metrics without it")
+        records, everything = [], []
+        for name in self.corruptions:
+            for severity in self.severities:
+                own = seeds.generator(generator.initial_seed(), name, severity, device=generator.device)
+                hits = _hits(subject, name, severity, own)
+                settings = {"corruption": name, "severity": severity, "parameters": "advebm"}
+                records.append(Record(f"accuracy under {name} {severity}", *proportion(hits), settings))
+                everything.append(hits)
+        settings = {"corruption": list(self.corruptions), "severity": list(self.severities), "parameters": "advebm"}
+        shares = torch.stack(everything).double().mean(0)  # of each image, so that the error knows they are the same
+        return [*records, Record("accuracy under corruptions", *average(shares), settings)]
+
+
+def _hits(subject: Subject, name: str, severity: int, generator: torch.Generator) -> Tensor:
+    with searching(subject.model) as f:
+        return torch.cat([correct(f, corrupt(x, name, severity, generator), y) for x, y in subject.batches()])

@@ -1,0 +1,1 @@
+"""Our numbers beside those of other implementations, which only ``make agreement`` installs."""
