@@ -19,7 +19,7 @@ LAYERS = [
     {"energies", "descent", "starts", "modes", "checks"},
     {"models", "data", "pictures"},
     {"objectives", "samplers", "attacks", "metrics"},
-    {"training", "evaluation", "generation", "comparison", "doctor"},
+    {"training", "evaluation", "generation", "comparison", "suites", "doctor"},
     {"cli", "api", "demo", "console", "stages", "tables", "reporting", "reproduce", "__main__"},
 ]
 

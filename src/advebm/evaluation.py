@@ -124,7 +124,7 @@ class Classifier:
 
     @property
     def judge(self) -> str:
-        """A folder and its latest checkpoint, or the name of a model on the Hub or of one's own."""
+        """A folder and its latest checkpoint, a model on the Hub, or a module of one's own."""
         if self.where.startswith("hf:") or is_factory(self.where):
             return self.where
         pointer = Path(self.where) / "checkpoints" / "LATEST"
