@@ -138,7 +138,7 @@ class Classifier:
 
 def find_space(features: str | Path) -> Space:
     """What ``--features`` names: ``inception``, ``inception:PATH`` with one's own copy of its weights, ``pixels``, or a
-    run or model: a folder or ``hf:USER/NAME``.  A folder that is called like a kind is ``./pixels``.
+    run or model as :func:`find_model` takes it.  A folder that is called like a kind is ``./pixels``.
     """
     text = str(features)
     return config.build(text, "space") if text.partition(":")[0] in config.KINDS["space"] else Classifier(text)
