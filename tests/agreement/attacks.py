@@ -52,7 +52,7 @@ class Official:
         norm: str,
         *,
         names: tuple[str, ...] = (),
-        **queries: int,
+        queries: int = 0,
     ) -> Tensor:
         """Which points stand after the attacks of those names, or after the standard ones, bool (N,)."""
         only: dict[str, Any] = {"version": "custom"} if names else {"version": "standard"}
@@ -66,7 +66,7 @@ class Official:
         if names:
             found.apgd.n_restarts = found.fab.n_restarts = 1
             found.fab.n_target_classes = found.apgd_targeted.n_target_classes = 9
-            found.square.n_queries = queries["queries"]
+            found.square.n_queries = queries
         moved = found.run_standard_evaluation(x, y, **{"bs" if self.source else "batch_size": len(x)})
         with torch.no_grad():
             return model(moved if self.source else moved[0]).argmax(1) == y
