@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint mutants clean
+PEERS := .venv-agreement/.ready
+
+.PHONY: demo test lint mutants agreement clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
@@ -19,9 +21,21 @@ lint: $(READY)
 mutants: $(READY)
 	$(BIN)/python tests/mutants.py
 
+# ARGS='--run RUN --standard --images 512' compares AutoAttack on a model of yours; AUTOATTACK_SRC names a checkout of its code.
+agreement: $(PEERS)
+	.venv-agreement/bin/python -m tests.agreement $(ARGS)
+
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf .venv .venv-agreement build dist .pytest_cache .mypy_cache .ruff_cache runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The peers, in an environment of their own; without what they require, which would replace torch.
+$(PEERS): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-agreement
+	.venv-agreement/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data]' scipy requests tqdm
+	.venv-agreement/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		pyautoattack==0.2.0 torchattacks==3.5.1 torch-fidelity==0.4.0 prdc==0.2
+	touch $(PEERS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

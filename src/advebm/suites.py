@@ -56,7 +56,8 @@ def jeat(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
     pgd = replace(threat, loss="cross-entropy", steps=50, step_size=threat.eps / 4 or None, restarts=extent.restarts)
     cross = RobustAccuracy(CW(c=0.2), images=extent.images)  # finds the nearest, so restarts change nothing
     attacks = (_under(pgd, extent), _under(replace(pgd, loss="energy"), extent), cross)
-    return (*attacks, *robustbench(threat, extent), SampleQuality(), Energies())
+    clean, auto = robustbench(threat, extent)
+    return (clean, *attacks, auto, SampleQuality(), Energies())
 
 
 def cem(threat: Attack, extent: Extent) -> tuple[Metric, ...]:

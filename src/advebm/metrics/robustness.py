@@ -31,7 +31,7 @@ def verdicts(subject: Subject, attack: Adversary, generator: torch.Generator, pr
         raise UserError(f"accuracy needs labels, {subject.data.name} has none; choose --metrics without it")
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     options = {"seed": seed, "batch": subject.batch, "precision": getattr(torch, precision), "folder": subject.folder}
-    with subject.bar(attack.name, len(subject.split)) as tell:
+    with subject.bar(attack.name if attack.eps > 0 else "accuracy", len(subject.split)) as tell:
         return judge(subject.model, subject.split.x, subject.split.y, attack, **options, tell=tell)
 
 

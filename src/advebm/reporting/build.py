@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from advebm import citations, comparison, config, evaluation, files, generation, pictures
+from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
 from advebm.reporting import figures
 from advebm.training.recipe import dump
@@ -82,7 +83,7 @@ def row(record: Mapping[str, Any]) -> dict[str, str]:
     exact = f"{value:,.0f}" if value == round(value) or value > 100 else f"{value:.1f}"  # counts have no error
     return {
         "name": record["name"],
-        "value": exact if error == 0 and not share else f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
+        "value": exact if error == 0 and not record["settings"] else f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
         "count": f"{record['count']:,}",
         "samples": str(record["settings"].get("samples", "")),
     }
@@ -100,9 +101,10 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
 
 
 def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[str, str]]:
-    """Clean accuracy, accuracy under the threat, and the best distance of a set of samples."""
+    """Clean accuracy, accuracy under the threat and under AutoAttack, and the best distance of a set of samples."""
     records = list(records)
-    names = ("accuracy", f"accuracy under {threat.name}")
+    attacks = (threat, AutoAttack(threat.eps, threat.norm))
+    names = ("accuracy", *(f"accuracy under {attack.name}" for attack in attacks))
     shown = [r for name in names for r in records if r["name"] == name]
     shown += sorted((r for r in records if r["name"].startswith(("FD", "FID"))), key=lambda r: r["value"])[:1]
     cards = []
