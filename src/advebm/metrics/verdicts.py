@@ -175,7 +175,8 @@ class State:
             self.broken[i] = run + 1
         self.run, self.next = run, following
         if self.path is not None:
-            files.write_json(self.path, {"about": self.about, "run": run, "next": following, "broken": self.broken})
+            state = {"about": self.about, "run": run, "next": following, "broken": self.broken}
+            files.write(self.path, json.dumps(state))
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
