@@ -8,7 +8,7 @@ from scipy.optimize import linprog, minimize
 from scipy.stats import binomtest
 from torch import nn
 
-from advebm.attacks.apgd import APGD, ascend
+from advebm.attacks.apgd import APGD, _look, ascend
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.base import Adversary, Run, correct, dlr, margin, two_classes
 from advebm.attacks.cw import CW
@@ -115,6 +115,15 @@ def test_gradients_of_a_random_network_are_averaged():
     assert next(draws) == 1.0  # an even number of passes
 
 
+def test_the_average_of_gradients_is_followed():
+    """Two passes in turn pull to opposite sides; the second, weaker one alone would lead the other way."""
+    turn = iter([1.0, -0.5] * 100)
+    f = lambda x: torch.stack([0 * x.sum((1, 2, 3)) + 100, x.sum((1, 2, 3)) * next(turn)], 1)
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, dtype=torch.long)
+    _, gradient, _ = _look(lambda z, rows: (margin(f(z), y), y > 0), x, y, 2)
+    torch.testing.assert_close(gradient, torch.full_like(x, 0.25))
+
+
 def test_losses_that_few_classes_do_not_have():
     with pytest.raises(UserError, match="at least 3 classes, got 2; use margin"):
         APGD(loss="dlr").runs(2)
@@ -152,6 +161,33 @@ def test_the_shortest_move_onto_a_plane(norm):
             bounds = [(-v, 1 - v) for v in x[i].tolist()]
             best = minimize(lambda m: m @ m, [0.0] * 5, bounds=bounds, constraints=plane, tol=1e-12).fun
             assert move[i].square().sum().item() == pytest.approx(best, abs=1e-5)
+
+
+def test_fab_restarts_begin_elsewhere(model, batch):
+    y = model(batch.x).argmax(1)
+    attack = FAB(0.01, steps=1, restarts=2)
+    (_, first), (_, second) = ((r.attack, r.search) for r in attack.runs(5)[:2])
+    met = []
+    watching = lambda x: met.append(x) or model(x)
+    first(watching, batch.x, y, seeded())
+    second(watching, batch.x, y, seeded())
+    starts = [x for x in met if x.requires_grad]
+    assert torch.equal(starts[0], batch.x)
+    far = (starts[1] - batch.x).abs().flatten(1).amax(1)
+    assert ((far > 0.004) & (far <= 0.005 + 1e-9)).all()
+
+
+def test_fab_stays_near_the_image_by_at_most_a_tenth(model, batch):
+    """Against the reference, which has its own constant."""
+    y = model(batch.x).argmax(1)
+    shortest = reference.fab(model, batch.x, y, 4, 1)
+    inside = shortest.isfinite()
+    assert inside.any()
+    for scale, stands in ((0.999, True), (1.001, False)):
+        for i in inside.nonzero().flatten().tolist():
+            one = slice(i, i + 1)
+            found = FAB(scale * shortest[i].item(), "linf", 4, 1).find(model, batch.x[one], y[one], seeded())
+            assert correct(model, found, y[one]).item() is stands
 
 
 def test_a_plane_outside_the_box_is_met_in_the_corner():
@@ -253,6 +289,15 @@ def test_moves_of_the_l2_square_attack_keep_their_length():
     assert (new != start).any()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_moves_of_the_l2_square_attack_agree_with_a_reference(seed):
+    x = torch.rand(2, 3, 12, 12, generator=seeded()) * 0.5 + 0.25
+    best = _two_windows(_tiles(x, 0.5, seeded(9)), x, 0.05, 0.5, seeded(8)).clamp(0.3, 0.7)
+    ours = _two_windows(best, x, 0.05, 0.5, seeded(seed))
+    expected = reference.two_windows(best, x, side(0.05, 12), 0.5, seeded(seed))
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
 # C&W ------------------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +309,9 @@ def test_cw_finds_the_distance_to_a_plane():
     found = CW(c=1.0, steps=300, searches=6).find(f, x, y, seeded())
     assert not correct(f, found, y)
     assert (found - x).norm().item() == pytest.approx(distance, rel=0.03)
+    searched = CW(c=1e-3, steps=100, searches=8).find(f, x, y, seeded())
+    assert not correct(f, searched, y)
+    assert correct(f, CW(c=1e-3, steps=100).find(f, x, y, seeded()), y)
     assert torch.equal(CW(c=1e-6, steps=20).find(f, x, y, seeded()), x)  # the distance outweighs it
 
 
@@ -288,6 +336,11 @@ def test_autoattack_is_what_the_authors_run():
     assert {a.samples for a in AutoAttack(0.1, version="rand").attacks(10)} == {20}
     assert names(10, version="full")[:2] == ["APGD-CE x 5 100", "APGD-DLR x 5 100"]
     assert AutoAttack(0.5, "l2").name == "AutoAttack l2 0.5"
+
+
+def test_autoattack_stays_in_its_norm():
+    for version in ("quick", "standard", "full", "rand"):
+        assert {a.norm for a in AutoAttack(0.5, "l2", version).attacks(10)} == {"l2"}
 
 
 # Judging --------------------------------------------------------------------------------------------------------------
@@ -367,6 +420,52 @@ def test_a_stopped_judgement_goes_on_where_it_was(described, tmp_path, calls):
         [judge(ZERO, POINTS, y, Halves(), batch=4, folder=tmp_path, seed=s) for s in (0, 1)]
 
 
+def test_another_judgement_has_another_state(small_run, tmp_path):
+    model, split = small_run.model()[0], small_run.recipe.data.load().test.take(slice(20))
+    attack = Attack(eps=0.1, steps=1)
+    judge(model, split.x, split.y, attack, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    judge(model, split.x, split.y, attack, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    judge(model, split.x.flip(3), split.y, attack, folder=tmp_path)
+    judge(model, split.x, split.y, attack, folder=tmp_path, batch=7)
+    judge(model, split.x, split.y, attack, folder=tmp_path, precision=torch.bfloat16)
+    judge(model, split.x, split.y, Attack(eps=0.2, steps=1), folder=tmp_path)
+    judge(Plain(lambda x: -model(x)), split.x, split.y, attack, folder=tmp_path)  # the same weights, another function
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-6)  # other weights, next to the same function
+    judge(model, split.x, split.y, attack, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path):
+    y = torch.zeros(10, dtype=torch.long)
+    with pytest.raises(UserError, match="no images"):
+        judge(ZERO, POINTS[:0], y[:0], Attack())
+    with pytest.raises(UserError, match="divide by 255"):
+        judge(ZERO, POINTS * 255, y, Attack())
+    with pytest.raises(UserError, match="labels lie in 0 to 1"):
+        judge(ZERO, POINTS, y + 2, Attack())
+    undefined = Plain(lambda x: torch.stack([(x - x).sqrt().sum((1, 2, 3)), x.sum((1, 2, 3)) * 0], 1))
+    with pytest.raises(UserError, match="gradient in the images is NaN"):
+        judge(undefined, POINTS, y, APGD(0.1))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        judge(ZERO, POINTS, y, Attack(eps=0.1, steps=1), folder=tmp_path / "file")
+
+
+def test_few_images_are_drawn_from_all_classes(small_run):
+    from advebm.metrics.base import Subject
+    from advebm.metrics.robustness import some
+
+    data = small_run.recipe.data.load()
+    order = data.test.y.argsort()
+    subject = Subject(small_run.model()[0], data, data.test.take(order), Attack())
+    assert len(some(subject, 60).split.y.unique()) == 10
+    assert torch.equal(some(subject, 60).split.x, some(subject, 60).split.x)
+    assert some(subject, 10_000) is subject
+
+
 def test_random_attacks_resume_to_the_same_verdicts(small_run, tmp_path):
     model, split = small_run.model()[0], small_run.recipe.data.load().test.take(slice(60))
     attack = Attack(eps=0.25, steps=3, restarts=3)
@@ -418,8 +517,13 @@ def test_an_attack_that_leaves_its_ball_is_refused(described):
     class Far(Halves):
         eps = 0.01
 
-    with pytest.raises(UserError, match="left its ball"):
-        judge(ZERO, POINTS, torch.zeros(10, dtype=torch.long), Far())
+    class Outside(Halves):
+        def runs(self, classes):
+            return [Run("out", lambda f, x, y, generator: x - 0.5, 1)]
+
+    for attack in (Far(), Outside()):
+        with pytest.raises(UserError, match="left its ball or the box"):
+            judge(ZERO, POINTS, torch.zeros(10, dtype=torch.long), attack)
 
 
 def test_a_critic_is_attacked_as_two_classes():

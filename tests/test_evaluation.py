@@ -45,9 +45,7 @@ def test_suites_stay_in_the_ball_of_the_threat():
     assert suites.suite("robustbench", THREAT) == (Accuracy(), RobustAccuracy(AutoAttack(0.1)))
     (_, quick) = suites.suite("robustbench", THREAT, "quick")
     assert (quick.attack.version, quick.images) == ("quick", 512)
-    pgd, energy, cw, _, auto = (
-        m.attack if isinstance(m, RobustAccuracy) else m for m in suites.suite("jeat", THREAT)[:5]
-    )
+    pgd, energy, cw, auto = (m.attack for m in suites.suite("jeat", THREAT) if isinstance(m, RobustAccuracy))
     assert (pgd.steps, pgd.step_size, pgd.restarts, pgd.loss, energy.loss) == (50, 0.025, 5, "cross-entropy", "energy")
     assert (cw.c, auto.version) == (0.2, "standard")
     everything = suites.suite("all", THREAT)
@@ -77,6 +75,23 @@ def test_a_module_without_a_run_is_evaluated(tmp_path, monkeypatch, capsys):
     assert records["accuracy under AutoAttack quick linf 25.5/255"] <= expected
     assert list((out / "verdicts").glob("*.json"))
     assert cli.main(["report", str(out)]) == 0
+    assert cli.main([*arguments.split(), "--metrics", "accuracy"]) == 0  # the same folder again
+    assert "go on" not in capsys.readouterr().err
+    other = arguments.replace("--data digits", "--data digits --data.test 0.3")
+    assert cli.main(other.split()) == 2
+    assert "holds another model or other data" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_a_misspelt_command(tmp_path, capsys):
+    start = f"evaluate --model tests.test_evaluation:module --data digits --out {tmp_path / 'no'} "
+    for words, said in (
+        ("--suite robustbensh", "no suite 'robustbensh'"),
+        ("--tier quick", "--tier goes with --suite"),
+        (f"--samples {tmp_path / 'none'}", "there is no folder"),
+    ):
+        assert cli.main((start + words).split()) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_models_folder_becomes_a_run(run, tmp_path):
@@ -125,6 +140,9 @@ def test_images_from_a_folder_are_judged_as_samples(run, tmp_path, capsys):
     assert flat_set.y.tolist() == 6 * [-1]
     torch.testing.assert_close(flat_set.x[1], torch.full((1, 8, 8), 40 / 255))
     assert cli.main(["report", str(run.folder)]) == 0
+    other = pictures(tmp_path / "elsewhere" / "mine", ["."])
+    with pytest.raises(UserError, match="has samples called mine already"):
+        take_in(run, other)
 
 
 def test_images_of_another_size_are_refused(run, tmp_path):

@@ -133,7 +133,7 @@ def build_parser() -> Parser:
     )
     sub.add_argument("--out", type=Path, metavar="DIR", help="with --model: the run's folder (runs/model-TIME)")
     sub.add_argument("--suite", metavar="NAME", help="robustbench, jeat, cem, binary-at or all, instead of --metrics")
-    sub.add_argument("--tier", default="standard", metavar="NAME", help="of a suite: quick, standard or full")
+    sub.add_argument("--tier", metavar="NAME", help="of a suite: quick, standard (default) or full")
     sub.add_argument(
         "--samples", type=Path, action="append", default=[], metavar="DIR", help="images to judge as samples; repeat"
     )
@@ -334,6 +334,7 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     import dataclasses
 
     from advebm import config, console
+    from advebm.attacks.projected import Attack
     from advebm.evaluation import evaluate_run
     from advebm.stages import adopt, take_in
     from advebm.suites import suite
@@ -343,19 +344,26 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
 
     if (args.run is None) == (args.model is None):
         raise UserError("evaluate takes a RUN, or --model and --data for a model without one")
-    if args.model is None:
-        if args.out or any(name.partition(".")[0] in ("data", "normalise") for name, _ in overrides):
-            raise UserError("--out, --data and --normalise go with --model; a run has its own")
-        run = Run.open(args.run)
-        recipe = resolve(config.describe(run.recipe), overrides)
-    else:
-        run = adopt(args.model, args.out or new_folder(Path("runs"), "model"), overrides)
-        recipe = run.recipe
-        print(run.folder)
+    measured = [pair for pair in overrides if pair[0].partition(".")[0] in ("threat", "metrics")]
+    if args.model is None and (args.out or measured != overrides):
+        raise UserError("--out, --data and --normalise go with --model; a run has its own")
+    if args.tier and not args.suite:
+        raise UserError("--tier goes with --suite")
     if args.suite:
         if any(name.partition(".")[0] == "metrics" for name, _ in overrides):
             raise UserError("--suite says which metrics; leave --metrics out")
-        recipe = dataclasses.replace(recipe, metrics=suite(args.suite, recipe.threat, args.tier))
+        suite(args.suite, Attack(), args.tier or "standard")  # a misspelt name is noticed before anything is written
+    for folder in args.samples:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}")
+    if args.model is None:
+        run = Run.open(args.run)
+    else:
+        run = adopt(args.model, args.out or new_folder(Path("runs"), "model"), overrides)
+        print(run.folder)
+    recipe = resolve(config.describe(run.recipe), measured)
+    if args.suite:
+        recipe = dataclasses.replace(recipe, metrics=suite(args.suite, recipe.threat, args.tier or "standard"))
     for folder in args.samples:
         take_in(run, folder)
     options = {"features": args.features, "checkpoint": args.checkpoint, "seed": args.seed}

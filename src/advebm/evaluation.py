@@ -73,7 +73,7 @@ def evaluate_run(
     space = feature_space(OWN, model) if judge is None else judge.load(device)
     subject = Subject(model, data, data.test, recipe.threat, samples, space, folder=run.folder / "verdicts", bar=bar)
     for name, drawn in samples.items():
-        if (other := drawn.manifest.get("checkpoint")) != path.name:
+        if (other := drawn.manifest.get("checkpoint", path.name)) != path.name:
             warnings.warn(f"samples {name} were drawn from checkpoint {other}, not {path.name}", stacklevel=2)
     records = []
     for metric in recipe.metrics:
@@ -155,9 +155,9 @@ def feature_space(name: str, model: Network) -> Features:
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest record of each name, set of samples and attack, in the order of first appearance."""
+    """The newest record of each name, set of samples, attack and number of images, in the order of first appearance."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in records:
-        key = (record["name"], str(record["settings"].get("samples")), str(record["settings"].get("attack")))
+        key = (record["name"], *(str(record["settings"].get(k)) for k in ("samples", "attack", "images")))
         newest[key] = record
     return list(newest.values())

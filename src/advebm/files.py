@@ -11,7 +11,7 @@ from advebm.errors import UserError
 
 def write(path: Path, content: str | bytes) -> None:
     """Replace ``path`` in one step, and make sure that it is on the disk before that."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

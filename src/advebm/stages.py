@@ -37,13 +37,15 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | Non
 def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run:
     """A run around a model that is there already: nothing is trained, everything else works on it.
 
+    A folder that holds it from an earlier call is opened as it is.
+
     Args:
         where: ``PACKAGE.MODULE:FACTORY``, a model's or run's folder, or ``hf:USER/NAME``.
         folder: of the new run.
         overrides: ``data``, and other options of a recipe.
 
     Raises:
-        UserError: no model there, no data, or data of other classes or another shape.
+        UserError: no model there, no data, data of other classes or another shape, or a folder that holds another run.
     """
     overrides = list(overrides)
     if not any(name.partition(".")[0] == "data" for name, _ in overrides):
@@ -68,6 +70,12 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run
                 f"{where} is for {words(*ours, ours[-1])}, {data.name} has {words(*theirs, theirs[-1])}; "
                 "evaluate it on data like its own"
             )
+    if (folder / "config.yaml").is_file():
+        run = Run.open(folder)
+        same = [getattr(run.recipe, n) == getattr(recipe, n) for n in ("data", "backbone", "init", "normalise")]
+        if not all(same):
+            raise UserError(f"{folder} holds another model or other data; choose another --out")
+        return run
     return fit(recipe, folder)
 
 
@@ -75,7 +83,9 @@ def take_in(run: Run, folder: Path) -> str:
     """Images from a folder as a set of samples of a run, under the folder's name, which is returned."""
     data, name = run.recipe.data.load(), folder.resolve().name
     images = read_folder(folder, data.classes, data.shape)
-    about = {"images": str(folder.resolve()), "checkpoint": run.checkpoints.path().name}
+    about = {"images": str(folder.resolve())}
+    if name in run.samples() and generation.read(run.samples()[name]).manifest.get("images") != about["images"]:
+        raise UserError(f"{run.folder} has samples called {name} already; rename {folder}")
     generation.write(run.folder / "samples" / name, SampleSet(images.float(), images.y, about), len(data.classes))
     return name
 

@@ -62,7 +62,7 @@ def jeat(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
 
 def cem(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
     """Clean accuracy, the threat untargeted and targeted, energies, and the quality of samples, CEM section 4."""
-    return Accuracy(), _under(threat, extent), TargetedAccuracy(), SampleQuality(), Energies()
+    return Accuracy(), _under(threat, extent), TargetedAccuracy(images=extent.images), SampleQuality(), Energies()
 
 
 def binary_at(threat: Attack, extent: Extent) -> tuple[Metric, ...]:

@@ -134,3 +134,29 @@ def bump(size):
 
     pattern = torch.cat([rings(size // 2, size), -rings(size - size // 2, size)])
     return pattern / pattern.norm()
+
+
+def two_windows(best, x, size, eps, generator):
+    """A move of the l2 square attack, image by image and channel by channel, from the draws of the same generator."""
+    size = max(size, 3)
+    size = min(size + 1 - size % 2, best.shape[2])
+    place = lambda: [int(torch.randint(0, best.shape[2] - size + 1, (), generator=generator)) for _ in range(2)]
+    (r1, c1), (r2, c2) = place(), place()
+    pattern = bump(size)
+    pattern = pattern.T if torch.rand((), generator=generator) > 0.5 else pattern
+    signs = 2.0 * torch.randint(0, 2, (len(x), x.shape[1], 1, 1), generator=generator) - 1
+    out = torch.empty_like(x)
+    for i in range(len(x)):
+        delta = best[i] - x[i]
+        free = max(eps**2 - (delta**2).sum().item(), 0.0) / x.shape[1]
+        moved = delta.clone()
+        moved[:, r2 : r2 + size, c2 : c2 + size] = 0
+        for c in range(x.shape[1]):
+            window = delta[c, r1 : r1 + size, c1 : c1 + size]
+            other = delta[c, r2 : r2 + size, c2 : c2 + size]
+            common = delta[c, max(r1, r2) : min(r1, r2) + size, max(c1, c2) : min(c1, c2) + size]
+            budget = (window**2).sum() + (other**2).sum() - (common**2).sum() + free
+            new = pattern * signs[i, c] + window / max(window.norm().item(), 1e-12)
+            moved[c, r1 : r1 + size, c1 : c1 + size] = new / new.norm() * budget.sqrt()
+        out[i] = (x[i] + moved / moved.norm() * eps).clamp(0, 1)
+    return out

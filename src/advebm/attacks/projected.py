@@ -113,3 +113,39 @@ class Attack(Adversary):
 def fgsm(eps: float, norm: Literal["linf", "l2"] = "linf") -> Attack:
     """The fast gradient (sign) method of Goodfellow et al. (2015): one full step from the image itself."""
     return Attack(eps=eps, norm=norm, steps=1, start="clean")
+
+
+@dataclass(frozen=True)
+class Targeted(Adversary):
+    """An attack towards a random other class for each image, CEM section 4.1: it lowers ``E(x, t) - E(x)``.
+
+    Attributes:
+        attack: how it searches; each restart draws other classes.
+    """
+
+    attack: Attack = Attack()
+
+    @property
+    def eps(self) -> float:
+        """Of the attack."""
+        return self.attack.eps
+
+    @property
+    def norm(self) -> str:
+        """Of the attack."""
+        return self.attack.norm
+
+    @property
+    def name(self) -> str:
+        """As tables write it: ``targeted PGD-20 linf 8/255``."""
+        return f"targeted {self.attack.name}"
+
+    def runs(self, classes: int) -> list[Run]:
+        """A run a restart."""
+        once = replace(self.attack, restarts=1)
+
+        def search(f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+            goal = (y + torch.randint(1, classes, y.shape, generator=generator, device=y.device)) % classes
+            return once(lambda z: energies.conditional(f(z), goal), x, generator)
+
+        return [Run(self.name, search, self.attack.steps)] * self.attack.restarts

@@ -8,21 +8,26 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advebm import config, energies
-from advebm.attacks.base import Adversary, correct
-from advebm.attacks.projected import Attack
+from advebm import config
+from advebm.attacks.base import Adversary
+from advebm.attacks.projected import Attack, Targeted
 from advebm.config import check_choices
-from advebm.descent import Energy
-from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, proportion
 from advebm.metrics.verdicts import Verdicts, judge
-from advebm.modes import searching
 
 
 def measure(subject: Subject, attack: Adversary | None, generator: torch.Generator) -> tuple[float, float, int]:
     """Share of the subject's split that is right (under attack, if there is one), with its error and count."""
     return proportion(verdicts(subject, Attack(eps=0.0) if attack is None else attack, generator).standing())
+
+
+def some(subject: Subject, images: int | None) -> Subject:
+    """The subject on so many images of its split, which may stand class by class; always the same ones."""
+    if images is None or images >= len(subject.split):
+        return subject
+    rows = torch.randperm(len(subject.split), generator=torch.Generator().manual_seed(0))[:images]
+    return subject._replace(split=subject.split.take(rows.sort().values))
 
 
 def verdicts(subject: Subject, attack: Adversary, generator: torch.Generator, precision: str = "float32") -> Verdicts:
@@ -54,7 +59,7 @@ class RobustAccuracy:
     Attributes:
         attack: the attack; none takes the recipe's ``threat``.
         precision: what the attack searches in, ``float32`` or ``bfloat16``; the verdict is always in float32.
-        images: how many of the first images; none takes all.
+        images: how many of the split, always the same ones, drawn at random; none takes all.
     """
 
     attack: Adversary | None = None
@@ -71,9 +76,9 @@ class RobustAccuracy:
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """``accuracy under`` the attack; and, where it has several parts, what is left after each but the last."""
         attack = self.attack or subject.threat
-        subject = subject._replace(split=subject.split.take(slice(0, self.images)))
-        found = verdicts(subject, attack, generator, self.precision)
+        found = verdicts(some(subject, self.images), attack, generator, self.precision)
         settings: dict[str, Any] = {"attack": config.describe(attack), "precision": self.precision}
+        settings |= {"images": self.images}
         records = [_record(f"accuracy under {attack.name}", found.standing(), settings)]
         for count, part in enumerate(found.attacks[:-1], 1):
             name = f"accuracy under {attack.name}, after {part}"
@@ -89,26 +94,20 @@ class TargetedAccuracy:
 
     Attributes:
         attack: the attack; none takes the recipe's ``threat``.
+        images: as for ``robust-accuracy``.
     """
 
     attack: Attack | None = None
+    images: int | None = None
 
     cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "madry2018")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """One record, ``accuracy under targeted`` and the attack."""
-        attack, classes, hits = self.attack or subject.threat, len(subject.data.classes), []
-        with searching(subject.model) as f:
-            for x, y in subject.batches():
-                step = torch.randint(1, classes, y.shape, generator=generator, device=y.device)
-                moved = attack(self._towards(f, (y + step) % classes), x, generator)
-                hits.append(correct(f, x, y) & correct(f, moved, y))
-        settings: dict[str, Any] = {"attack": config.describe(attack), "targeted": True}
-        return [Record(f"accuracy under targeted {attack.name}", *proportion(torch.cat(hits)), settings)]
-
-    @staticmethod
-    def _towards(f: Logits, goal: Tensor) -> Energy:
-        return lambda x: energies.conditional(f(x), goal)
+        attack = self.attack or subject.threat
+        found = verdicts(some(subject, self.images), Targeted(attack), generator)
+        settings = {"attack": config.describe(attack), "targeted": True, "images": self.images}
+        return [_record(f"accuracy under targeted {attack.name}", found.standing(), settings)]
 
 
 @dataclass(frozen=True)

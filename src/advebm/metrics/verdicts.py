@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import advebm
-from advebm import config, files, seeds
+from advebm import checks, config, energies, files, seeds
 from advebm.attacks.base import Adversary, Run, correct, two_classes
+from advebm.descent import value_and_gradient
 from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.metrics.base import Tell, as_images, device_of
-from advebm.models.inference import faster
+from advebm.models.inference import faster, float32
 from advebm.modes import searching
 
 STANDS, WRONG = -1, 0
@@ -66,14 +67,22 @@ def judge(
     Raises:
         UserError: a damaged state, an attack that left its ball, or a loss that so few classes do not have.
     """
+    if not len(x):
+        raise UserError("there are no images to attack")
+    if x.dtype != torch.uint8:
+        checks.images(x)
     device = device_of(model)
-    with searching(model) as raw:
+    with searching(model) as raw, float32():
         sample = as_images(x[:2], device)
         outputs = raw(sample).reshape(len(sample), -1).shape[1]
         quick = faster(model, sample, precision=precision)
         f, quick, classes = (two_classes(raw), two_classes(quick), 2) if outputs == 1 else (raw, quick, outputs)
+        checks.labels(y, len(x), classes)
         runs = attack.runs(classes) if attack.eps > 0 else []
+        parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
+        right = torch.cat([correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
         about = {"attack": config.describe(attack), "seed": seed, "batch": batch, "precision": str(precision)}
+        about |= {"right": _digest({"right": right}), "outputs": [round(v, 2) for v in f(sample).flatten().tolist()]}
         about |= {
             "model": _digest(model.state_dict()),
             "data": _digest({"x": x, "y": y}),
@@ -81,9 +90,10 @@ def judge(
         }
         state = State(folder, about)
         if not state.broken:
-            parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
-            right = torch.cat([correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
             state.broken = torch.where(right, STANDS, WRONG).tolist()
+        if runs and state.run == state.next == 0:
+            state.save(0, 0, [])  # a folder that cannot be written is noticed now
+            _check_gradient(f, sample, y[:2].to(device))
         progress = _Progress(tell, len(x), [run.passes for run in runs])
         for number in range(state.run, len(runs)):
             left = state.left(number)
@@ -119,10 +129,24 @@ def _attacked(
 def _within(attack: Adversary, x: Tensor, found: Tensor) -> Tensor:
     """What an attack found, if it is an image in the attack's ball."""
     move = (found - x).flatten(1)
+    if not torch.isfinite(move).all():
+        raise UserError(f"{attack.name} found images that are NaN; see advebm doctor")
     length = move.abs().amax(1) if attack.norm == "linf" else move.norm(dim=1)
     if not (length <= attack.eps * (1 + 1e-4) + 1e-6).all() or not ((found >= 0) & (found <= 1)).all():
         raise UserError(f"{attack.name} left its ball or the box: moves of up to {length.max():.4g}")
     return found
+
+
+def _check_gradient(f: Logits, x: Tensor, y: Tensor) -> None:
+    """An attack that follows a gradient of NaN goes nowhere, and everything would seem to stand."""
+    try:
+        _, gradient = value_and_gradient(lambda z: energies.conditional(f(z), y), x)
+    except RuntimeError:  # no gradient at all: Square needs none, and the others say so themselves
+        return
+    if not torch.isfinite(gradient).all():
+        raise UserError(
+            "the model's gradient in the images is NaN or infinite: no attack can follow it; see advebm doctor"
+        )
 
 
 class _Progress:

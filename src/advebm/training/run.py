@@ -138,7 +138,10 @@ class Run:
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Add evaluation records; none is ever changed or removed."""
-        files.write_json(self.folder / "metrics.json", [*self.records(), *records])
+        with (self.folder / ".records.lock").open("w") as handle:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)  # another evaluation may be appending; released with the handle
+            files.write_json(self.folder / "metrics.json", [*self.records(), *records])
 
 
 def new_folder(parent: Path, name: str) -> Path:
