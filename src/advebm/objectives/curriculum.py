@@ -81,6 +81,6 @@ class Curriculum:
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:
     """Probability that an energy of ``outside (M,)`` is above one of ``inside (N,)``, ties counted half; 0-d.
 
-    As :func:`advebm.metrics.ood.auroc`, on the device, and without complaint about numbers that are not finite: the loop finds those.
+    As :func:`advebm.metrics.ood.auroc`, but on the device; numbers that are not finite are left for the loop to find.
     """
     return (outside.detach()[:, None] - inside.detach()).sign().mean() / 2 + 0.5
