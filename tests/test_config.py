@@ -92,6 +92,7 @@ def test_foreign_classes_are_named_by_module_and_kept(monkeypatch):
 class Foreign:
     width: int = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+    outputs: ClassVar[int | None] = None
 
 
 MISTAKES = [
