@@ -36,11 +36,14 @@ GROUPS = 20  # of the jackknife
 class Score(Protocol):
     """A frozen dataclass that scores images; differentiable in them, so that it can be attacked."""
 
-    classes: ClassVar[bool]  # whether it needs a classifier
-
     @property
     def name(self) -> str:
         """As tables write it."""
+        ...
+
+    @property
+    def classes(self) -> bool:
+        """Whether it needs a classifier."""
         ...
 
     def __call__(self, f: Logits, x: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ class ODIN:
     temperature: float = 1000.0
     step: float = 0.0014
 
-    classes: ClassVar[bool] = True
+    classes = True
     cites: ClassVar[tuple[str, ...]] = ("liang2018",)
 
     def __post_init__(self) -> None:
