@@ -1,0 +1,156 @@
+"""Images that are not of the data, for critics and others to be trained against: p0 of binary adversarial training."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advebm import seeds
+from advebm.data.outliers import fit
+from advebm.data.sources import Augmentations, Data, Images, Source, to_float
+from advebm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Random squares of scikit-learn's two photographs, resized: real images, offline.
+
+    The splits are cut from different columns of the photographs, so no pixel is in two of them.  The label is the
+    photograph.
+
+    Attributes:
+        size: edge of the images in pixels.
+        channels: 1 for grey, 3 for colour.
+        count: images in all.
+        smallest, largest: edge of the squares before they are resized, drawn uniformly.
+        val, test: shares of the columns, and of the images, kept for selection and for reporting.
+        split_seed: of the squares.
+        augment: of the images where they are trained on.
+    """
+
+    size: int = 8
+    channels: int = 1
+    count: int = 20_000
+    smallest: int = 8
+    largest: int = 64
+    val: float = 0.1
+    test: float = 0.2
+    split_seed: int = 0
+    augment: Augmentations = Augmentations()
+
+    cites: ClassVar[tuple[str, ...]] = ("pedregosa2011",)
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.channels not in (1, 3) or not 1 <= self.smallest <= self.largest:
+            got = f"{self.size}, {self.channels}, {self.smallest} and {self.largest}"
+            raise UserError(f"size is at least 1, channels 1 or 3, 1 <= smallest <= largest, got {got}")
+        if not (self.val > 0 and self.test > 0 and self.val + self.test < 1):
+            raise UserError(f"val and test are positive shares that leave some, got {self.val} and {self.test}")
+        if min(self.count * self.val, self.count * self.test) < 1:
+            raise UserError(f"{self.count} images are too few to split into {self.val} and {self.test}")
+
+    def load(self) -> Data:
+        """14,000 training, 2,000 validation and 4,000 test images by default."""
+        from sklearn.datasets import load_sample_images
+
+        photographs = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in load_sample_images().images]
+        shares = np.cumsum([1 - self.val - self.test, self.val, self.test])
+        ends, counts = [0.0, *shares], np.diff([0, *np.rint(shares * self.count).astype(int)])
+        splits = []
+        for name, low, high, count in zip(("train", "val", "test"), ends, ends[1:], counts, strict=False):
+            generator = seeds.generator(self.split_seed, "patches", name)
+            strips = [p[..., round(low * p.shape[2]) : round(high * p.shape[2])] for p in photographs]
+            splits.append(self._cut(strips, int(count), generator))
+        return Data("patches", ("china", "flower"), *splits)
+
+    def _cut(self, strips: list[Tensor], count: int, generator: torch.Generator) -> Images:
+        most = min(min(strip.shape[1:]) for strip in strips)
+        if self.largest > most:
+            raise UserError(f"largest is at most {most}, the width of a split's columns, got {self.largest}")
+        y = torch.randint(len(strips), (count,), generator=generator)
+        edges = torch.randint(self.smallest, self.largest + 1, (count,), generator=generator)
+        at = torch.rand(count, 2, generator=generator)
+        x = torch.empty(count, self.channels, self.size, self.size, dtype=torch.uint8)
+        for i, (label, edge) in enumerate(zip(y.tolist(), edges.tolist(), strict=True)):
+            top, left = (int(u * (n - edge + 1)) for u, n in zip(at[i].tolist(), strips[label].shape[1:], strict=True))
+            square = strips[label][None, :, top : top + edge, left : left + edge]
+            x[i] = to_bytes(fit(to_float(square), tuple(x.shape[1:])))[0]
+        return Images(x, y)
+
+
+@dataclass(frozen=True)
+class NoiseImages:
+    """Images of uniform noise, drawn once: the p0 that is least like images.
+
+    Attributes:
+        size: edge of the images in pixels.
+        channels: 1 for grey, 3 for colour.
+        count: training images; there are a tenth as many for selection, and a fifth for reporting.
+        split_seed: of the noise.
+        augment: of the images where they are trained on.
+    """
+
+    size: int = 8
+    channels: int = 1
+    count: int = 10_000
+    split_seed: int = 0
+    augment: Augmentations = Augmentations()
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.channels not in (1, 3) or self.count < 10:
+            got = f"{self.size}, {self.channels} and {self.count}"
+            raise UserError(f"size is at least 1, channels 1 or 3 and count at least 10, got {got}")
+
+    def load(self) -> Data:
+        """10,000 training, 1,000 validation and 2,000 test images by default."""
+        splits = []
+        for name, count in (("train", self.count), ("val", self.count // 10), ("test", self.count // 5)):
+            generator = seeds.generator(self.split_seed, "noise images", name)
+            shape = (count, self.channels, self.size, self.size)
+            x = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+            splits.append(Images(x, torch.zeros(count, dtype=torch.long)))
+        return Data("noise", ("noise",), *splits)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources of one shape in equal shares: as many images of each as the smallest has, split by split.
+
+    The label is the source.
+
+    Attributes:
+        sources: at least two, such as ``patches,noise``.
+        split_seed: decides which images of a larger source are taken.
+        augment: of all images, instead of the sources' own.
+    """
+
+    sources: tuple[Source, ...] = (Patches(), NoiseImages())
+    split_seed: int = 0
+    augment: Augmentations = Augmentations()
+
+    def __post_init__(self) -> None:
+        if len(self.sources) < 2:
+            raise UserError("a mixture takes at least two sources, such as patches,noise")
+
+    def load(self) -> Data:
+        """All splits."""
+        parts = [source.load() for source in self.sources]
+        if len(shapes := {data.shape for data in parts}) > 1:
+            raise UserError(f"images of a mixture have one shape, got {' and '.join(map(str, sorted(shapes)))}")
+        names = tuple(data.name for data in parts)
+        splits = [self._mix([getattr(data, name) for data in parts], name) for name in ("train", "val", "test")]
+        return Data("+".join(names), names, *splits)
+
+    def _mix(self, parts: list[Images], name: str) -> Images:
+        share, chosen = min(map(len, parts)), []
+        for number, part in enumerate(parts):
+            order = torch.randperm(len(part), generator=seeds.generator(self.split_seed, "mixture", name, number))
+            chosen.append(part.x[order[:share].sort().values])
+        return Images(torch.cat(chosen), torch.arange(len(parts)).repeat_interleave(share))
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """[0, 1] -> uint8."""
+    return (x * 255).round().to(torch.uint8)
