@@ -5,18 +5,25 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from advebm import config, seeds
 from advebm.attacks.projected import Attack
+from advebm.data.outside import Patches
+from advebm.data.sources import Digits
 from advebm.errors import UserError
 from advebm.metrics import ood
+from advebm.objectives.at import AT
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.curriculum import Curriculum, auroc
 from advebm.objectives.dat import DAT
 from advebm.objectives.gat import GAT
 from advebm.objectives.outlier import OE, RATIO, Pair, doubt, uniform_cross_entropy
 from advebm.objectives.standard import Standard
+from advebm.training.loop import train
+from advebm.training.run import Run
+from tests.helpers import tiny
 from tests.references import objectives as reference
 from tests.test_supervised import close, gradients, step
 
@@ -254,6 +261,55 @@ def test_objectives_round_trip():
     curriculum = Curriculum(start=1, steps=3, gate=0.7, window=50, images_per_step=9)
     for objective in (OE(0.1), RATIO(weight=2.0), DAT(ascend="marginal", curriculum=curriculum, r1=0.1), GAT()):
         assert config.build(config.describe(objective), "objective") == objective
+
+
+# In the loop ----------------------------------------------------------------------------------------------------------
+
+SHORT = {"outside.count": 500, "train.validate_every": 10_000, "train.log_every": 512, "train.ema": 0}
+
+
+def logged(run, name):
+    return [line[f"train/{name}"] for line in run.history() if f"train/{name}" in line]
+
+
+def test_outlier_exposure_makes_a_classifier_unsure_outside(tmp_path):
+    run = train(tiny("digits-oe", **SHORT, **{"train.images": 3072, "backbone.width": 16}), tmp_path / "run", device="cpu")
+    patches = Patches(count=500).load().test.float()
+    with torch.no_grad():
+        inside, outside = (doubt(run.model()[0](x)) for x in (Digits().load().test.float(), patches))
+    assert inside.median() < 0.5
+    assert outside.mean() > 1.8, "nearly log 10"
+    assert logged(run, "auroc")[-1] > 0.95
+
+
+def test_dat_goes_on_from_adversarial_training_with_its_statistics(tmp_path):
+    """The energy learns to tell patches and what they are moved to from digits; batch norm stays that of stage one."""
+    stages = {"before.0.train.images": 1024, "before.0.objective.attack.steps": 2, "objective.attack.steps": 2}
+    second = {"objective.curriculum": {"start": 3, "steps": 3}, "train.images": 2048, "optimizer.lr": 0.1}
+    run = train(tiny("digits-dat", **SHORT, **stages, **second), tmp_path / "run", device="cpu")
+    first = Run.open(run.folder / "before" / "0-digits-dat-at")
+    assert isinstance(first.recipe.objective, AT)
+    before, after = (load_file(r.checkpoints.path() / "model.safetensors") for r in (first, run))
+    running = [name for name in before if "running" in name]
+    assert running
+    assert all(torch.equal(before[name], after[name]) for name in running)
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+    assert logged(run, "binary")[-1] < 0.7 * logged(run, "binary")[0]
+    assert logged(run, "energy_negative")[-1] > logged(run, "energy_data")[-1] + 1
+    assert logged(run, "steps")[-1] == 3
+
+
+def test_detectors_learn_to_refuse_what_is_moved_to_them(tmp_path):
+    attack = {"objective.attack.steps": 3, "objective.attack.step_size": 0.1, "optimizer.lr": 0.1}
+    stages = {"before.0.train.images": 2048, "train.images": 3072, **attack}
+    short = {name: value for name, value in SHORT.items() if name != "outside.count"}
+    run = train(tiny("digits-gat", **short, **stages), tmp_path / "run", device="cpu")
+    found, loss = logged(run, "auroc"), logged(run, "loss")
+    assert found[-1] > found[0] + 0.03
+    assert loss[-1] < 0.93 * loss[0]
+    data = Digits().load().test
+    with torch.no_grad():
+        assert (run.model()[0](data.float()).argmax(1) == data.y).float().mean() > 0.85, "argmax f_k classifies"
 
 
 # The curriculum -------------------------------------------------------------------------------------------------------
