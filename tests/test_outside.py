@@ -273,7 +273,9 @@ def logged(run, name):
 
 
 def test_outlier_exposure_makes_a_classifier_unsure_outside(tmp_path):
-    run = train(tiny("digits-oe", **SHORT, **{"train.images": 3072, "backbone.width": 16}), tmp_path / "run", device="cpu")
+    run = train(
+        tiny("digits-oe", **SHORT, **{"train.images": 3072, "backbone.width": 16}), tmp_path / "run", device="cpu"
+    )
     patches = Patches(count=500).load().test.float()
     with torch.no_grad():
         inside, outside = (doubt(run.model()[0](x)) for x in (Digits().load().test.float(), patches))
