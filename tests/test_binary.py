@@ -1,8 +1,7 @@
-"""Binary adversarial training: its gradient, search, curriculum and regulariser against re-derivations; critics in runs."""
+"""Binary adversarial training: gradient, search, curriculum and R1 against re-derivations; critics in runs."""
 
 import copy
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -19,19 +18,20 @@ from advebm.data.outside import Mixture, NoiseImages, Patches
 from advebm.data.sources import Digits
 from advebm.errors import Diverged, UserError
 from advebm.evaluation import evaluate_run
-from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
-from advebm.metrics.corruption import CorruptionAccuracy
 from advebm.metrics.base import Subject
+from advebm.metrics.corruption import CorruptionAccuracy
+from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.modes import norms_fixed
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.binary import BinaryAT, BinaryMLE, Found, r1
 from advebm.reporting.build import report
-from advebm.samplers import CS, Ascent
+from advebm.samplers import Ascent
 from advebm.stages import draw
 from advebm.starts import Deck
 from advebm.suites import suite
-from advebm.training.loop import train, validate
+from advebm.training.engine import Engine
+from advebm.training.loop import Feed, train, validate
 from advebm.training.recipe import design, resolve
 from tests.helpers import Plain, few_samples
 from tests.references import binary as reference
@@ -250,7 +250,8 @@ def test_k_grows_by_the_gate_or_the_clock(gate, window, per_step):
         found = Found(one, one, one, state.steps)
         objective.after(None, None, found, state, type("L", (), {"terms": terms}), Context(None, images))
     assert ks == reference.growth(seen, aurocs, 1, 6, gate, window, per_step)
-    assert 1 < len(set(ks)) and ks[0] == 1
+    assert len(set(ks)) > 1
+    assert ks[0] == 1
     if gate is None:
         assert ks[:13] == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4]
 
@@ -272,7 +273,9 @@ def test_a_critic_that_wins_is_noticed_once(accuracy, move, warned):
         found, loss = Found(None, None, None, state.steps), type("L", (), {"terms": terms})
         objective.after(None, None, found, state, loss, Context(None, images, note=notes.append))
         assert len(notes) == (warned and images >= 640)
-    assert all("the critic wins: it is right on 100.0%, and negatives move by 0.1 of 1.2 in 4 steps" in n for n in notes)
+    assert all(
+        "the critic wins: it is right on 100.0%, and negatives move by 0.1 of 1.2 in 4 steps" in n for n in notes
+    )
 
 
 def test_bad_settings_are_refused():
@@ -297,12 +300,289 @@ def test_bad_settings_are_refused():
 
 def test_batch_norm_is_fixed_and_restored(critic, pair):
     quiet = copy.deepcopy(critic).eval()
-    with pytest.raises(ZeroDivisionError), norms_fixed(critic):
-        torch.testing.assert_close(critic(pair.x), quiet(pair.x))
-        assert critic.training
-        raise ZeroDivisionError
+
+    def fail():
+        with norms_fixed(critic):
+            torch.testing.assert_close(critic(pair.x), quiet(pair.x))
+            assert critic.training
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert critic[1].training
     critic[1].eval()
     with norms_fixed(critic):
         pass
     assert not critic[1].training
+
+
+# Sources of other images ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (32, 3)])
+def test_patches_are_squares_of_the_photographs(size, channels):
+    """Unresized they are found in the photographs, in columns that no other split has."""
+    source = Patches(size=16, channels=3, count=60, smallest=16, largest=16, contrast=0.05)
+    data, photographs = source.load(), [torch.tensor(p) for p in load_sample_images().images]
+    borders = {"train": (0, 448), "val": (448, 512), "test": (512, 640)}
+    for name, (low, high) in borders.items():
+        split = getattr(data, name)
+        for x, y in zip(split.x, split.y.tolist(), strict=True):
+            windows = photographs[y][:, low:high].unfold(0, 16, 1).unfold(1, 16, 1)  # (rows, columns, 3, 16, 16)
+            corner = (windows[..., 0, 0] == x[:, 0, 0]).all(2)
+            assert (windows[corner] == x).flatten(1).all(1).any()
+    assert [len(s) for s in data[2:]] == [42, 6, 12]
+    small = dataclasses.replace(source, size=size, channels=channels, smallest=30, largest=32, contrast=0.1).load()
+    assert small.shape == (channels, size, size)
+    assert (small.train.float().flatten(1).std(1, correction=0) > 0.095).all()  # before it was rounded: 0.1
+    again = dataclasses.replace(source, size=size, channels=channels, smallest=30, largest=32, contrast=0.1).load()
+    assert torch.equal(small.train.x, again.train.x)
+    assert not torch.equal(small.test.x, dataclasses.replace(source, split_seed=1).load().test.x)
+
+
+def test_noise_images_are_uniform():
+    data = NoiseImages(size=16, count=500).load()
+    counts = torch.bincount(data.train.x.flatten().long(), minlength=256).double()
+    mean = counts.mean()
+    assert ((counts - mean).square() / mean).sum() < 255 + 6 * math.sqrt(2 * 255)
+    assert [len(s) for s in data[2:]] == [500, 50, 100]
+    assert data.shape == (1, 16, 16)
+    assert not any(torch.equal(x, y) for x in data.train.x for y in data.test.x[:5])
+
+
+def test_a_mixture_has_equal_shares():
+    sources = (NoiseImages(count=100), NoiseImages(count=40, split_seed=1), Digits())
+    data, parts = Mixture(sources).load(), [source.load() for source in sources]
+    for name in ("train", "val", "test"):
+        split, own = getattr(data, name), [getattr(part, name) for part in parts]
+        share = min(map(len, own))
+        assert split.y.bincount().tolist() == [share] * 3
+        for k, part in enumerate(own):
+            pixels = {x.numpy().tobytes() for x in part.x}
+            taken = [x.numpy().tobytes() for x in split.x[split.y == k]]
+            assert set(taken) <= pixels
+            assert len(taken) >= len(set(taken)) >= share - 1
+    assert data.classes == ("noise", "noise", "digits")
+
+
+def test_bad_sources_are_refused():
+    for make, message in (
+        (lambda: Patches(channels=2), "channels 1 or 3"),
+        (lambda: Patches(smallest=9, largest=8), "smallest <= largest"),
+        (lambda: Patches(largest=80).load(), "largest is at most 64, what a split has, got 80"),
+        (lambda: Patches(contrast=0.49, smallest=8, largest=8).load(), "too few squares have a contrast of 0.49"),
+        (lambda: Patches(contrast=1), "contrast is a deviation"),
+        (lambda: Patches(val=0.5, test=0.5), "positive shares"),
+        (lambda: Patches(count=5), "too few to split"),
+        (lambda: NoiseImages(count=5), "count at least 10"),
+        (lambda: Mixture((Digits(),)), "at least two sources"),
+        (lambda: Mixture((Digits(), NoiseImages(size=9))).load(), r"have one shape, got \(1, 8, 8\) and \(1, 9, 9\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+
+
+def test_a_deck_deals_every_image_before_any_comes_again():
+    x, like = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), torch.empty(5, 1, 1, 1, dtype=torch.float64)
+    deck, generator = Deck(x), torch.Generator().manual_seed(0)
+    dealt = (torch.cat([deck(like, None, generator) for _ in range(4)]) * 255).round().flatten().tolist()
+    assert sorted(dealt[:7]) == sorted(dealt[7:14]) == list(range(7))
+    assert dealt[:7] != dealt[7:14]
+    one, two, other = (Deck(x)(like, None, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+# In runs --------------------------------------------------------------------------------------------------------------
+
+
+def short(**options):
+    """A critic of digits, in two seconds."""
+    pairs = {
+        "backbone.width": 8,
+        "outside.count": 1000,
+        "outside.smallest": 32,
+        "outside.largest": 32,
+        "objective.steps": 4,
+        "objective.window": 448,
+        "objective.images_per_step": 512,
+        "objective.gate": 0.9,
+        "threat.steps": 2,
+        "sampler.steps": 5,
+        "train.images": 2560,
+        "train.log_every": 256,
+        "train.validate_every": 1280,
+        "train.validate_with": 100,
+        "train.checkpoint_every": 640,
+    }
+    pairs |= {k.replace("__", "."): v for k, v in options.items()}
+    return resolve(recipes.find("digits-binary-at"), list(pairs.items()))
+
+
+@pytest.fixture(scope="module")
+def critic_run(tmp_path_factory):
+    return train(short(), tmp_path_factory.mktemp("runs") / "critic", device="cpu")
+
+
+def test_a_critic_is_trained_and_judged_by_detection(critic_run):
+    """One output; K grows; validation is the AUROC on averaged weights, clean and under the threat."""
+    recipe, lines = critic_run.recipe, critic_run.history()
+    assert critic_run.model()[1].outputs == 1
+    ks = [line["train/steps"] for line in lines if "train/steps" in line]
+    assert ks[0] < 1
+    assert ks == sorted(ks)
+    assert ks[-1] == 4
+    for line in lines:
+        if "train/reach" in line:
+            assert line["train/reach"] == pytest.approx(0.15 * line["train/steps"])
+            assert line["train/move"] <= line["train/reach"] + 1e-5
+    judged = [line for line in lines if "val/auroc" in line]
+    assert [line["images"] for line in judged] == [1280, 2560]
+    assert not any("val/accuracy" in line for line in lines)
+    model, data, outside = critic_run.model()[0], recipe.data.load(), recipe.outside.load()
+    with torch.no_grad():
+        inside, other = (-model(split.take(slice(100)).float()).squeeze(1) for split in (data.val, outside.val))
+    expected = roc_auc_score(np.r_[np.zeros(100), np.ones(100)], torch.cat([inside, other]).numpy())
+    assert judged[-1]["val/auroc"] == pytest.approx(expected)
+    assert judged[-1]["val/adversarial_auroc"] < judged[-1]["val/auroc"] or expected == 1
+    assert critic_run.checkpoints.path("best").name in ("1280", "2560")
+
+
+def test_validation_attacks_the_outside_images_only():
+    """f(x) = Σ x: each is moved by eps along the diagonal, which raises f by eps √D wherever the box allows it."""
+    model, recipe = Plain(lambda x: x.flatten(1).sum(1, keepdim=True)), short(threat__eps=0.4, threat__steps=20)
+    data, outside = recipe.data.load(), recipe.outside.load()
+    low = dataclasses.replace(outside.val, x=outside.val.x // 4)  # away from the upper side of the box
+    scores = validate(model, data, data.val, recipe, low)
+    inside, other = (-split.float().flatten(1).sum(1) for split in (data.val, low))
+    labels = np.r_[np.zeros(len(inside)), np.ones(len(other))]
+    area = lambda shift: roc_auc_score(labels, torch.cat([inside, other - shift]).numpy())
+    assert scores["val/auroc"] == pytest.approx(area(0), abs=1e-4)
+    assert scores["val/adversarial_auroc"] == pytest.approx(area(0.4 * 8), abs=1e-3)
+    with pytest.raises(Diverged, match="energies of validation images are not finite"):
+        validate(Plain(lambda x: x.flatten(1).sum(1, keepdim=True) * torch.nan), data, data.val, recipe, low)
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(critic_run, tmp_path):
+    """K, its gate and the weights, from a checkpoint in the middle of a window."""
+    cut = train(short(train__images=1280), tmp_path / "cut", device="cpu")
+    text = (cut.folder / "config.yaml").read_text()
+    (cut.folder / "config.yaml").write_text(text.replace("images: 1280", "images: 2560"))
+    state = torch.load(cut.checkpoints.path() / "state" / "stream-0.pt", weights_only=True)
+    assert 0 < state["steps"] < 4
+    assert state["recent"]
+    cut = train(cut.recipe, cut.folder, resume=True, device="cpu")
+    one, two = (load_file(r.checkpoints.path() / "model.safetensors") for r in (cut, critic_run))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (
+        torch.load(r.checkpoints.path() / "state" / "stream-0.pt", weights_only=True) for r in (cut, critic_run)
+    )
+    assert one == two
+
+
+def test_streams_have_a_k_of_their_own(tmp_path):
+    run = train(short(train__streams=2, train__images=640), tmp_path / "run", device="cpu")
+    assert {p.name for p in run.checkpoints.path().glob("state/stream*")} == {"stream-0.pt", "stream-1.pt"}
+
+
+def test_maximum_likelihood_with_these_negatives_diverges(tmp_path):
+    """Section 5.3: the energies run away until they overflow, and the loop says so; the logistic loss holds them."""
+    options = {"objective.start": 2, "objective.steps": 2, "objective.r1": 0.0, "optimizer": "sgd"}
+    options |= {"optimizer.lr": 0.05, "train.clip": "none", "train.ema": 0, "train.rollbacks": 0}
+    options |= {"train.images": 64 * 100, "train.validate_every": 10**6, "train.checkpoint_every": 10**6}
+    with pytest.raises(Diverged, match="the loss is not finite"):
+        train(short(objective="binary-mle", **options), tmp_path / "mle", device="cpu")
+    run = train(short(**options), tmp_path / "at", device="cpu")
+    assert all(line["train/loss"] < 1.5 for line in run.history() if "train/loss" in line)
+
+
+def test_a_note_becomes_a_warning_and_an_event(tmp_path, monkeypatch):
+    def after(self, model, batch, found, state, loss, ctx):
+        if ctx.images == 64:
+            ctx.note("the critic wins")
+
+    monkeypatch.setattr(BinaryAT, "after", after)
+    with pytest.warns(RuntimeWarning, match="after 128 images the critic wins"):
+        run = train(short(train__images=256, train__validate_every=10**6), tmp_path / "run", device="cpu")
+    events = [line for line in run.history() if "event" in line]
+    assert events == [{"images": 128, "event": "warning", "reason": "the critic wins"}]
+    assert "the critic wins" in report(run).read_text()
+
+
+def test_data_among_the_outside_images_is_noticed(tmp_path):
+    own = Digits().load().train.x[:500]
+    np.savez(tmp_path / "mixed.npz", x=torch.cat([own, 255 - own])[:, 0].numpy())
+    recipe = resolve(recipes.find("digits-binary-at"), [("outside", f"npz:{tmp_path / 'mixed.npz'}")])
+    data, known = recipe.data.load(), recipe.outside.load().train.x
+    count = sum(bool((own == x).flatten(1).all(1).any()) for x in known)
+    with pytest.warns(UserWarning, match=f"{count} of the 700 images of --outside are images of digits itself"):
+        Feed(recipe, data, Engine("cpu"))
+    assert 300 < count < 400
+
+
+def test_critics_and_classifiers_are_told_apart():
+    for overrides, message in (
+        ({"sampler": "cs"}, "CS draws from classes, and objective BinaryAT trains a critic.*--sampler ascent"),
+        ({"objective": "at", "outside": "none"}, "Ascent draws from a critic, and objective AT trains a classifier"),
+        ({"outside": "none"}, "BinaryAT needs outside images; give them with --outside KIND"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve(recipes.find("digits-binary-at"), list(overrides.items()))
+    recipe = resolve(recipes.find("digits-binary-at"), [("objective", "awp")])
+    assert design(recipe, recipe.data.load()).outputs == 1
+
+
+def test_ascent_goes_up_f(critic, pair):
+    ours = Ascent(steps=4, step_size=0.3)(critic, torch.full((6,), -1), pair.outside)
+    torch.testing.assert_close(ours, reference.ascent(copy.deepcopy(critic).eval(), pair.outside, 4, 0.3))
+
+
+@few_samples
+def test_samples_of_a_critic(critic_run):
+    """From test images outside, without classes; grid, film, quality, detection, report."""
+    recipe = critic_run.recipe
+    folder = draw(critic_run, "ascent", recipe.sampler, 4)
+    samples = generation.read(folder)
+    assert (samples.x.shape, samples.y.unique().tolist()) == ((40, 1, 8, 8), [-1])
+    assert samples.manifest["sampler"]["start"] == "outside"
+    begun = generation.read(draw(critic_run, "begin", dataclasses.replace(recipe.sampler, steps=0), 4)).x
+    seeds_ = {x.numpy().tobytes() for x in recipe.outside.load().test.x}
+    assert {(x * 255).round().to(torch.uint8).numpy().tobytes() for x in begun} <= seeds_
+    assert len({x.numpy().tobytes() for x in begun}) == 40
+    model = critic_run.model()[0]
+    with torch.no_grad():
+        assert (model(samples.x) > model(begun)).float().mean() > 0.9
+    assert (folder / "grid.png").exists()
+    assert (folder / "film.png").exists()
+    metrics = [config.build(k, "metric") for k in ({"kind": "ood", "count": 40, "steps": 2, "restarts": 1}, "energies")]
+    metrics.append(config.build("sample-quality", "metric"))
+    changed = dataclasses.replace(recipe, metrics=tuple(metrics))
+    names = [r.name for r in evaluate_run(critic_run, recipe=changed, features="pixels")]
+    assert {"AUROC energy vs uniform", "E(x) of samples ascent", "FD (pixels)"} <= set(names)
+    assert not any("softmax" in name for name in names)
+    names = [r.name for r in evaluate_run(critic_run, recipe=dataclasses.replace(recipe, metrics=metrics[2:]))]
+    assert any(name.startswith("FD") for name in names)
+    assert not any(name.startswith(("class score", "intended")) for name in names)
+    assert "ascent" in report(critic_run).read_text()
+
+
+def test_what_needs_classes_says_so(critic_run):
+    data, threat = critic_run.recipe.data.load(), critic_run.recipe.threat
+    subject = Subject(critic_run.model()[0], data, data.test.take(slice(20)), threat)
+    for metric in (Accuracy(), RobustAccuracy(), TargetedAccuracy(), CorruptionAccuracy(("jpeg",), (3,))):
+        with pytest.raises(UserError, match="accuracy needs a classifier, the model has one output"):
+            metric(subject, seeds.generator(0))
+    ood = config.build({"kind": "ood", "scores": ["max-softmax"]}, "metric")
+    with pytest.raises(UserError, match="need a classifier, the model has one output; use energy or max-logit"):
+        ood(subject, seeds.generator(0))
+    assert suite("binary-at", threat)
+
+
+def test_the_energy_of_a_critic_is_minus_f(critic_run):
+    model, data = critic_run.model()[0], Digits().load()
+    subject = Subject(Plain(lambda x: model(x).squeeze(1)), data, data.test, critic_run.recipe.threat)
+    record = config.build("energies", "metric")(subject, seeds.generator(0))[0]
+    x = data.test.float()
+    with torch.no_grad():
+        assert record.value == pytest.approx(-model(x).mean().item(), rel=1e-4)
+        assert torch.equal(advebm.energy(model, x), energies.binary(model(x)))

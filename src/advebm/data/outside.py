@@ -12,7 +12,7 @@ from advebm.data.outliers import fit
 from advebm.data.sources import Augmentations, Data, Images, Source, to_float
 from advebm.errors import UserError
 
-TRIES = 100  # draws of a split before squares of enough contrast are given up
+TRIES, ROUND = 30, 4096  # draws before squares of enough contrast are given up, and the least squares of a draw
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,12 @@ class Patches:
         if self.largest > min(height, width):
             raise UserError(f"largest is at most {min(height, width)}, what a split has, got {self.largest}")
         kept: list[Images] = []
+        drawn = max(count, ROUND)
         for _ in range(TRIES):
-            y = torch.randint(len(photographs), (count,), generator=generator)
-            edges = torch.randint(self.smallest, self.largest + 1, (count,), generator=generator)
-            across, down = torch.rand(2, count, generator=generator)
-            x = torch.empty(count, self.channels, self.size, self.size)
+            y = torch.randint(len(photographs), (drawn,), generator=generator)
+            edges = torch.randint(self.smallest, self.largest + 1, (drawn,), generator=generator)
+            across, down = torch.rand(2, drawn, generator=generator)
+            x = torch.empty(drawn, self.channels, self.size, self.size)
             for edge in edges.unique().tolist():
                 at = (edges == edge).nonzero().squeeze(1)
                 rows = (down[at] * (height - edge + 1)).long()[:, None] + torch.arange(edge)
