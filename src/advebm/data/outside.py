@@ -12,6 +12,8 @@ from advebm.data.outliers import fit
 from advebm.data.sources import Augmentations, Data, Images, Source, to_float
 from advebm.errors import UserError
 
+TRIES, ROUND = 30, 4096  # draws before squares of enough contrast are given up, and the least squares of a draw
+
 
 @dataclass(frozen=True)
 class Patches:
@@ -25,6 +27,8 @@ class Patches:
         channels: 1 for grey, 3 for colour.
         count: images in all.
         smallest, largest: edge of the squares before they are resized, drawn uniformly.
+        contrast: least standard deviation of an image's pixels in [0, 1]; flatter squares are drawn again, as a search
+            without noise takes all of them to the same place.
         val, test: shares of the columns, and of the images, kept for selection and for reporting.
         split_seed: of the squares.
         augment: of the images where they are trained on.
@@ -32,9 +36,10 @@ class Patches:
 
     size: int = 8
     channels: int = 1
-    count: int = 20_000
+    count: int = 10_000
     smallest: int = 8
     largest: int = 64
+    contrast: float = 0.1
     val: float = 0.1
     test: float = 0.2
     split_seed: int = 0
@@ -46,38 +51,48 @@ class Patches:
         if self.size < 1 or self.channels not in (1, 3) or not 1 <= self.smallest <= self.largest:
             got = f"{self.size}, {self.channels}, {self.smallest} and {self.largest}"
             raise UserError(f"size is at least 1, channels 1 or 3, 1 <= smallest <= largest, got {got}")
+        if not 0 <= self.contrast < 0.5:
+            raise UserError(f"contrast is a deviation in [0, 0.5), got {self.contrast}")
         if not (self.val > 0 and self.test > 0 and self.val + self.test < 1):
             raise UserError(f"val and test are positive shares that leave some, got {self.val} and {self.test}")
         if min(self.count * self.val, self.count * self.test) < 1:
             raise UserError(f"{self.count} images are too few to split into {self.val} and {self.test}")
 
     def load(self) -> Data:
-        """14,000 training, 2,000 validation and 4,000 test images by default."""
+        """7,000 training, 1,000 validation and 2,000 test images by default."""
         from sklearn.datasets import load_sample_images
 
-        photographs = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in load_sample_images().images]
-        shares = np.cumsum([1 - self.val - self.test, self.val, self.test])
-        ends, counts = [0.0, *shares], np.diff([0, *np.rint(shares * self.count).astype(int)])
-        splits = []
-        for name, low, high, count in zip(("train", "val", "test"), ends, ends[1:], counts, strict=False):
-            generator = seeds.generator(self.split_seed, "patches", name)
-            strips = [p[..., round(low * p.shape[2]) : round(high * p.shape[2])] for p in photographs]
-            splits.append(self._cut(strips, int(count), generator))
+        photographs = torch.from_numpy(np.stack(load_sample_images().images)).movedim(3, 1)  # (2, 3, 427, 640)
+        shares, width, splits = (1 - self.val - self.test, self.val, self.test), photographs.shape[3], []
+        for number, (name, share) in enumerate(zip(("train", "val", "test"), shares, strict=True)):
+            left = round(sum(shares[:number]) * width)
+            columns = photographs[..., left : left + round(share * width)]
+            splits.append(self._cut(columns, round(share * self.count), seeds.generator(self.split_seed, name)))
         return Data("patches", ("china", "flower"), *splits)
 
-    def _cut(self, strips: list[Tensor], count: int, generator: torch.Generator) -> Images:
-        most = min(min(strip.shape[1:]) for strip in strips)
-        if self.largest > most:
-            raise UserError(f"largest is at most {most}, the width of a split's columns, got {self.largest}")
-        y = torch.randint(len(strips), (count,), generator=generator)
-        edges = torch.randint(self.smallest, self.largest + 1, (count,), generator=generator)
-        at = torch.rand(count, 2, generator=generator)
-        x = torch.empty(count, self.channels, self.size, self.size, dtype=torch.uint8)
-        for i, (label, edge) in enumerate(zip(y.tolist(), edges.tolist(), strict=True)):
-            top, left = (int(u * (n - edge + 1)) for u, n in zip(at[i].tolist(), strips[label].shape[1:], strict=True))
-            square = strips[label][None, :, top : top + edge, left : left + edge]
-            x[i] = to_bytes(fit(to_float(square), tuple(x.shape[1:])))[0]
-        return Images(x, y)
+    def _cut(self, photographs: Tensor, count: int, generator: torch.Generator) -> Images:
+        """``count`` squares of photographs (P, 3, H, W), as bytes."""
+        height, width = photographs.shape[2:]
+        if self.largest > min(height, width):
+            raise UserError(f"largest is at most {min(height, width)}, what a split has, got {self.largest}")
+        kept: list[Images] = []
+        drawn = max(count, ROUND)
+        for _ in range(TRIES):
+            y = torch.randint(len(photographs), (drawn,), generator=generator)
+            edges = torch.randint(self.smallest, self.largest + 1, (drawn,), generator=generator)
+            across, down = torch.rand(2, drawn, generator=generator)
+            x = torch.empty(drawn, self.channels, self.size, self.size)
+            for edge in edges.unique().tolist():
+                at = (edges == edge).nonzero().squeeze(1)
+                rows = (down[at] * (height - edge + 1)).long()[:, None] + torch.arange(edge)
+                columns = (across[at] * (width - edge + 1)).long()[:, None] + torch.arange(edge)
+                squares = photographs.movedim(1, 3)[y[at, None, None], rows[:, :, None], columns[:, None, :]]
+                x[at] = fit(to_float(squares.movedim(3, 1)), (self.channels, self.size, self.size))
+            varied = x.flatten(1).std(1, correction=0) >= self.contrast
+            kept.append(Images((x[varied] * 255).round().to(torch.uint8), y[varied]))
+            if sum(map(len, kept)) >= count:
+                return Images(torch.cat([k.x for k in kept])[:count], torch.cat([k.y for k in kept])[:count])
+        raise UserError(f"too few squares have a contrast of {self.contrast}; give a lower one or larger squares")
 
 
 @dataclass(frozen=True)
@@ -149,8 +164,3 @@ class Mixture:
             order = torch.randperm(len(part), generator=seeds.generator(self.split_seed, "mixture", name, number))
             chosen.append(part.x[order[:share].sort().values])
         return Images(torch.cat(chosen), torch.arange(len(parts)).repeat_interleave(share))
-
-
-def to_bytes(x: Tensor) -> Tensor:
-    """[0, 1] -> uint8."""
-    return (x * 255).round().to(torch.uint8)

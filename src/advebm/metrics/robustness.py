@@ -101,8 +101,9 @@ class TargetedAccuracy:
         with searching(subject.model) as f:
             for x, y in subject.batches():
                 step = torch.randint(1, classes, y.shape, generator=generator, device=y.device)
+                clean = correct(f, x, y)
                 moved = attack(self._towards(f, (y + step) % classes), x, generator)
-                hits.append(correct(f, x, y) & correct(f, moved, y))
+                hits.append(clean & correct(f, moved, y))
         settings: dict[str, Any] = {"attack": config.describe(attack), "targeted": True}
         return [Record(f"accuracy under targeted {attack.name}", *proportion(torch.cat(hits)), settings)]
 
