@@ -72,7 +72,8 @@ class Curriculum:
         level.seen.append(separation.detach())
         full = images - level.opened >= self.window
         late = 0 < self.images_per_step <= images - level.since
-        if late or (full and torch.stack(level.seen).mean().item() >= self.gate):
+        seen = [reading.to(separation) for reading in level.seen]  # what a checkpoint brought back is on the host
+        if late or (full and torch.stack(seen).mean().item() >= self.gate):
             level.steps, level.since = level.steps + 1, images
         if late or full:
             level.opened, level.seen = images, []
