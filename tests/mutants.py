@@ -1897,19 +1897,32 @@ MUTANTS = [
         "doctor",
     ),
     # outside data: curriculum, OE, RATIO, DAT, GAT
-    Mutant("curriculum: gate turned round", "objectives/curriculum.py", ">= self.gate)", "<= self.gate)", "outside"),
     Mutant(
-        "curriculum: window not emptied",
+        "curriculum: gate turned round",
         "objectives/curriculum.py",
-        "level.opened, level.seen = images, []",
-        "level.opened = images",
+        "self._mean(level) >= self.gate",
+        "self._mean(level) <= self.gate",
+        "outside",
+    ),
+    Mutant(
+        "curriculum: no window",
+        "objectives/curriculum.py",
+        "spent >= self.window and",
+        "images >= self.window and",
+        "outside",
+    ),
+    Mutant(
+        "curriculum: all readings count",
+        "objectives/curriculum.py",
+        "level.at[old:], level.seen[old:]",
+        "level.at, level.seen",
         "outside",
     ),
     Mutant(
         "curriculum: time not restarted",
         "objectives/curriculum.py",
-        "level.steps + 1, images",
-        "level.steps + 1, level.since",
+        "level.since = level.steps + 1, images",
+        "level.since = level.steps + 1, level.since",
         "outside",
     ),
     Mutant(
@@ -1920,18 +1933,7 @@ MUTANTS = [
         "outside",
     ),
     Mutant(
-        "curriculum: late since the last decision",
-        "objectives/curriculum.py",
-        "<= images - level.since",
-        "<= images - level.opened",
-        "outside",
-    ),
-    Mutant(
-        "curriculum: readings not kept",
-        "objectives/curriculum.py",
-        'list(torch.as_tensor(state["seen"]).unbind())',
-        "[]",
-        "outside",
+        "curriculum: readings not restored", "objectives/curriculum.py", 'list(state["seen"].unbind())', "[]", "outside"
     ),
     Mutant(
         "curriculum: auroc of the data",

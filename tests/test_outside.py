@@ -330,7 +330,9 @@ def climb(curriculum, readings, level=None, first=0):
 def test_steps_grow_when_a_window_is_told_apart():
     curriculum = Curriculum(start=1, steps=3, gate=0.8, window=200)
     assert climb(curriculum, [0.9, 0.9, 0.9])[0] == [1, 1, 2]  # a window is full at the batch that begins at its end
-    assert climb(curriculum, [0.9, 0.9, 0.5, 0.9, 0.9])[0] == [1, 1, 1, 1, 2]  # the second has its own mean
+    assert climb(curriculum, [0.9, 0.9, 0.5, 0.9, 0.9])[0] == [1, 1, 1, 1, 2]
+    assert climb(curriculum, [0.9, 0.5, 0.9, 0.9])[0] == [1, 1, 1, 2], "windows overlap"
+    assert climb(curriculum, [0.9, 0.9, 0.9, 0.9, 0.9])[0] == [1, 1, 2, 2, 3], "K stays for a window"
     assert climb(curriculum, [0.8] * 12)[0][-1] == 3, "reaching the gate is enough, and K stays at its largest"
     assert climb(curriculum, [0.79] * 12)[0][-1] == 1
     assert climb(Curriculum(start=2, steps=2), [1.0] * 30)[0] == [2] * 30
@@ -343,7 +345,7 @@ def test_steps_grow_in_time():
     both = Curriculum(steps=9, gate=0.8, window=200, images_per_step=300)
     steps, level = climb(both, [0.9] * 3 + [0.1] * 4)
     assert steps == [0, 0, 1, 1, 1, 2, 2], "counted from when the steps last grew"
-    assert (level.since, level.opened) == (500, 500)
+    assert (level.since, level.at) == (500, [500, 600])
 
 
 def test_a_level_goes_on_from_a_checkpoint():
@@ -355,7 +357,7 @@ def test_a_level_goes_on_from_a_checkpoint():
         restored.load_state_dict(level.state_dict())
         rest, _ = climb(curriculum, readings[cut:], restored, cut)
         assert first + rest == whole
-    assert whole[-1] == 1
+    assert whole == [0, 0, 0, 0, 1, 1, 1, 2]
 
 
 def test_auroc_is_that_of_the_metric():

@@ -1,6 +1,7 @@
 """A search that gets longer as the model learns to see through it."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,36 +11,36 @@ from advebm.errors import UserError
 
 @dataclass
 class Level:
-    """Where a stream stands in a curriculum: its steps, since when, and what was seen since it last decided."""
+    """Where a stream stands in a curriculum: its steps, since when, and the latest AUROCs with their times."""
 
     steps: int
     since: int = 0  # images seen when the steps took this value
-    opened: int = 0  # images seen at the last decision
+    at: list[int] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)
 
-    def state_dict(self) -> dict[str, int | Tensor]:
+    def state_dict(self) -> dict[str, int | list[int] | Tensor]:
         """What a checkpoint keeps."""
         seen = torch.stack(self.seen).cpu() if self.seen else torch.empty(0)
-        return {"steps": self.steps, "since": self.since, "opened": self.opened, "seen": seen}
+        return {"steps": self.steps, "since": self.since, "at": self.at, "seen": seen}
 
-    def load_state_dict(self, state: dict[str, int | Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a checkpoint's."""
-        self.steps, self.since, self.opened = (int(state[name]) for name in ("steps", "since", "opened"))
-        self.seen = list(torch.as_tensor(state["seen"]).unbind())
+        self.steps, self.since, self.at = state["steps"], state["since"], list(state["at"])
+        self.seen = list(state["seen"].unbind())
 
 
 @dataclass(frozen=True)
 class Curriculum:
     """K search steps, one more once data and negatives are told apart: algorithm 2 of Yin et al. (2022).
 
-    As in the authors' code and in that of DAT, a mean AUROC decides, over consecutive windows.  Each stream climbs by
-    its own, so that results do not depend on the number of processes.
+    As in the authors' code and in that of DAT, the mean AUROC of the latest steps decides.  Each stream climbs by its
+    own, so that results do not depend on the number of processes.
 
     Attributes:
         start: K at first.
         steps: the largest K.
-        gate: K grows where a window's mean AUROC reaches this.
-        window: images of a window, over all streams; it is read at the end of the batch that fills it.
+        gate: K grows when the mean AUROC over the window reaches this.
+        window: images that the mean is over, of all streams; K stays at least that long.
         images_per_step: K grows after so many images whatever the AUROC; 0 for never.
     """
 
@@ -63,20 +64,21 @@ class Curriculum:
         return Level(self.start)
 
     def after(self, level: Level, separation: Tensor, images: int) -> None:
-        """Count a step's AUROC (0-d) after ``images``, and move the level on when it is time.
-
-        It is looked at once a window, as looking makes the device wait.
-        """
+        """Note a step's AUROC (0-d) after ``images``, and move the level on when it is time."""
         if level.steps == self.steps:
             return
-        level.seen.append(separation.detach())
-        full = images - level.opened >= self.window
-        late = 0 < self.images_per_step <= images - level.since
-        seen = [reading.to(separation) for reading in level.seen]  # what a checkpoint brought back is on the host
-        if late or (full and torch.stack(seen).mean().item() >= self.gate):
+        level.at, level.seen = [*level.at, images], [*level.seen, separation.detach()]
+        old = sum(images - at >= self.window for at in level.at)
+        level.at, level.seen = level.at[old:], level.seen[old:]
+        spent = images - level.since
+        late = 0 < self.images_per_step <= spent
+        if late or (spent >= self.window and self._mean(level) >= self.gate):
             level.steps, level.since = level.steps + 1, images
-        if late or full:
-            level.opened, level.seen = images, []
+
+    @staticmethod
+    def _mean(level: Level) -> float:
+        latest = level.seen[-1]  # a checkpoint brings the others back on the host
+        return torch.stack([reading.to(latest) for reading in level.seen]).mean().item()
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:
