@@ -22,7 +22,8 @@ def net():
 @pytest.fixture
 def batch(generator):
     x = torch.rand(6, 3, 8, 8, dtype=torch.float64, generator=generator)
-    return Batch(x, torch.arange(6) % 5)
+    others = torch.rand(2, 6, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return Batch(x, torch.arange(6) % 5, view=others[0], outside=others[1])
 
 
 @pytest.fixture(scope="session")

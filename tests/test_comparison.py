@@ -311,7 +311,7 @@ METHODS = {name.removeprefix("cifar10-") for name in recipes.names() if name.sta
 def test_every_method_has_a_recipe_for_every_size():
     full = {name for name in METHODS if not name.endswith("-small")}
     assert {"trades", "fast", "free", "at-awp", "trades-awp", "rst-awp", "jem", "prejeat", "jeat", "weat"} < full
-    assert {"at", "standard", "noise", "short-run-mle", "persistent-mle"} < full
+    assert {"at", "standard", "noise", "short-run-mle", "persistent-mle", "oe", "ratio", "gat", "dat"} < full
     names = set(recipes.names())
     for method in full:
         assert {f"cifar100-{method}", f"cifar10-{method}-small", f"cifar100-{method}-small"} <= names

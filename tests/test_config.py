@@ -92,6 +92,7 @@ def test_foreign_classes_are_named_by_module_and_kept(monkeypatch):
 class Foreign:
     width: int = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+    outputs: ClassVar[int | None] = None
 
 
 MISTAKES = [
@@ -130,7 +131,9 @@ def test_missing_and_unknown_blocks_are_named():
         resolve({k: v for k, v in plain.items() if k != "data"})
     with pytest.raises(UserError, match="recipe has no option 'dta'"):
         resolve({**plain, "dta": {}})
-    with pytest.raises(UserError, match="objective has no kind; there is at, awp, fast, free"):
+    with pytest.raises(
+        UserError, match="objective has no kind; there is at, awp, binary-at, binary-mle, dat, fast, free"
+    ):
         resolve({**plain, "objective": {}})
     with pytest.raises(UserError, match="takes a block of options with a kind, got 5"):
         config.build(5, "objective")

@@ -11,9 +11,12 @@ from advebm.errors import UserError
 from advebm.objectives.at import AT, PreJEAT
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context
+from advebm.objectives.dat import DAT
 from advebm.objectives.fast import FAST
 from advebm.objectives.free import FREE
+from advebm.objectives.gat import GAT
 from advebm.objectives.langevin import JEAT, JEM, MLE, SGLD
+from advebm.objectives.outlier import OE, RATIO
 from advebm.objectives.standard import NoiseInjection, Standard
 from advebm.objectives.trades import TRADES, WEAT
 from tests.references import attacks as reference
@@ -35,6 +38,12 @@ OBJECTIVES = [
     MLE(SHORT),
     JEM(SHORT),
     JEAT(SHORT),
+    OE(),
+    RATIO(),
+    DAT(),
+    DAT(r1=0.1),
+    AWP(DAT(Attack(steps=2))),
+    GAT(),
 ]
 
 
@@ -69,7 +78,7 @@ def test_one_generator_gives_one_result(objective, net, batch):
     ctx = lambda seed: Context(seeds.generator(seed))
     one, two, other = (tensors(objective.search(net, batch, state, ctx(seed))) for seed in (1, 1, 2))
     assert all(map(torch.equal, one, two))
-    assert all(map(torch.equal, one, other)) == isinstance(objective, Standard | FREE)
+    assert all(map(torch.equal, one, other)) == isinstance(objective, Standard | FREE | OE | RATIO | DAT)
 
 
 def tensors(found):

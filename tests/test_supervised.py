@@ -354,6 +354,11 @@ LOOPED = {
     "awp": {},
     "jem": {"objective.negatives.buffer": 150, "objective.negatives.steps": 3},
     "jeat": {"objective.negatives.buffer": 150, "objective.negatives.steps": 3},
+    "dat": {
+        "outside": {"kind": "patches", "count": 400},
+        "objective.attack.steps": 2,
+        "objective.curriculum": {"steps": 9, "gate": 0.1, "window": 200, "images_per_step": 500},
+    },
 }
 
 
@@ -384,6 +389,7 @@ def test_states_survive_an_interruption(tmp_path, kind):
         assert states[0].keys() == states[1].keys()
         assert all(bool(torch.all(torch.as_tensor(v) == torch.as_tensor(states[1][k]))) for k, v in states[0].items())
         assert kind != "fast" or states[0]["images"] > 0
+        assert kind != "dat" or (states[0]["steps"] > 2 and len(states[0]["seen"]) > 0)
     lines = [line for line in whole.history() if "train/loss" in line]
     assert lines
     assert all(("shift/attack_joint" in line) == (kind != "jem") for line in lines)

@@ -29,6 +29,9 @@ KINDS: dict[str, dict[str, str]] = {
         "npz": "advebm.data.files:Npz",
         "hf": "advebm.data.files:HubImages",
         "part": "advebm.data.sources:Part",
+        "patches": "advebm.data.outside:Patches",
+        "noise": "advebm.data.outside:NoiseImages",
+        "mixture": "advebm.data.outside:Mixture",
     },
     "backbone": {
         "small-conv": "advebm.models.small:SmallConv",
@@ -47,10 +50,16 @@ KINDS: dict[str, dict[str, str]] = {
         "weat": "advebm.objectives.trades:WEAT",
         "awp": "advebm.objectives.awp:AWP",
         "rst": "advebm.objectives.rst:RST",
+        "oe": "advebm.objectives.outlier:OE",
+        "ratio": "advebm.objectives.outlier:RATIO",
+        "gat": "advebm.objectives.gat:GAT",
+        "dat": "advebm.objectives.dat:DAT",
         "prejeat": "advebm.objectives.at:PreJEAT",
         "jeat": "advebm.objectives.langevin:JEAT",
         "jem": "advebm.objectives.langevin:JEM",
         "mle": "advebm.objectives.langevin:MLE",
+        "binary-at": "advebm.objectives.binary:BinaryAT",
+        "binary-mle": "advebm.objectives.binary:BinaryMLE",
     },
     "optimizer": {
         "sgd": "advebm.training.optim:SGD",
@@ -64,6 +73,7 @@ KINDS: dict[str, dict[str, str]] = {
     "sampler": {
         "ta": "advebm.samplers:TA",
         "cs": "advebm.samplers:CS",
+        "ascent": "advebm.samplers:Ascent",
     },
     "adversary": {
         "pgd": "advebm.attacks.projected:Attack",

@@ -24,20 +24,22 @@ def generate(
     data: Data,
     y: Tensor,
     *,
+    outside: Data | None = None,
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> SampleSet:
-    """Images of classes ``y (N,)`` int64, uncurated, on the CPU.
+    """Images of classes ``y (N,)`` int64, -1 where there are none, uncurated, on the CPU.
 
     Args:
-        model: classifier ``(B, C, H, W)`` in [0, 1] -> logits.
+        model: classifier, or critic, ``(B, C, H, W)`` in [0, 1] -> logits.
         sampler: the algorithm and its settings.
         data: whose training split the seeds are fitted on.
         y: the class of each image.
+        outside: whose test images chains begin from, with ``start: outside``.
         seed: of seeds and noise.
         progress: told how many images are done.
     """
-    device, start = device_of(model), sampler.prepare(data)
+    device, start = device_of(model), sampler.prepare(data, outside)
     drawn = []
     for number, classes in enumerate(y.split(CHUNK)):
         classes, generator = classes.to(device), seeds.generator(seed, "sample", number, device=device)
@@ -48,11 +50,25 @@ def generate(
     return SampleSet(images, y.cpu(), {"sampler": config.describe(sampler), "seed": seed})
 
 
-def film(model: nn.Module, sampler: Sampler, data: Data, *, frames: int = 7, seed: int = 0) -> tuple[Tensor, list[int]]:
+def wanted(sampler: Sampler, data: Data, per_class: int) -> Tensor:
+    """The class of each image to draw; -1 for as many images from a critic, which knows no classes."""
+    y = torch.arange(len(data.classes)).repeat_interleave(per_class)
+    return y if sampler.conditional else torch.full_like(y, -1)
+
+
+def film(
+    model: nn.Module,
+    sampler: Sampler,
+    data: Data,
+    *,
+    outside: Data | None = None,
+    frames: int = 7,
+    seed: int = 0,
+) -> tuple[Tensor, list[int]]:
     """One chain a class, seen at ``frames`` steps from the seed to the last iterate: (classes, frames, C, H, W)."""
-    device, y = device_of(model), torch.arange(len(data.classes))
+    device, y = device_of(model), wanted(sampler, data, 1)
     generator = seeds.generator(seed, "film", device=device)
-    begin = sampler.prepare(data)(torch.empty(len(y), *data.shape, device=device), y.to(device), generator)
+    begin = sampler.prepare(data, outside)(torch.empty(len(y), *data.shape, device=device), y.to(device), generator)
     path: list[Tensor] = []
     end = sampler(model, y.to(device), begin, generator=generator, observe=lambda k, x, value: path.append(x.cpu()))
     path.append(end.cpu())

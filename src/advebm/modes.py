@@ -41,6 +41,19 @@ def searching(model: nn.Module, *, training: bool = False) -> Iterator[Callable[
             m.training = was
 
 
+@contextmanager
+def norms_fixed(model: nn.Module) -> Iterator[nn.Module]:
+    """Batch norms by their running statistics, which stay put, while gradients reach their weights; restored after."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    try:
+        for norm in norms:
+            norm.eval()
+        yield model
+    finally:
+        for norm in norms:
+            norm.train()
+
+
 class DualBatchNorm2d(nn.Module):
     """Batch norm with separate statistics and affine terms for clean and adversarial batches.
 

@@ -1,4 +1,4 @@
-"""Samplers: images drawn from a classifier read as an energy model."""
+"""Samplers: images drawn from a network read as an energy model."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,7 +13,7 @@ from advebm.descent import Constraint, Descent, Energy, Observer, both, box, l2_
 from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.modes import searching
-from advebm.starts import ClassGaussians, Start
+from advebm.starts import ClassGaussians, Deck, Start
 
 DIRECTIONS = {"unit": unit, "raw": raw, "sign": sign}
 
@@ -30,8 +30,9 @@ class Sampler:
         radius: β, of the l2 ball around the seed; none for no ball.  Images stay in [0, 1] in any case.
         noise: η, deviation of the Gaussian added at each step.
         direction: ``unit`` (gradients of length 1, as the checkpoints of the papers were used), ``raw`` or ``sign``.
-        start: seeds: ``class`` (a Gaussian a class), ``global`` (one Gaussian for all: no class shape) or ``noise``
-            (uniform).  Gaussians are fitted on the training split; CEM took the test split, which leaks.
+        start: seeds: ``class`` (a Gaussian a class), ``global`` (one Gaussian for all: no class shape), ``noise``
+            (uniform) or ``outside`` (test images of the recipe's outside source).  Gaussians are fitted on the training
+            split; CEM took the test split, which leaks.
         shrinkage: share of white noise in a seed's covariance.
     """
 
@@ -40,9 +41,10 @@ class Sampler:
     radius: float | None = None
     noise: float = 0.0
     direction: Literal["unit", "raw", "sign"] = "unit"
-    start: Literal["class", "global", "noise"] = "class"
+    start: Literal["class", "global", "noise", "outside"] = "class"
     shrinkage: float = 0.01
 
+    conditional: ClassVar[bool] = True  # whether it is asked for classes
     cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "santurkar2019")
 
     def __post_init__(self) -> None:
@@ -57,10 +59,16 @@ class Sampler:
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
         """What the algorithm descends for classes ``y (B,)``."""
-        raise NotImplementedError("Sampler is abstract; use TA or CS")
+        raise NotImplementedError("Sampler is abstract; use TA, CS or Ascent")
 
-    def prepare(self, data: Data) -> Start:
-        """Where chains begin, fitted on the training split."""
+    def prepare(self, data: Data, outside: Data | None = None) -> Start:
+        """Where chains begin: Gaussians fitted on the training split, or test images of ``outside``."""
+        if self.start == "outside":
+            if outside is None:
+                raise UserError("chains start from outside images, and there are none; set start to global or noise")
+            if outside.shape != data.shape:
+                raise UserError(f"the outside images are {outside.shape}, those of {data.name} {data.shape}")
+            return Deck(outside.test.x)
         if self.start == "noise":
             return starts.noise
         x, y = data.train.x, data.train.y
@@ -103,3 +111,27 @@ class CS(Sampler):
     def energy(self, f: Logits, y: Tensor) -> Energy:
         """``-f_y(x)``."""
         return lambda x: energies.joint(f(x), y)
+
+
+@dataclass(frozen=True)
+class Ascent(Sampler):
+    """Ascent on a critic's f from outside images, Binary-AT eq. 8: descends ``E(x) = -f(x)`` in unit steps.
+
+    The authors take 32 steps of 0.2 from test images of their p0 for CIFAR-10.  There are no classes.
+    """
+
+    steps: int = 32
+    step_size: float = 0.2
+    start: Literal["class", "global", "noise", "outside"] = "outside"
+
+    conditional: ClassVar[bool] = False
+    cites: ClassVar[tuple[str, ...]] = ("binary-at",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start == "class":
+            raise UserError("a critic has no classes; start from outside, global or noise")
+
+    def energy(self, f: Logits, y: Tensor) -> Energy:
+        """``-f(x)``, whatever ``y``."""
+        return lambda x: energies.binary(f(x))

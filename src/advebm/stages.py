@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from advebm import config, console, generation
 from advebm.data.files import read_folder
 from advebm.errors import UserError
@@ -105,15 +103,21 @@ def draw(
     checkpoint: str = "latest",
     device: str = "cpu",
 ) -> Path:
-    """Images of every class, and one chain a class as a film, into the run's ``samples/NAME``."""
+    """Images of every class, and one chain a class as a film, into the run's ``samples/NAME``.
+
+    Of a critic as many images and chains, without classes.
+    """
     if Path(name).name != name:
         raise UserError(f"--name is the name of a folder in {run.folder / 'samples'}, got {name!r}")
     number = run.checkpoints.path(checkpoint).name
-    model, data = run.model(number)[0].to(device), run.recipe.data.load()
-    y = torch.arange(len(data.classes)).repeat_interleave(per_class)
+    recipe = run.recipe
+    model, data = run.model(number)[0].to(device), recipe.data.load()
+    outside = recipe.outside.load() if recipe.outside is not None and sampler.start == "outside" else None
+    y = generation.wanted(sampler, data, per_class)
     with console.bar(name, len(y)) as tell:
-        samples = generation.generate(model, sampler, data, y, seed=seed, progress=tell)
+        samples = generation.generate(model, sampler, data, y, outside=outside, seed=seed, progress=tell)
     samples = samples._replace(manifest={**samples.manifest, "checkpoint": number})
     folder = run.folder / "samples" / name
-    generation.write(folder, samples, len(data.classes), generation.film(model, sampler, data, seed=seed))
+    strip = generation.film(model, sampler, data, outside=outside, seed=seed)
+    generation.write(folder, samples, len(data.classes), strip)
     return folder

@@ -123,6 +123,27 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 @dataclass
+class Deck:
+    """Real images to begin from, in random order, each once before any comes again.
+
+    Attributes:
+        x: images (N, C, H, W): uint8, or floating point in [0, 1].
+        order: positions that are still to come; drawn by the generator of the call that runs out of them.
+    """
+
+    x: Tensor = field(repr=False)
+    order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
+
+    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """As many images as ``x`` has, of its type and on its device."""
+        while len(self.order) < len(x):
+            more = torch.randperm(len(self.x), generator=generator, device=x.device).cpu()
+            self.order = torch.cat([self.order, more])
+        index, self.order = self.order[: len(x)], self.order[len(x) :]
+        return _rows(self.x, index).to(x).view(len(x), *self.x.shape[1:])
+
+
+@dataclass
 class ReplayBuffer:
     """Chains that outlive a step (persistent contrastive divergence), Grathwohl et al. (2020).
 

@@ -329,6 +329,90 @@ def rst_trades_loss(model, x_lab, adv_lab, y_lab, x_pseudo, adv_pseudo, y_pseudo
     return trades_loss(model, x, x_adv, torch.cat([y_lab, y_pseudo]), beta)
 
 
+# Outside data --------------------------------------------------------------------------------------------------------
+
+
+def uniform_cross_entropy(model, x):
+    """Mean over images of -Σ_k (1/K) log p(k|x), the sum over classes written out."""
+    p = F.softmax(model(x), dim=1)
+    return sum(-torch.log(p[:, k]).mean() / p.shape[1] for k in range(p.shape[1]))
+
+
+def oe_loss(model, x, y, x_out, weight=0.5):
+    """Hendrycks et al. (2019), public code: CE + weight · -(mean_k f_k - LSE f), one forward pass of all images."""
+    logits = model(torch.cat([x, x_out]))
+    f_in, f_out = logits[: len(x)], logits[len(x) :]
+    return F.cross_entropy(f_in, y) + weight * -(f_out.mean(1) - torch.logsumexp(f_out, dim=1)).mean()
+
+
+def momentum_ascent(objective, x0, eps, step, steps, momentum):
+    """l2 ascent on ``objective`` (B,) with v ← m v + g / ‖g‖ from v = 0, each step followed by ball, then box."""
+    x, v = x0.clone(), torch.zeros_like(x0)
+    for _ in range(steps):
+        leaf = x.clone().requires_grad_(True)
+        g = torch.autograd.grad(objective(leaf).sum(), leaf)[0]
+        v = momentum * v + g / rows(g.flatten(1).norm(dim=1))
+        offset = x + step * v - x0
+        length = rows(offset.flatten(1).norm(dim=1))
+        x = (x0 + torch.where(length > eps, offset * eps / length, offset)).clamp(0, 1)
+    return x
+
+
+def confidence(model, x):
+    """max_k p(k|x)."""
+    return F.softmax(model(x), dim=1).max(dim=1).values
+
+
+def ratio_loss(model, x_adv, y, x_out_adv, lam):
+    """Augustin et al. (2020), public code without its clean term: ½ (CE(x̂, y) + λ CE(uniform, p(·|x̂_out)))."""
+    logits = model(torch.cat([x_adv, x_out_adv]))
+    log_p = F.log_softmax(logits[len(x_adv) :], dim=1)
+    return 0.5 * (F.cross_entropy(logits[: len(x_adv)], y) + lam * -log_p.mean())
+
+
+def unit_ascent(objective, x0, step, steps):
+    """x ← clip(x + step ∇ / ‖∇‖, 0, 1), ``steps`` times, in no ball: Binary AT eq. 8 with the code's clipping."""
+    x = x0.clone()
+    for _ in range(steps):
+        leaf = x.clone().requires_grad_(True)
+        g = torch.autograd.grad(objective(leaf).sum(), leaf)[0]
+        x = (x + step * g / rows(g.flatten(1).norm(dim=1))).clamp(0, 1)
+    return x
+
+
+def dat_loss(model, x_adv, y, x, x_contrast):
+    """DAT's public code: CE(x̂, y) + BCE-with-logits of LSE f, targets 1 at x and 0 at x', one mean over both."""
+    s = torch.cat([torch.logsumexp(model(x), 1), torch.logsumexp(model(x_contrast), 1)])
+    targets = torch.cat([torch.ones(len(x)), torch.zeros(len(x_contrast))]).to(s)
+    return F.cross_entropy(model(x_adv), y) + F.binary_cross_entropy_with_logits(s, targets)
+
+
+def self_annealed(model, x, x_contrast):
+    """Binary AT eq. 14 for s = LSE f: the ASCENT direction mean (1 - σ(s(x))) ∇s(x) - mean σ(s(x')) ∇s(x')."""
+    s = [torch.logsumexp(model(v), 1) for v in (x, x_contrast)]
+    weights = (1 - torch.sigmoid(s[0])).detach() / len(x), torch.sigmoid(s[1]).detach() / len(x_contrast)
+    return parameter_gradient(model, (weights[0] * s[0]).sum() - (weights[1] * s[1]).sum())
+
+
+def r1(model, x):
+    """½ mean ‖∇_x LSE f(x)‖², by one backward pass an image."""
+    total = 0.0
+    for image in x:
+        leaf = image[None].clone().requires_grad_(True)
+        g = torch.autograd.grad(torch.logsumexp(model(leaf), 1).sum(), leaf, create_graph=True)[0]
+        total = total + 0.5 * (g**2).sum() / len(x)
+    return total
+
+
+def gat_loss(model, x, y, x_adv, target):
+    """Yin et al. (2020), one detector at a time: mean BCE of σ(f_y) at x with 1 and of σ(f_t) at x̂ with 0."""
+    terms = []
+    for i in range(len(y)):
+        terms.append(-torch.log(torch.sigmoid(model(x)[i, y[i]])))
+        terms.append(-torch.log(1 - torch.sigmoid(model(x_adv)[i, target[i]])))
+    return torch.stack(terms).mean()
+
+
 # CEM: the likelihood gradient of p(x, y) ∝ exp f(x)[y], taken apart --------------------------------------------------
 #
 # All are ASCENT directions, lists of one tensor a parameter.  x̂ is a constant: the paper's identities hold for a fixed

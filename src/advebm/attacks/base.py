@@ -77,7 +77,10 @@ class Adversary:
 @torch.no_grad()
 def correct(f: Logits, x: Tensor, y: Tensor) -> Tensor:
     """Which images are classified as labelled, bool (B,)."""
-    return f(x).argmax(1) == y
+    out = f(x)
+    if out.ndim != 2 or out.shape[1] < 2:
+        raise UserError("accuracy needs a classifier, the model has one output; choose --metrics without it")
+    return out.argmax(1) == y
 
 
 def two_classes(f: Logits) -> Logits:

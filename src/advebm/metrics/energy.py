@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from advebm import energies
+from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, average
 from advebm.modes import searching
@@ -39,7 +40,7 @@ class Energies:
         records = []
         with searching(subject.model) as f, torch.no_grad():
             for name, x in sets.items():
-                parts = [energies.marginal(f(subject.on_device(part))).cpu() for part in x.split(subject.batch)]
+                parts = [_energy(f, subject.on_device(part)).cpu() for part in x.split(subject.batch)]
                 records.append(self._record(f"E(x) of {name}", torch.cat(parts)))
         return records
 
@@ -48,3 +49,8 @@ class Energies:
         settings = {"unit": "nats", "deviation": values.double().std().item()}
         series = {"edges": edges.tolist(), "density": density.tolist()}
         return Record(name, *average(values), settings, series)
+
+
+def _energy(f: Logits, x: Tensor) -> Tensor:
+    """``E(x)`` (B,) from logits (B, K), or (B,) of a critic."""
+    return energies.marginal(f(x).reshape(len(x), -1))

@@ -41,6 +41,11 @@ class Score(Protocol):
         """As tables write it."""
         ...
 
+    @property
+    def classes(self) -> bool:
+        """Whether it needs a classifier."""
+        ...
+
     def __call__(self, f: Logits, x: Tensor) -> Tensor:
         """Outputs ``f`` (B, K), or (B,) of a critic, at images (B, C, H, W) -> (B,) float64."""
         ...
@@ -54,6 +59,7 @@ class EnergyScore:
     """
 
     name = "energy"
+    classes = False
     cites: ClassVar[tuple[str, ...]] = ("liu2020",)
 
     def __call__(self, f: Logits, x: Tensor) -> Tensor:  # noqa: D102
@@ -68,6 +74,7 @@ class MaxSoftmax:
     """
 
     name = "max-softmax"
+    classes = True
     cites: ClassVar[tuple[str, ...]] = ("hendrycks2017",)
 
     def __call__(self, f: Logits, x: Tensor) -> Tensor:  # noqa: D102
@@ -79,6 +86,7 @@ class MaxLogit:
     """``-max_k f_k(x)``, Hendrycks et al. (2022); of a critic ``-f(x)``."""
 
     name = "max-logit"
+    classes = False
     cites: ClassVar[tuple[str, ...]] = ("hendrycks2022",)
 
     def __call__(self, f: Logits, x: Tensor) -> Tensor:  # noqa: D102
@@ -99,6 +107,7 @@ class ODIN:
     temperature: float = 1000.0
     step: float = 0.0014
 
+    classes = True
     cites: ClassVar[tuple[str, ...]] = ("liang2018",)
 
     def __post_init__(self) -> None:
@@ -232,7 +241,7 @@ class OutOfDistribution:
     restarts and score: compare within one protocol only.
 
     Attributes:
-        scores: ``energy``, ``max-softmax``, ``max-logit``, ``odin``.
+        scores: ``energy``, ``max-softmax``, ``max-logit``, ``odin``; of a critic only those that need no classes.
         sets: ``uniform``, ``gaussian`` and ``class-gaussian`` noise, and sources such as ``cifar100`` or
             ``folder:PATH``: their test images, fitted to the data's shape.
         count: images of the data, and of each set; fewer where a split has no more.
@@ -279,7 +288,7 @@ class OutOfDistribution:
             sets[name] = x
         records = []
         with searching(subject.model) as f:
-            for score in self.scores:
+            for score in self._scores(f, subject.on_device(inside[:2])):
                 known = _scored(score, f, inside, subject)
                 for name, x in sets.items():
                     about = {"score": score.name, "outliers": name, "metric": metric}
@@ -289,6 +298,14 @@ class OutOfDistribution:
                         cases[self._attack(eps)] = self._lowest(score, f, x, eps, subject, own)
                     records += self._records(known, cases, about)
         return records
+
+    def _scores(self, f: Logits, x: Tensor) -> list[Score]:
+        """Those that this model has."""
+        with torch.no_grad():
+            critic = _outputs(f, x).shape[1] < 2
+        if not (kept := [score for score in self.scores if not (critic and score.classes)]):
+            raise UserError("these scores need a classifier, the model has one output; use energy or max-logit")
+        return kept
 
     def _lowest(
         self, score: Score, f: Logits, x: Tensor, eps: float, subject: Subject, generator: torch.Generator

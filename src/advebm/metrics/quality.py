@@ -105,6 +105,7 @@ class SampleQuality:
         ]
         if space.logits is not None:
             logits = _logits(space, subject, fake)
+        if space.logits is not None and logits.shape[1] > 1:  # not a critic's
             score, deviation = inception_score(logits, groups)
             about = {**settings, "splits": groups, "deviation": deviation}
             error = deviation / (groups - 1) ** 0.5

@@ -65,7 +65,8 @@ def judge(
         tell: told how much is done, in images.
 
     Raises:
-        UserError: a damaged state, an attack that left its ball, or a loss that so few classes do not have.
+        UserError: a damaged state, an attack that left its ball, a loss that so few classes do not have, or a critic
+            where there are more than two classes.
     """
     if not len(x):
         raise UserError("there are no images to attack")
@@ -77,6 +78,8 @@ def judge(
         outputs = raw(sample).reshape(len(sample), -1).shape[1]
         quick = faster(model, sample, precision=precision)
         f, quick, classes = (two_classes(raw), two_classes(quick), 2) if outputs == 1 else (raw, quick, outputs)
+        if outputs == 1 and int(y.max()) > 1:
+            raise UserError("accuracy needs a classifier, the model has one output; choose --metrics without it")
         checks.labels(y, len(x), classes)
         runs = attack.runs(classes) if attack.eps > 0 else []
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]

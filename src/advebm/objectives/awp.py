@@ -65,6 +65,11 @@ class AWP:
         return self.objective.needs
 
     @property
+    def outputs(self) -> int | None:
+        """The inner objective's."""
+        return self.objective.outputs
+
+    @property
     def replays(self) -> int:
         """One."""
         return 1

@@ -28,6 +28,7 @@ class Context(NamedTuple):
     generator: torch.Generator  # seeded from (seed, attempt, images, stream)
     images: int = 0  # seen so far: the clock of every schedule
     mean: Callable[[Tensor], Tensor] = lambda x: x  # over processes
+    note: Callable[[str], None] = lambda text: None  # warn, and say so in metrics.jsonl
 
 
 class Loss(NamedTuple):
@@ -43,6 +44,11 @@ class Objective(Protocol):
     @property
     def needs(self) -> frozenset[str]:
         """Which of labels, view, outside and extra a batch has to have."""
+        ...
+
+    @property
+    def outputs(self) -> int | None:
+        """Outputs of the network: None for a logit a class, 1 for a critic."""
         ...
 
     @property
@@ -72,9 +78,10 @@ class Objective(Protocol):
 
 
 class Stateless:
-    """No state, nothing to do after a step, no attack, labels are needed: what most objectives share."""
+    """A classifier, labels, no state, nothing to do after a step, no attack: what most objectives share."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+    outputs: ClassVar[int | None] = None
     replays: ClassVar[int] = 1
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:

@@ -41,6 +41,11 @@ class RST:
         return self.objective.needs | {"extra"}
 
     @property
+    def outputs(self) -> int | None:
+        """The inner objective's."""
+        return self.objective.outputs
+
+    @property
     def replays(self) -> int:
         """The inner objective's."""
         return self.objective.replays

@@ -38,17 +38,26 @@ def curves(history: History) -> bytes:
             "train/accuracy": "training inputs",
             "val/accuracy": "validation, clean",
             "val/robust_accuracy": "validation, attacked",
+            "val/auroc": "validation, AUROC",
+            "val/adversarial_auroc": "validation, AUROC, attacked",
         },
-        "energy of training inputs (nats)": {"train/energy_joint": "E(x, y)", "train/energy_marginal": "E(x)"},
+        "energy of training inputs (nats)": {
+            "train/energy_joint": "E(x, y)",
+            "train/energy_marginal": "E(x)",
+            "train/energy_data": "E of data",
+            "train/energy_negative": "E of negatives",
+        },
     }
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(11, 3))
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
             for name, label in lines.items():
                 x, y = series(history, name)
-                axis.plot(x, y, label=label, marker="." if name.startswith("val") else None)
+                if x:
+                    axis.plot(x, y, label=label, marker="." if name.startswith("val") else None)
             axis.set(xlabel="images seen", title=title)
-            axis.legend(frameon=False)
+            if axis.lines:
+                axis.legend(frameon=False)
         axes[0].set_yscale("log")
         axes[1].set_ylim(0, 1.02)
         return _png(figure)

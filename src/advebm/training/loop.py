@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advebm import config, modes, seeds
+from advebm import config, energies, modes, seeds
 from advebm.data.augment import Augment
 from advebm.data.loader import Loader
+from advebm.data.outliers import overlap
 from advebm.data.sources import Data, Images
+from advebm.descent import Energy
 from advebm.errors import Diverged, EarlyStop, Interrupted, UserError
 from advebm.evaluation import find_model
 from advebm.metrics.base import Subject
+from advebm.metrics.ood import auroc
 from advebm.metrics.robustness import measure
 from advebm.models import foreign
 from advebm.models.ema import EMA
 from advebm.models.network import Network, transfer
+from advebm.modes import searching
 from advebm.objectives.base import Batch, Context
 from advebm.training.checkpoint import Progress
 from advebm.training.engine import Engine
@@ -66,10 +70,11 @@ def train(
         raise UserError(f"objective {type(objective).__name__} needs labels, {data.name} has none")
     if cfg.batch > len(data.train):
         raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
-    validation = data.val.take(slice(cfg.validate_with))
+    validation, critic = data.val.take(slice(cfg.validate_with)), objective.outputs == 1
     architecture = design(recipe, data)
     model = architecture.build(recipe.seed)
     feed, earlier = Feed(recipe, data, engine), sum(stage.train.images for stage in recipe.before)
+    judgeable = validation.labelled if not critic else feed.outside is not None
     like = torch.empty(cfg.batch // cfg.streams, *data.shape)
     states = {s: objective.init(like, seeds.generator(recipe.seed, "init", s)) for s in streams}
     fresh = not resume or not Run.open(folder).checkpoints.latest()
@@ -120,7 +125,7 @@ def train(
 
         while progress.images < cfg.images:
             try:
-                before = progress.images
+                before, notes = progress.images, list[str]()
                 logging = Progress(before + cfg.batch).passed(cfg.log_every, before, cfg.images)
                 for replay in range(objective.replays):
                     optimizer.zero_grad(set_to_none=True)
@@ -128,7 +133,8 @@ def train(
                     for s in streams:
                         keys = (recipe.seed, progress.attempt, before, s)
                         batch = feed(before, s, keys)
-                        ctx = Context(seeds.generator(*keys, replay, device=engine.device), before, engine.mean)
+                        generator = seeds.generator(*keys, replay, device=engine.device)
+                        ctx = Context(generator, before, engine.mean, notes.append)
                         torch.manual_seed(seeds.derive(*keys, replay, "global"))  # dropout in modules of one's own
                         found = objective.search(model, batch, states[s], ctx)
                         with engine.accumulating(step, last=s == streams[-1]):
@@ -151,14 +157,19 @@ def train(
                 progress.images += cfg.batch
                 if ema is not None:
                     ema.update(model, progress.images, cfg.batch)
+                for note in notes:
+                    tell({"event": "warning", "reason": note})
+                    warnings.warn(f"after {progress.images:,} images {note}", RuntimeWarning, stacklevel=2)
 
                 if logging:
                     speed = clock.speed(progress.images)
                     rate = optimizer.param_groups[0]["lr"]
                     tell({**meter.take(), **shifts, "train/lr": rate, "perf/img_per_s": speed})
-                if validation.labelled and progress.passed(cfg.validate_every, before, cfg.images):
-                    scores = validate(model if ema is None else ema.module, data, validation, recipe)
-                    score = (scores["val/robust_accuracy"], scores["val/accuracy"])
+                if judgeable and progress.passed(cfg.validate_every, before, cfg.images):
+                    averaged = model if ema is None else ema.module
+                    scores = validate(averaged, data, validation, recipe, feed.outside)
+                    clean, attacked = scores.values()
+                    score = (attacked, clean)
                     if score > progress.best:
                         progress.best, progress.best_images = score, progress.images
                     tell(scores)
@@ -233,6 +244,7 @@ class Feed:
         self.device, needs, roles = engine.device, recipe.objective.needs, recipe.data.augment
         self.loader = loader(data.train, (roles.x, roles.view or roles.x) if "view" in needs else (roles.x,))
         self.others: dict[str, Loader] = {}
+        self.outside: Images | None = None  # for validation
         for role, source in (("outside", recipe.outside), ("extra", recipe.extra)):
             if source is None:
                 continue
@@ -240,6 +252,11 @@ class Feed:
             if other.shape != data.shape:
                 raise UserError(f"the images of --{role} are {other.shape}, those of {data.name} {data.shape}")
             self.others[role] = loader(other.train, (source.augment.x,), role)
+            if role == "outside":
+                self.outside = other.val.take(slice(recipe.train.validate_with))
+                if (known := overlap(other.train.x, data)) and engine.main:
+                    what = f"{known:,} of the {len(other.train):,} images of --outside are images of {data.name}"
+                    warnings.warn(f"{what} itself; the objective takes them for what is not", stacklevel=3)
 
     def __call__(self, seen: int, stream: int, keys: tuple[int, ...]) -> Batch:
         """A stream's share of the batch after ``seen`` images; ``keys`` seed its augmentations."""
@@ -251,11 +268,30 @@ class Feed:
         return Batch(views[0], y, view=views[1] if len(views) > 1 else None, **others)
 
 
-def validate(model: nn.Module, data: Data, split: Images, recipe: Recipe) -> dict[str, float]:
-    """Accuracy, clean and under the recipe's threat, on images kept for selection; always the same attack noise."""
+def validate(
+    model: nn.Module, data: Data, split: Images, recipe: Recipe, outside: Images | None = None
+) -> dict[str, float]:
+    """A score, clean and under the recipe's threat, on images kept for selection; always the same attack noise.
+
+    Of a classifier the accuracy; of a critic the AUROC against images from ``outside``, which are what is attacked.
+
+    Raises:
+        Diverged: a critic's energies are not finite.
+    """
     subject = Subject(model, data, split, recipe.threat)
-    scores = {"val/accuracy": None, "val/robust_accuracy": recipe.threat}
     generator = seeds.generator(recipe.seed, "val", device=subject.device)
+    if recipe.objective.outputs == 1 and outside is not None:
+        with searching(model) as f:
+            energy: Energy = lambda x: energies.binary(f(x))
+            score = lambda x: torch.cat([energy(part).detach() for part in x.split(subject.batch)])
+            others = subject.on_device(outside.x)
+            moved = torch.cat([recipe.threat(energy, part, generator) for part in others.split(subject.batch)])
+            inside, *outsides = score(subject.on_device(split.x)), score(others), score(moved)
+        if not all(bool(v.isfinite().all()) for v in (inside, *outsides)):
+            raise Diverged("the energies of validation images are not finite")
+        names = ("val/auroc", "val/adversarial_auroc")
+        return {name: auroc(inside, v).value for name, v in zip(names, outsides, strict=True)}
+    scores = {"val/accuracy": None, "val/robust_accuracy": recipe.threat}
     return {name: measure(subject, attack, generator)[0] for name, attack in scores.items()}
 
 

@@ -131,6 +131,16 @@ class Recipe:
                 kind = type(self.objective).__name__
                 fix = f"give them with --{role} KIND" if needed else f"leave {role} out"
                 raise UserError(f"objective {kind} {'needs' if needed else 'takes no'} {role} images; {fix}")
+        if (self.objective.outputs == 1) == self.sampler.conditional:
+            kind, method = type(self.objective).__name__, type(self.sampler).__name__
+            if self.sampler.conditional:
+                raise UserError(
+                    f"sampler {method} draws from classes, and objective {kind} trains a critic, which has none; "
+                    "give --sampler ascent"
+                )
+            raise UserError(
+                f"sampler {method} draws from a critic, and objective {kind} trains a classifier; give --sampler cs"
+            )
 
 
 def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
@@ -185,13 +195,14 @@ def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def design(recipe: Recipe, data: Data) -> Architecture:
-    """The recipe's backbone for these images and classes, normalised as it says."""
+    """The recipe's backbone for these images, with a logit a class or a critic's one output, normalised as it says."""
     channels, height, width = data.shape
     if height != width:
         raise UserError(f"networks take square images, {data.name} has {height} x {width}")
     own, wanted = data.statistics(), (recipe.normalise.mean, recipe.normalise.std)
     mean, std = (a if b is None else b * channels if len(b) == 1 else b for a, b in zip(own, wanted, strict=True))
-    return Architecture(recipe.backbone, len(data.classes), channels, height, mean, std)
+    outputs = recipe.objective.outputs or len(data.classes)
+    return Architecture(recipe.backbone, outputs, channels, height, mean, std)
 
 
 def read(path: Path) -> dict[str, Any]:

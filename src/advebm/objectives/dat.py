@@ -1,0 +1,111 @@
+"""A robust classifier whose marginal energy is adversarially trained as well: dual adversarial training."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from advebm import energies
+from advebm.attacks.projected import Attack
+from advebm.config import check_choices
+from advebm.descent import Descent, box, unit
+from advebm.errors import UserError
+from advebm.modes import norms_fixed, searching
+from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.curriculum import Curriculum, Level, auroc
+
+
+class Found(NamedTuple):
+    """Attacked images for the classifier and contrast images for the energy, (B, C, H, W) each."""
+
+    moved: Tensor
+    contrast: Tensor
+
+
+@dataclass(frozen=True)
+class DAT(Stateless):
+    """``CE(x̂, y) + BCE(1 at s(x), 0 at s(x_out'))``, ``s = logsumexp f = -E(x)``: Yin et al. (2025), as in their code.
+
+    x_out' are outside images after K unit steps up the logit of the class of the image they are paired with, in the box
+    and in no ball.  K grows as data and contrast images are told apart.  The BCE is one mean over both sets, so half
+    the sum of their means.  s tells data from the rest; it is not a log-density.
+
+    It is a second stage: begin with weights of ``at``, by ``before`` or ``init``.  Batch norm uses its running
+    statistics throughout and never moves them.  The classifier sees the images as ``augment.x`` has them, which the
+    first stage had too; the energy sees them as ``augment.view`` has them, less distorted in the paper.
+
+    Attributes:
+        attack: the search for x̂; radius, steps and start are those of the code for CIFAR-10.
+        ascend: ``class``, f_y as the code does, or ``marginal``, s as the paper writes; K follows the AUROC by the
+            same one.
+        step_size: of a unit step, in pixels of [0, 1].
+        curriculum: of K; the code's gate is 0.8, or 0.7 for better samples, over 1,000 images.
+        r1: weight of ``½ E‖∇s‖²`` at the data; the paper needs none, as x̂ keeps gradients small.
+    """
+
+    attack: Attack = Attack(eps=0.5, norm="l2", steps=10, step_size=0.1, start="clean")
+    ascend: Literal["class", "marginal"] = "class"
+    step_size: float = 0.1
+    curriculum: Curriculum = Curriculum(steps=50)
+    r1: float = 0.0
+
+    needs: ClassVar[frozenset[str]] = frozenset({"labels", "view", "outside"})
+    cites: ClassVar[tuple[str, ...]] = ("yin2025dat", "binary-at")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not (self.step_size > 0 and self.r1 >= 0):
+            raise UserError(f"step_size is > 0 and r1 >= 0, got {self.step_size} and {self.r1}")
+
+    def init(self, like: Tensor, generator: torch.Generator) -> Level:
+        """The curriculum's beginning."""
+        return self.curriculum.init()
+
+    def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> Found:
+        """Adversarial images of the data, then outside images that look more like it."""
+        assert batch.outside is not None
+        descent = Descent(state.steps, self.step_size, unit, box())
+        with searching(model) as f:
+            moved = self.attack(self.attack.harm(f, batch.y), batch.x, ctx.generator)
+            return Found(moved, descent(lambda x: self._energy(f(x), batch.y), batch.outside))
+
+    def loss(self, model: nn.Module, batch: Batch, found: Found, state: Level, ctx: Context) -> Loss:
+        """The sum of both terms, and of R1 by double backward."""
+        assert batch.view is not None
+        view = batch.view.detach().requires_grad_(self.r1 > 0)
+        with norms_fixed(model):
+            classified, data, contrast = model(torch.cat([found.moved, view, found.contrast])).split(len(batch.y))
+        real, fake = energies.marginal(data), energies.marginal(contrast)
+        binary = (softplus(real).mean() + softplus(-fake).mean()) / 2
+        total = energies.conditional(classified, batch.y).mean() + binary
+        terms = {"binary": binary.detach()}
+        if self.r1:
+            (gradient,) = torch.autograd.grad(real.sum(), view, create_graph=True)
+            penalty = gradient.flatten(1).square().sum(1).mean() / 2
+            total, terms["r1"] = total + self.r1 * penalty, penalty.detach()
+        with torch.no_grad():
+            terms |= {
+                "loss": total.detach(),
+                "accuracy": (classified.argmax(1) == batch.y).float().mean(),
+                "energy_joint": energies.joint(classified, batch.y).mean(),
+                "energy_marginal": energies.marginal(classified).mean(),
+                "energy_data": real.mean(),
+                "energy_negative": fake.mean(),
+                "auroc": auroc(self._energy(data, batch.y), self._energy(contrast, batch.y)),
+                "steps": torch.full_like(total, state.steps),
+            }
+        return Loss(total, terms)
+
+    def after(self, model: nn.Module, batch: Batch, found: Found, state: Level, loss: Loss, ctx: Context) -> None:
+        """Tell the curriculum."""
+        self.curriculum.after(state, loss.terms["auroc"], ctx.images)
+
+    def adversarial(self, batch: Batch, found: Found) -> Tensor:
+        """The images that the classifier's attack moved."""
+        return found.moved
+
+    def _energy(self, logits: Tensor, y: Tensor) -> Tensor:
+        """What contrast images descend."""
+        return energies.joint(logits, y) if self.ascend == "class" else energies.marginal(logits)

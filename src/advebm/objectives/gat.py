@@ -1,0 +1,71 @@
+"""A detector a class, each trained against images of other classes that are moved towards its own."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from advebm import energies
+from advebm.attacks.projected import Attack
+from advebm.modes import norms_fixed, searching
+from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.curriculum import auroc
+
+
+class Found(NamedTuple):
+    """Images moved towards another class (B, C, H, W), and that class (B,)."""
+
+    moved: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class GAT(Stateless):
+    """``-log D_y(x) - log (1 - D_t(x̂))`` with ``D_k = σ(f_k)``: Yin et al. (2020); x̂ raises f_t, of another class t.
+
+    The K detectors of the paper are K networks; here they are K outputs of one.  Each image is a positive of its own
+    class and, moved, a negative of one other class drawn evenly, so that a detector meets as many negatives as
+    positives, as in the authors' code, and one search a batch serves all of them.  One mean over both sets, so half
+    the sum of their means.
+
+    Argmax f_k is the paper's generative classifier.  Behind any other classifier that says ŷ, the detector of ŷ
+    takes an image for an adversarial one where f_ŷ is low.
+
+    It begins with the weights of standard training, by ``before`` or ``init``.  Batch norm uses its running statistics
+    throughout and never moves them, as in the authors' code.
+
+    Attributes:
+        attack: the search for x̂, the code's for CIFAR-10; its ``loss`` is not used.
+    """
+
+    attack: Attack = Attack(eps=8 / 255, steps=40, step_size=0.5 / 255)
+
+    cites: ClassVar[tuple[str, ...]] = ("yin2020gat",)
+
+    def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Found:
+        """Another class for each image, and the image moved towards it."""
+        with searching(model) as f:
+            with torch.no_grad():
+                classes = f(batch.x[:1]).shape[1]
+            shift = torch.randint(1, classes, batch.y.shape, generator=ctx.generator, device=batch.y.device)
+            target = (batch.y + shift) % classes
+            moved = self.attack(lambda x: energies.joint(f(x), target), batch.x, ctx.generator)
+        return Found(moved, target)
+
+    def loss(self, model: nn.Module, batch: Batch, found: Found, state: None, ctx: Context) -> Loss:
+        """The mean over positives and negatives."""
+        with norms_fixed(model):
+            clean, moved = model(torch.cat([batch.x, found.moved])).split(len(batch.y))
+        own, other = energies.joint(clean, batch.y), energies.joint(moved, found.target)
+        total = (softplus(own).mean() + softplus(-other).mean()) / 2
+        with torch.no_grad():
+            terms = {
+                "loss": total.detach(),
+                "accuracy": (clean.argmax(1) == batch.y).float().mean(),
+                "energy_joint": own.mean(),
+                "energy_negative": other.mean(),
+                "auroc": auroc(own, other),
+            }
+        return Loss(total, {name: term.detach() for name, term in terms.items()})
