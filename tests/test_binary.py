@@ -586,3 +586,23 @@ def test_the_energy_of_a_critic_is_minus_f(critic_run):
     with torch.no_grad():
         assert record.value == pytest.approx(-model(x).mean().item(), rel=1e-4)
         assert torch.equal(advebm.energy(model, x), energies.binary(model(x)))
+
+
+def test_the_python_interface_draws_from_critics(critic_run):
+    model, three = critic_run.model()[0], torch.zeros(3, dtype=torch.int64)
+    outside = critic_run.recipe.outside.load()
+    settings = {"data": "digits", "method": "ascent", "steps": 3}
+    x = advebm.sample(model, three, outside=outside, **settings)
+    begun = advebm.sample(model, three, outside=outside, **{**settings, "steps": 0})
+    with torch.no_grad():
+        assert (model(x) > model(begun)).all()
+    with pytest.raises(UserError, match="there are none; set start to global or noise"):
+        advebm.sample(model, three, **settings)
+    other = NoiseImages(size=9).load()
+    with pytest.raises(UserError, match=r"the outside images are \(1, 9, 9\), those of digits \(1, 8, 8\)"):
+        advebm.sample(model, three, outside=other, **settings)
+    with pytest.raises(UserError, match="this needs a classifier; the model has one output"):
+        advebm.sample(model, three, data="digits", method="cs")
+    with pytest.raises(UserError, match="this needs a critic, with one output; the model has 10: use ta or cs"):
+        advebm.sample(Plain(lambda x: x.flatten(1)[:, :10]), three, outside=outside, **settings)
+    assert advebm.sample(model, three, **settings, start="global").shape == (3, 1, 8, 8)
