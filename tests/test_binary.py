@@ -115,6 +115,8 @@ def test_the_data_stays_where_it_is_in_the_paper(critic, pair):
 
 def test_the_gradient_is_the_self_annealed_one(critic, pair):
     """Eq. 14: minus the gradient of the loss is E[(1-σ) ∇f] - E[σ ∇f]; by running statistics, in train mode too."""
+    with torch.no_grad():
+        critic[4].bias -= copy.deepcopy(critic).eval()(pair.x).median()  # so that some are right and some are not
     found, loss = step(FIXED, critic, pair)
     quiet = copy.deepcopy(critic).eval()
     expected = reference.ascent_direction(quiet, pair.x, found.outside)
@@ -122,8 +124,9 @@ def test_the_gradient_is_the_self_annealed_one(critic, pair):
     f = [quiet(x).squeeze(1).detach() for x in (pair.x, found.outside)]
     d = [torch.sigmoid(v) for v in f]
     assert loss.total.item() == pytest.approx((-d[0].log()).mean().item() - (1 - d[1]).log().mean().item(), abs=1e-9)
-    right = ((f[0] > 0).double().mean() + (f[1] < 0).double().mean()) / 2
-    assert loss.terms["accuracy"] == pytest.approx(right.item())
+    right = [(f[0] > 0).double().mean().item(), (f[1] < 0).double().mean().item()]
+    assert right[0] != right[1]
+    assert loss.terms["accuracy"] == pytest.approx(sum(right) / 2)
     labels = np.r_[np.zeros(6), np.ones(6)]
     assert loss.terms["auroc"] == pytest.approx(roc_auc_score(labels, -torch.cat(f).numpy()))
     assert loss.terms["energy_data"] == pytest.approx(-f[0].mean().item())
@@ -586,3 +589,23 @@ def test_the_energy_of_a_critic_is_minus_f(critic_run):
     with torch.no_grad():
         assert record.value == pytest.approx(-model(x).mean().item(), rel=1e-4)
         assert torch.equal(advebm.energy(model, x), energies.binary(model(x)))
+
+
+def test_the_python_interface_draws_from_critics(critic_run):
+    model, three = critic_run.model()[0], torch.zeros(3, dtype=torch.int64)
+    outside = critic_run.recipe.outside.load()
+    settings = {"data": "digits", "method": "ascent", "steps": 3}
+    x = advebm.sample(model, three, outside=outside, **settings)
+    begun = advebm.sample(model, three, outside=outside, **{**settings, "steps": 0})
+    with torch.no_grad():
+        assert (model(x) > model(begun)).all()
+    with pytest.raises(UserError, match="there are none; set start to global or noise"):
+        advebm.sample(model, three, **settings)
+    other = NoiseImages(size=9).load()
+    with pytest.raises(UserError, match=r"the outside images are \(1, 9, 9\), those of digits \(1, 8, 8\)"):
+        advebm.sample(model, three, outside=other, **settings)
+    with pytest.raises(UserError, match="this needs a classifier; the model has one output"):
+        advebm.sample(model, three, data="digits", method="cs")
+    with pytest.raises(UserError, match="this needs a critic, with one output; the model has 10: use ta or cs"):
+        advebm.sample(Plain(lambda x: x.flatten(1)[:, :10]), three, outside=outside, **settings)
+    assert advebm.sample(model, three, **settings, start="global").shape == (3, 1, 8, 8)

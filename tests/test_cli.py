@@ -215,7 +215,10 @@ MISTAKES = {
     "two recipes": ([*AT, "--config", "x.yaml"], "not allowed with argument"),
     "negative eps": ([*AT, "--objective.attack.eps", "-0.1"], "eps is a radius >= 0 .* got -0.1"),
     "eps in bytes": ([*AT, "--threat.norm", "linf", "--threat.eps", "8"], "write 8/255, not 8"),
-    "unknown kind": ([*AT, "--objective", "trade"], "no objective 'trade'.*there is at, awp, .*fast, .*standard, trades"),
+    "unknown kind": (
+        [*AT, "--objective", "trade"],
+        "no objective 'trade'.*there is at, awp, .*fast, .*standard, trades",
+    ),
     "unknown command": (["trian"], r"no command 'trian' \(did you mean 'train'\?\)"),
     "no command": ([], "the following arguments are required: COMMAND"),
     "unknown flag": ([*AT, "--epochs", "3"], "unexpected '--epochs'; options of a recipe have a dot, as in --data"),

@@ -106,24 +106,32 @@ def sample(
     *,
     data: Data | str,
     method: str = "cs",
+    outside: Data | str | None = None,
     seed: int = 0,
     **settings: Any,
 ) -> Tensor:
-    """Images (N, C, H, W) of classes ``y (N,)``, drawn from a classifier.
+    """Images (N, C, H, W) of classes ``y (N,)``, drawn from a classifier, or by ``ascent`` from a critic.
 
     Args:
-        model: classifier on images in [0, 1].
-        y: the class of each image.
+        model: classifier, or critic, on images in [0, 1].
+        y: the class of each image; of a critic only their number counts.
         data: on whose training split the seeds are fitted; a name such as ``digits`` or what :func:`load_data` gave.
-        method: ``ta``, ``cs``, ….
+        method: ``ta``, ``cs``, ``ascent``, ….
+        outside: whose test images chains begin from, with ``start="outside"``: a name such as ``patches``, or data.
         seed: of seeds and noise.
         settings: of the sampler: ``steps``, ``step_size``, ``radius``, ``noise``, ``direction``, ``start``.
     """
     sampler = config.build({"kind": method, **settings}, "sampler")
     data = load_data(data) if isinstance(data, str) else data
-    checks.labels(y, None, len(data.classes))
-    _check_classifier(model, torch.rand(2, *data.shape).to(device_of(model)))
-    return generation.generate(model, sampler, data, y, seed=seed).x
+    outside = load_data(outside) if isinstance(outside, str) else outside
+    two = torch.rand(2, *data.shape).to(device_of(model))
+    if sampler.conditional:
+        checks.labels(y, None, len(data.classes))
+        _check_classifier(model, two)
+    else:
+        _check_critic(model, two)
+        y = torch.full_like(y, -1)
+    return generation.generate(model, sampler, data, y, outside=outside, seed=seed).x
 
 
 def evaluate(
@@ -204,3 +212,10 @@ def _check_classifier(model: nn.Module, x: Tensor, y: Tensor | None = None) -> N
         raise UserError("this needs a classifier; the model has one output")
     if y is not None:
         checks.labels(y, len(x), out.shape[1])
+
+
+def _check_critic(model: nn.Module, x: Tensor) -> None:
+    with searching(model) as f, torch.no_grad():
+        out = f(x)
+    if out.numel() != len(x):
+        raise UserError(f"this needs a critic, with one output; the model has {out.shape[1]}: use ta or cs")

@@ -149,7 +149,7 @@ class BinaryAT(Stateless):
         won = self.gate is not None and spent >= self.window and state.mean("auroc") > self.gate
         late = self.images_per_step is not None and spent >= self.images_per_step
         if state.steps < self.steps and (won or late):
-            state.steps, state.since, state.recent = state.steps + 1, images, []
+            state.steps, state.since = state.steps + 1, images
 
     def loss(self, model: nn.Module, batch: Batch, found: Found, state: Curriculum, ctx: Context) -> Loss:
         """:meth:`contrast`, plus R1 by double backward."""
