@@ -85,10 +85,10 @@ class Pinwheel:
         twist: radians a unit of radius.
     """
 
-    arms: int = 5
-    reach: float = 2.0
-    along: float = 0.45
-    across: float = 0.15
+    arms: int = 4
+    reach: float = 2.2
+    along: float = 0.5
+    across: float = 0.25
     twist: float = 0.6
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
@@ -125,13 +125,13 @@ def _moons() -> Mixture:
     from sklearn.datasets import make_moons
 
     centres = 1.7 * (make_moons(200, shuffle=False)[0] - (0.5, 0.25))
-    return Mixture(tuple(map(tuple, centres.tolist())), 0.2)
+    return Mixture(tuple(map(tuple, centres.tolist())), 0.25)
 
 
 DENSITIES = {
     "gaussian": lambda: Mixture(((0.0, 0.0),), 0.6),
     "eight-gaussians": lambda: Mixture(tuple((2.2 * math.cos(a), 2.2 * math.sin(a)) for a in _angles(8)), 0.25),
-    "rings": lambda: Rings((1.0, 2.4), 0.15),
+    "rings": lambda: Rings((1.0, 2.6), 0.25),
     "moons": _moons,
     "pinwheel": Pinwheel,
 }

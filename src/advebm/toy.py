@@ -83,7 +83,7 @@ LANGEVIN = 0.01  # step; with noise √(2 step) the chain's law tends to exp(-E)
 METHODS = {
     # eq. 8, unconstrained; 25 steps of 0.25 reach from the corner to the middle of the square
     "binary-at": Method(Descent(25, 0.25, unit, free), 1.0, discriminate),
-    "mle": Method(Descent(20, LANGEVIN, raw, box(-SIDE, SIDE), (2 * LANGEVIN) ** 0.5), 0.05, likelihood),
+    "mle": Method(Descent(20, LANGEVIN, raw, box(-SIDE, SIDE), (2 * LANGEVIN) ** 0.5), 0.01, likelihood),
 }
 
 
