@@ -1,8 +1,8 @@
 """Densities of the plane, drawn from exactly and known in closed form: what an energy learnt there is held against."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -25,7 +25,7 @@ class Density(Protocol):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Round Gaussians of one deviation and equal weight.
+    """Round Gaussians of one deviation and equal weight; with many means on a curve, the curve blurred.
 
     Attributes:
         means: (K, 2) as numbers.
@@ -42,34 +42,6 @@ class Mixture:
     def log_density(self, x: Tensor) -> Tensor:  # noqa: D102
         offset = (x[:, None] - x.new_tensor(self.means)) / self.spread
         return (_normal(offset).sum(2) - 2 * math.log(self.spread)).logsumexp(1) - math.log(len(self.means))
-
-
-@dataclass(frozen=True)
-class Rings:
-    """Circles around the origin of equal weight: uniform in angle, Gaussian in radius.
-
-    A radius that is drawn negative lies on the other side, so ``p(r) = N(r) + N(-r)`` and ``p(x) = p(r) / 2πr``.
-
-    Attributes:
-        radii: of the circles.
-        spread: deviation of the radius.
-    """
-
-    radii: tuple[float, ...]
-    spread: float
-
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
-        centre = torch.tensor(self.radii)[_choose(len(self.radii), count, generator)]
-        radius = centre + self.spread * torch.randn(count, generator=generator)
-        angle = 2 * math.pi * torch.rand(count, generator=generator)
-        return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
-
-    def log_density(self, x: Tensor) -> Tensor:  # noqa: D102
-        radius = x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        centres = x.new_tensor(self.radii)
-        sides = torch.cat([radius - centres, radius + centres], 1) / self.spread
-        along = _normal(sides).logsumexp(1) - math.log(self.spread * len(self.radii))
-        return along - (2 * math.pi * radius).log().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -120,25 +92,25 @@ def _turn(x: Tensor, angle: Tensor) -> Tensor:
     return torch.stack([c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]], 1)
 
 
-@cache
-def _moons() -> Mixture:
+def _circle(count: int, radius: float) -> tuple[tuple[float, float], ...]:
+    """Points at equal distances on a circle around the origin."""
+    angles = [2 * math.pi * k / count for k in range(count)]
+    return tuple((radius * math.cos(a), radius * math.sin(a)) for a in angles)
+
+
+def _moons() -> tuple[tuple[float, float], ...]:
     from sklearn.datasets import make_moons
 
-    centres = 1.7 * (make_moons(200, shuffle=False)[0] - (0.5, 0.25))
-    return Mixture(tuple(map(tuple, centres.tolist())), 0.25)
+    return tuple((1.7 * (x - 0.5), 1.7 * (y - 0.25)) for x, y in make_moons(200, shuffle=False)[0].tolist())
 
 
-DENSITIES = {
+DENSITIES: dict[str, Callable[[], Density]] = {
     "gaussian": lambda: Mixture(((0.0, 0.0),), 0.6),
-    "eight-gaussians": lambda: Mixture(tuple((2.2 * math.cos(a), 2.2 * math.sin(a)) for a in _angles(8)), 0.25),
-    "rings": lambda: Rings((1.0, 2.6), 0.25),
-    "moons": _moons,
+    "eight-gaussians": lambda: Mixture(_circle(8, 2.2), 0.25),
+    "rings": lambda: Mixture(_circle(100, 1.0) + _circle(100, 2.6), 0.25),
+    "moons": lambda: Mixture(_moons(), 0.25),
     "pinwheel": Pinwheel,
 }
-
-
-def _angles(count: int) -> list[float]:
-    return [2 * math.pi * k / count for k in range(count)]
 
 
 def find(name: str) -> Density:

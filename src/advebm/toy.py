@@ -19,6 +19,7 @@ from advebm.errors import UserError, unknown
 from advebm.modes import searching
 from advebm.objectives.langevin import contrast
 from advebm.seeds import generator as seeded
+from advebm.seeds import rand, randn
 
 SIDE = 4.0
 CELL = 0.2  # side of the cells in which visits are counted
@@ -36,14 +37,13 @@ class Sine(nn.Module):
 
 def network(generator: torch.Generator) -> nn.Module:
     """A critic ``(B, 2) -> (B, 1)`` of two hidden layers, all of its weights drawn from ``generator``."""
-    layers = [nn.Linear(2, WIDTH), Sine(), nn.Linear(WIDTH, WIDTH), Sine(), nn.Linear(WIDTH, 1)]
+    first, second, last = nn.Linear(2, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
     with torch.no_grad():
-        for layer, gain in zip(layers[::2], (1.0, 1.0, 2.0), strict=True):
-            inputs = layer.in_features
-            layer.weight.copy_(gain * inputs**-0.5 * torch.randn(layer.weight.shape, generator=generator))
-            layer.bias.copy_(math.pi * (2 * torch.rand(layer.bias.shape, generator=generator) - 1))
-        layers[-1].bias.zero_()
-    return nn.Sequential(*layers)
+        for layer, gain in ((first, 1.0), (second, 1.0), (last, 2.0)):
+            layer.weight.copy_(gain * randn(layer.weight, generator) / layer.in_features**0.5)
+            layer.bias.copy_(math.pi * (2 * rand(layer.bias, generator) - 1))
+        last.bias.zero_()
+    return nn.Sequential(first, Sine(), second, Sine(), last)
 
 
 def start(p0: str, count: int, generator: torch.Generator) -> Tensor:
@@ -81,8 +81,8 @@ def likelihood(positive: Tensor, negative: Tensor) -> Tensor:
 
 LANGEVIN = 0.01  # step; with noise √(2 step) the chain's law tends to exp(-E)
 METHODS = {
-    # eq. 8, unconstrained; 25 steps of 0.25 reach from the corner to the middle of the square
-    "binary-at": Method(Descent(25, 0.25, unit, free), 1.0, discriminate),
+    # eq. 8, unconstrained; 20 steps of 0.3 reach from the corner to the middle of the square
+    "binary-at": Method(Descent(20, 0.3, unit, free), 1.0, discriminate),
     "mle": Method(Descent(20, LANGEVIN, raw, box(-SIDE, SIDE), (2 * LANGEVIN) ** 0.5), 0.01, likelihood),
 }
 
@@ -137,10 +137,10 @@ def play(
     p0: str = "uniform",
     *,
     seed: int = 0,
-    updates: int = 400,
+    updates: int = 350,
     batch: int = 256,
     rate: float = 5e-3,
-    frames: int = 6,
+    frames: int = 26,
 ) -> Play:
     """Train a critic on draws from a density.
 
@@ -166,21 +166,19 @@ def play(
     kept, moments = [], {round(updates * (k / (frames - 1)) ** 2) for k in range(frames)}
     cells = round(2 * SIDE / CELL)
     visited = torch.zeros(cells, cells, dtype=torch.bool)
+    path: list[Tensor] = []
 
-    def visit(x: Tensor) -> None:
-        column, row = ((x + SIDE) / CELL).floor().long().unbind(1)
-        inside = (column >= 0) & (column < cells) & (row >= 0) & (row < cells)
-        visited[row[inside], column[inside]] = True
+    def follow(step: int, x: Tensor, value: Tensor) -> None:
+        path.append(x)
 
     chains = start(p0, batch, draws)
     for update in range(updates + 1):
         fresh = torch.rand(batch, 1, generator=draws) < how.restart
         began = torch.where(fresh, start(p0, batch, draws), chains)
+        path.clear()
         with searching(model) as f:
-            chains = how.search(
-                lambda x, f=f: energies.binary(f(x)), began, generator=draws, observe=lambda k, x, energy: visit(x)
-            )
-        visit(chains)
+            chains = how.search(lambda x, f=f: energies.binary(f(x)), began, generator=draws, observe=follow)
+        mark(visited, torch.cat([*path, chains]))
         if update in moments:
             kept.append(Frame(update, copy.deepcopy(model), began, chains))
         if update < updates:
@@ -190,6 +188,14 @@ def play(
             optimizer.step()
             schedule.step()
     return Play(density, method, p0, tuple(kept), visited)
+
+
+def mark(visited: Tensor, x: Tensor) -> None:
+    """Set the cells of ``visited`` (N, N), [y, x], that points (B, 2) lie in; points beyond the square have none."""
+    cells = len(visited)
+    column, row = ((x + SIDE) * (cells / (2 * SIDE))).floor().long().unbind(1)
+    inside = (column >= 0) & (column < cells) & (row >= 0) & (row < cells)
+    visited[row[inside], column[inside]] = True
 
 
 def grid(cells: int = round(2 * SIDE / CELL)) -> Tensor:
@@ -219,7 +225,8 @@ def numbers(result: Play, *, seed: int = 0, count: int = 5_000) -> dict[str, flo
     if result.method == "binary-at":
         dense, sparse = truth.quantile(0.05), truth.quantile(0.001)
         points = grid()
-        off, d = data.log_density(points.view(-1, 2)).view(points.shape[:2]) < sparse, energy(last.model, points).neg().sigmoid()
+        d = energy(last.model, points).neg().sigmoid()
+        off = data.log_density(points.view(-1, 2)).view(d.shape) < sparse
         on = learnt.sigmoid()[truth >= dense]
         found["D on support"] = on.mean().item()
         found["its deviation"] = on.std().item()

@@ -177,6 +177,7 @@ def detection(records: Records) -> bytes | None:
 
 
 def png(figure: Figure) -> bytes:
+    """The bytes of a PNG file; closes the figure."""
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, dpi=110)

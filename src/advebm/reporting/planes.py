@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +11,37 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
-from advebm import densities, toy
+from advebm import densities, energies, files, toy
 from advebm.descent import value_and_gradient
 from advebm.reporting.figures import STYLE, png
 from advebm.seeds import generator
 
+EDGE = 0.45  # contour of D that is drawn: the plateau of 1/2 itself has no sharp edge
 POINTS = 250  # of data, and of p0, in a picture
-DATA, BEGAN, ENDED = "#35c4ff", "#ffb3b3", "#ff2d2d"
-PLANE: Any = {**STYLE, "axes.grid": False, "font.size": 8}
+DATA, CONTRAST = "#35c4ff", "#ff2d2d"
+PLANE: Any = {**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False, "font.size": 8}
+
+
+def draw(
+    density: str, folder: Path, *, method: str | None = None, p0: str | None = None, seed: int = 0
+) -> tuple[list[toy.Play], list[Path]]:
+    """Train on a density and write pictures into ``folder``; what was trained, and the files.
+
+    With a method or a p0 one training and its film; without, binary AT from both p0 and maximum likelihood, and the
+    pictures that compare them.
+    """
+    one = [(method or "binary-at", p0 or "uniform")]
+    three = [("binary-at", "uniform"), ("binary-at", "concentrated"), ("mle", "uniform")]
+    plays = [toy.play(density, *which, seed=seed) for which in (one if method or p0 else three)]
+    pictures = {f"{density}-{play.method}-{play.p0}.png": film(play) for play in plays}
+    pictures[f"{density}-{plays[0].method}-{plays[0].p0}.gif"] = animation(plays[0])
+    if len(plays) == 3:
+        uniform, concentrated, likelihood = plays
+        pictures[f"{density}-p0.png"] = before_and_after([uniform, concentrated])
+        pictures[f"{density}-density.png"] = density_or_support(uniform, likelihood)
+    for name, content in pictures.items():
+        files.write(folder / name, content)
+    return plays, [folder / name for name in pictures]
 
 
 def film(play: toy.Play, count: int = 6) -> bytes:
@@ -42,7 +66,7 @@ def before_and_after(plays: Sequence[toy.Play]) -> bytes:
             for axis, frame, when in zip(axes[2 * k :], (play.frames[0], play.frames[-1]), "ab", strict=False):
                 panel(axis, play, frame, moved=when == "b")
                 axis.set_title(f"{k + 1}{when}  p0 {play.p0}, {'after' if when == 'b' else 'before'}")
-        figure.suptitle(f"{play.density}: D and its normalised gradient; blue data, red p0 (b: moved); white D = 1/2")
+        figure.suptitle(f"{play.density}: D, its normalised gradient; blue data, red p0, in b moved; white D = {EDGE}")
         return png(figure)
 
 
@@ -68,6 +92,7 @@ def density_or_support(adversarial: toy.Play, likelihood: toy.Play) -> bytes:
             learnt = -toy.energy(play.frames[-1].model, data)
             axes[3].scatter(true, learnt - learnt.mean() + true.mean(), s=2, color=colour, label=play.method)
         axes[3].axline((float(true.mean()), float(true.mean())), slope=1, color="#999999", lw=0.8, ls="--")
+        axes[3].spines[["left", "bottom"]].set_visible(True)
         axes[3].set(xlabel="log p of data (nats)", ylabel="-E, of equal mean", title="density: slope 1; support: 0")
         axes[3].legend(frameon=False, markerscale=4)
         figure.suptitle(f"{adversarial.density}: what each energy knows")
@@ -98,19 +123,19 @@ def panel(axis: Axes, play: toy.Play, frame: toy.Frame, *, moved: bool = True) -
     levels = torch.linspace(0, 1, 21).tolist()
     axis.contourf(points[..., 0], points[..., 1], height, levels=levels, cmap="viridis")
     if binary:
-        axis.contour(points[..., 0], points[..., 1], height, levels=[0.5], colors="white", linewidths=1)
+        axis.contour(points[..., 0], points[..., 1], height, levels=[EDGE], colors="white", linewidths=1)
     arrows = toy.grid(17).view(-1, 2)
-    _, gradient = value_and_gradient(lambda x: toy.energies.binary(frame.model(x)), arrows)
+    _, gradient = value_and_gradient(lambda x: energies.binary(frame.model(x)), arrows)
     ahead = -gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
     axis.quiver(*arrows.T, *ahead.T, scale=26, width=0.005, color="white", alpha=0.7)
     data = densities.find(play.density).sample(POINTS, generator("toy-picture", 0))
     _dots(axis, data, DATA)
-    _dots(axis, (frame.ended if moved else frame.began)[:POINTS], ENDED)
+    _dots(axis, (frame.ended if moved else frame.began)[:POINTS], CONTRAST)
     _square(axis)
 
 
 def _dots(axis: Axes, x: Tensor, colour: str) -> None:
-    axis.scatter(*x.T, s=3, color=colour, linewidths=0)
+    axis.scatter(x[:, 0], x[:, 1], s=3, color=colour, linewidths=0)
 
 
 def _square(axis: Axes) -> None:
@@ -119,5 +144,5 @@ def _square(axis: Axes) -> None:
 
 def _caption(play: toy.Play) -> str:
     if play.method == "binary-at":
-        return f"D by binary AT, p0 {play.p0}; blue data, red p0 after its ascent; white D = 1/2"
+        return f"D by binary AT, p0 {play.p0}; blue data, red p0 after its ascent; white D = {EDGE}"
     return f"density by maximum likelihood, chains from p0 {play.p0}; blue data, red chains"
