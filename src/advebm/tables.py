@@ -49,7 +49,7 @@ def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
     table = Table("", *columns, box=None, pad_edge=False)
     for title, numbers in rows.items():
         table.add_row(title, *(f"{numbers[name]:.3f}" if name in numbers else "" for name in columns))
-    _print(table)
+    _print(table, 150)
 
 
 def findings_list(findings: Iterable[doctor.Finding]) -> None:

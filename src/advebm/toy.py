@@ -137,10 +137,10 @@ def play(
     p0: str = "uniform",
     *,
     seed: int = 0,
-    updates: int = 350,
-    batch: int = 256,
+    updates: int = 300,
+    batch: int = 192,
     rate: float = 5e-3,
-    frames: int = 26,
+    frames: int = 21,
 ) -> Play:
     """Train a critic on draws from a density.
 
@@ -166,19 +166,12 @@ def play(
     kept, moments = [], {round(updates * (k / (frames - 1)) ** 2) for k in range(frames)}
     cells = round(2 * SIDE / CELL)
     visited = torch.zeros(cells, cells, dtype=torch.bool)
-    path: list[Tensor] = []
-
-    def follow(step: int, x: Tensor, value: Tensor) -> None:
-        path.append(x)
-
     chains = start(p0, batch, draws)
     for update in range(updates + 1):
         fresh = torch.rand(batch, 1, generator=draws) < how.restart
         began = torch.where(fresh, start(p0, batch, draws), chains)
-        path.clear()
-        with searching(model) as f:
-            chains = how.search(lambda x, f=f: energies.binary(f(x)), began, generator=draws, observe=follow)
-        mark(visited, torch.cat([*path, chains]))
+        chains, path = moved(model, how, began, draws)
+        mark(visited, path)
         if update in moments:
             kept.append(Frame(update, copy.deepcopy(model), began, chains))
         if update < updates:
@@ -188,6 +181,15 @@ def play(
             optimizer.step()
             schedule.step()
     return Play(density, method, p0, tuple(kept), visited)
+
+
+def moved(model: nn.Module, how: Method, began: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Contrastive points (B, 2) of a model, and every point on the way there, (·, 2)."""
+    path: list[Tensor] = []
+    with searching(model) as f:
+        low = lambda x: energies.binary(f(x))
+        ended = how.search(low, began, generator=draws, observe=lambda k, x, value: path.append(x))
+    return ended, torch.cat([*path, ended])
 
 
 def mark(visited: Tensor, x: Tensor) -> None:
@@ -213,8 +215,9 @@ def energy(model: nn.Module, x: Tensor) -> Tensor:
 def numbers(result: Play, *, seed: int = 0, count: int = 5_000) -> dict[str, float]:
     """What a training came to, by name; on fresh draws and on the cells of the square.
 
-    The support of the data stands for the smallest region of a given share of its mass: ``D on support`` is a mean
-    over the draws of the densest 95 %, off the support are the cells beyond 99.9 %.  ``D`` values and the objective,
+    The support of the data stands for the smallest region of a given share of its mass: ``D on support`` and its
+    ``deviation`` are over the draws of the densest 95 %, off the support are the cells beyond 99.9 %, unvisited those
+    of them that no contrastive point passed through (left out where there are none).  These and the ``objective``,
     -log 4 ≈ -1.386 by proposition 1, are binary AT's alone.  ``correlation`` and ``slope`` are those of -E with
     log p over the draws: 1 and 1 for an energy that is the density's, and slope 0 for one that knows the support.
     """
@@ -229,11 +232,11 @@ def numbers(result: Play, *, seed: int = 0, count: int = 5_000) -> dict[str, flo
         off = data.log_density(points.view(-1, 2)).view(d.shape) < sparse
         on = learnt.sigmoid()[truth >= dense]
         found["D on support"] = on.mean().item()
-        found["its deviation"] = on.std().item()
+        found["deviation"] = on.std().item()
         found["D off support"] = d[off].mean().item()
-        found["highest D off"] = d[off].max().item()
+        found["highest off"] = d[off].max().item()
         if (never := off & ~result.visited).any():
-            found["highest D where p0 never goes"] = d[never].max().item()
+            found["highest unvisited"] = d[never].max().item()
         found["objective"] = -discriminate(-learnt, energy(last.model, last.ended)).item()
     found["correlation"] = torch.corrcoef(torch.stack([learnt, truth]))[0, 1].item()
     found["slope"] = torch.cov(torch.stack([learnt, truth]))[0, 1].item() / truth.var().item()
