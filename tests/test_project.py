@@ -17,9 +17,9 @@ SOURCE = ROOT / "src" / "advebm"
 LAYERS = [
     {"config", "errors", "seeds", "files", "citations", "recipes"},
     {"energies", "descent", "starts", "modes", "checks"},
-    {"models", "data", "pictures"},
+    {"models", "data", "pictures", "densities"},
     {"objectives", "samplers", "attacks", "metrics"},
-    {"training", "evaluation", "generation", "comparison", "suites", "doctor"},
+    {"training", "evaluation", "generation", "comparison", "suites", "doctor", "toy"},
     {"cli", "api", "demo", "console", "stages", "tables", "reporting", "reproduce", "__main__"},
 ]
 

@@ -85,6 +85,21 @@ def build_parser() -> Parser:
     sub.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the runs go (runs)")
     sub.add_argument("--seed", type=int, default=0)
 
+    sub = verb(
+        "toy",
+        run_toy,
+        "Train on densities of the plane and draw what is learnt: a density or its support.",
+        "Binary adversarial training from both p0 and maximum likelihood; with --method or --p0 that one alone.",
+    )
+    sub.add_argument(
+        "density", nargs="?", metavar="DENSITY", help="gaussian (default), eight-gaussians, rings, moons or pinwheel"
+    )
+    sub.add_argument("--all", action="store_true", help="every density")
+    sub.add_argument("--method", metavar="NAME", help="binary-at or mle")
+    sub.add_argument("--p0", metavar="NAME", help="where contrastive points begin: uniform or concentrated")
+    sub.add_argument("--out", type=Path, default=Path("runs/toy"), metavar="DIR", help="where pictures go (runs/toy)")
+    sub.add_argument("--seed", type=int, default=0)
+
     options = (
         "Any option of a recipe can be given as --block.option VALUE, as in --objective.attack.eps 8/255; "
         "--print_config shows them all."
@@ -254,6 +269,27 @@ def run_demo(args: argparse.Namespace, overrides: Overrides) -> None:
     path, records = demo(new_folder(args.out, "demo"), seed=args.seed)
     side_by_side(records)
     print(f"{time.perf_counter() - begun:.0f} s; report: {path}")
+
+
+def run_toy(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm toy``."""
+    from advebm import console, toy
+    from advebm.densities import DENSITIES
+    from advebm.reporting.planes import draw
+    from advebm.tables import numbers_table
+
+    if args.all and args.density:
+        raise UserError("--all is every density; leave out the name or --all")
+    rows: dict[str, dict[str, float]] = {}
+    written: list[Path] = []
+    for density in DENSITIES if args.all else [args.density or "gaussian"]:
+        console.screen.print(f"  {density}")
+        plays, paths = draw(density, args.out, method=args.method, p0=args.p0, seed=args.seed)
+        rows |= {f"{play.density} {play.method} {play.p0}": toy.numbers(play, seed=args.seed) for play in plays}
+        written += paths
+    numbers_table(rows)
+    for path in written:
+        print(path)
 
 
 def run_train(args: argparse.Namespace, overrides: Overrides) -> None:

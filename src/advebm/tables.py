@@ -43,6 +43,15 @@ def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     _print(table, 60 + 14 * len(columns))
 
 
+def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
+    """A row a thing, a column a number; numbers that a thing has not are left out."""
+    columns = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
+    table = Table("", *columns, box=None, pad_edge=False)
+    for title, numbers in rows.items():
+        table.add_row(title, *(f"{numbers[name]:.3f}" if name in numbers else "" for name in columns))
+    _print(table, 150)
+
+
 def findings_list(findings: Iterable[doctor.Finding]) -> None:
     """A block a finding, then what was skipped; where there is none, what was looked at."""
     findings = list(findings)

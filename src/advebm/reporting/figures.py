@@ -60,7 +60,7 @@ def curves(history: History) -> bytes:
                 axis.legend(frameon=False)
         axes[0].set_yscale("log")
         axes[1].set_ylim(0, 1.02)
-        return _png(figure)
+        return png(figure)
 
 
 def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes | None:
@@ -94,7 +94,7 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
         axis.annotate("threat model", (threat["eps"], 0.02), rotation=90, fontsize=7, color="#777777", ha="right")
         axis.set(xlabel="eps of the attack", ylabel="accuracy", ylim=(0, 1.02), title="accuracy under attack")
         axis.legend(frameon=False)
-        return _png(figure)
+        return png(figure)
 
 
 def shifts(history: History, epoch: int) -> bytes | None:
@@ -123,7 +123,7 @@ def shifts(history: History, epoch: int) -> bytes | None:
             axis.axhline(0, color="#999999", lw=0.8)
             axis.set(xlabel="epoch", ylabel="nats", title=f"change of {label} by attack (Δx) and update (Δθ)")
             axis.legend(frameon=False)
-        return _png(figure)
+        return png(figure)
 
 
 def energies(records: Records) -> bytes | None:
@@ -137,7 +137,7 @@ def energies(records: Records) -> bytes | None:
             axis.stairs(r["series"]["density"], r["series"]["edges"], label=r["name"].removeprefix("E(x) of "), lw=1.4)
         axis.set(xlabel="E(x) (nats; low = like data)", ylabel="density", title="energy of data, samples and noise")
         axis.legend(frameon=False, fontsize=7)
-        return _png(figure)
+        return png(figure)
 
 
 def reliability(records: Records) -> bytes | None:
@@ -155,7 +155,7 @@ def reliability(records: Records) -> bytes | None:
             axis.bar(s["lower"], s["share"], width, align="edge", color=line.get_color(), alpha=0.2)
         axis.set(xlabel="confidence", ylabel="accuracy; bars: share", xlim=(0, 1), ylim=(0, 1.02), title="calibration")
         axis.legend(frameon=False, fontsize=7)
-        return _png(figure)
+        return png(figure)
 
 
 def detection(records: Records) -> bytes | None:
@@ -182,10 +182,11 @@ def detection(records: Records) -> bytes | None:
             axis.set(title=f"{place[1]} · {place[0]}", xlabel="score (high = out of distribution)", ylabel="density")
             axis.margins(y=0.4)  # for the legend
             axis.legend(frameon=False, fontsize=7, loc="upper left")
-        return _png(figure)
+        return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The bytes of a PNG file; closes the figure."""
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, dpi=110)
