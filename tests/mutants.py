@@ -1137,20 +1137,6 @@ MUTANTS = [
     ),
     # comparisons
     Mutant(
-        "targeted: the true class",
-        "metrics/robustness.py",
-        "torch.randint(1, classes,",
-        "torch.randint(0, 1,",
-        "comparison",
-    ),
-    Mutant(
-        "targeted: away from the class",
-        "metrics/robustness.py",
-        "return lambda x: energies.conditional(f(x), goal)",
-        "return lambda x: -energies.conditional(f(x), goal)",
-        "comparison",
-    ),
-    Mutant(
         "part: the rest overlaps",
         "data/sources.py",
         "data._replace(train=parts[self.rest])",
@@ -1165,6 +1151,20 @@ MUTANTS = [
         "share / self.peak if share < self.peak",
         "share / self.peak if share < 0.5",
         "training",
+    ),
+    Mutant(
+        "targeted: the true class",
+        "attacks/projected.py",
+        "torch.randint(1, classes,",
+        "torch.randint(0, 1,",
+        "comparison",
+    ),
+    Mutant(
+        "targeted: away from the class",
+        "attacks/projected.py",
+        "lambda z: energies.conditional(f(z), goal)",
+        "lambda z: -energies.conditional(f(z), goal)",
+        "comparison",
     ),
     # image quality
     Mutant(
@@ -1277,8 +1277,8 @@ MUTANTS = [
     Mutant(
         "quality: intended of any classes",
         "metrics/quality.py",
-        "if logits.shape[1] == len(subject.data.classes):",
-        "if True:",
+        "if logits.shape[1] == len(subject.data.classes) and",
+        "if",
         "quality",
     ),
     Mutant(
