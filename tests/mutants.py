@@ -2261,13 +2261,6 @@ MUTANTS = [
     ),
     Mutant("patches: flat ones kept", "data/outside.py", ">= self.contrast", ">= 0", "binary"),
     Mutant(
-        "patches: edge off by one",
-        "data/outside.py",
-        "(down[at] * (height - edge + 1))",
-        "(down[at] * (height - edge))",
-        "binary",
-    ),
-    Mutant(
         "mixture: shares of the largest",
         "data/outside.py",
         "share, chosen = min(map(len, parts)), []",

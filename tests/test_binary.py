@@ -455,13 +455,16 @@ def test_validation_attacks_the_outside_images_only():
     """f(x) = Σ x: each is moved by eps along the diagonal, which raises f by eps √D wherever the box allows it."""
     model, recipe = Plain(lambda x: x.flatten(1).sum(1, keepdim=True)), short(threat__eps=0.4, threat__steps=20)
     data, outside = recipe.data.load(), recipe.outside.load()
-    low = dataclasses.replace(outside.val, x=outside.val.x // 4)  # away from the upper side of the box
+    low = dataclasses.replace(outside.val, x=outside.val.x // 2)  # away from the upper side of the box
     scores = validate(model, data, data.val, recipe, low)
     inside, other = (-split.float().flatten(1).sum(1) for split in (data.val, low))
     labels = np.r_[np.zeros(len(inside)), np.ones(len(other))]
     area = lambda shift: roc_auc_score(labels, torch.cat([inside, other - shift]).numpy())
     assert scores["val/auroc"] == pytest.approx(area(0), abs=1e-4)
-    assert scores["val/adversarial_auroc"] == pytest.approx(area(0.4 * 8), abs=1e-3)
+    assert scores["val/adversarial_auroc"] == pytest.approx(
+        area(0.4 * 8), abs=0.01
+    )  # random starts end near the diagonal
+    assert area(0) - area(0.4 * 8) > 0.03
     with pytest.raises(Diverged, match="energies of validation images are not finite"):
         validate(Plain(lambda x: x.flatten(1).sum(1, keepdim=True) * torch.nan), data, data.val, recipe, low)
 
