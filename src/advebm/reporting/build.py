@@ -83,7 +83,9 @@ def row(record: Mapping[str, Any]) -> dict[str, str]:
     exact = f"{value:,.0f}" if value == round(value) or value > 100 else f"{value:.1f}"  # counts have no error
     return {
         "name": record["name"],
-        "value": exact if error == 0 and not record["settings"] else f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
+        "value": exact
+        if error == 0 and not share and not record["settings"]
+        else f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
         "count": f"{record['count']:,}",
         "samples": str(record["settings"].get("samples", "")),
     }

@@ -38,6 +38,8 @@ from advebm.training.run import Run, environment
 
 Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl, images counted over all stages
 AGAIN = "advebm train --resume"
+# What "best" is decided by, attacked before clean: of a classifier, and of a critic.
+SELECTED = ("val/robust_accuracy", "val/accuracy", "val/adversarial_auroc", "val/auroc")
 
 
 def train(
@@ -168,7 +170,7 @@ def train(
                 if judgeable and progress.passed(cfg.validate_every, before, cfg.images):
                     averaged = model if ema is None else ema.module
                     scores = validate(averaged, data, validation, recipe, feed.outside)
-                    clean, attacked = scores.values()
+                    attacked, clean = (scores[name] for name in SELECTED if name in scores)
                     score = (attacked, clean)
                     if score > progress.best:
                         progress.best, progress.best_images = score, progress.images
