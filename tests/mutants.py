@@ -393,6 +393,71 @@ MUTANTS = [
     Mutant("verdicts: after", "metrics/verdicts.py", "self.broken > (len", "self.broken >= (len", "adversaries"),
     Mutant("wilson: centre", "metrics/robustness.py", "(p + z * z / (2 * n))", "p", "adversaries"),
     Mutant(
+        "judge: state of any model", "metrics/verdicts.py", '"model": _digest(model.state_dict()),', "", "adversaries"
+    ),
+    Mutant("judge: state of any data", "metrics/verdicts.py", '"data": _digest({"x": x, "y": y}),', "", "adversaries"),
+    Mutant(
+        "judge: state of any function",
+        "metrics/verdicts.py",
+        'about |= {"right": _digest',
+        'about | {"right": _digest',
+        "adversaries",
+    ),
+    Mutant(
+        "judge: state of any batch",
+        "metrics/verdicts.py",
+        '"batch": batch, "precision": str(precision)}',
+        "}",
+        "adversaries",
+    ),
+    Mutant(
+        "judge: leaves the box", "metrics/verdicts.py", "((found >= 0) & (found <= 1)).all()", "True", "adversaries"
+    ),
+    Mutant(
+        "judge: gradients of NaN",
+        "metrics/verdicts.py",
+        "if not torch.isfinite(gradient).all():",
+        "if False:",
+        "adversaries",
+    ),
+    Mutant(
+        "autoattack: fab in linf",
+        "attacks/autoattack.py",
+        "targeted, FAB(eps, norm), Square(eps, norm)]",
+        "targeted, FAB(eps), Square(eps, norm)]",
+        "adversaries",
+    ),
+    Mutant(
+        "autoattack: square in linf",
+        "attacks/autoattack.py",
+        "FAB(eps, norm), Square(eps, norm)]",
+        "FAB(eps, norm), Square(eps)]",
+        "adversaries",
+    ),
+    Mutant(
+        "apgd: last sample alone",
+        "attacks/apgd.py",
+        "gradient += torch.autograd.grad(value.sum(), x)[0] / samples",
+        "gradient = torch.autograd.grad(value.sum(), x)[0]",
+        "adversaries",
+    ),
+    Mutant("fab: restarts from the image", "attacks/fab.py", "        if start:", "        if False:", "adversaries"),
+    Mutant("square: second window stays", "attacks/square.py", "delta[:, :, h2, w2] = 0", "pass", "adversaries"),
+    Mutant("square: unused length lost", "attacks/square.py", "(available + unused)", "available", "adversaries"),
+    Mutant(
+        "square: old window forgotten", "attacks/square.py", "new = new + old /", "new = new + 0 * old /", "adversaries"
+    ),
+    Mutant(
+        "cw: one c", "attacks/cw.py", "c = torch.where(high.isinf(), 10 * c, (low + high) / 2)", "pass", "adversaries"
+    ),
+    Mutant(
+        "some: the first images",
+        "metrics/robustness.py",
+        "torch.randperm(len(subject.split), generator=torch.Generator().manual_seed(0))[:images]",
+        "torch.arange(images)",
+        "adversaries",
+    ),
+    Mutant(
         "fold: norm dropped",
         "models/inference.py",
         "conv = fuse_conv_bn_eval(modules[before.target], modules[node.target])",

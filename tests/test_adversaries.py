@@ -8,7 +8,7 @@ from scipy.optimize import linprog, minimize
 from scipy.stats import binomtest
 from torch import nn
 
-from advebm.attacks.apgd import APGD, _look, ascend
+from advebm.attacks.apgd import APGD, _look, ascend, maximise
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.base import Adversary, Run, correct, dlr, margin, two_classes
 from advebm.attacks.cw import CW
@@ -90,6 +90,21 @@ def test_apgd_stops_at_a_point_once_it_is_misclassified():
     x[:4] = 0.1
     APGD(0.05, steps=10)._search(0, f, x, torch.zeros(8, dtype=torch.long), seeded())
     assert seen == [8] + 10 * [4]
+
+
+def test_apgd_goes_back_to_its_best_point_where_it_is_stuck():
+    """Values that rise at every step but never reach the first one: nothing at the first check, back at the second."""
+    met, values = [], iter([10.0, *(k / 100 for k in range(100))])
+
+    def outcome(x, rows):
+        met.append(x.detach().clone())
+        return next(values) + x.sum((1, 2, 3)) - x.sum((1, 2, 3)).detach(), torch.zeros(1, dtype=torch.bool)
+
+    x = torch.full((1, 1, 4, 4), 0.5)
+    maximise(outcome, x, eps=0.4, norm="linf", steps=100, generator=seeded())
+    corner = torch.full_like(x, 0.9)
+    assert all(torch.equal(at, corner) for at in met[3:42])  # the start, then checks after 22 and 41 steps
+    assert not torch.equal(met[42], corner)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -256,6 +271,18 @@ def test_squares_shrink_as_published():
     assert side(1e-9, 8) == 1
 
 
+def test_the_search_follows_that_schedule(monkeypatch):
+    from advebm.attacks import square
+
+    shares, own = [], square._square
+    monkeypatch.setattr(
+        square, "_square", lambda best, x, share, *rest: shares.append(share) or own(best, x, share, *rest)
+    )
+    f = linear(torch.zeros(36), b=-1.0)
+    Square(0.1, queries=60)._search(f, torch.rand(1, 1, 6, 6), torch.tensor([0]), seeded())
+    assert shares == 11 * [0.8] + 40 * [0.4] + 8 * [0.2]
+
+
 def test_one_square_changes_at_a_time():
     x = torch.full((2, 3, 16, 16), 0.5)
     start = _stripes(x, 0.1, seeded())
@@ -292,7 +319,8 @@ def test_moves_of_the_l2_square_attack_keep_their_length():
 @pytest.mark.parametrize("seed", range(4))
 def test_moves_of_the_l2_square_attack_agree_with_a_reference(seed):
     x = torch.rand(2, 3, 12, 12, generator=seeded()) * 0.5 + 0.25
-    best = _two_windows(_tiles(x, 0.5, seeded(9)), x, 0.05, 0.5, seeded(8)).clamp(0.3, 0.7)
+    best = _two_windows(_tiles(x, 0.5, seeded(9)), x, 0.05, 0.5, seeded(8))
+    best = x + 0.7 * (best - x)  # some of the length is unused
     ours = _two_windows(best, x, 0.05, 0.5, seeded(seed))
     expected = reference.two_windows(best, x, side(0.05, 12), 0.5, seeded(seed))
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
@@ -313,6 +341,18 @@ def test_cw_finds_the_distance_to_a_plane():
     assert not correct(f, searched, y)
     assert correct(f, CW(c=1e-3, steps=100).find(f, x, y, seeded()), y)
     assert torch.equal(CW(c=1e-6, steps=20).find(f, x, y, seeded()), x)  # the distance outweighs it
+
+
+def test_cw_keeps_the_nearest_of_all_points(model, batch):
+    y, met = model(batch.x).argmax(1), []
+    watching = lambda x: met.append(x.detach().clone()) or model(x)
+    found = CW(c=20.0, steps=60, rate=0.05).find(watching, batch.x, y, seeded())
+    points = torch.stack(met[1:])  # the first is the images themselves
+    crossed = torch.stack([margin(model(x), y) > 0 for x in points])
+    distances = (points - batch.x).flatten(2).norm(dim=2).masked_fill(~crossed, torch.inf).amin(0)
+    assert distances.isfinite().any()
+    moved = (found - batch.x).flatten(1).norm(dim=1)
+    torch.testing.assert_close(moved[distances.isfinite()], distances[distances.isfinite()])
 
 
 def test_cw_keeps_the_margin_it_is_asked_for():
@@ -431,11 +471,15 @@ def test_another_judgement_has_another_state(small_run, tmp_path):
     judge(model, split.x, split.y, attack, folder=tmp_path, batch=7)
     judge(model, split.x, split.y, attack, folder=tmp_path, precision=torch.bfloat16)
     judge(model, split.x, split.y, Attack(eps=0.2, steps=1), folder=tmp_path)
-    judge(Plain(lambda x: -model(x)), split.x, split.y, attack, folder=tmp_path)  # the same weights, another function
+    other = split.x.clone()
+    other[-1, 0, 0, 0] ^= 1  # hardly anything, and not in the first images
+    judge(model, other, split.y, attack, folder=tmp_path)
+    for sign in (1, -1):  # the same weights, another function
+        judge(Plain(lambda x, s=sign: s * model(x)), split.x, split.y, attack, folder=tmp_path)
     with torch.no_grad():
         next(model.parameters()).add_(1e-6)  # other weights, next to the same function
     judge(model, split.x, split.y, attack, folder=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 7
+    assert len(list(tmp_path.iterdir())) == 9
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path):
@@ -505,12 +549,12 @@ def test_a_search_that_was_deceived_searches_again(described, monkeypatch):
     """The quick view calls everything broken, so every search stops at once; the verdict comes from a second one."""
     from advebm.metrics import verdicts
 
-    wrong = lambda x: torch.stack([0 * x[:, 0, 0, 0], 1 + 0 * x[:, 0, 0, 0]], 1)
+    wrong = lambda x: torch.stack([1 + 0 * x[:, 0, 0, 0], 0 * x[:, 0, 0, 0]], 1)
     monkeypatch.setattr(verdicts, "faster", lambda model, x, precision: wrong)
     attack = APGD(0.1, steps=5)
     f = linear(torch.tensor([10.0]), b=-5.0)
-    x, y = torch.tensor([0.55, 0.7]).view(2, 1, 1, 1), torch.ones(2, dtype=torch.long)
-    assert judge(Plain(f), x, y, attack).standing().tolist() == [False, True]
+    x, y = torch.tensor([0.51, 0.53, 0.55, 0.57, 0.58, 0.7]).view(6, 1, 1, 1), torch.ones(6, dtype=torch.long)
+    assert judge(Plain(f), x, y, attack).standing().tolist() == [False] * 5 + [True]
 
 
 def test_an_attack_that_leaves_its_ball_is_refused(described):
@@ -580,5 +624,12 @@ def test_what_cannot_be_folded_is_left_alone():
         def forward(self, x):
             return (self.conv(x) if x.sum() > 0 else -self.conv(x)).mean((2, 3))
 
-    model = Odd().eval()
-    assert faster(model, torch.rand(2, 1, 4, 4)) is model
+    class Alternating(Odd):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return (-1) ** self.calls * self.conv(x).mean((2, 3))
+
+    for model in (Odd().eval(), Alternating().eval()):
+        assert faster(model, torch.rand(2, 1, 4, 4)) is model
