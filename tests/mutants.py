@@ -2052,10 +2052,14 @@ MUTANTS = [
         "unit",
         "outside",
     ),
-    Mutant("dat: data as negatives", "objectives/dat.py", "softplus(real).mean()", "softplus(-real).mean()", "outside"),
-    Mutant("dat: negatives as data", "objectives/dat.py", "softplus(-fake).mean()", "softplus(fake).mean()", "outside"),
+    Mutant("dat: data as negatives", "objectives/dat.py", "logistic(real, fake)", "logistic(-real, fake)", "outside"),
+    Mutant("dat: negatives as data", "objectives/dat.py", "logistic(real, fake)", "logistic(real, -fake)", "outside"),
     Mutant(
-        "dat: sum for mean", "objectives/dat.py", "softplus(-fake).mean()) / 2", "softplus(-fake).mean())", "outside"
+        "dat: sum for mean",
+        "objectives/dat.py",
+        "energies.logistic(real, fake) / 2",
+        "energies.logistic(real, fake)",
+        "outside",
     ),
     Mutant("dat: batch norm moves", "objectives/dat.py", "with norms_fixed(model):", "if True:", "outside"),
     Mutant(
@@ -2099,8 +2103,8 @@ MUTANTS = [
         "return",
         "outside",
     ),
-    Mutant("gat: positives refused", "objectives/gat.py", "softplus(own)", "softplus(-own)", "outside"),
-    Mutant("gat: negatives accepted", "objectives/gat.py", "softplus(-other)", "softplus(other)", "outside"),
+    Mutant("gat: positives refused", "objectives/gat.py", "logistic(own, other)", "logistic(-own, other)", "outside"),
+    Mutant("gat: negatives accepted", "objectives/gat.py", "logistic(own, other)", "logistic(own, -other)", "outside"),
     Mutant(
         "gat: own class as target",
         "objectives/gat.py",
@@ -2124,19 +2128,17 @@ MUTANTS = [
     ),
     Mutant("gat: batch norm moves", "objectives/gat.py", "with norms_fixed(model):", "if True:", "outside"),
     # binary adversarial training
-    Mutant(
-        "binary: data term's sign", "objectives/binary.py", "softplus(data).mean()", "softplus(-data).mean()", "binary"
-    ),
+    Mutant("binary: data term's sign", "energies.py", "softplus(data).mean()", "softplus(-data).mean()", "binary"),
     Mutant(
         "binary: negatives' sign",
-        "objectives/binary.py",
+        "energies.py",
         "softplus(-negatives).mean()",
         "softplus(negatives).mean()",
         "binary",
     ),
     Mutant(
         "binary: negatives dropped",
-        "objectives/binary.py",
+        "energies.py",
         "softplus(data).mean() + softplus(-negatives).mean()",
         "softplus(data).mean()",
         "binary",
@@ -2236,8 +2238,8 @@ MUTANTS = [
     Mutant(
         "binary: auroc upside down",
         "objectives/binary.py",
-        "gap = negatives[:, None] - data",
-        "gap = data[:, None] - negatives",
+        "auroc(data, negatives)",
+        "auroc(negatives, data)",
         "binary",
     ),
     Mutant(
@@ -2351,8 +2353,10 @@ MUTANTS = [
     ),
     Mutant("toy: pinwheel's width", "densities.py", "_normal(across / self.across)", "_normal(across)", "toy"),
     Mutant("toy: turn mirrored", "densities.py", "s * x[:, 0] + c * x[:, 1]]", "c * x[:, 1] - s * x[:, 0]]", "toy"),
-    Mutant("toy: data term's sign", "toy.py", "softplus(positive).mean()", "softplus(-positive).mean()", "toy"),
-    Mutant("toy: contrast term's sign", "toy.py", "softplus(-negative).mean()", "softplus(negative).mean()", "toy"),
+    Mutant("toy: data term's sign", "energies.py", "softplus(data).mean()", "softplus(-data).mean()", "toy"),
+    Mutant(
+        "toy: contrast term's sign", "energies.py", "softplus(-negatives).mean()", "softplus(negatives).mean()", "toy"
+    ),
     Mutant(
         "toy: likelihood's sign",
         "toy.py",
@@ -2402,7 +2406,7 @@ MUTANTS = [
     Mutant("toy: visited for unvisited", "toy.py", "off & ~result.visited", "off & result.visited", "toy"),
     Mutant("toy: off the support for on it", "toy.py", "< sparse", "> sparse", "toy"),
     Mutant("toy: slope the wrong way round", "toy.py", "/ truth.var()", "/ learnt.var()", "toy"),
-    Mutant("toy: value of the game's sign", "toy.py", "= -discriminate(", "= discriminate(", "toy"),
+    Mutant("toy: value of the game's sign", "toy.py", "= -energies.logistic(", "= energies.logistic(", "toy"),
     Mutant("toy: arrows downhill", "reporting/planes.py", "ahead = -gradient", "ahead = gradient", "toy"),
 ]
 

@@ -17,7 +17,7 @@ from advebm.attacks.projected import Attack
 from advebm.attacks.square import HALVINGS, Square, _square, _stripes, _tiles, _two_windows, bump, side
 from advebm.descent import unit
 from advebm.errors import UserError
-from advebm.metrics.robustness import wilson
+from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, wilson
 from advebm.metrics.verdicts import judge
 from advebm.models.inference import faster, fold
 from advebm.modes import searching
@@ -508,6 +508,9 @@ def test_few_images_are_drawn_from_all_classes(small_run):
     assert len(some(subject, 60).split.y.unique()) == 10
     assert torch.equal(some(subject, 60).split.x, some(subject, 60).split.x)
     assert some(subject, 10_000) is subject
+    for metric in (RobustAccuracy, TargetedAccuracy):
+        with pytest.raises(UserError, match="images is at least 1 or none"):
+            metric(images=0)
 
 
 def test_random_attacks_resume_to_the_same_verdicts(small_run, tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, softplus
 
 Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] -> logits (B, K)
 
@@ -65,3 +65,11 @@ def crowding(z: Tensor, *, temperature: float = 0.5) -> Tensor:
 def binary(logit: Tensor) -> Tensor:
     """``E(x) = -f(x)`` of a critic with ``D = σ(f)``.  ``(B,)`` or ``(B, 1)`` -> ``(B,)``."""
     return -logit.reshape(len(logit))
+
+
+def logistic(data: Tensor, negatives: Tensor) -> Tensor:
+    """Energies of data (N,) and of negatives (M,) -> mean ``-log D(x)`` plus mean ``-log(1 - D(x'))``, D = σ(-E), nats.
+
+    Yin et al. (2022), eq. 4 and 11; log 4 at the optimum of their proposition 1.
+    """
+    return softplus(data).mean() + softplus(-negatives).mean()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from advebm import densities, energies
 from advebm.descent import Descent, box, free, raw, unit
@@ -69,11 +68,6 @@ class Method:
     loss: Callable[[Tensor, Tensor], Tensor]
 
 
-def discriminate(positive: Tensor, negative: Tensor) -> Tensor:
-    """``-E log D(x) - E log(1 - D(x'))`` for D = σ(-E), eq. 11; log 4 at the optimum, proposition 1."""
-    return softplus(positive).mean() + softplus(-negative).mean()
-
-
 def likelihood(positive: Tensor, negative: Tensor) -> Tensor:
     """``mean E(x) - mean E(x')``, whose gradient is that of -log p."""
     return contrast(positive, negative, 0.0)[0]
@@ -82,7 +76,7 @@ def likelihood(positive: Tensor, negative: Tensor) -> Tensor:
 LANGEVIN = 0.01  # step; with noise √(2 step) the chain's law tends to exp(-E)
 METHODS = {
     # eq. 8, unconstrained; 20 steps of 0.3 reach from the corner to the middle of the square
-    "binary-at": Method(Descent(20, 0.3, unit, free), 1.0, discriminate),
+    "binary-at": Method(Descent(20, 0.3, unit, free), 1.0, energies.logistic),
     "mle": Method(Descent(20, LANGEVIN, raw, box(-SIDE, SIDE), (2 * LANGEVIN) ** 0.5), 0.01, likelihood),
 }
 
@@ -237,7 +231,7 @@ def numbers(result: Play, *, seed: int = 0, count: int = 5_000) -> dict[str, flo
         found["highest off"] = d[off].max().item()
         if (never := off & ~result.visited).any():
             found["highest unvisited"] = d[never].max().item()
-        found["objective"] = -discriminate(-learnt, energy(last.model, last.ended)).item()
+        found["objective"] = -energies.logistic(-learnt, energy(last.model, last.ended)).item()
     found["correlation"] = torch.corrcoef(torch.stack([learnt, truth]))[0, 1].item()
     found["slope"] = torch.cov(torch.stack([learnt, truth]))[0, 1].item() / truth.var().item()
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
 from advebm.data.sources import Data, Images, to_float
+from advebm.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,11 @@ class Subject(NamedTuple):
     batch: int = 500
     folder: Path | None = None  # where long measurements keep where they are
     bar: Bar = silent  # what shows how far they are
+
+    def check_labelled(self) -> None:
+        """Refuse a split whose images have no labels."""
+        if not self.split.labelled:
+            raise UserError(f"accuracy needs labels, {self.data.name} has none; choose --metrics without it")
 
     @property
     def device(self) -> torch.device:

@@ -39,8 +39,7 @@ class CorruptionAccuracy:
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """``accuracy under gaussian-noise 3`` and so on, and their mean, ``accuracy under corruptions``."""
-        if not subject.split.labelled:
-            raise UserError(f"accuracy needs labels, {subject.data.name} has none; choose --metrics without it")
+        subject.check_labelled()
         records, everything = [], []
         for name in self.corruptions:
             for severity in self.severities:

@@ -22,6 +22,12 @@ def measure(subject: Subject, attack: Adversary | None, generator: torch.Generat
     return proportion(verdicts(subject, Attack(eps=0.0) if attack is None else attack, generator).standing())
 
 
+def check_images(images: int | None) -> None:
+    """Refuse a number of images that is none."""
+    if images is not None and images < 1:
+        raise UserError(f"images is at least 1 or none, which takes all, got {images}")
+
+
 def some(subject: Subject, images: int | None) -> Subject:
     """The subject on so many images of its split, which may stand class by class; always the same ones."""
     if images is None or images >= len(subject.split):
@@ -32,8 +38,7 @@ def some(subject: Subject, images: int | None) -> Subject:
 
 def verdicts(subject: Subject, attack: Adversary, generator: torch.Generator, precision: str = "float32") -> Verdicts:
     """What becomes of the subject's split under attack, see :func:`advebm.metrics.verdicts.judge`."""
-    if not subject.split.labelled:
-        raise UserError(f"accuracy needs labels, {subject.data.name} has none; choose --metrics without it")
+    subject.check_labelled()
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     options = {"seed": seed, "batch": subject.batch, "precision": getattr(torch, precision), "folder": subject.folder}
     with subject.bar(attack.name if attack.eps > 0 else "accuracy", len(subject.split)) as tell:
@@ -70,8 +75,7 @@ class RobustAccuracy:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.images is not None and self.images < 1:
-            raise UserError(f"images is at least 1 or none, which takes all, got {self.images}")
+        check_images(self.images)
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """``accuracy under`` the attack; and, where it has several parts, what is left after each but the last."""
@@ -101,6 +105,9 @@ class TargetedAccuracy:
     images: int | None = None
 
     cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "madry2018")
+
+    def __post_init__(self) -> None:
+        check_images(self.images)
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """One record, ``accuracy under targeted`` and the attack."""

@@ -76,21 +76,25 @@ def judge(
     with searching(model) as raw, float32():
         sample = as_images(x[:2], device)
         outputs = raw(sample).reshape(len(sample), -1).shape[1]
-        quick = faster(model, sample, precision=precision)
-        f, quick, classes = (two_classes(raw), two_classes(quick), 2) if outputs == 1 else (raw, quick, outputs)
+        f, classes = (two_classes(raw), 2) if outputs == 1 else (raw, outputs)
         if outputs == 1 and int(y.max()) > 1:
             raise UserError("accuracy needs a classifier, the model has one output; choose --metrics without it")
         checks.labels(y, len(x), classes)
         runs = attack.runs(classes) if attack.eps > 0 else []
+        quick = faster(model, sample, precision=precision) if runs else raw
+        quick = two_classes(quick) if outputs == 1 else quick
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
         right = torch.cat([correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
-        about = {"attack": config.describe(attack), "seed": seed, "batch": batch, "precision": str(precision)}
-        about |= {"right": _digest({"right": right}), "outputs": [round(v, 2) for v in f(sample).flatten().tolist()]}
-        about |= {
-            "model": _digest(model.state_dict()),
-            "data": _digest({"x": x, "y": y}),
-            "version": advebm.__version__,
-        }
+        about: dict[str, Any] = {}
+        if folder is not None:
+            about = {"attack": config.describe(attack), "seed": seed, "batch": batch, "precision": str(precision)}
+            outputs_of_sample = [round(v, 2) for v in f(sample).flatten().tolist()]
+            about |= {"right": _digest({"right": right}), "outputs": outputs_of_sample}
+            about |= {
+                "model": _digest(model.state_dict()),
+                "data": _digest({"x": x, "y": y}),
+                "version": advebm.__version__,
+            }
         state = State(folder, about)
         if not state.broken:
             state.broken = torch.where(right, STANDS, WRONG).tolist()

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from advebm import energies
 from advebm.config import check_choices
@@ -16,6 +15,7 @@ from advebm.descent import Constraint, Descent, Energy, both, box, l2_ball, unit
 from advebm.errors import UserError
 from advebm.modes import norms_fixed, searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.curriculum import auroc
 
 WON, STUCK = 0.99, 0.2  # a critic wins: more accurate than this, with negatives moved by less than this share of λK
 
@@ -165,7 +165,7 @@ class BinaryAT(Stateless):
         with torch.no_grad():
             terms |= {"energy_data": data.mean(), "energy_negative": negatives.mean()}
             terms["accuracy"] = ((data < 0).double().mean() + (negatives > 0).double().mean()) / 2
-            terms["auroc"] = _auroc(data, negatives)
+            terms["auroc"] = auroc(data, negatives)
             terms["move"] = found.move.mean()
             terms["steps"] = found.move.new_tensor(found.steps)
             terms["reach"] = self.step_size * terms["steps"]
@@ -173,7 +173,7 @@ class BinaryAT(Stateless):
 
     def contrast(self, data: Tensor, negatives: Tensor) -> Tensor:
         """Energies of data (B,) and of negatives (M,) -> mean ``-log D(x)`` plus mean ``-log(1 - D(x'))``, nats."""
-        return softplus(data).mean() + softplus(-negatives).mean()
+        return energies.logistic(data, negatives)
 
     def after(self, model: nn.Module, batch: Batch, found: Found, state: Curriculum, loss: Loss, ctx: Context) -> None:
         """Remember the step; say so, once a run, if the critic has won and negatives no longer move (figure 2)."""
@@ -211,9 +211,3 @@ def r1(model: nn.Module, x: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(energies.binary(model(x)).sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean() / 2
-
-
-def _auroc(data: Tensor, negatives: Tensor) -> Tensor:
-    """Share of pairs in which the negative has the higher energy, ties counted half; stays on the device."""
-    gap = negatives[:, None] - data
-    return ((gap > 0).double() + (gap == 0).double() / 2).mean()

@@ -5,7 +5,6 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from advebm import energies
 from advebm.attacks.projected import Attack
@@ -78,7 +77,7 @@ class DAT(Stateless):
         with norms_fixed(model):
             classified, data, contrast = model(torch.cat([found.moved, view, found.contrast])).split(len(batch.y))
         real, fake = energies.marginal(data), energies.marginal(contrast)
-        binary = (softplus(real).mean() + softplus(-fake).mean()) / 2
+        binary = energies.logistic(real, fake) / 2
         total = energies.conditional(classified, batch.y).mean() + binary
         terms = {"binary": binary.detach()}
         if self.r1:

@@ -5,7 +5,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from advebm import energies
 from advebm.attacks.projected import Attack
@@ -59,7 +58,7 @@ class GAT(Stateless):
         with norms_fixed(model):
             clean, moved = model(torch.cat([batch.x, found.moved])).split(len(batch.y))
         own, other = energies.joint(clean, batch.y), energies.joint(moved, found.target)
-        total = (softplus(own).mean() + softplus(-other).mean()) / 2
+        total = energies.logistic(own, other) / 2
         with torch.no_grad():
             terms = {
                 "loss": total.detach(),
