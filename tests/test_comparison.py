@@ -12,13 +12,15 @@ import torch
 
 from advebm import cli, comparison, config, recipes, reproduce
 from advebm.attacks.projected import Attack, Targeted
-from advebm.data.sources import Digits, Part
+from advebm.data.sources import Classes, Digits, Part
 from advebm.errors import UserError
 from advebm.metrics.base import Subject
 from advebm.metrics.robustness import TargetedAccuracy, measure
 from advebm.metrics.verdicts import judge
 from advebm.objectives.at import AT
 from advebm.objectives.awp import AWP
+from advebm.objectives.binary import BinaryAT
+from advebm.objectives.curriculum import Curriculum
 from advebm.objectives.free import FREE
 from advebm.objectives.langevin import MLE, SGLD
 from advebm.objectives.standard import Standard
@@ -46,6 +48,7 @@ def run(small_run, tmp_path):
         (FREE(replays=8), 8, 8),
         (AWP(AT(Attack(steps=2)), warmup=100), 4, 4),  # 2 steps, the direction, the loss
         (MLE(SGLD(steps=20, buffer=8)), 22, 22),
+        (BinaryAT(Curriculum(steps=5), r1=0.0), 7, 7),  # at the longest search, both sets
     ],
 )
 def test_passes_are_those_of_the_algorithm(objective, forward, backward):
@@ -141,6 +144,24 @@ def test_parts_of_a_source_are_disjoint_and_whole():
     assert torch.equal(first.test.x, whole.test.x)
     with pytest.raises(UserError, match="share lies in"):
         Part(share=1.0)
+
+
+def test_classes_of_a_source_are_disjoint_and_whole():
+    whole, some, rest = (s.load() for s in (Digits(), Classes(count=7), Classes(count=7, rest=True)))
+    assert (len(some.classes), len(rest.classes)) == (7, 3)
+    assert {*some.classes, *rest.classes} == {*whole.classes}
+    assert (some.name, rest.name) == ("digits, 7 classes", "digits, 3 other classes")
+    named = lambda data, split: {
+        (x.numpy().tobytes(), data.classes[k]) for x, k in zip(split.x, split.y.tolist(), strict=True)
+    }
+    for name in ("train", "val", "test"):
+        one, two, every = (named(data, getattr(data, name)) for data in (some, rest, whole))
+        assert one | two == every
+        assert not one & two
+    with pytest.raises(UserError, match="digits has 10 classes, so count is less, got 10"):
+        Classes(count=10).load()
+    with pytest.raises(UserError, match="at least 1 class"):
+        Classes(count=0)
 
 
 def test_recipes_may_stand_on_others(tmp_path):
