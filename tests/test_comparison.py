@@ -19,8 +19,6 @@ from advebm.metrics.robustness import TargetedAccuracy, measure
 from advebm.metrics.verdicts import judge
 from advebm.objectives.at import AT
 from advebm.objectives.awp import AWP
-from advebm.objectives.binary import BinaryAT
-from advebm.objectives.curriculum import Curriculum
 from advebm.objectives.free import FREE
 from advebm.objectives.langevin import MLE, SGLD
 from advebm.objectives.standard import Standard
@@ -48,11 +46,15 @@ def run(small_run, tmp_path):
         (FREE(replays=8), 8, 8),
         (AWP(AT(Attack(steps=2)), warmup=100), 4, 4),  # 2 steps, the direction, the loss
         (MLE(SGLD(steps=20, buffer=8)), 22, 22),
-        (BinaryAT(Curriculum(steps=5), r1=0.0), 7, 7),  # at the longest search, both sets
     ],
 )
 def test_passes_are_those_of_the_algorithm(objective, forward, backward):
     assert passes(dataclasses.replace(tiny("digits-standard"), objective=objective)) == (forward, backward)
+
+
+def test_passes_of_a_growing_search_are_those_of_its_longest():
+    options = [("objective.curriculum", {"steps": 5}), ("objective.r1", 0.0)]
+    assert passes(resolve(recipes.find("digits-binary-at"), options)) == (7, 7)  # both sets in the loss
 
 
 def test_a_comparison_measures_once(run, monkeypatch):

@@ -161,7 +161,7 @@ class Part:
 class Classes:
     """Some of another source's classes, or the others: for what is to be unseen, down to its kind.
 
-    ``--outside classes --outside.source cifar100 --outside.count 80`` trains against 80 of the classes; the 20 others, with
+    ``--outside classes --outside.source cifar100 --outside.count 80`` trains against 80 classes; the 20 others, with
     ``rest: true``, tell how the model fares with images of kinds that it never met.
 
     Attributes:
