@@ -1532,15 +1532,13 @@ MUTANTS = [
     Mutant(
         "ood: attack raises the score",
         "metrics/ood.py",
-        "likeness = lambda z: -score(f, z)",
-        "likeness = lambda z: score(f, z)",
+        "likeness = lambda z: -score(z)",
+        "likeness = lambda z: score(z)",
         "ood",
     ),
-    Mutant("ood: image itself left out", "metrics/ood.py", "scores = [_plain(score, f, part)]", "scores = []", "ood"),
-    Mutant(
-        "ood: highest restart", "metrics/ood.py", "torch.stack(scores).amin(0)", "torch.stack(scores).amax(0)", "ood"
-    ),
-    Mutant("ood: one restart only", "metrics/ood.py", "for _ in range(self.restarts):", "for _ in range(1):", "ood"),
+    Mutant("ood: image itself left out", "metrics/ood.py", "found = [x] + [", "found = [", "ood"),
+    Mutant("ood: highest restart", "metrics/ood.py", "for z in found]).amin(0)", "for z in found]).amax(0)", "ood"),
+    Mutant("ood: one restart only", "metrics/ood.py", "for _ in range(restarts)", "for _ in range(1)", "ood"),
     Mutant(
         "ood: threat of another norm",
         "metrics/ood.py",
@@ -2394,6 +2392,20 @@ MUTANTS = [
         "if not self.rest else order",
         "comparison",
     ),
+    # detectors
+    Mutant("detectors: sign", "metrics/detectors.py", "return -out[:, k]", "return out[:, k]", "ood"),
+    Mutant(
+        "detectors: their own move", "metrics/detectors.py", "for part in other.split(", "for part in own.split(", "ood"
+    ),
+    Mutant(
+        "detectors: not attacked",
+        "metrics/detectors.py",
+        "auroc(torch.cat(inside), torch.cat(moved))",
+        "plain[name]",
+        "ood",
+    ),
+    Mutant("detectors: error of one", "metrics/detectors.py", "** 0.5 / len(each)", "** 0.5", "ood"),
+    Mutant("detectors: one restart", "metrics/detectors.py", "restarts=self.restarts", "restarts=1", "ood"),
 ]
 
 

@@ -92,6 +92,7 @@ KINDS: dict[str, dict[str, str]] = {
         "sample-quality": "advebm.metrics.quality:SampleQuality",
         "energies": "advebm.metrics.energy:Energies",
         "ood": "advebm.metrics.ood:OutOfDistribution",
+        "detectors": "advebm.metrics.detectors:Detectors",
         "calibration": "advebm.metrics.calibration:Calibration",
         "corruption-accuracy": "advebm.metrics.corruption:CorruptionAccuracy",
     },
