@@ -518,7 +518,7 @@ MUTANTS = [
         "samplers",
     ),
     Mutant("sampler: no ball", "samplers.py", "both(l2_ball(self.radius), box())", "box()", "samplers"),
-    Mutant("sampler: noise dropped", "samplers.py", "constraint, self.noise)", "constraint)", "samplers"),
+    Mutant("sampler: noise dropped", "samplers.py", "constraint, noise)", "constraint)", "samplers"),
     Mutant(
         "sampler: global seeds know the class", "samplers.py", 'if self.start == "global":', "if False:", "samplers"
     ),
@@ -2258,8 +2258,8 @@ MUTANTS = [
     Mutant(
         "binary: ascent goes down",
         "samplers.py",
-        "return lambda x: energies.binary(f(x))",
-        "return lambda x: -energies.binary(f(x))",
+        "return lambda x: energies.marginal(f(x)",
+        "return lambda x: -energies.marginal(f(x)",
         "binary",
     ),
     Mutant(
@@ -2279,7 +2279,7 @@ MUTANTS = [
     Mutant(
         "binary: a critic's samples have classes",
         "generation.py",
-        "return y if sampler.conditional else torch.full_like(y, -1)",
+        'return y if sampler.conditional or sampler.start == "class" else torch.full_like(y, -1)',
         "return y",
         "binary",
     ),
@@ -2406,6 +2406,83 @@ MUTANTS = [
     ),
     Mutant("detectors: error of one", "metrics/detectors.py", "** 0.5 / len(each)", "** 0.5", "ood"),
     Mutant("detectors: one restart", "metrics/detectors.py", "restarts=self.restarts", "restarts=1", "ood"),
+    # samplers
+    Mutant(
+        "sampling: RCS without the pull",
+        "samplers.py",
+        "+ self.weight * energies.marginal",
+        "+ 0 * energies.marginal",
+        "samplers",
+    ),
+    Mutant(
+        "sampling: RCS against the pull",
+        "samplers.py",
+        "+ self.weight * energies.marginal",
+        "- self.weight * energies.marginal",
+        "samplers",
+    ),
+    Mutant(
+        "sampling: noise of Langevin",
+        "samplers.py",
+        "(2 * at(size, share) * nats)",
+        "(at(size, share) * nats)",
+        "samplers",
+    ),
+    Mutant("sampling: noise of Langevin, annealed", "samplers.py", "** 0.5 * at(fading, share)", "** 0.5", "samplers"),
+    Mutant(
+        "sampling: noise of Langevin ignores the step",
+        "samplers.py",
+        "(2 * at(size, share) * nats)",
+        "(2 * self.step_size * nats)",
+        "samplers",
+    ),
+    Mutant(
+        "sampling: step not annealed",
+        "samplers.py",
+        "geometric(self.step_size, self.step_decay)",
+        "self.step_size",
+        "samplers",
+    ),
+    Mutant(
+        "sampling: noise not annealed",
+        "samplers.py",
+        "noise = geometric(self.noise, self.noise_decay)",
+        "noise = self.noise",
+        "samplers",
+    ),
+    Mutant("sampling: no momentum", "samplers.py", "heavy_ball(self.momentum, direction)", "direction", "samplers"),
+    Mutant(
+        "sampling: momentum on unit steps",
+        "samplers.py",
+        "heavy_ball(self.momentum, direction)",
+        "heavy_ball(self.momentum)",
+        "samplers",
+    ),
+    Mutant(
+        "sampling: seeds of the test split",
+        "samplers.py",
+        'data.train if self.fit == "train" else data.test',
+        "data.test",
+        "samplers",
+    ),
+    Mutant(
+        "sampling: seeds of the training split",
+        "samplers.py",
+        'data.train if self.fit == "train" else data.test',
+        "data.train",
+        "samplers",
+    ),
+    Mutant("sampling: step of another kind kept", "config.py", "name not in own", "True", "samplers"),
+    Mutant("sampling: identical images", "starts.py", "if not variance.any():", "if False:", "samplers"),
+    Mutant(
+        "sampling: no gradient in parts",
+        "descent.py",
+        "return value + ((x - x.detach()) * gradient)",
+        "return value + (0 * (x - x.detach()) * gradient)",
+        "descent",
+    ),
+    Mutant("adam: no correction", "descent.py", "first / (1 - 0.9**k)", "first", "descent"),
+    Mutant("adam: no memory", "descent.py", '+ 0.9 * memory["first"]', "", "descent"),
 ]
 
 

@@ -7,11 +7,13 @@ from torch import nn
 from advebm import energies
 from advebm.descent import (
     Descent,
+    adam,
     both,
     box,
     free,
     heavy_ball,
     hold,
+    in_parts,
     l2_ball,
     linf_ball,
     raw,
@@ -23,7 +25,7 @@ from advebm.errors import UserError
 from advebm.modes import searching
 
 BALLS = {"linf": (linf_ball(0.1), torch.inf, 0.1), "l2": (l2_ball(0.5), 2, 0.5)}
-DIRECTIONS = {"raw": raw, "sign": sign, "unit": unit, "heavy_ball": heavy_ball(0.9)}
+DIRECTIONS = {"raw": raw, "sign": sign, "unit": unit, "heavy_ball": heavy_ball(0.9), "adam": adam}
 
 
 def quadratic(x):
@@ -78,6 +80,27 @@ def test_heavy_ball_keeps_its_speed():
         lambda x: x.sum(1), torch.zeros(1, 1), observe=lambda k, x, e: path.append(x.item())
     )
     assert path == [0, -1, -2.5, -4.25]
+
+
+def test_adam_takes_the_steps_of_torch(generator):
+    x = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+    scale = torch.tensor([0.1, 1.0, 10.0, 100.0], dtype=torch.float64)
+    energy = lambda v: (scale * v**2).sum(1) + v.sin().sum(1)
+    weight = torch.nn.Parameter(x.clone())
+    optimiser = torch.optim.Adam([weight], lr=0.05)
+    for _ in range(20):
+        optimiser.zero_grad()
+        energy(weight).sum().backward()
+        optimiser.step()
+    torch.testing.assert_close(Descent(20, 0.05, adam, free)(energy, x), weight.detach())
+
+
+def test_an_energy_in_parts_is_the_energy(generator):
+    x = torch.randn(5, 3, generator=generator)
+    target = torch.arange(5.0)
+    parts = [lambda v, t=t: (v.sum(1) - t) ** 2 for t in target.split(2)]
+    ours = value_and_gradient(in_parts(parts, 2), x)
+    torch.testing.assert_close(ours, value_and_gradient(lambda v: (v.sum(1) - target) ** 2, x))
 
 
 def test_zero_gradients_do_not_move_a_sample():

@@ -1,11 +1,16 @@
+import itertools
+import math
+
 import pytest
 import torch
 
 import advebm
-from advebm import energies, generation
+from advebm import config, energies, generation
+from advebm.data.sources import Images
 from advebm.descent import value_and_gradient
 from advebm.errors import UserError
-from advebm.samplers import CS, TA, Sampler
+from advebm.samplers import CS, JEAT16, JEAT17, RCS, SGLD, TA, Langevin, Sampler
+from tests.helpers import Plain
 from tests.references import attacks as reference
 
 
@@ -30,6 +35,156 @@ def test_ta_is_cs_minus_the_pull_of_the_marginal(net, batch):
     pull = gradient(lambda x: energies.marginal(net(x)))
     torch.testing.assert_close(ta, cs - pull)
     assert pull.norm() > 0.1 * cs.norm()
+
+
+def test_every_sampler_is_cs_plus_a_share_of_the_marginal_pull(net, batch):
+    """CS + λ ∇E(x): λ = -1 for TA and JEAT's equation 16, 0 for CS and equation 17, any for RCS; no CS for Langevin."""
+    net.eval()
+    gradient = lambda energy: value_and_gradient(energy, batch.x)[1]
+    joint = gradient(lambda x: -net(x)[torch.arange(6), batch.y])
+    pull = gradient(lambda x: -net(x).exp().sum(1).log())
+    shares = {TA(): -1, JEAT16(): -1, CS(): 0, JEAT17(): 0, RCS(): 1, RCS(weight=0.3): 0.3, RCS(weight=-1): -1}
+    for sampler, share in shares.items():
+        torch.testing.assert_close(gradient(sampler.energy(net, batch.y)), joint + share * pull)
+    for sampler in (Langevin(), SGLD()):
+        torch.testing.assert_close(gradient(sampler.energy(net, batch.y)), pull)
+        assert not sampler.conditional
+
+
+class TestLangevin:
+    """Logits -‖x - μ_k‖² / 2 s²: E(x, y) is of N(μ_y, s²), E(x) of their mixture, in one dimension inside the box."""
+
+    MEANS, S = (0.44, 0.56), 0.04
+
+    @pytest.fixture
+    def model(self):
+        means = torch.tensor(self.MEANS, dtype=torch.float64)
+        return Plain(lambda x: -((x.flatten(1) - means) ** 2) / (2 * self.S**2))
+
+    def settle(self, model, sampler, y=0, count=10_000):
+        begin = torch.full((count, 1, 1, 1), 0.35, dtype=torch.float64)
+        labels = torch.full((count,), y)
+        return sampler(model, labels, begin, generator=torch.Generator().manual_seed(0)).flatten()
+
+    def check(self, x, mean, variance, fourth):
+        """Mean and variance within 4 standard errors; ``fourth`` is the central moment that the second error needs."""
+        assert abs(x.mean().item() - mean) < 4 * math.sqrt(variance / len(x))
+        assert abs(x.var().item() - variance) < 4 * math.sqrt((fourth - variance**2) / len(x))
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.25])
+    @pytest.mark.parametrize("y", [0, 1])
+    def test_of_the_joint_energy_reaches_the_gaussian_of_the_class(self, model, y, temperature):
+        h = self.S**2 / 10
+        x = self.settle(model, JEAT17(steps=150, step_size=h, temperature=temperature), y)
+        variance = temperature * 2 * h / (1 - (1 - h / self.S**2) ** 2)  # of the chain AR(1)
+        self.check(x, self.MEANS[y], variance, 3 * variance**2)
+
+    def test_of_the_marginal_energy_reaches_the_mixture(self, model):
+        sampler = Langevin(steps=600, step_size=self.S**2 / 40, direction="raw", temperature=1.0, noise=0.0)
+        x, half = self.settle(model, sampler), (self.MEANS[1] - self.MEANS[0]) / 2
+        variance = self.S**2 + half**2
+        fourth = 3 * self.S**4 + 6 * self.S**2 * half**2 + half**4
+        self.check(x, 0.5, variance, fourth)
+        assert abs((x > 0.5).double().mean().item() - 0.5) < 4 * 0.5 / math.sqrt(len(x))
+
+    def test_of_the_conditional_energy_leaves_the_data(self, model):
+        """-log p(y|x) falls for ever away from the other class: TA's samples pass the mean of their own."""
+        x = self.settle(model, JEAT16(steps=2000, step_size=self.S**2 / 2), 0, 1000)
+        assert x.mean().item() < self.MEANS[0] - 2 * self.S
+
+    def test_temperature_zero_is_gradient_descent(self, model):
+        x = self.settle(model, JEAT17(steps=100, step_size=self.S**2 / 4, temperature=0.0), 1, 3)
+        torch.testing.assert_close(x, torch.full_like(x, self.MEANS[1]))
+
+
+def test_one_step_of_sgld(net, batch):
+    net.eval()
+    gradient = value_and_gradient(lambda x: -net(x).exp().sum(1).log(), batch.x)[1]
+    noise = torch.randn(batch.x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    sampler = SGLD(steps=1, step_size=0.2, noise=0.03)
+    found = sampler(net, batch.y, batch.x, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(found, (batch.x - 0.2 * gradient + 0.03 * noise).clamp(0, 1))
+
+
+def walk(sampler, count=4000, slope=1):
+    """Mean and deviation of each step on a slope, far from the box."""
+    model = Plain(lambda x: torch.stack([-slope * x.sum((1, 2, 3)), 0 * x.sum((1, 2, 3))], 1))
+    path = []
+    begin = torch.full((count, 1, 1, 1), 0.5, dtype=torch.float64)
+    end = sampler(
+        model,
+        torch.zeros(count, dtype=torch.int64),
+        begin,
+        generator=torch.Generator().manual_seed(0),
+        observe=lambda k, x, value: path.append(x),
+    )
+    moves = [b - a for a, b in itertools.pairwise([*path, end])]
+    return [m.mean().item() for m in moves], [m.std().item() for m in moves]
+
+
+def test_step_and_noise_are_annealed_geometrically():
+    means, _ = walk(CS(steps=4, step_size=0.01, step_decay=1 / 16, direction="raw"), 2)
+    assert means == pytest.approx([-0.01, -0.005, -0.0025, -0.00125])
+    _, deviations = walk(CS(steps=4, step_size=1e-9, noise=0.01, noise_decay=1 / 16, direction="raw"))
+    assert deviations == pytest.approx([0.01, 0.005, 0.0025, 0.00125], rel=0.05)
+    hot = CS(steps=2, step_size=1e-4, step_decay=1 / 16, noise_decay=1 / 4, temperature=0.5, direction="raw")
+    _, deviations = walk(hot)  # √(2 α_k T) with α = 1e-4, 1e-4 / 4, and half of it at the second step
+    assert deviations == pytest.approx([0.01, 0.0025], rel=0.05)
+
+
+def test_momentum_and_adam():
+    means, _ = walk(CS(steps=3, step_size=0.01, momentum=0.5, direction="raw"), 2, slope=2)
+    assert means == pytest.approx([-0.02, -0.03, -0.035])
+    means, _ = walk(CS(steps=3, step_size=0.01, direction="adam"), 2)
+    assert means == pytest.approx([-0.01] * 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 9])
+def test_the_compute_batch_changes_rounding_only(net, batch, batch_size):
+    sampler = RCS(steps=4, step_size=0.1, noise=0.05, radius=0.5)
+    draw = lambda **options: sampler(net, batch.y, batch.x, generator=torch.Generator().manual_seed(1), **options)
+    torch.testing.assert_close(draw(batch=batch_size), draw(), rtol=0, atol=1e-12)
+
+
+def test_gaussians_are_fitted_on_the_split_that_was_asked_for(digits):
+    like, y = torch.empty(4000, 1, 8, 8), torch.full((4000,), 3)
+    dark = digits._replace(test=Images(digits.test.x // 3, digits.test.y))
+    for fit, split in (("train", dark.train), ("test", dark.test)):
+        x = CS(fit=fit).prepare(dark)(like, y, torch.Generator().manual_seed(0))
+        expected = split.float()[split.y == 3].mean(0)
+        assert (x.mean(0) - expected).abs().mean() < 0.02  # the clamp lifts dark pixels a little
+
+
+def test_a_buffer_or_outside_images_are_dealt_from(digits):
+    other = digits._replace(name="chains")
+    for start in ("buffer", "outside"):
+        x = Langevin(start=start).prepare(digits, other)(torch.empty(5, 1, 8, 8), None, torch.Generator())
+        assert all((x[i] * 255 == digits.test.x.float()).flatten(1).all(1).any() for i in range(5))
+        with pytest.raises(UserError, match="there are none"):
+            Langevin(start=start).prepare(digits)
+
+
+def test_seeds_that_cannot_be_drawn_are_named(digits):
+    blank = digits._replace(
+        train=Images(torch.where(digits.train.y.view(-1, 1, 1, 1) == 7, 9, digits.train.x), digits.train.y)
+    )
+    with pytest.raises(UserError, match="images of class 7 are all the same"):
+        CS().prepare(blank)
+    unlabelled = digits._replace(train=Images(digits.train.x, torch.full_like(digits.train.y, -1)))
+    with pytest.raises(UserError, match="digits has no labels to fit a Gaussian a class on; set start to global"):
+        Langevin().prepare(unlabelled)
+    assert Langevin(start="global").prepare(unlabelled)(torch.empty(2, 1, 8, 8), None, None).shape == (2, 1, 8, 8)
+
+
+def test_another_method_keeps_what_means_the_same():
+    cs = config.describe(CS(steps=7, step_size=0.1, start="global", noise=0.0))
+    switched = lambda kind, plain=cs: config.build(config.switch(plain, "sampler", kind), "sampler")
+    assert switched("rcs") == RCS(steps=7, step_size=0.1, start="global")
+    assert switched("langevin") == Langevin(steps=7, step_size=0.1, start="global")  # with its own noise
+    assert switched("jeat-17") == JEAT17(start="global")
+    assert switched("sgld") == SGLD()
+    assert switched("cs", config.describe(JEAT17(radius=2.0))) == CS(radius=2.0)
+    assert switched("cs") == CS(steps=7, step_size=0.1, start="global")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +257,23 @@ def test_a_film_begins_at_the_seed_and_ends_at_the_sample(digits):
     torch.testing.assert_close(again, frames[:, 1])
 
 
-@pytest.mark.parametrize("options", [{"steps": -1}, {"step_size": 0}, {"noise": -1}, {"radius": 0}])
+MISTAKES = [
+    {"steps": -1},
+    {"step_size": 0},
+    {"noise": -1},
+    {"radius": 0},
+    {"momentum": 1},
+    {"step_decay": 0},
+    {"noise_decay": 1.5},
+    {"fit": "val"},
+    {"temperature": -1, "direction": "raw"},
+    {"temperature": 1},
+    {"temperature": 1, "direction": "raw", "noise": 0.1},
+    {"temperature": 1, "direction": "raw", "momentum": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", MISTAKES, ids=str)
 def test_bad_samplers_are_refused(options):
     with pytest.raises(UserError):
         CS(**options)

@@ -110,13 +110,13 @@ def sample(
     seed: int = 0,
     **settings: Any,
 ) -> Tensor:
-    """Images (N, C, H, W) of classes ``y (N,)``, drawn from a classifier, or by ``ascent`` from a critic.
+    """Images (N, C, H, W) of classes ``y (N,)``, from a classifier, or by ``ascent`` or ``langevin`` from a critic.
 
     Args:
         model: classifier, or critic, on images in [0, 1].
-        y: the class of each image; of a critic only their number counts.
+        y: the class of each image; only their number counts where neither energy nor seeds are of a class.
         data: on whose training split the seeds are fitted; a name such as ``digits`` or what :func:`load_data` gave.
-        method: ``ta``, ``cs``, ``ascent``, ….
+        method: ``ta``, ``cs``, ``rcs``, ``langevin``, …; see ``advebm list sampler``.
         outside: whose test images chains begin from, with ``start="outside"``: a name such as ``patches``, or data.
         seed: of seeds and noise.
         settings: of the sampler: ``steps``, ``step_size``, ``radius``, ``noise``, ``direction``, ``start``.
@@ -125,11 +125,13 @@ def sample(
     data = load_data(data) if isinstance(data, str) else data
     outside = load_data(outside) if isinstance(outside, str) else outside
     two = torch.rand(2, *data.shape).to(device_of(model))
-    if sampler.conditional:
-        checks.labels(y, None, len(data.classes))
+    with searching(model) as f, torch.no_grad():
+        critic = f(two).numel() == len(two)
+    if sampler.conditional or not critic:
         _check_classifier(model, two)
+    if sampler.conditional or sampler.start == "class":
+        checks.labels(y, None, len(data.classes))
     else:
-        _check_critic(model, two)
         y = torch.full_like(y, -1)
     return generation.generate(model, sampler, data, y, outside=outside, seed=seed).x
 
@@ -212,10 +214,3 @@ def _check_classifier(model: nn.Module, x: Tensor, y: Tensor | None = None) -> N
         raise UserError("this needs a classifier; the model has one output")
     if y is not None:
         checks.labels(y, len(x), out.shape[1])
-
-
-def _check_critic(model: nn.Module, x: Tensor) -> None:
-    with searching(model) as f, torch.no_grad():
-        out = f(x)
-    if out.numel() != len(x):
-        raise UserError(f"this needs a critic, with one output; the model has {out.shape[1]}: use ta or cs")

@@ -74,6 +74,11 @@ KINDS: dict[str, dict[str, str]] = {
     "sampler": {
         "ta": "advebm.samplers:TA",
         "cs": "advebm.samplers:CS",
+        "rcs": "advebm.samplers:RCS",
+        "langevin": "advebm.samplers:Langevin",
+        "jeat-16": "advebm.samplers:JEAT16",
+        "jeat-17": "advebm.samplers:JEAT17",
+        "sgld": "advebm.samplers:SGLD",
         "ascent": "advebm.samplers:Ascent",
     },
     "adversary": {
@@ -264,15 +269,19 @@ def switch(data: Mapping[str, Any], role: str, kind: str) -> dict[str, Any]:
 
     ``switch({"kind": "at", "attack": {"eps": 1}}, "objective", "standard")`` -> ``{"kind": "standard"}``.  Of a block
     whose class names ``carried`` options only those are kept: one method's attack is another's radius, not its steps.
-    A kind that wraps another one of its role takes the old one in, as ``awp`` does with ``at``.
+    A kind that wraps another one of its role takes the old one in, as ``awp`` does with ``at``.  Options that either
+    kind names its ``own`` are not carried: a step of raw gradients is no step of unit ones.
     """
     given = short(kind, role)
-    fields = {f.name: f for f in dataclasses.fields(lookup(role, given["kind"])) if f.init}
+    cls = lookup(role, given["kind"])
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    kinds = (cls, lookup(role, data["kind"])) if "kind" in data else (cls,)
+    own = {name for kind in kinds for name in getattr(kind, "own", ())} if len(set(kinds)) == 2 else set()
     if role in fields and data and role not in data:
         return {**given, role: dict(data)}
     kept = {}
     for name, value in data.items():
-        if name in fields and name != "kind":
+        if name in fields and name != "kind" and name not in own:
             carried = getattr(fields[name].default, "carried", None)
             if isinstance(value, Mapping) and carried:
                 value = {

@@ -1,6 +1,6 @@
 """The one inner loop: move an input downhill, inside a set, with optional noise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ class Descent:
         steps: number of gradient evaluations; 0 returns the start.
         size: step length in pixels of [0, 1] (with ``raw``: a factor on the gradient); a number or a function of the
             share of steps done.
-        direction: :func:`sign`, :func:`unit`, :func:`raw` or :func:`heavy_ball`.
+        direction: :func:`sign`, :func:`unit`, :func:`raw`, :func:`adam` or :func:`heavy_ball`.
         constraint: :func:`free`, :class:`box`, :class:`linf_ball`, :class:`l2_ball`, :class:`hold`, or several in
             :class:`both`.
         noise: standard deviation of the Gaussian added at each step; a number or a function as for ``size``.
@@ -84,6 +84,20 @@ def value_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), gradient
 
 
+def in_parts(energies: Sequence[Energy], size: int) -> Energy:
+    """An energy of a batch from one for each ``size`` of its images: the network holds one part at a time.
+
+    Values and gradients are those of the parts; no second derivative passes.
+    """
+
+    def energy(x: Tensor) -> Tensor:
+        found = [value_and_gradient(part, images) for part, images in zip(energies, x.split(size), strict=True)]
+        value, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return value + ((x - x.detach()) * gradient).flatten(1).sum(1)  # adds 0, with that gradient
+
+    return energy
+
+
 def at(value: float | Schedule, share: float) -> float:
     """A number as it is, a schedule at ``share`` of its way."""
     return value(share) if callable(value) else value
@@ -107,11 +121,22 @@ def unit(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
     return gradient / per_sample(gradient.flatten(1).norm(dim=1), gradient).clamp_min(1e-12)
 
 
-def heavy_ball(decay: float) -> Direction:
-    """Momentum on unit gradients: ``v ← decay · v + ∇E / ‖∇E‖``."""
+def adam(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
+    """Adam's direction (Kingma and Ba, 2015) with its usual constants 0.9, 0.999 and 1e-8."""
+    first, second = 0.1 * gradient, 0.001 * gradient.square()
+    count = memory["count"] + 1 if memory else torch.ones(())
+    if memory:
+        first, second = first + 0.9 * memory["first"], second + 0.999 * memory["second"]
+    memory |= {"first": first, "second": second, "count": count}
+    k = count.item()
+    return first / (1 - 0.9**k) / ((second / (1 - 0.999**k)).sqrt() + 1e-8)
+
+
+def heavy_ball(decay: float, of: Direction = unit) -> Direction:
+    """Momentum on another direction: ``v ← decay · v + d``; by default on unit gradients."""
 
     def direction(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
-        step = unit(gradient, memory)
+        step = of(gradient, memory)
         memory["velocity"] = decay * memory["velocity"] + step if "velocity" in memory else step
         return memory["velocity"]
 

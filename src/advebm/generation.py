@@ -51,9 +51,9 @@ def generate(
 
 
 def wanted(sampler: Sampler, data: Data, per_class: int) -> Tensor:
-    """The class of each image to draw; -1 for as many images from a critic, which knows no classes."""
+    """The class of each image to draw; -1 for as many images where neither the energy nor the seeds are of a class."""
     y = torch.arange(len(data.classes)).repeat_interleave(per_class)
-    return y if sampler.conditional else torch.full_like(y, -1)
+    return y if sampler.conditional or sampler.start == "class" else torch.full_like(y, -1)
 
 
 def film(

@@ -9,13 +9,30 @@ from torch import Tensor, nn
 from advebm import energies, starts
 from advebm.config import check_choices
 from advebm.data.sources import Data
-from advebm.descent import Constraint, Descent, Energy, Observer, both, box, l2_ball, raw, sign, unit
+from advebm.descent import (
+    Constraint,
+    Descent,
+    Direction,
+    Energy,
+    Observer,
+    Schedule,
+    adam,
+    at,
+    both,
+    box,
+    heavy_ball,
+    in_parts,
+    l2_ball,
+    raw,
+    sign,
+    unit,
+)
 from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.modes import searching
 from advebm.starts import ClassGaussians, Deck, Start
 
-DIRECTIONS = {"unit": unit, "raw": raw, "sign": sign}
+DIRECTIONS: dict[str, Direction] = {"unit": unit, "raw": raw, "sign": sign, "adam": adam}
 
 
 @dataclass(frozen=True)
@@ -25,14 +42,22 @@ class Sampler:
     Abstract: each algorithm is an energy whose descent is ``g``.  The papers do not give α, β, η, K; the recipes do.
 
     Attributes:
-        steps: K, the number of updates (CEM counts k = 0, …, K, one more).
-        step_size: α, in pixels of [0, 1] with ``unit`` directions.
+        steps: K, the number of updates (CEM counts k = 0, …, K, one more); 0 leaves the seeds as they are.
+        step_size: α, in pixels of [0, 1] with ``unit`` directions, a factor on the gradient with ``raw`` ones.
         radius: β, of the l2 ball around the seed; none for no ball.  Images stay in [0, 1] in any case.
         noise: η, deviation of the Gaussian added at each step.
-        direction: ``unit`` (gradients of length 1, as the checkpoints of the papers were used), ``raw`` or ``sign``.
+        direction: ``unit`` (gradients of length 1, as the checkpoints of the papers were used), ``raw``, ``sign`` or
+            ``adam``.
+        momentum: decay of a heavy ball on the direction; 0 for none.
+        temperature: T in nats: ``η = √(2 α T)``, Langevin dynamics, whose law tends to ``p(x) ∝ exp(-E(x) / T)`` for
+            small steps; takes raw directions.  None leaves η to ``noise``.
+        step_decay, noise_decay: what α and η have shrunk to after K steps, as a share, geometrically; 1 for no
+            annealing.  With a temperature η follows α too.
         start: seeds: ``class`` (a Gaussian a class), ``global`` (one Gaussian for all: no class shape), ``noise``
-            (uniform) or ``outside`` (test images of the recipe's outside source).  Gaussians are fitted on the training
-            split; CEM took the test split, which leaks.
+            (uniform), ``outside`` (test images of the recipe's outside source) or ``buffer`` (the replay chains of the
+            checkpoint).
+        fit: the split that Gaussians are fitted on.  CEM and Santurkar et al. took ``test``, which leaks: what is
+            measured against test images afterwards is flattered.
         shrinkage: share of white noise in a seed's covariance.
     """
 
@@ -40,11 +65,16 @@ class Sampler:
     step_size: float = 0.25
     radius: float | None = None
     noise: float = 0.0
-    direction: Literal["unit", "raw", "sign"] = "unit"
-    start: Literal["class", "global", "noise", "outside"] = "class"
+    direction: Literal["unit", "raw", "sign", "adam"] = "unit"
+    momentum: float = 0.0
+    temperature: float | None = None
+    step_decay: float = 1.0
+    noise_decay: float = 1.0
+    start: Literal["class", "global", "noise", "outside", "buffer"] = "class"
+    fit: Literal["train", "test"] = "train"
     shrinkage: float = 0.01
 
-    conditional: ClassVar[bool] = True  # whether it is asked for classes
+    conditional: ClassVar[bool] = True  # whether its energy is of a class
     cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "santurkar2019")
 
     def __post_init__(self) -> None:
@@ -54,32 +84,57 @@ class Sampler:
             raise UserError(f"a sampler takes steps >= 0, step_size > 0 and noise >= 0, got {got}")
         if self.radius is not None and not self.radius > 0:
             raise UserError(f"radius is > 0 or none, got {self.radius}")
-        if not 0 <= self.shrinkage <= 1:
-            raise UserError(f"shrinkage lies in [0, 1], got {self.shrinkage}")
+        if not 0 <= self.momentum < 1 or not 0 <= self.shrinkage <= 1:
+            got = f"{self.momentum}, {self.shrinkage}"
+            raise UserError(f"momentum lies in [0, 1) and shrinkage lies in [0, 1], got {got}")
+        if not (0 < self.step_decay <= 1 and 0 < self.noise_decay <= 1):
+            got = f"{self.step_decay}, {self.noise_decay}"
+            raise UserError(f"step_decay and noise_decay are shares in (0, 1], got {got}")
+        if self.temperature is not None:
+            if not self.temperature >= 0:
+                raise UserError(f"temperature is >= 0 or none, got {self.temperature}")
+            if self.direction != "raw" or self.momentum or self.noise:
+                raise UserError(
+                    "a temperature is of Langevin dynamics: raw directions, no momentum, and no other noise; set "
+                    "direction to raw, momentum and noise to 0, or temperature to none"
+                )
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
         """What the algorithm descends for classes ``y (B,)``."""
-        raise NotImplementedError("Sampler is abstract; use TA, CS or Ascent")
+        raise NotImplementedError("Sampler is abstract; use TA, CS, RCS, Langevin or another of its kinds")
 
     def prepare(self, data: Data, outside: Data | None = None) -> Start:
-        """Where chains begin: Gaussians fitted on the training split, or test images of ``outside``."""
-        if self.start == "outside":
+        """Where chains begin: Gaussians fitted on a split of ``data``, or test images of ``outside``.
+
+        With ``start: buffer`` the replay chains stand in for outside images.
+        """
+        if self.start in ("outside", "buffer"):
             if outside is None:
-                raise UserError("chains start from outside images, and there are none; set start to global or noise")
+                what = "outside images" if self.start == "outside" else "a replay buffer"
+                raise UserError(f"chains start from {what}, and there are none; set start to global or noise")
             if outside.shape != data.shape:
-                raise UserError(f"the outside images are {outside.shape}, those of {data.name} {data.shape}")
+                raise UserError(f"the {self.start} images are {outside.shape}, those of {data.name} {data.shape}")
             return Deck(outside.test.x)
         if self.start == "noise":
             return starts.noise
-        x, y = data.train.x, data.train.y
+        split = data.train if self.fit == "train" else data.test
         if self.start == "global":
-            return ClassGaussians.fit(x, shrinkage=self.shrinkage)
-        return ClassGaussians.fit(x, y, classes=len(data.classes), shrinkage=self.shrinkage)
+            return ClassGaussians.fit(split.x, shrinkage=self.shrinkage)
+        if not split.labelled:
+            raise UserError(f"{data.name} has no labels to fit a Gaussian a class on; set start to global or noise")
+        return ClassGaussians.fit(split.x, split.y, classes=len(data.classes), shrinkage=self.shrinkage)
 
     def descent(self) -> Descent:
         """The search it runs."""
         constraint: Constraint = box() if self.radius is None else both(l2_ball(self.radius), box())
-        return Descent(self.steps, self.step_size, DIRECTIONS[self.direction], constraint, self.noise)
+        size, direction = geometric(self.step_size, self.step_decay), DIRECTIONS[self.direction]
+        noise = geometric(self.noise, self.noise_decay)
+        if (nats := self.temperature) is not None:
+            fading = geometric(1.0, self.noise_decay)
+            noise = lambda share: (2 * at(size, share) * nats) ** 0.5 * at(fading, share)
+        if self.momentum:
+            direction = heavy_ball(self.momentum, direction)
+        return Descent(self.steps, size, direction, constraint, noise)
 
     def __call__(
         self,
@@ -89,10 +144,27 @@ class Sampler:
         *,
         generator: torch.Generator | None = None,
         observe: Observer | None = None,
+        batch: int | None = None,
     ) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] of classes ``y (B,)``, from ``seeds`` of the same shape."""
+        """Images (B, C, H, W) in [0, 1] of classes ``y (B,)``, from ``seeds`` of the same shape.
+
+        ``batch`` images at most go through the network at once; noise does not depend on it.
+        """
         with searching(model) as f:
-            return self.descent()(self.energy(f, y), seeds, generator=generator, observe=observe)
+            energy = self.energy(f, y)
+            if batch is not None and batch < len(y):
+                energy = in_parts([self.energy(f, part) for part in y.split(batch)], batch)
+            return self.descent()(energy, seeds, generator=generator, observe=observe)
+
+
+def geometric(first: float, decay: float) -> float | Schedule:
+    """``first`` at the beginning, ``first · decay`` at the end, ``first · decay^share`` between."""
+    return first if decay == 1 else lambda share: first * decay**share
+
+
+def marginal(f: Logits) -> Energy:
+    """``E(x)`` of a classifier (B, K), or of a critic (B,) or (B, 1), whose log-sum of one term is ``f``."""
+    return lambda x: energies.marginal(f(x).reshape(len(x), -1))
 
 
 @dataclass(frozen=True)
@@ -114,24 +186,112 @@ class CS(Sampler):
 
 
 @dataclass(frozen=True)
-class Ascent(Sampler):
+class RCS(Sampler):
+    """Reinforced conditional sampling: descends ``E(x, y) + λ E(x)``, which adds the pull that TA takes away.
+
+    CEM's slides report it without a formula.  This one is its name read in line with theirs: λ is -1 in TA, 0 in CS.
+
+    Attributes:
+        weight: λ; the other attributes are those of :class:`Sampler`.
+    """
+
+    weight: float = 1.0
+
+    cites: ClassVar[tuple[str, ...]] = ("cem-slides",)
+
+    def energy(self, f: Logits, y: Tensor) -> Energy:
+        """``-f_y(x) - λ log Σ_k exp f_k(x)``."""
+
+        def both_energies(x: Tensor) -> Tensor:
+            logits = f(x)
+            return energies.joint(logits, y) + self.weight * energies.marginal(logits)
+
+        return both_energies
+
+
+@dataclass(frozen=True)
+class Langevin(Sampler):
+    """CEM's Langevin sampling: descends ``E(x)`` with noise, by the same protocol; classes come from seeds alone.
+
+    Exact Langevin dynamics is ``direction: raw, temperature: 1``.  A critic can be sampled, too.
+    """
+
+    noise: float = 0.01
+
+    conditional: ClassVar[bool] = False
+    own: ClassVar[tuple[str, ...]] = ("noise",)
+
+    def energy(self, f: Logits, y: Tensor) -> Energy:
+        """``-log Σ_k exp f_k(x)``, whatever ``y``."""
+        return marginal(f)
+
+
+@dataclass(frozen=True)
+class JEAT16(TA):
+    """JEAT eq. 16: ``x ← x - η/2 ∇(E(x, y) - E(x)) + √η ε``: TA's energy by Langevin dynamics.
+
+    ``step_size`` is η/2.  The paper gives neither η nor K.
+    """
+
+    steps: int = 100
+    step_size: float = 1e-4
+    direction: Literal["unit", "raw", "sign", "adam"] = "raw"
+    temperature: float | None = 1.0
+
+    own: ClassVar[tuple[str, ...]] = ("steps", "step_size", "noise", "direction", "momentum", "temperature")
+    cites: ClassVar[tuple[str, ...]] = ("jeat",)
+
+
+@dataclass(frozen=True)
+class JEAT17(CS):
+    """JEAT eq. 17: ``x ← x - η/2 ∇E(x, y) + √η ε``: Langevin dynamics on the joint energy.
+
+    ``step_size`` is η/2.  The paper gives neither η nor K.
+    """
+
+    steps: int = 100
+    step_size: float = 1e-4
+    direction: Literal["unit", "raw", "sign", "adam"] = "raw"
+    temperature: float | None = 1.0
+
+    own: ClassVar[tuple[str, ...]] = JEAT16.own
+    cites: ClassVar[tuple[str, ...]] = ("jeat",)
+
+
+@dataclass(frozen=True)
+class SGLD(Langevin):
+    """``x ← x - α ∇E(x) + η ε`` from noise, or with ``start: buffer`` from the chains of training.
+
+    The settings are JEM's (Grathwohl et al., 2020) on the scale of [0, 1], see
+    :class:`advebm.objectives.langevin.SGLD`; far less noise than Langevin dynamics has.
+    """
+
+    steps: int = 20
+    step_size: float = 0.25
+    noise: float = 0.005
+    direction: Literal["unit", "raw", "sign", "adam"] = "raw"
+    start: Literal["class", "global", "noise", "outside", "buffer"] = "noise"
+
+    own: ClassVar[tuple[str, ...]] = (*JEAT16.own, "start")
+    cites: ClassVar[tuple[str, ...]] = ("grathwohl2020",)
+
+
+@dataclass(frozen=True)
+class Ascent(Langevin):
     """Ascent on a critic's f from outside images, Binary-AT eq. 8: descends ``E(x) = -f(x)`` in unit steps.
 
-    The authors take 32 steps of 0.2 from test images of their p0 for CIFAR-10.  There are no classes.
+    The authors take 32 steps of 0.2 from test images of their p0 for CIFAR-10.  Of a classifier, E(x).
     """
 
     steps: int = 32
     step_size: float = 0.2
-    start: Literal["class", "global", "noise", "outside"] = "outside"
+    noise: float = 0.0
+    start: Literal["class", "global", "noise", "outside", "buffer"] = "outside"
 
-    conditional: ClassVar[bool] = False
+    own: ClassVar[tuple[str, ...]] = ("noise", "start")
     cites: ClassVar[tuple[str, ...]] = ("binary-at",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start == "class":
             raise UserError("a critic has no classes; start from outside, global or noise")
-
-    def energy(self, f: Logits, y: Tensor) -> Energy:
-        """``-f(x)``, whatever ``y``."""
-        return lambda x: energies.binary(f(x))

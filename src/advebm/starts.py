@@ -93,8 +93,12 @@ class ClassGaussians:
         means, variances = [], []
         for k, index in enumerate(members):
             if len(index) < 2:
-                raise UserError(f"class {k} has {len(index)} images in the training split; a Gaussian needs 2")
+                raise UserError(f"class {k} has {len(index)} images to fit on; a Gaussian needs 2")
             variance, mean = torch.var_mean(_rows(x, index), 0)
+            if not variance.any():
+                raise UserError(
+                    f"the {len(index)} images of class {k} are all the same; a Gaussian needs them to differ"
+                )
             means.append(mean)
             variances.append(variance.mean())
         return cls(x, members, torch.stack(means), torch.stack(variances), shrinkage)

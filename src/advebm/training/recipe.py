@@ -131,15 +131,11 @@ class Recipe:
                 kind = type(self.objective).__name__
                 fix = f"give them with --{role} KIND" if needed else f"leave {role} out"
                 raise UserError(f"objective {kind} {'needs' if needed else 'takes no'} {role} images; {fix}")
-        if (self.objective.outputs == 1) == self.sampler.conditional:
+        if self.objective.outputs == 1 and self.sampler.conditional:
             kind, method = type(self.objective).__name__, type(self.sampler).__name__
-            if self.sampler.conditional:
-                raise UserError(
-                    f"sampler {method} draws from classes, and objective {kind} trains a critic, which has none; "
-                    "give --sampler ascent"
-                )
             raise UserError(
-                f"sampler {method} draws from a critic, and objective {kind} trains a classifier; give --sampler cs"
+                f"sampler {method} draws from classes, and objective {kind} trains a critic, which has none; "
+                "give --sampler ascent or langevin"
             )
 
 
