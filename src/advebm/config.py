@@ -301,6 +301,8 @@ def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
             raise UserError(f"{where} may not be empty")
         return _convert(value, next(a for a in args if a is not type(None)), where, foreign)
     if origin is typing.Literal:
+        if value is False and "off" in args:
+            return "off"  # which YAML reads as false
         if value not in args:
             raise UserError(f"{where} is one of {', '.join(map(str, args))}, got {value!r}{suggest(value, args)}")
         return value

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from advebm import config, files, pictures, seeds
 from advebm.data.sources import Data, to_float
 from advebm.errors import UserError
-from advebm.metrics.base import SampleSet, device_of
+from advebm.metrics.base import SampleSet, as_images, device_of
+from advebm.models.inference import Way, fast, view
+from advebm.modes import through
 from advebm.samplers import Sampler
 
 CHUNK = 500  # images drawn together, each chunk with its own generator: results do not depend on who draws which
@@ -26,6 +28,7 @@ def generate(
     *,
     outside: Data | None = None,
     seed: int = 0,
+    way: Way = "auto",
     progress: Callable[[int], None] = lambda done: None,
 ) -> SampleSet:
     """Images of classes ``y (N,)`` int64, -1 where there are none, uncurated, on the CPU.
@@ -37,17 +40,22 @@ def generate(
         y: the class of each image.
         outside: whose test images chains begin from, with ``start: outside``.
         seed: of seeds and noise.
+        way: how the network is computed, see :class:`advebm.models.inference.Fast`; ``auto`` folds.
         progress: told how many images are done.
     """
     device, start = device_of(model), sampler.prepare(data, outside)
+    example = as_images(data.train.x[: min(len(y), CHUNK)], device)
+    quick = view(model, example, fast(way), loud=way != "auto") if len(example) else None
     drawn = []
     for number, classes in enumerate(y.split(CHUNK)):
         classes, generator = classes.to(device), seeds.generator(seed, "sample", number, device=device)
         begin = start(torch.empty(len(classes), *data.shape, device=device), classes, generator)
-        drawn.append(sampler(model, classes, begin, generator=generator).cpu())
+        with through(model, quick and quick.refresh):
+            drawn.append(sampler(model, classes, begin, generator=generator).cpu())
         progress(sum(map(len, drawn)))
     images = torch.cat(drawn) if drawn else torch.empty(0, *data.shape)
-    return SampleSet(images, y.cpu(), {"sampler": config.describe(sampler), "seed": seed})
+    about = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if quick is None else quick.way.name}
+    return SampleSet(images, y.cpu(), about)
 
 
 def wanted(sampler: Sampler, data: Data, per_class: int) -> Tensor:

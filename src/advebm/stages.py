@@ -10,6 +10,7 @@ from advebm.errors import UserError
 from advebm.evaluation import is_factory
 from advebm.metrics.base import SampleSet
 from advebm.models import network
+from advebm.models.inference import Way
 from advebm.samplers import Sampler
 from advebm.training.loop import train
 from advebm.training.recipe import Recipe, resolve
@@ -102,6 +103,7 @@ def draw(
     seed: int = 0,
     checkpoint: str = "latest",
     device: str = "cpu",
+    way: Way = "auto",
 ) -> Path:
     """Images of every class, and one chain a class as a film, into the run's ``samples/NAME``.
 
@@ -115,7 +117,7 @@ def draw(
     outside = recipe.outside.load() if recipe.outside is not None and sampler.start == "outside" else None
     y = generation.wanted(sampler, data, per_class)
     with console.bar(name, len(y)) as tell:
-        samples = generation.generate(model, sampler, data, y, outside=outside, seed=seed, progress=tell)
+        samples = generation.generate(model, sampler, data, y, outside=outside, seed=seed, way=way, progress=tell)
     samples = samples._replace(manifest={**samples.manifest, "checkpoint": number})
     folder = run.folder / "samples" / name
     strip = generation.film(model, sampler, data, outside=outside, seed=seed)
