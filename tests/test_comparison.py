@@ -247,7 +247,8 @@ def test_every_experiment_is_made_of_recipes_that_resolve(name, tmp_path, monkey
     monkeypatch.setattr(reproduce, "carry", lambda recipe, folder: Run(folder))
     reproduce.EXPERIMENTS[name](tmp_path, 1, [("train.images", 1234)])
     assert len(seen) >= 2
-    assert all(recipe.train.images == 1234 for recipe in seen.values())
+    shorter = {title: 1234 if "@" not in title else int(title.partition("@")[2]) for title in seen}
+    assert all(recipe.train.images == shorter[title] <= 1234 for title, recipe in seen.items())
     assert len({recipe.threat for recipe in seen.values()}) == 1
 
 

@@ -206,7 +206,8 @@ def build_parser() -> Parser:
     sub.add_argument("experiment", nargs="?", metavar="NAME", help="see --list")
     sub.add_argument("--list", action="store_true", help="every figure, table and algorithm, and what makes it")
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="training seeds; tables give mean and deviation")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME)")
+    sub.add_argument("--quick", action="store_true", help="shorter training, where an experiment has that; labelled so")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME, or runs/NAME-quick)")
 
     sub = verb("push", run_push, "Publish the model of a run on the Hub, where hf:USER/NAME finds it.")
     sub.add_argument("run", type=Path, metavar="RUN")
@@ -498,7 +499,8 @@ def run_reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
                     values = "  ".join(f"{k} {'-' if v is None else v}" for k, v in row["values"].items())
                     print(f"  {'':28} {row['status']:9} {row['name']}: {values}")
         return
-    print(reproduce(args.experiment, args.out or Path("runs") / args.experiment, seeds=args.seeds, options=overrides))
+    folder = args.out or Path("runs") / f"{args.experiment}{'-quick' * args.quick}"
+    print(reproduce(args.experiment, folder, seeds=args.seeds, quick=args.quick, options=overrides))
 
 
 def run_push(args: argparse.Namespace, overrides: Overrides) -> None:
