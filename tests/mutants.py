@@ -2483,6 +2483,36 @@ MUTANTS = [
     ),
     Mutant("adam: no correction", "descent.py", "first / (1 - 0.9**k)", "first", "descent"),
     Mutant("adam: no memory", "descent.py", '+ 0.9 * memory["first"]', "", "descent"),
+    # chains
+    Mutant(
+        "chains: chosen on test images",
+        "chains.py",
+        'if outside is not None and self.split == "val":',
+        "if False:",
+        "chains",
+    ),
+    Mutant("chains: the worst", "chains.py", "return min(points", "return max(points", "chains"),
+    Mutant("chains: chosen by FD", "chains.py", "point: point.kid", "point: point.fd", "chains"),
+    Mutant("chains: never reached", "chains.py", "if point.fd <= fd", "if point.fd < fd", "chains"),
+    Mutant(
+        "chains: one step late",
+        "chains.py",
+        "                if k in seen:",
+        "                if k - 1 in seen:",
+        "chains",
+    ),
+    Mutant("chains: seconds of all", "chains.py", "seconds / len(x)", "seconds", "chains"),
+    Mutant("chains: looking takes time", "chains.py", "since[0] += time.perf_counter() - now", "pass", "chains"),
+    Mutant(
+        "chains: FD between the same",
+        "chains.py",
+        "frechet_distance(Moments.of(fake), moments)",
+        "frechet_distance(moments, moments)",
+        "chains",
+    ),
+    Mutant(
+        "chains: KID without its own pairs", "chains.py", "len(fake), kernel_pairs(fake)", "len(fake), 0.0", "chains"
+    ),
 ]
 
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from advebm import config, generation, seeds
+from advebm.data import outliers
 from advebm.data.sources import Data
 from advebm.errors import UserError
 from advebm.metrics.base import Features, as_images, device_of
 from advebm.metrics.distances import Moments, frechet_distance, kernel_pairs, kernel_sum, unbiased_mmd
 from advebm.samplers import Sampler
 
+REAL = 10_000  # images, at most, that samples are compared with
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -24,7 +26,7 @@ class Point(NamedTuple):
     Attributes:
         steps: gradients taken of each image.
         fd, kid: distances to real images.
-        seconds: of computation for each image.
+        seconds: that the gradients of an image took.
     """
 
     steps: int
@@ -38,8 +40,8 @@ class Chains:
     """What is measured along chains of one sampler.
 
     Attributes:
-        split: real images that samples are compared with.  ``val`` is for choosing, and there chains that begin from
-            outside images take validation images, too; ``train`` is for reporting.
+        split: real images that samples are compared with, 10,000 at most.  ``val`` is for choosing, and there chains
+            from outside images take validation images, too; ``train`` is for reporting.
         count: chains.
         steps: after which to look.
         seed: of the chains.
@@ -65,7 +67,8 @@ class Chains:
         """
         if outside is not None and self.split == "val":
             outside = outside._replace(test=outside.val)
-        real = _features(space, getattr(data, self.split).x, device_of(model))
+        shown = outliers.choose(getattr(data, self.split).x, REAL, seeds.generator(self.seed, "chains", "real"))
+        real = _features(space, shown, device_of(model))
         moments, pairs = Moments.of(real), kernel_pairs(real)
         points = []
         for steps, (x, seconds) in self._images(model, sampler, data, outside).items():
@@ -89,11 +92,12 @@ class Chains:
             since = [time.perf_counter()]
 
             def look(k: int, x: Tensor, energy: Tensor | None = None, since: list[float] = since) -> None:
+                now = time.perf_counter()
+                if k + 1 in spent:  # the gradient at x is taken already
+                    spent[k + 1] += now - since[0]
                 if k in seen:
-                    now = time.perf_counter()
-                    spent[k] += now - since[0]
                     seen[k].append((x * 255).round().to(torch.uint8).cpu())
-                    since[0] += time.perf_counter() - now  # looking takes no time
+                since[0] += time.perf_counter() - now  # looking takes no time
 
             look(longest.steps, longest(model, classes, begin, generator=generator, observe=look))
         return {k: (torch.cat(seen[k]), spent[k]) for k in self.steps}

@@ -17,7 +17,7 @@ from advebm.errors import Diverged, UserError, unknown
 from advebm.metrics.base import Record
 from advebm.metrics.detectors import Detectors
 from advebm.metrics.energy import Energies
-from advebm.metrics.ood import OutOfDistribution
+from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.reporting import figures
 from advebm.reporting.build import report
@@ -296,6 +296,26 @@ def digits_binary_at(folder: Path, seeds: int, options: Options) -> tuple[dict[s
     return study(folder, seeds, entries, measure)
 
 
+def binary_at_table4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """OE, JEM, RATIO and Binary AT on CIFAR-10, p0 80 classes of CIFAR-100: detection, Binary-AT table 4's form."""
+    entries = {m: recipe(f"cifar10-{m}-small", options) for m in ("oe", "jem", "ratio", "binary-at")}
+    entries = {m: dataclasses.replace(e, threat=Attack(1.0, "l2", 20)) for m, e in entries.items()}
+    p0 = {"kind": "classes", "source": "cifar100", "count": 80}
+    sets = tuple(config.build(s, "outlier") for s in (p0, {**p0, "rest": True}, "digits", "uniform", "gaussian"))
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        found = {}
+        for method, run in runs.items():
+            # as the papers of these methods score: by confidence, or by log p(x)
+            score = MaxSoftmax() if method in ("oe", "ratio") else EnergyScore()
+            metric = OutOfDistribution((score,), sets, eps=1.0, restarts=1)
+            comparison.measure(run, {(f"AUROC {score.name} vs uniform", None): metric})
+            found[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in brief(run)]
+        return found
+
+    return study(folder, seeds, entries, measure)
+
+
 def brief(run: Run) -> Records:
     """The latest records of a run that a table has room for."""
     names = ("accuracy", "FD", "KID", "AUROC", "fpr95_id")
@@ -394,6 +414,7 @@ EXPERIMENTS: dict[str, Callable[[Path, int, Options], tuple[dict[str, Records], 
     "cem-claims": cem_claims,
     "digits-binary-at": digits_binary_at,
     "digits-hybrids": digits_hybrids,
+    "binary-at-table4": binary_at_table4,
 }
 FIGURES: dict[str, Callable[[Mapping[str, Records]], dict[str, bytes]]] = {"digits-binary-at": binary_at_figures}
 QUICK: dict[str, Options] = {
