@@ -2485,6 +2485,65 @@ MUTANTS = [
     ),
     Mutant("adam: no correction", "descent.py", "first / (1 - 0.9**k)", "first", "descent"),
     Mutant("adam: no memory", "descent.py", '+ 0.9 * memory["first"]', "", "descent"),
+    # drawing
+    Mutant(
+        "drawing: chunks of any plan",
+        "drawing.py",
+        'files.read_json(folder / "plan.json", default={}) != plan',
+        "False",
+        "drawing",
+    ),
+    Mutant("drawing: everything again", "drawing.py", "if not drawing.part(number).exists()]", "]", "drawing"),
+    Mutant(
+        "drawing: begins with the manifest",
+        "generation.py",
+        '(folder / "manifest.json").unlink(missing_ok=True)',
+        "pass",
+        "drawing",
+    ),
+    Mutant(
+        "drawing: dated archives",
+        "generation.py",
+        'zipfile.ZipInfo(f"{name}.npy")',
+        'zipfile.ZipInfo(f"{name}.npy", __import__("time").localtime(__import__("time").time_ns() // 1000 % 10**9)[:6])',
+        "drawing",
+    ),
+    Mutant("drawing: truncated bytes", "generation.py", "(x * 255).round().clamp", "(x * 255).clamp", "drawing"),
+    Mutant(
+        "drawing: deals from the beginning",
+        "generation.py",
+        "dealt(len(start.x), first, len(classes), seed)",
+        "dealt(len(start.x), 0, len(classes), seed)",
+        "binary",
+    ),
+    Mutant(
+        "drawing: one shuffle",
+        "generation.py",
+        'seeds.generator(seed, "deal", number)',
+        'seeds.generator(seed, "deal")',
+        "drawing",
+    ),
+    Mutant(
+        "drawing: no lock",
+        "drawing.py",
+        'with sole(folder / ".lock", f"another process is drawing {folder}"):',
+        "with contextlib.nullcontext():",
+        "drawing",
+    ),
+    Mutant(
+        "drawing: noise of a worker's own",
+        "drawing.py",
+        '"seed": d.seed, "batch"',
+        '"seed": d.seed + os.getpid() * bool(_desks), "batch"',
+        "drawing",
+    ),
+    Mutant(
+        "drawing: temporary files stay",
+        "files.py",
+        "            temporary.unlink(missing_ok=True)",
+        "            pass",
+        "drawing",
+    ),
 ]
 
 

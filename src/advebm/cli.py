@@ -123,14 +123,27 @@ def build_parser() -> Parser:
     whole.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
     whole.add_argument("--features", metavar="RUN", help=JUDGES)
 
-    sub = verb("sample", run_sample, "Draw images from a run into RUN/samples.", "Takes --sampler.option VALUE.")
+    sub = verb(
+        "sample",
+        run_sample,
+        "Draw images from a run into RUN/samples.",
+        "Takes --sampler.option VALUE. Stopped, the same command goes on and ends with the same bytes.",
+    )
     sub.set_defaults(takes=("sampler",))
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--method", metavar="NAME", help=f"{', '.join(KINDS['sampler'])}; the recipe's by default")
     sub.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
+    sub.add_argument("--steps", type=int, metavar="K", help="short for --sampler.steps, at least 1")
+    sub.add_argument("--classes", metavar="K,K", help="their numbers; all by default")
     sub.add_argument("--name", help="of the set, METHOD-START by default; replaces a set of that name")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+    sub.add_argument("--processes", type=int, default=1, metavar="N", help="that share the work; the same bytes (1)")
+    sub.add_argument("--batch", type=int, metavar="N", help="images the network sees at once (500); changes rounding")
+    sub.add_argument("--trajectory", action="store_true", help="also film.gif, every step of a chain a class")
+    sub.add_argument("--compare", metavar="A,B", help="draw by several methods from the same seeds and judge them")
+    sub.add_argument("--seeds", type=int, metavar="N", help="with --compare: sampling seeds; mean and deviation (1)")
+    sub.add_argument("--features", metavar="RUN", help=f"with --compare: {JUDGES}")
 
     sub = verb(
         "evaluate",
@@ -350,19 +363,49 @@ def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm sample``."""
-    from advebm import config
-    from advebm.stages import draw, set_name
-    from advebm.training.recipe import resolve
+    from advebm.console import screen
+    from advebm.stages import contrast, draw, set_name
+    from advebm.tables import one_a_line
     from advebm.training.run import Run
 
-    if args.per_class < 1:
-        raise UserError(f"--per-class is at least 1, got {args.per_class}")
+    for name in ("per_class", "steps", "processes", "batch", "seeds"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is at least 1, got {value}")
+    if (args.seeds or args.features) and not args.compare:
+        raise UserError("--seeds and --features go with --compare")
+    if args.compare and (args.method or args.name):
+        raise UserError("--compare names the methods, and each set after its own; leave --method and --name out")
     run = Run.open(args.run)
-    method = [("sampler", args.method)] if args.method else []
-    sampler = resolve(config.describe(run.recipe), [*method, *overrides]).sampler
-    options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": device(args.device)}
-    name = args.name or set_name(sampler)
-    print(draw(run, name, sampler, args.per_class, **options) / "grid.png")
+    if args.steps:
+        overrides = [*overrides, ("sampler.steps", args.steps)]
+    options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": device(args.device), "batch": args.batch}
+    options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _numbers(args.classes)}
+    if args.compare:
+        samplers = {method: _sampler(run, method, overrides) for method in args.compare.split(",")}
+        seeds, say = args.seeds or 1, lambda text: screen.print(f"  {text}")
+        rows, path = contrast(run, samplers, args.per_class, seeds, features=args.features, say=say, **options)
+        one_a_line(rows)
+        print(path)
+        return
+    sampler = _sampler(run, args.method, overrides)
+    print(draw(run, args.name or set_name(sampler), sampler, args.per_class, **options) / "grid.png")
+
+
+def _sampler(run: Any, method: str | None, overrides: Overrides) -> Any:
+    """The run's sampler, or another with its settings, with options changed."""
+    from advebm import config
+    from advebm.training.recipe import resolve
+
+    return resolve(config.describe(run.recipe), [*([("sampler", method)] if method else []), *overrides]).sampler
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--classes takes numbers such as 0,3,7, got {text!r}") from None
 
 
 def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:

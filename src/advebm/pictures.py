@@ -1,6 +1,7 @@
 """Grids of small images as PNG."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +50,14 @@ def png(picture: Image.Image) -> bytes:
     """The bytes of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
+    """The bytes of an animation that rests on its last frame for two seconds."""
+    buffer = io.BytesIO()
+    times = [milliseconds] * (len(frames) - 1) + [2_000]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=list(frames[1:]), duration=times, loop=0)
     return buffer.getvalue()
 
 

@@ -5,6 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
+from torch import Tensor
+
+from advebm import pictures
 
 matplotlib.use("Agg")
 
@@ -182,6 +186,19 @@ def detection(records: Records) -> bytes | None:
             axis.set(title=f"{place[1]} · {place[0]}", xlabel="score (high = out of distribution)", ylabel="density")
             axis.margins(y=0.4)  # for the legend
             axis.legend(frameon=False, fontsize=7, loc="upper left")
+        return png(figure)
+
+
+def grids(panels: Mapping[str, Tensor], texts: Mapping[str, Sequence[str]]) -> bytes:
+    """Grids of images (rows, columns, C, H, W) side by side, each under its name and over some lines of text."""
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.9), squeeze=False)
+        for axis, (name, rows) in zip(axes.flat, panels.items(), strict=True):
+            axis.imshow(np.asarray(pictures.grid(rows)), cmap="gray", vmin=0, vmax=255, interpolation="none")
+            axis.set_title(name)
+            axis.set_xlabel("\n".join(texts[name]))
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
         return png(figure)
 
 
