@@ -2514,7 +2514,7 @@ MUTANTS = [
         "generation.py",
         "dealt(len(start.x), first, len(classes), seed)",
         "dealt(len(start.x), 0, len(classes), seed)",
-        "binary",
+        "drawing",
     ),
     Mutant(
         "drawing: one shuffle",

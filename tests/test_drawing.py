@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from advebm import drawing, generation
+from advebm.cli import main
 from advebm.drawing import Drawing, draw
 from advebm.errors import UserError
 from advebm.samplers import CS, TA, Langevin
 from advebm.training.loop import train
 from advebm.training.run import Run, sole
-from tests.helpers import tiny
+from tests.helpers import few_samples, tiny
 
 QUICK = CS(steps=2, step_size=0.1, noise=0.02)
 
@@ -197,3 +198,63 @@ def test_chains_of_a_replay_buffer_go_on(tmp_path):
     assert torch.cdist(x.flatten(1), chains.flatten(1)).amin(1).max() < 0.5 / 255 * 8 + 1e-6
     with pytest.raises(UserError, match="keeps no replay buffer; runs of jeat, jem"):
         train(tiny(**{"train.images": 128}), tmp_path / "at", device="cpu").chains()
+
+
+def test_a_set_that_is_written_over_is_not_whole_until_it_is(run):
+    folder = draw(wanted(run))
+    samples = generation.read(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            generation.write(folder, samples, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not run.samples()
+
+
+def test_outside_images_are_each_dealt_once_over_the_chunks(run):
+    data, model = run.recipe.data.load(), run.model()[0]
+    y = torch.full((len(data.train),), -1)
+    outside = data._replace(test=data.train)  # 1,258 images for three chunks
+    x = generation.generate(model, Langevin(steps=0, start="outside"), data, y, outside=outside).x
+    dealt, real = (sorted(image.numpy().tobytes() for image in images) for images in (x, data.train.float()))
+    assert dealt == real
+
+
+@few_samples
+def test_methods_are_compared_from_the_same_seeds(run, capsys):
+    arguments = ["--per-class", "2", "--steps", "1", "--seeds", "2", "--sampler.step_size", "1e-9", "--device", "cpu"]
+    assert main(["sample", str(run.folder), "--compare", "ta,cs", *arguments]) == 0
+    assert "± " in capsys.readouterr().out
+    x = {p.name: generation.read(p).x for p in (run.folder / "comparison").iterdir() if p.is_dir()}
+    assert set(x) == {"ta-0", "cs-0", "ta-1", "cs-1"}
+    assert torch.equal(x["ta-0"], x["cs-0"])
+    assert not torch.equal(x["ta-0"], x["ta-1"])
+    records = json.loads((run.folder / "comparison" / "comparison.json").read_text())
+    assert {r["name"] for r in records["cs"]} >= {"FD (own features)", "class score (own features)"}
+    assert all(r["seeds"] == 2 for r in records["cs"])
+    assert (run.folder / "comparison" / "comparison.png").exists()
+
+
+MISTAKES = {
+    "steps": (["--steps", "0"], "--steps is at least 1, got 0"),
+    "batch": (["--batch", "0"], "--batch is at least 1, got 0"),
+    "processes": (["--processes", "0"], "--processes is at least 1"),
+    "classes": (["--classes", "one"], "--classes takes numbers such as 0,3,7, got 'one'"),
+    "class": (["--classes", "10"], "digits has classes 0 to 9, got 10"),
+    "method": (["--compare", "ta,css"], "no sampler 'css' (did you mean 'cs'?)"),
+    "seeds": (["--seeds", "2"], "--seeds and --features go with --compare"),
+    "name": (["--compare", "ta", "--name", "x"], "--compare names the methods"),
+    "buffer": (["--method", "sgld", "--sampler.start", "buffer"], "keeps no replay buffer"),
+    "outside": (["--sampler.start", "outside"], "chains start from outside images, and there are none"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line(run, capsys, case):
+    arguments, message = MISTAKES[case]
+    assert main(["sample", str(run.folder), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in " ".join(err.split())
+    assert not run.samples()
