@@ -2544,6 +2544,44 @@ MUTANTS = [
         "            pass",
         "drawing",
     ),
+    # tuning
+    Mutant(
+        "tuning: on test images",
+        "tuning.py",
+        "_features(space, data.val.x, device)",
+        "_features(space, data.test.x, device)",
+        "tuning",
+    ),
+    Mutant(
+        "tuning: the worst",
+        "tuning.py",
+        'done.sort(key=lambda trial: trial["value"])',
+        'done.sort(key=lambda trial: -trial["value"])',
+        "tuning",
+    ),
+    Mutant("tuning: written before all are done", "tuning.py", "if len(done) == len(trials):", "if True:", "tuning"),
+    Mutant(
+        "tuning: trials again",
+        "tuning.py",
+        "        if not path.exists():\n            _try",
+        "        if True:\n            path.unlink(missing_ok=True)\n            _try",
+        "tuning",
+    ),
+    Mutant("tuning: test seeds", "tuning.py", 'any(sampler.fit == "test" for sampler in samplers)', "False", "tuning"),
+    Mutant(
+        "tuning: used for other starts",
+        "cli.py",
+        "(type(best), best.start) == (type(sampler), sampler.start)",
+        "type(best) == type(sampler)",
+        "tuning",
+    ),
+    Mutant(
+        "tuning: used for other methods",
+        "cli.py",
+        "(type(best), best.start) == (type(sampler), sampler.start)",
+        "best.start == sampler.start",
+        "tuning",
+    ),
 ]
 
 

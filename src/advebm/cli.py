@@ -134,6 +134,7 @@ def build_parser() -> Parser:
     sub.add_argument("--method", metavar="NAME", help=f"{', '.join(KINDS['sampler'])}; the recipe's by default")
     sub.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
     sub.add_argument("--steps", type=int, metavar="K", help="short for --sampler.steps, at least 1")
+    sub.add_argument("--untuned", action="store_true", help="the recipe's settings, whatever tune-sampler found")
     sub.add_argument("--classes", metavar="K,K", help="their numbers; all by default")
     sub.add_argument("--name", help="of the set, METHOD-START by default; replaces a set of that name")
     sub.add_argument("--seed", type=int, default=0)
@@ -144,6 +145,24 @@ def build_parser() -> Parser:
     sub.add_argument("--compare", metavar="A,B", help="draw by several methods from the same seeds and judge them")
     sub.add_argument("--seeds", type=int, metavar="N", help="with --compare: sampling seeds; mean and deviation (1)")
     sub.add_argument("--features", metavar="RUN", help=f"with --compare: {JUDGES}")
+
+    sub = verb(
+        "tune-sampler",
+        run_tune,
+        "Search step size, ball, noise and steps by a distance to validation images; sample then takes the best.",
+        "Lists are such as 0.05,0.1 and none,2; without them step size and steps are halved and doubled. Takes "
+        "--sampler.option VALUE. Several processes may share one search; stopped, the same command goes on.",
+    )
+    sub.set_defaults(takes=("sampler",))
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--method", metavar="NAME", help="as for sample; the recipe's by default")
+    for name in ("step-size", "radius", "noise", "steps"):
+        sub.add_argument(f"--{name}", metavar="LIST")
+    sub.add_argument("--by", choices=("KID", "FD"), default="KID", help="the distance; KID is unbiased (KID)")
+    sub.add_argument("--features", metavar="RUN", help=JUDGES)
+    sub.add_argument("--per-class", type=int, default=20, metavar="N", help="images of each class in a trial (20)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
 
     sub = verb(
         "evaluate",
@@ -222,7 +241,7 @@ def build_parser() -> Parser:
 
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
-    for drawing in (verbs.choices[name] for name in ("sample", "evaluate", "doctor", "compare")):
+    for drawing in (verbs.choices[name] for name in ("sample", "tune-sampler", "evaluate", "doctor", "compare")):
         drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
     return parser
 
@@ -363,10 +382,13 @@ def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm sample``."""
+    from advebm import config
     from advebm.console import screen
     from advebm.stages import contrast, draw, set_name
     from advebm.tables import one_a_line
+    from advebm.training.recipe import resolve
     from advebm.training.run import Run
+    from advebm.tuning import tuned
 
     for name in ("per_class", "steps", "processes", "batch", "seeds"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -387,8 +409,48 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
         one_a_line(rows)
         print(path)
         return
+    sampler, about = _sampler(run, args.method, overrides), {}
+    if (found := None if args.untuned else tuned(run)) is not None:
+        best, how = found
+        if (type(best), best.start) == (type(sampler), sampler.start):
+            plain = {**config.describe(run.recipe), "sampler": config.describe(best)}
+            sampler = resolve(plain, overrides).sampler
+            about = {"tuned": {**how, "changed": [name for name, _ in overrides]}}
+            screen.print("  settings of tune-sampler; --untuned takes the recipe's")
+    if sampler.fit == "test":
+        warnings.warn("seeds are fitted on test images: what is measured against them is flattered", stacklevel=1)
+    print(draw(run, args.name or set_name(sampler), sampler, args.per_class, about=about, **options) / "grid.png")
+
+
+def run_tune(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm tune-sampler``."""
+    from advebm import config
+    from advebm.stages import search
+    from advebm.tables import numbers_table
+    from advebm.training.run import Run
+    from advebm.tuning import SETTINGS, grid
+
+    if args.per_class < 1:
+        raise UserError(f"--per-class is at least 1, got {args.per_class}")
+    run = Run.open(args.run)
     sampler = _sampler(run, args.method, overrides)
-    print(draw(run, args.name or set_name(sampler), sampler, args.per_class, **options) / "grid.png")
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    plain = config.describe(sampler)
+    values = {
+        name: [getattr(config.build({**plain, name: v}, "sampler"), name) for v in text.split(",")]
+        for name, text in given.items()
+    }
+    options = {"by": args.by, "features": args.features, "per_class": args.per_class, "seed": args.seed}
+    options |= {"checkpoint": args.checkpoint, "device": device(args.device)}
+    trials, path = search(run, grid(sampler, values), **options)
+    rows = {}
+    for number, trial in enumerate(trials[:10], 1):
+        settings = {name: trial["sampler"][name] for name in SETTINGS}
+        rows[str(number)] = {trial["name"]: trial["value"], **{k: v for k, v in settings.items() if v is not None}}
+    numbers_table(rows)
+    if (run.folder / "sampler.json").exists():
+        print(run.folder / "sampler.json")
+    print(path)
 
 
 def _sampler(run: Any, method: str | None, overrides: Overrides) -> Any:

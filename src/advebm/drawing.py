@@ -102,14 +102,11 @@ class Desk:
         """Load the network and the images; seeds that cannot be drawn are noticed here."""
         run, sampler = Run.open(drawing.run), drawing.sampler
         recipe = run.recipe
-        data, outside = recipe.data.load(), None
+        data = recipe.data.load()
         if any(not 0 <= k < len(data.classes) for k in drawing.classes or ()):
             got = ", ".join(map(str, drawing.classes or ()))
             raise UserError(f"{data.name} has classes 0 to {len(data.classes) - 1}, got {got}")
-        if sampler.start == "buffer":
-            outside = run.chains(drawing.checkpoint)
-        elif sampler.start == "outside" and recipe.outside is not None:
-            outside = recipe.outside.load()
+        outside = others(run, sampler, drawing.checkpoint)
         model = run.model(drawing.checkpoint)[0].to(drawing.device)
         y = generation.wanted(sampler, data, drawing.per_class, drawing.classes)
         return cls(drawing, model, data, outside, sampler.prepare(data, outside), y)
@@ -122,6 +119,14 @@ class Desk:
         buffer = io.BytesIO()
         np.save(buffer, generation.to_bytes(images).numpy())
         files.write(d.part(number), buffer.getvalue())
+
+
+def others(run: Run, sampler: Sampler, checkpoint: str = "latest") -> Data | None:
+    """The images that chains begin from where they are not the data's: outside images or replay chains."""
+    if sampler.start == "buffer":
+        return run.chains(checkpoint)
+    recipe = run.recipe
+    return recipe.outside.load() if sampler.start == "outside" and recipe.outside is not None else None
 
 
 def draw(

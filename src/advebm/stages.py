@@ -1,20 +1,20 @@
 """Training and sampling behind a progress bar: what the command line and the demo share."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from advebm import comparison, config, console, drawing, evaluation, files, generation, pictures
+from advebm import comparison, config, console, drawing, evaluation, files, generation, pictures, tuning
 from advebm.data.files import read_folder
 from advebm.errors import UserError
 from advebm.evaluation import is_factory
 from advebm.metrics.base import SampleSet, Subject, label
 from advebm.metrics.quality import SampleQuality
 from advebm.models import network
-from advebm.reporting import figures
+from advebm.reporting import figures, gallery
 from advebm.samplers import Sampler
 from advebm.training.loop import train
 from advebm.training.recipe import Recipe, resolve
@@ -122,6 +122,32 @@ def draw(
         return drawing.draw(wanted, processes=processes, trajectory=trajectory, progress=tell)
 
 
+def search(
+    run: Run,
+    samplers: Sequence[Sampler],
+    *,
+    features: str | Path | None = None,
+    checkpoint: str = "latest",
+    device: str = "cpu",
+    **options: Any,
+) -> tuple[list[dict[str, Any]], Path]:
+    """:func:`advebm.tuning.tune` behind a progress bar: all trials, the best first, and a figure of the responses."""
+    if features is None:
+        space = evaluation.feature_space(evaluation.OWN, run.model(checkpoint)[0].to(device))
+    else:
+        space = evaluation.find_space(features).load(device)
+    options |= {"judge": comparison.judge(features), "checkpoint": checkpoint, "device": device}
+    with console.bar("tune", len(samplers)) as tell:
+        trials = tuning.tune(run, samplers, space, progress=tell, **options)
+    if not trials:
+        raise UserError("other processes are at all trials; wait for them")
+    best, name = trials[0], trials[0]["name"]
+    text = f"{len(trials)} settings, {best['per_class']} images a class each, against {best['reference_count']} images"
+    picture = figures.responses(tuning.curves(trials), name)
+    text += f"; best {name} {best['value']:.3g}"
+    return trials, gallery.hang(run, "tuning", picture, "Sampler settings", text, {"best": best["sampler"]})
+
+
 def contrast(
     run: Run,
     samplers: Mapping[str, Sampler],
@@ -161,6 +187,7 @@ def contrast(
     files.write_json(run.folder / "comparison" / "comparison.json", rows)
     rows = {m: [{**r, "settings": {}} for r in rs if r["name"] in shown] for m, rs in rows.items()}
     texts = {m: [f"{r['name'].split(' (')[0]} {r['value']:.3g} ± {r['error']:.2g}" for r in rows[m]] for m in panels}
-    path = run.folder / "comparison" / "comparison.png"
-    files.write(path, figures.grids(panels, texts))
-    return rows, path
+    text = f"{per_class * len(data.classes):,} images each, the first of them shown; in {space.name}; ± "
+    text += "deviation over sampling seeds" if seeds > 1 else "standard error"
+    picture = figures.grids(panels, texts)
+    return rows, gallery.hang(run, "comparison", picture, "Samplers from the same seeds", text)

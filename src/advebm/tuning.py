@@ -17,6 +17,7 @@ from torch import nn
 
 from advebm import config, files, generation
 from advebm.data.sources import Data
+from advebm.drawing import others
 from advebm.errors import UserError
 from advebm.metrics.base import Features, as_images, device_of, label
 from advebm.metrics.distances import Moments, frechet_distance, kernel_distance
@@ -25,22 +26,21 @@ from advebm.training.run import Run, sole
 
 Quantity = Literal["KID", "FD"]
 SETTINGS = ("step_size", "radius", "noise", "steps")  # α, β, η, K
-FACTORS = {"step_size": (0.5, 1.0, 2.0), "steps": (0.5, 1.0, 2.0)}  # of the sampler's own, unless values are given
+FACTORS = (0.5, 1.0, 2.0)  # of the sampler's own α and K, unless values are given
 
 
 def grid(sampler: Sampler, values: Mapping[str, Sequence[Any]]) -> list[Sampler]:
-    """All combinations of values of α, β, η and K; what has no values keeps half, once and twice its own, or its own.
+    """All combinations of values of α, β, η and K.
 
-    K stays a whole number of at least 1; noise of Langevin dynamics follows from its temperature and is not searched.
+    Without values α and K take half, once and twice the sampler's own (K a whole number of at least 1), β and η keep it.
     """
     for name in values:
         if name not in SETTINGS:
             raise UserError(f"tuning searches {', '.join(SETTINGS)}, got {name!r}")
-    choices = {}
-    for name in SETTINGS:
-        own = getattr(sampler, name)
-        scaled = [own * factor for factor in FACTORS.get(name, (1.0,))] if own is not None else [None]
-        choices[name] = list(values.get(name) or ([max(1, round(v)) for v in scaled] if name == "steps" else scaled))
+    halved: dict[str, list[Any]] = {name: [getattr(sampler, name)] for name in SETTINGS}
+    halved["step_size"] = [sampler.step_size * factor for factor in FACTORS]
+    halved["steps"] = [max(1, round(sampler.steps * factor)) for factor in FACTORS]
+    choices = {name: values.get(name, halved[name]) for name in SETTINGS}
     found = (dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values()))
     return list(dict.fromkeys(dataclasses.replace(sampler, **settings) for settings in found))
 
@@ -79,11 +79,13 @@ def tune(
     data, model = run.recipe.data.load(), run.model(number)[0].to(device)
     about = {"by": by, "space": space.name, "judge": judge, "per_class": per_class, "seed": seed, "checkpoint": number}
     about |= {"split": "val", "reference_count": len(data.val)}
-    real = _features(space, data.val.x, device)
+    if any(sampler.fit == "test" for sampler in samplers):
+        raise UserError("tuning never looks at test images; set fit to train")
+    real, outside = _features(space, data.val.x, device), others(run, samplers[0], number)
     trials: dict[Path, Sampler] = {_file(run, sampler, about): sampler for sampler in samplers}
     for path, sampler in trials.items():
         if not path.exists():
-            _try(path, sampler, model, data, real, space, about)
+            _try(path, sampler, model, data, outside, real, space, about)
         progress(sum(other.exists() for other in trials))
     done = [files.read_json(path) for path in trials if path.exists()]
     done.sort(key=lambda trial: trial["value"])
@@ -128,6 +130,7 @@ def _try(
     sampler: Sampler,
     model: nn.Module,
     data: Data,
+    outside: Data | None,
     real: torch.Tensor,
     space: Features,
     about: Mapping[str, Any],
@@ -140,8 +143,10 @@ def _try(
     lock = path.with_suffix(".lock")
     try:
         with sole(lock, "busy"):
+            if path.exists():  # by now
+                return
             y = generation.wanted(sampler, data, about["per_class"])
-            x = generation.generate(model, sampler, data, y, seed=about["seed"]).x
+            x = generation.generate(model, sampler, data, y, outside=outside, seed=about["seed"]).x
             drawn = _features(space, x, str(device_of(model)))
             if about["by"] == "FD":
                 value = frechet_distance(Moments.of(drawn), Moments.of(real))

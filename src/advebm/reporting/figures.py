@@ -202,6 +202,24 @@ def grids(panels: Mapping[str, Tensor], texts: Mapping[str, Sequence[str]]) -> b
         return png(figure)
 
 
+def responses(curves: Mapping[str, Sequence[tuple[Any, float, float]]], name: str) -> bytes:
+    """Best and median value of a search's trials against each setting that varied."""
+    with plt.rc_context(STYLE):
+        count = max(1, len(curves))
+        figure, axes = plt.subplots(1, count, figsize=(1.5 + 2.4 * count, 3.1), squeeze=False, sharey=True)
+        for axis, (setting, points) in zip(axes.flat, curves.items(), strict=False):
+            ticks = range(len(points))
+            axis.plot(ticks, [best for _, best, _ in points], marker="o", label="best")
+            axis.plot(ticks, [median for _, _, median in points], marker=".", ls="--", label="median")
+            axis.set_xticks(ticks, ["none" if v is None else f"{v:g}" for v, _, _ in points])
+            axis.set(xlabel=setting)
+        axes[0, 0].set_ylabel(name.split(" ")[0])
+        figure.suptitle(name)
+        if curves:
+            axes[0, 0].legend(frameon=False)
+        return png(figure)
+
+
 def png(figure: Figure) -> bytes:
     """The bytes of a PNG file; closes the figure."""
     buffer = io.BytesIO()
