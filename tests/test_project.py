@@ -19,7 +19,18 @@ LAYERS = [
     {"energies", "descent", "starts", "modes", "checks"},
     {"models", "data", "pictures", "densities"},
     {"objectives", "samplers", "attacks", "metrics"},
-    {"training", "evaluation", "generation", "drawing", "tuning", "comparison", "suites", "doctor", "toy"},
+    {
+        "training",
+        "evaluation",
+        "generation",
+        "drawing",
+        "tuning",
+        "diagnostics",
+        "comparison",
+        "suites",
+        "doctor",
+        "toy",
+    },
     {"cli", "api", "demo", "console", "stages", "tables", "reporting", "reproduce", "__main__"},
 ]
 

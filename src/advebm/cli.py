@@ -165,6 +165,27 @@ def build_parser() -> Parser:
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
 
     sub = verb(
+        "diagnose",
+        run_diagnose,
+        "Why a model generates, or does not: figures and numbers, side by side for several runs.",
+        "They go into the first RUN's figures and its report. Takes --sampler.option VALUE.",
+    )
+    sub.set_defaults(takes=("sampler",))
+    sub.add_argument("runs", type=Path, metavar="RUN", nargs="+")
+    sub.add_argument(
+        "--what",
+        metavar="A,B",
+        help="landscape, gradients, energies, neighbours, interpolation, chains, saliency, inversion; all by default",
+    )
+    sub.add_argument("--method", metavar="NAME", help="of the chains; the first run's sampler by default")
+    sub.add_argument("--images", type=int, default=100, metavar="N", help="test images behind the numbers (100)")
+    sub.add_argument("--along", choices=("random", "gradient", "pca"), default="random", help="of landscapes (random)")
+    sub.add_argument("--reach", type=float, default=2.0, metavar="R", help="of landscapes, pixels of [0, 1], l2 (2)")
+    sub.add_argument("--steps", type=int, default=1000, metavar="K", help="of long chains (1000)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+
+    sub = verb(
         "evaluate",
         run_evaluate,
         "Measure a run and its samples; appends to RUN/metrics.json.",
@@ -241,7 +262,9 @@ def build_parser() -> Parser:
 
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
-    for drawing in (verbs.choices[name] for name in ("sample", "tune-sampler", "evaluate", "doctor", "compare")):
+    for drawing in (
+        verbs.choices[name] for name in ("sample", "tune-sampler", "diagnose", "evaluate", "doctor", "compare")
+    ):
         drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
     return parser
 
@@ -468,6 +491,30 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
         raise UserError(f"--classes takes numbers such as 0,3,7, got {text!r}") from None
+
+
+def run_diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm diagnose``."""
+    from advebm import console
+    from advebm.comparison import titled
+    from advebm.reporting.portraits import diagnose
+    from advebm.tables import figures_list
+    from advebm.training.run import Run
+
+    for name in ("images", "steps"):
+        if getattr(args, name) < 2:
+            raise UserError(f"--{name} is at least 2, got {getattr(args, name)}")
+    if not args.reach > 0:
+        raise UserError(f"--reach is > 0, got {args.reach}")
+    runs = [Run.open(path) for path in args.runs]
+    options = {"count": args.images, "along": args.along, "reach": args.reach, "steps": args.steps, "seed": args.seed}
+    options |= {"checkpoint": args.checkpoint, "device": device(args.device)}
+    options["sampler"] = _sampler(runs[0], args.method, overrides)
+    say = lambda name: console.screen.print(f"  {name}")
+    numbers, written = diagnose(titled(runs), args.what.split(",") if args.what else (), progress=say, **options)
+    figures_list(numbers)
+    for path in written:
+        print(path)
 
 
 def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:

@@ -53,6 +53,17 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def stacked(parts: Sequence[bytes]) -> bytes:
+    """PNG files one below the other, as one."""
+    drawn = [Image.open(io.BytesIO(part)).convert("RGB") for part in parts]
+    canvas = Image.new("RGB", (max(p.width for p in drawn), sum(p.height for p in drawn)), "white")
+    top = 0
+    for part in drawn:
+        canvas.paste(part, ((canvas.width - part.width) // 2, top))
+        top += part.height
+    return png(canvas)
+
+
 def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
     """The bytes of an animation that rests on its last frame for two seconds."""
     buffer = io.BytesIO()

@@ -32,7 +32,7 @@ FACTORS = (0.5, 1.0, 2.0)  # of the sampler's own α and K, unless values are gi
 def grid(sampler: Sampler, values: Mapping[str, Sequence[Any]]) -> list[Sampler]:
     """All combinations of values of α, β, η and K.
 
-    Without values α and K take half, once and twice the sampler's own (K a whole number of at least 1), β and η keep it.
+    Without values α and K take half, once and twice the sampler's own (K is whole and at least 1), β and η keep it.
     """
     for name in values:
         if name not in SETTINGS:

@@ -220,10 +220,11 @@ def responses(curves: Mapping[str, Sequence[tuple[Any, float, float]]], name: st
         return png(figure)
 
 
-def png(figure: Figure) -> bytes:
-    """The bytes of a PNG file; closes the figure."""
+def png(figure: Figure, *, tight: bool = True) -> bytes:
+    """The bytes of a PNG file; closes the figure.  ``tight`` is off for figures with a layout of their own."""
     buffer = io.BytesIO()
-    figure.tight_layout()
+    if tight:
+        figure.tight_layout()
     figure.savefig(buffer, dpi=110)
     plt.close(figure)
     return buffer.getvalue()
