@@ -6,12 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from advebm.cli import main
 from advebm.diagnostics import landscape, paths, probes
 from advebm.errors import UserError
 from advebm.metrics import similarity
 from advebm.models.network import Network, Normalize
+from advebm.reporting import gallery
+from advebm.reporting.build import report
+from advebm.reporting.portraits import PORTRAITS
 from advebm.samplers import CS, TA, Langevin
-from tests.helpers import Plain
+from advebm.training.loop import train
+from advebm.training.run import Run
+from tests.helpers import Plain, tiny
 from tests.references import similarity as reference
 
 
@@ -205,3 +211,58 @@ def test_ta_and_cs_slopes_are_taken_along_their_own_chains(net, batch, generator
     torch.testing.assert_close(one.joint[0], other.joint[0])
     assert not torch.allclose(one.joint[-1], other.joint[-1])
     assert net.training
+
+
+@pytest.fixture
+def runs(small_run, tmp_path):
+    """The shared run under two other folders."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for entry in small_run.folder.iterdir():
+            if entry.name in ("config.yaml", "checkpoints", "env.json"):
+                (tmp_path / name / entry.name).symlink_to(entry)
+    return [Run(tmp_path / name) for name in ("one", "two")]
+
+
+def test_diagnose_draws_every_figure_into_the_report(runs, capsys):
+    arguments = ["--images", "20", "--steps", "12", "--sampler.steps", "3", "--device", "cpu"]
+    assert main(["diagnose", *(str(run.folder) for run in runs), *arguments]) == 0
+    out = capsys.readouterr().out
+    hung = gallery.hung(runs[0])
+    assert {f["name"] for f in hung} == set(PORTRAITS)
+    assert not gallery.hung(runs[1])
+    assert "offset of the minimum" in out
+    one, two = (str(run.folder) for run in runs)
+    for figure in hung:
+        assert figure["picture"].startswith(b"\x89PNG")
+        if figure["name"] != "neighbours":  # the same model twice
+            assert figure["numbers"][one] == figure["numbers"][two]
+    page = report(runs[0]).read_text()
+    for figure in hung:
+        assert figure["title"] in page
+
+
+def test_diagnose_of_a_critic(tmp_path, capsys):
+    recipe = tiny("digits-binary-at", **{"train.images": 128, "objective.steps": 2, "sampler.steps": 4})
+    run = train(recipe, tmp_path / "run", device="cpu")
+    assert main(["diagnose", str(run.folder), "--images", "12", "--steps", "10", "--device", "cpu"]) == 0
+    assert {f["name"] for f in gallery.hung(run)} == set(PORTRAITS) - {"gradients"}
+    assert main(["diagnose", str(run.folder), "--what", "gradients", "--device", "cpu"]) == 2
+    assert "a critic has one energy" in " ".join(capsys.readouterr().err.split())
+
+
+MISTAKES = {
+    "what": (["--what", "lanscape"], "no diagnostic 'lanscape' (did you mean 'landscape'?)"),
+    "images": (["--images", "1"], "--images is at least 2, got 1"),
+    "steps": (["--steps", "0"], "--steps is at least 2, got 0"),
+    "reach": (["--reach", "0"], "--reach is > 0, got 0.0"),
+    "along": (["--along", "up"], "random, gradient, pca"),
+    "method": (["--method", "css"], "did you mean 'cs'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line(runs, capsys, case):
+    arguments, message = MISTAKES[case]
+    assert main(["diagnose", str(runs[0].folder), *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -167,7 +167,7 @@ def gradients(s: Sitting) -> Portrait:
             column[1].axhline(0.5, color="#999999", lw=0.8, ls="--")
             column[0].set(title=title, ylabel="nats / pixel")
             column[0].legend(frameon=False)
-            column[1].set(xlabel="step", ylabel="share", ylim=(0.3, 1))
+            column[1].set(xlabel="step", ylabel="share")
             numbers[title] = {"share at the first step": _mean(found.share[0]), "at the last": _mean(found.share[-1])}
         picture = png(figure)
     text = (
@@ -217,7 +217,7 @@ def neighbours(s: Sitting) -> Portrait:
     labels = wanted(s.sampler, s.data, max(1, s.count // len(s.data.classes)))
     x = generate(s.first, s.sampler, s.data, labels, outside=s.outside, seed=s.seed).x
     train = s.data.train.x
-    few = x[:: max(1, len(x) // 8)][:8]
+    few = x[:: max(1, len(x) // 10)][:10]
     blocks = []
     for distances in (similarity.l2, similarity.dissimilarity):
         near = similarity.nearest(few, train, 6, distances)
@@ -228,9 +228,9 @@ def neighbours(s: Sitting) -> Portrait:
     own = similarity.nearest(x, train, 1).distance.flatten()
     share, ratio = similarity.copies(own, held_out)
     with plt.rc_context(PLAIN):
-        figure, axes = plt.subplots(1, 3, figsize=(11, 4.2), width_ratios=(1, 1, 1.1))
-        for axis, rows, name in zip(axes, blocks, ("by l2", "by SSIM"), strict=False):
-            _images(axis, rows, f"generated | nearest training images {name}")
+        figure, axes = plt.subplots(1, 3, figsize=(11, 4.6), width_ratios=(1, 1, 1.1))
+        for axis, found, name in zip(axes, blocks, ("by l2", "by SSIM"), strict=False):
+            _images(axis, found, f"nearest {name}; first: generated")
         edges = np.linspace(0, float(max(own.max(), held_out.max())), 30)
         for values, name in ((held_out, "test images"), (own, "generated images")):
             axes[2].hist(values.numpy(), edges, density=True, histtype="step", lw=1.4, label=name)
@@ -301,7 +301,7 @@ def chains(s: Sitting) -> Portrait:
         axes[0].legend(frameon=False)
         above = png(figure)
     with plt.rc_context(PLAIN):
-        figure, axes = plt.subplots(1, len(rows), figsize=(11 / max(2, len(rows)), 3.6), squeeze=False)
+        figure, axes = plt.subplots(1, len(rows), figsize=(4.6 * len(rows), 4.6), squeeze=False)
         for axis, (title, found_rows) in zip(axes.flat, rows.items(), strict=True):
             _images(axis, found_rows, f"{title}: steps 0 to {long.steps}")
         picture = pictures.stacked([above, png(figure)])
@@ -360,7 +360,7 @@ def inversion(s: Sitting) -> Portrait:
             _images(axis, images[None, :8].cpu(), title, left=True)
         picture = png(figure)
     text = (
-        "From noise down ‖g(x) - g(x*)‖², g the features (Engstrom et al., 2019); distances are shares of the noise's."
+        "From noise down ‖g(x) - g(x*)‖², g the features (Engstrom et al., 2019); shares are of the noise's distance."
     )
     return Portrait(picture, "Images from features", text, numbers)
 
