@@ -1532,15 +1532,13 @@ MUTANTS = [
     Mutant(
         "ood: attack raises the score",
         "metrics/ood.py",
-        "likeness = lambda z: -score(f, z)",
-        "likeness = lambda z: score(f, z)",
+        "likeness = lambda z: -score(z)",
+        "likeness = lambda z: score(z)",
         "ood",
     ),
-    Mutant("ood: image itself left out", "metrics/ood.py", "scores = [_plain(score, f, part)]", "scores = []", "ood"),
-    Mutant(
-        "ood: highest restart", "metrics/ood.py", "torch.stack(scores).amin(0)", "torch.stack(scores).amax(0)", "ood"
-    ),
-    Mutant("ood: one restart only", "metrics/ood.py", "for _ in range(self.restarts):", "for _ in range(1):", "ood"),
+    Mutant("ood: image itself left out", "metrics/ood.py", "found = [x] + [", "found = [", "ood"),
+    Mutant("ood: highest restart", "metrics/ood.py", "for z in found]).amin(0)", "for z in found]).amax(0)", "ood"),
+    Mutant("ood: one restart only", "metrics/ood.py", "for _ in range(restarts)", "for _ in range(1)", "ood"),
     Mutant(
         "ood: threat of another norm",
         "metrics/ood.py",
@@ -1965,8 +1963,8 @@ MUTANTS = [
     Mutant(
         "curriculum: gate turned round",
         "objectives/curriculum.py",
-        "self._mean(level) >= self.gate",
-        "self._mean(level) <= self.gate",
+        "level.mean()[0] > self.gate",
+        "level.mean()[0] < self.gate",
         "outside",
     ),
     Mutant(
@@ -2065,7 +2063,7 @@ MUTANTS = [
     Mutant(
         "dat: one augmentation for both",
         "objectives/dat.py",
-        "found.moved, view, found.contrast",
+        "found.moved, batch.view, found.contrast",
         "found.moved, batch.x, found.contrast",
         "outside",
     ),
@@ -2093,14 +2091,12 @@ MUTANTS = [
         "auroc(self._energy(contrast, batch.y), self._energy(data, batch.y))",
         "outside",
     ),
-    Mutant("dat: r1 whole", "objectives/dat.py", "square().sum(1).mean() / 2", "square().sum(1).mean()", "outside"),
-    Mutant("dat: r1 without weights", "objectives/dat.py", "create_graph=True", "retain_graph=True", "outside"),
     Mutant("dat: r1 not weighted", "objectives/dat.py", "total + self.r1 * penalty", "total + penalty", "outside"),
     Mutant(
         "dat: never climbs",
         "objectives/dat.py",
-        'self.curriculum.after(state, loss.terms["auroc"], ctx.images)',
-        "return",
+        "self.curriculum.advance(state, ctx.images)",
+        "pass",
         "outside",
     ),
     Mutant("gat: positives refused", "objectives/gat.py", "logistic(own, other)", "logistic(-own, other)", "outside"),
@@ -2150,8 +2146,8 @@ MUTANTS = [
         "return data.mean() + negatives.mean()",
         "binary",
     ),
-    Mutant("binary: r1 without its half", "objectives/binary.py", "sum(1).mean() / 2", "sum(1).mean()", "binary"),
-    Mutant("binary: r1 without a graph", "objectives/binary.py", "create_graph=True)", "create_graph=False)", "binary"),
+    Mutant("binary: r1 without its half", "objectives/base.py", "sum(1).mean() / 2", "sum(1).mean()", "binary"),
+    Mutant("binary: r1 without a graph", "objectives/base.py", "create_graph=True)", "create_graph=False)", "binary"),
     Mutant("binary: r1 unweighted", "objectives/binary.py", "total + self.r1 * penalty", "total + penalty", "binary"),
     Mutant(
         "binary: r1 in the other place",
@@ -2194,46 +2190,25 @@ MUTANTS = [
     Mutant("binary: batch norm moves", "objectives/binary.py", "with norms_fixed(model):", "if True:", "binary"),
     Mutant("binary: norms stay fixed", "modes.py", "            norm.train()\n", "            pass\n", "binary"),
     Mutant(
-        "binary: gate reversed",
+        "binary: never climbs",
         "objectives/binary.py",
-        'state.mean("auroc") > self.gate',
-        'state.mean("auroc") < self.gate',
-        "binary",
-    ),
-    Mutant(
-        "binary: gate before a whole window",
-        "objectives/binary.py",
-        "spent >= self.window and state.mean",
-        "state.mean",
-        "binary",
-    ),
-    Mutant(
-        "binary: window forgets nothing",
-        "objectives/binary.py",
-        "if step.images >= images - self.window",
-        "if step.images >= 0",
-        "binary",
-    ),
-    Mutant(
-        "binary: clock never restarts",
-        "objectives/binary.py",
-        "state.steps + 1, images",
-        "state.steps + 1, 0",
-        "binary",
-    ),
-    Mutant(
-        "binary: K beyond its cap",
-        "objectives/binary.py",
-        "if state.steps < self.steps and (won or late)",
-        "if won or late",
+        "self.curriculum.advance(state, ctx.images)",
+        "pass",
         "binary",
     ),
     Mutant(
         "binary: curriculum is not kept",
-        "objectives/binary.py",
-        'self.steps, self.since, self.warned = state["steps"]',
-        "self.steps, self.since, self.warned = self.steps",
-        "binary",
+        "objectives/curriculum.py",
+        "self.steps, self.since, self.at, self.warned = (state[name]",
+        "_, self.since, self.at, self.warned = (state[name]",
+        "outside",
+    ),
+    Mutant(
+        "binary: passes counted at the first level",
+        "training/instruments.py",
+        "state.steps = state.largest",
+        "pass",
+        "comparison",
     ),
     Mutant(
         "binary: auroc upside down",
@@ -2408,6 +2383,29 @@ MUTANTS = [
     Mutant("toy: slope the wrong way round", "toy.py", "/ truth.var()", "/ learnt.var()", "toy"),
     Mutant("toy: value of the game's sign", "toy.py", "= -energies.logistic(", "= energies.logistic(", "toy"),
     Mutant("toy: arrows downhill", "reporting/planes.py", "ahead = -gradient", "ahead = gradient", "toy"),
+    # classes of a source
+    Mutant("classes: not numbered anew", "data/sources.py", "number[chosen.y]", "chosen.y", "comparison"),
+    Mutant(
+        "classes: the rest for the others",
+        "data/sources.py",
+        "if self.rest else order",
+        "if not self.rest else order",
+        "comparison",
+    ),
+    # detectors
+    Mutant("detectors: sign", "metrics/detectors.py", "return -out[:, k]", "return out[:, k]", "ood"),
+    Mutant(
+        "detectors: their own move", "metrics/detectors.py", "for part in other.split(", "for part in own.split(", "ood"
+    ),
+    Mutant(
+        "detectors: not attacked",
+        "metrics/detectors.py",
+        "auroc(torch.cat(inside), torch.cat(moved))",
+        "plain[name]",
+        "ood",
+    ),
+    Mutant("detectors: error of one", "metrics/detectors.py", "** 0.5 / len(each)", "** 0.5", "ood"),
+    Mutant("detectors: one restart", "metrics/detectors.py", "restarts=self.restarts", "restarts=1", "ood"),
     # samplers
     Mutant(
         "sampling: RCS without the pull",

@@ -469,7 +469,7 @@ def test_another_judgement_has_another_state(small_run, tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     judge(model, split.x.flip(3), split.y, attack, folder=tmp_path)
     judge(model, split.x, split.y, attack, folder=tmp_path, batch=7)
-    judge(model, split.x, split.y, attack, folder=tmp_path, precision=torch.bfloat16)
+    judge(model, split.x, split.y, attack, folder=tmp_path, precision="bfloat16")
     judge(model, split.x, split.y, Attack(eps=0.2, steps=1), folder=tmp_path)
     other = split.x.clone()
     other[-1, 0, 0, 0] ^= 1  # hardly anything, and not in the first images
@@ -543,7 +543,7 @@ def test_the_verdict_is_the_networks_own(small_run):
     """A search in another precision may miss points; what it takes for broken is broken in float32 too."""
     model, split = small_run.model()[0], small_run.recipe.data.load().test
     exact = judge(model, split.x, split.y, APGD(0.2, steps=10)).standing()
-    low = judge(model, split.x, split.y, APGD(0.2, steps=10), precision=torch.bfloat16).standing()
+    low = judge(model, split.x, split.y, APGD(0.2, steps=10), precision="bfloat16").standing()
     assert 0 < exact.sum() < exact.numel()
     assert abs(int(exact.sum()) - int(low.sum())) <= 0.02 * exact.numel()
 
@@ -606,7 +606,7 @@ def test_folding_changes_nothing_but_rounding(small_run):
             m.running_var.uniform_(0.5, 2)
     backbone.eval()
     x = torch.rand(4, 3, 8, 8)
-    folded = fold(backbone)
+    folded = fold(backbone)[0]
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     torch.testing.assert_close(folded(x), backbone(x), rtol=1e-4, atol=1e-5)
     assert any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())

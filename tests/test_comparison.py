@@ -12,7 +12,7 @@ import torch
 
 from advebm import cli, comparison, config, recipes, reproduce
 from advebm.attacks.projected import Attack, Targeted
-from advebm.data.sources import Digits, Part
+from advebm.data.sources import Classes, Digits, Part
 from advebm.errors import UserError
 from advebm.metrics.base import Subject
 from advebm.metrics.robustness import TargetedAccuracy, measure
@@ -50,6 +50,11 @@ def run(small_run, tmp_path):
 )
 def test_passes_are_those_of_the_algorithm(objective, forward, backward):
     assert passes(dataclasses.replace(tiny("digits-standard"), objective=objective)) == (forward, backward)
+
+
+def test_passes_of_a_growing_search_are_those_of_its_longest():
+    options = [("objective.curriculum", {"steps": 5}), ("objective.r1", 0.0)]
+    assert passes(resolve(recipes.find("digits-binary-at"), options)) == (7, 7)  # both sets in the loss
 
 
 def test_a_comparison_measures_once(run, monkeypatch):
@@ -143,6 +148,24 @@ def test_parts_of_a_source_are_disjoint_and_whole():
         Part(share=1.0)
 
 
+def test_classes_of_a_source_are_disjoint_and_whole():
+    whole, some, rest = (s.load() for s in (Digits(), Classes(count=7), Classes(count=7, rest=True)))
+    assert (len(some.classes), len(rest.classes)) == (7, 3)
+    assert {*some.classes, *rest.classes} == {*whole.classes}
+    assert (some.name, rest.name) == ("digits, 7 classes", "digits, 3 other classes")
+    named = lambda data, split: {
+        (x.numpy().tobytes(), data.classes[k]) for x, k in zip(split.x, split.y.tolist(), strict=True)
+    }
+    for name in ("train", "val", "test"):
+        one, two, every = (named(data, getattr(data, name)) for data in (some, rest, whole))
+        assert one | two == every
+        assert not one & two
+    with pytest.raises(UserError, match="digits has 10 classes, so count is less, got 10"):
+        Classes(count=10).load()
+    with pytest.raises(UserError, match="at least 1 class"):
+        Classes(count=0)
+
+
 def test_recipes_may_stand_on_others(tmp_path):
     small, standard = recipes.find("cifar10-at-small"), recipes.find("cifar10-standard-small")
     assert standard["objective"] == {"kind": "standard"}
@@ -224,7 +247,8 @@ def test_every_experiment_is_made_of_recipes_that_resolve(name, tmp_path, monkey
     monkeypatch.setattr(reproduce, "carry", lambda recipe, folder: Run(folder))
     reproduce.EXPERIMENTS[name](tmp_path, 1, [("train.images", 1234)])
     assert len(seen) >= 2
-    assert all(recipe.train.images == 1234 for recipe in seen.values())
+    shorter = {title: 1234 if "@" not in title else int(title.partition("@")[2]) for title in seen}
+    assert all(recipe.train.images == shorter[title] <= 1234 for title, recipe in seen.items())
     assert len({recipe.threat for recipe in seen.values()}) == 1
 
 

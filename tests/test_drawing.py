@@ -113,8 +113,8 @@ def test_killed_with_processes_it_goes_on_alone_to_the_same_bytes(run):
     command = [sys.executable, "-m", "advebm", "sample", str(run.folder), *options]
     child = subprocess.Popen([*command, "--processes", "2"], stderr=subprocess.DEVNULL)
     parts = run.folder / "samples" / "set" / "parts"
-    deadline = time.monotonic() + 60
-    while not list(parts.glob("*.npy")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 400
+    while not list(parts.glob("*.npy")) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()

@@ -15,11 +15,13 @@ from advebm.data.outliers import ClassGaussianNoise, GaussianNoise, UniformNoise
 from advebm.data.sources import Augmentations, Data, Digits, Images, Part
 from advebm.errors import UserError
 from advebm.metrics.base import Subject
+from advebm.metrics.detectors import Detectors
 from advebm.metrics.ood import ODIN, EnergyScore, MaxLogit, MaxSoftmax, OutOfDistribution, aupr, auroc, fpr95
 from advebm.reporting import figures
 from advebm.reporting.build import report
 from advebm.training.recipe import resolve
 from advebm.training.run import Run
+from tests.helpers import Plain
 
 SCORES = [EnergyScore(), MaxSoftmax(), MaxLogit(), ODIN(), ODIN(temperature=1.0, step=0.05)]
 
@@ -412,3 +414,52 @@ def test_the_report_shows_scores_calibration_and_corruptions(small_run, tmp_path
 def test_figures_of_nothing_are_left_out():
     assert figures.detection([]) is None
     assert figures.reliability([]) is None
+
+
+# Detectors ------------------------------------------------------------------------------------------------------------
+
+
+def test_detectors_of_a_linear_classifier():
+    """f_k = w_k · x moves by eps ‖w_k‖ in an l2 ball inside the box, so the AUROCs are known."""
+    draw = torch.Generator().manual_seed(0)
+    x = (0.5 + 0.05 * torch.randn(90, 1, 4, 4, generator=draw) * 1.0).clamp(0.2, 0.8)
+    y = torch.arange(90) % 3
+    weights = 3 * torch.randn(3, 16, generator=draw)
+    split = Images((x * 255).round().to(torch.uint8), y)
+    data = Data("grey", ("a", "b", "c"), split, split, split)
+    threat = Attack(eps=0.05, norm="l2", steps=1)
+    subject = Subject(Plain(lambda x: x.flatten(1) @ weights.T), data, split, threat, batch=40)
+    plain, attacked = Detectors(steps=20)(subject, torch.Generator().manual_seed(1))
+    f = split.float().flatten(1) @ weights.T
+    lift = threat.eps * weights.norm(dim=1)
+    expected = [[roc_auc_score(y == k, f[:, k] + shift * lift[k] * (y != k)) for k in range(3)] for shift in (0, 1)]
+    assert list(plain.series) == ["a", "b", "c"]
+    assert [v[0] for v in plain.series.values()] == pytest.approx(expected[0], abs=1e-6)
+    assert [v[0] for v in attacked.series.values()] == pytest.approx(expected[1], abs=2e-3)
+    assert plain.value == pytest.approx(sum(expected[0]) / 3, abs=1e-6)
+    assert plain.value - attacked.value > 0.02
+    own = [f[y == k, k] for k in range(3)], [f[y != k, k] for k in range(3)]
+    errors = [auroc(-a, -b).error for a, b in zip(*own, strict=True)]
+    assert plain.error == pytest.approx(sum(e * e for e in errors) ** 0.5 / 3, rel=1e-5)
+    assert (plain.name, attacked.name) == ("AUROC of detectors", "AUROC of detectors, APGD-20 l2 0.05")
+
+
+def test_detectors_restart_and_refuse_what_they_cannot_judge(monkeypatch):
+    split = Images(torch.full((6, 1, 4, 4), 128, dtype=torch.uint8), torch.arange(6) % 3)
+    data = Data("grey", ("a", "b", "c"), split, split, split)
+    threat = Attack(eps=0.1, norm="l2", steps=1)
+    subject = Subject(Plain(lambda x: x.flatten(1)[:, :3]), data, split, threat)
+    calls = []
+    monkeypatch.setattr("advebm.metrics.ood.ascend", lambda value, x, **options: calls.append(options) or (x, value(x)))
+    _, attacked = Detectors(restarts=4, steps=7)(subject, torch.Generator())
+    assert len(calls) == 3 * 4
+    assert {(c["eps"], c["norm"], c["steps"]) for c in calls} == {(0.1, "l2", 7)}
+    assert "APGD-7 x 4" in attacked.name
+    critic = subject._replace(model=Plain(lambda x: x.flatten(1)[:, :1]))
+    with pytest.raises(UserError, match="need a classifier of 3 classes; a critic is one already"):
+        Detectors()(critic, torch.Generator())
+    few = subject._replace(split=split.take(slice(4)))
+    with pytest.raises(UserError, match="2 images of its class and of others, b has 1"):
+        Detectors()(few, torch.Generator())
+    with pytest.raises(UserError, match="count is at least 2"):
+        Detectors(count=1)

@@ -206,7 +206,7 @@ def test_dat_begins_with_the_outside_images_and_climbs(net, batch):
         loss = objective.loss(net, batch, found, state, ctx)
         objective.after(net, batch, found, state, loss, ctx)
         seen.append((int(loss.terms["steps"]), torch.equal(found.contrast, batch.outside)))
-    assert seen == [(0, True), (0, True), (1, False), (2, False), (2, False)]
+    assert seen == [(0, True), (1, False), (2, False), (2, False), (2, False)]
 
 
 # GAT ------------------------------------------------------------------------------------------------------------------
@@ -318,38 +318,38 @@ def test_detectors_learn_to_refuse_what_is_moved_to_them(tmp_path):
 
 
 def climb(curriculum, readings, level=None, first=0):
-    """The steps after each batch of 100 images, told the AUROC of each."""
+    """The steps of each batch of 100 images, told the AUROC of each before."""
     level = level or curriculum.init()
     steps = []
     for i, reading in enumerate(readings, first):
-        curriculum.after(level, torch.tensor(reading), 100 * i)
+        curriculum.advance(level, 100 * i)
         steps.append(level.steps)
+        level.note(torch.tensor([reading]), 100 * i)
     return steps, level
 
 
 def test_steps_grow_when_a_window_is_told_apart():
     curriculum = Curriculum(start=1, steps=3, gate=0.8, window=200)
-    assert climb(curriculum, [0.9, 0.9, 0.9])[0] == [1, 1, 2]  # a window is full at the batch that begins at its end
-    assert climb(curriculum, [0.9, 0.9, 0.5, 0.9, 0.9])[0] == [1, 1, 1, 1, 2]
-    assert climb(curriculum, [0.9, 0.5, 0.9, 0.9])[0] == [1, 1, 1, 2], "windows overlap"
-    assert climb(curriculum, [0.9, 0.9, 0.9, 0.9, 0.9])[0] == [1, 1, 2, 2, 3], "K stays for a window"
-    assert climb(curriculum, [0.8] * 12)[0][-1] == 3, "reaching the gate is enough, and K stays at its largest"
-    assert climb(curriculum, [0.79] * 12)[0][-1] == 1
+    assert climb(curriculum, [0.9] * 3)[0] == [1, 1, 2]  # a window is full at the batch that begins at its end
+    assert climb(curriculum, [0.9, 0.5, 0.9, 0.9, 0.9])[0] == [1, 1, 1, 1, 2], "windows overlap"
+    assert climb(curriculum, [0.9] * 5)[0] == [1, 1, 2, 2, 3], "K stays for a window"
+    assert climb(curriculum, [0.81] * 12)[0][-1] == 3, "K stays at its largest"
+    assert climb(Curriculum(gate=0.75, window=200), [0.75] * 12)[0][-1] == 0, "the gate is to be exceeded"
     assert climb(Curriculum(start=2, steps=2), [1.0] * 30)[0] == [2] * 30
     assert climb(curriculum, [math.nan] * 12)[0][-1] == 1
 
 
 def test_steps_grow_in_time():
-    late = Curriculum(steps=3, gate=1.0, window=10_000, images_per_step=300)
+    late = Curriculum(steps=3, gate=None, window=10_000, images_per_step=300)
     assert climb(late, [0.1] * 12)[0] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     both = Curriculum(steps=9, gate=0.8, window=200, images_per_step=300)
     steps, level = climb(both, [0.9] * 3 + [0.1] * 4)
     assert steps == [0, 0, 1, 1, 1, 2, 2], "counted from when the steps last grew"
-    assert (level.since, level.at) == (500, [500, 600])
+    assert (level.since, level.at) == (500, [400, 500, 600]), "the last is not forgotten before the next step"
 
 
 def test_a_level_goes_on_from_a_checkpoint():
-    curriculum, readings = Curriculum(steps=5, gate=0.8, window=300), [0.9, 0.2, 0.7, 0.95, 0.9, 0.7, 0.9, 0.9]
+    curriculum, readings = Curriculum(steps=5, gate=0.8, window=300), [0.9, 0.2, 0.7, 0.95, 0.9, 0.7, 0.9, 0.9, 0.9]
     whole, _ = climb(curriculum, readings)
     for cut in range(1, len(readings)):
         first, level = climb(curriculum, readings[:cut])
@@ -357,7 +357,7 @@ def test_a_level_goes_on_from_a_checkpoint():
         restored.load_state_dict(level.state_dict())
         rest, _ = climb(curriculum, readings[cut:], restored, cut)
         assert first + rest == whole
-    assert whole == [0, 0, 0, 0, 1, 1, 1, 2]
+    assert whole == [0, 0, 0, 0, 0, 1, 1, 1, 2]
 
 
 def test_auroc_is_that_of_the_metric():
@@ -371,12 +371,13 @@ def test_auroc_is_that_of_the_metric():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": 30}, "starts with 0 to 25 steps"),
-        ({"start": -1}, "starts with 0 to 25 steps"),
-        ({"gate": 0.0}, r"gate is an AUROC in \(0, 1\]"),
-        ({"gate": 80.0}, r"gate is an AUROC in \(0, 1\], got 80"),
-        ({"window": 0}, "window is at least 1"),
-        ({"images_per_step": -1}, "images_per_step at least 0, got 1000 and -1"),
+        ({"start": 30}, "0 <= start <= steps, got 30 and 25"),
+        ({"start": -1}, "0 <= start <= steps"),
+        ({"gate": None}, "K would never grow"),
+        ({"gate": 1.0}, r"gate is an AUROC in \[0, 1\)"),
+        ({"gate": 80.0}, r"gate is an AUROC in \[0, 1\) or none, got 80"),
+        ({"window": 0}, "at least 1 image, got 0"),
+        ({"images_per_step": 0}, "at least 1 image, got 1000 and 0"),
     ],
 )
 def test_bad_curricula_are_refused(options, message):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "advebm"
 
 LAYERS = [
-    {"config", "errors", "seeds", "files", "citations", "recipes"},
+    {"config", "errors", "seeds", "files", "citations", "recipes", "allocator"},
     {"energies", "descent", "starts", "modes", "checks"},
     {"models", "data", "pictures", "densities"},
     {"objectives", "samplers", "attacks", "metrics"},
@@ -24,6 +24,7 @@ LAYERS = [
         "evaluation",
         "generation",
         "drawing",
+        "chains",
         "tuning",
         "diagnostics",
         "comparison",

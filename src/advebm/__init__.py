@@ -18,6 +18,7 @@ __all__ = [
     "report",
     "sample",
     "train",
+    "tune_cpu_allocator",
     "wrap",
 ]
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         report,
         sample,
         train,
+        tune_cpu_allocator,
         wrap,
     )
 

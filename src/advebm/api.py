@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm import checks, config, energies, evaluation, generation, recipes, seeds
+from advebm.allocator import tune_cpu_allocator as tune_cpu_allocator
 from advebm.attacks.projected import Attack
 from advebm.data.sources import Data
 from advebm.descent import Energy

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from advebm import __version__, recipes
+from advebm.allocator import tune_cpu_allocator
 from advebm.config import KINDS
 from advebm.errors import Diverged, Interrupted, UserError, suggest, unknown
 
@@ -24,6 +25,9 @@ JUDGES = (  # for --features
     "what judges the samples: the classifier of a run or model (its own by default), pixels, inception (downloads its "
     "weights once), or inception:PATH of torch-fidelity's weight file"
 )
+
+
+WAYS = "auto, off, fold, compile, bf16 or bf16+compile"  # for --fast
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # for package.module:Class of one's own
     warnings.showwarning = lambda message, *rest: print(f"advebm: warning: {message}", file=sys.stderr)
+    tune_cpu_allocator()
     try:
         plain, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
         args, unexpected = build_parser().parse_known_args(plain)
@@ -119,6 +124,7 @@ def build_parser() -> Parser:
         )
         sub.add_argument("--seed", type=int)
         sub.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
+        sub.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {WAYS}; --train.fast")
         sub.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
     whole.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
     whole.add_argument("--features", metavar="RUN", help=JUDGES)
@@ -136,6 +142,7 @@ def build_parser() -> Parser:
     sub.add_argument("--steps", type=int, metavar="K", help="short for --sampler.steps, at least 1")
     sub.add_argument("--untuned", action="store_true", help="the recipe's settings, whatever tune-sampler found")
     sub.add_argument("--classes", metavar="K,K", help="their numbers; all by default")
+    sub.add_argument("--fast", default="auto", metavar="WAY", help=f"how the network is computed: {WAYS}")
     sub.add_argument("--name", help="of the set, METHOD-START by default; replaces a set of that name")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
@@ -252,7 +259,8 @@ def build_parser() -> Parser:
     sub.add_argument("experiment", nargs="?", metavar="NAME", help="see --list")
     sub.add_argument("--list", action="store_true", help="every figure, table and algorithm, and what makes it")
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="training seeds; tables give mean and deviation")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME)")
+    sub.add_argument("--quick", action="store_true", help="shorter training, where an experiment has that; labelled so")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME, or runs/NAME-quick)")
 
     sub = verb("push", run_push, "Publish the model of a run on the Hub, where hf:USER/NAME finds it.")
     sub.add_argument("run", type=Path, metavar="RUN")
@@ -360,7 +368,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
     from advebm.training.run import Run, new_folder
 
     if args.resume is not None:
-        if overrides or args.out or args.init or args.model or args.seed is not None:
+        if overrides or args.out or args.init or args.model or args.fast or args.seed is not None:
             raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
         recipe, folder = Run.open(args.resume).recipe, args.resume
     else:
@@ -371,6 +379,8 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
         plain = recipes.find(args.recipe) if args.recipe else read(args.config)
         if args.model:
             overrides = [*overrides, ("backbone", {"kind": "own", "path": args.model})]
+        if args.fast:
+            overrides = [*overrides, ("train.fast", args.fast)]
         given = {"seed": args.seed, "init": args.init}
         recipe = resolve({**plain, **{k: v for k, v in given.items() if v is not None}}, overrides)
         folder = args.out or new_folder(Path("runs"), recipe.name)
@@ -394,8 +404,9 @@ def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
         return
     where = [f"--device={args.device}"] if args.device else []
     judge = [f"--features={args.features}"] if args.features else []
+    way = [f"--fast={args.fast}"] if args.fast else []
     for verb, options in (
-        ("sample", [*where, f"--per-class={args.per_class}"]),
+        ("sample", [*where, *way, f"--per-class={args.per_class}"]),
         ("evaluate", [*where, *judge]),
         ("report", []),
     ):
@@ -425,6 +436,7 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
         overrides = [*overrides, ("sampler.steps", args.steps)]
     options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": device(args.device), "batch": args.batch}
     options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _numbers(args.classes)}
+    options["way"] = args.fast
     if args.compare:
         samplers = {method: _sampler(run, method, overrides) for method in args.compare.split(",")}
         seeds, say = args.seeds or 1, lambda text: screen.print(f"  {text}")
@@ -639,7 +651,8 @@ def run_reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
                     values = "  ".join(f"{k} {'-' if v is None else v}" for k, v in row["values"].items())
                     print(f"  {'':28} {row['status']:9} {row['name']}: {values}")
         return
-    print(reproduce(args.experiment, args.out or Path("runs") / args.experiment, seeds=args.seeds, options=overrides))
+    folder = args.out or Path("runs") / f"{args.experiment}{'-quick' * args.quick}"
+    print(reproduce(args.experiment, folder, seeds=args.seeds, quick=args.quick, options=overrides))
 
 
 def run_push(args: argparse.Namespace, overrides: Overrides) -> None:

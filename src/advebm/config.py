@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, str]] = {
         "npz": "advebm.data.files:Npz",
         "hf": "advebm.data.files:HubImages",
         "part": "advebm.data.sources:Part",
+        "classes": "advebm.data.sources:Classes",
         "patches": "advebm.data.outside:Patches",
         "noise": "advebm.data.outside:NoiseImages",
         "mixture": "advebm.data.outside:Mixture",
@@ -96,6 +97,7 @@ KINDS: dict[str, dict[str, str]] = {
         "sample-quality": "advebm.metrics.quality:SampleQuality",
         "energies": "advebm.metrics.energy:Energies",
         "ood": "advebm.metrics.ood:OutOfDistribution",
+        "detectors": "advebm.metrics.detectors:Detectors",
         "calibration": "advebm.metrics.calibration:Calibration",
         "corruption-accuracy": "advebm.metrics.corruption:CorruptionAccuracy",
     },
@@ -299,6 +301,8 @@ def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
             raise UserError(f"{where} may not be empty")
         return _convert(value, next(a for a in args if a is not type(None)), where, foreign)
     if origin is typing.Literal:
+        if value is False and "off" in args:
+            return "off"  # which YAML reads as false
         if value not in args:
             raise UserError(f"{where} is one of {', '.join(map(str, args))}, got {value!r}{suggest(value, args)}")
         return value

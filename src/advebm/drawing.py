@@ -25,6 +25,7 @@ from advebm import config, files, generation, pictures
 from advebm.data.sources import Data
 from advebm.errors import UserError
 from advebm.generation import CHUNK
+from advebm.models.inference import View, Way
 from advebm.models.network import Network
 from advebm.samplers import Sampler
 from advebm.starts import Start
@@ -45,6 +46,7 @@ class Drawing:
         checkpoint: its number of images.
         device: where to compute.
         batch: images that the network sees at once; none for the whole chunk of 500.
+        way: how the network is computed, see :class:`advebm.models.inference.Fast`; ``auto`` folds.
         about: what else the manifest says.
     """
 
@@ -57,6 +59,7 @@ class Drawing:
     checkpoint: str = "latest"
     device: str = "cpu"
     batch: int | None = None
+    way: Way = "auto"
     about: Mapping[str, Any] = field(default_factory=dict)
     within: str = "samples"
 
@@ -78,6 +81,7 @@ class Drawing:
             "chunk": CHUNK,
             "batch": self.batch,
             "device": torch.device(self.device).type,
+            "fast": self.way,
             **self.about,
         }
 
@@ -96,6 +100,7 @@ class Desk:
     outside: Data | None
     start: Start
     y: Tensor
+    quick: View | None
 
     @classmethod
     def open(cls, drawing: Drawing) -> "Desk":
@@ -109,12 +114,13 @@ class Desk:
         outside = others(run, sampler, drawing.checkpoint)
         model = run.model(drawing.checkpoint)[0].to(drawing.device)
         y = generation.wanted(sampler, data, drawing.per_class, drawing.classes)
-        return cls(drawing, model, data, outside, sampler.prepare(data, outside), y)
+        quick = generation.quickly(model, data, len(y), drawing.way)
+        return cls(drawing, model, data, outside, sampler.prepare(data, outside), y, quick)
 
     def draw(self, number: int) -> None:
         """Write a chunk."""
         d = self.drawing
-        options: dict[str, Any] = {"shape": self.data.shape, "seed": d.seed, "batch": d.batch}
+        options: dict[str, Any] = {"shape": self.data.shape, "seed": d.seed, "batch": d.batch, "quick": self.quick}
         images = generation.chunk(self.model, d.sampler, self.start, self.y, number, **options)
         buffer = io.BytesIO()
         np.save(buffer, generation.to_bytes(images).numpy())
@@ -167,7 +173,8 @@ def draw(
         shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 13 if trajectory else 7)})
         strip = moments[:, shown], [steps[i] for i in shown]
         parts = (_read(drawing.part(number)) for number in range(count))
-        generation.publish(folder, parts, desk.y, desk.data.shape, plan, len(desk.data.classes), strip)
+        about = {**plan, "fast": "off" if desk.quick is None else desk.quick.way.name}
+        generation.publish(folder, parts, desk.y, desk.data.shape, about, len(desk.data.classes), strip)
         shutil.rmtree(folder / "parts", ignore_errors=True)
         (folder / "plan.json").unlink(missing_ok=True)
     return folder

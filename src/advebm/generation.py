@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from advebm import config, files, pictures, seeds
 from advebm.data.sources import Data, to_float
 from advebm.errors import UserError
-from advebm.metrics.base import SampleSet, device_of
+from advebm.metrics.base import SampleSet, as_images, device_of
+from advebm.models.inference import View, Way, fast, view
+from advebm.modes import through
 from advebm.samplers import Sampler
 from advebm.starts import Deck, Start
 
@@ -29,6 +31,7 @@ def generate(
     *,
     outside: Data | None = None,
     seed: int = 0,
+    way: Way = "auto",
     progress: Callable[[int], None] = lambda done: None,
 ) -> SampleSet:
     """Images of classes ``y (N,)`` int64, -1 where there are none, uncurated, on the CPU.
@@ -40,13 +43,22 @@ def generate(
         y: the class of each image.
         outside: whose test images chains begin from, with ``start: outside``.
         seed: of seeds and noise.
+        way: how the network is computed, see :class:`advebm.models.inference.Fast`; ``auto`` folds.
         progress: told how many images are done.
     """
     start, drawn = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
+    quick = quickly(model, data, len(y), way)
     for number in range(-(-len(y) // CHUNK)):
-        drawn.append(chunk(model, sampler, start, y, number, shape=data.shape, seed=seed))
+        drawn.append(chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, quick=quick))
         progress(sum(map(len, drawn)))
-    return SampleSet(torch.cat(drawn), y.cpu(), {"sampler": config.describe(sampler), "seed": seed})
+    about = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if quick is None else quick.way.name}
+    return SampleSet(torch.cat(drawn), y.cpu(), about)
+
+
+def quickly(model: nn.Module, data: Data, count: int, way: Way) -> View | None:
+    """The network for searches, as ``way`` asks, where that applies; for ``count`` images in chunks."""
+    example = as_images(data.train.x[: min(count, CHUNK)], device_of(model))
+    return view(model, example, fast(way), loud=way != "auto") if len(example) else None
 
 
 def chunk(
@@ -59,17 +71,20 @@ def chunk(
     shape: Sequence[int],
     seed: int = 0,
     batch: int | None = None,
+    quick: View | None = None,
 ) -> Tensor:
     """Images ``number * CHUNK`` and on of those of classes ``y (N,)``, on the CPU.
 
-    They depend on nothing that was drawn before.  ``batch`` is how many the network sees at once; it changes rounding.
+    They depend on nothing that was drawn before.  ``batch`` (images that the network sees at once) and ``quick``
+    (the network as it is searched) change rounding.
     """
     device, first = device_of(model), number * CHUNK
     classes, generator = y[first : first + CHUNK].to(device), seeds.generator(seed, "sample", number, device=device)
     if isinstance(start, Deck):
         start = dataclasses.replace(start, order=dealt(len(start.x), first, len(classes), seed))
     begin = start(torch.empty(len(classes), *shape, device=device), classes, generator)
-    return sampler(model, classes, begin, generator=generator, batch=batch).cpu()
+    with through(model, quick and quick.refresh):
+        return sampler(model, classes, begin, generator=generator, batch=batch).cpu()
 
 
 def dealt(total: int, first: int, count: int, seed: int) -> Tensor:

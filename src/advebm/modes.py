@@ -7,13 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+VIEWS: dict[nn.Module, Callable[[], Callable[[Tensor], Tensor]]] = {}  # filled by :func:`through`
+
 
 @contextmanager
 def searching(model: nn.Module, *, training: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yields the function to search: the network with frozen parameters, in a fixed mode.
 
-    A search calls only what this yields, never ``model`` itself, so that the same line can hand out a folded,
-    low-precision or compiled view.  Modes and ``requires_grad`` are restored exactly, running statistics stay put.
+    A search calls only what this yields, never ``model`` itself: in eval mode inside :func:`through` that is a view,
+    folded, in low precision or compiled.  Modes and ``requires_grad`` are restored exactly, running statistics stay
+    put.
 
     Freezing spares the activations that only weight gradients need, and a compiled backward would compute those
     gradients and throw them away.
@@ -31,7 +34,8 @@ def searching(model: nn.Module, *, training: bool = False) -> Iterator[Callable[
             norm.track_running_stats = False  # in train mode: use the batch's statistics, move nothing
         for p in trainable:
             p.requires_grad_(False)
-        yield model
+        refresh = None if training else VIEWS.get(model)
+        yield model if refresh is None else refresh()
     finally:
         for p in trainable:
             p.requires_grad_(True)
@@ -39,6 +43,19 @@ def searching(model: nn.Module, *, training: bool = False) -> Iterator[Callable[
             norm.track_running_stats = tracked
         for m, was in modes.items():
             m.training = was
+
+
+@contextmanager
+def through(model: nn.Module, view: Callable[[], Callable[[Tensor], Tensor]] | None) -> Iterator[None]:
+    """Searches of ``model`` in eval mode call what ``view()`` returns, once a search, when weights may have changed."""
+    if view is None:
+        yield
+        return
+    VIEWS[model] = view
+    try:
+        yield
+    finally:
+        del VIEWS[model]
 
 
 @contextmanager

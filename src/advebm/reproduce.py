@@ -8,13 +8,18 @@ from typing import Any
 
 import yaml
 
-from advebm import comparison, config, console, evaluation, files, recipes
+from advebm import comparison, config, console, evaluation, files, generation, recipes
+from advebm.attacks.apgd import APGD
 from advebm.attacks.projected import Attack
+from advebm.chains import Chains, Point, best, reached
 from advebm.comparison import Records, Wanted
 from advebm.errors import Diverged, UserError, unknown
 from advebm.metrics.base import Record
+from advebm.metrics.detectors import Detectors
 from advebm.metrics.energy import Energies
-from advebm.metrics.robustness import TargetedAccuracy
+from advebm.metrics.ood import OutOfDistribution
+from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
+from advebm.reporting import figures, gallery
 from advebm.reporting.build import report
 from advebm.stages import draw, fit, set_name
 from advebm.tables import one_a_line, side_by_side
@@ -31,20 +36,21 @@ def papers() -> list[dict[str, Any]]:
     return yaml.safe_load(resources("advebm").joinpath("papers.yaml").read_text())["papers"]
 
 
-def reproduce(name: str, folder: Path, *, seeds: int = 1, options: Options = ()) -> Path:
+def reproduce(name: str, folder: Path, *, seeds: int = 1, quick: bool = False, options: Options = ()) -> Path:
     """Carry an experiment out, or on where it was; what is there already is not done again.
 
     Args:
         name: of :data:`EXPERIMENTS`.
         folder: gets a run's folder for each recipe and seed, ``results.json`` and ``report.html``.
         seeds: how many training seeds; tables then give mean and deviation over them.
+        quick: with the shorter training of :data:`QUICK`; the report says so.
         options: as on the command line of ``train``, for every recipe.
 
     Returns:
         The report.
 
     Raises:
-        UserError: an unknown name, or options that a recipe does not take.
+        UserError: an unknown name, no quick form, or options that a recipe does not take.
     """
     if name not in EXPERIMENTS:
         raise unknown("experiment", name, EXPERIMENTS)
@@ -52,10 +58,18 @@ def reproduce(name: str, folder: Path, *, seeds: int = 1, options: Options = ())
         raise UserError(f"seeds is at least 1, got {seeds}")
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; --out takes a folder for the whole experiment")
+    if quick and name not in QUICK:
+        raise UserError(f"{name} has no quick form; {', '.join(QUICK)} have")
+    if quick:
+        name_shown, options = f"{name} --quick: shorter training than the experiment's", [*QUICK[name], *options]
+    else:
+        name_shown = name
     results, runs = EXPERIMENTS[name](folder, seeds, options)
     files.write_json(folder / "results.json", results)
-    (one_a_line if len(results) > 4 else side_by_side)(results)
-    return report(runs[0], beside=runs[1:], out=folder / "report.html", title=name)
+    quantities = {(r["name"], r["settings"].get("samples")) for records in results.values() for r in records}
+    (one_a_line if len(results) > max(4, len(quantities) / 3) else side_by_side)(results)
+    drawn = FIGURES[name](results) if name in FIGURES else {}
+    return report(runs[0], beside=runs[1:], out=folder / "report.html", title=name_shown, shown=drawn)
 
 
 def carry(recipe: Recipe, folder: Path) -> Run:
@@ -219,9 +233,200 @@ def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Re
     return study(folder, seeds, entries, measure)
 
 
+def along(run: Run, recipe: Recipe, judge: Run, chains: Chains) -> list[Point]:
+    """What the samples of a run are worth after each number of steps; measured unless it is there."""
+    about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
+    about |= {"features": str(comparison.judge(judge.folder)), "checkpoint": run.checkpoints.path().name}
+    file = run.folder / f"chains-{chains.split}.json"
+    known = files.read_json(file, default={})
+    if {k: known.get(k) for k in about} != about:
+        say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
+        outside = recipe.outside.load() if recipe.outside is not None else None
+        space = evaluation.find_space(judge.folder).load("cpu")
+        points = chains(run.model()[0], recipe.sampler, recipe.data.load(), space, outside=outside)
+        known = {**about, "points": [point._asdict() for point in points]}
+        files.write_json(file, known)
+    return [Point(**point) for point in known["points"]]
+
+
+def chosen(run: Run, recipe: Recipe, judge: Run) -> Recipe:
+    """The recipe with as many steps of sampling as validation images like best."""
+    steps = best(along(run, recipe, judge, Chains())).steps
+    return dataclasses.replace(recipe, sampler=dataclasses.replace(recipe.sampler, steps=steps))
+
+
+def detection(run: Run, count: int, restarts: int) -> OutOfDistribution:
+    """Standard and worst case against noises and the test images of p0."""
+    outside = () if run.recipe.outside is None else (run.recipe.outside,)
+    sets = (*OutOfDistribution().sets, *(outside or (config.build("patches", "source"),)))
+    return OutOfDistribution(sets=sets, count=count, eps=run.recipe.threat.eps, restarts=restarts)
+
+
+def digits_binary_at(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Binary AT on digits from patches of photographs: steps K, fixed or growing, three other p0, no R1, detection."""
+    judge = carry(recipe("digits-standard", ()), folder / "judge")
+    critic = lambda **changes: recipe("digits-binary-at", options, **changes)
+    entries = {"k-grows": critic()}
+    schedule = config.describe(entries["k-grows"].objective)["curriculum"]
+    images, largest = entries["k-grows"].train.images, schedule["steps"]
+    for k in sorted({1, largest // 4, largest // 2, largest}):
+        entries[f"k-{k}"] = critic(objective__curriculum={**schedule, "start": k, "steps": k})
+    for of in ("k-grows", f"k-{largest // 4}", f"k-{largest}"):  # the rate is constant, so these are its beginning
+        for count in (images // 4, images // 2):
+            short = dataclasses.replace(entries[of].train, images=count)
+            entries[f"{of}@{count}"] = dataclasses.replace(entries[of], train=short)
+    entries["no-r1"] = critic(objective__r1=0.0)
+    few = {"kind": "part", "source": {"kind": "patches"}, "share": 0.01}
+    for name, outside in (("70-patches", few), ("noise", "noise"), ("patches-and-noise", "mixture")):
+        entries[f"p0-{name}"] = critic(outside=outside)
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        found = {}
+        for title, run in runs.items():
+            setting = chosen(run, run.recipe, judge)
+            drawn(run, setting, 100)
+            wanted: Wanted = comparison.quality(run, judge.folder)
+            if "@" not in title:
+                wanted |= {("AUROC energy vs uniform", None): detection(run, 512, 1)}
+            comparison.measure(run, wanted, features=judge.folder)
+            steps = Record("steps chosen on validation", setting.sampler.steps, 0.0, 1)
+            found[title] = [dataclasses.asdict(steps), *brief(run)]
+        return found
+
+    return study(folder, seeds, entries, measure)
+
+
+def brief(run: Run) -> Records:
+    """The latest records of a run that a table has room for."""
+    names = ("accuracy", "FD", "KID", "AUROC", "fpr95_id")
+    return [r for r in evaluation.latest(run.records()) if r["name"].startswith(names)]
+
+
+def binary_at_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
+    """FD against K, against images, and for each p0: figures 4, 5 and 3 of Binary-AT."""
+    fd = {t: next((r["value"], r["error"]) for r in rs if r["name"].startswith("FD")) for t, rs in results.items()}
+    fixed = {float(t[2:]): v for t, v in fd.items() if t[2:].isdigit()}
+    during: dict[str, dict[float, tuple[float, float]]] = {}
+    for title, value in fd.items():
+        if "@" in title:
+            of, _, count = title.partition("@")
+            during.setdefault(of, {})[float(count)] = value
+    for of, points in during.items():
+        points[2 * max(points)] = fd[of]
+    p0 = {"patches": fd["k-grows"], **{t.removeprefix("p0-"): v for t, v in fd.items() if t.startswith("p0-")}}
+    name = "FD in the features of a standard classifier"
+    return {
+        "FD against the number of steps K in training, K fixed": figures.lines({"": fixed}, "K", name, log=True),
+        "FD during training": figures.lines(during, "images", name),
+        "FD for each p0": figures.bars(p0, name),
+    }
+
+
+def digits_hybrids(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Classifiers and critics trained with outside data beside AT and JEM, l2 0.9: accuracy, samples, detection."""
+    common = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}
+    start = {"sampler__start": "global"}
+    attack = {"norm": "l2", "eps": 0.9, "steps": 10, "step_size": 0.225}
+    entries = {
+        "standard": recipe("digits-standard", options, **common, **start),
+        "at": recipe("digits-at", options, **common, **start),
+        "oe": recipe("digits-oe", options, **common),
+        "ratio": recipe("digits-ratio", options, **common),
+        "gat": recipe("digits-gat", options, **common, objective__attack=attack),
+        "dat": recipe("digits-dat", options, **common),
+        "jem": recipe("digits-jem", options, **common),
+        "short-run-mle": recipe("digits-short-run-mle", options, **common, sampler=SHORT_RUN),
+        "binary-at": recipe("digits-binary-at", options, **common),
+    }
+    apgd = APGD(eps=0.9, norm="l2")
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        judge = runs["standard"]
+        stage = Run.open(runs["dat"].folder / "before" / "0-digits-dat-at")
+        everyone = {title: run for title, run in runs.items() if title != "dat"}
+        everyone |= {"dat, stage 1": stage, "dat, stage 2": runs["dat"]}
+        found = {}
+        for title, run in everyone.items():
+            critic = run.recipe.objective.outputs == 1
+            setting = chosen(run, run.recipe, judge) if critic else run.recipe
+            drawn(run, setting, 50)
+            wanted: Wanted = comparison.quality(run, judge.folder)
+            wanted |= {("AUROC energy vs uniform", None): detection(run, 512, 1)}
+            if not critic and title != "short-run-mle":
+                wanted |= {("accuracy", None): Accuracy(), (f"accuracy under {apgd.name}", None): RobustAccuracy(apgd)}
+                wanted |= {("AUROC of detectors", None): Detectors()}
+            comparison.measure(run, wanted, features=judge.folder)
+            found[title] = brief(run)
+        return efficiency(everyone, judge, found)
+
+    return study(folder, seeds, entries, measure)
+
+
+SHORT_RUN = {"kind": "sgld", "steps": 40, "step_size": 0.1, "noise": 0.01}  # as the recipe trains
+
+
+def efficiency(runs: Mapping[str, Run], judge: Run, found: dict[str, Records]) -> dict[str, Records]:
+    """Records with what the samples of three generators cost where they are equally good, Binary-AT section 5."""
+    points = {}
+    for title in ("binary-at", "jem", "short-run-mle"):
+        run = runs[title]
+        own = (
+            run.recipe
+            if title != "jem"
+            else dataclasses.replace(run.recipe, sampler=config.build(SHORT_RUN, "sampler"))
+        )
+        points[title] = along(run, own, judge, Chains("train"))
+    level = max(min(p.fd for p in of) for of in points.values())
+    for title, of in points.items():
+        point = reached(of, level)
+        assert point is not None
+        about = {"level": level}
+        for name, value in (("gradients an image", point.steps), ("milliseconds an image", 1000 * point.seconds)):
+            record = Record(f"{name} to FD {level:.4g}", value, 0.0, Chains().count, about)
+            found[title].append(dataclasses.asdict(record))
+    return found
+
+
+FIGURE4 = (("at", "jeat-16"), ("at", "jeat-17"), ("prejeat", "jeat-17"))  # from left to right
+
+
+def jeat_figure4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Ten ships by equations 16 and 17 from AT and by 17 from PreJEAT, from the same seeds: the shape of JEAT figure 4.
+
+    The paper states neither steps nor step size; at temperature 1, as printed, images drown in noise.
+    """
+    entries = {"at": recipe("cifar10-at-small", options), "prejeat": recipe("cifar10-prejeat-small", options)}
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        classes = runs["at"].recipe.data.load().classes
+        ships = (classes.index("ship"),) if "ship" in classes else None
+        panels, texts = {}, {}
+        for title, kind in FIGURE4:
+            settings = [("steps", 100), ("step_size", 0.05), ("temperature", 1e-4), ("start", "class")]
+            chosen = [("sampler", kind), *((f"sampler.{name}", value) for name, value in settings)]
+            sampler = resolve(config.describe(runs[title].recipe), chosen).sampler
+            where = draw(runs[title], kind, sampler, 10, classes=ships)
+            x = generation.read(where).x
+            panels[f"{title}, {kind}"] = x[:10].view(2, 5, *x.shape[1:])
+            texts[f"{title}, {kind}"] = ["the same seeds"]
+        text = "Equation 16 descends E(x, y) - E(x), 17 descends E(x, y); 100 steps of 0.05 at temperature 1e-4."
+        gallery.hang(runs["at"], "jeat-figure4", figures.grids(panels, texts), "JEAT figure 4", text)
+        return {title: measured(run, comparison.accuracies(())) for title, run in runs.items()}
+
+    return study(folder, seeds, entries, measure)
+
+
 EXPERIMENTS: dict[str, Callable[[Path, int, Options], tuple[dict[str, Records], list[Run]]]] = {
     "digits-supervised": digits_supervised,
     "jeat-table1": jeat_table1,
+    "jeat-figure4": jeat_figure4,
     "jeat-figure5": jeat_figure5,
     "cem-claims": cem_claims,
+    "digits-binary-at": digits_binary_at,
+    "digits-hybrids": digits_hybrids,
+}
+FIGURES: dict[str, Callable[[Mapping[str, Records]], dict[str, bytes]]] = {"digits-binary-at": binary_at_figures}
+QUICK: dict[str, Options] = {
+    "digits-binary-at": [("train.images", 16_000), ("objective.curriculum.window", 400)],
+    "digits-hybrids": [("train.images", 12_000)],
 }

@@ -157,6 +157,52 @@ class Part:
         return data._replace(train=parts[self.rest])
 
 
+@dataclass(frozen=True)
+class Classes:
+    """Some of another source's classes, or the others: for what is to be unseen, down to its kind.
+
+    ``--outside classes --outside.source cifar100 --outside.count 80`` trains against 80 classes; the 20 others, with
+    ``rest: true``, tell how the model fares with images of kinds that it never met.
+
+    Attributes:
+        source: the other source.
+        count: of classes to take.
+        rest: whether to take the classes that are not among them.
+        split_seed: decides which ones.
+    """
+
+    source: Source = Digits()
+    count: int = 5
+    rest: bool = False
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"count is at least 1 class, got {self.count}")
+
+    @property
+    def augment(self) -> Augmentations:
+        """The source's."""
+        return self.source.augment
+
+    def load(self) -> Data:
+        """Every split with the images of these classes alone, which are numbered anew."""
+        data = self.source.load()
+        if self.count >= len(data.classes):
+            raise UserError(f"{data.name} has {len(data.classes)} classes, so count is less, got {self.count}")
+        order = torch.randperm(len(data.classes), generator=seeds.generator(self.split_seed, "classes"))
+        kept = (order[self.count :] if self.rest else order[: self.count]).sort().values
+        number = torch.full((len(data.classes),), -1).scatter(0, kept, torch.arange(len(kept)))
+
+        def of(images: Images) -> Images:
+            chosen = images.take(torch.isin(images.y, kept))
+            return Images(chosen.x, number[chosen.y])
+
+        names = tuple(data.classes[k] for k in kept.tolist())
+        what = f"{data.name}, {len(kept)} {'other ' * self.rest}classes"
+        return Data(what, names, of(data.train), of(data.val), of(data.test))
+
+
 def partition(shards: list[Images], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
     """Cut a set into parts of these shares and what remains, class by class, so that each has them in proportion.
 

@@ -295,7 +295,17 @@ class OutOfDistribution:
                     cases: dict[str | None, Tensor] = {None: _scored(score, f, x, subject)}
                     if eps > 0:
                         own = seeds.generator(seed, "worst case", name, score.name, device=where)
-                        cases[self._attack(eps)] = self._lowest(score, f, x, eps, subject, own)
+                        worst = lambda x, s=score, g=own: lowest(
+                            partial(s, f),
+                            x,
+                            eps=eps,
+                            norm=self.norm,
+                            steps=self.steps,
+                            restarts=self.restarts,
+                            generator=g,
+                        )
+                        parts = map(subject.on_device, x.split(subject.batch))
+                        cases[self._attack(eps)] = torch.cat([worst(part) for part in parts])
                     records += self._records(known, cases, about)
         return records
 
@@ -306,21 +316,6 @@ class OutOfDistribution:
         if not (kept := [score for score in self.scores if not (critic and score.classes)]):
             raise UserError("these scores need a classifier, the model has one output; use energy or max-logit")
         return kept
-
-    def _lowest(
-        self, score: Score, f: Logits, x: Tensor, eps: float, subject: Subject, generator: torch.Generator
-    ) -> Tensor:
-        """The lowest score in the ball around each image that Auto-PGD finds, (N,)."""
-        likeness = lambda z: -score(f, z).to(z.dtype)
-        lowest = []
-        for part in x.split(subject.batch):
-            part = subject.on_device(part)
-            scores = [_plain(score, f, part)]
-            for _ in range(self.restarts):
-                found, _ = ascend(likeness, part, eps=eps, norm=self.norm, steps=self.steps, generator=generator)
-                scores.append(_plain(score, f, found))
-            lowest.append(torch.stack(scores).amin(0))
-        return torch.cat(lowest)
 
     def _records(self, inside: Tensor, cases: dict[str | None, Tensor], about: dict[str, Any]) -> list[Record]:
         edges = np.histogram_bin_edges(torch.cat([inside, *cases.values()]).numpy(), BINS)
@@ -345,6 +340,33 @@ class OutOfDistribution:
     def _attack(self, eps: float) -> str:
         times = "" if self.restarts == 1 else f" x {self.restarts}"
         return f"APGD-{self.steps}{times} {radius(eps, self.norm)}"
+
+
+def lowest(
+    score: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    eps: float,
+    norm: Literal["l2", "linf"],
+    steps: int,
+    restarts: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """The lowest score in the ball around each of some images, theirs included, that Auto-PGD finds; (B,), on the CPU.
+
+    Args:
+        score: images (B, C, H, W) -> (B,), differentiable.
+        x: the images.
+        eps, norm: the ball.
+        steps, restarts: of Auto-PGD.
+        generator: of its starts.
+    """
+    likeness = lambda z: -score(z).to(z.dtype)
+    found = [x] + [
+        ascend(likeness, x, eps=eps, norm=norm, steps=steps, generator=generator)[0] for _ in range(restarts)
+    ]
+    with torch.no_grad():
+        return torch.stack([score(z) for z in found]).amin(0).cpu()
 
 
 def _plain(score: Score, f: Logits, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from advebm.config import check_choices
 from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, proportion
 from advebm.metrics.verdicts import Verdicts, judge
+from advebm.models.inference import Precision
 
 
 def measure(subject: Subject, attack: Adversary | None, generator: torch.Generator) -> tuple[float, float, int]:
@@ -36,11 +37,13 @@ def some(subject: Subject, images: int | None) -> Subject:
     return subject._replace(split=subject.split.take(rows.sort().values))
 
 
-def verdicts(subject: Subject, attack: Adversary, generator: torch.Generator, precision: str = "float32") -> Verdicts:
+def verdicts(
+    subject: Subject, attack: Adversary, generator: torch.Generator, precision: Precision = "float32"
+) -> Verdicts:
     """What becomes of the subject's split under attack, see :func:`advebm.metrics.verdicts.judge`."""
     subject.check_labelled()
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    options = {"seed": seed, "batch": subject.batch, "precision": getattr(torch, precision), "folder": subject.folder}
+    options: dict[str, Any] = {"seed": seed, "batch": subject.batch, "precision": precision, "folder": subject.folder}
     with subject.bar(attack.name if attack.eps > 0 else "accuracy", len(subject.split)) as tell:
         return judge(subject.model, subject.split.x, subject.split.y, attack, **options, tell=tell)
 
@@ -68,7 +71,7 @@ class RobustAccuracy:
     """
 
     attack: Adversary | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     images: int | None = None
 
     cites: ClassVar[tuple[str, ...]] = ("madry2018",)
@@ -82,7 +85,7 @@ class RobustAccuracy:
         attack = self.attack or subject.threat
         found = verdicts(some(subject, self.images), attack, generator, self.precision)
         settings: dict[str, Any] = {"attack": config.describe(attack), "precision": self.precision}
-        settings |= {"images": self.images}
+        settings |= {"fast": found.fast, "images": self.images}
         records = [_record(f"accuracy under {attack.name}", found.standing(), settings)]
         for count, part in enumerate(found.attacks[:-1], 1):
             name = f"accuracy under {attack.name}, after {part}"
@@ -113,7 +116,7 @@ class TargetedAccuracy:
         """One record, ``accuracy under targeted`` and the attack."""
         attack = self.attack or subject.threat
         found = verdicts(some(subject, self.images), Targeted(attack), generator)
-        settings = {"attack": config.describe(attack), "targeted": True, "images": self.images}
+        settings = {"attack": config.describe(attack), "targeted": True, "fast": found.fast, "images": self.images}
         return [_record(f"accuracy under targeted {attack.name}", found.standing(), settings)]
 
 
@@ -134,14 +137,12 @@ class RobustnessCurve:
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """A record a radius."""
         attacks = [_scaled(subject.threat, factor) for factor in self.factors]
-        return [
-            _record(
-                f"accuracy under {attack.name}",
-                verdicts(subject, attack, generator).standing(),
-                {"attack": config.describe(attack)},
-            )
-            for attack in dict.fromkeys(attacks)
-        ]
+        records = []
+        for attack in dict.fromkeys(attacks):
+            found = verdicts(subject, attack, generator)
+            settings = {"attack": config.describe(attack), "fast": found.fast}
+            records.append(_record(f"accuracy under {attack.name}", found.standing(), settings))
+        return records
 
 
 def _scaled(attack: Attack, factor: float) -> Attack:

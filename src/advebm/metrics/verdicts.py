@@ -16,7 +16,7 @@ from advebm.descent import value_and_gradient
 from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.metrics.base import Tell, as_images, device_of
-from advebm.models.inference import faster, float32
+from advebm.models.inference import Precision, View, faster, float32
 from advebm.modes import searching
 
 STANDS, WRONG = -1, 0
@@ -27,6 +27,7 @@ class Verdicts(NamedTuple):
 
     attacks: tuple[str, ...]
     broken: Tensor
+    fast: str = "off"  # how the searches computed the network, see :class:`advebm.models.inference.Fast`
 
     def standing(self, after: int | None = None) -> Tensor:
         """Which points stand after all attacks, or after the first so many, bool (N,)."""
@@ -41,7 +42,7 @@ def judge(
     *,
     seed: int = 0,
     batch: int = 500,
-    precision: torch.dtype = torch.float32,
+    precision: Precision = "float32",
     folder: Path | None = None,
     tell: Tell = lambda done, note: None,
 ) -> Verdicts:
@@ -82,12 +83,13 @@ def judge(
         checks.labels(y, len(x), classes)
         runs = attack.runs(classes) if attack.eps > 0 else []
         quick = faster(model, sample, precision=precision) if runs else raw
+        used = quick.way.name if isinstance(quick, View) else "off"
         quick = two_classes(quick) if outputs == 1 else quick
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
         right = torch.cat([correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
         about: dict[str, Any] = {}
         if folder is not None:
-            about = {"attack": config.describe(attack), "seed": seed, "batch": batch, "precision": str(precision)}
+            about = {"attack": config.describe(attack), "seed": seed, "batch": batch, "precision": precision}
             outputs_of_sample = [round(v, 2) for v in f(sample).flatten().tolist()]
             about |= {"right": _digest({"right": right}), "outputs": outputs_of_sample}
             about |= {
@@ -116,7 +118,7 @@ def judge(
         tell(len(x), f"{state.broken.count(STANDS)} stand")
     attacks = list(dict.fromkeys(run.attack for run in runs))
     table = torch.tensor([WRONG, *(attacks.index(run.attack) + 1 for run in runs), STANDS])
-    return Verdicts(tuple(attacks), table[torch.tensor(state.broken, dtype=torch.long)])
+    return Verdicts(tuple(attacks), table[torch.tensor(state.broken, dtype=torch.long)], used)
 
 
 def _attacked(

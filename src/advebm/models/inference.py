@@ -1,38 +1,205 @@
 """A network as it is searched: the same function of its input, computed faster."""
 
-from collections.abc import Iterator
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from advebm.energies import Logits
+from advebm.descent import value_and_gradient
+from advebm.errors import unknown
 from advebm.models.network import Network
+from advebm.modes import DualBatchNorm2d, searching
 
 LOOKS = 8  # at a network, which may be random: tracing would keep one of its ways
 
+Precision = Literal["float32", "bfloat16"]
+Way = Literal["auto", "off", "fold", "compile", "bf16", "bf16+compile"]
 
-def faster(model: nn.Module, x: Tensor, *, precision: torch.dtype = torch.float32) -> Logits:
-    """The model with its batch norms folded into the convolutions before them, for searches in eval mode.
 
-    Logits differ from the model's by rounding only; whoever judges asks the model itself.  What cannot be traced, or
-    does not give the same logits on ``x``, is left as it is.
+@dataclass(frozen=True)
+class Fast:
+    """How a search computes the network, which changes its outputs by rounding only.
+
+    Attributes:
+        fold: batch norms that follow a convolution become part of it; in eval mode they are affine.
+        precision: of convolutions and linear layers.  Images, their gradients and updates, the normalisation, the head
+            and every energy stay float32.
+        compiled: by ``torch.compile``, for gradients at one size of batch; other calls run as they are.
+    """
+
+    fold: bool = True
+    precision: Precision = "float32"
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """``off``, ``fold``, ``compile``, ``bf16`` or ``bf16+compile``."""
+        words = ["bf16"] * (self.precision == "bfloat16") + ["compile"] * self.compiled
+        return "+".join(words) or ("fold" if self.fold else "off")
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        Fast(fold=False),
+        Fast(),
+        Fast(compiled=True),
+        Fast(precision="bfloat16"),
+        Fast(precision="bfloat16", compiled=True),
+    )
+}
+
+
+def fast(way: str, precision: Precision = "float32") -> Fast:
+    """What ``--fast`` names; ``auto`` folds, in the ``precision`` that was asked for elsewhere.
+
+    Raises:
+        UserError: another name.
+    """
+    if way == "auto":
+        return Fast(precision=precision)
+    if way not in WAYS:
+        raise unknown("fast", way, ["auto", *WAYS])
+    return WAYS[way]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 numbers itself; where it does not they are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
+Layer = nn.Conv2d | nn.Linear
+
+
+class Copy(NamedTuple):
+    """A layer of a view, and the layers of the network that its weights are computed from."""
+
+    layer: Layer
+    source: Layer
+    norm: nn.BatchNorm2d | None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute the weights from what the network's are now."""
+        weight, bias, norm = self.source.weight, self.source.bias, cast(Any, self.norm)
+        if norm is not None:
+            statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            weight, bias = fuse_conv_bn_weights(weight, bias, *statistics)
+        self.layer.weight.copy_(weight)
+        if self.layer.bias is not None and bias is not None:
+            self.layer.bias.copy_(bias)
+
+
+class View(nn.Module):
+    """A frozen network in eval mode, on weights of its own that :meth:`refresh` takes from it.
+
+    Made by :func:`view`.  What is neither folded nor lowered is shared with the network.
+    """
+
+    def __init__(self, model: nn.Module, way: Fast) -> None:
+        super().__init__()
+        parts = (model.normalise, model.backbone, model.head) if isinstance(model, Network) else (None, model, None)
+        self.normalise, self.body, self.head = (nn.Identity() if part is None else part for part in parts)
+        self.way, self.shape = Fast(fold=False), torch.Size()
+        self.quick: Callable[[Tensor], Tensor] = self.plain
+        self.copies: list[Copy] = []
+        if way.fold:
+            self.body, self.copies = fold(self.body, everything=way.precision != "float32")
+            self.way = Fast(fold=any(copied.norm is not None for copied in self.copies))
+
+    def lower(self) -> None:
+        """Compute in bfloat16: copies get such weights, autocast does the rest."""
+        for copied in self.copies:
+            copied.layer.to(torch.bfloat16)
+        self.way = replace(self.way, precision="bfloat16")
+
+    def speed_up(self, shape: torch.Size) -> None:
+        """Compile gradients at batches of ``shape``."""
+        self.shape, self.quick = shape, torch.compile(self.plain, dynamic=False)
+        self.way = replace(self.way, compiled=True)
+
+    def refresh(self) -> "View":
+        """Take over the network's weights and running statistics as they are now."""
+        for copied in self.copies:
+            copied.refresh()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network's outputs, in the type of ``x``."""
+        return (self.quick if x.shape == self.shape and torch.is_grad_enabled() else self.plain)(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same, not compiled."""
+        if self.way.precision == "float32":
+            return self.head(self.body(self.normalise(x)))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            features = self.body(self.normalise(x))
+        return self.head(features.to(x.dtype))
+
+
+def view(model: nn.Module, x: Tensor, way: Fast, *, loud: bool = False) -> View | None:
+    """The model for searches in eval mode, as far as ``way`` applies to it; None where nothing of it does.
+
+    Outputs differ from the model's by rounding only; whoever judges asks the model itself.  What cannot be traced, or
+    gives other outputs on ``x``, is not folded.
 
     Args:
-        model: frozen and in eval mode, as inside :func:`advebm.modes.searching`.
-        x: some images (B, C, H, W), to compare on.
-        precision: what the network computes in, by autocast; gradients and logits stay float32.
+        model: on images (B, C, H, W) in [0, 1].
+        x: some images, to compare on; with ``compiled``, as many as a search has.
+        way: what to try.
+        loud: warn of what does not apply.
     """
-    f = _checked(model, x)
-    if precision == torch.float32:
-        return f
+    wanted, found, reason = way, None, "there is no batch norm after a convolution"
+    if loud and way.precision == "bfloat16" and not multiplies_bfloat16(x.device):
+        way, reason = replace(way, precision="float32"), f"this {x.device.type} does not multiply in bfloat16"
+    eager = replace(way, compiled=False)
+    for candidate in dict.fromkeys((way, eager, replace(eager, fold=False), replace(eager, precision="float32"))):
+        try:
+            found = _made(model, x, candidate)
+            break
+        except Exception as error:  # tracing runs the model's own code, which may do anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    used = "off" if found is None else found.way.name
+    if loud and used != wanted.name:
+        warnings.warn(f"fast {wanted.name} does not apply: {reason}; searches run with fast {used}", stacklevel=2)
+    return found if used != "off" else None
 
-    def low(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, precision):
-            return f(x).float()
 
-    return low
+def _made(model: nn.Module, x: Tensor, way: Fast) -> View:
+    """A view that has been tried.
+
+    Raises:
+        ValueError: it gives other outputs on ``x``; and whatever the model raises where it is traced.
+    """
+    with searching(model):
+        made, own = View(model, way), View(model, Fast(fold=False))  # in float32, whatever the model's precision
+        with torch.no_grad():
+            looks = [own(x[:2]) for _ in range(LOOKS if way.fold else 0)]
+            if not all(torch.allclose(made(x[:2]), look, rtol=1e-4, atol=1e-4) for look in looks):
+                raise ValueError("folded it gives other outputs")
+        if way.precision != "float32":
+            made.lower()
+        if way.compiled:
+            made.speed_up(x.shape)
+        if way.precision != "float32" or way.compiled:
+            value_and_gradient(lambda z: made(z).flatten(1).sum(1), x)
+        return made
+
+
+def faster(model: nn.Module, x: Tensor, *, precision: Precision = "float32") -> nn.Module:
+    """The model folded, in ``precision``, as far as that applies, for searches inside ``searching``."""
+    made = view(model, x, Fast(precision=precision))
+    return model if made is None else made
 
 
 @contextmanager
@@ -46,36 +213,49 @@ def float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _checked(model: nn.Module, x: Tensor) -> nn.Module:
-    """The folded model, if there is one with the same logits on ``x``."""
-    try:
-        folded = model
-        if isinstance(model, Network):
-            folded = Network(model.normalise, fold(model.backbone), model.head).eval()
-        elif list(model.children()):
-            folded = fold(model)
-        with torch.no_grad():
-            looks = [model(x) for _ in range(LOOKS)]
-            same = all(torch.allclose(folded(x), look, rtol=1e-4, atol=1e-4) for look in looks)
-    except Exception:  # tracing runs the model's own code, which may do anything
-        return model
-    return folded if same else model
+def fold(module: nn.Module, *, everything: bool = False) -> tuple[fx.GraphModule, list[Copy]]:
+    """A traceable module without the batch norms that follow a convolution, and the layers that are not its own.
 
+    Args:
+        module: in eval mode.
+        everything: copy every convolution and linear layer, also those without a batch norm.
 
-def fold(module: nn.Module) -> nn.Module:
-    """A traceable module without the batch norms that follow a convolution."""
+    Raises:
+        TypeError: batch norms with branches, of which tracing would keep one.
+    """
+    if any(isinstance(m, DualBatchNorm2d) for m in module.modules()):
+        raise TypeError("its batch norms have branches")
     traced = fx.symbolic_trace(module)
-    modules = dict(traced.named_modules())
+    layers: dict[Any, Any] = dict(traced.named_modules())
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+
+    def called(node: Any, kind: type[nn.Module]) -> bool:
+        """Whether a node is the only call of a layer of exactly this kind, and the layer does nothing else."""
+        if not isinstance(node, fx.Node) or node.op != "call_module" or calls[node.target] > 1:
+            return False
+        layer = layers[str(node.target)]
+        return type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+    norms: dict[Any, nn.BatchNorm2d] = {}
     for node in list(traced.graph.nodes):
-        if not (node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d)):
+        before: Any = node.args[0] if node.args else None
+        if not (called(node, nn.BatchNorm2d) and called(before, nn.Conv2d) and len(before.users) == 1):
             continue
-        before = node.args[0]
-        if before.op != "call_module" or len(before.users) > 1 or not isinstance(modules[before.target], nn.Conv2d):
+        if layers[node.target].running_mean is None:  # it takes the batch's statistics in either mode
             continue
-        conv = fuse_conv_bn_eval(modules[before.target], modules[node.target])
-        traced.add_submodule(before.target, conv)
+        norms[before.target] = layers[node.target]
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
+    copies = []
+    for node in traced.graph.nodes:
+        if node.target in norms or (everything and (called(node, nn.Conv2d) or called(node, nn.Linear))):
+            source, norm = layers[node.target], norms.get(node.target)
+            layer = copy.deepcopy(source).requires_grad_(False)
+            if norm is not None and layer.bias is None:
+                layer.bias = nn.Parameter(source.weight.new_zeros(source.out_channels), requires_grad=False)
+            copies.append(Copy(layer, source, norm))
+            copies[-1].refresh()
+            traced.add_submodule(node.target, layer)
     traced.delete_all_unused_submodules()
     traced.recompile()
-    return traced
+    return traced, copies

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from advebm.descent import Energy
+
 
 class Batch(NamedTuple):
     """One stream's share of a step."""
@@ -75,6 +77,13 @@ class Objective(Protocol):
     def adversarial(self, batch: Batch, found: Any) -> Tensor | None:
         """The attacked images among what was found, in the order of the batch, for instruments; None without any."""
         ...
+
+
+def r1(energy: Energy, x: Tensor) -> Tensor:
+    """``½ E‖∇E(x)‖²``, Mescheder et al. (2018), differentiable in the weights; images in [0, 1] set its unit."""
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
+    return gradient.square().flatten(1).sum(1).mean() / 2
 
 
 class Stateless:

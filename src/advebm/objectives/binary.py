@@ -3,8 +3,8 @@
 Binary-AT = Yin et al. (2022), "Learning Energy-Based Models with Adversarial Training".
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from advebm.config import check_choices
 from advebm.descent import Constraint, Descent, Energy, both, box, l2_ball, unit
 from advebm.errors import UserError
 from advebm.modes import norms_fixed, searching
-from advebm.objectives.base import Batch, Context, Loss, Stateless
-from advebm.objectives.curriculum import auroc
+from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
+from advebm.objectives.curriculum import Curriculum, Level, auroc
 
 WON, STUCK = 0.99, 0.2  # a critic wins: more accurate than this, with negatives moved by less than this share of λK
 
@@ -29,59 +29,22 @@ class Found(NamedTuple):
     steps: int
 
 
-class Step(NamedTuple):
-    """What the curriculum remembers of a step: when it was, and what the critic made of it."""
-
-    images: int
-    auroc: float
-    accuracy: float
-    move: float
-
-
-@dataclass
-class Curriculum:
-    """K, the images seen when it became that, and the latest steps since; one a stream."""
-
-    steps: int
-    since: int = 0
-    recent: list[Step] = field(default_factory=list)
-    warned: bool = False
-
-    def mean(self, name: str) -> float:
-        """Of the latest steps."""
-        return sum(getattr(step, name) for step in self.recent) / max(len(self.recent), 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        recent = [tuple(step) for step in self.recent]
-        return {"steps": self.steps, "since": self.since, "recent": recent, "warned": self.warned}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a checkpoint's."""
-        self.steps, self.since, self.warned = state["steps"], state["since"], state["warned"]
-        self.recent = [Step(*step) for step in state["recent"]]
-
-
 @dataclass(frozen=True)
 class BinaryAT(Stateless):
     """``-log D(x) - log(1 - D(x'))`` with ``D = σ(f)``, Binary-AT eq. 4 and 11; a critic with ``E(x) = -f(x)``.
 
     Negatives x' are ``outside`` images (p0) after K steps ``x ← x + λ ∇f / ‖∇f‖``, eq. 8, within [0, 1].  With K fixed
-    (``start`` = ``steps``) this is algorithm 1, with K growing from ``start`` algorithm 2.  f learns the support of the
+    this is algorithm 1, with K growing algorithm 2.  f learns the support of the
     data, not its density (proposition 1): it ranks, no more.
 
     Batch norm uses its running statistics throughout and never moves them, as in the authors' code: from scratch it
-    is an affine layer.  Each stream has a K of its own, so that results do not depend on the number of processes.
+    is an affine layer.
 
     Attributes:
-        steps: N, the largest K.
-        start: K at first.
+        curriculum: of K.  0.8 is the gate of the code, whose released models were trained with 0.9 and 0.99, its window
+            100 steps of 32 images.
         step_size: λ, in pixels of [0, 1].
         radius: of an l2 ball around each outside image, as in eq. 6; none for no ball.
-        gate: K grows when the mean AUROC of data against negatives over ``window`` exceeds this; none for no gate.
-            (The code's default; released models were trained with 0.9 and 0.99.)
-        window: images that the AUROC is averaged over; 100 steps of 32 in the code.
-        images_per_step: K grows after this many images at the latest; none for the gate alone.
         inside_steps: steps of descent on f that the data is moved by, as the authors' code does (5 on CIFAR-10); the
             paper has none.
         inside_radius: of an l2 ball around the data; none for no ball.
@@ -89,13 +52,9 @@ class BinaryAT(Stateless):
         r1_at: where, if the data is moved: at the ``perturbed`` data, as the code does, or at the ``data``.
     """
 
-    steps: int = 25
-    start: int = 0
+    curriculum: Curriculum = Curriculum(steps=25, window=3_200, images_per_step=250_000)
     step_size: float = 0.1
     radius: float | None = None
-    gate: float | None = 0.8
-    window: int = 3_200
-    images_per_step: int | None = 250_000
     inside_steps: int = 0
     inside_radius: float | None = None
     r1: float = 0.01
@@ -107,16 +66,6 @@ class BinaryAT(Stateless):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if not 0 <= self.start <= self.steps:
-            raise UserError(f"K grows from start to steps, 0 <= start <= steps, got {self.start} and {self.steps}")
-        if self.start < self.steps and self.gate is None and self.images_per_step is None:
-            raise UserError("K would never grow: give gate or images_per_step, or set start to steps")
-        if self.gate is not None and not 0 <= self.gate < 1:
-            raise UserError(f"gate is an AUROC in [0, 1) or none, got {self.gate}")
-        if self.window < 1 or (self.images_per_step is not None and self.images_per_step < 1):
-            raise UserError(
-                f"window and images_per_step are at least 1 image, got {self.window} and {self.images_per_step}"
-            )
         if not self.step_size > 0 or not self.r1 >= 0 or self.inside_steps < 0:
             got = f"{self.step_size}, {self.r1} and {self.inside_steps}"
             raise UserError(f"step_size is > 0, r1 and inside_steps are >= 0, got {got}")
@@ -124,14 +73,14 @@ class BinaryAT(Stateless):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} is > 0 or none, got {value}")
 
-    def init(self, like: Tensor, generator: torch.Generator) -> Curriculum:
+    def init(self, like: Tensor, generator: torch.Generator) -> Level:
         """K at its start."""
-        return Curriculum(self.start)
+        return self.curriculum.init()
 
-    def search(self, model: nn.Module, batch: Batch, state: Curriculum, ctx: Context) -> Found:
+    def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> Found:
         """Negatives of ever lower energy, after a look at whether K grows; data of higher energy where asked for."""
         assert batch.outside is not None
-        self.advance(state, ctx.images)
+        self.curriculum.advance(state, ctx.images)
         with searching(model) as f:
             critic: Energy = lambda x: energies.binary(f(x))
             outside = self._descend(state.steps, self.radius, critic, batch.outside)
@@ -142,16 +91,7 @@ class BinaryAT(Stateless):
         constraint: Constraint = box() if radius is None else both(l2_ball(radius), box())
         return Descent(steps, self.step_size, unit, constraint)(energy, x)
 
-    def advance(self, state: Curriculum, images: int) -> None:
-        """K + 1 if the gate or the clock says so, after ``images`` seen in all."""
-        state.recent = [step for step in state.recent if step.images >= images - self.window]
-        spent = images - state.since
-        won = self.gate is not None and spent >= self.window and state.mean("auroc") > self.gate
-        late = self.images_per_step is not None and spent >= self.images_per_step
-        if state.steps < self.steps and (won or late):
-            state.steps, state.since = state.steps + 1, images
-
-    def loss(self, model: nn.Module, batch: Batch, found: Found, state: Curriculum, ctx: Context) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, found: Found, state: Level, ctx: Context) -> Loss:
         """:meth:`contrast`, plus R1 by double backward."""
         with norms_fixed(model):
             together = energies.binary(model(torch.cat([found.inside, found.outside])))
@@ -159,7 +99,8 @@ class BinaryAT(Stateless):
             total = self.contrast(data, negatives)
             terms = {"loss": total.detach()}
             if self.r1:
-                penalty = r1(model, found.inside if self.r1_at == "perturbed" else batch.x)
+                critic: Energy = lambda x: energies.binary(model(x))
+                penalty = r1(critic, found.inside if self.r1_at == "perturbed" else batch.x)
                 total = total + self.r1 * penalty
                 terms = {"loss": total.detach(), "r1": penalty.detach()}
         with torch.no_grad():
@@ -175,12 +116,13 @@ class BinaryAT(Stateless):
         """Energies of data (B,) and of negatives (M,) -> mean ``-log D(x)`` plus mean ``-log(1 - D(x'))``, nats."""
         return energies.logistic(data, negatives)
 
-    def after(self, model: nn.Module, batch: Batch, found: Found, state: Curriculum, loss: Loss, ctx: Context) -> None:
+    def after(self, model: nn.Module, batch: Batch, found: Found, state: Level, loss: Loss, ctx: Context) -> None:
         """Remember the step; say so, once a run, if the critic has won and negatives no longer move (figure 2)."""
-        state.recent.append(Step(ctx.images, *(loss.terms[name].item() for name in ("auroc", "accuracy", "move"))))
-        reach, accuracy, move = self.step_size * found.steps, state.mean("accuracy"), state.mean("move")
-        whole = ctx.images - state.since >= self.window
-        if whole and not state.warned and accuracy > WON and move < STUCK * reach:
+        state.note(torch.stack([loss.terms[name] for name in ("auroc", "accuracy", "move")]), ctx.images)
+        if state.warned or ctx.images - state.since < self.curriculum.window:
+            return
+        reach, (_, accuracy, move) = self.step_size * found.steps, state.mean()
+        if accuracy > WON and move < STUCK * reach:
             state.warned = True
             ctx.note(
                 f"the critic wins: it is right on {accuracy:.1%}, and negatives move by {move:.2g} of {reach:.2g} in "
@@ -195,7 +137,7 @@ class BinaryMLE(BinaryAT):
     Eq. 14 without its factors ``1 - D(x)`` and ``D(x')``.
 
     Attributes:
-        steps, start, step_size, radius, gate, window, images_per_step, inside_steps, inside_radius: as ``binary-at``.
+        curriculum, step_size, radius, inside_steps, inside_radius: as ``binary-at``.
         r1, r1_at: as ``binary-at``; the paper has none here.
     """
 
@@ -204,10 +146,3 @@ class BinaryMLE(BinaryAT):
     def contrast(self, data: Tensor, negatives: Tensor) -> Tensor:
         """The difference of mean energies."""
         return data.mean() - negatives.mean()
-
-
-def r1(model: nn.Module, x: Tensor) -> Tensor:
-    """``½ E‖∇f(x)‖²``, Mescheder et al. (2018), differentiable in the weights; images in [0, 1] set its unit."""
-    x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(energies.binary(model(x)).sum(), x, create_graph=True)
-    return gradient.square().flatten(1).sum(1).mean() / 2

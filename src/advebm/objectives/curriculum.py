@@ -11,21 +11,32 @@ from advebm.errors import UserError
 
 @dataclass
 class Level:
-    """Where a stream stands in a curriculum: its steps, since when, and the latest AUROCs with their times."""
+    """Where a stream stands in a curriculum: its steps, since when, and the latest readings with their times."""
 
     steps: int
+    largest: int
     since: int = 0  # images seen when the steps took this value
     at: list[int] = field(default_factory=list)
-    seen: list[Tensor] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)  # (R,) each, the AUROC first
+    warned: bool = False  # of a critic that wins
 
-    def state_dict(self) -> dict[str, int | list[int] | Tensor]:
+    def note(self, readings: Tensor, images: int) -> None:
+        """Remember a step's readings (R,), the AUROC first, taken after ``images``."""
+        self.at, self.seen = [*self.at, images], [*self.seen, readings.detach()]
+
+    def mean(self) -> list[float]:
+        """Of each of the latest readings."""
+        latest = self.seen[-1]  # a checkpoint brings the others back on the host
+        return torch.stack([readings.to(latest) for readings in self.seen]).mean(0).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         seen = torch.stack(self.seen).cpu() if self.seen else torch.empty(0)
-        return {"steps": self.steps, "since": self.since, "at": self.at, "seen": seen}
+        return {"steps": self.steps, "since": self.since, "at": self.at, "seen": seen, "warned": self.warned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a checkpoint's."""
-        self.steps, self.since, self.at = state["steps"], state["since"], list(state["at"])
+        self.steps, self.since, self.at, self.warned = (state[name] for name in ("steps", "since", "at", "warned"))
         self.seen = list(state["seen"].unbind())
 
 
@@ -37,48 +48,46 @@ class Curriculum:
     own, so that results do not depend on the number of processes.
 
     Attributes:
-        start: K at first.
         steps: the largest K.
-        gate: K grows when the mean AUROC over the window reaches this.
+        start: K at first; as large as ``steps``, K is fixed.
+        gate: K grows when the mean AUROC over the window exceeds this; none for no gate.
         window: images that the mean is over, of all streams; K stays at least that long.
-        images_per_step: K grows after so many images whatever the AUROC; 0 for never.
+        images_per_step: K grows after so many images whatever the AUROC; none for the gate alone.
     """
 
-    start: int = 0
     steps: int = 25
-    gate: float = 0.8
+    start: int = 0
+    gate: float | None = 0.8
     window: int = 1000
-    images_per_step: int = 0
+    images_per_step: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.steps:
-            raise UserError(f"a curriculum starts with 0 to {self.steps} steps, its largest number, got {self.start}")
-        if not 0 < self.gate <= 1:
-            raise UserError(f"gate is an AUROC in (0, 1], got {self.gate}")
-        if self.window < 1 or self.images_per_step < 0:
-            got = f"{self.window} and {self.images_per_step}"
-            raise UserError(f"window is at least 1 and images_per_step at least 0, got {got}")
+            raise UserError(f"K grows from start to steps, 0 <= start <= steps, got {self.start} and {self.steps}")
+        if self.start < self.steps and self.gate is None and self.images_per_step is None:
+            raise UserError("K would never grow: give gate or images_per_step, or set start to steps")
+        if self.gate is not None and not 0 <= self.gate < 1:
+            raise UserError(f"gate is an AUROC in [0, 1) or none, got {self.gate}")
+        if self.window < 1 or (self.images_per_step is not None and self.images_per_step < 1):
+            raise UserError(
+                f"window and images_per_step are at least 1 image, got {self.window} and {self.images_per_step}"
+            )
 
     def init(self) -> Level:
         """The first level."""
-        return Level(self.start)
+        return Level(self.start, self.steps)
 
-    def after(self, level: Level, separation: Tensor, images: int) -> None:
-        """Note a step's AUROC (0-d) after ``images``, and move the level on when it is time."""
+    def advance(self, level: Level, images: int) -> None:
+        """Before a step: forget what is older than the window, and move the level on when it is time."""
+        old = sum(images - at > self.window for at in level.at)
+        level.at, level.seen = level.at[old:], level.seen[old:]
         if level.steps == self.steps:
             return
-        level.at, level.seen = [*level.at, images], [*level.seen, separation.detach()]
-        old = sum(images - at >= self.window for at in level.at)
-        level.at, level.seen = level.at[old:], level.seen[old:]
         spent = images - level.since
-        late = 0 < self.images_per_step <= spent
-        if late or (spent >= self.window and self._mean(level) >= self.gate):
+        won = self.gate is not None and spent >= self.window and bool(level.seen) and level.mean()[0] > self.gate
+        late = self.images_per_step is not None and spent >= self.images_per_step
+        if won or late:
             level.steps, level.since = level.steps + 1, images
-
-    @staticmethod
-    def _mean(level: Level) -> float:
-        latest = level.seen[-1]  # a checkpoint brings the others back on the host
-        return torch.stack([reading.to(latest) for reading in level.seen]).mean().item()
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from advebm.config import check_choices
 from advebm.descent import Descent, box, unit
 from advebm.errors import UserError
 from advebm.modes import norms_fixed, searching
-from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
 from advebm.objectives.curriculum import Curriculum, Level, auroc
 
 
@@ -65,6 +65,7 @@ class DAT(Stateless):
     def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> Found:
         """Adversarial images of the data, then outside images that look more like it."""
         assert batch.outside is not None
+        self.curriculum.advance(state, ctx.images)
         descent = Descent(state.steps, self.step_size, unit, box())
         with searching(model) as f:
             moved = self.attack(self.attack.harm(f, batch.y), batch.x, ctx.generator)
@@ -73,16 +74,15 @@ class DAT(Stateless):
     def loss(self, model: nn.Module, batch: Batch, found: Found, state: Level, ctx: Context) -> Loss:
         """The sum of both terms, and of R1 by double backward."""
         assert batch.view is not None
-        view = batch.view.detach().requires_grad_(self.r1 > 0)
         with norms_fixed(model):
-            classified, data, contrast = model(torch.cat([found.moved, view, found.contrast])).split(len(batch.y))
+            every = torch.cat([found.moved, batch.view, found.contrast])
+            classified, data, contrast = model(every).split(len(batch.y))
+            penalty = r1(lambda x: energies.marginal(model(x)), batch.view) if self.r1 else None
         real, fake = energies.marginal(data), energies.marginal(contrast)
         binary = energies.logistic(real, fake) / 2
         total = energies.conditional(classified, batch.y).mean() + binary
         terms = {"binary": binary.detach()}
-        if self.r1:
-            (gradient,) = torch.autograd.grad(real.sum(), view, create_graph=True)
-            penalty = gradient.flatten(1).square().sum(1).mean() / 2
+        if penalty is not None:
             total, terms["r1"] = total + self.r1 * penalty, penalty.detach()
         with torch.no_grad():
             terms |= {
@@ -99,7 +99,7 @@ class DAT(Stateless):
 
     def after(self, model: nn.Module, batch: Batch, found: Found, state: Level, loss: Loss, ctx: Context) -> None:
         """Tell the curriculum."""
-        self.curriculum.after(state, loss.terms["auroc"], ctx.images)
+        state.note(loss.terms["auroc"][None], ctx.images)
 
     def adversarial(self, batch: Batch, found: Found) -> Tensor:
         """The images that the classifier's attack moved."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from importlib.resources import files as resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -18,7 +19,14 @@ from advebm.training.recipe import dump
 from advebm.training.run import Run
 
 
-def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None, title: str | None = None) -> Path:
+def report(
+    run: Run,
+    *,
+    beside: Iterable[Run] = (),
+    out: Path | None = None,
+    title: str | None = None,
+    shown: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
     """Write one HTML file with nothing outside it, from whatever the run holds so far.
 
     Args:
@@ -26,6 +34,7 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None, tit
         beside: runs whose samples, energies, robustness and records are shown for comparison.
         out: the file; ``report.html`` in the run's folder by default.
         title: at its head; the recipe's name by default.
+        shown: PNG figures by their titles, to begin with.
     """
     recipe, history = run.recipe, run.history()
     data = recipe.data.load()
@@ -52,6 +61,7 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None, tit
         subtitle=_subtitle(run, history),
         events=[line for line in history if "event" in line],
         cards=_cards(own, recipe.threat),
+        shown=[{"title": title, "image": _uri(figure)} for title, figure in shown.items()],
         samples=samples if sets else [],
         films=films,
         curves=_uri(figures.curves(history)) if any("train/loss" in line for line in history) else None,
@@ -59,6 +69,11 @@ def report(run: Run, *, beside: Iterable[Run] = (), out: Path | None = None, tit
             {"title": title, "image": _uri(figure)}
             for title, r in runs.items()
             if (figure := figures.shifts(r.history(), len(data.train))) is not None
+        ],
+        moves=[
+            {"title": title, "image": _uri(figure)}
+            for title, r in runs.items()
+            if (figure := figures.moves(r.history())) is not None
         ],
         robustness=_uri(figures.robustness(everyone, config.describe(recipe.threat))),
         energies=_uri(figures.energies(own)),

@@ -130,6 +130,57 @@ def shifts(history: History, epoch: int) -> bytes | None:
         return png(figure)
 
 
+def moves(history: History) -> bytes | None:
+    """How far negatives move against how far they could, and the critic's accuracy; None if it was not recorded.
+
+    Binary-AT figure 2: a critic that wins is right on everything, and its negatives stop.
+    """
+    if not any("train/move" in line for line in history):
+        return None
+    panels = {
+        "l2 move of negatives (pixels of [0, 1])": {"train/move": "mean move", "train/reach": "λK"},
+        "critic": {"train/accuracy": "accuracy", "train/auroc": "AUROC against negatives"},
+        "steps K": {"train/steps": "K"},
+    }
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(11, 3))
+        for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+            for name, label in lines.items():
+                axis.plot(*series(history, name), label=label)
+            axis.set(xlabel="images seen", title=title)
+            axis.legend(frameon=False)
+        axes[1].set_ylim(0, 1.02)
+        return png(figure)
+
+
+def lines(
+    groups: Mapping[str, Mapping[float, tuple[float, float]]], xlabel: str, ylabel: str, *, log: bool = False
+) -> bytes:
+    """A line a group through values with their errors."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(5.2, 3.2))
+        for label, points in groups.items():
+            x = sorted(points)
+            values, errors = [points[k][0] for k in x], [1.96 * points[k][1] for k in x]
+            axis.errorbar(x, values, errors, label=label, marker=".", capsize=2)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        if log:
+            axis.set_xscale("log", base=2)
+        axis.legend(frameon=False, fontsize=7)
+        return png(figure)
+
+
+def bars(values: Mapping[str, tuple[float, float]], ylabel: str) -> bytes:
+    """A bar a name, with its error."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(5.2, 3.2))
+        for number, (value, error) in enumerate(values.values()):
+            axis.bar(number, value, yerr=1.96 * error, capsize=2, color="#0f6fc6")
+        axis.set_xticks(range(len(values)), values, rotation=20, ha="right", fontsize=7)
+        axis.set(ylabel=ylabel)
+        return png(figure)
+
+
 def energies(records: Records) -> bytes | None:
     """Histograms of E(x); None if there are none."""
     chosen = [r for r in records if r["series"].get("edges")]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from advebm import energies, seeds
 from advebm.modes import searching
 from advebm.objectives.base import Batch, Context
+from advebm.objectives.curriculum import Level
 from advebm.training.recipe import Recipe, design
 
 
@@ -38,7 +39,10 @@ class EnergyShift:
 
 
 def passes(recipe: Recipe, images: int = 4) -> tuple[float, float]:
-    """Forward and backward passes of the network that a recipe's objective takes an image, counted on one batch."""
+    """Forward and backward passes of the network that a recipe's objective takes an image, counted on one batch.
+
+    Of a search that grows, at its longest.
+    """
     data, counts = recipe.data.load(), [0, 0]
     model = design(recipe, data).build(recipe.seed).train()
 
@@ -55,6 +59,8 @@ def passes(recipe: Recipe, images: int = 4) -> tuple[float, float]:
     x, objective, generator = part.float(), recipe.objective, seeds.generator(recipe.seed)
     batch = Batch(x, part.y, view=x, outside=x, extra=x)
     state = objective.init(x, generator)
+    if isinstance(state, Level):
+        state.steps = state.largest
     ctx = Context(generator, recipe.train.images)
     for replay in range(objective.replays):
         found = objective.search(model, batch, state, ctx)

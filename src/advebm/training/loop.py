@@ -27,13 +27,14 @@ from advebm.metrics.ood import auroc
 from advebm.metrics.robustness import measure
 from advebm.models import foreign
 from advebm.models.ema import EMA
+from advebm.models.inference import View, fast, view
 from advebm.models.network import Network, transfer
 from advebm.modes import searching
 from advebm.objectives.base import Batch, Context
 from advebm.training.checkpoint import Progress
 from advebm.training.engine import Engine
 from advebm.training.instruments import EnergyShift
-from advebm.training.recipe import Recipe, design
+from advebm.training.recipe import Recipe, Training, design
 from advebm.training.run import Run, environment
 
 Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl, images counted over all stages
@@ -124,6 +125,8 @@ def train(
             save()
         step = engine.wrap(model, objective)
         model.train()
+        quick = search_view(model, data.train.take(slice(len(like))).float().to(engine.device), cfg)
+        used = "off" if quick is None else quick.way.name
 
         while progress.images < cfg.images:
             try:
@@ -138,7 +141,8 @@ def train(
                         generator = seeds.generator(*keys, replay, device=engine.device)
                         ctx = Context(generator, before, engine.mean, notes.append)
                         torch.manual_seed(seeds.derive(*keys, replay, "global"))  # dropout in modules of one's own
-                        found = objective.search(model, batch, states[s], ctx)
+                        with modes.through(model, quick and quick.refresh):
+                            found = objective.search(model, batch, states[s], ctx)
                         with engine.accumulating(step, last=s == streams[-1]):
                             loss = step(batch, found, states[s], ctx)
                             engine.backward(loss.total / len(streams))
@@ -166,7 +170,7 @@ def train(
                 if logging:
                     speed = clock.speed(progress.images)
                     rate = optimizer.param_groups[0]["lr"]
-                    tell({**meter.take(), **shifts, "train/lr": rate, "perf/img_per_s": speed})
+                    tell({**meter.take(), **shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": used})
                 if judgeable and progress.passed(cfg.validate_every, before, cfg.images):
                     averaged = model if ema is None else ema.module
                     scores = validate(averaged, data, validation, recipe, feed.outside)
@@ -234,6 +238,13 @@ def prepare(recipe: Recipe, run: Run, device: str | None, report: Report) -> Run
                 raise Interrupted(f"{str(stop).partition(';')[0]} of {stage.name}; {AGAIN} {run.folder}") from None
         init = str(folder)
     return Run.open(folder)
+
+
+def search_view(model: Network, x: Tensor, cfg: Training) -> View | None:
+    """What searches call instead of the network, see ``train.fast``; ``x`` is a stream's share of a batch."""
+    if cfg.fast == "auto" and cfg.precision == "float32":
+        return None
+    return view(model, x, fast(cfg.fast, cfg.precision), loud=cfg.fast != "auto")
 
 
 class Feed:

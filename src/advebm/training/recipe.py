@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -12,6 +12,7 @@ from advebm.attacks.projected import Attack
 from advebm.data.sources import Data, Source
 from advebm.errors import UserError
 from advebm.metrics.base import Metric
+from advebm.models.inference import Precision, Way
 from advebm.models.network import Architecture, Backbone
 from advebm.objectives.base import Objective
 from advebm.samplers import Sampler
@@ -30,6 +31,9 @@ class Training:
         ema: half-life of the weight average, 0 for none.
         precision: of the network in searches and losses, ``float32`` or ``bfloat16`` (autocast); weights, images,
             updates and everything measured stay float32.
+        fast: how searches in eval mode compute the network, see :class:`advebm.models.inference.Fast`: ``off`` (as
+            losses do), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` where ``precision`` is
+            bfloat16, else ``off``, which keeps every bit.
         clip: largest norm of the gradient; none for no limit.
         log_every, validate_every, checkpoint_every: periods.
         validate_with: images of the validation split used each time; none for all.
@@ -41,7 +45,8 @@ class Training:
     batch: int = 128
     streams: int = 1
     ema: int = 5_000
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
+    fast: Way = "auto"
     clip: float | None = 1.0
     log_every: int = 2_000
     validate_every: int = 10_000

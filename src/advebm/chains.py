@@ -1,0 +1,114 @@
+"""How many steps a sampler takes: what its samples are worth after each number of them."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advebm import config, generation, seeds
+from advebm.data.sources import Data
+from advebm.errors import UserError
+from advebm.metrics.base import Features, as_images, device_of
+from advebm.metrics.distances import Moments, frechet_distance, kernel_pairs, kernel_sum, unbiased_mmd
+from advebm.samplers import Sampler
+
+STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+class Point(NamedTuple):
+    """Samples after so many steps.
+
+    Attributes:
+        steps: gradients taken of each image.
+        fd, kid: distances to real images.
+        seconds: of computation for each image.
+    """
+
+    steps: int
+    fd: float
+    kid: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Chains:
+    """What is measured along chains of one sampler.
+
+    Attributes:
+        split: real images that samples are compared with.  ``val`` is for choosing, and there chains that begin from
+            outside images take validation images, too; ``train`` is for reporting.
+        count: chains.
+        steps: after which to look.
+        seed: of the chains.
+    """
+
+    split: Literal["val", "train"] = "val"
+    count: int = 1000
+    steps: tuple[int, ...] = STEPS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        config.check_choices(self)
+        if self.count < 2 or not self.steps or list(self.steps) != sorted({*self.steps}) or self.steps[0] < 0:
+            got = f"{self.count} and {self.steps}"
+            raise UserError(f"count is at least 2, and steps are rising numbers >= 0, got {got}")
+
+    def __call__(
+        self, model: nn.Module, sampler: Sampler, data: Data, space: Features, *, outside: Data | None = None
+    ) -> list[Point]:
+        """A point for each number of steps, all from the same chains.
+
+        A schedule over the share of the steps is that of the longest chains.
+        """
+        if outside is not None and self.split == "val":
+            outside = outside._replace(test=outside.val)
+        real = _features(space, getattr(data, self.split).x, device_of(model))
+        moments, pairs = Moments.of(real), kernel_pairs(real)
+        points = []
+        for steps, (x, seconds) in self._images(model, sampler, data, outside).items():
+            fake = _features(space, x, device_of(model))
+            kid = unbiased_mmd(len(fake), kernel_pairs(fake), len(real), pairs, kernel_sum(fake, real))
+            points.append(Point(steps, frechet_distance(Moments.of(fake), moments), kid, seconds / len(x)))
+        return points
+
+    def _images(
+        self, model: nn.Module, sampler: Sampler, data: Data, outside: Data | None
+    ) -> Mapping[int, tuple[Tensor, float]]:
+        """Images, as bytes, and the seconds they took, by the number of steps."""
+        device, longest = device_of(model), replace(sampler, steps=self.steps[-1])
+        start, y = longest.prepare(data, outside), generation.wanted(longest, data, -(-self.count // len(data.classes)))
+        y = y[torch.randperm(len(y), generator=seeds.generator(self.seed, "chains"))[: self.count]]
+        seen: dict[int, list[Tensor]] = {k: [] for k in self.steps}
+        spent = dict.fromkeys(self.steps, 0.0)
+        for number, classes in enumerate(y.split(generation.CHUNK)):
+            classes, generator = classes.to(device), seeds.generator(self.seed, "chains", number, device=device)
+            begin = start(torch.empty(len(classes), *data.shape, device=device), classes, generator)
+            since = [time.perf_counter()]
+
+            def look(k: int, x: Tensor, energy: Tensor | None = None, since: list[float] = since) -> None:
+                if k in seen:
+                    now = time.perf_counter()
+                    spent[k] += now - since[0]
+                    seen[k].append((x * 255).round().to(torch.uint8).cpu())
+                    since[0] += time.perf_counter() - now  # looking takes no time
+
+            look(longest.steps, longest(model, classes, begin, generator=generator, observe=look))
+        return {k: (torch.cat(seen[k]), spent[k]) for k in self.steps}
+
+
+def best(points: Iterable[Point]) -> Point:
+    """The one of least KID, which no number of samples biases; the earliest of several."""
+    return min(points, key=lambda point: point.kid)
+
+
+def reached(points: Iterable[Point], fd: float) -> Point | None:
+    """The first whose FD is at most ``fd``."""
+    return next((point for point in points if point.fd <= fd), None)
+
+
+@torch.no_grad()
+def _features(space: Features, x: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([space.extract(as_images(part, device)).flatten(1).cpu() for part in x.split(500)])

@@ -1,0 +1,89 @@
+"""Each class as a detector of its own images, under attack."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from advebm import config
+from advebm.attacks.base import radius
+from advebm.data import outliers
+from advebm.errors import UserError
+from advebm.metrics.base import Record, Subject
+from advebm.metrics.ood import Estimate, auroc, lowest
+from advebm.modes import searching
+
+
+@dataclass(frozen=True)
+class Detectors:
+    """How well ``f_k`` tells images of class k from those of other classes that are moved to raise it, GAT's measure.
+
+    Yin et al. (2020) judge their K detectors so.  The images of class k stay as they are, as in their protocol; the
+    others move in the threat's ball, by Auto-PGD on ``f_k`` itself.  Mean of the AUROCs over the classes; its error
+    takes them for independent, though they share images.
+
+    Attributes:
+        count: images of other classes that each detector meets, and of its own; fewer where there are no more.
+        steps, restarts: of Auto-PGD.
+    """
+
+    count: int = 1000
+    steps: int = 100
+    restarts: int = 1
+
+    cites: ClassVar[tuple[str, ...]] = ("yin2020gat", "croce2020reliable", "delong1988")
+
+    def __post_init__(self) -> None:
+        if self.count < 2 or min(self.steps, self.restarts) < 1:
+            counts = f"{self.count}, {self.steps} and {self.restarts}"
+            raise UserError(f"count is at least 2, steps and restarts at least 1, got {counts}")
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """``AUROC of detectors``, as the images are and under attack, each with the AUROC of every class."""
+        subject.check_labelled()
+        threat, split, names = subject.threat, subject.split, subject.data.classes
+        attack = f"APGD-{self.steps}{f' x {self.restarts}' * (self.restarts > 1)} {radius(threat.eps, threat.norm)}"
+        plain, attacked = dict[str, Estimate](), dict[str, Estimate]()
+        with searching(subject.model) as f:
+            for k, name in enumerate(names):
+                own, other = split.x[split.y == k], split.x[split.y != k]
+                if min(len(own), len(other)) < 2:
+                    raise UserError(f"a detector takes 2 images of its class and of others, {name} has {len(own)}")
+                own, other = (outliers.choose(x, self.count, generator) for x in (own, other))
+
+                def score(x: Tensor, k: int = k) -> Tensor:
+                    out = f(x)
+                    if out.ndim != 2 or out.shape[1] != len(names):
+                        raise UserError(f"detectors need a classifier of {len(names)} classes; a critic is one already")
+                    return -out[:, k].double()
+
+                inside, outside, moved = [], [], []
+                for part in own.split(subject.batch):
+                    inside.append(score(subject.on_device(part)).detach().cpu())
+                for part in other.split(subject.batch):
+                    x = subject.on_device(part)
+                    outside.append(score(x).detach().cpu())
+                    found = lowest(
+                        score,
+                        x,
+                        eps=threat.eps,
+                        norm=threat.norm,
+                        steps=self.steps,
+                        restarts=self.restarts,
+                        generator=generator,
+                    )
+                    moved.append(found)
+                plain[name] = auroc(torch.cat(inside), torch.cat(outside))
+                attacked[name] = auroc(torch.cat(inside), torch.cat(moved))
+        settings = {"metric": config.describe(self)}
+        return [
+            _mean("AUROC of detectors", plain, len(split), settings),
+            _mean(f"AUROC of detectors, {attack}", attacked, len(split), {**settings, "attack": attack}),
+        ]
+
+
+def _mean(name: str, each: dict[str, Estimate], count: int, settings: dict[str, object]) -> Record:
+    value = sum(e.value for e in each.values()) / len(each)
+    error = sum(e.error**2 for e in each.values()) ** 0.5 / len(each)
+    return Record(name, value, error, count, settings, {k: [e.value] for k, e in each.items()})
