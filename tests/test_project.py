@@ -19,7 +19,19 @@ LAYERS = [
     {"energies", "descent", "starts", "modes", "checks"},
     {"models", "data", "pictures", "densities"},
     {"objectives", "samplers", "attacks", "metrics"},
-    {"training", "evaluation", "generation", "chains", "comparison", "suites", "doctor", "toy"},
+    {
+        "training",
+        "evaluation",
+        "generation",
+        "drawing",
+        "chains",
+        "tuning",
+        "diagnostics",
+        "comparison",
+        "suites",
+        "doctor",
+        "toy",
+    },
     {"cli", "api", "demo", "console", "stages", "tables", "reporting", "reproduce", "__main__"},
 ]
 
@@ -95,7 +107,7 @@ def test_the_readme_names_what_exists():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / path).exists(), path
-    for verb in re.findall(r"^advebm (\w+)", text, re.M):
+    for verb in re.findall(r"^advebm ([\w-]+)", text, re.M):
         assert f'"{verb}"' in (SOURCE / "cli.py").read_text(), verb
 
 

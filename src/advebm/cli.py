@@ -129,13 +129,66 @@ def build_parser() -> Parser:
     whole.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
     whole.add_argument("--features", metavar="RUN", help=JUDGES)
 
-    sub = verb("sample", run_sample, "Draw images from a run into RUN/samples.", "Takes --sampler.option VALUE.")
+    sub = verb(
+        "sample",
+        run_sample,
+        "Draw images from a run into RUN/samples.",
+        "Takes --sampler.option VALUE. Stopped, the same command goes on and ends with the same bytes.",
+    )
     sub.set_defaults(takes=("sampler",))
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--method", metavar="NAME", help=f"{', '.join(KINDS['sampler'])}; the recipe's by default")
     sub.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
+    sub.add_argument("--steps", type=int, metavar="K", help="short for --sampler.steps, at least 1")
+    sub.add_argument("--untuned", action="store_true", help="the recipe's settings, whatever tune-sampler found")
+    sub.add_argument("--classes", metavar="K,K", help="their numbers; all by default")
     sub.add_argument("--fast", default="auto", metavar="WAY", help=f"how the network is computed: {WAYS}")
     sub.add_argument("--name", help="of the set, METHOD-START by default; replaces a set of that name")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+    sub.add_argument("--processes", type=int, default=1, metavar="N", help="that share the work; the same bytes (1)")
+    sub.add_argument("--batch", type=int, metavar="N", help="images the network sees at once (500); changes rounding")
+    sub.add_argument("--trajectory", action="store_true", help="also film.gif, every step of a chain a class")
+    sub.add_argument("--compare", metavar="A,B", help="draw by several methods from the same seeds and judge them")
+    sub.add_argument("--seeds", type=int, metavar="N", help="with --compare: sampling seeds; mean and deviation (1)")
+    sub.add_argument("--features", metavar="RUN", help=f"with --compare: {JUDGES}")
+
+    sub = verb(
+        "tune-sampler",
+        run_tune,
+        "Search step size, ball, noise and steps by a distance to validation images; sample then takes the best.",
+        "Lists are such as 0.05,0.1 and none,2; without them step size and steps are halved and doubled. Takes "
+        "--sampler.option VALUE. Several processes may share one search; stopped, the same command goes on.",
+    )
+    sub.set_defaults(takes=("sampler",))
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--method", metavar="NAME", help="as for sample; the recipe's by default")
+    for name in ("step-size", "radius", "noise", "steps"):
+        sub.add_argument(f"--{name}", metavar="LIST")
+    sub.add_argument("--by", choices=("KID", "FD"), default="KID", help="the distance; KID is unbiased (KID)")
+    sub.add_argument("--features", metavar="RUN", help=JUDGES)
+    sub.add_argument("--per-class", type=int, default=20, metavar="N", help="images of each class in a trial (20)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+
+    sub = verb(
+        "diagnose",
+        run_diagnose,
+        "Why a model generates, or does not: figures and numbers, side by side for several runs.",
+        "They go into the first RUN's figures and its report. Takes --sampler.option VALUE.",
+    )
+    sub.set_defaults(takes=("sampler",))
+    sub.add_argument("runs", type=Path, metavar="RUN", nargs="+")
+    sub.add_argument(
+        "--what",
+        metavar="A,B",
+        help="landscape, gradients, energies, neighbours, interpolation, chains, saliency, inversion; all by default",
+    )
+    sub.add_argument("--method", metavar="NAME", help="of the chains; the first run's sampler by default")
+    sub.add_argument("--images", type=int, default=100, metavar="N", help="test images behind the numbers (100)")
+    sub.add_argument("--along", choices=("random", "gradient", "pca"), default="random", help="of landscapes (random)")
+    sub.add_argument("--reach", type=float, default=2.0, metavar="R", help="of landscapes, pixels of [0, 1], l2 (2)")
+    sub.add_argument("--steps", type=int, default=1000, metavar="K", help="of long chains (1000)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
 
@@ -217,7 +270,9 @@ def build_parser() -> Parser:
 
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
-    for drawing in (verbs.choices[name] for name in ("sample", "evaluate", "doctor", "compare")):
+    for drawing in (
+        verbs.choices[name] for name in ("sample", "tune-sampler", "diagnose", "evaluate", "doctor", "compare")
+    ):
         drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
     return parser
 
@@ -362,19 +417,116 @@ def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
 def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm sample``."""
     from advebm import config
-    from advebm.stages import draw, set_name
+    from advebm.console import screen
+    from advebm.stages import contrast, draw, set_name
+    from advebm.tables import one_a_line
     from advebm.training.recipe import resolve
     from advebm.training.run import Run
+    from advebm.tuning import tuned
+
+    for name in ("per_class", "steps", "processes", "batch", "seeds"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is at least 1, got {value}")
+    if (args.seeds or args.features) and not args.compare:
+        raise UserError("--seeds and --features go with --compare")
+    if args.compare and (args.method or args.name):
+        raise UserError("--compare names the methods, and each set after its own; leave --method and --name out")
+    run = Run.open(args.run)
+    if args.steps:
+        overrides = [*overrides, ("sampler.steps", args.steps)]
+    options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": device(args.device), "batch": args.batch}
+    options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _numbers(args.classes)}
+    options["way"] = args.fast
+    if args.compare:
+        samplers = {method: _sampler(run, method, overrides) for method in args.compare.split(",")}
+        seeds, say = args.seeds or 1, lambda text: screen.print(f"  {text}")
+        rows, path = contrast(run, samplers, args.per_class, seeds, features=args.features, say=say, **options)
+        one_a_line(rows)
+        print(path)
+        return
+    sampler, about = _sampler(run, args.method, overrides), {}
+    if (found := None if args.untuned else tuned(run)) is not None:
+        best, how = found
+        if (type(best), best.start) == (type(sampler), sampler.start):
+            plain = {**config.describe(run.recipe), "sampler": config.describe(best)}
+            sampler = resolve(plain, overrides).sampler
+            about = {"tuned": {**how, "changed": [name for name, _ in overrides]}}
+            screen.print("  settings of tune-sampler; --untuned takes the recipe's")
+    if sampler.fit == "test":
+        warnings.warn("seeds are fitted on test images: what is measured against them is flattered", stacklevel=1)
+    print(draw(run, args.name or set_name(sampler), sampler, args.per_class, about=about, **options) / "grid.png")
+
+
+def run_tune(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm tune-sampler``."""
+    from advebm import config
+    from advebm.stages import search
+    from advebm.tables import numbers_table
+    from advebm.training.run import Run
+    from advebm.tuning import SETTINGS, grid
 
     if args.per_class < 1:
         raise UserError(f"--per-class is at least 1, got {args.per_class}")
     run = Run.open(args.run)
-    method = [("sampler", args.method)] if args.method else []
-    sampler = resolve(config.describe(run.recipe), [*method, *overrides]).sampler
-    options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": device(args.device)}
-    options["way"] = args.fast
-    name = args.name or set_name(sampler)
-    print(draw(run, name, sampler, args.per_class, **options) / "grid.png")
+    sampler = _sampler(run, args.method, overrides)
+    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    plain = config.describe(sampler)
+    values = {
+        name: [getattr(config.build({**plain, name: v}, "sampler"), name) for v in text.split(",")]
+        for name, text in given.items()
+    }
+    options = {"by": args.by, "features": args.features, "per_class": args.per_class, "seed": args.seed}
+    options |= {"checkpoint": args.checkpoint, "device": device(args.device)}
+    trials, path = search(run, grid(sampler, values), **options)
+    rows = {}
+    for number, trial in enumerate(trials[:10], 1):
+        settings = {name: trial["sampler"][name] for name in SETTINGS}
+        rows[str(number)] = {trial["name"]: trial["value"], **{k: v for k, v in settings.items() if v is not None}}
+    numbers_table(rows)
+    if (run.folder / "sampler.json").exists():
+        print(run.folder / "sampler.json")
+    print(path)
+
+
+def _sampler(run: Any, method: str | None, overrides: Overrides) -> Any:
+    """The run's sampler, or another with its settings, with options changed."""
+    from advebm import config
+    from advebm.training.recipe import resolve
+
+    return resolve(config.describe(run.recipe), [*([("sampler", method)] if method else []), *overrides]).sampler
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--classes takes numbers such as 0,3,7, got {text!r}") from None
+
+
+def run_diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm diagnose``."""
+    from advebm import console
+    from advebm.comparison import titled
+    from advebm.reporting.portraits import diagnose
+    from advebm.tables import figures_list
+    from advebm.training.run import Run
+
+    for name in ("images", "steps"):
+        if getattr(args, name) < 2:
+            raise UserError(f"--{name} is at least 2, got {getattr(args, name)}")
+    if not args.reach > 0:
+        raise UserError(f"--reach is > 0, got {args.reach}")
+    runs = [Run.open(path) for path in args.runs]
+    options = {"count": args.images, "along": args.along, "reach": args.reach, "steps": args.steps, "seed": args.seed}
+    options |= {"checkpoint": args.checkpoint, "device": device(args.device)}
+    options["sampler"] = _sampler(runs[0], args.method, overrides)
+    say = lambda name: console.screen.print(f"  {name}")
+    numbers, written = diagnose(titled(runs), args.what.split(",") if args.what else (), progress=say, **options)
+    figures_list(numbers)
+    for path in written:
+        print(path)
 
 
 def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:

@@ -1,28 +1,38 @@
 """Files that are either whole or not there."""
 
 import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from advebm.errors import UserError
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` in one step, and make sure that it is on the disk before that."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` in one step at the end, on the disk by then; or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        raise unwritable(path, error) from None
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise unwritable(path, error) from None
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` in one step, and make sure that it is on the disk before that."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,4 +56,6 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 def unwritable(path: Path, error: OSError) -> UserError:
     """The error for a path that cannot be written."""
-    return UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder with --out")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "make room there" if full else "choose a writable folder with --out"
+    return UserError(f"cannot write {path}: {error.strerror or error}; {fix}")

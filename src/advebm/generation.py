@@ -1,9 +1,11 @@
-"""From a trained run to a folder of generated images: grid, film strip, all images, manifest."""
+"""Images from a model, chunk by chunk, and what a folder of them holds: all images, grid, film, manifest."""
 
+import dataclasses
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +15,10 @@ from advebm import config, files, pictures, seeds
 from advebm.data.sources import Data, to_float
 from advebm.errors import UserError
 from advebm.metrics.base import SampleSet, as_images, device_of
-from advebm.models.inference import Way, fast, view
+from advebm.models.inference import View, Way, fast, view
 from advebm.modes import through
 from advebm.samplers import Sampler
+from advebm.starts import Deck, Start
 
 CHUNK = 500  # images drawn together, each chunk with its own generator: results do not depend on who draws which
 
@@ -36,31 +39,64 @@ def generate(
     Args:
         model: classifier, or critic, ``(B, C, H, W)`` in [0, 1] -> logits.
         sampler: the algorithm and its settings.
-        data: whose training split the seeds are fitted on.
+        data: on a split of which the seeds are fitted.
         y: the class of each image.
         outside: whose test images chains begin from, with ``start: outside``.
         seed: of seeds and noise.
         way: how the network is computed, see :class:`advebm.models.inference.Fast`; ``auto`` folds.
         progress: told how many images are done.
     """
-    device, start = device_of(model), sampler.prepare(data, outside)
-    example = as_images(data.train.x[: min(len(y), CHUNK)], device)
-    quick = view(model, example, fast(way), loud=way != "auto") if len(example) else None
-    drawn = []
-    for number, classes in enumerate(y.split(CHUNK)):
-        classes, generator = classes.to(device), seeds.generator(seed, "sample", number, device=device)
-        begin = start(torch.empty(len(classes), *data.shape, device=device), classes, generator)
-        with through(model, quick and quick.refresh):
-            drawn.append(sampler(model, classes, begin, generator=generator).cpu())
+    start, drawn = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
+    quick = quickly(model, data, len(y), way)
+    for number in range(-(-len(y) // CHUNK)):
+        drawn.append(chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, quick=quick))
         progress(sum(map(len, drawn)))
-    images = torch.cat(drawn) if drawn else torch.empty(0, *data.shape)
     about = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if quick is None else quick.way.name}
-    return SampleSet(images, y.cpu(), about)
+    return SampleSet(torch.cat(drawn), y.cpu(), about)
 
 
-def wanted(sampler: Sampler, data: Data, per_class: int) -> Tensor:
+def quickly(model: nn.Module, data: Data, count: int, way: Way) -> View | None:
+    """The network for searches, as ``way`` asks, where that applies; for ``count`` images in chunks."""
+    example = as_images(data.train.x[: min(count, CHUNK)], device_of(model))
+    return view(model, example, fast(way), loud=way != "auto") if len(example) else None
+
+
+def chunk(
+    model: nn.Module,
+    sampler: Sampler,
+    start: Start,
+    y: Tensor,
+    number: int,
+    *,
+    shape: Sequence[int],
+    seed: int = 0,
+    batch: int | None = None,
+    quick: View | None = None,
+) -> Tensor:
+    """Images ``number * CHUNK`` and on of those of classes ``y (N,)``, on the CPU.
+
+    They depend on nothing that was drawn before.  ``batch`` (images that the network sees at once) and ``quick``
+    (the network as it is searched) change rounding.
+    """
+    device, first = device_of(model), number * CHUNK
+    classes, generator = y[first : first + CHUNK].to(device), seeds.generator(seed, "sample", number, device=device)
+    if isinstance(start, Deck):
+        start = dataclasses.replace(start, order=dealt(len(start.x), first, len(classes), seed))
+    begin = start(torch.empty(len(classes), *shape, device=device), classes, generator)
+    with through(model, quick and quick.refresh):
+        return sampler(model, classes, begin, generator=generator, batch=batch).cpu()
+
+
+def dealt(total: int, first: int, count: int, seed: int) -> Tensor:
+    """Items ``first`` to ``first + count - 1`` of an endless row of shuffles of ``total`` things."""
+    rounds = range(first // total, (first + count - 1) // total + 1)
+    row = torch.cat([torch.randperm(total, generator=seeds.generator(seed, "deal", number)) for number in rounds])
+    return row[first - rounds[0] * total :][:count]
+
+
+def wanted(sampler: Sampler, data: Data, per_class: int, classes: Sequence[int] | None = None) -> Tensor:
     """The class of each image to draw; -1 for as many images where neither the energy nor the seeds are of a class."""
-    y = torch.arange(len(data.classes)).repeat_interleave(per_class)
+    y = torch.tensor(range(len(data.classes)) if classes is None else classes).repeat_interleave(per_class)
     return y if sampler.conditional or sampler.start == "class" else torch.full_like(y, -1)
 
 
@@ -70,11 +106,12 @@ def film(
     data: Data,
     *,
     outside: Data | None = None,
+    classes: Sequence[int] | None = None,
     frames: int = 7,
     seed: int = 0,
 ) -> tuple[Tensor, list[int]]:
     """One chain a class, seen at ``frames`` steps from the seed to the last iterate: (classes, frames, C, H, W)."""
-    device, y = device_of(model), wanted(sampler, data, 1)
+    device, y = device_of(model), wanted(sampler, data, 1, classes)
     generator = seeds.generator(seed, "film", device=device)
     begin = sampler.prepare(data, outside)(torch.empty(len(y), *data.shape, device=device), y.to(device), generator)
     path: list[Tensor] = []
@@ -84,27 +121,70 @@ def film(
     return torch.stack([path[k] for k in shown], 1), shown
 
 
-def write(folder: Path, samples: SampleSet, classes: int, strip: tuple[Tensor, list[int]] | None = None) -> None:
+def write(folder: Path, samples: SampleSet, classes: int) -> None:
+    """A set of samples that is in memory; see :func:`publish`."""
+    publish(folder, [to_bytes(samples.x)], samples.y, samples.x.shape[1:], samples.manifest, classes)
+
+
+def publish(
+    folder: Path,
+    parts: Iterable[Tensor],
+    y: Tensor,
+    shape: Sequence[int],
+    manifest: Mapping[str, Any],
+    classes: int,
+    strip: tuple[Tensor, list[int]] | None = None,
+) -> None:
     """``images.npz`` (uint8 ``x``, int64 ``y``), ``grid.png``, ``film.png``; then, to say so, ``manifest.json``.
 
-    ``strip`` is what :func:`film` returned.
+    The bytes of the files depend on what is in them alone.
+
+    Args:
+        folder: of the set.
+        parts: uint8 images (n, C, H, W), held one part at a time.
+        y: the class of each image.
+        shape: of an image.
+        manifest: how they were made.
+        classes: rows of the grid.
+        strip: what :func:`film` returned.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").unlink(missing_ok=True)
-        pixels = (samples.x * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-        np.savez_compressed(folder / "images.npz", x=pixels, y=samples.y.numpy())
-        pictures.save(pictures.grid(pictures.by_class(samples.x, samples.y, classes)), folder / "grid.png")
-        if strip is not None:
-            pictures.save(pictures.grid(strip[0]), folder / "film.png")
     except OSError as error:
         raise files.unwritable(folder, error) from None
-    about = {**samples.manifest, "count": len(samples.x), "film": [] if strip is None else strip[1]}
-    files.write_json(folder / "manifest.json", about)
+    first: dict[int, list[Tensor]] = {}
+    done = 0
+    with files.replacing(folder / "images.npz") as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open(_member("x"), "w", force_zip64=True) as out:
+            about = {"descr": "|u1", "fortran_order": False, "shape": (len(y), *shape)}
+            np.lib.format.write_array_header_1_0(out, about)
+            for part in parts:
+                out.write(part.numpy().tobytes())
+                for x, k in zip(part, y[done : done + len(part)].tolist(), strict=True):
+                    if len(row := first.setdefault(k, [])) < (10 if k >= 0 else 10 * classes):  # what a grid shows
+                        row.append(x.clone())
+                done += len(part)
+        with archive.open(_member("y"), "w") as out:
+            np.lib.format.write_array(out, y.numpy())
+    shown = [(x, k) for k, row in sorted(first.items()) for x in row]
+    images = torch.stack([x for x, _ in shown]) if shown else torch.empty(0, *shape)
+    rows = pictures.by_class(images, torch.tensor([k for _, k in shown], dtype=torch.int64), classes)
+    pictures.save(pictures.grid(rows), folder / "grid.png")
+    if strip is not None:
+        pictures.save(pictures.grid(strip[0]), folder / "film.png")
+    files.write_json(folder / "manifest.json", {**manifest, "count": len(y), "film": [] if strip is None else strip[1]})
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """An array of an archive, dated 1980 so that time does not change the bytes."""
+    info = zipfile.ZipInfo(f"{name}.npy")
+    info.compress_type = zipfile.ZIP_DEFLATED
+    return info
 
 
 def read(folder: Path) -> SampleSet:
-    """What :func:`write` wrote; an error where the manifest is missing, that is, where writing was cut short."""
+    """What :func:`publish` wrote; an error where the manifest is missing, that is, where writing was cut short."""
     manifest = files.read_json(folder / "manifest.json")
     try:
         with (folder / "images.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -115,3 +195,8 @@ def read(folder: Path) -> SampleSet:
     if not known or x.ndim != 4:
         raise UserError(f"{folder / 'manifest.json'} is damaged; sample again")
     return SampleSet(to_float(x), y, manifest)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Floating point in [0, 1] -> uint8, to the nearest of 256 levels."""
+    return (x * 255).round().clamp(0, 255).to(torch.uint8)

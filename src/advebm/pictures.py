@@ -1,6 +1,7 @@
 """Grids of small images as PNG."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +50,25 @@ def png(picture: Image.Image) -> bytes:
     """The bytes of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def stacked(parts: Sequence[bytes]) -> bytes:
+    """PNG files one below the other, as one."""
+    drawn = [Image.open(io.BytesIO(part)).convert("RGB") for part in parts]
+    canvas = Image.new("RGB", (max(p.width for p in drawn), sum(p.height for p in drawn)), "white")
+    top = 0
+    for part in drawn:
+        canvas.paste(part, ((canvas.width - part.width) // 2, top))
+        top += part.height
+    return png(canvas)
+
+
+def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
+    """The bytes of an animation that rests on its last frame for two seconds."""
+    buffer = io.BytesIO()
+    times = [milliseconds] * (len(frames) - 1) + [2_000]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=list(frames[1:]), duration=times, loop=0)
     return buffer.getvalue()
 
 

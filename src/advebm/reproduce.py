@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from advebm import comparison, config, console, evaluation, files, recipes
+from advebm import comparison, config, console, evaluation, files, generation, recipes
 from advebm.attacks.apgd import APGD
 from advebm.attacks.projected import Attack
 from advebm.chains import Chains, Point, best, reached
@@ -19,7 +19,7 @@ from advebm.metrics.detectors import Detectors
 from advebm.metrics.energy import Energies
 from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
-from advebm.reporting import figures
+from advebm.reporting import figures, gallery
 from advebm.reporting.build import report
 from advebm.stages import draw, fit, set_name
 from advebm.tables import one_a_line, side_by_side
@@ -407,9 +407,39 @@ def efficiency(runs: Mapping[str, Run], judge: Run, found: dict[str, Records]) -
     return found
 
 
+FIGURE4 = (("at", "jeat-16"), ("at", "jeat-17"), ("prejeat", "jeat-17"))  # from left to right
+
+
+def jeat_figure4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Ten ships by equations 16 and 17 from AT and by 17 from PreJEAT, from the same seeds: the shape of JEAT figure 4.
+
+    The paper states neither steps nor step size; at temperature 1, as printed, images drown in noise.
+    """
+    entries = {"at": recipe("cifar10-at-small", options), "prejeat": recipe("cifar10-prejeat-small", options)}
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        classes = runs["at"].recipe.data.load().classes
+        ships = (classes.index("ship"),) if "ship" in classes else None
+        panels, texts = {}, {}
+        for title, kind in FIGURE4:
+            settings = [("steps", 100), ("step_size", 0.05), ("temperature", 1e-4), ("start", "class")]
+            chosen = [("sampler", kind), *((f"sampler.{name}", value) for name, value in settings)]
+            sampler = resolve(config.describe(runs[title].recipe), chosen).sampler
+            where = draw(runs[title], kind, sampler, 10, classes=ships)
+            x = generation.read(where).x
+            panels[f"{title}, {kind}"] = x[:10].view(2, 5, *x.shape[1:])
+            texts[f"{title}, {kind}"] = ["the same seeds"]
+        text = "Equation 16 descends E(x, y) - E(x), 17 descends E(x, y); 100 steps of 0.05 at temperature 1e-4."
+        gallery.hang(runs["at"], "jeat-figure4", figures.grids(panels, texts), "JEAT figure 4", text)
+        return {title: measured(run, comparison.accuracies(())) for title, run in runs.items()}
+
+    return study(folder, seeds, entries, measure)
+
+
 EXPERIMENTS: dict[str, Callable[[Path, int, Options], tuple[dict[str, Records], list[Run]]]] = {
     "digits-supervised": digits_supervised,
     "jeat-table1": jeat_table1,
+    "jeat-figure4": jeat_figure4,
     "jeat-figure5": jeat_figure5,
     "cem-claims": cem_claims,
     "digits-binary-at": digits_binary_at,

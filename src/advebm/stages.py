@@ -1,16 +1,20 @@
 """Training and sampling behind a progress bar: what the command line and the demo share."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advebm import config, console, generation
+from torch import Tensor
+
+from advebm import comparison, config, console, drawing, evaluation, files, generation, pictures, tuning
 from advebm.data.files import read_folder
 from advebm.errors import UserError
 from advebm.evaluation import is_factory
-from advebm.metrics.base import SampleSet
+from advebm.metrics.base import SampleSet, Subject, label
+from advebm.metrics.quality import SampleQuality
 from advebm.models import network
-from advebm.models.inference import Way
+from advebm.reporting import figures, gallery
 from advebm.samplers import Sampler
 from advebm.training.loop import train
 from advebm.training.recipe import Recipe, resolve
@@ -100,26 +104,90 @@ def draw(
     sampler: Sampler,
     per_class: int,
     *,
-    seed: int = 0,
     checkpoint: str = "latest",
-    device: str = "cpu",
-    way: Way = "auto",
+    processes: int = 1,
+    trajectory: bool = False,
+    **options: Any,
 ) -> Path:
-    """Images of every class, and one chain a class as a film, into the run's ``samples/NAME``.
+    """Images of every class, and one chain a class as a film, into the run's ``samples/NAME``, which is returned.
 
-    Of a critic as many images and chains, without classes.
+    Where neither energy nor seeds are of a class, as many images and chains.  ``options`` are those of
+    :class:`advebm.drawing.Drawing`.
     """
     if Path(name).name != name:
         raise UserError(f"--name is the name of a folder in {run.folder / 'samples'}, got {name!r}")
     number = run.checkpoints.path(checkpoint).name
-    recipe = run.recipe
-    model, data = run.model(number)[0].to(device), recipe.data.load()
-    outside = recipe.outside.load() if recipe.outside is not None and sampler.start == "outside" else None
-    y = generation.wanted(sampler, data, per_class)
-    with console.bar(name, len(y)) as tell:
-        samples = generation.generate(model, sampler, data, y, outside=outside, seed=seed, way=way, progress=tell)
-    samples = samples._replace(manifest={**samples.manifest, "checkpoint": number})
-    folder = run.folder / "samples" / name
-    strip = generation.film(model, sampler, data, outside=outside, seed=seed)
-    generation.write(folder, samples, len(data.classes), strip)
-    return folder
+    wanted = drawing.Drawing(run.folder, name, sampler, per_class, checkpoint=number, **options)
+    with console.bar(name, per_class * len(wanted.classes or run.recipe.data.load().classes)) as tell:
+        return drawing.draw(wanted, processes=processes, trajectory=trajectory, progress=tell)
+
+
+def search(
+    run: Run,
+    samplers: Sequence[Sampler],
+    *,
+    features: str | Path | None = None,
+    checkpoint: str = "latest",
+    device: str = "cpu",
+    **options: Any,
+) -> tuple[list[dict[str, Any]], Path]:
+    """:func:`advebm.tuning.tune` behind a progress bar: all trials, the best first, and a figure of the responses."""
+    if features is None:
+        space = evaluation.feature_space(evaluation.OWN, run.model(checkpoint)[0].to(device))
+    else:
+        space = evaluation.find_space(features).load(device)
+    options |= {"judge": comparison.judge(features), "checkpoint": checkpoint, "device": device}
+    with console.bar("tune", len(samplers)) as tell:
+        trials = tuning.tune(run, samplers, space, progress=tell, **options)
+    if not trials:
+        raise UserError("other processes are at all trials; wait for them")
+    best, name = trials[0], trials[0]["name"]
+    text = f"{len(trials)} settings, {best['per_class']} images a class each, against {best['reference_count']} images"
+    picture = figures.responses(tuning.curves(trials), name)
+    text += f"; best {name} {best['value']:.3g}"
+    return trials, gallery.hang(run, "tuning", picture, "Sampler settings", text, {"best": best["sampler"]})
+
+
+def contrast(
+    run: Run,
+    samplers: Mapping[str, Sampler],
+    per_class: int,
+    seeds: int = 1,
+    *,
+    features: str | Path | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> tuple[dict[str, comparison.Records], Path]:
+    """Several methods from the same seeds: their records, and a picture of a grid each with its scores.
+
+    CEM's table 2 has this form.  Everything goes into the run's ``comparison``, numbers into ``comparison.json`` there.
+    Returns mean and deviation over the sampling ``seeds``, where there are several, and the picture's path.
+    """
+    recipe, device = run.recipe, str(options.get("device", "cpu"))
+    data = recipe.data.load()
+    model = run.model(str(options.get("checkpoint", "latest")))[0].to(device)
+    own = evaluation.feature_space(evaluation.OWN, model)
+    space = own if features is None else evaluation.find_space(features).load(device)
+    found: list[dict[str, comparison.Records]] = []
+    panels: dict[str, Tensor] = {}
+    for number in range(seed, seed + seeds):
+        folders = {
+            method: draw(run, f"{method}-{number}", s, per_class, seed=number, within="comparison", **options)
+            for method, s in samplers.items()
+        }
+        sets = {method: generation.read(folder) for method, folder in folders.items()}
+        panels = panels or {m: pictures.by_class(s.x, s.y, len(data.classes)) for m, s in sets.items()}
+        say(f"judging {len(sets)} sets")
+        subject = Subject(model, data, data.test, recipe.threat, sets, space)
+        records = [dataclasses.asdict(r) for r in evaluation.evaluate(subject, [SampleQuality()], seed=number)]
+        found.append({m: [r for r in records if r["settings"]["samples"] == m] for m in sets})
+    rows = comparison.over_seeds(found)
+    shown = [label(kind, space.name) for kind in ("FD", "KID", "class score", "intended class")]
+    files.write_json(run.folder / "comparison" / "comparison.json", rows)
+    rows = {m: [{**r, "settings": {}} for r in rs if r["name"] in shown] for m, rs in rows.items()}
+    texts = {m: [f"{r['name'].split(' (')[0]} {r['value']:.3g} ± {r['error']:.2g}" for r in rows[m]] for m in panels}
+    text = f"{per_class * len(data.classes):,} images each, the first of them shown; in {space.name}; ± "
+    text += "deviation over sampling seeds" if seeds > 1 else "standard error"
+    picture = figures.grids(panels, texts)
+    return rows, gallery.hang(run, "comparison", picture, "Samplers from the same seeds", text)

@@ -52,6 +52,22 @@ def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
     _print(table, 150)
 
 
+def figures_list(figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """The numbers of figures: a block a figure, a row a number, a column a model where there are several."""
+    for name, numbers in figures.items():
+        models = numbers if all(isinstance(v, Mapping) for v in numbers.values()) else {"": numbers}
+        table = Table(name, *models, box=None, pad_edge=False)
+        for quantity in dict.fromkeys(q for values in models.values() for q in values):
+            table.add_row(quantity, *(_number(values.get(quantity)) for values in models.values()))
+        _print(table)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value[0]:.3g} ± {value[1]:.2g}" if isinstance(value, list) else f"{value:.3g}"
+
+
 def findings_list(findings: Iterable[doctor.Finding]) -> None:
     """A block a finding, then what was skipped; where there is none, what was looked at."""
     findings = list(findings)

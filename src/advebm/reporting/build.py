@@ -14,7 +14,7 @@ import jinja2
 from advebm import citations, comparison, config, evaluation, files, generation, pictures
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
-from advebm.reporting import figures
+from advebm.reporting import figures, gallery
 from advebm.training.recipe import dump
 from advebm.training.run import Run
 
@@ -79,6 +79,11 @@ def report(
         energies=_uri(figures.energies(own)),
         reliability=_uri(figures.reliability(own)),
         detection=_uri(figures.detection(own)),
+        gallery=[
+            {**f, "title": f"{title} · {f['title']}" if len(runs) > 1 else f["title"], "image": _uri(f["picture"])}
+            for title, r in runs.items()
+            for f in gallery.hung(r)
+        ],
         tables=[{"name": name, "rows": [row(r) for r in records]} for name, records in everyone.items() if records],
         config=dump(recipe),
         environment=json.dumps(files.read_json(run.folder / "env.json", default={}), indent=2),
@@ -114,6 +119,10 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
     parts = [f"{s['steps']} {s['direction']} steps of {s['step_size']:g} from {s['start']} seeds"]
     parts += [f"ball {s['radius']:g}"] if s["radius"] else []
     parts += [f"noise {s['noise']:g}"] if s["noise"] else []
+    parts += [f"temperature {s['temperature']:g}"] if s.get("temperature") is not None else []
+    parts += [f"momentum {s['momentum']:g}"] if s.get("momentum") else []
+    parts += ["Gaussians of test images"] if s.get("fit") == "test" else []
+    parts += ["tuned on validation images"] if "tuned" in manifest else []
     return ", ".join(parts)
 
 

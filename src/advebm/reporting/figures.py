@@ -5,6 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
+from torch import Tensor
+
+from advebm import pictures
 
 matplotlib.use("Agg")
 
@@ -236,10 +240,42 @@ def detection(records: Records) -> bytes | None:
         return png(figure)
 
 
-def png(figure: Figure) -> bytes:
-    """The bytes of a PNG file; closes the figure."""
+def grids(panels: Mapping[str, Tensor], texts: Mapping[str, Sequence[str]]) -> bytes:
+    """Grids of images (rows, columns, C, H, W) side by side, each under its name and over some lines of text."""
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.9), squeeze=False)
+        for axis, (name, rows) in zip(axes.flat, panels.items(), strict=True):
+            axis.imshow(np.asarray(pictures.grid(rows)), cmap="gray", vmin=0, vmax=255, interpolation="none")
+            axis.set_title(name)
+            axis.set_xlabel("\n".join(texts[name]))
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        return png(figure)
+
+
+def responses(curves: Mapping[str, Sequence[tuple[Any, float, float]]], name: str) -> bytes:
+    """Best and median value of a search's trials against each setting that varied."""
+    with plt.rc_context(STYLE):
+        count = max(1, len(curves))
+        figure, axes = plt.subplots(1, count, figsize=(1.5 + 2.4 * count, 3.1), squeeze=False, sharey=True)
+        for axis, (setting, points) in zip(axes.flat, curves.items(), strict=False):
+            ticks = range(len(points))
+            axis.plot(ticks, [best for _, best, _ in points], marker="o", label="best")
+            axis.plot(ticks, [median for _, _, median in points], marker=".", ls="--", label="median")
+            axis.set_xticks(ticks, ["none" if v is None else f"{v:g}" for v, _, _ in points])
+            axis.set(xlabel=setting)
+        axes[0, 0].set_ylabel(name.split(" ")[0])
+        figure.suptitle(name)
+        if curves:
+            axes[0, 0].legend(frameon=False)
+        return png(figure)
+
+
+def png(figure: Figure, *, tight: bool = True) -> bytes:
+    """The bytes of a PNG file; closes the figure.  ``tight`` is off for figures with a layout of their own."""
     buffer = io.BytesIO()
-    figure.tight_layout()
+    if tight:
+        figure.tight_layout()
     figure.savefig(buffer, dpi=110)
     plt.close(figure)
     return buffer.getvalue()

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
-from advebm import densities, energies, files, toy
+from advebm import densities, energies, files, pictures, toy
 from advebm.descent import value_and_gradient
 from advebm.reporting.figures import STYLE, png
 from advebm.seeds import generator
@@ -33,15 +33,15 @@ def draw(
     one = [(method or "binary-at", p0 or "uniform")]
     three = [("binary-at", "uniform"), ("binary-at", "concentrated"), ("mle", "uniform")]
     plays = [toy.play(density, *which, seed=seed) for which in (one if method or p0 else three)]
-    pictures = {f"{density}-{play.method}-{play.p0}.png": film(play) for play in plays}
-    pictures[f"{density}-{plays[0].method}-{plays[0].p0}.gif"] = animation(plays[0])
+    drawn = {f"{density}-{play.method}-{play.p0}.png": film(play) for play in plays}
+    drawn[f"{density}-{plays[0].method}-{plays[0].p0}.gif"] = animation(plays[0])
     if len(plays) == 3:
         uniform, concentrated, likelihood = plays
-        pictures[f"{density}-p0.png"] = before_and_after([uniform, concentrated])
-        pictures[f"{density}-density.png"] = density_or_support(uniform, likelihood)
-    for name, content in pictures.items():
+        drawn[f"{density}-p0.png"] = before_and_after([uniform, concentrated])
+        drawn[f"{density}-density.png"] = density_or_support(uniform, likelihood)
+    for name, content in drawn.items():
         files.write(folder / name, content)
-    return plays, [folder / name for name in pictures]
+    return plays, [folder / name for name in drawn]
 
 
 def film(play: toy.Play, count: int = 6) -> bytes:
@@ -101,17 +101,14 @@ def density_or_support(adversarial: toy.Play, likelihood: toy.Play) -> bytes:
 
 def animation(play: toy.Play) -> bytes:
     """A GIF of the training, which rests on its last frame."""
-    pictures = []
+    frames = []
     with plt.rc_context(PLANE):
         for frame in play.frames:
             figure, axis = plt.subplots(figsize=(3.2, 3.3))
             panel(axis, play, frame)
             axis.set_title(f"{play.density}, {play.method}, update {frame.update}")
-            pictures.append(Image.open(io.BytesIO(png(figure))).convert("RGB"))
-    buffer = io.BytesIO()
-    times = [150] * (len(pictures) - 1) + [2_000]  # milliseconds
-    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
-    return buffer.getvalue()
+            frames.append(Image.open(io.BytesIO(png(figure))).convert("RGB"))
+    return pictures.gif(frames, 150)
 
 
 def panel(axis: Axes, play: toy.Play, frame: toy.Frame, *, moved: bool = True) -> None:

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 import advebm
 from advebm import files
+from advebm.data.sources import Data, Images
 from advebm.errors import UserError
 from advebm.models import network
 from advebm.models.network import Architecture, Network
@@ -78,6 +80,16 @@ class Run:
         """The network of a checkpoint (averaged weights, eval mode)."""
         return network.load(self.checkpoints.path(which), foreign=True)
 
+    def chains(self, which: str = "latest") -> Data:
+        """The replay chains of a checkpoint, over all streams, as images without labels; clamped to [0, 1]."""
+        states = sorted((self.checkpoints.path(which) / "state").glob("stream-*.pt"))
+        loaded = [torch.load(path, weights_only=True, map_location="cpu") for path in states]
+        chains = [state["chains"].clamp(0, 1) for state in loaded if "chains" in state]
+        if not chains:
+            raise UserError(f"{self.folder} keeps no replay buffer; runs of jeat, jem and mle with a buffer do")
+        images = Images(x := torch.cat(chains), torch.full((len(x),), -1))
+        return Data("replay buffer", (), images, images, images)
+
     def samples(self) -> dict[str, Path]:
         """The folder of each whole set of samples, by name."""
         return {path.parent.name: path.parent for path in sorted(self.folder.glob("samples/*/manifest.json"))}
@@ -85,18 +97,7 @@ class Run:
     @contextlib.contextmanager
     def locked(self, main: bool = True) -> Iterator[None]:
         """Refuse a second training of the same run; the lock goes with the process, however it ends."""
-        if not main or fcntl is None:
-            yield
-            return
-        try:
-            handle = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise files.unwritable(self.folder / ".lock", error) from None
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"another process is training {self.folder}") from None
+        with sole(self.folder / ".lock", f"another process is training {self.folder}") if main else nullcontext():
             yield
 
     # metrics.jsonl: one line an event of training -------------------------------------------------------------------
@@ -142,6 +143,24 @@ class Run:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX)  # another evaluation may be appending; released with the handle
             files.write_json(self.folder / "metrics.json", [*self.records(), *records])
+
+
+@contextlib.contextmanager
+def sole(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock ``path``, or say that somebody is ``busy`` with it."""
+    if fcntl is None:
+        yield
+        return
+    try:
+        handle = path.open("w")
+    except OSError as error:
+        raise files.unwritable(path, error) from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(busy) from None
+        yield
 
 
 def new_folder(parent: Path, name: str) -> Path:

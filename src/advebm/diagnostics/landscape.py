@@ -1,0 +1,103 @@
+"""The energy around images: in a plane of two directions, JEAT figure 2, and in numbers over many images."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from advebm.descent import Energy, per_sample, value_and_gradient
+from advebm.errors import UserError
+from advebm.seeds import randn
+
+Along = Literal["random", "gradient", "pca"]
+
+
+class Lie(NamedTuple):
+    """Where images lie in their planes; each (B,) float64.
+
+    Attributes:
+        offset: distance of the plane's lowest point from the image, in pixels of [0, 1].
+        depth: by how much that point is lower than the image, nats.
+        edge: bool, whether it lies on the plane's border, so that the lowest point proper is further away.
+        curvature: mean of the second derivatives along both directions at the image, nats / pixel².
+        tilt: length of the gradient within the plane at the image, nats / pixel.
+    """
+
+    offset: Tensor
+    depth: Tensor
+    edge: Tensor
+    curvature: Tensor
+    tilt: Tensor
+
+
+def directions(
+    along: Along, x: Tensor, energy: Energy, generator: torch.Generator, *, images: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Two orthogonal directions of length 1 for each image, each (B, C, H, W).
+
+    Args:
+        along: ``random`` (Gaussian), ``gradient`` (of the energy, and a random one), or ``pca`` (the first two
+            principal components of ``images``, the same for all).
+        x: (B, C, H, W).
+        energy: of ``x``.
+        generator: of random directions.
+        images: (N, C, H, W), for ``pca``.
+    """
+    if along == "pca":
+        if images is None or len(images) < 3:
+            raise UserError("principal components take at least 3 images")
+        flat = images.flatten(1)
+        _, _, v = torch.pca_lowrank(flat - flat.mean(0), q=2, niter=4)
+        first, second = (axis.view(1, *x.shape[1:]).expand_as(x).to(x) for axis in v.T)
+        return first, second
+    first = value_and_gradient(energy, x)[1] if along == "gradient" else randn(x, generator)
+    first = _unit(first)
+    second = randn(x, generator)
+    second = second - per_sample((second * first).flatten(1).sum(1), x) * first
+    return first, _unit(second)
+
+
+def plane(
+    energy_of: Callable[[Tensor], Energy], x: Tensor, first: Tensor, second: Tensor, *, reach: float, count: int = 25
+) -> Tensor:
+    """``E(x + a·first + b·second) - E(x)`` for a and b from -reach to reach: (B, count, count), a down, b across.
+
+    Points are not clamped: what lies outside [0, 1] is part of the picture.
+
+    Args:
+        energy_of: positions (B,) into ``x`` -> the energy of images there.
+        x, first, second: (B, C, H, W).
+        reach: in pixels of [0, 1], l2.
+        count: of points along a direction, odd, so that the middle one is the image.
+    """
+    if count < 3 or count % 2 == 0:
+        raise UserError(f"a plane has an odd number of points along a direction, at least 3, got {count}")
+    steps = torch.linspace(-reach, reach, count, dtype=x.dtype, device=x.device)
+    energy, found = energy_of(torch.arange(len(x), device=x.device)), []
+    with torch.no_grad():
+        for a in steps:
+            row = [energy(x + a * first + b * second) for b in steps]
+            found.append(torch.stack(row, 1))
+        return (torch.stack(found, 1) - per_sample(energy(x), found[0][:, None])).double().cpu()
+
+
+def lie(values: Tensor, reach: float) -> Lie:
+    """How images lie in planes (B, n, n) of :func:`plane`: the place of the lowest point, slope and curvature there.
+
+    Derivatives are central differences over one step of the grid.
+    """
+    n, h = values.shape[1], 2 * reach / (values.shape[1] - 1)
+    lowest = values.flatten(1).argmin(1)
+    a, b = lowest // n - n // 2, lowest % n - n // 2
+    m = n // 2
+    centre = values[:, m, m]
+    down, up, left, right = values[:, m + 1, m], values[:, m - 1, m], values[:, m, m - 1], values[:, m, m + 1]
+    curvature = (down + up + left + right - 4 * centre) / (2 * h**2)
+    tilt = ((down - up) ** 2 + (right - left) ** 2).sqrt() / (2 * h)
+    offset = h * (a.double() ** 2 + b.double() ** 2).sqrt()
+    return Lie(offset, centre - values.flatten(1).amin(1), (a.abs() == m) | (b.abs() == m), curvature, tilt)
+
+
+def _unit(direction: Tensor) -> Tensor:
+    return direction / per_sample(direction.flatten(1).norm(dim=1), direction).clamp_min(1e-12)

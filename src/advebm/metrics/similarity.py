@@ -1,0 +1,94 @@
+"""Distances between images, and which training images are nearest."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from advebm.data.sources import to_float
+from advebm.errors import UserError
+
+Distances = Callable[[Tensor, Tensor], Tensor]  # (A, C, H, W) and (B, C, H, W) in [0, 1] -> (A, B), low = near
+
+
+def l2(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances (A, B) in pixels of [0, 1]."""
+    return torch.cdist(a.flatten(1), b.flatten(1))
+
+
+def ssim(a: Tensor, b: Tensor, *, sigma: float = 1.5, width: int = 11) -> Tensor:
+    """Structural similarity (A, B) in [-1, 1] of every pair, Wang et al. (2004): mean over places and channels.
+
+    Gaussian windows that lie inside the image, moments weighted by them, ``K_1 = 0.01`` and ``K_2 = 0.03``.  Images
+    smaller than the window take the largest odd one that fits.
+    """
+    size = min(width, *a.shape[2:])
+    size -= 1 - size % 2
+    if a.shape[1:] != b.shape[1:]:
+        raise UserError(f"images to compare have one shape, got {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
+    offsets = torch.arange(size, dtype=a.dtype, device=a.device) - size // 2
+    bell = torch.exp(-(offsets**2) / (2 * sigma**2))
+    window = bell / bell.sum()
+
+    def smooth(x: Tensor) -> Tensor:
+        single = x.reshape(-1, 1, *x.shape[2:])
+        found = conv2d(conv2d(single, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        return found.view(len(x), x.shape[1], *found.shape[2:])
+
+    mean_b, square_b = smooth(b), smooth(b * b)
+    variance_b = square_b - mean_b**2
+    rows = []
+    for image in a:
+        x = image[None]
+        mean_a = smooth(x)
+        variance_a = smooth(x * x) - mean_a**2
+        shared = smooth(x * b) - mean_a * mean_b
+        same_mean = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+        same_shape = (2 * shared + 0.03**2) / (variance_a + variance_b + 0.03**2)
+        rows.append((same_mean * same_shape).flatten(1).mean(1))
+    return torch.stack(rows)
+
+
+def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
+    """``1 - SSIM``, low = near."""
+    return 1 - ssim(a, b)
+
+
+class Near(NamedTuple):
+    """The nearest of a set: positions and distances, each (B, k), nearest first."""
+
+    which: Tensor
+    distance: Tensor
+
+
+def nearest(x: Tensor, others: Tensor, k: int, distances: Distances = l2, *, block: int = 4096) -> Near:
+    """The ``k`` nearest of ``others (N, C, H, W)``, bytes or floating point, to each of ``x``, a block at a time."""
+    if not 1 <= k <= len(others):
+        raise UserError(f"there are {len(others)} images to be near to, asked for {k}")
+    best = Near(torch.empty(len(x), 0, dtype=torch.int64), torch.empty(len(x), 0))
+    for start, part in _blocks(others, block):
+        found = distances(x, part)
+        index = torch.cat([best.which, torch.arange(start, start + len(part)).expand(len(x), -1)], 1)
+        distance = torch.cat([best.distance, found], 1)
+        order = distance.argsort(stable=True, dim=1)[:, :k]
+        best = Near(index.gather(1, order), distance.gather(1, order))
+    return best
+
+
+def _blocks(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(x), size):
+        part = x[start : start + size]
+        yield start, to_float(part) if part.dtype == torch.uint8 else part
+
+
+def copies(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
+    """Whether a model repeats its training images, from distances (N,) and (M,) to the nearest of them.
+
+    Returns the share of generated images that lie nearer to a training image than the nearest hundredth of held-out
+    real images do (0.01 is what real images have), and the ratio of the medians (below 1: nearer than real ones).
+    """
+    threshold = held_out.double().quantile(0.01)
+    share = (generated.double() < threshold).double().mean().item()
+    return share, (generated.double().median() / held_out.double().median()).item()

@@ -1,0 +1,166 @@
+"""A search over a sampler's settings on the validation split, shared by whatever processes run the same call.
+
+Each setting is a trial: a file in ``RUN/tuning``, whole or absent, claimed by a lock while somebody works on it.  Test
+images are never looked at.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from advebm import config, files, generation
+from advebm.data.sources import Data
+from advebm.drawing import others
+from advebm.errors import UserError
+from advebm.metrics.base import Features, as_images, device_of, label
+from advebm.metrics.distances import Moments, frechet_distance, kernel_distance
+from advebm.samplers import Sampler
+from advebm.training.run import Run, sole
+
+Quantity = Literal["KID", "FD"]
+SETTINGS = ("step_size", "radius", "noise", "steps")  # α, β, η, K
+FACTORS = (0.5, 1.0, 2.0)  # of the sampler's own α and K, unless values are given
+
+
+def grid(sampler: Sampler, values: Mapping[str, Sequence[Any]]) -> list[Sampler]:
+    """All combinations of values of α, β, η and K.
+
+    Without values α and K take half, once and twice the sampler's own (K is whole and at least 1), β and η keep it.
+    """
+    for name in values:
+        if name not in SETTINGS:
+            raise UserError(f"tuning searches {', '.join(SETTINGS)}, got {name!r}")
+    halved: dict[str, list[Any]] = {name: [getattr(sampler, name)] for name in SETTINGS}
+    halved["step_size"] = [sampler.step_size * factor for factor in FACTORS]
+    halved["steps"] = [max(1, round(sampler.steps * factor)) for factor in FACTORS]
+    choices = {name: values.get(name, halved[name]) for name in SETTINGS}
+    found = (dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values()))
+    return list(dict.fromkeys(dataclasses.replace(sampler, **settings) for settings in found))
+
+
+def tune(
+    run: Run,
+    samplers: Sequence[Sampler],
+    space: Features,
+    *,
+    judge: str | None = None,
+    by: Quantity = "KID",
+    per_class: int = 20,
+    seed: int = 0,
+    checkpoint: str = "latest",
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Try every sampler and keep the best in the run's ``sampler.json``; all trials, the best first.
+
+    Trials that are there already are not repeated; those that another process is at are waited for by leaving them to
+    it: whoever comes last writes the result.
+
+    Args:
+        run: a trained run.
+        samplers: what to try, see :func:`grid`; all of one kind.
+        space: features that the distance is taken in.
+        judge: which weights they are of.
+        by: ``KID``, unbiased at few images, or ``FD``.
+        per_class: images a trial draws of each class.
+        seed: of every trial alike.
+        checkpoint: of the run.
+        device: where to compute.
+        progress: told how many trials are done.
+    """
+    number = run.checkpoints.path(checkpoint).name
+    data, model = run.recipe.data.load(), run.model(number)[0].to(device)
+    about = {"by": by, "space": space.name, "judge": judge, "per_class": per_class, "seed": seed, "checkpoint": number}
+    about |= {"split": "val", "reference_count": len(data.val)}
+    if any(sampler.fit == "test" for sampler in samplers):
+        raise UserError("tuning never looks at test images; set fit to train")
+    real, outside = _features(space, data.val.x, device), others(run, samplers[0], number)
+    trials: dict[Path, Sampler] = {_file(run, sampler, about): sampler for sampler in samplers}
+    for path, sampler in trials.items():
+        if not path.exists():
+            _try(path, sampler, model, data, outside, real, space, about)
+        progress(sum(other.exists() for other in trials))
+    done = [files.read_json(path) for path in trials if path.exists()]
+    done.sort(key=lambda trial: trial["value"])
+    if len(done) == len(trials):
+        best = {**done[0], "trials": len(done)}
+        files.write_json(run.folder / "sampler.json", best)
+    return done
+
+
+def tuned(run: Run) -> tuple[Sampler, dict[str, Any]] | None:
+    """The best setting that :func:`tune` wrote into a run, and how it was found; None if there is none."""
+    if not (run.folder / "sampler.json").exists():
+        return None
+    found = files.read_json(run.folder / "sampler.json")
+    try:
+        sampler = config.build(found["sampler"], "sampler")
+        return sampler, {name: value for name, value in found.items() if name != "sampler"}
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{run.folder / 'sampler.json'} is damaged ({error}); tune again or remove it") from None
+
+
+def curves(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float, float]]]:
+    """For each setting that varies: its values, and the best and the median of the trials that have it."""
+    found = {}
+    for name in SETTINGS:
+        groups: dict[Any, list[float]] = {}
+        for trial in trials:
+            groups.setdefault(trial["sampler"][name], []).append(trial["value"])
+        if len(groups) > 1:
+            order = sorted(groups, key=lambda value: float("inf") if value is None else value)
+            found[name] = [(v, min(groups[v]), torch.tensor(groups[v]).double().quantile(0.5).item()) for v in order]
+    return found
+
+
+def _file(run: Run, sampler: Sampler, about: Mapping[str, Any]) -> Path:
+    text = json.dumps({"sampler": config.describe(sampler), **about}, sort_keys=True)
+    return run.folder / "tuning" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def _try(
+    path: Path,
+    sampler: Sampler,
+    model: nn.Module,
+    data: Data,
+    outside: Data | None,
+    real: torch.Tensor,
+    space: Features,
+    about: Mapping[str, Any],
+) -> None:
+    """A trial, unless somebody else is at it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.unwritable(path.parent, error) from None
+    lock = path.with_suffix(".lock")
+    try:
+        with sole(lock, "busy"):
+            if path.exists():  # by now
+                return
+            y = generation.wanted(sampler, data, about["per_class"])
+            x = generation.generate(model, sampler, data, y, outside=outside, seed=about["seed"]).x
+            drawn = _features(space, x, str(device_of(model)))
+            if about["by"] == "FD":
+                value = frechet_distance(Moments.of(drawn), Moments.of(real))
+            else:
+                value = kernel_distance(drawn, real)
+            name = f"{label(about['by'], space.name)} on validation images"
+            files.write_json(path, {"sampler": config.describe(sampler), "name": name, "value": value, **about})
+        lock.unlink(missing_ok=True)
+    except UserError as error:
+        if str(error) != "busy":
+            raise
+
+
+@torch.no_grad()
+def _features(space: Features, x: torch.Tensor, device: str) -> torch.Tensor:
+    parts = (as_images(part, torch.device(device)) for part in x.split(500))
+    return torch.cat([space.extract(part).flatten(1).cpu() for part in parts])
