@@ -11,6 +11,7 @@ from torch import nn
 
 from advebm import allocator, config, energies, generation, seeds
 from advebm.attacks.projected import Attack
+from advebm.cli import main
 from advebm.descent import value_and_gradient
 from advebm.errors import Interrupted, UserError
 from advebm.metrics.base import Subject
@@ -468,6 +469,16 @@ def test_training_in_low_precision_resumes_to_the_bit(tmp_path, monkeypatch):
         train(tiny(**options), tmp_path / "cut", device="cpu", report=stop)
     cut = train(tiny(**options), tmp_path / "cut", resume=True, device="cpu")
     assert all(torch.equal(v, weights(whole)[k]) for k, v in weights(cut).items())
+
+
+def test_the_command_line_names_the_way(capsys, small_run):
+    assert main(["train", "--recipe", "digits-at", "--fast", "bf16", "--print_config"]) == 0
+    assert "fast: bf16" in capsys.readouterr().out
+    assert main(["train", "--resume", str(small_run.folder), "--fast", "bf16"]) == 2
+    assert "a resumed run keeps its own recipe" in capsys.readouterr().err
+    assert main(["sample", str(small_run.folder), "--fast", "bf61", "--name", "none"]) == 2
+    assert "no fast 'bf61'" in capsys.readouterr().err
+    assert "none" not in small_run.samples()
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
