@@ -46,8 +46,18 @@ ROWS = [
     Row("PGD-20, digits CNN, batch 256", {"task": "pgd", "net": "digits", "batch": 256}, ATTACKERS, OURS + COMPILED),
     Row("PGD-20, ResNet-8 w16, batch 128", {"task": "pgd"}, ATTACKERS, OURS + COMPILED),
     Row("PGD-20, ResNet-18, batch 16", {"task": "pgd", "net": "resnet-18", "batch": 16}, ATTACKERS, OURS + COMPILED),
-    Row("APGD-CE and APGD-T, trained, batch 256", {"task": "autoattack", "steps": 0, "batch": 256}, ("official",)),
-    Row("AutoAttack standard, trained, batch 128", {"task": "autoattack", "steps": 1, "batch": 128}, ("official",)),
+    Row(
+        "APGD-CE and APGD-T, trained, batch 256",
+        {"task": "autoattack", "steps": 0, "batch": 256},
+        ("official",),
+        OURS[1:],
+    ),
+    Row(
+        "AutoAttack standard, trained, batch 128",
+        {"task": "autoattack", "steps": 1, "batch": 128},
+        ("official",),
+        OURS[1:],
+    ),
     Row("SGLD-20, ResNet-8 w16, batch 64", {"task": "sgld", "batch": 64}, ("JEM loop", "torchebm"), OURS + COMPILED),
     Row("Binary-AT step, K = 5, batch 64 + 64", {"task": "binary-at", "steps": 5}, ("AT-EBMs loop",), OURS + COMPILED),
     Row(
