@@ -87,6 +87,7 @@ class Side:
     """A worker and what it said."""
 
     def __init__(self, setting: Setting) -> None:
+        self.setting = setting
         self.seconds: list[float] = []
         command = [sys.executable, "-m", "benchmarks.worker", json.dumps(setting._asdict())]
         self.process = subprocess.Popen(
@@ -107,7 +108,8 @@ class Side:
         self.process.stdin.close()
         said = self._hear()
         self.process.wait()
-        return {"median": statistics.median(self.seconds), "best": min(self.seconds), **self.about, **said}
+        times = {"median": statistics.median(self.seconds), "best": min(self.seconds), "seconds": self.seconds}
+        return {"setting": self.setting._asdict(), **times, **self.about, **said}
 
     def _hear(self) -> dict[str, Any]:
         assert self.process.stdout is not None

@@ -50,6 +50,10 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"{about['date']}, {about['cpu']}, {about['device']}, {about['threads']} threads; {versions}. Medians of "
         f"{result['repeats']} turns. Peak: {peak}.",
+        *(
+            ["", "With --quick sizes and steps are not those of the names; these numbers mean nothing."]
+            * result["quick"]
+        ),
         "",
     ]
     for measured in result["rows"]:

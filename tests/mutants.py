@@ -406,7 +406,7 @@ MUTANTS = [
     Mutant(
         "judge: state of any batch",
         "metrics/verdicts.py",
-        '"batch": batch, "precision": str(precision)}',
+        '"batch": batch, "precision": precision}',
         "}",
         "adversaries",
     ),
