@@ -4,8 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 PEERS := .venv-agreement/.ready
+RIVALS := .venv-bench/.ready
 
-.PHONY: demo test lint mutants agreement clean
+.PHONY: demo test lint mutants agreement bench clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
@@ -25,8 +26,12 @@ mutants: $(READY)
 agreement: $(PEERS)
 	.venv-agreement/bin/python -m tests.agreement $(ARGS)
 
+# ARGS='--rows pgd --repeats 3', '--quick', '--curves', '--run RUN'; writes benchmarks/results/.
+bench: $(RIVALS)
+	.venv-bench/bin/python -m benchmarks $(ARGS)
+
 clean:
-	rm -rf .venv .venv-agreement build dist .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf .venv .venv-agreement .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The peers, in an environment of their own; without what they require, which would replace torch.
@@ -36,6 +41,15 @@ $(PEERS): pyproject.toml constraints.txt
 	.venv-agreement/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		pyautoattack==0.2.0 torchattacks==3.5.1 torch-fidelity==0.4.0 prdc==0.2
 	touch $(PEERS)
+
+# What is measured beside ours; without what it requires, which would replace torch.
+$(RIVALS): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data]' \
+		scipy requests tqdm six eagerpy gitpython
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1 \
+		foolbox==3.3.4 adversarial-robustness-toolbox==1.20.1 torchebm==0.8.9 pyautoattack==0.2.0
+	touch $(RIVALS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -406,7 +406,7 @@ MUTANTS = [
     Mutant(
         "judge: state of any batch",
         "metrics/verdicts.py",
-        '"batch": batch, "precision": str(precision)}',
+        '"batch": batch, "precision": precision}',
         "}",
         "adversaries",
     ),
@@ -460,12 +460,16 @@ MUTANTS = [
     Mutant(
         "fold: norm dropped",
         "models/inference.py",
-        "conv = fuse_conv_bn_eval(modules[before.target], modules[node.target])",
-        "conv = modules[before.target]",
+        "weight, bias = fuse_conv_bn_weights(weight, bias, *statistics)",
+        "pass",
         "adversaries",
     ),
     Mutant(
-        "fold: not compared", "models/inference.py", "return folded if same else model", "return folded", "adversaries"
+        "fold: not compared",
+        "models/inference.py",
+        'raise ValueError("folded it gives other outputs")',
+        "pass",
+        "adversaries",
     ),
     # objectives and samplers
     Mutant(
@@ -2512,6 +2516,7 @@ MUTANTS = [
     ),
     Mutant(
         "chains: KID without its own pairs", "chains.py", "len(fake), kernel_pairs(fake)", "len(fake), 0.0", "chains"
+    ),
     # drawing
     Mutant(
         "drawing: chunks of any plan",
@@ -2730,6 +2735,94 @@ MUTANTS = [
         "(generated.double() > threshold)",
         "diagnostics",
     ),
+    # the network as it is searched, memory
+    Mutant(
+        "view: stale weights",
+        "models/inference.py",
+        "            copied.refresh()\n        return self",
+        "            pass\n        return self",
+        "inference",
+    ),
+    Mutant(
+        "view: in train mode too", "modes.py", "None if training else VIEWS.get(model)", "VIEWS.get(model)", "inference"
+    ),
+    Mutant("view: left behind", "modes.py", "del VIEWS[model]", "pass", "inference"),
+    Mutant("view: output with two users", "models/inference.py", "len(before.users) == 1", "True", "inference"),
+    Mutant("view: convolution called twice", "models/inference.py", "calls[node.target] > 1", "False", "inference"),
+    Mutant(
+        "view: hooks",
+        "models/inference.py",
+        " and not (layer._forward_hooks or layer._forward_pre_hooks)",
+        "",
+        "inference",
+    ),
+    Mutant(
+        "view: norm without running statistics",
+        "models/inference.py",
+        "if layers[node.target].running_mean is None:",
+        "if False:",
+        "inference",
+    ),
+    Mutant(
+        "view: branches",
+        "models/inference.py",
+        "if any(isinstance(m, DualBatchNorm2d) for m in module.modules()):",
+        "if False:",
+        "inference",
+    ),
+    Mutant(
+        "view: head in low precision",
+        "models/inference.py",
+        "return self.head(features.to(x.dtype))",
+        "return self.head(features.to(x.dtype)).bfloat16().to(x.dtype)",
+        "inference",
+    ),
+    Mutant("view: weights not lowered", "models/inference.py", "copied.layer.to(torch.bfloat16)", "pass", "inference"),
+    Mutant(
+        "view: compiled for every size",
+        "models/inference.py",
+        "x.shape == self.shape and torch.is_grad_enabled()",
+        "torch.is_grad_enabled()",
+        "inference",
+    ),
+    Mutant(
+        "view: compiled without gradients",
+        "models/inference.py",
+        "x.shape == self.shape and torch.is_grad_enabled()",
+        "x.shape == self.shape",
+        "inference",
+    ),
+    Mutant("view: any hardware", "models/inference.py", "not multiplies_bfloat16(x.device)", "False", "inference"),
+    Mutant("view: silent", "models/inference.py", "if loud and used != wanted.name:", "if False:", "inference"),
+    Mutant(
+        "view: not in training",
+        "training/loop.py",
+        "modes.through(model, quick and quick.refresh)",
+        "modes.through(model, None)",
+        "inference",
+    ),
+    Mutant(
+        "view: float32 training folded",
+        "training/loop.py",
+        'if cfg.fast == "auto" and cfg.precision == "float32":',
+        "if False:",
+        "inference",
+    ),
+    Mutant(
+        "view: not in sampling",
+        "generation.py",
+        "with through(model, quick and quick.refresh):",
+        "with through(model, None):",
+        "inference",
+    ),
+    Mutant(
+        "allocator: memory given back",
+        "allocator.py",
+        "return bool(mallopt(MMAP_THRESHOLD, 2**30)) and bool(mallopt(TRIM_THRESHOLD, 2**31 - 1))",
+        "return bool(mallopt(MMAP_THRESHOLD, 2**30))",
+        "inference",
+    ),
+    Mutant("allocator: memory mapped", "allocator.py", "bool(mallopt(MMAP_THRESHOLD, 2**30)) and ", "", "inference"),
 ]
 
 

@@ -622,7 +622,7 @@ def test_what_cannot_be_folded_is_left_alone():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.Conv2d(1, 2, 1)
+            self.conv = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
 
         def forward(self, x):
             return (self.conv(x) if x.sum() > 0 else -self.conv(x)).mean((2, 3))

@@ -171,7 +171,7 @@ def view(model: nn.Module, x: Tensor, way: Fast, *, loud: bool = False) -> View 
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     used = "off" if found is None else found.way.name
     if loud and used != wanted.name:
-        warnings.warn(f"fast {wanted.name} does not apply: {reason}; searches run with fast {used}", stacklevel=2)
+        warnings.warn(f"fast {wanted.name} does not apply: {reason}; searches run with fast {used}", RuntimeWarning, 2)
     return found if used != "off" else None
 
 

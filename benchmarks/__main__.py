@@ -1,0 +1,224 @@
+"""``python -m benchmarks``: every row in turns, medians and ratios, in benchmarks/results/.
+
+``--rows WORD,WORD``   only rows whose name holds one of the words
+``--repeats 5``        turns of each side
+``--quick``            one turn, small batches, few steps: whether everything runs
+``--run RUN``          a trained network, for the rows on attacks; ResNets have fresh weights otherwise
+``--curves``           the scaling curves, too
+``--device cuda``      elsewhere than on the CPU
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import show
+from benchmarks.peak import rates
+from benchmarks.tasks import Setting, trained
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("advebm", "torch", "torchattacks", "foolbox", "adversarial-robustness-toolbox", "torchebm", "pyautoattack")
+OURS = ("advebm off", "advebm fold", "advebm bf16")
+COMPILED = ("advebm compile", "advebm bf16+compile")
+
+
+class Row(NamedTuple):
+    """A task at one size; the first peer is what the ratios are to."""
+
+    name: str
+    setting: dict[str, Any]
+    peers: tuple[str, ...]
+    ours: tuple[str, ...] = OURS
+
+
+ATTACKERS = ("torchattacks", "foolbox", "art")
+ROWS = [
+    Row("PGD-20, digits CNN, batch 256", {"task": "pgd", "net": "digits", "batch": 256}, ATTACKERS, OURS + COMPILED),
+    Row("PGD-20, ResNet-8 w16, batch 128", {"task": "pgd"}, ATTACKERS, OURS + COMPILED),
+    Row("PGD-20, ResNet-18, batch 16", {"task": "pgd", "net": "resnet-18", "batch": 16}, ATTACKERS, OURS + COMPILED),
+    Row(
+        "APGD-CE and APGD-T, trained, batch 256",
+        {"task": "autoattack", "steps": 0, "batch": 256},
+        ("official",),
+        OURS[1:],
+    ),
+    Row(
+        "AutoAttack standard, trained, batch 128",
+        {"task": "autoattack", "steps": 1, "batch": 128},
+        ("official",),
+        OURS[1:],
+    ),
+    Row("SGLD-20, ResNet-8 w16, batch 64", {"task": "sgld", "batch": 64}, ("JEM loop", "torchebm"), OURS + COMPILED),
+    Row("Binary-AT step, K = 5, batch 64 + 64", {"task": "binary-at", "steps": 5}, ("AT-EBMs loop",), OURS + COMPILED),
+    Row(
+        "Binary-AT step, K = 25, batch 64 + 64", {"task": "binary-at", "steps": 25}, ("AT-EBMs loop",), OURS + COMPILED
+    ),
+    Row("AT step, PGD-7, batch 128", {"task": "at", "steps": 7}, ("plain loop",), OURS + COMPILED),
+    Row("TRADES step, 10, batch 128", {"task": "trades", "steps": 10}, ("TRADES loop",), OURS + COMPILED),
+    Row("JEM step, 20, batch 64", {"task": "jem", "batch": 64}, ("JEM loop",), OURS + COMPILED),
+    Row(
+        "Frechet distance, 2 x 10,000 x 2048",
+        {"task": "fid", "size": 2048, "batch": 10_000},
+        ("scipy sqrtm",),
+        OURS[:1],
+    ),
+]
+SMALL = {"pgd": 2, "sgld": 2, "binary-at": 2, "at": 2, "trades": 2, "jem": 2}  # steps of --quick
+CURVES = {
+    "batch": (8, 16, 32, 64, 128, 256),
+    "steps": (5, 10, 20, 40, 80),
+    "width": (8, 16, 32, 64),
+    "size": (32, 64, 128, 256),
+}
+BESIDE = ("torchattacks", "advebm off", "advebm bf16")
+
+
+class Side:
+    """A worker and what it said."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.seconds: list[float] = []
+        command = [sys.executable, "-m", "benchmarks.worker", json.dumps(setting._asdict())]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.about = self._hear()
+
+    def turn(self) -> None:
+        """One turn, timed by the worker."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.seconds.append(self._hear()["seconds"])
+
+    def end(self) -> dict[str, Any]:
+        """Everything that is known of it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        said = self._hear()
+        self.process.wait()
+        times = {"median": statistics.median(self.seconds), "best": min(self.seconds), "seconds": self.seconds}
+        return {"setting": self.setting._asdict(), **times, **self.about, **said}
+
+    def _hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise RuntimeError(self.process.stderr.read()[-2000:])
+
+
+def measure(settings: dict[str, Setting], repeats: int) -> dict[str, dict[str, Any]]:
+    """Every side in a process of its own, turn by turn; a side that fails says why."""
+    sides, results = {}, dict[str, dict[str, Any]]()
+    for name, setting in settings.items():
+        try:
+            sides[name] = Side(setting)
+        except RuntimeError as error:
+            results[name] = {"failed": str(error)}
+            print(f"  {name} fails: {str(error).strip().splitlines()[-1]}", flush=True)
+    for _ in range(repeats):
+        for side in sides.values():
+            side.turn()
+    return results | {name: side.end() for name, side in sides.items()}
+
+
+def contestants(row: Row, run: str, digits: str, device: str, quick: bool) -> dict[str, Setting]:
+    """The sides of a row: peers, ours in every way, the last eager one once more with the allocator tuned."""
+    plain = {**row.setting, "device": device}
+    if quick:
+        task = plain["task"]
+        plain |= {"batch": min(plain.get("batch", 128), 8)} | ({"steps": SMALL[task]} if task in SMALL else {})
+        plain |= {"batch": 512, "size": 256} if task == "fid" else {}
+    if plain["task"] == "autoattack" or (plain["task"] == "pgd" and plain.get("net") == "digits"):
+        plain["run"] = run if run and plain["task"] == "autoattack" else digits
+    elif plain["task"] == "pgd" and plain.get("net", "resnet-8") == "resnet-8":
+        plain["run"] = run
+    ours = [way for way in row.ours if not quick or "compile" not in way]
+    sides = {who: Setting(who=who, **plain) for who in (*row.peers, *ours)}
+    eager = [way for way in ours if "compile" not in way][-1]
+    sides[f"{eager}, allocator"] = Setting(who=eager, tuned=True, **plain)
+    return sides
+
+
+def curves(repeats: int, device: str, quick: bool) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """PGD on a ResNet-8 against one size at a time: seconds, and memory at the peak."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for axis, values in CURVES.items():
+        found[axis] = {who: [] for who in BESIDE}
+        for value in values[:2] if quick else values:
+            base = {"batch": 8 if quick or axis == "size" else 64, "steps": 5, "device": device, axis: value}
+            sides = measure({who: Setting("pgd", who, **base) for who in BESIDE}, repeats)
+            for who, side in sides.items():
+                found[axis][who].append({"value": value, "seconds": side["median"], "peak_mib": side["peak_mib"]})
+            shown = "  ".join(f"{who} {side['median']:.3g} s {side['peak_mib']:.0f} MiB" for who, side in sides.items())
+            print(f"{axis} {value}: {shown}", flush=True)
+    return found
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Hardware, versions, date, and the rates that nothing here can exceed."""
+    versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
+    cpu = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if "model name" in line]
+    peak = {str(t).removeprefix("torch."): rates(t, device) for t in (torch.float32, torch.bfloat16)}
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": versions,
+        "peak": peak,
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--run", default="")
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    words, repeats = args.rows.lower().split(","), 1 if args.quick else args.repeats
+    digits = trained(Path("runs/benchmarks/digits-at"))
+    about = machine(args.device)
+    print(json.dumps(about, indent=1), flush=True)
+    rows = []
+    for row in ROWS:
+        if any(word in row.name.lower() for word in words):
+            print(row.name, flush=True)
+            sides = measure(contestants(row, args.run, digits, args.device, args.quick), repeats)
+            rows.append({"name": row.name, "peer": row.peers[0], "sides": sides})
+            print(show.row(rows[-1], about["peak"]), flush=True)
+    result = {"machine": about, "quick": args.quick, "repeats": repeats, "rows": rows}
+    if args.curves:
+        result["curves"] = curves(min(repeats, 3), args.device, args.quick)
+    print(*show.write(args.out, result), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
