@@ -2580,8 +2580,8 @@ MUTANTS = [
     Mutant(
         "tuning: on test images",
         "tuning.py",
-        "_features(space, data.val.x, device)",
-        "_features(space, data.test.x, device)",
+        "space.of(data.val.x, ",
+        "space.of(data.test.x, ",
         "tuning",
     ),
     Mutant(
@@ -2823,6 +2823,7 @@ MUTANTS = [
         "inference",
     ),
     Mutant("allocator: memory mapped", "allocator.py", "bool(mallopt(MMAP_THRESHOLD, 2**30)) and ", "", "inference"),
+    Mutant("tuning: a critic on test images", "tuning.py", "outside._replace(test=outside.val)", "outside", "binary"),
 ]
 
 

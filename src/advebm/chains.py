@@ -12,7 +12,7 @@ from advebm import config, generation, seeds
 from advebm.data import outliers
 from advebm.data.sources import Data
 from advebm.errors import UserError
-from advebm.metrics.base import Features, as_images, device_of
+from advebm.metrics.base import Features, device_of
 from advebm.metrics.distances import Moments, frechet_distance, kernel_pairs, kernel_sum, unbiased_mmd
 from advebm.samplers import Sampler
 
@@ -68,11 +68,11 @@ class Chains:
         if outside is not None and self.split == "val":
             outside = outside._replace(test=outside.val)
         shown = outliers.choose(getattr(data, self.split).x, REAL, seeds.generator(self.seed, "chains", "real"))
-        real = _features(space, shown, device_of(model))
+        real = space.of(shown, device_of(model))
         moments, pairs = Moments.of(real), kernel_pairs(real)
         points = []
         for steps, (x, seconds) in self._images(model, sampler, data, outside).items():
-            fake = _features(space, x, device_of(model))
+            fake = space.of(x, device_of(model))
             kid = unbiased_mmd(len(fake), kernel_pairs(fake), len(real), pairs, kernel_sum(fake, real))
             points.append(Point(steps, frechet_distance(Moments.of(fake), moments), kid, seconds / len(x)))
         return points
@@ -111,8 +111,3 @@ def best(points: Iterable[Point]) -> Point:
 def reached(points: Iterable[Point], fd: float) -> Point | None:
     """The first whose FD is at most ``fd``."""
     return next((point for point in points if point.fd <= fd), None)
-
-
-@torch.no_grad()
-def _features(space: Features, x: Tensor, device: torch.device) -> Tensor:
-    return torch.cat([space.extract(as_images(part, device)).flatten(1).cpu() for part in x.split(500)])

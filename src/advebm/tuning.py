@@ -19,7 +19,7 @@ from advebm import config, files, generation
 from advebm.data.sources import Data
 from advebm.drawing import others
 from advebm.errors import UserError
-from advebm.metrics.base import Features, as_images, device_of, label
+from advebm.metrics.base import Features, device_of, label
 from advebm.metrics.distances import Moments, frechet_distance, kernel_distance
 from advebm.samplers import Sampler
 from advebm.training.run import Run, sole
@@ -81,7 +81,9 @@ def tune(
     about |= {"split": "val", "reference_count": len(data.val)}
     if any(sampler.fit == "test" for sampler in samplers):
         raise UserError("tuning never looks at test images; set fit to train")
-    real, outside = _features(space, data.val.x, device), others(run, samplers[0], number)
+    real, outside = space.of(data.val.x, torch.device(device)), others(run, samplers[0], number)
+    if outside is not None and samplers[0].start == "outside":
+        outside = outside._replace(test=outside.val)
     trials: dict[Path, Sampler] = {_file(run, sampler, about): sampler for sampler in samplers}
     for path, sampler in trials.items():
         if not path.exists():
@@ -147,7 +149,7 @@ def _try(
                 return
             y = generation.wanted(sampler, data, about["per_class"])
             x = generation.generate(model, sampler, data, y, outside=outside, seed=about["seed"]).x
-            drawn = _features(space, x, str(device_of(model)))
+            drawn = space.of(x, device_of(model))
             if about["by"] == "FD":
                 value = frechet_distance(Moments.of(drawn), Moments.of(real))
             else:
@@ -158,9 +160,3 @@ def _try(
     except UserError as error:
         if str(error) != "busy":
             raise
-
-
-@torch.no_grad()
-def _features(space: Features, x: torch.Tensor, device: str) -> torch.Tensor:
-    parts = (as_images(part, torch.device(device)) for part in x.split(500))
-    return torch.cat([space.extract(part).flatten(1).cpu() for part in parts])

@@ -55,6 +55,12 @@ class Features(NamedTuple):
     extract: Callable[[Tensor], Tensor]
     logits: Callable[[Tensor], Tensor] | None = None
 
+    @torch.no_grad()
+    def of(self, x: Tensor, device: torch.device, batch: int = 500) -> Tensor:
+        """Of images (N, C, H, W), bytes or floating point, computed on a device: (N, D) on the CPU."""
+        parts = (as_images(part, device) for part in x.split(batch))
+        return torch.cat([self.extract(part).flatten(1).cpu() for part in parts])
+
 
 INCEPTION = "inception"  # the one space whose quantities have names of their own
 

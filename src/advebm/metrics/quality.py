@@ -77,7 +77,7 @@ class SampleQuality:
             raise UserError("sample quality needs a feature space: give --features RUN, inception or pixels")
         if not (sets := _enough(subject.samples)):
             return []
-        features = _features(space, subject, subject.data.train.x)
+        features = space.of(subject.data.train.x, subject.device, subject.batch)
         some = features[_order(len(features))[: self.overlap]]
         real = Reference(
             features, Moments.of(features), kernel_pairs(features), Balls.around(some, NEAR), Balls.around(some, WIDE)
@@ -91,7 +91,7 @@ class SampleQuality:
     def _one(self, name: str, samples: SampleSet, space: Features, subject: Subject, real: Reference) -> list[Record]:
         count, groups = len(samples.x), min(self.groups, len(samples.x) // 2)
         order = _order(count)
-        fake, classes = _features(space, subject, samples.x[order]), samples.y[order]
+        fake, classes = space.of(samples.x[order], subject.device, subject.batch), samples.y[order]
         parts, some = fake.tensor_split(groups), fake[: self.overlap]
         settings = {"samples": name, "space": space.name, "dimensions": fake.shape[1], "reference": "train"}
         settings |= {"reference_count": len(real.features), "few": count <= fake.shape[1], **samples.manifest}
@@ -181,12 +181,6 @@ def _warn_of_few(space: Features, sets: Mapping[str, SampleSet], dimensions: int
 def _order(count: int) -> Tensor:
     """A shuffle that is the same every time: groups and splits are random ones whatever order samples come in."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def _features(space: Features, subject: Subject, x: Tensor) -> Tensor:
-    parts = (subject.on_device(part) for part in x.split(subject.batch))
-    return torch.cat([space.extract(part).flatten(1).cpu() for part in parts])
 
 
 @torch.no_grad()
