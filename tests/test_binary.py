@@ -488,7 +488,12 @@ def test_streams_have_a_k_of_their_own(tmp_path):
 
 def test_maximum_likelihood_with_these_negatives_diverges(tmp_path):
     """Section 5.3: the energies run away until they overflow, and the loop says so; the logistic loss holds them."""
-    options = {"objective.curriculum": {"start": 2, "steps": 2}, "objective.r1": 0.0, "optimizer": "sgd"}
+    options = {
+        "objective.curriculum": {"start": 2, "steps": 2},
+        "objective.r1": 0.0,
+        "optimizer": "sgd",
+        "objective.step_size": 0.15,
+    }
     options |= {"optimizer.lr": 0.05, "train.clip": "none", "train.ema": 0, "train.rollbacks": 0}
     options |= {"train.images": 64 * 100, "train.validate_every": 10**6, "train.checkpoint_every": 10**6}
     with pytest.raises(Diverged, match="the loss is not finite"):

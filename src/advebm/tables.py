@@ -21,6 +21,9 @@ def record_table(records: Iterable[Record]) -> None:
     _print(table)
 
 
+ABREAST = 8  # columns
+
+
 def side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """A column a run, a row a quantity."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -34,13 +37,17 @@ def side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
 
 
 def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
-    """A row a run, a column a quantity: for many runs."""
+    """A row a run, a column a quantity, a few of these a table: for many runs."""
     cells = {title: {(r["name"], r["samples"]): r["value"] for r in map(row, rs)} for title, rs in runs.items()}
     columns = list(dict.fromkeys(key for values in cells.values() for key in values))
-    table = Table("run", *(" · ".join(filter(None, key)) for key in columns), box=None, pad_edge=False)
-    for title, values in cells.items():
-        table.add_row(title, *(values.get(key, "") for key in columns))
-    _print(table, 60 + 14 * len(columns))
+    for first in range(0, len(columns), ABREAST):
+        some = columns[first : first + ABREAST]
+        table = Table("run", *(" · ".join(filter(None, key)) for key in some), box=None, pad_edge=False)
+        for title, values in cells.items():
+            if any(key in values for key in some):
+                table.add_row(title, *(values.get(key, "") for key in some))
+        _print(table, 60 + 14 * len(some))
+        print()
 
 
 def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:

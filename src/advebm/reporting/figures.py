@@ -166,7 +166,8 @@ def lines(
         axis.set(xlabel=xlabel, ylabel=ylabel)
         if log:
             axis.set_xscale("log", base=2)
-        axis.legend(frameon=False, fontsize=7)
+        if any(groups):
+            axis.legend(frameon=False, fontsize=7)
         return png(figure)
 
 
