@@ -234,7 +234,7 @@ def test_methods_are_compared_from_the_same_seeds(run, capsys):
     records = json.loads((run.folder / "comparison" / "comparison.json").read_text())
     assert {r["name"] for r in records["cs"]} >= {"FD (own features)", "class score (own features)"}
     assert all(r["seeds"] == 2 for r in records["cs"])
-    assert (run.folder / "comparison" / "comparison.png").exists()
+    assert (run.folder / "figures" / "comparison.png").exists()
 
 
 MISTAKES = {

@@ -244,7 +244,8 @@ def detection(records: Records) -> bytes | None:
 def grids(panels: Mapping[str, Tensor], texts: Mapping[str, Sequence[str]]) -> bytes:
     """Grids of images (rows, columns, C, H, W) side by side, each under its name and over some lines of text."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.9), squeeze=False)
+        tall = max(3 * rows.shape[0] / rows.shape[1] for rows in panels.values())
+        figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 0.9 + tall), squeeze=False)
         for axis, (name, rows) in zip(axes.flat, panels.items(), strict=True):
             axis.imshow(np.asarray(pictures.grid(rows)), cmap="gray", vmin=0, vmax=255, interpolation="none")
             axis.set_title(name)
