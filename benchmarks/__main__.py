@@ -204,6 +204,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     words, repeats = args.rows.lower().split(","), 1 if args.quick else args.repeats
+    if not any(word in row.name.lower() for word in words for row in ROWS):
+        parser.error(f"no row holds {args.rows!r}; there is {'; '.join(row.name for row in ROWS)}")
     digits = trained(Path("runs/benchmarks/digits-at"))
     about = machine(args.device)
     print(json.dumps(about, indent=1), flush=True)

@@ -103,13 +103,13 @@ def figure(result: dict[str, Any], path: Path) -> None:
     fig.savefig(path, dpi=130)
     plt.close(fig)
     if curves:
-        fig, axes = plt.subplots(1, len(curves), figsize=(3 * len(curves), 2.8))
-        for ax, (axis, sides) in zip(axes, curves.items(), strict=True):
+        fig, axes = plt.subplots(1, len(curves), figsize=(3 * len(curves), 2.8), squeeze=False)
+        for ax, (axis, sides) in zip(axes[0], curves.items(), strict=True):
             for who, points in sides.items():
                 ax.loglog([p["value"] for p in points], [p["seconds"] for p in points], "o-", ms=3, lw=1, label=who)
             ax.set_title(f"seconds by {axis}", fontsize=8)
             ax.tick_params(labelsize=7)
-        axes[0].legend(fontsize=6)
+        axes[0, 0].legend(fontsize=6)
         fig.tight_layout()
         fig.savefig(path.with_name(f"{path.stem}-curves.png"), dpi=130)
         plt.close(fig)
