@@ -12,6 +12,7 @@ from advebm.errors import unknown
 from advebm.metrics.base import Metric
 from advebm.metrics.calibration import Calibration
 from advebm.metrics.corruption import CorruptionAccuracy
+from advebm.metrics.detectors import Detectors
 from advebm.metrics.energy import Energies
 from advebm.metrics.ood import OutOfDistribution
 from advebm.metrics.quality import SampleQuality
@@ -74,7 +75,7 @@ def everything(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
     """All of these, with calibration and corruptions."""
     suites = (jeat, cem, binary_at)
     found = [metric for suite in suites for metric in suite(threat, extent)]
-    return (*dict.fromkeys(found), Calibration(), CorruptionAccuracy())
+    return (*dict.fromkeys(found), Detectors(count=extent.outliers), Calibration(), CorruptionAccuracy())
 
 
 SUITES: Mapping[str, Callable[[Attack, Extent], tuple[Metric, ...]]] = MappingProxyType(
