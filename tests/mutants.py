@@ -2824,6 +2824,38 @@ MUTANTS = [
     ),
     Mutant("allocator: memory mapped", "allocator.py", "bool(mallopt(MMAP_THRESHOLD, 2**30)) and ", "", "inference"),
     Mutant("tuning: a critic on test images", "tuning.py", "outside._replace(test=outside.val)", "outside", "binary"),
+    # experiments of Binary AT
+    Mutant(
+        "experiments: steps chosen on what is reported",
+        "reproduce.py",
+        "judge, Chains()))",
+        'judge, Chains("train")))',
+        "comparison",
+    ),
+    Mutant(
+        "experiments: level of the best",
+        "reproduce.py",
+        "max(min(p.fd for p in of)",
+        "min(min(p.fd for p in of)",
+        "comparison",
+    ),
+    Mutant(
+        "experiments: quick is not said", "reproduce.py", "{name} --quick: shorter", "{name}: shorter", "comparison"
+    ),
+    Mutant(
+        "experiments: chains of another sampler",
+        "reproduce.py",
+        'about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}',
+        'about = {"chains": config.describe(chains)}',
+        "comparison",
+    ),
+    Mutant(
+        "experiments: fd of the beginning at the end",
+        "reproduce.py",
+        "points[2 * max(points)]",
+        "points[max(points)]",
+        "comparison",
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ import torch
 
 from advebm import cli, comparison, config, recipes, reproduce
 from advebm.attacks.projected import Attack, Targeted
+from advebm.chains import Chains, Point
 from advebm.data.sources import Classes, Digits, Part
 from advebm.errors import UserError
 from advebm.metrics.base import Subject
@@ -25,11 +26,18 @@ from advebm.objectives.standard import Standard
 from advebm.objectives.trades import TRADES
 from advebm.stages import draw
 from advebm.training.instruments import passes
+from advebm.training.loop import train
 from advebm.training.optim import Cyclic
 from advebm.training.recipe import read, resolve
 from advebm.training.run import Run
 from tests.helpers import few_samples, tiny
 from tests.references import attacks as reference
+
+
+@pytest.fixture
+def critic(tmp_path):
+    options = {"backbone.width": 8, "train.images": 128, "train.validate_every": 1000, "outside": "noise"}
+    return train(resolve(recipes.find("digits-binary-at"), list(options.items())), tmp_path / "critic", device="cpu")
 
 
 @pytest.fixture
@@ -231,7 +239,86 @@ def test_bad_experiments_are_refused(tmp_path, capsys):
     shutil.rmtree(run)
     with pytest.raises(UserError, match="seeds is at least 1"):
         reproduce.reproduce("jeat-table1", tmp_path, seeds=0)
+    with pytest.raises(UserError, match="jeat-table1 has no quick form; digits-binary-at, digits-hybrids have"):
+        reproduce.reproduce("jeat-table1", tmp_path, quick=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", reproduce.QUICK)
+def test_the_quick_form_is_shorter_and_says_so(name, tmp_path, monkeypatch):
+    lengths, titles = {}, []
+
+    def study(folder, seeds, entries, measure, per_class=0):
+        lengths[folder.name] = {title: entry.train.images for title, entry in entries.items() if "@" not in title}
+        return {"a": []}, ["run"]
+
+    monkeypatch.setattr(reproduce, "study", study)
+    monkeypatch.setattr(reproduce, "carry", lambda recipe, folder: Run(folder))
+    monkeypatch.setattr(reproduce, "FIGURES", {})
+    monkeypatch.setattr(reproduce, "report", lambda *runs, title, **rest: titles.append(title))
+    for quick in (False, True):
+        (tmp_path / str(quick)).mkdir()
+        reproduce.reproduce(name, tmp_path / str(quick), quick=quick)
+    assert lengths["True"].keys() == lengths["False"].keys()
+    assert all(lengths["True"][title] <= lengths["False"][title] / 2 for title in lengths["True"])
+    assert titles[0] == name
+    assert titles[1].startswith(f"{name} --quick")
+
+
+def test_steps_are_chosen_once_and_on_validation(critic, monkeypatch):
+    """Along chains of validation images; the file is used again for the very same chains alone."""
+    asked = []
+
+    def look(self, model, sampler, data, space, *, outside=None):
+        asked.append((self.split, sampler.steps))
+        return [Point(k, 100.0 - k, abs(k - 6) / 10, k / 1000) for k in (2, 6, 8)]
+
+    monkeypatch.setattr(Chains, "__call__", look)
+    for _ in range(2):
+        assert reproduce.chosen(critic, critic.recipe, critic).sampler.steps == 6
+    assert asked == [("val", critic.recipe.sampler.steps)]
+    changed = dataclasses.replace(critic.recipe, sampler=dataclasses.replace(critic.recipe.sampler, step_size=0.7))
+    reproduce.chosen(critic, changed, critic)
+    assert len(asked) == 2
+
+
+def test_efficiency_is_the_cost_of_equally_good_samples(monkeypatch):
+    fds = {"binary-at": (9.0, 5.0, 2.0), "jem": (8.0, 6.0, 4.0), "short-run-mle": (9.0, 7.0, 3.5)}
+    samplers = {}
+
+    def along(run, recipe, judge, chains):
+        samplers[run] = recipe
+        assert chains.split == "train"
+        return [Point(k, fd, 0.0, k / 100) for k, fd in zip((1, 4, 8), fds[run], strict=True)]
+
+    class Named(str):
+        recipe = resolve(recipes.find("digits-jem"))
+
+    monkeypatch.setattr(reproduce, "along", along)
+    found = reproduce.efficiency({t: Named(t) for t in fds}, "judge", {t: [] for t in fds})
+    values = {t: {r["name"]: r["value"] for r in records} for t, records in found.items()}
+    assert values["jem"] == {"gradients an image to FD 4": 8, "milliseconds an image to FD 4": 80}
+    assert values["binary-at"]["gradients an image to FD 4"] == 8
+    assert values["short-run-mle"]["gradients an image to FD 4"] == 8
+    fds["binary-at"] = (9.0, 4.0, 2.0)
+    found = reproduce.efficiency({t: Named(t) for t in fds}, "judge", {t: [] for t in fds})
+    assert found["binary-at"][0]["value"] == 4
+    assert samplers["jem"].sampler.start == "noise"
+
+
+def test_figures_of_binary_at(monkeypatch):
+    """Fixed K, what belongs to one run's course, and the p0s, each in its own figure."""
+    fd = lambda value: [{"name": "FD (x)", "value": value, "error": 0.1, "settings": {}}]
+    results = {"k-grows": fd(3.0), "k-5": fd(5.0), "k-25": fd(4.0), "k-grows@100": fd(9.0), "k-grows@200": fd(6.0)}
+    results |= {"k-25@100": fd(8.0), "k-25@200": fd(7.0), "no-r1": fd(11.0), "p0-noise": fd(2.0)}
+    drawn = []
+    for name in ("lines", "bars"):
+        monkeypatch.setattr(reproduce.figures, name, lambda values, *words, **rest: drawn.append(values) or b"")
+    assert len(reproduce.binary_at_figures(results)) == 3
+    assert drawn[0] == {"": {5.0: (5.0, 0.1), 25.0: (4.0, 0.1)}}
+    assert drawn[1]["k-grows"] == {100.0: (9.0, 0.1), 200.0: (6.0, 0.1), 400.0: (3.0, 0.1)}
+    assert drawn[1].keys() == {"k-grows", "k-25"}
+    assert drawn[2] == {"patches": (3.0, 0.1), "noise": (2.0, 0.1)}
 
 
 @pytest.mark.parametrize("name", reproduce.EXPERIMENTS)
