@@ -442,6 +442,7 @@ def test_detectors_of_a_linear_classifier():
     errors = [auroc(-a, -b).error for a, b in zip(*own, strict=True)]
     assert plain.error == pytest.approx(sum(e * e for e in errors) ** 0.5 / 3, rel=1e-5)
     assert (plain.name, attacked.name) == ("AUROC of detectors", "AUROC of detectors, APGD-20 l2 0.05")
+    assert figures.detection([dataclasses.asdict(attacked)]) is None, "their series is no histogram"
 
 
 def test_detectors_restart_and_refuse_what_they_cannot_judge(monkeypatch):

@@ -66,8 +66,7 @@ def reproduce(name: str, folder: Path, *, seeds: int = 1, quick: bool = False, o
         name_shown = name
     results, runs = EXPERIMENTS[name](folder, seeds, options)
     files.write_json(folder / "results.json", results)
-    quantities = {(r["name"], r["settings"].get("samples")) for records in results.values() for r in records}
-    (one_a_line if len(results) > max(4, len(quantities) / 3) else side_by_side)(results)
+    (one_a_line if len(results) > 4 else side_by_side)(results)
     drawn = FIGURES[name](results) if name in FIGURES else {}
     return report(runs[0], beside=runs[1:], out=folder / "report.html", title=name_shown, shown=drawn)
 

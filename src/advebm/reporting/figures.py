@@ -221,7 +221,7 @@ def detection(records: Records) -> bytes | None:
     """
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for r in records:
-        if r["name"].startswith("AUROC") and r["series"]:
+        if r["name"].startswith("AUROC") and "outliers" in r["settings"] and r["series"]:
             panels.setdefault((r["settings"]["outliers"], r["settings"]["score"]), []).append(r)
     if not panels:
         return None
