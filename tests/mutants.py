@@ -2487,6 +2487,13 @@ MUTANTS = [
     ),
     Mutant("adam: no correction", "descent.py", "first / (1 - 0.9**k)", "first", "descent"),
     Mutant("adam: no memory", "descent.py", '+ 0.9 * memory["first"]', "", "descent"),
+    Mutant(
+        "patches: flat colour has contrast",
+        "data/outside.py",
+        "x.mean(1).flatten(1).std(1",
+        "x.flatten(1).std(1",
+        "binary",
+    ),
     # chains
     Mutant(
         "chains: chosen on test images",

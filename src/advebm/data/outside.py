@@ -27,7 +27,7 @@ class Patches:
         channels: 1 for grey, 3 for colour.
         count: images in all.
         smallest, largest: edge of the squares before they are resized, drawn uniformly.
-        contrast: least standard deviation of an image's pixels in [0, 1]; flatter squares are drawn again, as a search
+        contrast: least standard deviation of an image's grey levels in [0, 1]; flatter squares are drawn again, as a search
             without noise takes all of them to the same place.
         val, test: shares of the columns, and of the images, kept for selection and for reporting.
         split_seed: of the squares.
@@ -88,7 +88,7 @@ class Patches:
                 columns = (across[at] * (width - edge + 1)).long()[:, None] + torch.arange(edge)
                 squares = photographs.movedim(1, 3)[y[at, None, None], rows[:, :, None], columns[:, None, :]]
                 x[at] = fit(to_float(squares.movedim(3, 1)), (self.channels, self.size, self.size))
-            varied = x.flatten(1).std(1, correction=0) >= self.contrast
+            varied = x.mean(1).flatten(1).std(1, correction=0) >= self.contrast  # of grey levels: flat colour is flat
             kept.append(Images((x[varied] * 255).round().to(torch.uint8), y[varied]))
             if sum(map(len, kept)) >= count:
                 return Images(torch.cat([k.x for k in kept])[:count], torch.cat([k.y for k in kept])[:count])
