@@ -27,8 +27,8 @@ class Patches:
         channels: 1 for grey, 3 for colour.
         count: images in all.
         smallest, largest: edge of the squares before they are resized, drawn uniformly.
-        contrast: least standard deviation of an image's grey levels in [0, 1]; flatter squares are drawn again, as a search
-            without noise takes all of them to the same place.
+        contrast: least standard deviation of an image's grey levels in [0, 1]; flatter squares are drawn again, as a
+            search without noise takes all of them to the same place.
         val, test: shares of the columns, and of the images, kept for selection and for reporting.
         split_seed: of the squares.
         augment: of the images where they are trained on.
