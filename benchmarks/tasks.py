@@ -31,6 +31,7 @@ from advebm.modes import searching, through
 from advebm.objectives.at import AT
 from advebm.objectives.base import Batch, Context, Objective
 from advebm.objectives.binary import BinaryAT
+from advebm.objectives.curriculum import Curriculum
 from advebm.objectives.langevin import JEM, SGLD
 from advebm.objectives.trades import TRADES
 from advebm.training.run import Run
@@ -350,7 +351,7 @@ def binary_step(s: Setting) -> Contest:
     inside, outside = x[: s.batch // 2], x[s.batch // 2 :]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
     if s.way:
-        objective = BinaryAT(steps=s.steps, start=s.steps, step_size=0.1, r1=0.0)
+        objective = BinaryAT(Curriculum(steps=s.steps, start=s.steps), step_size=0.1, r1=0.0)
         return Contest(
             ours_step(s, model, Batch(inside, y=inside[:, 0, 0, 0].long(), outside=outside), objective, optimizer),
             len(x),

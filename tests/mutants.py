@@ -2863,6 +2863,21 @@ MUTANTS = [
         "points[max(points)]",
         "comparison",
     ),
+    # after a review
+    Mutant(
+        "review: another protocol is held",
+        "comparison.py",
+        'r["settings"].get("metric", own).items()',
+        "own.items()",
+        "comparison",
+    ),
+    Mutant(
+        "review: last components",
+        "diagnostics/landscape.py",
+        "(axes[:, -1], axes[:, -2])",
+        "(axes[:, 0], axes[:, 1])",
+        "diagnostics",
+    ),
 ]
 
 

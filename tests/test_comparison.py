@@ -13,9 +13,11 @@ import torch
 from advebm import cli, comparison, config, recipes, reproduce
 from advebm.attacks.projected import Attack, Targeted
 from advebm.chains import Chains, Point
+from advebm.data.outliers import UniformNoise
 from advebm.data.sources import Classes, Digits, Part
 from advebm.errors import UserError
 from advebm.metrics.base import Subject
+from advebm.metrics.ood import OutOfDistribution
 from advebm.metrics.robustness import TargetedAccuracy, measure
 from advebm.metrics.verdicts import judge
 from advebm.objectives.at import AT
@@ -199,6 +201,18 @@ def test_merging_keeps_options_of_the_same_kind_alone():
 # Experiments --------------------------------------------------------------------------------------------------------
 
 
+def test_metrics_that_say_all_of_themselves_are_held_by_all_of_it(run, monkeypatch):
+    """Detection of other sets, or under another attack, is measured again; the very same is not."""
+    measured = []
+    real = comparison.evaluation.evaluate_run
+    look = lambda run, recipe, **rest: measured.append(recipe.metrics) or real(run, recipe=recipe, **rest)
+    monkeypatch.setattr(comparison.evaluation, "evaluate_run", look)
+    small = OutOfDistribution(sets=(UniformNoise(),), count=20, eps=0.0)
+    for metric in (small, small, dataclasses.replace(small, count=30), dataclasses.replace(small, count=30)):
+        comparison.measure(run, {("AUROC energy vs uniform", None): metric})
+    assert [m[0].count for m in measured] == [20, 30]
+
+
 @few_samples
 def test_an_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """Two methods, two seeds; a second call trains, draws and measures nothing; another recipe is refused."""
@@ -297,9 +311,9 @@ def test_efficiency_is_the_cost_of_equally_good_samples(monkeypatch):
     monkeypatch.setattr(reproduce, "along", along)
     found = reproduce.efficiency({t: Named(t) for t in fds}, "judge", {t: [] for t in fds})
     values = {t: {r["name"]: r["value"] for r in records} for t, records in found.items()}
-    assert values["jem"] == {"gradients an image to FD 4": 8, "milliseconds an image to FD 4": 80}
-    assert values["binary-at"]["gradients an image to FD 4"] == 8
-    assert values["short-run-mle"]["gradients an image to FD 4"] == 8
+    assert values["jem"] == {"gradients an image to equal FD": 8, "milliseconds an image to equal FD": 80}
+    assert values["binary-at"]["gradients an image to equal FD"] == 8
+    assert values["short-run-mle"]["gradients an image to equal FD"] == 8
     fds["binary-at"] = (9.0, 4.0, 2.0)
     found = reproduce.efficiency({t: Named(t) for t in fds}, "judge", {t: [] for t in fds})
     assert found["binary-at"][0]["value"] == 4

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,6 +63,16 @@ class TestLandscape:
             torch.testing.assert_close(first[0], weight / weight.norm())
         if along == "pca":
             assert first[:, 0, 0, 0].abs().min() > 0.999
+
+    def test_principal_components_are_exact(self, generator):
+        """Also where their variances are close, and the same from call to call."""
+        images = torch.rand(40, 2, 3, 3, generator=generator)
+        calls = [landscape.directions("pca", images[:1], lambda v: v.sum(), generator, images=images) for _ in range(2)]
+        centred = (images - images.mean(0)).flatten(1).double().numpy()
+        exact = np.linalg.svd(centred, full_matrices=False)[2][:2]
+        for one, two, axis in zip(*calls, exact, strict=True):
+            assert torch.equal(one, two)
+            assert abs(one.flatten().double().numpy() @ axis) == pytest.approx(1, abs=1e-6)
 
     def test_mistakes(self, generator):
         x = torch.rand(1, 1, 2, 2)
@@ -249,6 +260,9 @@ def test_diagnose_of_a_critic(tmp_path, capsys):
     assert {f["name"] for f in gallery.hung(run)} == set(PORTRAITS) - {"gradients"}
     assert main(["diagnose", str(run.folder), "--what", "gradients", "--device", "cpu"]) == 2
     assert "a critic has one energy" in " ".join(capsys.readouterr().err.split())
+    classifier = train(tiny("digits-at", **{"train.images": 128}), tmp_path / "classifier", device="cpu")
+    assert main(["diagnose", str(classifier.folder), str(run.folder), "--device", "cpu"]) == 2
+    assert "one of the runs is a critic; choose --method langevin" in " ".join(capsys.readouterr().err.split())
 
 
 MISTAKES = {

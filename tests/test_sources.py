@@ -322,7 +322,10 @@ def test_the_hub_through_its_library_on_local_files(hub_folder, tmp_path):
 def test_what_cannot_be_loaded_from_the_hub_says_so(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
-    def fail(name):
+    asked = []
+
+    def fail(name, subset):
+        asked.append((name, subset))
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
@@ -330,6 +333,9 @@ def test_what_cannot_be_loaded_from_the_hub_says_so(monkeypatch):
         UserError, match=r"'uoft-cs/cifar10' cannot be loaded \(ConnectionError: no network\); give a folder"
     ):
         advebm.load_data("cifar10")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        advebm.load_data("hf", path="a/b", subset="c")
+    assert asked == [("uoft-cs/cifar10", None), ("a/b", "c")]
 
 
 def test_a_missing_extra_is_named(hub_folder, monkeypatch):

@@ -148,7 +148,7 @@ def build_parser() -> Parser:
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
     sub.add_argument("--processes", type=int, default=1, metavar="N", help="that share the work; the same bytes (1)")
     sub.add_argument("--batch", type=int, metavar="N", help="images the network sees at once (500); changes rounding")
-    sub.add_argument("--trajectory", action="store_true", help="also film.gif, every step of a chain a class")
+    sub.add_argument("--trajectory", action="store_true", help="also film.gif, a chain a class")
     sub.add_argument("--compare", metavar="A,B", help="draw by several methods from the same seeds and judge them")
     sub.add_argument("--seeds", type=int, metavar="N", help="with --compare: sampling seeds; mean and deviation (1)")
     sub.add_argument("--features", metavar="RUN", help=f"with --compare: {JUDGES}")
@@ -437,8 +437,11 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": device(args.device), "batch": args.batch}
     options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _numbers(args.classes)}
     options["way"] = args.fast
+    leak = "seeds are fitted on test images: what is measured against them is flattered"
     if args.compare:
         samplers = {method: _sampler(run, method, overrides) for method in args.compare.split(",")}
+        if any(sampler.fit == "test" for sampler in samplers.values()):
+            warnings.warn(leak, stacklevel=1)
         seeds, say = args.seeds or 1, lambda text: screen.print(f"  {text}")
         rows, path = contrast(run, samplers, args.per_class, seeds, features=args.features, say=say, **options)
         one_a_line(rows)
@@ -447,13 +450,15 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     sampler, about = _sampler(run, args.method, overrides), {}
     if (found := None if args.untuned else tuned(run)) is not None:
         best, how = found
-        if (type(best), best.start) == (type(sampler), sampler.start):
+        if how["checkpoint"] != run.checkpoints.path(args.checkpoint).name:
+            warnings.warn(f"tune-sampler looked at checkpoint {how['checkpoint']}; its settings are left", stacklevel=1)
+        elif (type(best), best.start) == (type(sampler), sampler.start):
             plain = {**config.describe(run.recipe), "sampler": config.describe(best)}
             sampler = resolve(plain, overrides).sampler
             about = {"tuned": {**how, "changed": [name for name, _ in overrides]}}
             screen.print("  settings of tune-sampler; --untuned takes the recipe's")
     if sampler.fit == "test":
-        warnings.warn("seeds are fitted on test images: what is measured against them is flattered", stacklevel=1)
+        warnings.warn(leak, stacklevel=1)
     print(draw(run, args.name or set_name(sampler), sampler, args.per_class, about=about, **options) / "grid.png")
 
 

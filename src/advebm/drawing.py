@@ -147,7 +147,7 @@ def draw(
     Args:
         drawing: what to draw.  A set of that name made from another plan is replaced, and so is a whole one.
         processes: that share the work.
-        trajectory: whether to make a longer film, and ``film.gif`` of every step.
+        trajectory: whether to make a longer film, and ``film.gif``, of 60 moments at most.
         progress: told how many images are done.
     """
     folder, plan = drawing.folder, drawing.plan()

@@ -401,7 +401,7 @@ def efficiency(runs: Mapping[str, Run], judge: Run, found: dict[str, Records]) -
         assert point is not None
         about = {"level": level}
         for name, value in (("gradients an image", point.steps), ("milliseconds an image", 1000 * point.seconds)):
-            record = Record(f"{name} to FD {level:.4g}", value, 0.0, Chains().count, about)
+            record = Record(f"{name} to equal FD", value, 0.0, Chains().count, about)
             found[title].append(dataclasses.asdict(record))
     return found
 

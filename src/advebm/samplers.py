@@ -213,7 +213,7 @@ class RCS(Sampler):
 class Langevin(Sampler):
     """CEM's Langevin sampling: descends ``E(x)`` with noise, by the same protocol; classes come from seeds alone.
 
-    Exact Langevin dynamics is ``direction: raw, temperature: 1``.  A critic can be sampled, too.
+    Exact Langevin dynamics is ``direction: raw, noise: 0, temperature: 1``.  A critic can be sampled, too.
     """
 
     noise: float = 0.01

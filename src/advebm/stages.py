@@ -114,7 +114,7 @@ def draw(
     Where neither energy nor seeds are of a class, as many images and chains.  ``options`` are those of
     :class:`advebm.drawing.Drawing`.
     """
-    if Path(name).name != name:
+    if Path(name).name != name or name in (".", ".."):
         raise UserError(f"--name is the name of a folder in {run.folder / 'samples'}, got {name!r}")
     number = run.checkpoints.path(checkpoint).name
     wanted = drawing.Drawing(run.folder, name, sampler, per_class, checkpoint=number, **options)

@@ -95,12 +95,14 @@ class HubImages:
 
     Attributes:
         path: its name there, or a local folder that the ``datasets`` library can load.
+        subset: which of its parts, where it has several, such as ``cropped_digits`` of SVHN.
         size: edge of the square that images are cut and scaled to; None if they are square and of one size.
         channels: 3 or 1.
         val, split_seed, augment, corrupt: as for ``cifar10``.
     """
 
     path: str
+    subset: str | None = None
     size: int | None = None
     channels: int = 3
     val: float = 0.04
@@ -115,7 +117,7 @@ class HubImages:
 
     def load(self) -> Data:
         """Training, validation and test images."""
-        parts, classes = _from_hub(self.path, self.corrupt, channels=self.channels, size=self.size)
+        parts, classes = _from_hub(self.path, self.corrupt, subset=self.subset, channels=self.channels, size=self.size)
         return _with_validation(Path(self.path).name, classes, parts, self.val, self.split_seed)
 
 
@@ -282,11 +284,11 @@ def _reader(parquet: Any, shard: Path, image: str, label: str, corrupt: Corrupt)
 
 
 def _from_hub(
-    name: str, corrupt: Corrupt, *, channels: int = 3, size: int | None = None
+    name: str, corrupt: Corrupt, *, subset: str | None = None, channels: int = 3, size: int | None = None
 ) -> tuple[Parts, tuple[str, ...]]:
     datasets = _optional("datasets")
     try:
-        found = datasets.load_dataset(name)
+        found = datasets.load_dataset(name, subset)
     except Exception as error:  # the hub's client raises many kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"the data set {name!r} cannot be loaded ({reason}); give a folder with --data.path") from None
@@ -306,7 +308,7 @@ def _from_hub(
             x, kept = decode(blobs, names, channels=channels, size=size, corrupt=corrupt)
             return {"x": x, "y": torch.tensor(list(raw[label]), dtype=torch.int64)[kept]}
 
-        content = f"hub {name} {split} {part._fingerprint} {channels} {size} {corrupt}".encode()
+        content = f"hub {name} {subset} {split} {part._fingerprint} {channels} {size} {corrupt}".encode()
         parts[split] = [Images(**cached((content,), make))]
     return parts, classes
 

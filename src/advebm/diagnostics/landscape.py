@@ -48,8 +48,9 @@ def directions(
         if images is None or len(images) < 3:
             raise UserError("principal components take at least 3 images")
         flat = images.flatten(1)
-        _, _, v = torch.pca_lowrank(flat - flat.mean(0), q=2, niter=4)
-        first, second = (axis.view(1, *x.shape[1:]).expand_as(x).to(x) for axis in v.T)
+        _, axes = torch.linalg.eigh(flat.double().T.cov())  # eigenvalues rise
+        found = [axis * axis[axis.abs().argmax()].sign() for axis in (axes[:, -1], axes[:, -2])]  # a sign for good
+        first, second = (axis.view(1, *x.shape[1:]).expand_as(x).to(x) for axis in found)
         return first, second
     first = value_and_gradient(energy, x)[1] if along == "gradient" else randn(x, generator)
     first = _unit(first)

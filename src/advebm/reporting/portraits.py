@@ -17,7 +17,7 @@ from torch import Tensor
 from advebm import pictures
 from advebm.attacks.projected import Attack
 from advebm.data import outliers
-from advebm.data.sources import Data
+from advebm.data.sources import Data, to_float
 from advebm.diagnostics import joint_or_marginal, landscape, paths, probes
 from advebm.diagnostics.landscape import Along
 from advebm.drawing import others
@@ -104,7 +104,7 @@ def landscapes(s: Sitting) -> Portrait:
     for title, model in s.models.items():
         with searching(model) as f:
             generous = s.random("landscape")
-            images = s.data.train.take(slice(0, 2000)).float().to(x)
+            images = to_float(outliers.choose(s.data.train.x, 2000, generator(0, "landscape"))).to(x)
             energy = joint_or_marginal(f, x, y)
             ways = landscape.directions(s.along, x, energy, generous, images=images)
             of = lambda index, f=f: joint_or_marginal(f, x, y[index])
@@ -411,10 +411,14 @@ def diagnose(
             raise UserError(f"{title} is of {other.name}, {recipe.name} of {data.name}; diagnose runs on the same data")
     models = {title: run.model(checkpoint)[0].to(device) for title, run in runs.items()}
     chosen = sampler or recipe.sampler
+    critics = any(run.recipe.objective.outputs == 1 for run in runs.values())
+    if critics and chosen.conditional:
+        raise UserError(
+            f"{type(chosen).__name__} draws from classes, and one of the runs is a critic; choose --method langevin"
+        )
     sitting = Sitting(models, data, chosen, recipe.threat, others(first, chosen, checkpoint), **options)
     if sitting.count < 2:
         raise UserError(f"numbers are taken over at least 2 images, got {sitting.count}")
-    critics = any(run.recipe.objective.outputs == 1 for run in runs.values())
     numbers, written = {}, []
     for name in what or [n for n in PORTRAITS if not (critics and n == "gradients")]:
         progress(name)
