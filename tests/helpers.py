@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from advebm import config, recipes
 from advebm.training.recipe import Recipe, resolve
+from advebm.training.run import Run
 
 few_samples = pytest.mark.filterwarnings(
     "ignore:F.*fewer give a larger one"
@@ -45,3 +46,10 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(x)
+
+
+def linked(run, folder):
+    """A run under another folder, so that what is drawn and measured there is a test's own."""
+    for name in ("config.yaml", "checkpoints", "env.json"):
+        (folder / name).symlink_to(run.folder / name)
+    return Run(folder)

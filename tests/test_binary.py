@@ -34,9 +34,8 @@ from advebm.suites import suite
 from advebm.training.engine import Engine
 from advebm.training.loop import Feed, train, validate
 from advebm.training.recipe import design, resolve
-from advebm.training.run import Run
 from advebm.tuning import tune
-from tests.helpers import Plain, few_samples
+from tests.helpers import Plain, few_samples, linked
 from tests.references import binary as reference
 
 FOUR = Curriculum(steps=4, start=4)
@@ -572,13 +571,11 @@ def test_samples_of_a_critic(critic_run):
 
 
 def test_tuning_a_critic_begins_from_validation_images(critic_run, tmp_path, monkeypatch):
-    for name in ("config.yaml", "checkpoints", "env.json"):
-        (tmp_path / name).symlink_to(critic_run.folder / name)
     begun, real = [], generation.generate
     look = lambda *args, outside, **rest: begun.append(outside.test.x) or real(*args, outside=outside, **rest)
     monkeypatch.setattr(generation, "generate", look)
     pixels = Features("pixels", lambda x: x.flatten(1))
-    tune(Run(tmp_path), [Ascent(steps=1), Ascent(steps=2)], pixels, per_class=5)
+    tune(linked(critic_run, tmp_path), [Ascent(steps=1), Ascent(steps=2)], pixels, per_class=5)
     outside = critic_run.recipe.outside.load()
     assert len(begun) == 2
     assert all(torch.equal(x, outside.val.x) for x in begun)

@@ -20,19 +20,15 @@ from advebm.drawing import Drawing, draw
 from advebm.errors import UserError
 from advebm.samplers import CS, TA, Langevin
 from advebm.training.loop import train
-from advebm.training.run import Run, sole
-from tests.helpers import few_samples, tiny
+from advebm.training.run import sole
+from tests.helpers import few_samples, linked, tiny
 
 QUICK = CS(steps=2, step_size=0.1, noise=0.02)
 
 
 @pytest.fixture
 def run(small_run, tmp_path):
-    """The shared run under another folder, so that its samples are this test's own."""
-    for entry in small_run.folder.iterdir():
-        if entry.name in ("config.yaml", "checkpoints", "env.json"):
-            (tmp_path / entry.name).symlink_to(entry)
-    return Run(tmp_path)
+    return linked(small_run, tmp_path)
 
 
 def wanted(run, **options):

@@ -9,17 +9,15 @@ from advebm import evaluation, generation, tuning
 from advebm.cli import main
 from advebm.errors import UserError
 from advebm.samplers import CS, JEAT17, TA, Langevin
-from advebm.training.run import Run, sole
+from advebm.training.run import sole
 from advebm.tuning import curves, grid, tune, tuned
+from tests.helpers import linked
 from tests.references import distances as reference
 
 
 @pytest.fixture
 def run(small_run, tmp_path):
-    for entry in small_run.folder.iterdir():
-        if entry.name in ("config.yaml", "checkpoints", "env.json"):
-            (tmp_path / entry.name).symlink_to(entry)
-    return Run(tmp_path)
+    return linked(small_run, tmp_path)
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ class Chains:
                 if k + 1 in spent:  # the gradient at x is taken already
                     spent[k + 1] += now - since[0]
                 if k in seen:
-                    seen[k].append((x * 255).round().to(torch.uint8).cpu())
+                    seen[k].append(generation.to_bytes(x).cpu())
                 since[0] += time.perf_counter() - now  # looking takes no time
 
             look(longest.steps, longest(model, classes, begin, generator=generator, observe=look))

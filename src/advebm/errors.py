@@ -30,3 +30,7 @@ def unknown(what: str, word: object, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a list of names."""
     known = sorted(known)
     return UserError(f"no {what} {word!r}{suggest(word, known)}; there is {', '.join(known)}")
+
+
+class Busy(UserError):
+    """Somebody else holds a lock."""

@@ -227,10 +227,10 @@ class Langevin(Sampler):
 
 
 @dataclass(frozen=True)
-class JEAT16(TA):
-    """JEAT eq. 16: ``x ← x - η/2 ∇(E(x, y) - E(x)) + √η ε``: TA's energy by Langevin dynamics.
+class Dynamics(Sampler):
+    """Langevin dynamics of JEAT: raw steps η/2, which is ``step_size``, and noise √η; it gives neither η nor K.
 
-    ``step_size`` is η/2.  The paper gives neither η nor K.
+    Abstract, as :class:`Sampler`.
     """
 
     steps: int = 100
@@ -243,19 +243,13 @@ class JEAT16(TA):
 
 
 @dataclass(frozen=True)
-class JEAT17(CS):
-    """JEAT eq. 17: ``x ← x - η/2 ∇E(x, y) + √η ε``: Langevin dynamics on the joint energy.
+class JEAT16(Dynamics, TA):
+    """JEAT eq. 16: ``x ← x - η/2 ∇(E(x, y) - E(x)) + √η ε``: TA's energy by Langevin dynamics."""
 
-    ``step_size`` is η/2.  The paper gives neither η nor K.
-    """
 
-    steps: int = 100
-    step_size: float = 1e-4
-    direction: Literal["unit", "raw", "sign", "adam"] = "raw"
-    temperature: float | None = 1.0
-
-    own: ClassVar[tuple[str, ...]] = JEAT16.own
-    cites: ClassVar[tuple[str, ...]] = ("jeat",)
+@dataclass(frozen=True)
+class JEAT17(Dynamics, CS):
+    """JEAT eq. 17: ``x ← x - η/2 ∇E(x, y) + √η ε``: Langevin dynamics on the joint energy."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +266,7 @@ class SGLD(Langevin):
     direction: Literal["unit", "raw", "sign", "adam"] = "raw"
     start: Literal["class", "global", "noise", "outside", "buffer"] = "noise"
 
-    own: ClassVar[tuple[str, ...]] = (*JEAT16.own, "start")
+    own: ClassVar[tuple[str, ...]] = (*Dynamics.own, "start")
     cites: ClassVar[tuple[str, ...]] = ("grathwohl2020",)
 
 

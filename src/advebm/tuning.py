@@ -4,6 +4,7 @@ Each setting is a trial: a file in ``RUN/tuning``, whole or absent, claimed by a
 images are never looked at.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -18,7 +19,7 @@ from torch import nn
 from advebm import config, files, generation
 from advebm.data.sources import Data
 from advebm.drawing import others
-from advebm.errors import UserError
+from advebm.errors import Busy, UserError
 from advebm.metrics.base import Features, device_of, label
 from advebm.metrics.distances import Moments, frechet_distance, kernel_distance
 from advebm.samplers import Sampler
@@ -143,8 +144,8 @@ def _try(
     except OSError as error:
         raise files.unwritable(path.parent, error) from None
     lock = path.with_suffix(".lock")
-    try:
-        with sole(lock, "busy"):
+    with contextlib.suppress(Busy):  # then it is theirs
+        with sole(lock, f"another process is at {path}"):
             if path.exists():  # by now
                 return
             y = generation.wanted(sampler, data, about["per_class"])
@@ -157,6 +158,3 @@ def _try(
             name = f"{label(about['by'], space.name)} on validation images"
             files.write_json(path, {"sampler": config.describe(sampler), "name": name, "value": value, **about})
         lock.unlink(missing_ok=True)
-    except UserError as error:
-        if str(error) != "busy":
-            raise

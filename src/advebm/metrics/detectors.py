@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from advebm import config
-from advebm.attacks.base import radius
 from advebm.data import outliers
 from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject
-from advebm.metrics.ood import Estimate, auroc, lowest
+from advebm.metrics.ood import Estimate, auroc, lowest, search_name
 from advebm.modes import searching
 
 
@@ -43,7 +42,7 @@ class Detectors:
         """``AUROC of detectors``, as the images are and under attack, each with the AUROC of every class."""
         subject.check_labelled()
         threat, split, names = subject.threat, subject.split, subject.data.classes
-        attack = f"APGD-{self.steps}{f' x {self.restarts}' * (self.restarts > 1)} {radius(threat.eps, threat.norm)}"
+        attack = search_name(self.steps, self.restarts, threat.eps, threat.norm)
         plain, attacked = dict[str, Estimate](), dict[str, Estimate]()
         with searching(subject.model) as f:
             for k, name in enumerate(names):

@@ -338,8 +338,12 @@ class OutOfDistribution:
         return threat.eps if threat.norm == self.norm else {"l2": 1.0, "linf": 8 / 255}[self.norm]
 
     def _attack(self, eps: float) -> str:
-        times = "" if self.restarts == 1 else f" x {self.restarts}"
-        return f"APGD-{self.steps}{times} {radius(eps, self.norm)}"
+        return search_name(self.steps, self.restarts, eps, self.norm)
+
+
+def search_name(steps: int, restarts: int, eps: float, norm: str) -> str:
+    """What tables call the search of :func:`lowest`: ``APGD-100 x 5 l2 1``."""
+    return f"APGD-{steps}{'' if restarts == 1 else f' x {restarts}'} {radius(eps, norm)}"
 
 
 def lowest(

@@ -101,10 +101,11 @@ def landscapes(s: Sitting) -> Portrait:
     """E(x, y) around test images: one in contours and in 3-D on one scale, offsets and curvatures over many."""
     x, y = s.test()
     planes, lies = {}, {}
+    few = lambda: to_float(outliers.choose(s.data.train.x, 2000, generator(0, "landscape"))).to(x)
+    images = few() if s.along == "pca" else None
     for title, model in s.models.items():
         with searching(model) as f:
             generous = s.random("landscape")
-            images = to_float(outliers.choose(s.data.train.x, 2000, generator(0, "landscape"))).to(x)
             energy = joint_or_marginal(f, x, y)
             ways = landscape.directions(s.along, x, energy, generous, images=images)
             of = lambda index, f=f: joint_or_marginal(f, x, y[index])

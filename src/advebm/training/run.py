@@ -16,7 +16,7 @@ import torch
 import advebm
 from advebm import files
 from advebm.data.sources import Data, Images
-from advebm.errors import UserError
+from advebm.errors import Busy, UserError
 from advebm.models import network
 from advebm.models.network import Architecture, Network
 from advebm.training import recipe as recipes
@@ -159,7 +159,7 @@ def sole(path: Path, busy: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(busy) from None
+            raise Busy(busy) from None
         yield
 
 
