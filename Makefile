@@ -26,7 +26,7 @@ mutants: $(READY)
 agreement: $(PEERS)
 	.venv-agreement/bin/python -m tests.agreement $(ARGS)
 
-# ARGS='--rows pgd --repeats 3', '--quick', '--curves', '--run RUN'; writes benchmarks/results/.
+# ARGS='--rows pgd --repeats 3', '--quick', '--curves'; writes benchmarks/results/.
 bench: $(RIVALS)
 	.venv-bench/bin/python -m benchmarks $(ARGS)
 

@@ -1,9 +1,11 @@
 """``python -m benchmarks``: every row in turns, medians and ratios, in benchmarks/results/.
 
+Attacks on a ResNet-8 are on one that is trained first, adversarially on CIFAR-10 (some minutes, once), where ADVEBM_DATA
+names the data; else on fresh weights, and AutoAttack on a network trained on digits.  Other ResNets have fresh weights.
+
 ``--rows WORD,WORD``   only rows whose name holds one of the words
 ``--repeats 5``        turns of each side
 ``--quick``            one turn, small batches, few steps: whether everything runs
-``--run RUN``          a trained network, for the rows on attacks; ResNets have fresh weights otherwise
 ``--curves``           the scaling curves, too
 ``--device cuda``      elsewhere than on the CPU
 """
@@ -39,6 +41,7 @@ class Row(NamedTuple):
     setting: dict[str, Any]
     peers: tuple[str, ...]
     ours: tuple[str, ...] = OURS
+    repeats: int = 100  # at most
 
 
 ATTACKERS = ("torchattacks", "foolbox", "art")
@@ -47,18 +50,27 @@ ROWS = [
     Row("PGD-20, ResNet-8 w16, batch 128", {"task": "pgd"}, ATTACKERS, OURS + COMPILED),
     Row("PGD-20, ResNet-18, batch 16", {"task": "pgd", "net": "resnet-18", "batch": 16}, ATTACKERS, OURS + COMPILED),
     Row(
-        "APGD-CE and APGD-T, trained, batch 256",
-        {"task": "autoattack", "steps": 0, "batch": 256},
+        "APGD-CE and APGD-T, trained, 128 images",
+        {"task": "autoattack", "steps": 0, "batch": 128},
         ("official",),
         OURS[1:],
+        3,
     ),
     Row(
-        "AutoAttack standard, trained, batch 128",
-        {"task": "autoattack", "steps": 1, "batch": 128},
+        "AutoAttack standard, trained, 48 images",
+        {"task": "autoattack", "steps": 1, "batch": 48},
         ("official",),
         OURS[1:],
+        3,
     ),
     Row("SGLD-20, ResNet-8 w16, batch 64", {"task": "sgld", "batch": 64}, ("JEM loop", "torchebm"), OURS + COMPILED),
+    Row(
+        "50,000 digits sampled, TA-10, batch 500",
+        {"task": "sampling", "batch": 500, "size": 50_000, "steps": 10},
+        ("plain loop",),
+        OURS,
+        3,
+    ),
     Row("Binary-AT step, K = 5, batch 64 + 64", {"task": "binary-at", "steps": 5}, ("AT-EBMs loop",), OURS + COMPILED),
     Row(
         "Binary-AT step, K = 25, batch 64 + 64", {"task": "binary-at", "steps": 25}, ("AT-EBMs loop",), OURS + COMPILED
@@ -73,7 +85,7 @@ ROWS = [
         OURS[:1],
     ),
 ]
-SMALL = {"pgd": 2, "sgld": 2, "binary-at": 2, "at": 2, "trades": 2, "jem": 2}  # steps of --quick
+SMALL = {"pgd": 2, "sgld": 2, "sampling": 2, "binary-at": 2, "at": 2, "trades": 2, "jem": 2}  # steps of --quick
 CURVES = {
     "batch": (8, 16, 32, 64, 128, 256),
     "steps": (5, 10, 20, 40, 80),
@@ -97,9 +109,17 @@ class Side:
 
     def turn(self) -> None:
         """One turn, timed by the worker."""
+        self.begin()
+        self.wait()
+
+    def begin(self) -> None:
+        """Begin a turn."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
+
+    def wait(self) -> None:
+        """Wait for its end."""
         self.seconds.append(self._hear()["seconds"])
 
     def end(self) -> dict[str, Any]:
@@ -135,22 +155,25 @@ def measure(settings: dict[str, Setting], repeats: int) -> dict[str, dict[str, A
     return results | {name: side.end() for name, side in sides.items()}
 
 
-def contestants(row: Row, run: str, digits: str, device: str, quick: bool) -> dict[str, Setting]:
-    """The sides of a row: peers, ours in every way, the last eager one once more with the allocator tuned."""
+def contestants(row: Row, cifar: str, digits: str, device: str, quick: bool) -> dict[str, Setting]:
+    """The sides of a row: peers, ours in every way, the last eager and compiled ones also with the allocator tuned."""
     plain = {**row.setting, "device": device}
     if quick:
         task = plain["task"]
         plain |= {"batch": min(plain.get("batch", 128), 8)} | ({"steps": SMALL[task]} if task in SMALL else {})
         plain |= {"batch": 512, "size": 256} if task == "fid" else {}
-    if plain["task"] == "autoattack" or (plain["task"] == "pgd" and plain.get("net") == "digits"):
-        plain["run"] = run if run and plain["task"] == "autoattack" else digits
-    elif plain["task"] == "pgd" and plain.get("net", "resnet-8") == "resnet-8":
-        plain["run"] = run
+        plain |= {"size": 16} if task == "sampling" else {}
+    match plain["task"], plain.get("net", "resnet-8"):
+        case ("sampling", _) | ("pgd", "digits"):
+            plain["run"] = digits
+        case "autoattack", _:
+            plain["run"] = cifar or digits
+        case "pgd", "resnet-8":
+            plain["run"] = cifar
     ours = [way for way in row.ours if not quick or "compile" not in way]
     sides = {who: Setting(who=who, **plain) for who in (*row.peers, *ours)}
-    eager = [way for way in ours if "compile" not in way][-1]
-    sides[f"{eager}, allocator"] = Setting(who=eager, tuned=True, **plain)
-    return sides
+    last = {"compile" in way: way for way in ours}
+    return sides | {f"{way}, allocator": Setting(who=way, tuned=True, **plain) for way in last.values()}
 
 
 def curves(repeats: int, device: str, quick: bool) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -165,7 +188,29 @@ def curves(repeats: int, device: str, quick: bool) -> dict[str, dict[str, list[d
                 found[axis][who].append({"value": value, "seconds": side["median"], "peak_mib": side["peak_mib"]})
             shown = "  ".join(f"{who} {side['median']:.3g} s {side['peak_mib']:.0f} MiB" for who, side in sides.items())
             print(f"{axis} {value}: {shown}", flush=True)
+    cores = torch.get_num_threads()
+    found["processes"] = {who: [] for who in BESIDE}
+    for value in dict.fromkeys((1, cores // 2 or 1, cores)):
+        for who in BESIDE:
+            share = Setting("pgd", who, batch=(16 if quick else 64 * cores) // value, steps=5, threads=cores // value)
+            found["processes"][who].append({"value": value, **together([share] * value, repeats)})
+        print(
+            f"processes {value}: " + "  ".join(f"{w} {v[-1]['seconds']:.3g} s" for w, v in found["processes"].items())
+        )
     return found
+
+
+def together(settings: list[Setting], repeats: int) -> dict[str, float]:
+    """Processes that share the work: median seconds until the last is done, and their memory together."""
+    sides, seconds = [Side(setting) for setting in settings], list[float]()
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        for side in sides:
+            side.begin()
+        for side in sides:
+            side.wait()
+        seconds.append(time.perf_counter() - begun)
+    return {"seconds": statistics.median(seconds), "peak_mib": sum(side.end()["peak_mib"] for side in sides)}
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -198,7 +243,6 @@ def main() -> None:
     parser.add_argument("--rows", default="")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--run", default="")
     parser.add_argument("--curves", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -206,14 +250,16 @@ def main() -> None:
     words, repeats = args.rows.lower().split(","), 1 if args.quick else args.repeats
     if not any(word in row.name.lower() for word in words for row in ROWS):
         parser.error(f"no row holds {args.rows!r}; there is {'; '.join(row.name for row in ROWS)}")
-    digits = trained(Path("runs/benchmarks/digits-at"))
+    digits = trained("digits-at", [("train.images", 20_000)])
+    narrow = [("backbone.width", 16), ("backbone.activation", "relu"), ("train.images", 100_000)]
+    cifar = trained("cifar10-at-small", narrow) if os.environ.get("ADVEBM_DATA") and not args.quick else ""
     about = machine(args.device)
     print(json.dumps(about, indent=1), flush=True)
     rows = []
     for row in ROWS:
         if any(word in row.name.lower() for word in words):
             print(row.name, flush=True)
-            sides = measure(contestants(row, args.run, digits, args.device, args.quick), repeats)
+            sides = measure(contestants(row, cifar, digits, args.device, args.quick), min(repeats, row.repeats))
             rows.append({"name": row.name, "peer": row.peers[0], "sides": sides})
             print(show.row(rows[-1], about["peak"]), flush=True)
     result = {"machine": about, "quick": args.quick, "repeats": repeats, "rows": rows}

@@ -8,7 +8,7 @@ code (JEM, AT-EBMs, TRADES, plain adversarial training) are written anew here fr
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
 from torch.utils.flop_counter import FlopCounterMode
 
-from advebm import energies, seeds
+from advebm import energies, generation, seeds
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
 from advebm.descent import Descent, free, raw
 from advebm.metrics.distances import Moments, frechet_distance
 from advebm.metrics.verdicts import judge
-from advebm.models.inference import WAYS, view
+from advebm.models.inference import WAYS, Way, view
 from advebm.models.network import Architecture, Network
 from advebm.models.resnet import ResNet
 from advebm.models.small import SmallConv
@@ -34,6 +34,7 @@ from advebm.objectives.binary import BinaryAT
 from advebm.objectives.curriculum import Curriculum
 from advebm.objectives.langevin import JEM, SGLD
 from advebm.objectives.trades import TRADES
+from advebm.samplers import TA
 from advebm.training.run import Run
 
 NETWORKS: dict[str, Callable[[int], Any]] = {
@@ -56,6 +57,7 @@ class Setting(NamedTuple):
     width: int = 0
     run: str = ""
     tuned: bool = False
+    threads: int = 0
     device: str = "cpu"
 
     @property
@@ -256,6 +258,37 @@ def _jem_chain(model: nn.Module, x: Tensor, steps: int) -> Tensor:
     return chain.detach()
 
 
+def sampling(s: Setting) -> Contest:
+    """``size`` images from class Gaussians by the targeted attack, ``steps`` unit steps, as bytes in memory.
+
+    The plain loop is that of most research code: batches of ``batch`` images, the network as it is.
+    """
+    model = Run.open(s.run).model()[0].to(s.device)
+    recipe = Run.open(s.run).recipe
+    data = recipe.data.load()
+    sampler = TA(steps=s.steps)
+    y = torch.arange(s.size) % len(data.classes)
+    if s.way:
+
+        def turn() -> None:
+            generation.to_bytes(generation.generate(model, sampler, data, y, way=cast(Way, s.way)).x)
+    else:
+        model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        start, generator = sampler.prepare(data), seeds.generator(0, device=s.device)
+
+        def turn() -> None:
+            for labels in y.split(s.batch):
+                x = start(torch.empty(len(labels), *data.shape, device=s.device), labels.to(s.device), generator)
+                for _ in range(s.steps):
+                    x = x.detach().requires_grad_()
+                    (gradient,) = torch.autograd.grad(cross_entropy(model(x), labels.to(s.device)), x)
+                    length = gradient.flatten(1).norm(dim=1)[:, None, None, None] + 1e-10
+                    x = (x.detach() - sampler.step_size * gradient / length).clamp(0, 1)
+                generation.to_bytes(x)
+
+    return Contest(turn, s.size * s.steps)
+
+
 # Training steps -------------------------------------------------------------------------------------------------------
 
 
@@ -358,15 +391,15 @@ def binary_step(s: Setting) -> Contest:
         )
 
     def step() -> None:
-        model.eval()
+        model.eval()  # and so it stays: that code keeps batch norms by their running statistics
         moved = outside.clone()
         for _ in range(s.steps):
             moved = moved.detach().requires_grad_()
-            loss = binary_cross_entropy_with_logits(model(moved)[:, 0], torch.zeros(len(moved), device=x.device))
-            (gradient,) = torch.autograd.grad(loss, [moved])
+            (gradient,) = torch.autograd.grad(model(moved)[:, 0].sum(), [moved])
             length = gradient.flatten(1).norm(dim=1)[:, None, None, None] + 1e-10
-            moved = (moved.detach() + 0.1 * gradient / length).clamp(0, 1)
-        logits = model(torch.cat([inside, moved.detach()]))[:, 0]
+            shift = moved.detach() + 0.1 * gradient / length - outside
+            moved = (outside + shift.renorm(2, 0, torch.inf)).clamp(0, 1)  # its ball is of infinite radius
+        logits = torch.cat([model(inside), model(moved.detach())])[:, 0]
         labels = torch.cat([torch.ones(len(inside)), torch.zeros(len(moved))]).to(x)
         optimizer.zero_grad()
         binary_cross_entropy_with_logits(logits, labels).backward()
@@ -405,6 +438,7 @@ TASKS: dict[str, Callable[[Setting], Contest]] = {
     "pgd": pgd,
     "autoattack": autoattack,
     "sgld": sgld,
+    "sampling": sampling,
     "at": at_step,
     "trades": trades_step,
     "jem": jem_step,
@@ -413,13 +447,14 @@ TASKS: dict[str, Callable[[Setting], Contest]] = {
 }
 
 
-def trained(where: Path) -> str:
-    """The folder of a small adversarially trained network on digits, trained where it is not there yet."""
+def trained(name: str, settings: list[tuple[str, Any]]) -> str:
+    """The folder of a small adversarially trained network, trained by a recipe where it is not there yet."""
     from advebm.recipes import find
     from advebm.stages import fit
     from advebm.training.recipe import resolve
 
-    recipe = resolve(find("digits-at"), [("train.images", 20_000), ("name", "digits-at-bench")])
+    where = Path("runs/benchmarks") / name
     if not (where / "config.yaml").exists() or not Run.open(where).finished:
+        recipe = resolve(find(name), [*settings, ("name", f"{name}-bench")])
         fit(recipe, where, resume=(where / "config.yaml").exists(), device="cpu")
     return str(where)

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -5,14 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advebm import config
+from advebm import config, energies, seeds
+from advebm.attacks.projected import Attack
 from advebm.errors import UserError
 from advebm.models import network
 from advebm.models.network import Architecture
 from advebm.models.resnet import PreActResNet, ResNet
 from advebm.models.small import SmallConv
 from advebm.models.wide_resnet import WideResNet
-from advebm.modes import DualBatchNorm2d, using
+from advebm.modes import DualBatchNorm2d, norms_fixed, searching, using
+from advebm.objectives.at import AT
+from advebm.objectives.awp import AWP
+from advebm.objectives.base import Batch, Context, r1
 from tests.references import networks
 
 NORMS = ["batch", "group", "dual", "none"]
@@ -236,3 +241,69 @@ BAD = [
 def test_bad_backbones_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+# Activations computed again ------------------------------------------------------------------------------------------
+
+
+def losses(model, x, y, kind):
+    """Losses as objectives take them, whose weights, modes or branches are others once the gradient is computed."""
+    match kind:
+        case "two forwards":  # the second moves what the first's norms had
+            with norms_fixed(model):
+                fixed = F.cross_entropy(model(x), y)
+            return fixed + F.cross_entropy(model(x.flip(0)), y)
+        case "branches":
+            with using(model, "adversarial"):
+                attacked = F.cross_entropy(model(x), y)
+            return attacked + 2 * F.cross_entropy(model(x.flip(0)), y)
+        case "r1":
+            return r1(lambda z: energies.marginal(model(z)), x)
+        case "awp":
+            objective, batch, ctx = AWP(AT(Attack(eps=0.1, steps=2)), 0.1), Batch(x, y), Context(seeds.generator(0))
+            return objective.loss(model, batch, objective.search(model, batch, None, ctx), None, ctx).total
+
+
+@pytest.mark.parametrize("kind", ["two forwards", "branches", "r1", "awp"])
+@pytest.mark.parametrize("name", ["resnet-8", "preact-resnet"])
+def test_activations_computed_again_change_no_gradient_and_no_statistic(name, kind):
+    generator = torch.Generator().manual_seed(0)
+    plain = shake(build(name, norm="dual" if kind == "branches" else "batch"), generator).train()
+    again = copy.deepcopy(plain)
+    again.backbone.recompute = True
+    x, y = images(generator), torch.arange(4)
+    for model in (plain, again):
+        losses(model, x, y, kind).backward()
+    for (key, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-12, msg=key)
+    for (key, a), b in zip(plain.named_buffers(), again.buffers(), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0, msg=key)
+    assert all(m.training for m in again.modules())
+    assert all(m.branch == "clean" for m in again.modules() if isinstance(m, DualBatchNorm2d))
+
+
+def kept(model, x):
+    """Bytes that a loss keeps for its gradient."""
+    seen = {}
+    keep = lambda t: seen.setdefault((t.data_ptr(), t.numel()), t.nbytes) and t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(x).sum()
+    return sum(seen.values()) - sum(p.nbytes for p in model.parameters())
+
+
+def test_activations_computed_again_are_not_kept():
+    model = build("resnet-18").train()
+    x = images(torch.Generator().manual_seed(0), count=32)
+    before = kept(model, x)
+    model.backbone.recompute = True
+    assert kept(model, x) < before / 3
+    with searching(model) as f:  # gradients of images alone: nothing is computed twice
+        calls = []
+        hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for s in model.backbone.stages for block in s]
+        leaf = x.requires_grad_()
+        f(leaf).sum().backward()
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) == 8

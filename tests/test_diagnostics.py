@@ -258,6 +258,10 @@ def test_diagnose_of_a_critic(tmp_path, capsys):
     run = train(recipe, tmp_path / "run", device="cpu")
     assert main(["diagnose", str(run.folder), "--images", "12", "--steps", "10", "--device", "cpu"]) == 0
     assert {f["name"] for f in gallery.hung(run)} == set(PORTRAITS) - {"gradients"}
+    arguments = ["--what", "energies", "--method", "langevin", "--sampler.start", "noise", "--images", "12"]
+    assert main(["diagnose", str(run.folder), *arguments, "--device", "cpu"]) == 0
+    (numbers,) = next(f["numbers"] for f in gallery.hung(run) if f["name"] == "energies").values()
+    assert any(name.startswith("outside: ") for name in numbers)  # though no chain begins there
     assert main(["diagnose", str(run.folder), "--what", "gradients", "--device", "cpu"]) == 2
     assert "a critic has one energy" in " ".join(capsys.readouterr().err.split())
     classifier = train(tiny("digits-at", **{"train.images": 128}), tmp_path / "classifier", device="cpu")

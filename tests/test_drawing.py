@@ -165,6 +165,8 @@ def test_some_classes(run):
     assert generation.read(folder).y.tolist() == [7, 7, 7, 2, 2, 2]
     with pytest.raises(UserError, match="digits has classes 0 to 9, got 3, 10"):
         draw(wanted(run, classes=(3, 10)))
+    with pytest.raises(UserError, match="langevin-global draws from no class; leave the classes out"):
+        draw(wanted(run, classes=(3,), sampler=Langevin(start="global")))
 
 
 def test_a_trajectory_is_an_animation_of_every_step(run):
@@ -231,6 +233,20 @@ def test_methods_are_compared_from_the_same_seeds(run, capsys):
     assert {r["name"] for r in records["cs"]} >= {"FD (own features)", "class score (own features)"}
     assert all(r["seeds"] == 2 for r in records["cs"])
     assert (run.folder / "figures" / "comparison.png").exists()
+
+
+@few_samples
+def test_compared_methods_are_as_tuned_and_other_seeds_are_named(run, capsys):
+    arguments = ["tune-sampler", str(run.folder), "--method", "ta", "--step-size", "0.03", "--steps", "1"]
+    assert main([*arguments, "--per-class", "2", "--device", "cpu"]) == 0
+    arguments = ["sample", str(run.folder), "--compare", "ta,sgld", "--per-class", "2", "--device", "cpu"]
+    with pytest.warns(UserWarning, match=r"seeds differ: ta from class, sgld from noise; --sampler.start sets all"):
+        assert main(arguments) == 0
+    manifest = lambda name: json.loads((run.folder / "comparison" / name / "manifest.json").read_text())
+    assert (manifest("ta-0")["sampler"]["step_size"], manifest("ta-0")["tuned"]["split"]) == (0.03, "val")
+    assert "tuned" not in manifest("sgld-0")
+    assert main([*arguments[:3], "ta", *arguments[4:], "--untuned"]) == 0
+    assert manifest("ta-0")["sampler"]["step_size"] == run.recipe.sampler.step_size
 
 
 MISTAKES = {

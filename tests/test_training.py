@@ -101,6 +101,18 @@ def test_streams_are_shares_of_one_batch(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_recomputed_activations_train_the_same_network(tmp_path):
+    recipe = resolve(recipes.find("digits-at"), [("backbone", {"kind": "resnet", "depth": 8, "width": 4})])
+    short = dataclasses.replace(recipe.train, images=256, batch=64)
+    plain, again = (
+        train(dataclasses.replace(recipe, train=dataclasses.replace(short, recompute=on)), tmp_path / str(on))
+        for on in (False, True)
+    )
+    assert same(weights(plain), weights(again))
+    with pytest.raises(UserError, match="recompute needs a backbone with stages"):
+        train(tiny(train__recompute=True), tmp_path / "small", device="cpu")
+
+
 def command(*arguments):
     return [sys.executable, "-m", "advebm", *map(str, arguments)]
 

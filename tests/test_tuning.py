@@ -52,7 +52,7 @@ def test_the_best_is_nearest_to_the_validation_images(run, space, by):
             drawn, real = (space.extract(v).double().numpy() for v in (x, data.val.float()))
         values.append(reference.kernel(drawn, real) if by == "KID" else reference.frechet(drawn, real))
     assert [t["value"] for t in trials] == pytest.approx(sorted(values), rel=1e-4)
-    best, how = tuned(run)
+    best, how = tuned(run, CS())
     assert best == SETTINGS[min(range(3), key=values.__getitem__)]
     assert (how["split"], how["trials"], how["reference_count"]) == ("val", 3, 180)
     assert f"{by} (own features) on validation images" == how["name"]
@@ -66,13 +66,13 @@ def test_trials_are_done_once_and_shared(run, space, monkeypatch):
     other = tuning._file(run, SETTINGS[1], {k: v for k, v in json.loads(begun).items() if k not in NOT_ASKED})
     with sole(other.with_suffix(".lock"), "busy"):  # somebody else is at the second
         assert len(tune(run, SETTINGS, space, per_class=3)) == 2
-    assert tuned(run) is None
+    assert tuned(run, CS()) is None
     drawn = []
     whole = generation.generate
     monkeypatch.setattr(generation, "generate", lambda *a, **k: drawn.append(a[1]) or whole(*a, **k))
     assert len(tune(run, SETTINGS, space, per_class=3)) == 3
     assert drawn == [SETTINGS[1]]
-    assert tuned(run) is not None
+    assert tuned(run, CS()) is not None
     assert first.read_text() == begun
     tune(run, SETTINGS, space, per_class=4)
     assert len(drawn) == 4
@@ -99,7 +99,7 @@ def test_what_was_found_is_used_and_said(run, capsys):
     arguments = ["--step-size", "0.03", "--steps", "2,3", "--per-class", "2", "--device", "cpu"]
     assert main(["tune-sampler", str(run.folder), *arguments]) == 0
     assert (run.folder / "figures" / "tuning.png").exists()
-    best, _ = tuned(run)
+    best, _ = tuned(run, run.recipe.sampler)
 
     def drawn(*arguments):
         assert (
@@ -117,12 +117,19 @@ def test_what_was_found_is_used_and_said(run, capsys):
         manifest = drawn(*arguments)
         assert manifest["sampler"]["step_size"] == run.recipe.sampler.step_size
         assert "tuned" not in manifest
-    (run.folder / "sampler.json").write_text("{}")
+    (run.folder / "sampler.json").write_text('{"cs-class": {}, "ta-class": {}}')
     assert main(["sample", str(run.folder)]) == 2
     assert "sampler.json is damaged" in " ".join(capsys.readouterr().err.split())
 
 
 def test_kinds_without_classes_are_tuned_too(run, space):
     assert len(tune(run, grid(Langevin(steps=1, start="global"), {"step_size": [0.1]}), space, per_class=2)) == 2
-    assert isinstance(tuned(run)[0], Langevin)
-    assert not isinstance(tuned(run)[0], TA)
+    assert type(tuned(run, Langevin(start="global"))[0]) is Langevin
+    assert tuned(run, Langevin()) is None
+
+
+def test_the_best_of_another_method_or_start_is_kept_beside(run, space):
+    for sampler in (CS(steps=1), TA(steps=2), CS(steps=3, start="global")):
+        tune(run, [sampler], space, per_class=2)
+    found = [tuned(run, like)[0].steps for like in (CS(), TA(), CS(start="global"))]
+    assert found == [1, 2, 3]

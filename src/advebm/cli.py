@@ -416,13 +416,11 @@ def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm sample``."""
-    from advebm import config
     from advebm.console import screen
-    from advebm.stages import contrast, draw, set_name
+    from advebm.generation import set_name
+    from advebm.stages import contrast, draw
     from advebm.tables import one_a_line
-    from advebm.training.recipe import resolve
     from advebm.training.run import Run
-    from advebm.tuning import tuned
 
     for name in ("per_class", "steps", "processes", "batch", "seeds"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -439,24 +437,25 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     options["way"] = args.fast
     leak = "seeds are fitted on test images: what is measured against them is flattered"
     if args.compare:
-        samplers = {method: _sampler(run, method, overrides) for method in args.compare.split(",")}
+        chosen = {method: _settled(run, method, overrides, args) for method in args.compare.split(",")}
+        samplers = {method: sampler for method, (sampler, _) in chosen.items()}
+        for method, (_, about) in chosen.items():
+            if about:
+                screen.print(f"  {method}: settings of tune-sampler; --untuned takes the recipe's")
+        if len({sampler.start for sampler in samplers.values()}) > 1:
+            starts = ", ".join(f"{method} from {sampler.start}" for method, sampler in samplers.items())
+            warnings.warn(f"seeds differ: {starts}; --sampler.start sets all", stacklevel=1)
         if any(sampler.fit == "test" for sampler in samplers.values()):
             warnings.warn(leak, stacklevel=1)
         seeds, say = args.seeds or 1, lambda text: screen.print(f"  {text}")
+        options["about"] = {method: about for method, (_, about) in chosen.items()}
         rows, path = contrast(run, samplers, args.per_class, seeds, features=args.features, say=say, **options)
         one_a_line(rows)
         print(path)
         return
-    sampler, about = _sampler(run, args.method, overrides), {}
-    if (found := None if args.untuned else tuned(run)) is not None:
-        best, how = found
-        if how["checkpoint"] != run.checkpoints.path(args.checkpoint).name:
-            warnings.warn(f"tune-sampler looked at checkpoint {how['checkpoint']}; its settings are left", stacklevel=1)
-        elif (type(best), best.start) == (type(sampler), sampler.start):
-            plain = {**config.describe(run.recipe), "sampler": config.describe(best)}
-            sampler = resolve(plain, overrides).sampler
-            about = {"tuned": {**how, "changed": [name for name, _ in overrides]}}
-            screen.print("  settings of tune-sampler; --untuned takes the recipe's")
+    sampler, about = _settled(run, args.method, overrides, args)
+    if about:
+        screen.print("  settings of tune-sampler; --untuned takes the recipe's")
     if sampler.fit == "test":
         warnings.warn(leak, stacklevel=1)
     print(draw(run, args.name or set_name(sampler), sampler, args.per_class, about=about, **options) / "grid.png")
@@ -499,6 +498,23 @@ def _sampler(run: Any, method: str | None, overrides: Overrides) -> Any:
     from advebm.training.recipe import resolve
 
     return resolve(config.describe(run.recipe), [*([("sampler", method)] if method else []), *overrides]).sampler
+
+
+def _settled(run: Any, method: str | None, overrides: Overrides, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The same, with what ``tune-sampler`` found for that method and start; and how, where it did."""
+    from advebm import config
+    from advebm.training.recipe import resolve
+    from advebm.tuning import tuned
+
+    sampler = _sampler(run, method, overrides)
+    if args.untuned or (found := tuned(run, sampler)) is None:
+        return sampler, {}
+    best, how = found
+    if how["checkpoint"] != run.checkpoints.path(args.checkpoint).name:
+        warnings.warn(f"tune-sampler looked at checkpoint {how['checkpoint']}; its settings are left", stacklevel=1)
+        return sampler, {}
+    plain = {**config.describe(run.recipe), "sampler": config.describe(best)}
+    return resolve(plain, overrides).sampler, {"tuned": {**how, "changed": [name for name, _ in overrides]}}
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:

@@ -111,10 +111,13 @@ class Desk:
         if any(not 0 <= k < len(data.classes) for k in drawing.classes or ()):
             got = ", ".join(map(str, drawing.classes or ()))
             raise UserError(f"{data.name} has classes 0 to {len(data.classes) - 1}, got {got}")
+        if drawing.classes is not None and not sampler.conditional and sampler.start != "class":
+            method = generation.set_name(sampler)
+            raise UserError(f"{method} draws from no class; leave the classes out, or set start to class")
         outside = others(run, sampler, drawing.checkpoint)
         model = run.model(drawing.checkpoint)[0].to(drawing.device)
         y = generation.wanted(sampler, data, drawing.per_class, drawing.classes)
-        quick = generation.quickly(model, data, len(y), drawing.way)
+        quick = generation.quickly(model, data, min(len(y), drawing.batch or len(y)), drawing.way)
         return cls(drawing, model, data, outside, sampler.prepare(data, outside), y, quick)
 
     def draw(self, number: int) -> None:

@@ -56,7 +56,7 @@ def generate(
 
 
 def quickly(model: nn.Module, data: Data, count: int, way: Way) -> View | None:
-    """The network for searches, as ``way`` asks, where that applies; for ``count`` images in chunks."""
+    """The network for searches, as ``way`` asks, where that applies; for ``count`` images, in chunks."""
     example = as_images(data.train.x[: min(count, CHUNK)], device_of(model))
     return view(model, example, fast(way), loud=way != "auto") if len(example) else None
 
@@ -92,6 +92,11 @@ def dealt(total: int, first: int, count: int, seed: int) -> Tensor:
     rounds = range(first // total, (first + count - 1) // total + 1)
     row = torch.cat([torch.randperm(total, generator=seeds.generator(seed, "deal", number)) for number in rounds])
     return row[first - rounds[0] * total :][:count]
+
+
+def set_name(sampler: Sampler) -> str:
+    """What a set of samples is called unless it is given a name: ``cs-class``."""
+    return f"{config.describe(sampler)['kind'].rpartition(':')[2].lower()}-{sampler.start}"
 
 
 def wanted(sampler: Sampler, data: Data, per_class: int, classes: Sequence[int] | None = None) -> Tensor:

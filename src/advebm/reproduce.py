@@ -21,7 +21,7 @@ from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.reporting import figures, gallery
 from advebm.reporting.build import report
-from advebm.stages import draw, fit, set_name
+from advebm.stages import draw, fit
 from advebm.tables import one_a_line, side_by_side
 from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run

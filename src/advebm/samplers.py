@@ -32,6 +32,7 @@ from advebm.errors import UserError
 from advebm.modes import searching
 from advebm.starts import ClassGaussians, Deck, Start
 
+LARGE = 1e30  # beyond any step: twice as much would be infinite in float32 before long
 DIRECTIONS: dict[str, Direction] = {"unit": unit, "raw": raw, "sign": sign, "adam": adam}
 
 
@@ -79,9 +80,9 @@ class Sampler:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.steps < 0 or not self.step_size > 0 or not self.noise >= 0:
+        if self.steps < 0 or not 0 < self.step_size < LARGE or not 0 <= self.noise < LARGE:
             got = f"{self.steps}, {self.step_size}, {self.noise}"
-            raise UserError(f"a sampler takes steps >= 0, step_size > 0 and noise >= 0, got {got}")
+            raise UserError(f"a sampler takes steps >= 0, finite step_size > 0 and noise >= 0, got {got}")
         if self.radius is not None and not self.radius > 0:
             raise UserError(f"radius is > 0 or none, got {self.radius}")
         if not 0 <= self.momentum < 1 or not 0 <= self.shrinkage <= 1:

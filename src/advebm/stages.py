@@ -93,11 +93,6 @@ def take_in(run: Run, folder: Path) -> str:
     return name
 
 
-def set_name(sampler: Sampler) -> str:
-    """What a set of samples is called unless it is given a name: ``cs-class``."""
-    return f"{config.describe(sampler)['kind'].rpartition(':')[2].lower()}-{sampler.start}"
-
-
 def draw(
     run: Run,
     name: str,
@@ -156,24 +151,35 @@ def contrast(
     *,
     features: str | Path | None = None,
     seed: int = 0,
+    about: Mapping[str, Mapping[str, Any]] | None = None,
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> tuple[dict[str, comparison.Records], Path]:
     """Several methods from the same seeds: their records, and a picture of a grid each with its scores.
 
-    CEM's table 2 has this form.  Everything goes into the run's ``comparison``, numbers into ``comparison.json`` there.
+    ``about`` is what manifests say of each method's settings.  CEM's table 2 has this form.  Everything goes into the run's ``comparison``, numbers into ``comparison.json`` there.
     Returns mean and deviation over the sampling ``seeds``, where there are several, and the picture's path.
     """
     recipe, device = run.recipe, str(options.get("device", "cpu"))
     data = recipe.data.load()
     model = run.model(str(options.get("checkpoint", "latest")))[0].to(device)
+    about = about or {}
     own = evaluation.feature_space(evaluation.OWN, model)
     space = own if features is None else evaluation.find_space(features).load(device)
     found: list[dict[str, comparison.Records]] = []
     panels: dict[str, Tensor] = {}
     for number in range(seed, seed + seeds):
         folders = {
-            method: draw(run, f"{method}-{number}", s, per_class, seed=number, within="comparison", **options)
+            method: draw(
+                run,
+                f"{method}-{number}",
+                s,
+                per_class,
+                seed=number,
+                within="comparison",
+                about=about.get(method, {}),
+                **options,
+            )
             for method, s in samplers.items()
         }
         sets = {method: generation.read(folder) for method, folder in folders.items()}

@@ -59,7 +59,8 @@ def tune(
     device: str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """Try every sampler and keep the best in the run's ``sampler.json``; all trials, the best first.
+    """Try every sampler and keep the best in the run's ``sampler.json``, one of each method and start; all trials, the
+    best first.
 
     Trials that are there already are not repeated; those that another process is at are waited for by leaving them to
     it: whoever comes last writes the result.
@@ -93,20 +94,21 @@ def tune(
     done = [files.read_json(path) for path in trials if path.exists()]
     done.sort(key=lambda trial: trial["value"])
     if len(done) == len(trials):
+        kept = files.read_json(run.folder / "sampler.json", default={})
         best = {**done[0], "trials": len(done)}
-        files.write_json(run.folder / "sampler.json", best)
+        files.write_json(run.folder / "sampler.json", {**kept, generation.set_name(samplers[0]): best})
     return done
 
 
-def tuned(run: Run) -> tuple[Sampler, dict[str, Any]] | None:
-    """The best setting that :func:`tune` wrote into a run, and how it was found; None if there is none."""
-    if not (run.folder / "sampler.json").exists():
-        return None
-    found = files.read_json(run.folder / "sampler.json")
+def tuned(run: Run, like: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
+    """The best setting of a method and start that :func:`tune` wrote into a run, and how it was found; None if none."""
+    found = files.read_json(run.folder / "sampler.json", default={})
     try:
-        sampler = config.build(found["sampler"], "sampler")
-        return sampler, {name: value for name, value in found.items() if name != "sampler"}
-    except (KeyError, TypeError, UserError) as error:
+        if (best := found.get(generation.set_name(like))) is None:
+            return None
+        sampler = config.build(best["sampler"], "sampler")
+        return sampler, {name: value for name, value in best.items() if name != "sampler"}
+    except (AttributeError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{run.folder / 'sampler.json'} is damaged ({error}); tune again or remove it") from None
 
 

@@ -25,6 +25,7 @@ from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject
 from advebm.metrics.distances import jackknife
+from advebm.models.inference import faster
 from advebm.modes import searching
 
 BINS = 40  # of the histograms that records carry
@@ -288,6 +289,7 @@ class OutOfDistribution:
             sets[name] = x
         records = []
         with searching(subject.model) as f:
+            quick = faster(subject.model, subject.on_device(inside[:2]))
             for score in self._scores(f, subject.on_device(inside[:2])):
                 known = _scored(score, f, inside, subject)
                 for name, x in sets.items():
@@ -303,6 +305,7 @@ class OutOfDistribution:
                             steps=self.steps,
                             restarts=self.restarts,
                             generator=g,
+                            search=partial(s, quick),
                         )
                         parts = map(subject.on_device, x.split(subject.batch))
                         cases[self._attack(eps)] = torch.cat([worst(part) for part in parts])
@@ -355,6 +358,7 @@ def lowest(
     steps: int,
     restarts: int,
     generator: torch.Generator,
+    search: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The lowest score in the ball around each of some images, theirs included, that Auto-PGD finds; (B,), on the CPU.
 
@@ -364,8 +368,9 @@ def lowest(
         eps, norm: the ball.
         steps, restarts: of Auto-PGD.
         generator: of its starts.
+        search: the same score, computed faster, which Auto-PGD climbs; what it finds is scored by ``score``.
     """
-    likeness = lambda z: -score(z).to(z.dtype)
+    likeness = lambda z: -(search or score)(z).to(z.dtype)
     found = [x] + [
         ascend(likeness, x, eps=eps, norm=norm, steps=steps, generator=generator)[0] for _ in range(restarts)
     ]

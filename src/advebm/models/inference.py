@@ -113,6 +113,7 @@ class View(nn.Module):
         self.way, self.shape = Fast(fold=False), torch.Size()
         self.quick: Callable[[Tensor], Tensor] = self.plain
         self.copies: list[Copy] = []
+        self.searches = 0
         if way.fold:
             self.body, self.copies = fold(self.body, everything=way.precision != "float32")
             self.way = Fast(fold=any(copied.norm is not None for copied in self.copies))
@@ -132,6 +133,7 @@ class View(nn.Module):
         """Take over the network's weights and running statistics as they are now."""
         for copied in self.copies:
             copied.refresh()
+        self.searches += 1
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """What the backbones are made of: convolutions, normalisations, activations, stages."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from advebm.errors import UserError
 from advebm.modes import DualBatchNorm2d
@@ -45,7 +47,12 @@ def conv2d(inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> n
 
 
 class Staged(nn.Module):
-    """``stem``, ``stages``, ``closing``, global average pooling: ``(B, C, H, W)`` -> ``(B, D)``."""
+    """``stem``, ``stages``, ``closing``, global average pooling: ``(B, C, H, W)`` -> ``(B, D)``.
+
+    With ``recompute``, gradients of weights keep what goes into each block, and :func:`recomputed` the rest.
+    """
+
+    recompute = False
 
     def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], closing: nn.Module) -> None:
         super().__init__()
@@ -63,9 +70,52 @@ class Staged(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The last map, closed and averaged over its pixels, ``(B, D)``."""
         x = self.stem(x)
+        again = self.recompute and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         for stage in self.stages:
-            x = stage(x)
+            for block in stage if isinstance(stage, nn.Sequential) else (stage,):
+                x = recomputed(block, x) if again else block(x)
         return self.closing(x).mean((2, 3))
+
+
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)``, whose activations are not kept but computed again for the gradient, Chen et al. (2016).
+
+    By the weights, statistics, modes and branches of this call, whatever they are by then; statistics move once.
+    """
+    weights = dict(block.named_parameters())
+    then = _AsThen(block)
+
+    def run(z: Tensor, *values: Tensor) -> Tensor:
+        given = dict(zip(weights, values, strict=True))
+        return torch.func.functional_call(block, given | (then.statistics if then.entered else {}), (z,))
+
+    return checkpoint(run, x, *weights.values(), use_reentrant=False, context_fn=lambda: (nullcontext(), then))
+
+
+class _AsThen:
+    """Within it a block has the modes and branches of the moment this was made; ``statistics`` are those of then."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block, self.entered = block, False
+        self.state, self.statistics = self._look(), {name: value.clone() for name, value in block.named_buffers()}
+
+    def __enter__(self) -> None:
+        self.now, self.entered = self._look(), True
+        self._set(self.state)
+
+    def __exit__(self, *error: object) -> None:
+        self._set(self.now)
+        self.entered = False
+
+    def _look(self) -> list[tuple[nn.Module, bool, str | None]]:
+        return [(m, m.training, m.branch if isinstance(m, DualBatchNorm2d) else None) for m in self.block.modules()]
+
+    @staticmethod
+    def _set(state: list[tuple[nn.Module, bool, str | None]]) -> None:
+        for module, training, branch in state:
+            module.training = training
+            if isinstance(module, DualBatchNorm2d) and branch is not None:
+                module.branch = branch
 
 
 def stages(

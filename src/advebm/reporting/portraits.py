@@ -46,6 +46,7 @@ class Sitting:
         sampler: of the first run.
         threat: of the first run.
         outside: where its chains begin, if not at the data's Gaussians.
+        others: images that are not of the data, whose energies are shown; those of the first run's recipe.
         count: test images that numbers are taken over.
         along: directions of landscapes.
         reach: of landscapes, in pixels of [0, 1], l2.
@@ -58,6 +59,7 @@ class Sitting:
     sampler: Sampler
     threat: Attack
     outside: Data | None
+    others: Data | None = None
     count: int = 100
     along: Along = "random"
     reach: float = 2.0
@@ -195,8 +197,8 @@ def populations(s: Sitting) -> Portrait:
                     sets["adversarial"] = s.threat(s.threat.harm(f, y), x, s.random("adversarial"))
             for noise in (outliers.UniformNoise(), outliers.ClassGaussianNoise()):
                 sets[noise.name] = noise.draw(s.data, len(x), s.random(noise.name))
-            if s.outside is not None and s.outside.shape == s.data.shape:
-                sets[f"outside: {s.outside.name}"] = s.outside.test.x[: len(x)]
+            if s.others is not None and s.others.shape == s.data.shape:
+                sets[f"outside: {s.others.name}"] = s.others.test.x[: len(x)]
             found = probes.populations(model, sets)
             together = torch.cat(list(found.values()))
             edges = np.linspace(float(together.quantile(0.002)), float(together.quantile(0.998)) + 1e-6, 45)
@@ -417,7 +419,8 @@ def diagnose(
         raise UserError(
             f"{type(chosen).__name__} draws from classes, and one of the runs is a critic; choose --method langevin"
         )
-    sitting = Sitting(models, data, chosen, recipe.threat, others(first, chosen, checkpoint), **options)
+    beyond = None if recipe.outside is None else recipe.outside.load()
+    sitting = Sitting(models, data, chosen, recipe.threat, others(first, chosen, checkpoint), beyond, **options)
     if sitting.count < 2:
         raise UserError(f"numbers are taken over at least 2 images, got {sitting.count}")
     numbers, written = {}, []

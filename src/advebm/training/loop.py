@@ -28,6 +28,7 @@ from advebm.metrics.robustness import measure
 from advebm.models import foreign
 from advebm.models.ema import EMA
 from advebm.models.inference import View, fast, view
+from advebm.models.layers import Staged
 from advebm.models.network import Network, transfer
 from advebm.modes import searching
 from advebm.objectives.base import Batch, Context
@@ -96,6 +97,10 @@ def train(
     model.to(engine.device)
     ema = EMA(model, cfg.ema) if cfg.ema else None
     model.precision = getattr(torch, cfg.precision)
+    if cfg.recompute:
+        if not isinstance(model.backbone, Staged):
+            raise UserError("recompute needs a backbone with stages (resnet, preact-resnet, wide-resnet)")
+        model.backbone.recompute = True
     optimizer = recipe.optimizer.build(model.parameters())
 
     with run.locked(engine.main), stopping() as signalled, torch.random.fork_rng(devices=[]):
@@ -126,7 +131,6 @@ def train(
         step = engine.wrap(model, objective)
         model.train()
         quick = search_view(model, data.train.take(slice(len(like))).float().to(engine.device), cfg)
-        used = "off" if quick is None else quick.way.name
 
         while progress.images < cfg.images:
             try:
@@ -170,6 +174,7 @@ def train(
                 if logging:
                     speed = clock.speed(progress.images)
                     rate = optimizer.param_groups[0]["lr"]
+                    used = quick.way.name if quick is not None and quick.searches else "off"  # train mode: the network
                     tell({**meter.take(), **shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": used})
                 if judgeable and progress.passed(cfg.validate_every, before, cfg.images):
                     averaged = model if ema is None else ema.module

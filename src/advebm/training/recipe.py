@@ -34,6 +34,8 @@ class Training:
         fast: how searches in eval mode compute the network, see :class:`advebm.models.inference.Fast`: ``off`` (as
             losses do), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` where ``precision`` is
             bfloat16, else ``off``, which keeps every bit.
+        recompute: whether losses keep only what goes into each block of the backbone and compute the rest again for the
+            gradient (activation checkpointing): less memory, one more forward pass, the same numbers.
         clip: largest norm of the gradient; none for no limit.
         log_every, validate_every, checkpoint_every: periods.
         validate_with: images of the validation split used each time; none for all.
@@ -47,6 +49,7 @@ class Training:
     ema: int = 5_000
     precision: Precision = "float32"
     fast: Way = "auto"
+    recompute: bool = False
     clip: float | None = 1.0
     log_every: int = 2_000
     validate_every: int = 10_000

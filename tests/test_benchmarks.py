@@ -1,0 +1,60 @@
+"""The benchmarks run, and both sides of a row do the same work."""
+
+import pytest
+import torch
+
+from advebm.training.loop import train
+from benchmarks import tasks
+from benchmarks.__main__ import ROWS, contestants
+from benchmarks.tasks import TASKS, Setting
+from tests.helpers import tiny
+
+PLAIN = {"sgld": "JEM loop", "binary-at": "AT-EBMs loop", "trades": "TRADES loop", "jem": "JEM loop"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmarks") / "run"
+    return str(train(tiny(train__images=1_000), folder, device="cpu").folder)
+
+
+@pytest.mark.parametrize("task", sorted({row.setting["task"] for row in ROWS}))
+def test_both_sides_of_a_row_run(task, run):
+    size = {"fid": 16, "sampling": 8}.get(task, 8)
+    setting = Setting(task, "", batch=64 if task == "fid" else 8, steps=0 if task == "autoattack" else 2, size=size)
+    if task in ("autoattack", "sampling"):
+        setting = setting._replace(run=run)
+    sides = ["advebm off", "advebm fold", PLAIN.get(task, "scipy sqrtm" if task == "fid" else "plain loop")]
+    found = []
+    for who in sides[: 2 if task == "autoattack" else 3]:  # AutoAttack's authors' code is not there
+        torch.manual_seed(0)
+        contest = TASKS[task](setting._replace(who=who))
+        contest.turn()
+        found.append(contest.quality())
+        assert contest.work > 0
+    assert all(one.keys() == found[0].keys() for one in found)
+    for name, value in found[0].items():
+        spread = 0.2 if name == "deviation" else 0.05
+        assert [one[name] for one in found] == pytest.approx([value] * len(found), abs=spread)
+
+
+def test_steps_of_the_plain_loops_change_weights():
+    for task in ("at", "trades", "jem", "binary-at"):
+        for who in ("advebm off", "loop"):
+            made = []
+            original = tasks.network
+            try:
+                tasks.network = lambda *a, **k: made.append(original(*a, **k)) or made[-1]
+                contest = TASKS[task](Setting(task, who, batch=8, steps=1, size=8))
+            finally:
+                tasks.network = original
+            weights = [p.detach().clone() for p in made[0][0].parameters()]
+            contest.turn()
+            assert any((p != w).any() for p, w in zip(made[0][0].parameters(), weights, strict=True)), (task, who)
+
+
+def test_every_row_has_sides():
+    for row in ROWS:
+        sides = contestants(row, "CIFAR", "DIGITS", "cpu", quick=True)
+        assert set(row.peers) <= set(sides)
+        assert {s.run for s in sides.values()} <= {"", "CIFAR", "DIGITS"}
