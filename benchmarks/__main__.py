@@ -1,7 +1,8 @@
 """``python -m benchmarks``: every row in turns, medians and ratios, in benchmarks/results/.
 
 Attacks on a ResNet-8 are on one that is trained first, adversarially on CIFAR-10 (some minutes, once), where ADVEBM_DATA
-names the data; else on fresh weights, and AutoAttack on a network trained on digits.  Other ResNets have fresh weights.
+names the data; else on fresh weights, and AutoAttack on a network trained on digits.  Other ResNets have fresh weights.  AT_EBMS_SRC names a checkout of AT-EBMs,
+whose own search then takes part.
 
 ``--rows WORD,WORD``   only rows whose name holds one of the words
 ``--repeats 5``        turns of each side
@@ -157,7 +158,9 @@ def measure(settings: dict[str, Setting], repeats: int) -> dict[str, dict[str, A
 
 def contestants(row: Row, cifar: str, digits: str, device: str, quick: bool) -> dict[str, Setting]:
     """The sides of a row: peers, ours in every way, the last eager and compiled ones also with the allocator tuned."""
-    plain = {**row.setting, "device": device}
+    plain, peers = {**row.setting, "device": device}, row.peers
+    if plain["task"] == "binary-at" and os.environ.get("AT_EBMS_SRC"):
+        peers = ("AT-EBMs", *peers)
     if quick:
         task = plain["task"]
         plain |= {"batch": min(plain.get("batch", 128), 8)} | ({"steps": SMALL[task]} if task in SMALL else {})
@@ -171,7 +174,7 @@ def contestants(row: Row, cifar: str, digits: str, device: str, quick: bool) -> 
         case "pgd", "resnet-8":
             plain["run"] = cifar
     ours = [way for way in row.ours if not quick or "compile" not in way]
-    sides = {who: Setting(who=who, **plain) for who in (*row.peers, *ours)}
+    sides = {who: Setting(who=who, **plain) for who in (*peers, *ours)}
     last = {"compile" in way: way for way in ours}
     return sides | {f"{way}, allocator": Setting(who=way, tuned=True, **plain) for way in last.values()}
 
@@ -260,7 +263,7 @@ def main() -> None:
         if any(word in row.name.lower() for word in words):
             print(row.name, flush=True)
             sides = measure(contestants(row, cifar, digits, args.device, args.quick), min(repeats, row.repeats))
-            rows.append({"name": row.name, "peer": row.peers[0], "sides": sides})
+            rows.append({"name": row.name, "peer": next(iter(sides)), "sides": sides})
             print(show.row(rows[-1], about["peak"]), flush=True)
     result = {"machine": about, "quick": args.quick, "repeats": repeats, "rows": rows}
     if args.curves:

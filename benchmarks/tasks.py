@@ -6,6 +6,8 @@ code (JEM, AT-EBMs, TRADES, plain adversarial training) are written anew here fr
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -390,8 +392,7 @@ def binary_step(s: Setting) -> Contest:
             len(x),
         )
 
-    def step() -> None:
-        model.eval()  # and so it stays: that code keeps batch norms by their running statistics
+    def ascend() -> Tensor:
         moved = outside.clone()
         for _ in range(s.steps):
             moved = moved.detach().requires_grad_()
@@ -399,7 +400,17 @@ def binary_step(s: Setting) -> Contest:
             length = gradient.flatten(1).norm(dim=1)[:, None, None, None] + 1e-10
             shift = moved.detach() + 0.1 * gradient / length - outside
             moved = (outside + shift.renorm(2, 0, torch.inf)).clamp(0, 1)  # its ball is of infinite radius
-        logits = torch.cat([model(inside), model(moved.detach())])[:, 0]
+        return moved.detach()
+
+    if s.who == "AT-EBMs":  # its own search; it normalises images itself
+        sys.path.insert(0, os.environ["AT_EBMS_SRC"])
+        perturb, bare = importlib.import_module("pgd_attack").perturb, nn.Sequential(model.backbone, model.head)
+        ascend = lambda: perturb(bare.eval(), outside, "L2", float("inf"), 0.1, s.steps, "cifar10")
+
+    def step() -> None:
+        model.eval()  # and so it stays: that code keeps batch norms by their running statistics
+        moved = ascend()
+        logits = torch.cat([model(inside), model(moved)])[:, 0]
         labels = torch.cat([torch.ones(len(inside)), torch.zeros(len(moved))]).to(x)
         optimizer.zero_grad()
         binary_cross_entropy_with_logits(logits, labels).backward()

@@ -2878,6 +2878,67 @@ MUTANTS = [
         "(axes[:, 0], axes[:, 1])",
         "diagnostics",
     ),
+    # models/layers.py: activations computed again; tuned settings; views in worst cases
+    Mutant(
+        "again: statistics of now",
+        "models/layers.py",
+        "given | (then.statistics if then.entered else {})",
+        "given | (then.statistics if False else {})",
+        "backbones",
+    ),
+    Mutant("again: modes of now", "models/layers.py", "        self._set(self.state)\n", "        pass\n", "backbones"),
+    Mutant("again: modes not restored", "models/layers.py", "        self._set(self.now)\n", "        pass\n", "backbones"),
+    Mutant(
+        "again: weights of now",
+        "models/layers.py",
+        "given = dict(zip(weights, values, strict=True))",
+        "given = dict[str, Tensor]()",
+        "backbones",
+    ),
+    Mutant(
+        "again: in searches, too",
+        "models/layers.py",
+        " and any(p.requires_grad for p in self.parameters())",
+        "",
+        "backbones",
+    ),
+    Mutant(
+        "again: never",
+        "models/layers.py",
+        "recomputed(block, x) if again else block(x)",
+        "block(x)",
+        "backbones",
+    ),
+    Mutant(
+        "fast: name of a view that nothing called",
+        "training/loop.py",
+        "quick is not None and quick.searches else",
+        "quick is not None else",
+        "inference",
+    ),
+    Mutant("ood: the search is the verdict", "metrics/ood.py", "torch.stack([score(z)", "torch.stack([(search or score)(z)", "ood"),
+    Mutant("ood: search unused", "metrics/ood.py", "-(search or score)(z)", "-score(z)", "ood"),
+    Mutant(
+        "tuning: one best for all",
+        "tuning.py",
+        "{**kept, generation.set_name(samplers[0]): best}",
+        "{generation.set_name(samplers[0]): best}",
+        "tuning",
+    ),
+    Mutant(
+        "sample: comparison untuned",
+        "cli.py",
+        "chosen = {method: _settled(run, method, overrides, args)",
+        "chosen = {method: (_sampler(run, method, overrides), {})",
+        "drawing",
+    ),
+    Mutant(
+        "sample: classes without meaning",
+        "drawing.py",
+        "drawing.classes is not None and not sampler.conditional",
+        "False and not sampler.conditional",
+        "drawing",
+    ),
 ]
 
 

@@ -461,6 +461,8 @@ def test_training_says_how_it_searched_and_float32_keeps_every_bit(tmp_path):
     assert not any(torch.equal(state[way]["head.weight"], state["off"]["head.weight"]) for way in ("fold", "bf16"))
     recipe = tiny(train__precision="bfloat16", train__images=1_000)
     assert train(recipe, tmp_path / "low", device="cpu").history()[0]["perf/fast"] == "bf16"
+    own = tiny(train__fast="fold", train__images=1_000, objective__search_mode="train")  # the batch's statistics
+    assert train(own, tmp_path / "own", device="cpu").history()[0]["perf/fast"] == "off"
 
 
 def test_training_in_low_precision_resumes_to_the_bit(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from advebm.data.sources import Augmentations, Data, Digits, Images, Part
 from advebm.errors import UserError
 from advebm.metrics.base import Subject
 from advebm.metrics.detectors import Detectors
-from advebm.metrics.ood import ODIN, EnergyScore, MaxLogit, MaxSoftmax, OutOfDistribution, aupr, auroc, fpr95
+from advebm.metrics.ood import ODIN, EnergyScore, MaxLogit, MaxSoftmax, OutOfDistribution, aupr, auroc, fpr95, lowest
 from advebm.reporting import figures
 from advebm.reporting.build import report
 from advebm.training.recipe import resolve
@@ -342,6 +342,21 @@ def test_the_radius_is_the_threats_if_it_has_the_norm(options, threat, name, gen
     plain = records[-1].settings["metric"]
     assert plain["kind"] == "ood"
     assert config.build(plain, "metric") == dataclasses.replace(ood, eps=plain["eps"])
+
+
+def test_a_search_climbs_its_own_score_and_the_score_itself_judges(generator):
+    """One score falls to the right, the search's to the left: what is found is worse by the score that counts."""
+    x, asked = torch.full((3, 1, 2, 2), 0.5), []
+    score = lambda z: -z.flatten(1).sum(1)
+
+    def other(z):
+        asked.append(len(z))
+        return z.flatten(1).sum(1)
+
+    options = {"eps": 0.2, "norm": "l2", "steps": 5, "restarts": 1, "generator": generator}
+    assert lowest(score, x, **options).tolist() == pytest.approx([-2.4] * 3, abs=1e-4)
+    assert lowest(score, x, search=other, **options).tolist() == pytest.approx([-2.0] * 3, abs=1e-4)  # the image's own
+    assert asked
 
 
 def test_eps_0_leaves_the_worst_case_out(generator):
