@@ -62,7 +62,7 @@ ROWS = [
         {"task": "autoattack", "steps": 1, "batch": 48},
         ("official",),
         OURS[1:],
-        3,
+        2,
     ),
     Row("SGLD-20, ResNet-8 w16, batch 64", {"task": "sgld", "batch": 64}, ("JEM loop", "torchebm"), OURS + COMPILED),
     Row(

@@ -458,6 +458,9 @@ TASKS: dict[str, Callable[[Setting], Contest]] = {
 }
 
 
+LONG = ("autoattack", "sampling")  # their turns are so long that what comes first in them does not matter
+
+
 def trained(name: str, settings: list[tuple[str, Any]]) -> str:
     """The folder of a small adversarially trained network, trained by a recipe where it is not there yet."""
     from advebm.recipes import find
