@@ -1,6 +1,7 @@
-"""Tables and figures of what was measured."""
+"""Tables and figures of what was measured; ``python -m benchmarks.show FILE.json …`` prints one table of them all."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
 
 BUSY, CALM = "#a0a0a0", "#2f6db3"  # peers, ours
 
@@ -79,6 +81,30 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+WAYS = ("off", "fold", "compile", "bf16", "bf16+compile", "bf16, allocator", "bf16+compile, allocator")
+
+
+def overview(results: list[dict[str, Any]]) -> str:
+    """A row a line: the first peer's seconds, how many times as fast others are, the best one's share of peak."""
+    lines = [
+        f"| | {' | '.join(WAYS)} | of peak | others |",
+        f"| --- |{' --- |' * (len(WAYS) + 2)}",
+    ]
+    for result in results:
+        for measured in result["rows"]:
+            sides = {name: side for name, side in measured["sides"].items() if "failed" not in side}
+            base = sides[measured["peer"]]["median"]
+            times = {name: base / side["median"] for name, side in sides.items()}
+            ours = {name: value for name, value in times.items() if name.startswith("advebm ")}
+            best = max(ours, key=lambda name: ours[name])
+            cells = [f"{ours[f'advebm {way}']:.2f}" if f"advebm {way}" in ours else "" for way in WAYS]
+            others = [f"{n} {v:.2f}" for n, v in times.items() if n not in ours and n != measured["peer"]]
+            head = f"{measured['name']}: {measured['peer']} {base:.3g} s"
+            part = share(best, sides[best], result["machine"]["peak"])
+            lines.append(f"| {head} | {' | '.join(cells)} | {part} | {', '.join(others)} |")
+    return "\n".join(lines)
+
+
 def figure(result: dict[str, Any], path: Path) -> None:
     """Ratios to the first peer, a row a panel; and the curves."""
     panels = result["rows"]
@@ -103,11 +129,15 @@ def figure(result: dict[str, Any], path: Path) -> None:
     fig.savefig(path, dpi=130)
     plt.close(fig)
     if curves:
-        fig, axes = plt.subplots(1, len(curves), figsize=(3 * len(curves), 2.8), squeeze=False)
+        fig, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 2.8), squeeze=False)
         for ax, (axis, sides) in zip(axes[0], curves.items(), strict=True):
             for who, points in sides.items():
                 ax.loglog([p["value"] for p in points], [p["seconds"] for p in points], "o-", ms=3, lw=1, label=who)
-            ax.set_title(f"seconds by {axis}", fontsize=8)
+            values = [p["value"] for p in next(iter(sides.values()))]
+            ax.set_xticks(values, [str(value) for value in values])
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda second, _: f"{second:g}"))
+            ax.minorticks_off()
+            ax.set_title(f"PGD-5 on a ResNet-8, seconds by {axis}", fontsize=8)
             ax.tick_params(labelsize=7)
         axes[0, 0].legend(fontsize=6)
         fig.tight_layout()
@@ -124,3 +154,7 @@ def write(folder: Path, result: dict[str, Any]) -> list[Path]:
     paths[1].write_text(markdown(result))
     figure(result, paths[2])
     return paths
+
+
+if __name__ == "__main__":
+    print(overview([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))
