@@ -249,10 +249,10 @@ def test_bad_backbones_are_refused(make, message):
 def losses(model, x, y, kind):
     """Losses as objectives take them, whose weights, modes or branches are others once the gradient is computed."""
     match kind:
-        case "two forwards":  # the second moves what the first's norms had
+        case "two forwards":
+            moving = F.cross_entropy(model(x.flip(0)), y)
             with norms_fixed(model):
-                fixed = F.cross_entropy(model(x), y)
-            return fixed + F.cross_entropy(model(x.flip(0)), y)
+                return moving + F.cross_entropy(model(x), y)
         case "branches":
             with using(model, "adversarial"):
                 attacked = F.cross_entropy(model(x), y)

@@ -34,7 +34,7 @@ def test_both_sides_of_a_row_run(task, run):
         assert contest.work > 0
     assert all(one.keys() == found[0].keys() for one in found)
     for name, value in found[0].items():
-        spread = 0.2 if name == "deviation" else 0.05
+        spread = {"deviation": 0.2, "accuracy": 0.3}.get(name, 0.05)  # 8 images from other random starts
         assert [one[name] for one in found] == pytest.approx([value] * len(found), abs=spread)
 
 

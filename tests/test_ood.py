@@ -354,7 +354,7 @@ def test_a_search_climbs_its_own_score_and_the_score_itself_judges(generator):
         return z.flatten(1).sum(1)
 
     options = {"eps": 0.2, "norm": "l2", "steps": 5, "restarts": 1, "generator": generator}
-    assert lowest(score, x, **options).tolist() == pytest.approx([-2.4] * 3, abs=1e-4)
+    assert lowest(score, x, **options).tolist() == pytest.approx([-2.4] * 3, abs=1e-2)
     assert lowest(score, x, search=other, **options).tolist() == pytest.approx([-2.0] * 3, abs=1e-4)  # the image's own
     assert asked
 

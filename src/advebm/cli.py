@@ -444,7 +444,7 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
                 screen.print(f"  {method}: settings of tune-sampler; --untuned takes the recipe's")
         if len({sampler.start for sampler in samplers.values()}) > 1:
             starts = ", ".join(f"{method} from {sampler.start}" for method, sampler in samplers.items())
-            warnings.warn(f"seeds differ: {starts}; --sampler.start sets all", stacklevel=1)
+            screen.print(f"  seeds differ: {starts}; --sampler.start sets all")
         if any(sampler.fit == "test" for sampler in samplers.values()):
             warnings.warn(leak, stacklevel=1)
         seeds, say = args.seeds or 1, lambda text: screen.print(f"  {text}")

@@ -60,7 +60,10 @@ def through(model: nn.Module, view: Callable[[], Callable[[Tensor], Tensor]] | N
 
 @contextmanager
 def norms_fixed(model: nn.Module) -> Iterator[nn.Module]:
-    """Batch norms by their running statistics, which stay put, while gradients reach their weights; restored after."""
+    """Batch norms by their running statistics, which stay put, while gradients reach their weights; restored after.
+
+    Take gradients before anything moves the statistics: torch's are by those of that moment, not of the forward pass.
+    """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     try:
         for norm in norms:
