@@ -2887,7 +2887,9 @@ MUTANTS = [
         "backbones",
     ),
     Mutant("again: modes of now", "models/layers.py", "        self._set(self.state)\n", "        pass\n", "backbones"),
-    Mutant("again: modes not restored", "models/layers.py", "        self._set(self.now)\n", "        pass\n", "backbones"),
+    Mutant(
+        "again: modes not restored", "models/layers.py", "        self._set(self.now)\n", "        pass\n", "backbones"
+    ),
     Mutant(
         "again: weights of now",
         "models/layers.py",
@@ -2916,7 +2918,13 @@ MUTANTS = [
         "quick is not None else",
         "inference",
     ),
-    Mutant("ood: the search is the verdict", "metrics/ood.py", "torch.stack([score(z)", "torch.stack([(search or score)(z)", "ood"),
+    Mutant(
+        "ood: the search is the verdict",
+        "metrics/ood.py",
+        "torch.stack([score(z)",
+        "torch.stack([(search or score)(z)",
+        "ood",
+    ),
     Mutant("ood: search unused", "metrics/ood.py", "-(search or score)(z)", "-score(z)", "ood"),
     Mutant(
         "tuning: one best for all",

@@ -254,7 +254,10 @@ def test_diagnose_draws_every_figure_into_the_report(runs, capsys):
 
 
 def test_diagnose_of_a_critic(tmp_path, capsys):
-    recipe = tiny("digits-binary-at", **{"train.images": 128, "objective.curriculum.steps": 2, "sampler.steps": 4})
+    recipe = tiny(
+        "digits-binary-at",
+        **{"train.images": 128, "objective.curriculum.steps": 2, "sampler.steps": 4, "outside.count": 300},
+    )
     run = train(recipe, tmp_path / "run", device="cpu")
     assert main(["diagnose", str(run.folder), "--images", "12", "--steps", "10", "--device", "cpu"]) == 0
     assert {f["name"] for f in gallery.hung(run)} == set(PORTRAITS) - {"gradients"}

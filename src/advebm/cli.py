@@ -500,7 +500,9 @@ def _sampler(run: Any, method: str | None, overrides: Overrides) -> Any:
     return resolve(config.describe(run.recipe), [*([("sampler", method)] if method else []), *overrides]).sampler
 
 
-def _settled(run: Any, method: str | None, overrides: Overrides, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _settled(
+    run: Any, method: str | None, overrides: Overrides, args: argparse.Namespace
+) -> tuple[Any, dict[str, Any]]:
     """The same, with what ``tune-sampler`` found for that method and start; and how, where it did."""
     from advebm import config
     from advebm.training.recipe import resolve

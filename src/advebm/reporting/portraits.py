@@ -419,8 +419,12 @@ def diagnose(
         raise UserError(
             f"{type(chosen).__name__} draws from classes, and one of the runs is a critic; choose --method langevin"
         )
-    beyond = None if recipe.outside is None else recipe.outside.load()
-    sitting = Sitting(models, data, chosen, recipe.threat, others(first, chosen, checkpoint), beyond, **options)
+    beginnings = others(first, chosen, checkpoint)
+    if chosen.start == "outside":
+        beyond = beginnings
+    else:
+        beyond = None if recipe.outside is None else recipe.outside.load()
+    sitting = Sitting(models, data, chosen, recipe.threat, beginnings, beyond, **options)
     if sitting.count < 2:
         raise UserError(f"numbers are taken over at least 2 images, got {sitting.count}")
     numbers, written = {}, []
