@@ -1,8 +1,8 @@
 """``python -m benchmarks``: every row in turns, medians and ratios, in benchmarks/results/.
 
-Attacks on a ResNet-8 are on one that is trained first, adversarially on CIFAR-10 (some minutes, once), where ADVEBM_DATA
-names the data; else on fresh weights, and AutoAttack on a network trained on digits.  Other ResNets have fresh weights.  AT_EBMS_SRC names a checkout of AT-EBMs,
-whose own search then takes part.
+Attacks on a ResNet-8 are on one that is trained first, adversarially on CIFAR-10 (some minutes, once), where
+ADVEBM_DATA names the data; else on fresh weights, and AutoAttack on a network trained on digits.  Other ResNets have
+fresh weights.  AT_EBMS_SRC names a checkout of AT-EBMs, whose own search then takes part.
 
 ``--rows WORD,WORD``   only rows whose name holds one of the words
 ``--repeats 5``        turns of each side

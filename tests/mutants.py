@@ -1536,8 +1536,8 @@ MUTANTS = [
     Mutant(
         "ood: attack raises the score",
         "metrics/ood.py",
-        "likeness = lambda z: -score(z)",
-        "likeness = lambda z: score(z)",
+        "likeness = lambda z: -(search or score)(z)",
+        "likeness = lambda z: (search or score)(z)",
         "ood",
     ),
     Mutant("ood: image itself left out", "metrics/ood.py", "found = [x] + [", "found = [", "ood"),
@@ -2609,16 +2609,16 @@ MUTANTS = [
     Mutant("tuning: test seeds", "tuning.py", 'any(sampler.fit == "test" for sampler in samplers)', "False", "tuning"),
     Mutant(
         "tuning: used for other starts",
-        "cli.py",
-        "(type(best), best.start) == (type(sampler), sampler.start)",
-        "type(best) == type(sampler)",
+        "generation.py",
+        '.lower()}-{sampler.start}"',
+        '.lower()}"',
         "tuning",
     ),
     Mutant(
         "tuning: used for other methods",
-        "cli.py",
-        "(type(best), best.start) == (type(sampler), sampler.start)",
-        "best.start == sampler.start",
+        "tuning.py",
+        "found.get(generation.set_name(like))",
+        "next(iter(found.values()), None)",
         "tuning",
     ),
     # diagnostics
@@ -2746,8 +2746,8 @@ MUTANTS = [
     Mutant(
         "view: stale weights",
         "models/inference.py",
-        "            copied.refresh()\n        return self",
-        "            pass\n        return self",
+        "            copied.refresh()\n        self.searches",
+        "            pass\n        self.searches",
         "inference",
     ),
     Mutant(

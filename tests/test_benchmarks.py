@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-
-from advebm.training.loop import train
 from benchmarks import tasks
 from benchmarks.__main__ import ROWS, contestants
 from benchmarks.tasks import TASKS, Setting
+
+from advebm.training.loop import train
 from tests.helpers import tiny
 
 PLAIN = {"sgld": "JEM loop", "binary-at": "AT-EBMs loop", "trades": "TRADES loop", "jem": "JEM loop"}

@@ -93,7 +93,7 @@ def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
 
 def drawn(run: Run, recipe: Recipe, per_class: int) -> None:
     """Draw a set of samples by the recipe's sampler, unless it is there."""
-    name = set_name(recipe.sampler)
+    name = generation.set_name(recipe.sampler)
     if name not in run.samples():
         draw(run, name, recipe.sampler, per_class, seed=recipe.seed)
 

@@ -157,8 +157,9 @@ def contrast(
 ) -> tuple[dict[str, comparison.Records], Path]:
     """Several methods from the same seeds: their records, and a picture of a grid each with its scores.
 
-    ``about`` is what manifests say of each method's settings.  CEM's table 2 has this form.  Everything goes into the run's ``comparison``, numbers into ``comparison.json`` there.
-    Returns mean and deviation over the sampling ``seeds``, where there are several, and the picture's path.
+    ``about`` is what manifests say of each method's settings.  CEM's table 2 has this form.  Everything goes into the
+    run's ``comparison``, numbers into ``comparison.json`` there.  Returns mean and deviation over the sampling
+    ``seeds``, where there are several, and the picture's path.
     """
     recipe, device = run.recipe, str(options.get("device", "cpu"))
     data = recipe.data.load()
