@@ -301,7 +301,9 @@ def test_activations_computed_again_are_not_kept():
     assert kept(model, x) < before / 3
     with searching(model) as f:  # gradients of images alone: nothing is computed twice
         calls = []
-        hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for s in model.backbone.stages for block in s]
+        hooks = [
+            block.register_forward_pre_hook(lambda *_: calls.append(1)) for s in model.backbone.stages for block in s
+        ]
         leaf = x.requires_grad_()
         f(leaf).sum().backward()
         for hook in hooks:
