@@ -80,6 +80,9 @@ KINDS: dict[str, dict[str, str]] = {
         "jeat-17": "advebm.samplers:JEAT17",
         "sgld": "advebm.samplers:SGLD",
         "ascent": "advebm.samplers:Ascent",
+        "np-langevin": "advebm.samplers:NPLangevin",
+        "np-pgd": "advebm.samplers:NPPGD",
+        "maxent": "advebm.samplers:MaxEnt",
     },
     "adversary": {
         "pgd": "advebm.attacks.projected:Attack",

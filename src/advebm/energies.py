@@ -41,6 +41,16 @@ def similarity(z: Tensor, reference: Tensor, *, temperature: float = 1.0, cosine
     return -(z * reference).sum(1) / temperature
 
 
+def similarities(z: Tensor, references: Tensor, *, temperature: float = 1.0, cosine: bool = True) -> Tensor:
+    """``f(x_i, z_k) = g(x_i)·z_k / τ`` of every pair: the logits of an encoder.  ``(B, D)``, ``(M, D)`` -> ``(B, M)``.
+
+    So ``marginal`` of them is ``-log Σ_k exp f(x, z_k)``, the energy that Langevin dynamics descends, CEM eq. 10.
+    """
+    if cosine:
+        z, references = normalize(z, dim=1), normalize(references, dim=1)
+    return z @ references.T / temperature
+
+
 def infonce(z: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float = 0.5, cosine: bool = True) -> Tensor:
     """``-log exp f(x, z⁺) / Σ_k exp f(x, z_k)``; the positive counts among the ``z_k``, CEM eq. 8.
 
@@ -52,14 +62,15 @@ def infonce(z: Tensor, positive: Tensor, negatives: Tensor, *, temperature: floa
     return torch.cat([near, z @ negatives.T / temperature], 1).logsumexp(1) - near.squeeze(1)
 
 
-def crowding(z: Tensor, *, temperature: float = 0.5) -> Tensor:
-    """How close each sample lies to the others: ``log Σ_{j≠i} exp(cos(z_i, z_j) / τ)``.  ``(B, D)`` -> ``(B,)``.
+def crowding(z: Tensor, others: Tensor | None = None, *, temperature: float = 0.5, cosine: bool = True) -> Tensor:
+    """How close each sample lies to the others: ``log Σ_{j≠i} exp f(x_i, z_j)``.  ``(B, D)`` -> ``(B,)``, B > 1.
 
     Descending it spreads a batch out (maximum entropy).  Samples interact: each value depends on every row.
+    ``others`` ``(B, D)`` are the z_j, where they are not the samples themselves: the same, held fixed.
     """
-    unit = normalize(z, dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    return (unit @ unit.T / temperature).masked_fill(itself, -torch.inf).logsumexp(1)
+    alike = similarities(z, z if others is None else others, temperature=temperature, cosine=cosine)
+    return alike.masked_fill(itself, -torch.inf).logsumexp(1)
 
 
 def binary(logit: Tensor) -> Tensor:
