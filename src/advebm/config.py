@@ -61,6 +61,9 @@ KINDS: dict[str, dict[str, str]] = {
         "mle": "advebm.objectives.langevin:MLE",
         "binary-at": "advebm.objectives.binary:BinaryAT",
         "binary-mle": "advebm.objectives.binary:BinaryMLE",
+        "infonce": "advebm.objectives.contrastive:InfoNCE",
+        "adversarial-infonce": "advebm.objectives.contrastive:AdversarialInfoNCE",
+        "acl": "advebm.objectives.contrastive:ACL",
     },
     "optimizer": {
         "sgd": "advebm.training.optim:SGD",

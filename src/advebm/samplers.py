@@ -344,7 +344,7 @@ class OfEncoder(Sampler):
 
     conditional: ClassVar[bool] = False
     encoder: ClassVar[bool] = True
-    cites: ClassVar[tuple[str, ...]] = ("cem-workshop",)
+    cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "jiang2020")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -381,7 +381,7 @@ class MaxEnt(OfEncoder):
     noise: float = 0.01
 
     own: ClassVar[tuple[str, ...]] = ("noise",)
-    cites: ClassVar[tuple[str, ...]] = ("cem-slides",)
+    cites: ClassVar[tuple[str, ...]] = ("cem-slides", "jiang2020")
 
     @property
     def coupled(self) -> bool:
