@@ -106,6 +106,8 @@ KINDS: dict[str, dict[str, str]] = {
         "detectors": "advebm.metrics.detectors:Detectors",
         "calibration": "advebm.metrics.calibration:Calibration",
         "corruption-accuracy": "advebm.metrics.corruption:CorruptionAccuracy",
+        "linear-probe": "advebm.metrics.probing:LinearProbe",
+        "knn": "advebm.metrics.probing:NearestNeighbours",
     },
     "space": {
         "inception": "advebm.metrics.spaces:InceptionFeatures",

@@ -212,14 +212,15 @@ def train(
 def begin(model: Network, init: str, data: Data, recipe: Recipe) -> None:
     """Put the weights of a run, a published model or a file into a network that has not been trained.
 
-    Its normalisation comes with them, unless the recipe gives one.
+    Its normalisation comes with them, unless the recipe gives one.  An encoder's projection head stays behind.
     """
     path, own = Path(init), copy.deepcopy(model.normalise.state_dict())
-    fresh = foreign.load(model, path) if path.is_file() else transfer(find_model(init), model)
+    source = None if path.is_file() else find_model(init)
+    fresh = foreign.load(model, path) if source is None else transfer(source, model)
     for name in ("mean", "std"):
         if getattr(recipe.normalise, name) is not None:
             model.normalise.load_state_dict({**model.normalise.state_dict(), name: own[name]})
-    if fresh:
+    if fresh and (source is None or source.encoder == model.encoder):
         warnings.warn(f"{init} has other classes than {data.name}: {', '.join(fresh)} begin fresh", stacklevel=2)
 
 
