@@ -68,6 +68,7 @@ KINDS: dict[str, dict[str, str]] = {
     "optimizer": {
         "sgd": "advebm.training.optim:SGD",
         "adam": "advebm.training.optim:Adam",
+        "lars": "advebm.training.optim:LARS",
     },
     "schedule": {
         "cosine": "advebm.training.optim:Cosine",

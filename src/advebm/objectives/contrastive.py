@@ -1,7 +1,7 @@
 """Encoders trained without labels: InfoNCE, the adversarial one, and adversarial contrastive learning (ACL).
 
-CEM = Wang et al. (2021), whose NP-CEM is ``p(x, z) ∝ exp f(x, z)``, ``f = g(x)·z``, z = g of another augmentation of the
-same image.  Its likelihood's gradient, with data for negatives, is InfoNCE's (appendix C.4).
+CEM = Wang et al. (2021), whose NP-CEM is ``p(x, z) ∝ exp f(x, z)``, ``f = g(x)·z``, z = g of another augmentation of
+the same image.  Its likelihood's gradient, with data for negatives, is InfoNCE's (appendix C.4).
 """
 
 import math
@@ -37,10 +37,10 @@ class Negatives:
     """What an image is told apart from; always the others of its batch, over all processes.
 
     Attributes:
-        queue: encodings of the second views of earlier steps, the newest so many of each stream; 0 for none.  They come
-            from earlier weights of the same network, not from a slow copy of it as in He et al. (2020).
-        hardness: β of Robinson et al. (2021): negatives are weighted by ``exp(β f)``, which finds more use in those near
-            by, and biases the estimate of NP-CEM's gradient (CEM appendix A.1); 0 weights them alike.
+        queue: encodings of the second views of earlier steps, the newest so many of each stream; 0 for none.  They are
+            of earlier weights of the same network, not of a slow copy of it as in He et al. (2020).
+        hardness: β of Robinson et al. (2021): negatives are weighted by ``exp(β f)``, as near ones teach more, which
+            biases the estimate of NP-CEM's gradient (CEM appendix A.1); 0 weights them alike.
     """
 
     queue: int = 0
@@ -90,8 +90,8 @@ class InfoNCE:
 
     Attributes:
         hidden, outputs: width of the projection head and dimension of g(x).
-        form: ``nt-xent``: both views are anchors, and all other views of the batch are negatives; ``infonce``: the first
-            views are anchors, the second ones their z_k, from which no gradient flows (CEM, footnote 1).
+        form: ``nt-xent``: both views are anchors, and all other views of the batch are negatives; ``infonce``: first
+            views are anchors, second ones their z_k, to which no gradient flows (CEM, footnote 1).
         temperature: τ in ``f = g(x)·z / τ``.
         cosine: whether f compares directions, as SimCLR does; CEM writes the plain product.
         negatives: what an image is told apart from.
@@ -232,7 +232,7 @@ class InfoNCE:
 
 @dataclass(frozen=True)
 class AdversarialInfoNCE(InfoNCE):
-    """InfoNCE at images that an attack on it found, Kim et al. (2020); the contrastive gradient of NP-CEM, CEM eq. 13.
+    """InfoNCE at images that an attack on it found (Kim et al., 2020): NP-CEM's contrastive gradient, CEM eq. 13.
 
     Attributes:
         hidden, outputs, form, temperature, cosine, negatives: as for ``infonce``.  With ``form: infonce`` the first
