@@ -174,7 +174,7 @@ def lines(
 def bars(values: Mapping[str, tuple[float, float]], ylabel: str) -> bytes:
     """A bar a name, with its error."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(5.2, 3.2))
+        figure, axis = plt.subplots(figsize=(max(5.2, 0.6 * len(values)), 3.2))
         for number, (value, error) in enumerate(values.values()):
             axis.bar(number, value, yerr=1.96 * error, capsize=2, color="#0f6fc6")
         axis.set_xticks(range(len(values)), values, rotation=20, ha="right", fontsize=7)
