@@ -56,6 +56,7 @@ def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
     Raises:
         UserError: images outside [0, 1], labels out of range, probabilities instead of logits.
     """
+    _check_head(model)
     with searching(model) as f, torch.no_grad():
         out = f(checks.images(x))
         if out.ndim == 1 or out.shape[1] == 1:
@@ -207,8 +208,15 @@ def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), ou
     return build_report(first, beside=others, out=None if out is None else Path(out))
 
 
+def _check_head(model: nn.Module) -> None:
+    if isinstance(model, Network) and model.encoder:
+        fix = "compare its outputs with advebm.energies.similarity, or load a classifier"
+        raise UserError(f"the model is an encoder, whose outputs are features and no logits; {fix}")
+
+
 def _check_classifier(model: nn.Module, x: Tensor, y: Tensor | None = None) -> None:
     checks.images(x)
+    _check_head(model)
     with searching(model) as f, torch.no_grad():
         out = checks.logits(f(x), len(x))
     if out.shape[1] < 2:

@@ -31,12 +31,22 @@ def evaluate(
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Record]:
     """The records of several metrics.  Each draws from its own generator, so that their order does not matter."""
-    records = []
+    records, metrics = [], list(metrics)
+    check_metrics(subject.model, metrics)
     for metric in metrics:
         name = type(metric).__name__
         progress(name)
         records += metric(subject, seeds.generator(seed, "evaluate", name, device=subject.device))
     return records
+
+
+def check_metrics(model: nn.Module, metrics: Iterable[Metric]) -> None:
+    """Refuse metrics of classes or energies where the model is an encoder, which has neither."""
+    if isinstance(model, Network) and model.encoder:
+        for metric in metrics:
+            if not getattr(metric, "encoders", False):
+                name = config.describe(metric)["kind"]
+                raise UserError(f"metric {name} takes a classifier or a critic, the model is an encoder; choose --metrics")
 
 
 def evaluate_run(
@@ -67,6 +77,7 @@ def evaluate_run(
     run.records()  # a damaged file is noticed now rather than after minutes
     path = run.checkpoints.path(checkpoint)
     model = run.model(path.name)[0].to(device)
+    check_metrics(model, recipe.metrics)
     data = recipe.data.load()
     samples = {name: generation.read(folder) for name, folder in run.samples().items()}
     judge = None if features is None else find_space(features)
@@ -145,13 +156,13 @@ def find_space(features: str | Path) -> Space:
 
 
 def feature_space(name: str, model: Network) -> Features:
-    """A classifier's penultimate features under a name that says whose they are."""
+    """What a network's head sees under a name that says whose it is; of an encoder, what its projection sees."""
 
     def extract(x: Tensor) -> Tensor:
         with searching(model):
             return model.features(x)
 
-    return Features(name, extract, model.head)
+    return Features(name, extract, None if model.encoder else model.head)
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

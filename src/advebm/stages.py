@@ -61,6 +61,8 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run
     else:
         at, foreign = network.locate(where)
         architecture = network.read_architecture(at, foreign=foreign)
+        if architecture.hidden is not None:
+            raise UserError(f"{where} is an encoder; train a classifier from it: advebm train --init {where}")
         plain |= {"backbone": config.describe(architecture.backbone), "init": where}
         plain |= {"normalise": {"mean": list(architecture.mean), "std": list(architecture.std)}}
     recipe = resolve(plain, overrides)

@@ -44,6 +44,9 @@ def curves(history: History) -> bytes:
             "val/robust_accuracy": "validation, attacked",
             "val/auroc": "validation, AUROC",
             "val/adversarial_auroc": "validation, AUROC, attacked",
+            "train/contrastive_accuracy": "training views",
+            "val/contrastive_accuracy": "validation, clean",
+            "val/robust_contrastive_accuracy": "validation, attacked",
         },
         "energy of training inputs (nats)": {
             "train/energy_joint": "E(x, y)",

@@ -413,6 +413,9 @@ def diagnose(
     models = {title: run.model(checkpoint)[0].to(device) for title, run in runs.items()}
     chosen = sampler or recipe.sampler
     critics = any(run.recipe.objective.outputs == 1 for run in runs.values())
+    for title, run in runs.items():
+        if run.recipe.objective.hidden is not None:
+            raise UserError(f"{title} trains an encoder, whose outputs are no energies; diagnose classifiers and critics")
     if critics and chosen.conditional:
         raise UserError(
             f"{type(chosen).__name__} draws from classes, and one of the runs is a critic; choose --method langevin"
