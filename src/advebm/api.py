@@ -56,7 +56,7 @@ def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
     Raises:
         UserError: images outside [0, 1], labels out of range, probabilities instead of logits.
     """
-    _check_head(model)
+    checks.no_encoder(model)
     with searching(model) as f, torch.no_grad():
         out = f(checks.images(x))
         if out.ndim == 1 or out.shape[1] == 1:
@@ -114,6 +114,8 @@ def sample(
 ) -> Tensor:
     """Images (N, C, H, W) of classes ``y (N,)``, from a classifier, or by ``ascent`` or ``langevin`` from a critic.
 
+    From an encoder by ``np-langevin``, ``np-pgd`` or ``maxent``; a module of your own passes as one.
+
     Args:
         model: classifier, or critic, on images in [0, 1].
         y: the class of each image; only their number counts where neither energy nor seeds are of a class.
@@ -129,7 +131,9 @@ def sample(
     two = torch.rand(2, *data.shape).to(device_of(model))
     with searching(model) as f, torch.no_grad():
         critic = f(two).numel() == len(two)
-    if sampler.conditional or not critic:
+    if sampler.encoder and (critic or not getattr(model, "encoder", True)):
+        raise UserError(f"{method} draws from an encoder, and the model is none; choose cs, or langevin for a critic")
+    if not sampler.encoder and (sampler.conditional or not critic):
         _check_classifier(model, two)
     if sampler.conditional or sampler.start == "class":
         checks.labels(y, None, len(data.classes))
@@ -161,7 +165,8 @@ def evaluate(
         space = evaluation.feature_space("given features", features)
     subject = Subject(model, data, data.test, threat, samples or {}, space)
     x, y = next(subject.batches())
-    _check_classifier(model, x[:16], y[:16])
+    if not getattr(model, "encoder", False):  # of which some metrics make classifiers
+        _check_classifier(model, x[:16], y[:16])
     return evaluation.evaluate(subject, (Accuracy(), RobustAccuracy()) if metrics is None else metrics, seed=seed)
 
 
@@ -208,15 +213,9 @@ def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), ou
     return build_report(first, beside=others, out=None if out is None else Path(out))
 
 
-def _check_head(model: nn.Module) -> None:
-    if isinstance(model, Network) and model.encoder:
-        fix = "compare its outputs with advebm.energies.similarity, or load a classifier"
-        raise UserError(f"the model is an encoder, whose outputs are features and no logits; {fix}")
-
-
 def _check_classifier(model: nn.Module, x: Tensor, y: Tensor | None = None) -> None:
     checks.images(x)
-    _check_head(model)
+    checks.no_encoder(model)
     with searching(model) as f, torch.no_grad():
         out = checks.logits(f(x), len(x))
     if out.shape[1] < 2:

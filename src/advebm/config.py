@@ -84,6 +84,9 @@ KINDS: dict[str, dict[str, str]] = {
         "jeat-17": "advebm.samplers:JEAT17",
         "sgld": "advebm.samplers:SGLD",
         "ascent": "advebm.samplers:Ascent",
+        "np-langevin": "advebm.samplers:NPLangevin",
+        "np-pgd": "advebm.samplers:NPPGD",
+        "maxent": "advebm.samplers:MaxEnt",
     },
     "adversary": {
         "pgd": "advebm.attacks.projected:Attack",
@@ -104,6 +107,8 @@ KINDS: dict[str, dict[str, str]] = {
         "detectors": "advebm.metrics.detectors:Detectors",
         "calibration": "advebm.metrics.calibration:Calibration",
         "corruption-accuracy": "advebm.metrics.corruption:CorruptionAccuracy",
+        "linear-probe": "advebm.metrics.probing:LinearProbe",
+        "knn": "advebm.metrics.probing:NearestNeighbours",
     },
     "space": {
         "inception": "advebm.metrics.spaces:InceptionFeatures",

@@ -20,7 +20,6 @@ from advebm.descent import per_sample
 from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.metrics.base import device_of
-from advebm.models.network import Network
 from advebm.modes import searching
 
 SIGMAS = 3.0  # standard errors that a difference of two accuracies has to exceed
@@ -161,6 +160,7 @@ def examine(
         UserError: images outside [0, 1], labels that do not fit them, a radius of zero.
     """
     checks.images(x)
+    checks.no_encoder(model)
     checks.labels(y, len(x), torch.iinfo(torch.int32).max)
     if len(x) < FEWEST:
         raise UserError(f"a model is examined on at least {FEWEST} images, got {len(x)}")
@@ -273,9 +273,6 @@ def outputs(p: Patient) -> Finding | None:
     """It takes images in [0, 1] and returns finite logits (batch, classes), at least one for each label."""
     shape = " x ".join(map(str, p.x.shape[1:]))
     x = p.x[:PART]
-    if isinstance(p.model, Network) and p.model.encoder:
-        what = "the model is an encoder: its outputs are features, and no logits of classes"
-        return fault("shape", what, "examine a classifier, such as one that begins with its weights (--init)")
     try:
         with torch.no_grad():
             out = p.f(x)

@@ -107,14 +107,15 @@ def nt_xent(
     return infonce(z, other, references, without=without, hardness=hardness, temperature=temperature, cosine=cosine)
 
 
-def crowding(z: Tensor, *, temperature: float = 0.5) -> Tensor:
-    """How close each sample lies to the others: ``log Σ_{j≠i} exp(cos(z_i, z_j) / τ)``.  ``(B, D)`` -> ``(B,)``.
+def crowding(z: Tensor, others: Tensor | None = None, *, temperature: float = 0.5, cosine: bool = True) -> Tensor:
+    """How close each sample lies to the others: ``log Σ_{j≠i} exp f(x_i, z_j)``.  ``(B, D)`` -> ``(B,)``, B > 1.
 
     Descending it spreads a batch out (maximum entropy).  Samples interact: each value depends on every row.
+    ``others`` ``(B, D)`` are the z_j, where they are not the samples themselves: the same, held fixed.
     """
-    unit = normalize(z, dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    return (unit @ unit.T / temperature).masked_fill(itself, -torch.inf).logsumexp(1)
+    alike = similarities(z, z if others is None else others, temperature=temperature, cosine=cosine)
+    return alike.masked_fill(itself, -torch.inf).logsumexp(1)
 
 
 def binary(logit: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm import config, generation, seeds
+from advebm.errors import UserError
 from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent
 from advebm.metrics.spaces import Space
 from advebm.models import network
@@ -31,22 +32,15 @@ def evaluate(
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Record]:
     """The records of several metrics.  Each draws from its own generator, so that their order does not matter."""
-    records, metrics = [], list(metrics)
-    check_metrics(subject.model, metrics)
+    records = []
     for metric in metrics:
         name = type(metric).__name__
+        if getattr(subject.model, "encoder", False) and not getattr(metric, "encoders", False):
+            fix = "choose --metrics linear-probe,knn,sample-quality, or make a classifier of it by advebm probe"
+            raise UserError(f"{name} reads logits, and the model is an encoder; {fix}")
         progress(name)
         records += metric(subject, seeds.generator(seed, "evaluate", name, device=subject.device))
     return records
-
-
-def check_metrics(model: nn.Module, metrics: Iterable[Metric]) -> None:
-    """Refuse metrics of classes or energies where the model is an encoder, which has neither."""
-    if isinstance(model, Network) and model.encoder:
-        for metric in metrics:
-            if not getattr(metric, "encoders", False):
-                name = config.describe(metric)["kind"]
-                raise UserError(f"metric {name} takes a classifier or a critic, the model is an encoder; choose --metrics")
 
 
 def evaluate_run(
@@ -77,7 +71,6 @@ def evaluate_run(
     run.records()  # a damaged file is noticed now rather than after minutes
     path = run.checkpoints.path(checkpoint)
     model = run.model(path.name)[0].to(device)
-    check_metrics(model, recipe.metrics)
     data = recipe.data.load()
     samples = {name: generation.read(folder) for name, folder in run.samples().items()}
     judge = None if features is None else find_space(features)
@@ -156,7 +149,7 @@ def find_space(features: str | Path) -> Space:
 
 
 def feature_space(name: str, model: Network) -> Features:
-    """What a network's head sees under a name that says whose it is; of an encoder, what its projection sees."""
+    """A network's penultimate features under a name that says whose they are."""
 
     def extract(x: Tensor) -> Tensor:
         with searching(model):

@@ -87,7 +87,11 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
             for r in records:
                 attack = r["settings"].get("attack", {**threat, "eps": 0.0})
                 plain = not {"targeted", "corruption"} & r["settings"].keys()
-                if r["name"].startswith("accuracy") and plain and others(attack) == others(threat):
+                if (
+                    f"{r['name']} ".startswith(("accuracy  ", "accuracy under "))
+                    and plain
+                    and others(attack) == others(threat)
+                ):
                     points[attack["eps"]] = (r["value"], r["error"])
             if len(points) > 1:
                 x = sorted(points)

@@ -136,13 +136,15 @@ class Recipe:
                 kind = type(self.objective).__name__
                 fix = f"give them with --{role} KIND" if needed else f"leave {role} out"
                 raise UserError(f"objective {kind} {'needs' if needed else 'takes no'} {role} images; {fix}")
-        encoder = self.objective.hidden is not None
-        if (self.objective.outputs == 1 or encoder) and self.sampler.conditional:
-            kind, method = type(self.objective).__name__, type(self.sampler).__name__
-            what, fix = ("an encoder", "one for encoders") if encoder else ("a critic", "ascent or langevin")
+        kind, method = type(self.objective).__name__, type(self.sampler).__name__
+        if (encoder := self.objective.hidden is not None) != self.sampler.encoder:
+            of, trains = ("logits", "an encoder") if encoder else ("an encoder", "none")
+            fix = "np-langevin, np-pgd or maxent" if encoder else "cs, or langevin for a critic"
+            raise UserError(f"sampler {method} draws from {of}, and objective {kind} trains {trains}; --sampler {fix}")
+        if self.objective.outputs == 1 and self.sampler.conditional:
             raise UserError(
-                f"sampler {method} draws from classes, and objective {kind} trains {what}, which has none; "
-                f"give --sampler {fix}"
+                f"sampler {method} draws from classes, and objective {kind} trains a critic, which has none; "
+                "give --sampler ascent or langevin"
             )
 
 
