@@ -103,7 +103,9 @@ class LinearProbe:
         attacked = verdicts(found, attack, generator).standing()
         return [
             Record(name, *proportion(clean), settings),
-            Record(f"{name} under {attack.name}", *proportion(attacked), {**settings, "attack": config.describe(attack)}),
+            Record(
+                f"{name} under {attack.name}", *proportion(attacked), {**settings, "attack": config.describe(attack)}
+            ),
         ]
 
 

@@ -168,7 +168,7 @@ tags: [energy-based-model, adversarial-training]
 import advebm
 
 model = advebm.load("PATH OF THIS FOLDER")
-energy = advebm.energy(model, images)  # (B,), low on data; images (B, {channels}, {size}, {size}) in [0, 1]
+{example} images (B, {channels}, {size}, {size}) in [0, 1]
 ```
 
 Backbone `{backbone}`, {parameters:,} parameters, {outputs} outputs. `config.json` holds the architecture and what is
@@ -199,7 +199,11 @@ def save(
             )
     record = {"advebm": advebm.__version__, "architecture": plain, **(extra or {})}
     files.write_json(folder / "config.json", record)
+    example = "energy = advebm.energy(model, images)  # (B,), low on data;"
+    if architecture.hidden is not None:
+        example = "features, projection = model.features(images), model(images)  # (B, W) and g(x), (B, D);"
     card = CARD.format(
+        example=example,
         title=title,
         summary=summary,
         backbone=plain["backbone"]["kind"],

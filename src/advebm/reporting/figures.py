@@ -44,6 +44,9 @@ def curves(history: History) -> bytes:
             "val/robust_accuracy": "validation, attacked",
             "val/auroc": "validation, AUROC",
             "val/adversarial_auroc": "validation, AUROC, attacked",
+            "train/contrastive_accuracy": "training views",
+            "val/contrastive_accuracy": "validation, clean",
+            "val/robust_contrastive_accuracy": "validation, attacked",
         },
         "energy of training inputs (nats)": {
             "train/energy_joint": "E(x, y)",
@@ -84,7 +87,11 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
             for r in records:
                 attack = r["settings"].get("attack", {**threat, "eps": 0.0})
                 plain = not {"targeted", "corruption"} & r["settings"].keys()
-                if f"{r['name']} ".startswith(("accuracy  ", "accuracy under ")) and plain and others(attack) == others(threat):
+                if (
+                    f"{r['name']} ".startswith(("accuracy  ", "accuracy under "))
+                    and plain
+                    and others(attack) == others(threat)
+                ):
                     points[attack["eps"]] = (r["value"], r["error"])
             if len(points) > 1:
                 x = sorted(points)

@@ -424,7 +424,9 @@ def diagnose(
     if encoders and len(encoders) < len(models):
         raise UserError(f"{', '.join(sorted(encoders))}: encoders are diagnosed beside encoders only")
     if encoders and (unfit := [name for name in what if name not in OF_ENCODERS]):
-        raise UserError(f"{unfit[0]} looks at energies of logits, and encoders have none; {', '.join(OF_ENCODERS)} do not")
+        raise UserError(
+            f"{unfit[0]} looks at energies of logits, and encoders have none; {', '.join(OF_ENCODERS)} do not"
+        )
     sitting = Sitting(models, data, chosen, recipe.threat, others(first, chosen, checkpoint), **options)
     if sitting.count < 2:
         raise UserError(f"numbers are taken over at least 2 images, got {sitting.count}")

@@ -69,8 +69,8 @@ class Adam:
 class LayerwiseSGD(torch.optim.Optimizer):
     """``v ← m v + γ r (g + d w)``, ``w ← w - v`` with a rate for each tensor, ``r = η ‖w‖ / (‖g‖ + d ‖w‖)``.
 
-    You et al. (2017, algorithm 1).  Biases and norms, which have one dimension, take r = 1 and d = 0, as in SimCLR; r is
-    1 where it would be 0 or 0 / 0, too.
+    You et al. (2017, algorithm 1).  Biases and norms, which have one dimension, take r = 1 and d = 0, as in SimCLR; r
+    is 1 where it would be 0 or 0 / 0, too.
     """
 
     def __init__(
