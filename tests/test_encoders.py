@@ -2,12 +2,27 @@
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import advebm
-from advebm import config, energies, generation
+from advebm import config, energies, generation, recipes
+from advebm.attacks.projected import Attack
+from advebm.cli import main
+from advebm.data.sources import Images
 from advebm.descent import value_and_gradient
 from advebm.errors import UserError
+from advebm.evaluation import find_model
+from advebm.metrics.base import Subject
+from advebm.metrics.probing import LinearProbe, NearestNeighbours, Probe, representations
+from advebm.metrics.robustness import RobustAccuracy
 from advebm.samplers import NPPGD, MaxEnt, NPLangevin
+from advebm.training.loop import train
+from advebm.training.recipe import resolve
+from advebm.training.run import Run
+from tests.helpers import few_samples, linked
 from tests.references import encoders as reference
 
 
@@ -251,3 +266,245 @@ def test_mistakes_are_named(net, batch, digits):
     for message, call in cases.items():
         with pytest.raises(UserError, match=message):
             call()
+
+
+# Probes and neighbours ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short, real training of an encoder with dual batch norms."""
+    options = {"backbone.width": 8, "train.images": 2_560, "train.validate_every": 2_560, "objective.attack.steps": 1}
+    options |= {"threat.steps": 2, "sampler.steps": 2}
+    recipe = resolve(recipes.find("digits-acl"), list(options.items()))
+    return train(recipe, tmp_path_factory.mktemp("runs") / "acl", device="cpu")
+
+
+@pytest.fixture
+def own(run, tmp_path):
+    (tmp_path / "acl").mkdir()
+    return linked(run, tmp_path / "acl")
+
+
+@pytest.fixture(scope="module")
+def features(run, digits):
+    """Representations of training and test images, computed here."""
+    model = run.model()[0]
+    with torch.no_grad():
+        return [model.backbone(model.normalise(split.float())) for split in (digits.train, digits.test)]
+
+
+def subject(run, data, **changes):
+    return Subject(run.model()[0], data, data.test, run.recipe.threat)._replace(**changes)
+
+
+def test_representations_are_taken_before_the_projection(run, digits, features):
+    model = run.model()[0]
+    z = representations(model, digits.test.x, 100)
+    torch.testing.assert_close(z, features[1])
+    assert model(digits.test.float()[:5]).shape == (5, 64)
+    torch.testing.assert_close(model.head(z[:5]), model(digits.test.float()[:5]))
+
+
+def test_a_probe_scores_what_scikit_learn_scores(run, digits, features):
+    (train_z, test_z), y = (z.double().numpy() for z in features), digits.train.y.numpy()
+    peer = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(train_z, y)
+    expected = peer.score(test_z, digits.test.y.numpy())
+    clean, attacked = LinearProbe(Probe(c=0.1))(subject(run, digits), torch.Generator().manual_seed(0))
+    assert clean.value == pytest.approx(expected, abs=1e-9)
+    assert (clean.name, clean.count) == ("accuracy of a linear probe", len(digits.test))
+    assert attacked.name == "accuracy of a linear probe under PGD-2 l2 0.9"
+    assert attacked.value < clean.value
+    model = Probe(c=0.1).classifier(run.model()[0], digits.train, 10)
+    logits = model(digits.test.float()).detach().double().numpy()
+    ours, theirs = (v - v.mean(1, keepdims=True) for v in (logits, peer.decision_function(test_z)))
+    assert abs(ours - theirs).max() < 1e-3
+
+
+def test_a_probe_of_two_classes_has_both_logits(digits):
+    z, y = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 2
+    z[:, 1] += 2 * y
+    layer = Probe().fit(z, y, 2)
+    peer = make_pipeline(StandardScaler(), LogisticRegression()).fit(z.double().numpy(), y.numpy())
+    expected = torch.from_numpy(peer.predict_proba(z.double().numpy()))
+    torch.testing.assert_close(layer(z).softmax(1).double(), expected, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="images of every class, and class 2 has none"):
+        Probe().fit(z, y, 3)
+
+
+def test_an_attack_on_a_probe_sees_through_the_network(run, digits):
+    """The metric's number is that of the classifier that ``advebm probe`` writes."""
+    model = Probe().classifier(run.model()[0], digits.train, 10)
+    one = Attack(eps=0.9, norm="l2", steps=3)
+    found = LinearProbe(attack=one)(subject(run, digits), torch.Generator().manual_seed(0))[1]
+    generator = torch.Generator().manual_seed(0)
+    torch.randint(2**62, (), generator=generator)  # the seed of the clean verdict
+    measured = RobustAccuracy(one)(subject(run, digits, model=model), generator)[0]
+    assert found.value == measured.value
+    x = digits.test.float()[:8].requires_grad_()
+    assert torch.autograd.grad(model(x).sum(), x)[0].flatten(1).norm(dim=1).min() > 0
+
+
+def test_neighbours_vote_as_in_a_brute_force_and_in_scikit_learn(run, digits, features):
+    (record,) = NearestNeighbours(k=5)(subject(run, digits), torch.Generator())
+    train_z, test_z = features
+    peer = KNeighborsClassifier(5, metric="cosine", algorithm="brute").fit(train_z.numpy(), digits.train.y.numpy())
+    assert record.value == pytest.approx(peer.score(test_z.numpy(), digits.test.y.numpy()), abs=1 / len(test_z))
+    assert record.name == "accuracy of 5 nearest neighbours"
+    few = digits._replace(train=digits.train.take(slice(60)), test=digits.test.take(slice(40)))
+    voted = reference.nearest(train_z[:60], few.train.y, test_z[:40], 5)
+    (record,) = NearestNeighbours(k=5)(subject(run, few), torch.Generator())
+    assert record.value == pytest.approx((voted == few.test.y).double().mean().item())
+
+
+def test_probing_leaves_no_trace(run, digits):
+    model = run.model()[0].train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    LinearProbe()(subject(run, digits, model=model), torch.Generator().manual_seed(0))
+    assert model.training
+    assert model.encoder
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def cli(*words):
+    return main([str(word) for word in (*words, "--device", "cpu")])
+
+
+@few_samples
+def test_a_probe_is_a_run_that_every_command_takes(own, tmp_path, capsys):
+    assert cli("probe", own.folder, "--c", 0.1, "--threat.steps", 3) == 0
+    out = capsys.readouterr().out
+    probed = Run.open(own.folder.with_name("acl-probe"))
+    assert str(probed.folder) in out
+    assert "accuracy under PGD-3 l2 0.9" in out
+    assert "accuracy of 20 nearest neighbours" in out
+    assert {r["name"] for r in probed.records()} == {"accuracy", "accuracy under PGD-3 l2 0.9"}
+    assert [r["name"] for r in own.records()] == ["accuracy of 20 nearest neighbours"]
+    data, model = probed.recipe.data.load(), probed.model()[0]
+    same = Probe(c=0.1).classifier(own.model()[0], data.train, 10)
+    torch.testing.assert_close(model(data.test.float()), same(data.test.float()))
+    assert not model.encoder
+    assert find_model(own.folder / "probe")(data.test.float()[:2]).shape == (2, 10)
+    assert probed.recipe.sampler.steps == 2
+    assert cli("sample", probed.folder, "--per-class", 1) == 0
+    assert cli("evaluate", probed.folder, "--metrics", "accuracy,sample-quality") == 0
+    assert cli("probe", own.folder) == 2
+    assert "acl-probe is not empty; choose another --out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_encoder_is_measured_by_what_needs_no_logits(own, capsys):
+    assert cli("evaluate", own.folder, "--metrics", "linear-probe,knn") == 0
+    assert "accuracy of a linear probe" in capsys.readouterr().out
+    assert cli("evaluate", own.folder, "--metrics", "accuracy") == 2
+    assert "Accuracy reads logits, and the model is an encoder" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("method", ["np-langevin", "np-pgd", "maxent"])
+def test_sets_do_not_depend_on_what_is_computed_at_once(own, method):
+    sets = {}
+    for name, options in {"whole": (), "batch": ("--batch", "250"), "small": ("--batch", "60")}.items():
+        words = ("--per-class", 55, "--name", name, "--method", method, "--sampler.group", 50)
+        assert cli("sample", own.folder, *words, "--sampler.noise", 0, *options) == 0
+        sets[name] = generation.read(own.samples()[name]).x
+    assert (sets["batch"] - sets["whole"]).abs().max() <= 1 / 255 + 1e-6
+    assert (sets["small"] - sets["whole"]).abs().max() <= 1 / 255 + 1e-6
+    if method == "maxent":  # each group is computed by itself in any case
+        assert torch.equal(sets["batch"], sets["whole"])
+
+
+def test_processes_share_a_set_of_samples_that_interact(own):
+    words = ("sample", own.folder, "--per-class", 51, "--sampler.start", "class", "--sampler.steps", 1)
+    assert cli(*words, "--name", "one") == 0
+    assert cli(*words, "--name", "two", "--processes", 2) == 0
+    one, two = ((path / "images.npz").read_bytes() for path in own.samples().values())
+    assert one == two
+
+
+WRONG = {
+    "supervised": (("--method", "ta"), "sampler TA draws from logits, and objective ACL trains an encoder"),
+    "count": (("--method", "np-pgd", "--sampler.count", 5000), "NPPGD takes 5000 negatives from the training images"),
+    "group": (("--sampler.group", 1), "interact in groups of at least 2"),
+    "batch": (("--batch", 5), "interact in groups of 10, and batch 5 holds no group"),
+    "alone": (("--classes", 3, "--per-class", 1), "samples of MaxEnt interact, and one is left alone"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_combinations_are_one_line(own, capsys, case):
+    words, message = WRONG[case]
+    assert cli("sample", own.folder, "--per-class", 1, "--method", "maxent", *words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not own.samples()
+
+
+def test_a_classifier_is_no_encoder(small_run, tmp_path, capsys):
+    assert cli("sample", linked(small_run, tmp_path).folder, "--method", "maxent") == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "sampler MaxEnt draws from an encoder, and objective AT trains none; --sampler cs" in err
+
+
+@few_samples
+def test_tuning_and_diagnosing_an_encoder(own, capsys):
+    few = ("--per-class", 2, "--step-size", 0.1, "--steps", "1,2")
+    assert cli("tune-sampler", own.folder, "--method", "np-langevin", *few) == 0
+    assert (own.folder / "sampler.json").exists()
+    assert cli("diagnose", own.folder, "--what", "interpolation,neighbours", "--images", 20) == 0
+    assert cli("diagnose", own.folder, "--what", "landscape") == 2
+    assert "landscape looks at energies of logits, and encoders have none" in " ".join(capsys.readouterr().err.split())
+
+
+def test_fine_tuning_begins_with_an_encoder(run, tmp_path):
+    """Robust training from the encoder's weights: its projection stays behind, and a fresh linear head comes."""
+    options = {"backbone": {"kind": "small-conv", "width": 8, "norm": "dual"}, "train.images": 128, "init": str(run.folder)}
+    options |= {"objective.attack.steps": 1, "threat.steps": 2, "optimizer.lr": 1e-9, "train.ema": 0}
+    recipe = resolve(recipes.find("digits-at"), list(options.items()))
+    with pytest.warns(UserWarning, match="another head than digits takes"):
+        tuned = train(recipe, tmp_path / "tuned", device="cpu").model()[0]
+    encoder = run.model()[0]
+    assert isinstance(tuned.head, torch.nn.Linear)
+    assert tuned.head.weight.shape == (10, encoder.head[0].in_features)
+    weights = encoder.backbone.state_dict()
+    for name, value in tuned.backbone.state_dict().items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            torch.testing.assert_close(value, weights[name], atol=1e-6, rtol=0)
+
+
+def test_the_python_interface_draws_from_encoders(run, digits):
+    model, y = run.model()[0], torch.zeros(3, dtype=torch.int64)
+    for method in ("np-langevin", "np-pgd", "maxent"):
+        assert advebm.sample(model, y, data=digits, method=method, steps=1).shape == (3, 1, 8, 8)
+    with pytest.raises(UserError, match="maxent draws from an encoder, and the model is none"):
+        advebm.sample(Probe().classifier(model, digits.train, 10), y, data=digits, method="maxent")
+    with pytest.raises(UserError, match="the model is an encoder, which has no logits"):
+        advebm.sample(model, y, data=digits, method="cs")
+    records = advebm.evaluate(model, data=digits, threat=run.recipe.threat, metrics=[NearestNeighbours()])
+    assert 0.5 < records[0].value <= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Probe(c=0.0), "c is > 0 and iterations at least 1"),
+        (lambda: NearestNeighbours(k=0), "k is at least 1, got 0"),
+    ],
+)
+def test_bad_probes_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_what_cannot_be_probed_is_named(run, digits, small_run):
+    few = digits._replace(train=digits.train.take(slice(15)))
+    with pytest.raises(UserError, match="20 neighbours are asked of 15 training images; lower k"):
+        NearestNeighbours()(subject(run, few), torch.Generator())
+    bare = advebm.wrap(torch.nn.Flatten())
+    with pytest.raises(UserError, match="reads the features before a network's head"):
+        LinearProbe()(subject(run, digits, model=bare), torch.Generator().manual_seed(0))
+    unlabelled = digits._replace(test=Images(digits.test.x, torch.full_like(digits.test.y, -1)))
+    for metric in (LinearProbe(), NearestNeighbours()):
+        with pytest.raises(UserError, match="needs labels"):
+            metric(subject(run, unlabelled, split=unlabelled.test), torch.Generator())
