@@ -12,12 +12,13 @@ from advebm import config, energies, generation, recipes
 from advebm.attacks.projected import Attack
 from advebm.cli import main
 from advebm.data.sources import Images
-from advebm.descent import value_and_gradient
+from advebm.descent import unit, value_and_gradient
 from advebm.errors import UserError
 from advebm.evaluation import find_model
 from advebm.metrics.base import Subject
 from advebm.metrics.probing import LinearProbe, NearestNeighbours, Probe, representations
 from advebm.metrics.robustness import RobustAccuracy
+from advebm.modes import using
 from advebm.samplers import NPPGD, MaxEnt, NPLangevin
 from advebm.training.loop import train
 from advebm.training.recipe import resolve
@@ -355,6 +356,27 @@ def test_neighbours_vote_as_in_a_brute_force_and_in_scikit_learn(run, digits, fe
     voted = reference.nearest(train_z[:60], few.train.y, test_z[:40], 5)
     (record,) = NearestNeighbours(k=5)(subject(run, few), torch.Generator())
     assert record.value == pytest.approx((voted == few.test.y).double().mean().item())
+
+
+def test_the_branch_of_dual_batch_norms(run, digits):
+    """Probes and samplers take the one that is asked for; a probe computes by it for good."""
+    model, x = run.model()[0], digits.test.float()[:20]
+    with torch.no_grad():
+        features = {}
+        for branch in ("clean", "adversarial"):
+            with using(model, branch):
+                features[branch] = model.features(x)
+            probed = Probe(branch=branch).classifier(model, digits.train, 10)
+            torch.testing.assert_close(probed.features(x), features[branch])
+            with using(probed, "clean"):
+                torch.testing.assert_close(probed.features(x), features[branch])
+    assert not torch.allclose(features["clean"], features["adversarial"], atol=1e-2)
+    draw = lambda branch: MaxEnt(steps=1, noise=0.0, branch=branch)(model, torch.zeros(20), x)
+    with using(model, "adversarial"):
+        asked = MaxEnt(steps=1, noise=0.0).begun(model.eval(), torch.zeros(20), x, None)
+        expected = (x - 0.25 * unit(gradient(asked, x), {})).clamp(0, 1)
+    torch.testing.assert_close(draw("adversarial"), expected)
+    assert not torch.allclose(draw("clean"), expected, atol=1e-2)
 
 
 def test_probing_leaves_no_trace(run, digits):

@@ -227,6 +227,7 @@ def build_parser() -> Parser:
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the classifier's run (RUN-probe)")
     sub.add_argument("--c", type=float, default=1.0, metavar="C", help="inverse weight of the l2 penalty (1)")
+    sub.add_argument("--branch", default="clean", metavar="NAME", help="of dual batch norms: clean or adversarial (clean)")
     sub.add_argument("--neighbours", type=int, default=20, metavar="K", help="that vote (20)")
     sub.add_argument("--seed", type=int, default=0, help="of the attack")
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
@@ -607,10 +608,10 @@ def run_probe(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.tables import record_table
     from advebm.training.run import Run
 
-    run, neighbours = Run.open(args.run), NearestNeighbours(args.neighbours)
+    run, by, neighbours = Run.open(args.run), Probe(args.c, branch=args.branch), NearestNeighbours(args.neighbours)
     options = {"checkpoint": args.checkpoint, "device": device(args.device)}
     folder = args.out or run.folder.with_name(f"{run.folder.resolve().name}-probe")
-    probed = probe(run, folder, by=Probe(args.c), overrides=overrides, **options)
+    probed = probe(run, folder, by=by, overrides=overrides, **options)
     print(probed.folder)
     say = lambda name: console.screen.print(f"  {name}")
     alone = dataclasses.replace(run.recipe, metrics=(neighbours,))

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from advebm.descent import (
 )
 from advebm.energies import Logits
 from advebm.errors import UserError
-from advebm.modes import searching
+from advebm.modes import searching, using
 from advebm.starts import ClassGaussians, Deck, Start
 
 DIRECTIONS: dict[str, Direction] = {"unit": unit, "raw": raw, "sign": sign, "adam": adam}
@@ -333,6 +333,7 @@ class OfEncoder(Sampler):
         tau: τ; 0.5 as ACL trains.
         cosine: whether features are compared by direction, as SimCLR and ACL train, or by the plain product, as CEM
             writes.
+        branch: of dual batch norms, as ACL trains: that of ``clean`` or that of ``adversarial`` images.
         group: samples that interact, at most, where samples do.  A chunk of samples is dealt into equal groups, as one
             deals cards, so that the classes of its seeds mix.
     """
@@ -340,6 +341,7 @@ class OfEncoder(Sampler):
     start: Literal["class", "global", "noise", "outside", "buffer"] = "global"
     tau: float = 0.5
     cosine: bool = True
+    branch: Literal["clean", "adversarial"] = "clean"
     group: int = 100
 
     conditional: ClassVar[bool] = False
@@ -352,6 +354,11 @@ class OfEncoder(Sampler):
             raise UserError(f"tau is > 0, got {self.tau}")
         if self.group < 2:
             raise UserError(f"samples interact in groups of at least 2, got group {self.group}")
+
+    def __call__(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
+        """As every sampler, on its branch."""
+        with using(model, self.branch):
+            return super().__call__(model, *args, **options)
 
     def parts(self, count: int, batch: int | None) -> list[slice]:
         """The groups, where samples interact: never less at once."""

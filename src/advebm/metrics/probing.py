@@ -1,7 +1,7 @@
 """What a frozen representation is worth: linear classifiers on it, and nearest neighbours in it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -18,7 +18,7 @@ from advebm.errors import UserError
 from advebm.metrics.base import Features, Record, Subject, device_of, proportion
 from advebm.metrics.robustness import verdicts
 from advebm.models.network import Network
-from advebm.modes import searching
+from advebm.modes import searching, settled
 
 
 def representations(model: Network, x: Tensor, batch: int = 500) -> Tensor:
@@ -40,12 +40,15 @@ class Probe:
     Attributes:
         c: inverse of the weight of the l2 penalty on the standardised weights, scikit-learn's C.
         iterations: of L-BFGS, at most.
+        branch: of dual batch norms, as ACL trains: that of ``clean`` or that of ``adversarial`` images.
     """
 
     c: float = 1.0
     iterations: int = 1000
+    branch: Literal["clean", "adversarial"] = "clean"
 
     def __post_init__(self) -> None:
+        config.check_choices(self)
         if not self.c > 0 or self.iterations < 1:
             raise UserError(f"c is > 0 and iterations at least 1, got {self.c} and {self.iterations}")
 
@@ -70,7 +73,8 @@ class Probe:
         return layer
 
     def classifier(self, model: Network, split: Images, classes: int, batch: int = 500) -> Network:
-        """The network with such a layer, fitted on a split, in the place of its head; what it shares is not copied."""
+        """A copy of the network on one branch, with such a layer, fitted on a split, in the place of its head."""
+        model = settled(model, self.branch)
         layer = self.fit(representations(model, split.x, batch), split.y, classes)
         return Network(model.normalise, model.backbone, layer.to(device_of(model))).eval()
 
