@@ -1,21 +1,25 @@
 """Samplers of encoders, probes and nearest neighbours."""
 
+import io
+
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import advebm
-from advebm import config, energies, generation, recipes
+from advebm import config, energies, generation, recipes, reproduce
 from advebm.attacks.projected import Attack
+from advebm.chains import Chains, Point
 from advebm.cli import main
 from advebm.data.sources import Images
 from advebm.descent import unit, value_and_gradient
 from advebm.errors import UserError
 from advebm.evaluation import find_model
-from advebm.metrics.base import Subject
+from advebm.metrics.base import SampleSet, Subject
 from advebm.metrics.probing import LinearProbe, NearestNeighbours, Probe, representations
 from advebm.metrics.robustness import RobustAccuracy
 from advebm.modes import using
@@ -481,7 +485,11 @@ def test_tuning_and_diagnosing_an_encoder(own, capsys):
 
 def test_fine_tuning_begins_with_an_encoder(run, tmp_path):
     """Robust training from the encoder's weights: its projection stays behind, and a fresh linear head comes."""
-    options = {"backbone": {"kind": "small-conv", "width": 8, "norm": "dual"}, "train.images": 128, "init": str(run.folder)}
+    options = {
+        "backbone": {"kind": "small-conv", "width": 8, "norm": "dual"},
+        "train.images": 128,
+        "init": str(run.folder),
+    }
     options |= {"objective.attack.steps": 1, "threat.steps": 2, "optimizer.lr": 1e-9, "train.ema": 0}
     recipe = resolve(recipes.find("digits-at"), list(options.items()))
     with pytest.warns(UserWarning, match="another head than digits takes"):
@@ -530,3 +538,63 @@ def test_what_cannot_be_probed_is_named(run, digits, small_run):
     for metric in (LinearProbe(), NearestNeighbours()):
         with pytest.raises(UserError, match="needs labels"):
             metric(subject(run, unlabelled, split=unlabelled.test), torch.Generator())
+
+
+# The experiment -------------------------------------------------------------------------------------------------------
+
+
+def test_each_row_of_the_table_takes_the_steps_of_validation(run, tmp_path, monkeypatch):
+    """Once: a second call draws and measures nothing; a row is its own sampler at the steps that it was given."""
+    (tmp_path / "acl").mkdir()
+    own, asked = linked(run, tmp_path / "acl"), []
+    steps = {"np-pgd": 4, "np-langevin": 2, "maxent": 16}
+
+    def look(self, model, sampler, data, space, *, outside=None):
+        assert (self.split, self.steps[-1]) == ("val", 64)
+        asked.append((kind := config.describe(sampler)["kind"], sampler.start))
+        return [Point(k, 1.0, abs(k - steps[kind]) / 10, 0.0) for k in self.steps]
+
+    def contrast(run, samplers, per_class, seeds, *, features, say):
+        asked.append({name: (sampler.steps, sampler.start) for name, sampler in samplers.items()})
+        record = {"name": "FD (x)", "value": 3.0, "error": 0.5, "settings": {}}
+        return {name: [record] for name in samplers}, None
+
+    monkeypatch.setattr(Chains, "__call__", look)
+    monkeypatch.setattr(reproduce, "contrast", contrast)
+    rows = [reproduce.table2(own, reproduce.UNSUPERVISED, own) for _ in range(2)]
+    assert rows[0] == rows[1]
+    assert len(asked) == 7
+    assert asked[-1]["np-langevin-class"] == (2, "class")
+    assert asked[-1]["maxent-global"] == (16, "global")
+    assert [r["value"] for r in rows[0]["cond, PGD"]] == [4, 3.0]
+    assert set(rows[0]) == set(reproduce.UNSUPERVISED)
+
+
+def test_it_says_which_sampler_wins_and_by_how_much(monkeypatch):
+    fd = lambda value, error: [{"name": "FD (x)", "value": value, "error": error, "settings": {}}]
+    accuracy = [{"name": "accuracy", "value": 1.0, "error": 0.0, "settings": {}}]
+    results = {"at": accuracy, "at, cond, TA": fd(9.0, 0.3), "at, cond, CS": fd(7.0, 0.4), "at, cond, RCS": fd(12.0, 1)}
+    results |= {"acl, uncond, PGD": fd(50.0, 0.0), "acl, uncond, MaxEnt": fd(40.5, 0.0)}
+    lines = ["at, cond: CS before TA by 2.0 ± 0.5 in FD", "acl, uncond: MaxEnt before PGD by 9.5 ± 0.0 in FD"]
+    assert reproduce.winners(results) == lines
+    drawn = []
+    monkeypatch.setattr(reproduce.figures, "bars", lambda values, label: drawn.append(values) or b"")
+    assert list(reproduce.unsupervised_figures(results)) == ["; ".join(lines)]
+    assert drawn[0]["acl, uncond, PGD"] == (50.0, 0.0)
+
+
+def test_figure_1_shows_seeds_and_every_sampler(run, small_run, tmp_path):
+    """Three rows of panels below the seeds, all from what was drawn."""
+    runs = {"at": small_run, "infonce": run, "acl": run}
+    own = {}
+    for title, trained in runs.items():
+        (tmp_path / title).mkdir()
+        own[title] = linked(trained, tmp_path / title)
+        for kind, start in reproduce.TABLE2[title].values():
+            x = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+            y = torch.arange(10) if start == "class" else torch.full((10,), -1)
+            about = {"sampler": {}, "seed": 0}
+            generation.write(own[title].folder / "comparison" / f"{kind}-{start}-0", SampleSet(x, y, about), 10)
+    picture = Image.open(io.BytesIO(reproduce.cem_figure1(own)))
+    assert picture.width > 1500
+    assert picture.height > 1500

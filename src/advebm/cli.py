@@ -227,7 +227,9 @@ def build_parser() -> Parser:
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("--out", type=Path, metavar="DIR", help="the classifier's run (RUN-probe)")
     sub.add_argument("--c", type=float, default=1.0, metavar="C", help="inverse weight of the l2 penalty (1)")
-    sub.add_argument("--branch", default="clean", metavar="NAME", help="of dual batch norms: clean or adversarial (clean)")
+    sub.add_argument(
+        "--branch", default="clean", metavar="NAME", help="of dual batch norms: clean or adversarial (clean)"
+    )
     sub.add_argument("--neighbours", type=int, default=20, metavar="K", help="that vote (20)")
     sub.add_argument("--seed", type=int, default=0, help="of the attack")
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
