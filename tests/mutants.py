@@ -2903,8 +2903,8 @@ MUTANTS = [
     Mutant(
         "encoders: pgd is pulled to its anchor",
         "samplers.py",
-        "self.density(z, next(sets)) - energies.similarity(",
-        "self.density(z, next(sets)) + energies.similarity(",
+        "self.density(z, next(sets)) + alike",
+        "self.density(z, next(sets)) - alike",
         "encoders",
     ),
     Mutant(

@@ -79,7 +79,7 @@ def test_pgd_is_langevin_minus_the_pull_to_the_anchor(net, batch, bank):
 
 
 def test_maxent_is_minus_the_gradient_of_the_similarity_over_the_batch(net, batch):
-    """H = -1/N Σ_i log Σ_{j≠i} exp f(x_i, x_j) + constant: the energy falls where the entropy rises, N times as fast."""
+    """H = -1/N Σ_i log Σ_{j≠i} exp f(x_i, x_j) + constant: energy falls where entropy rises, N times as fast."""
     net.eval()
     downhill = -gradient(MaxEnt().begun(net, batch.y, batch.x, None), batch.x)
     x = batch.x.clone().requires_grad_()

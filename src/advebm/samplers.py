@@ -493,9 +493,8 @@ class NPPGD(Contrasting):
 
         def energy(x: Tensor) -> Tensor:
             z = f(x)
-            return self.density(z, next(sets)) - energies.similarity(
-                z, anchor, temperature=self.tau, cosine=self.cosine
-            )
+            alike = -energies.similarity(z, anchor, temperature=self.tau, cosine=self.cosine)
+            return self.density(z, next(sets)) + alike
 
         return energy
 

@@ -89,7 +89,7 @@ def probe(
     run: Run,
     folder: Path,
     *,
-    by: Probe = Probe(),
+    by: Probe,
     overrides: Iterable[tuple[str, Any]] = (),
     checkpoint: str = "latest",
     device: str = "cpu",
