@@ -256,7 +256,7 @@ def test_a_film_of_samples_that_interact(digits):
 
 
 def test_mistakes_are_named(net, batch, digits):
-    too_many = "NPPGD takes 2000 negatives from the training images, digits has 1257; lower --sampler.count"
+    too_many = r"NPPGD takes 2000 negatives from the training images, digits has \d+; lower --sampler.count"
     cases = {
         too_many: lambda: NPPGD(count=2000).bank(digits),
         "NPLangevin contrasts samples with images": lambda: NPLangevin()(net, batch.y, batch.x),
