@@ -14,7 +14,7 @@ def product(a, b, cosine):
 
 
 def nt_xent(first, second, tau, others=(), beta=0.0, cosine=True):
-    """Chen et al. (2020), algorithm 1: mean over both views of -log exp s_ij / Σ_{k≠i} exp s_ik, ``others`` among the k."""
+    """Chen et al. (2020), algorithm 1: mean over both views of -log exp s_ij / Σ_{k≠i} exp s_ik; ``others`` are k, too."""
     rows, n = [*first, *second], len(first)
     total = 0.0
     for i, z in enumerate(rows):
@@ -54,15 +54,16 @@ def np_cem_gradient(encoder, x, z, tau, cosine):
         weights = torch.exp(f.detach() - f.detach().max())
         weights = weights / weights.sum()
         grads = [torch.autograd.grad(f[k], parameters, retain_graph=True) for k in range(len(z))]
-        here = [grads[i][p] - sum(w * grad[p] for w, grad in zip(weights, grads)) for p in range(len(parameters))]
-        total = here if total is None else [a + b for a, b in zip(total, here)]
+        mean = [sum(w * grad[p] for w, grad in zip(weights, grads, strict=True)) for p in range(len(parameters))]
+        here = [a - b for a, b in zip(grads[i], mean, strict=True)]
+        total = here if total is None else [a + b for a, b in zip(total, here, strict=True)]
     return [t / len(x) for t in total]
 
 
 def posterior_divergence(clean, moved, z, tau, cosine):
     """Mean over i of Σ_k p(k|x_i) log p(k|x_i) / p(k|x̂_i), p(k|x) = exp f(x, z_k) / Σ_j exp f(x, z_j)."""
     total = 0.0
-    for a, b in zip(clean, moved):
+    for a, b in zip(clean, moved, strict=True):
         p, q = (torch.exp(torch.stack([product(v, other, cosine) / tau for other in z])) for v in (a, b))
         p, q = p / p.sum(), q / q.sum()
         total = total + (p * torch.log(p / q)).sum()
@@ -87,6 +88,6 @@ def lars(w, gradients, lr, momentum, decay, trust):
         g = [v for row in gradient for v in row]
         length, slope = math.sqrt(sum(v * v for v in flat)), math.sqrt(sum(v * v for v in g))
         local = trust * length / (slope + decay * length)
-        velocity = [momentum * v + lr * local * (a + decay * b) for v, a, b in zip(velocity, g, flat)]
-        flat = [a - b for a, b in zip(flat, velocity)]
+        velocity = [momentum * v + lr * local * (a + decay * b) for v, a, b in zip(velocity, g, flat, strict=True)]
+        flat = [a - b for a, b in zip(flat, velocity, strict=True)]
     return flat

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from advebm.data.autoaugment import brightness, color, contrast, luma
+from advebm.errors import UserError
 from advebm.seeds import rand
 
 TRIES = 10  # draws of a crop, of which the first that fits counts
@@ -141,7 +142,13 @@ def greyed(pixels: Tensor, chosen: Tensor) -> Tensor:
 
 
 def augment(x: Tensor, jitter: float, grey: float, generator: torch.Generator) -> Tensor:
-    """Other colours, then none for a share ``grey`` of images: (B, C, H, W) in [0, 1] -> the same, in 1/255."""
+    """Other colours, then none for a share ``grey`` of images: (B, C, H, W) in [0, 1] -> the same, in 1/255.
+
+    Raises:
+        UserError: images that are neither grey nor RGB.
+    """
+    if x.shape[1] not in (1, 3):
+        raise UserError(f"jitter and grey take grey or RGB images, 1 or 3 channels, got {x.shape[1]}")
     pixels = (x * 255).round().to(torch.uint8)
     if jitter:
         pixels = recolour(pixels, draw_colours(len(x), jitter, generator))
