@@ -213,7 +213,13 @@ MUTANTS = [
         "(linf_ball(self.eps), unit)",
         "attacks",
     ),
-    Mutant("attack: origin lost", "attacks/projected.py", "generator), origin=x, generator", "generator), generator", "attacks"),
+    Mutant(
+        "attack: origin lost",
+        "attacks/projected.py",
+        "generator), origin=x, generator",
+        "generator), generator",
+        "attacks",
+    ),
     Mutant("attack: restarts ignored in runs", "attacks/projected.py", "] * self.restarts", "]", "attacks"),
     # adversaries
     Mutant("margin: sign", "attacks/base.py", ".amax(1) - own", ".amax(1) + own", "adversaries"),
@@ -3348,6 +3354,7 @@ MUTANTS = [
     ),
     Mutant(
         "lars: momentum dropped", "training/optim.py", 'velocity.mul_(group["momentum"])', "velocity.mul_(0.0)", "optim"
+    ),
     # encoders: samplers, probes
     Mutant(
         "encoders: langevin climbs away from its negatives",
