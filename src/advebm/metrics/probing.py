@@ -9,6 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.utils import skip_init
 
 from advebm import config
 from advebm.attacks.base import Adversary
@@ -60,13 +61,14 @@ class Probe:
         """
         if missing := sorted(set(range(classes)) - set(y.tolist())):
             raise UserError(f"a probe is fitted on images of every class, and class {missing[0]} has none")
-        scaler = StandardScaler().fit(z.double().numpy())
-        found = LogisticRegression(C=self.c, max_iter=self.iterations).fit(scaler.transform(z.double().numpy()), y)
+        rows = z.double().numpy()
+        scaler = StandardScaler().fit(rows)
+        found = LogisticRegression(C=self.c, max_iter=self.iterations).fit(scaler.transform(rows), y.numpy())
         weight, bias = (torch.from_numpy(part) for part in (found.coef_, found.intercept_))
         if classes == 2:  # which scikit-learn fits by the difference of their logits
             weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
         mean, scale = torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_)
-        layer = nn.Linear(z.shape[1], classes)
+        layer = skip_init(nn.Linear, z.shape[1], classes)
         with torch.no_grad():
             layer.weight.copy_(weight / scale)
             layer.bias.copy_(bias - weight @ (mean / scale))
