@@ -3408,8 +3408,8 @@ MUTANTS = [
     Mutant(
         "encoders: negatives at another temperature",
         "samplers.py",
-        'options = {"temperature": self.tau, "cosine": self.cosine}',
-        'options = {"temperature": 1.0, "cosine": self.cosine}',
+        'options: dict[str, Any] = {"temperature": self.tau, "cosine": self.cosine}',
+        'options: dict[str, Any] = {"temperature": 1.0, "cosine": self.cosine}',
         "encoders",
     ),
     Mutant(

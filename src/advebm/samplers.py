@@ -455,7 +455,7 @@ class Contrasting(OfEncoder):
 
     def density(self, z: Tensor, negatives: Tensor | None) -> Tensor:
         """``-log Σ_k exp f(x, z_k)`` for features ``z (B, D)``, (B,); without negatives, of the others in z."""
-        options = {"temperature": self.tau, "cosine": self.cosine}
+        options: dict[str, Any] = {"temperature": self.tau, "cosine": self.cosine}
         if negatives is None:
             return -energies.crowding(z, z.detach(), **options)
         return energies.marginal(energies.similarities(z, negatives, **options))

@@ -22,16 +22,20 @@ from advebm.models.network import Network
 from advebm.modes import searching, settled
 
 
-def representations(model: Network, x: Tensor, batch: int = 500) -> Tensor:
+def representations(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
     """What the head of a network sees of images (N, C, H, W), bytes or floating point: (N, W), on the CPU.
 
     Raises:
         UserError: a network without features of its own.
     """
+    with searching(model):
+        return Features("", _headed(model).features).of(x, device_of(model), batch)
+
+
+def _headed(model: nn.Module) -> Network:
     if not isinstance(model, Network) or isinstance(model.head, nn.Identity):
         raise UserError("a probe reads the features before a network's head, and the model returns logits only")
-    with searching(model):
-        return Features("", model.features).of(x, device_of(model), batch)
+    return model
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,11 @@ class Probe:
             layer.bias.copy_(bias - weight @ (mean / scale))
         return layer
 
-    def classifier(self, model: Network, split: Images, classes: int, batch: int = 500) -> Network:
+    def classifier(self, model: nn.Module, split: Images, classes: int, batch: int = 500) -> Network:
         """A copy of the network on one branch, with such a layer, fitted on a split, in the place of its head."""
-        model = settled(model, self.branch)
-        layer = self.fit(representations(model, split.x, batch), split.y, classes)
-        return Network(model.normalise, model.backbone, layer.to(device_of(model))).eval()
+        network = settled(_headed(model), self.branch)
+        layer = self.fit(representations(network, split.x, batch), split.y, classes)
+        return Network(network.normalise, network.backbone, layer.to(device_of(model))).eval()
 
 
 @dataclass(frozen=True)
