@@ -3507,7 +3507,7 @@ MUTANTS = [
     Mutant(
         "encoders: representations after the projection",
         "metrics/probing.py",
-        'Features("", model.features)',
+        'Features("", _headed(model).features)',
         'Features("", model)',
         "encoders",
     ),

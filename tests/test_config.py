@@ -93,6 +93,7 @@ class Foreign:
     width: int = 1
     needs: ClassVar[frozenset[str]] = frozenset()
     outputs: ClassVar[int | None] = None
+    hidden: ClassVar[int | None] = None
 
 
 MISTAKES = [
@@ -132,7 +133,7 @@ def test_missing_and_unknown_blocks_are_named():
     with pytest.raises(UserError, match="recipe has no option 'dta'"):
         resolve({**plain, "dta": {}})
     with pytest.raises(
-        UserError, match="objective has no kind; there is at, awp, binary-at, binary-mle, dat, fast, free"
+        UserError, match="objective has no kind; there is acl, adversarial-infonce, at, awp, binary-at, binary-mle, dat"
     ):
         resolve({**plain, "objective": {}})
     with pytest.raises(UserError, match="takes a block of options with a kind, got 5"):
