@@ -193,15 +193,14 @@ def test_an_attack_climbs_langevins_drift_and_leaves_its_anchor(batch, form):
 
 
 def test_the_attack_on_both_views_is_one_on_their_joint_loss(encoder, batch):
-    objective = AdversarialInfoNCE(attack=GENTLE, **TINY)
-    found, _ = step(objective, encoder, batch)
-    net = copy.deepcopy(encoder).eval()
+    objective, net = AdversarialInfoNCE(attack=GENTLE, **TINY), copy.deepcopy(encoder).eval()
+    found = objective.search(encoder, batch, None, Context(None))
     joint = lambda x: reference.nt_xent(*net(x).chunk(2), 0.4)
     theirs = reference.coupled_pgd(joint, torch.cat(both(batch)), 0.05, 0.03, 3)
     torch.testing.assert_close(torch.cat(found), theirs)
-    assert joint(theirs) > joint(torch.cat(both(batch))) + 0.05
+    assert joint(theirs) > joint(torch.cat(both(batch))) + 0.02
     other = batch._replace(view=torch.cat([batch.view[:-1], batch.x[:1]]))
-    moved, _ = step(objective, encoder, other)
+    moved = objective.search(encoder, other, None, Context(None))
     assert not torch.equal(moved.x[0], found.x[0]), "an image's search depends on the others"
 
 
@@ -209,8 +208,8 @@ def test_one_sided_attacks_move_first_views_and_look_at_the_queue(encoder, batch
     objective = AdversarialInfoNCE(form="infonce", attack=GENTLE, negatives=Negatives(queue=8), **TINY)
     state = objective.init(batch.x, generator)
     state.rows, state.filled = torch.randn(8, 5, generator=generator), 7
-    found, loss = step(objective, encoder, batch, state)
     net = copy.deepcopy(encoder).eval()
+    found, loss = step(objective, encoder, batch, state)
     z, others = net(batch.view).detach(), state.rows[:7].double()
     theirs = reference.coupled_pgd(lambda x: reference.infonce(net(x), z, 0.4, others), batch.x, 0.05, 0.03, 3)
     torch.testing.assert_close(found.x, theirs)
@@ -224,8 +223,8 @@ def test_langevin_climbs_without_an_anchor_and_with_noise(encoder, batch, form):
     attack = Attack(eps=1.0, steps=1, step_size=0.01, start="clean")
     quiet = AdversarialInfoNCE(form=form, attack=attack, langevin=0.0, **TINY)
     middle = batch._replace(x=0.4 + 0.2 * batch.x, view=0.4 + 0.2 * batch.view)
-    found, _ = step(quiet, encoder, middle)
-    net, images = copy.deepcopy(encoder).eval(), both(middle)
+    search = lambda objective: objective.search(encoder, middle, None, Context(seeds.generator(0)))
+    found, net, images = search(quiet), copy.deepcopy(encoder).eval(), both(middle)
     moving = (images.x, images.view) if form == "nt-xent" else (images.x,)
     for start, other, end in zip(moving, (images.view, images.x), found, strict=False):
         v = start.clone().requires_grad_()
@@ -234,10 +233,10 @@ def test_langevin_climbs_without_an_anchor_and_with_noise(encoder, batch, form):
         torch.testing.assert_close(end, start + 0.01 * drift.sign())
     if form == "infonce":
         assert torch.equal(found.view, middle.view)
-    noisy, _ = step(dataclasses.replace(quiet, langevin=0.02), encoder, middle)
+    noisy = search(dataclasses.replace(quiet, langevin=0.02))
     noise = noisy.x - found.x
     assert noise.std().item() == pytest.approx(0.02, rel=0.1)
-    near, _ = step(dataclasses.replace(quiet, langevin=0.5, attack=GENTLE), encoder, middle)
+    near = search(dataclasses.replace(quiet, langevin=0.5, attack=GENTLE))
     assert (near.x - middle.x).abs().max() <= 0.05 + 1e-9, "in the attack's ball"
 
 
@@ -369,12 +368,14 @@ def test_gathered_losses_have_the_gradient_of_one_process(batch, form):
 
 
 GATHERING = """
-import json, sys, torch
+import sys, torch
+from torch import nn
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.contrastive import InfoNCE
 from advebm.training.engine import Engine
-from tests.test_contrastive import smooth
-engine, net = Engine("cpu"), smooth()
+torch.manual_seed(0)
+net = nn.Sequential(nn.Flatten(), nn.Linear(192, 9), nn.Tanh(), nn.Linear(9, 5)).double()
+engine = Engine("cpu")
 objective, data = InfoNCE(outputs=5), torch.load(sys.argv[1])
 step = engine.wrap(net, objective)
 mine = slice(3 * engine.rank, 3 * engine.rank + 3)
@@ -406,10 +407,11 @@ def test_two_processes_learn_as_one(batch, tmp_path):
         assert process.returncode == 0, error
     net = smooth()
     whole = step(InfoNCE(outputs=5), net, batch)[1].total
+    slopes = gradients(whole, net)
     for rank in range(2):
         found = torch.load(tmp_path / f"data.pt.{rank}")
         torch.testing.assert_close(found["loss"], whole.detach())
-        torch.testing.assert_close(found["grads"], gradients(whole, net))
+        torch.testing.assert_close(found["grads"], slopes)
         assert found["rows"].tolist() == [rank, 1 - rank], "one's own first"
 
 
@@ -466,10 +468,10 @@ def same(a, b):
 
 def test_an_encoder_learns_without_labels(tmp_path):
     """The loss falls, and a linear classifier on its features beats one on those of fresh weights."""
-    recipe = small(train__images=24_576, backbone__width=8)
+    recipe = small(train__images=6_144, train__validate_every=3_072, threat__steps=1)
     run = train(recipe, tmp_path / "run", device="cpu")
     losses = [line["train/loss"] for line in run.history() if "train/loss" in line]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < losses[0] - 0.15
     data, scores = recipe.data.load(), []
     for model in (find_model(run.folder), design(recipe, data).build(recipe.seed).eval()):
         with torch.no_grad():
@@ -477,9 +479,9 @@ def test_an_encoder_learns_without_labels(tmp_path):
         few = slice(0, 100)
         probe = LogisticRegression(max_iter=2000).fit(train_z[few], data.train.y[few].numpy())
         scores.append(probe.score(test_z, data.test.y.numpy()))
-    assert scores[0] > scores[1] + 0.02, scores
+    assert scores[0] > scores[1] + 0.3, scores
     judged = [line for line in run.history() if "val/loss" in line]
-    assert judged[-1]["val/contrastive_accuracy"] > judged[0]["val/contrastive_accuracy"] > 1 / 180
+    assert judged[-1]["val/contrastive_accuracy"] > 2 / 359
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """LARS against a re-derivation."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -38,7 +40,7 @@ def test_lars_resumes_skips_and_does_not_divide_by_zero():
     assert torch.equal(still, torch.ones(2, 2))
     torch.testing.assert_close(zero.detach(), torch.full((2, 2), -0.1))  # as plain descent
     again = settings.build([p.detach().clone().requires_grad_() for p in (moving, still, zero)])
-    again.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     copies = again.param_groups[0]["params"]
     copies[0].grad, copies[2].grad = torch.ones(2, 2), torch.ones(2, 2)
     optimizer.step()

@@ -455,7 +455,7 @@ class Looks(Standard):
     """Checks, in a real run, that every role arrives as the recipe says."""
 
     seen: ClassVar[list[Batch]] = []
-    needs: ClassVar[frozenset[str]] = frozenset({"view", "outside", "extra"})
+    needs: ClassVar[frozenset[str]] = frozenset({"labels", "view", "outside", "extra"})
 
     def search(self, model, batch, state, ctx):
         self.seen.append(batch)

@@ -14,7 +14,7 @@ def product(a, b, cosine):
 
 
 def nt_xent(first, second, tau, others=(), beta=0.0, cosine=True):
-    """Chen et al. (2020), algorithm 1: mean over both views of -log exp s_ij / Σ_{k≠i} exp s_ik; ``others`` are k, too."""
+    """Chen et al. (2020), algorithm 1: mean over both views of -log exp s_ij over Σ_{k≠i} exp s_ik; and ``others``."""
     rows, n = [*first, *second], len(first)
     total = 0.0
     for i, z in enumerate(rows):

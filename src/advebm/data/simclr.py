@@ -117,9 +117,9 @@ def _hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     red, green, blue = x.long().unbind(1)
     top, bottom = x.long().amax(1), x.long().amin(1)
     span = (top - bottom).clamp(min=1).float()
-    r, g, b = ((top - channel).float() / span for channel in (red, green, blue))
-    sector = torch.where(red == top, b - g, torch.where(green == top, 2 + r - b, 4 + g - r)).double()
-    h = ((sector / 6 + 1) % 1 * 255).long()
+    r, g, b = (((top - channel).float() / span).double() for channel in (red, green, blue))
+    sector = torch.where(red == top, b - g, torch.where(green == top, 2 + r - b, 4 + g - r)).float().double()
+    h = (((sector / 6 + 1) % 1).float().double() * 255).long()
     s = (((top - bottom).float() / top.clamp(min=1).float()).double() * 255).long()
     return torch.where(top > bottom, h, 0), torch.where(top > bottom, s, 0), top
 
