@@ -3556,8 +3556,8 @@ MUTANTS = [
     Mutant(
         "encoders: table 2: steps of the recipe",
         "reproduce.py",
-        "recipes[row] = dataclasses.replace(other.sampler, steps=steps)",
-        "recipes[row] = other.sampler",
+        "samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=steps)",
+        "samplers[folder_of(row)] = other.sampler",
         "encoders",
     ),
 ]
