@@ -99,7 +99,7 @@ def test_an_energy_in_parts_is_the_energy(generator):
     x = torch.randn(5, 3, generator=generator)
     target = torch.arange(5.0)
     parts = [lambda v, t=t: (v.sum(1) - t) ** 2 for t in target.split(2)]
-    ours = value_and_gradient(in_parts(parts, 2), x)
+    ours = value_and_gradient(in_parts(parts, [slice(0, 2), slice(2, 4), slice(4, 6)]), x)
     torch.testing.assert_close(ours, value_and_gradient(lambda v: (v.sum(1) - target) ** 2, x))
 
 

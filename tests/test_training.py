@@ -432,7 +432,7 @@ def test_training_may_begin_with_the_weights_of_a_run(tmp_path, small_run):
     np.savez(tmp_path / "three.npz", x=images.numpy(), y=np.arange(300) % 3)
     base = tiny("digits-standard", **begin)
     other = dataclasses.replace(base, data=Npz(str(tmp_path / "three.npz")))
-    with pytest.warns(UserWarning, match=r"other classes than three: head.bias, head.weight begin fresh"):
+    with pytest.warns(UserWarning, match=r"another head than three takes: head.bias, head.weight begin fresh"):
         run = train(other, tmp_path / "other", device="cpu")
     now = weights(run)
     assert now["head.weight"].shape == (3, averaged["head.weight"].shape[1])
@@ -467,7 +467,7 @@ class Looks(Standard):
     """Checks, in a real run, that every role arrives as the recipe says."""
 
     seen: ClassVar[list[Batch]] = []
-    needs: ClassVar[frozenset[str]] = frozenset({"view", "outside", "extra"})
+    needs: ClassVar[frozenset[str]] = frozenset({"labels", "view", "outside", "extra"})
 
     def search(self, model, batch, state, ctx):
         self.seen.append(batch)

@@ -56,6 +56,7 @@ def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
     Raises:
         UserError: images outside [0, 1], labels out of range, probabilities instead of logits.
     """
+    checks.no_encoder(model)
     with searching(model) as f, torch.no_grad():
         out = f(checks.images(x))
         if out.ndim == 1 or out.shape[1] == 1:
@@ -113,6 +114,8 @@ def sample(
 ) -> Tensor:
     """Images (N, C, H, W) of classes ``y (N,)``, from a classifier, or by ``ascent`` or ``langevin`` from a critic.
 
+    From an encoder by ``np-langevin``, ``np-pgd`` or ``maxent``; a module of your own passes as one.
+
     Args:
         model: classifier, or critic, on images in [0, 1].
         y: the class of each image; only their number counts where neither energy nor seeds are of a class.
@@ -128,7 +131,9 @@ def sample(
     two = torch.rand(2, *data.shape).to(device_of(model))
     with searching(model) as f, torch.no_grad():
         critic = f(two).numel() == len(two)
-    if sampler.conditional or not critic:
+    if sampler.encoder and (critic or not getattr(model, "encoder", True)):
+        raise UserError(f"{method} draws from an encoder, and the model is none; choose cs, or langevin for a critic")
+    if not sampler.encoder and (sampler.conditional or not critic):
         _check_classifier(model, two)
     if sampler.conditional or sampler.start == "class":
         checks.labels(y, None, len(data.classes))
@@ -160,7 +165,8 @@ def evaluate(
         space = evaluation.feature_space("given features", features)
     subject = Subject(model, data, data.test, threat, samples or {}, space)
     x, y = next(subject.batches())
-    _check_classifier(model, x[:16], y[:16])
+    if not getattr(model, "encoder", False):  # of which some metrics make classifiers
+        _check_classifier(model, x[:16], y[:16])
     return evaluation.evaluate(subject, (Accuracy(), RobustAccuracy()) if metrics is None else metrics, seed=seed)
 
 
@@ -209,6 +215,7 @@ def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), ou
 
 def _check_classifier(model: nn.Module, x: Tensor, y: Tensor | None = None) -> None:
     checks.images(x)
+    checks.no_encoder(model)
     with searching(model) as f, torch.no_grad():
         out = checks.logits(f(x), len(x))
     if out.shape[1] < 2:

@@ -84,7 +84,7 @@ class Chains:
         device, longest = device_of(model), replace(sampler, steps=self.steps[-1])
         start, y = longest.prepare(data, outside), generation.wanted(longest, data, -(-self.count // len(data.classes)))
         y = y[torch.randperm(len(y), generator=seeds.generator(self.seed, "chains"))[: self.count]]
-        seen: dict[int, list[Tensor]] = {k: [] for k in self.steps}
+        bank, seen = longest.bank(data), {k: list[Tensor]() for k in self.steps}
         spent = dict.fromkeys(self.steps, 0.0)
         for number, classes in enumerate(y.split(generation.CHUNK)):
             classes, generator = classes.to(device), seeds.generator(self.seed, "chains", number, device=device)
@@ -99,7 +99,7 @@ class Chains:
                     seen[k].append(generation.to_bytes(x).cpu())
                 since[0] += time.perf_counter() - now  # looking takes no time
 
-            look(longest.steps, longest(model, classes, begin, generator=generator, observe=look))
+            look(longest.steps, longest(model, classes, begin, generator=generator, observe=look, bank=bank))
         return {k: (torch.cat(seen[k]), spent[k]) for k in self.steps}
 
 

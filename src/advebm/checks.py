@@ -1,7 +1,7 @@
 """Checks at the border: images, labels and outputs that a caller hands in."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from advebm.errors import UserError
 
@@ -31,6 +31,12 @@ def labels(y: Tensor, count: int | None, classes: int) -> Tensor:
     if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
         raise UserError(f"labels lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
     return y
+
+
+def no_encoder(model: nn.Module) -> None:
+    """Refuse an encoder, whose outputs are there to be compared with one another."""
+    if getattr(model, "encoder", False):
+        raise UserError("the model is an encoder, which has no logits; advebm probe makes a classifier of its run")
 
 
 def logits(out: Tensor, count: int) -> Tensor:

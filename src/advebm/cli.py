@@ -218,6 +218,23 @@ def build_parser() -> Parser:
     sub.add_argument("--json", action="store_true", help="print records as JSON, one a line")
 
     sub = verb(
+        "probe",
+        run_probe,
+        "Fit a linear classifier on a run's frozen features; it becomes a run that every other command takes.",
+        "Measures it, and the nearest neighbours in the features. Takes --threat.option VALUE.",
+    )
+    sub.set_defaults(takes=("threat",))
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the classifier's run (RUN-probe)")
+    sub.add_argument("--c", type=float, default=1.0, metavar="C", help="inverse weight of the l2 penalty (1)")
+    sub.add_argument(
+        "--branch", default="clean", metavar="NAME", help="of dual batch norms: clean or adversarial (clean)"
+    )
+    sub.add_argument("--neighbours", type=int, default=20, metavar="K", help="that vote (20)")
+    sub.add_argument("--seed", type=int, default=0, help="of the attack")
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+
+    sub = verb(
         "doctor",
         run_doctor,
         "Look for what spoils a model's energies and the attacks on it; say what to do.",
@@ -271,7 +288,7 @@ def build_parser() -> Parser:
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
     for drawing in (
-        verbs.choices[name] for name in ("sample", "tune-sampler", "diagnose", "evaluate", "doctor", "compare")
+        verbs.choices[name] for name in ("sample", "tune-sampler", "diagnose", "evaluate", "probe", "doctor", "compare")
     ):
         drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
     return parser
@@ -598,6 +615,28 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
             print(json.dumps(dataclasses.asdict(record)))
     else:
         record_table(records)
+
+
+def run_probe(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm probe``."""
+    import dataclasses
+
+    from advebm import console
+    from advebm.evaluation import evaluate_run
+    from advebm.metrics.probing import NearestNeighbours, Probe
+    from advebm.stages import probe
+    from advebm.tables import record_table
+    from advebm.training.run import Run
+
+    run, by, neighbours = Run.open(args.run), Probe(args.c, branch=args.branch), NearestNeighbours(args.neighbours)
+    options = {"checkpoint": args.checkpoint, "device": device(args.device)}
+    folder = args.out or run.folder.with_name(f"{run.folder.resolve().name}-probe")
+    probed = probe(run, folder, by=by, overrides=overrides, **options)
+    print(probed.folder)
+    say = lambda name: console.screen.print(f"  {name}")
+    alone = dataclasses.replace(run.recipe, metrics=(neighbours,))
+    records = evaluate_run(probed, device=options["device"], seed=args.seed, progress=say, bar=console.bar)
+    record_table([*records, *evaluate_run(run, recipe=alone, seed=args.seed, progress=say, **options)])
 
 
 def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:

@@ -61,10 +61,14 @@ KINDS: dict[str, dict[str, str]] = {
         "mle": "advebm.objectives.langevin:MLE",
         "binary-at": "advebm.objectives.binary:BinaryAT",
         "binary-mle": "advebm.objectives.binary:BinaryMLE",
+        "infonce": "advebm.objectives.contrastive:InfoNCE",
+        "adversarial-infonce": "advebm.objectives.contrastive:AdversarialInfoNCE",
+        "acl": "advebm.objectives.contrastive:ACL",
     },
     "optimizer": {
         "sgd": "advebm.training.optim:SGD",
         "adam": "advebm.training.optim:Adam",
+        "lars": "advebm.training.optim:LARS",
     },
     "schedule": {
         "cosine": "advebm.training.optim:Cosine",
@@ -80,6 +84,9 @@ KINDS: dict[str, dict[str, str]] = {
         "jeat-17": "advebm.samplers:JEAT17",
         "sgld": "advebm.samplers:SGLD",
         "ascent": "advebm.samplers:Ascent",
+        "np-langevin": "advebm.samplers:NPLangevin",
+        "np-pgd": "advebm.samplers:NPPGD",
+        "maxent": "advebm.samplers:MaxEnt",
     },
     "adversary": {
         "pgd": "advebm.attacks.projected:Attack",
@@ -100,6 +107,8 @@ KINDS: dict[str, dict[str, str]] = {
         "detectors": "advebm.metrics.detectors:Detectors",
         "calibration": "advebm.metrics.calibration:Calibration",
         "corruption-accuracy": "advebm.metrics.corruption:CorruptionAccuracy",
+        "linear-probe": "advebm.metrics.probing:LinearProbe",
+        "knn": "advebm.metrics.probing:NearestNeighbours",
     },
     "space": {
         "inception": "advebm.metrics.spaces:InceptionFeatures",

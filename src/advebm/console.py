@@ -63,6 +63,7 @@ def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:
     """The newest numbers of a training log in a few words; ``seen`` keeps them from call to call."""
     names = {"perf/img_per_s": "img/s", "train/loss": "loss", "val/accuracy": "clean", "val/robust_accuracy": "robust"}
     names |= {"val/auroc": "AUROC", "val/adversarial_auroc": "attacked", "train/steps": "K"}
+    names |= {"val/contrastive_accuracy": "clean", "val/robust_contrastive_accuracy": "robust"}
     seen.update({k: v for k, v in line.items() if k in names})
     shown = {names[k]: seen[k] for k in names if k in seen}
     return "  ".join(f"{v:,.0f} {k}" if k == "img/s" else f"{k} {v:.3g}" for k, v in shown.items())

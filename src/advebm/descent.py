@@ -84,15 +84,16 @@ def value_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), gradient
 
 
-def in_parts(energies: Sequence[Energy], size: int) -> Energy:
-    """An energy of a batch from one for each ``size`` of its images: the network holds one part at a time.
+def in_parts(energies: Sequence[Energy], parts: Sequence[slice]) -> Energy:
+    """An energy of a batch from one for each part of its images: the network holds one part at a time.
 
     Values and gradients are those of the parts; no second derivative passes.
     """
 
     def energy(x: Tensor) -> Tensor:
-        found = [value_and_gradient(part, images) for part, images in zip(energies, x.split(size), strict=True)]
-        value, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
+        value, gradient = x.new_empty(len(x)), torch.empty_like(x)
+        for own, part in zip(energies, parts, strict=True):
+            value[part], gradient[part] = value_and_gradient(own, x[part])
         return value + ((x - x.detach()) * gradient).flatten(1).sum(1)  # adds 0, with that gradient
 
     return energy

@@ -160,6 +160,7 @@ def examine(
         UserError: images outside [0, 1], labels that do not fit them, a radius of zero.
     """
     checks.images(x)
+    checks.no_encoder(model)
     checks.labels(y, len(x), torch.iinfo(torch.int32).max)
     if len(x) < FEWEST:
         raise UserError(f"a model is examined on at least {FEWEST} images, got {len(x)}")

@@ -101,6 +101,7 @@ class Desk:
     start: Start
     y: Tensor
     quick: View | None
+    bank: Tensor | None
 
     @classmethod
     def open(cls, drawing: Drawing) -> "Desk":
@@ -117,13 +118,15 @@ class Desk:
         outside = others(run, sampler, drawing.checkpoint)
         model = run.model(drawing.checkpoint)[0].to(drawing.device)
         y = generation.wanted(sampler, data, drawing.per_class, drawing.classes)
+        generation.check_groups(sampler, len(y), drawing.batch)
         quick = generation.quickly(model, data, min(len(y), drawing.batch or len(y)), drawing.way)
-        return cls(drawing, model, data, outside, sampler.prepare(data, outside), y, quick)
+        return cls(drawing, model, data, outside, sampler.prepare(data, outside), y, quick, sampler.bank(data))
 
     def draw(self, number: int) -> None:
         """Write a chunk."""
         d = self.drawing
         options: dict[str, Any] = {"shape": self.data.shape, "seed": d.seed, "batch": d.batch, "quick": self.quick}
+        options["bank"] = self.bank
         images = generation.chunk(self.model, d.sampler, self.start, self.y, number, **options)
         buffer = io.BytesIO()
         np.save(buffer, generation.to_bytes(images).numpy())

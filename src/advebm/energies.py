@@ -41,25 +41,81 @@ def similarity(z: Tensor, reference: Tensor, *, temperature: float = 1.0, cosine
     return -(z * reference).sum(1) / temperature
 
 
-def infonce(z: Tensor, positive: Tensor, negatives: Tensor, *, temperature: float = 0.5, cosine: bool = True) -> Tensor:
+def similarities(z: Tensor, references: Tensor, *, temperature: float = 1.0, cosine: bool = True) -> Tensor:
+    """``f(x_i, z_k) = g(x_i)·z_k / τ`` of every pair: the logits of an encoder.  ``(B, D)``, ``(M, D)`` -> ``(B, M)``.
+
+    So ``marginal`` of them is ``-log Σ_k exp f(x, z_k)``, the energy that Langevin dynamics descends, CEM eq. 10.
+    """
+    if cosine:
+        z, references = normalize(z, dim=1), normalize(references, dim=1)
+    return z @ references.T / temperature
+
+
+def infonce(
+    z: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    *,
+    without: Tensor | None = None,
+    hardness: float = 0.0,
+    temperature: float = 0.5,
+    cosine: bool = True,
+) -> Tensor:
     """``-log exp f(x, z⁺) / Σ_k exp f(x, z_k)``; the positive counts among the ``z_k``, CEM eq. 8.
 
     ``z``, ``positive`` ``(B, D)``, ``negatives`` ``(M, D)`` -> ``(B,)``, nats.  Low where ``x`` lies near its positive.
+
+    Args:
+        without: bool (B, M), pairs that are not negatives: an image and its own positive, or itself.
+        hardness: β of Robinson et al. (2021) with their τ⁺ = 0: negatives are weighted by ``exp(β f)``, of mean 1, as
+            in their code, where gradients reach the weights too.  Any β > 0 biases the estimate of NP-CEM's gradient,
+            CEM appendix A.1.
     """
-    if cosine:
-        z, positive, negatives = (normalize(v, dim=1) for v in (z, positive, negatives))
-    near = (z * positive).sum(1, keepdim=True) / temperature
-    return torch.cat([near, z @ negatives.T / temperature], 1).logsumexp(1) - near.squeeze(1)
+    near = -similarity(z, positive, temperature=temperature, cosine=cosine)[:, None]
+    far = similarities(z, negatives, temperature=temperature, cosine=cosine)
+    if without is not None:
+        far = far.masked_fill(without, -torch.inf)
+    if hardness:
+        weight = hardness * far
+        count = far.shape[1] if without is None else (~without).sum(1, keepdim=True)
+        far = far + weight - weight.logsumexp(1, keepdim=True) + torch.as_tensor(count).log().to(far)
+    return torch.cat([near, far], 1).logsumexp(1) - near.squeeze(1)
 
 
-def crowding(z: Tensor, *, temperature: float = 0.5) -> Tensor:
-    """How close each sample lies to the others: ``log Σ_{j≠i} exp(cos(z_i, z_j) / τ)``.  ``(B, D)`` -> ``(B,)``.
+def in_batch(
+    z: Tensor, references: Tensor, *, hardness: float = 0.0, temperature: float = 0.5, cosine: bool = True
+) -> Tensor:
+    """``infonce`` of B anchors whose positives are the first B of M ``references``; the others are negatives: ``(B,)``.
+
+    ``z (B, D)``, ``references (M, D)``, M >= B.
+    """
+    own = torch.eye(len(z), len(references), dtype=torch.bool, device=z.device)
+    positive = references[: len(z)]
+    return infonce(z, positive, references, without=own, hardness=hardness, temperature=temperature, cosine=cosine)
+
+
+def nt_xent(
+    z: Tensor, references: Tensor, *, hardness: float = 0.0, temperature: float = 0.5, cosine: bool = True
+) -> Tensor:
+    """``infonce`` of both views of B/2 images, each the other's positive, Chen et al. (2020): ``(B,)``, their NT-Xent.
+
+    ``z (B, D)``: the first views, then the second ones; ``references (M, D)``: these B rows and other negatives.  A row
+    is no negative of itself.
+    """
+    itself = torch.eye(len(z), len(references), dtype=torch.bool, device=z.device)
+    other, without = z.roll(len(z) // 2, 0), itself | itself.roll(len(z) // 2, 0)
+    return infonce(z, other, references, without=without, hardness=hardness, temperature=temperature, cosine=cosine)
+
+
+def crowding(z: Tensor, others: Tensor | None = None, *, temperature: float = 0.5, cosine: bool = True) -> Tensor:
+    """How close each sample lies to the others: ``log Σ_{j≠i} exp f(x_i, z_j)``.  ``(B, D)`` -> ``(B,)``, B > 1.
 
     Descending it spreads a batch out (maximum entropy).  Samples interact: each value depends on every row.
+    ``others`` ``(B, D)`` are the z_j, where they are not the samples themselves: the same, held fixed.
     """
-    unit = normalize(z, dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    return (unit @ unit.T / temperature).masked_fill(itself, -torch.inf).logsumexp(1)
+    alike = similarities(z, z if others is None else others, temperature=temperature, cosine=cosine)
+    return alike.masked_fill(itself, -torch.inf).logsumexp(1)
 
 
 def binary(logit: Tensor) -> Tensor:

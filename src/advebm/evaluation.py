@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm import config, generation, seeds
+from advebm.errors import UserError
 from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent
 from advebm.metrics.spaces import Space
 from advebm.models import network
@@ -34,6 +35,9 @@ def evaluate(
     records = []
     for metric in metrics:
         name = type(metric).__name__
+        if getattr(subject.model, "encoder", False) and not getattr(metric, "encoders", False):
+            fix = "choose --metrics linear-probe,knn,sample-quality, or make a classifier of it by advebm probe"
+            raise UserError(f"{name} reads logits, and the model is an encoder; {fix}")
         progress(name)
         records += metric(subject, seeds.generator(seed, "evaluate", name, device=subject.device))
     return records
@@ -145,13 +149,13 @@ def find_space(features: str | Path) -> Space:
 
 
 def feature_space(name: str, model: Network) -> Features:
-    """A classifier's penultimate features under a name that says whose they are."""
+    """A network's penultimate features under a name that says whose they are."""
 
     def extract(x: Tensor) -> Tensor:
         with searching(model):
             return model.features(x)
 
-    return Features(name, extract, model.head)
+    return Features(name, extract, None if model.encoder else model.head)
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

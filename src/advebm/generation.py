@@ -37,7 +37,7 @@ def generate(
     """Images of classes ``y (N,)`` int64, -1 where there are none, uncurated, on the CPU.
 
     Args:
-        model: classifier, or critic, ``(B, C, H, W)`` in [0, 1] -> logits.
+        model: classifier or critic, ``(B, C, H, W)`` in [0, 1] -> logits, or encoder, -> g(x).
         sampler: the algorithm and its settings.
         data: on a split of which the seeds are fitted.
         y: the class of each image.
@@ -46,13 +46,20 @@ def generate(
         way: how the network is computed, see :class:`advebm.models.inference.Fast`; ``auto`` folds.
         progress: told how many images are done.
     """
+    check_groups(sampler, len(y))
     start, drawn = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
-    quick = quickly(model, data, len(y), way)
+    bank, quick = sampler.bank(data), quickly(model, data, len(y), way)
     for number in range(-(-len(y) // CHUNK)):
-        drawn.append(chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, quick=quick))
+        drawn.append(chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, quick=quick, bank=bank))
         progress(sum(map(len, drawn)))
     about = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if quick is None else quick.way.name}
     return SampleSet(torch.cat(drawn), y.cpu(), about)
+
+
+def check_groups(sampler: Sampler, count: int, batch: int | None = None) -> None:
+    """Refuse a number of images, or a ``batch``, that leaves out a sample's others where samples interact."""
+    for size in {min(count, CHUNK), count % CHUNK} - {0}:
+        sampler.parts(size, batch)
 
 
 def quickly(model: nn.Module, data: Data, count: int, way: Way) -> View | None:
@@ -72,11 +79,12 @@ def chunk(
     seed: int = 0,
     batch: int | None = None,
     quick: View | None = None,
+    bank: Tensor | None = None,
 ) -> Tensor:
     """Images ``number * CHUNK`` and on of those of classes ``y (N,)``, on the CPU.
 
     They depend on nothing that was drawn before.  ``batch`` (images that the network sees at once) and ``quick``
-    (the network as it is searched) change rounding.
+    (the network as it is searched) change rounding.  ``bank`` is the sampler's, of the data.
     """
     device, first = device_of(model), number * CHUNK
     classes, generator = y[first : first + CHUNK].to(device), seeds.generator(seed, "sample", number, device=device)
@@ -84,7 +92,7 @@ def chunk(
         start = dataclasses.replace(start, order=dealt(len(start.x), first, len(classes), seed))
     begin = start(torch.empty(len(classes), *shape, device=device), classes, generator)
     with through(model, quick and quick.refresh):
-        return sampler(model, classes, begin, generator=generator, batch=batch).cpu()
+        return sampler(model, classes, begin, generator=generator, batch=batch, bank=bank).cpu()
 
 
 def dealt(total: int, first: int, count: int, seed: int) -> Tensor:
@@ -115,12 +123,17 @@ def film(
     frames: int = 7,
     seed: int = 0,
 ) -> tuple[Tensor, list[int]]:
-    """One chain a class, seen at ``frames`` steps from the seed to the last iterate: (classes, frames, C, H, W)."""
-    device, y = device_of(model), wanted(sampler, data, 1, classes)
+    """One chain a class, seen at ``frames`` steps from the seed to the last iterate: (classes, frames, C, H, W).
+
+    Two of a single class, where samples interact.
+    """
+    alone = sampler.coupled and len(data.classes if classes is None else classes) == 1
+    device, y = device_of(model), wanted(sampler, data, 1 + alone, classes)
     generator = seeds.generator(seed, "film", device=device)
     begin = sampler.prepare(data, outside)(torch.empty(len(y), *data.shape, device=device), y.to(device), generator)
     path: list[Tensor] = []
-    end = sampler(model, y.to(device), begin, generator=generator, observe=lambda k, x, value: path.append(x.cpu()))
+    options: dict[str, Any] = {"generator": generator, "bank": sampler.bank(data)}
+    end = sampler(model, y.to(device), begin, observe=lambda k, x, value: path.append(x.cpu()), **options)
     path.append(end.cpu())
     shown = sorted({round(i) for i in np.linspace(0, sampler.steps, frames)})
     return torch.stack([path[k] for k in shown], 1), shown

@@ -1,11 +1,15 @@
 """How a network behaves while it is searched rather than trained."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+Module = TypeVar("Module", bound=nn.Module)
 
 VIEWS: dict[nn.Module, Callable[[], Callable[[Tensor], Tensor]]] = {}  # filled by :func:`through`
 
@@ -104,6 +108,16 @@ def using(model: nn.Module, branch: str) -> Iterator[nn.Module]:
     finally:
         for norm, name in zip(norms, before, strict=True):
             norm.branch = name
+
+
+def settled(model: Module, branch: str) -> Module:
+    """A copy whose :class:`DualBatchNorm2d` all compute as those of one branch, whichever is asked for."""
+    model = copy.deepcopy(model)
+    for norm in model.modules():
+        if isinstance(norm, DualBatchNorm2d):
+            for other in norm.branches.values():
+                other.load_state_dict(norm.branches[branch].state_dict())
+    return model
 
 
 def all_finite(model: nn.Module) -> bool:

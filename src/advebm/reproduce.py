@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from advebm import comparison, config, console, evaluation, files, generation, recipes
+from advebm import comparison, config, console, evaluation, files, generation, pictures, recipes
 from advebm.attacks.apgd import APGD
 from advebm.attacks.projected import Attack
 from advebm.chains import Chains, Point, best, reached
@@ -18,10 +18,11 @@ from advebm.metrics.base import Record
 from advebm.metrics.detectors import Detectors
 from advebm.metrics.energy import Energies
 from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution
+from advebm.metrics.probing import LinearProbe, NearestNeighbours
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.reporting import figures, gallery
 from advebm.reporting.build import report
-from advebm.stages import draw, fit
+from advebm.stages import contrast, draw, fit
 from advebm.tables import one_a_line, side_by_side
 from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run
@@ -67,6 +68,8 @@ def reproduce(name: str, folder: Path, *, seeds: int = 1, quick: bool = False, o
     results, runs = EXPERIMENTS[name](folder, seeds, options)
     files.write_json(folder / "results.json", results)
     (one_a_line if len(results) > 4 else side_by_side)(results)
+    for line in CONCLUSIONS[name](results) if name in CONCLUSIONS else ():
+        say(line)
     drawn = FIGURES[name](results) if name in FIGURES else {}
     return report(runs[0], beside=runs[1:], out=folder / "report.html", title=name_shown, shown=drawn)
 
@@ -232,11 +235,11 @@ def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Re
     return study(folder, seeds, entries, measure)
 
 
-def along(run: Run, recipe: Recipe, judge: Run, chains: Chains) -> list[Point]:
-    """What the samples of a run are worth after each number of steps; measured unless it is there."""
+def along(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: str = "") -> list[Point]:
+    """What the samples of a run are worth after each number of steps; measured unless it is there, under the name."""
     about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
     about |= {"features": str(comparison.judge(judge.folder)), "checkpoint": run.checkpoints.path().name}
-    file = run.folder / f"chains-{chains.split}.json"
+    file = run.folder / f"chains-{chains.split}{name}.json"
     known = files.read_json(file, default={})
     if {k: known.get(k) for k in about} != about:
         say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
@@ -435,6 +438,106 @@ def jeat_figure4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
     return study(folder, seeds, entries, measure)
 
 
+ALONE = "no steps"  # the row of seeds as they are
+SEEDS = {f"{given}, {ALONE}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
+SUPERVISED = {f"cond, {name}": (name.lower(), "class") for name in ("TA", "Langevin", "CS", "RCS")}
+UNSUPERVISED = {
+    f"{given}, {name}": (kind, start)
+    for given, start in (("uncond", "global"), ("cond", "class"))
+    for name, kind in (("PGD", "np-pgd"), ("Langevin", "np-langevin"), ("MaxEnt", "maxent"))
+}
+TABLE2 = {"at": SEEDS | SUPERVISED, "infonce": UNSUPERVISED, "acl": UNSUPERVISED}  # each run's rows: kind and start
+
+
+def digits_unsupervised(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Encoders by InfoNCE, standard and adversarial, beside AT on digits, l2 0.9: probes, CEM table 2 and figure 1."""
+    common = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}
+    entries = {name: recipe(f"digits-{name}", options, **common) for name in ("standard", *TABLE2)}
+    threat = entries["standard"].threat
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        judge, probe, neighbours = runs["standard"], LinearProbe(), NearestNeighbours()
+        name = "accuracy of a linear probe"
+        probes: Wanted = {(name, None): probe, (f"{name} under {threat.name}", None): probe}
+        probes[f"accuracy of {neighbours.k} nearest neighbours", None] = neighbours
+        found = {title: measured(runs[title], comparison.accuracies((threat,))) for title in ("standard", "at")}
+        found |= {title: measured(runs[title], probes) for title in ("infonce", "acl")}
+        for title, rows in TABLE2.items():
+            found |= {f"{title}, {row}": records for row, records in table2(runs[title], rows, judge).items()}
+        gallery.hang(judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", "Uncurated; seeds, then a row a network.")
+        return found
+
+    return study(folder, seeds, entries, measure)
+
+
+def of_kind(run: Run, kind: str, start: str) -> Recipe:
+    """A run's recipe with another sampler."""
+    return resolve(config.describe(run.recipe), [("sampler", kind), ("sampler.start", start)])
+
+
+def table2(run: Run, rows: Mapping[str, tuple[str, str]], judge: Run) -> dict[str, Records]:
+    """Samplers of a run beside each other over three sampling seeds, each with as many steps as validation likes best.
+
+    Drawn and measured unless it is there.
+    """
+    chains, samplers = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64)), {}
+    for row, (kind, start) in rows.items():
+        other = of_kind(run, kind, start)
+        points = [] if ALONE in row else along(run, other, judge, chains, f"-{generation.set_name(other.sampler)}")
+        count = best(points).steps if points else 0
+        samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=count)
+    about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
+    about |= {"features": comparison.judge(judge.folder), "checkpoint": run.checkpoints.path().name}
+    file = run.folder / "table2.json"
+    known = files.read_json(file, default={})
+    if known.get("about") != about:
+        tell = lambda text: say(f"  {run.recipe.name}: {text}")
+        found, _ = contrast(run, samplers, 100, 3, features=judge.folder, say=tell)
+        known = {"about": about, "found": found}
+        files.write_json(file, known)
+    steps = {name: Record("steps chosen on validation", s.steps, 0.0, 1) for name, s in samplers.items()}
+    names = {row: folder_of(row) for row in rows}
+    return {row: [dataclasses.asdict(steps[name]), *known["found"][name]] for row, name in names.items()}
+
+
+def folder_of(row: str) -> str:
+    """What the samples of a row are called."""
+    return row.lower().replace(",", "").replace(" ", "-")
+
+
+def cem_figure1(runs: Mapping[str, Run]) -> bytes:
+    """Samples of the first sampling seed: what chains began from, then a row a network; four of each class."""
+    drawn = {
+        f"{title}, {row}": generation.read(runs[title].folder / "comparison" / f"{folder_of(row)}-0")
+        for title, rows in TABLE2.items()
+        for row in rows
+    }
+    panels = {title: pictures.by_class(some.x, some.y, 10, 4) for title, some in drawn.items()}
+    strips = [{t.partition(", ")[2]: x for t, x in panels.items() if ALONE in t}]
+    strips += [{t: x for t, x in panels.items() if t.startswith(f"{run}, ") and ALONE not in t} for run in TABLE2]
+    return pictures.stacked([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips])
+
+
+def winners(results: Mapping[str, Records]) -> list[str]:
+    """For each network and kind of start, which sampler is nearest to the data, and by how much; in FD."""
+    fd = {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if r["name"].startswith("FD")}
+    lines = []
+    for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd if ALONE not in title):
+        rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and ALONE not in t}
+        (name, first), (other, second), *_ = sorted(rows.items(), key=lambda row: row[1][0])
+        margin, error = second[0] - first[0], (first[1] ** 2 + second[1] ** 2) ** 0.5
+        seeds = fd[f"at, {group.rpartition(', ')[2]}, {ALONE}"][0]
+        line = f"{group}: {name} ({first[0]:.1f}) before {other} by {margin:.1f} ± {error:.1f} in FD"
+        lines.append(f"{line}; its seeds have {seeds:.1f}")
+    return lines
+
+
+def unsupervised_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
+    """FD of every row of the table, and what follows from it."""
+    fd = {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if r["name"].startswith("FD")}
+    return {". ".join(winners(results)): figures.bars(fd, "FD in the features of a standard classifier")}
+
+
 EXPERIMENTS: dict[str, Callable[[Path, int, Options], tuple[dict[str, Records], list[Run]]]] = {
     "digits-supervised": digits_supervised,
     "jeat-table1": jeat_table1,
@@ -443,10 +546,16 @@ EXPERIMENTS: dict[str, Callable[[Path, int, Options], tuple[dict[str, Records], 
     "cem-claims": cem_claims,
     "digits-binary-at": digits_binary_at,
     "digits-hybrids": digits_hybrids,
+    "digits-unsupervised": digits_unsupervised,
     "binary-at-table4": binary_at_table4,
 }
-FIGURES: dict[str, Callable[[Mapping[str, Records]], dict[str, bytes]]] = {"digits-binary-at": binary_at_figures}
+FIGURES: dict[str, Callable[[Mapping[str, Records]], dict[str, bytes]]] = {
+    "digits-binary-at": binary_at_figures,
+    "digits-unsupervised": unsupervised_figures,
+}
+CONCLUSIONS: dict[str, Callable[[Mapping[str, Records]], list[str]]] = {"digits-unsupervised": winners}
 QUICK: dict[str, Options] = {
     "digits-binary-at": [("train.images", 16_000), ("objective.curriculum.window", 400)],
     "digits-hybrids": [("train.images", 12_000)],
+    "digits-unsupervised": [("train.images", 12_000)],
 }

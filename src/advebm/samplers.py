@@ -1,14 +1,16 @@
 """Samplers: images drawn from a network read as an energy model."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from advebm import energies, starts
 from advebm.config import check_choices
-from advebm.data.sources import Data
+from advebm.data.sources import Data, to_float
 from advebm.descent import (
     Constraint,
     Descent,
@@ -29,7 +31,7 @@ from advebm.descent import (
 )
 from advebm.energies import Logits
 from advebm.errors import UserError
-from advebm.modes import searching
+from advebm.modes import searching, using
 from advebm.starts import ClassGaussians, Deck, Start
 
 LARGE = 1e30  # beyond any step: twice as much would be infinite in float32 before long
@@ -76,6 +78,7 @@ class Sampler:
     shrinkage: float = 0.01
 
     conditional: ClassVar[bool] = True  # whether its energy is of a class
+    encoder: ClassVar[bool] = False  # whether it draws from an encoder, rather than from logits
     cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "santurkar2019")
 
     def __post_init__(self) -> None:
@@ -125,6 +128,31 @@ class Sampler:
             raise UserError(f"{data.name} has no labels to fit a Gaussian a class on; set start to global or noise")
         return ClassGaussians.fit(split.x, split.y, classes=len(data.classes), shrinkage=self.shrinkage)
 
+    @property
+    def coupled(self) -> bool:
+        """Whether samples interact, within groups that do not depend on what is computed at once."""
+        return False
+
+    def bank(self, data: Data) -> Tensor | None:
+        """Training images that samples are contrasted with, as in ``data``; None where the energy looks at none."""
+        return None
+
+    def contrast(
+        self, f: Logits, bank: Tensor | None, like: Tensor, generator: torch.Generator | None, batch: int
+    ) -> Tensor | None:
+        """Features of images of the bank, for each step or for all of them: (S or 1, K, D)."""
+        return None
+
+    def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
+        """What chains from ``seeds`` descend: the energy of their classes, unless it looks at more than classes."""
+        return self.energy(f, y)
+
+    def parts(self, count: int, batch: int | None) -> list[slice]:
+        """Which of ``count`` images go through the network together, ``batch`` at most."""
+        if batch is None or batch >= count:
+            return [slice(None)]
+        return [slice(first, first + batch) for first in range(0, count, batch)]
+
     def descent(self) -> Descent:
         """The search it runs."""
         constraint: Constraint = box() if self.radius is None else both(l2_ball(self.radius), box())
@@ -146,15 +174,18 @@ class Sampler:
         generator: torch.Generator | None = None,
         observe: Observer | None = None,
         batch: int | None = None,
+        bank: Tensor | None = None,
     ) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of classes ``y (B,)``, from ``seeds`` of the same shape.
 
-        ``batch`` images at most go through the network at once; noise does not depend on it.
+        ``batch`` images at most go through the network at once; noise does not depend on it.  ``bank`` is what
+        :meth:`bank` gave.
         """
         with searching(model) as f:
-            energy = self.energy(f, y)
-            if batch is not None and batch < len(y):
-                energy = in_parts([self.energy(f, part) for part in y.split(batch)], batch)
+            parts = self.parts(len(y), batch)
+            negatives = self.contrast(f, bank, seeds, generator, batch or len(y))
+            each = [self.begun(f, y[part], seeds[part], negatives) for part in parts]
+            energy = each[0] if len(parts) == 1 else in_parts(each, parts)
             return self.descent()(energy, seeds, generator=generator, observe=observe)
 
 
@@ -290,3 +321,185 @@ class Ascent(Langevin):
         super().__post_init__()
         if self.start == "class":
             raise UserError("a critic has no classes; start from outside, global or noise")
+
+
+@dataclass(frozen=True)
+class OfEncoder(Sampler):
+    """Samplers of an encoder g, by ``f(x, z) = g(x)·z / τ`` of NP-CEM, CEM section 4.2.  Abstract, as :class:`Sampler`.
+
+    Labels never enter the gradient.  ``start: global`` is CEM's unconditional sampling, ``start: class`` its
+    conditional one: by the seeds alone.
+
+    Attributes:
+        tau: τ; 0.5 as ACL trains.
+        cosine: whether features are compared by direction, as SimCLR and ACL train, or by the plain product, as CEM
+            writes.
+        branch: of dual batch norms, as ACL trains: that of ``clean`` or that of ``adversarial`` images.
+        group: samples that interact, at most, where samples do.  A chunk of samples is dealt into equal groups, as one
+            deals cards, so that the classes of its seeds mix.
+    """
+
+    start: Literal["class", "global", "noise", "outside", "buffer"] = "global"
+    tau: float = 0.5
+    cosine: bool = True
+    branch: Literal["clean", "adversarial"] = "clean"
+    group: int = 100
+
+    conditional: ClassVar[bool] = False
+    encoder: ClassVar[bool] = True
+    cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "jiang2020")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tau > 0:
+            raise UserError(f"tau is > 0, got {self.tau}")
+        if self.group < 2:
+            raise UserError(f"samples interact in groups of at least 2, got group {self.group}")
+
+    def __call__(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
+        """As every sampler, on its branch."""
+        with using(model, self.branch):
+            return super().__call__(model, *args, **options)
+
+    def parts(self, count: int, batch: int | None) -> list[slice]:
+        """The groups, where samples interact: never less at once."""
+        if not self.coupled:
+            return super().parts(count, batch)
+        if count < 2:
+            kind = type(self).__name__
+            raise UserError(f"samples of {kind} interact, and one is left alone; draw another number of images")
+        groups = min(-(-count // self.group), count // 2)
+        if batch is not None and batch < (largest := -(-count // groups)):
+            raise UserError(
+                f"samples of {type(self).__name__} interact in groups of {largest}, and batch {batch} holds no group; "
+                "raise --batch, or lower --sampler.group, which draws other samples"
+            )
+        return [slice(first, None, groups) for first in range(groups)]
+
+
+@dataclass(frozen=True)
+class MaxEnt(OfEncoder):
+    """MaxEnt of CEM's slides: raises the entropy of a group's features, descending ``log Σ_{j≠i} exp f(x_i, g(x_j))``.
+
+    The slides name it without a formula.  This one estimates the entropy by the similarities of a batch, of which it
+    follows the whole gradient.  With ``negatives: batch`` np-langevin pulls each sample the other way.  The workshop
+    paper prints the same numbers for its Langevin, np-langevin here.
+    """
+
+    noise: float = 0.01
+
+    own: ClassVar[tuple[str, ...]] = ("noise",)
+    cites: ClassVar[tuple[str, ...]] = ("cem-slides", "jiang2020")
+
+    @property
+    def coupled(self) -> bool:
+        """Always."""
+        return True
+
+    def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
+        """``log Σ_{j≠i} exp f(x_i, g(x_j))``, whatever ``y`` and the seeds."""
+        return lambda x: energies.crowding(f(x), temperature=self.tau, cosine=self.cosine)
+
+
+@dataclass(frozen=True)
+class Contrasting(OfEncoder):
+    """Samplers by negatives ``z_k``, k = 1 … K.  Abstract, as :class:`Sampler`.
+
+    Attributes:
+        negatives: features of training images, the same for all samples and steps (``bank``) or others at each step
+            (``data``); or features of the other samples of the group as they are at that step (``batch``), through
+            which no gradient passes.
+        count: K, of training images.
+    """
+
+    negatives: Literal["bank", "data", "batch"] = "bank"
+    count: int = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < 1:
+            raise UserError(f"count is at least 1, got {self.count}")
+
+    @property
+    def coupled(self) -> bool:
+        """Whether negatives are the other samples."""
+        return self.negatives == "batch"
+
+    def bank(self, data: Data) -> Tensor | None:
+        """All training images, or for a bank ``count`` of them, always the same ones."""
+        if self.coupled:
+            return None
+        if self.count > len(data.train):
+            raise UserError(
+                f"{type(self).__name__} takes {self.count} negatives from the training images, {data.name} has "
+                f"{len(data.train)}; lower --sampler.count"
+            )
+        if self.negatives == "data":
+            return data.train.x
+        return data.train.x[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: self.count]]
+
+    @torch.no_grad()
+    def contrast(
+        self, f: Logits, bank: Tensor | None, like: Tensor, generator: torch.Generator | None, batch: int
+    ) -> Tensor | None:
+        """Features of the whole bank, (1, K, D), or of a draw without replacement for each step, (S, K, D)."""
+        if self.coupled:
+            return None
+        if bank is None:
+            raise UserError(f"{type(self).__name__} contrasts samples with images; give what its bank(data) returns")
+        where = torch.device("cpu") if generator is None else generator.device
+        draw = lambda: torch.randperm(len(bank), generator=generator, device=where)[: self.count].cpu()
+        sets = [draw() for _ in range(self.steps)] if self.negatives == "data" else [torch.arange(len(bank))]
+        encode = lambda x: f((to_float(x) if x.dtype == torch.uint8 else x).to(like))
+        found = [torch.cat([encode(bank[rows]) for rows in chosen.split(batch)]) for chosen in sets]
+        return torch.stack(found) if found else None
+
+    def density(self, z: Tensor, negatives: Tensor | None) -> Tensor:
+        """``-log Σ_k exp f(x, z_k)`` for features ``z (B, D)``, (B,); without negatives, of the others in z."""
+        options: dict[str, Any] = {"temperature": self.tau, "cosine": self.cosine}
+        if negatives is None:
+            return -energies.crowding(z, z.detach(), **options)
+        return energies.marginal(energies.similarities(z, negatives, **options))
+
+
+@dataclass(frozen=True)
+class NPLangevin(Contrasting):
+    """Langevin sampling of NP-CEM, CEM eq. 10: descends ``E(x) = -log Σ_k exp f(x, z_k)``, with noise."""
+
+    noise: float = 0.01
+
+    own: ClassVar[tuple[str, ...]] = ("noise",)
+
+    def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
+        """``-log Σ_k exp f(x, z_k)``, whatever ``y`` and the seeds."""
+        sets = in_turn(negatives)
+        return lambda x: self.density(f(x), next(sets))
+
+
+@dataclass(frozen=True)
+class NPPGD(Contrasting):
+    """The PGD attack on InfoNCE as a sampler, CEM eq. 11: descends ``f(x, z) - log Σ_k exp f(x, z_k)``.
+
+    Of np-langevin it keeps the pull towards the negatives; the other term pushes off the anchor z, and there is no
+    noise.  In training z is the representation of the image that the attack starts from.  A sampler has no such image
+    (CEM section 4.2 expects little of it for that); what it starts from is its seed, so z is g of the seed.  The
+    positive is not among the ``z_k``, as eq. 11 is printed.
+    """
+
+    def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
+        """``-log Σ_k exp f(x, z_k) + f(x, g(seed))``, whatever ``y``."""
+        sets = in_turn(negatives)
+        with torch.no_grad():
+            anchor = f(seeds)
+
+        def energy(x: Tensor) -> Tensor:
+            z = f(x)
+            alike = -energies.similarity(z, anchor, temperature=self.tau, cosine=self.cosine)
+            return self.density(z, next(sets)) + alike
+
+        return energy
+
+
+def in_turn(negatives: Tensor | None) -> Iterator[Tensor | None]:
+    """A set of negatives for each step, over and over; None for ever where there are none."""
+    return itertools.cycle([None] if negatives is None else negatives)

@@ -12,6 +12,7 @@ from advebm.data.files import read_folder
 from advebm.errors import UserError
 from advebm.evaluation import is_factory
 from advebm.metrics.base import SampleSet, Subject, label
+from advebm.metrics.probing import Probe
 from advebm.metrics.quality import SampleQuality
 from advebm.models import network
 from advebm.reporting import figures, gallery
@@ -61,6 +62,8 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run
     else:
         at, foreign = network.locate(where)
         architecture = network.read_architecture(at, foreign=foreign)
+        if architecture.hidden is not None:
+            raise UserError(f"{where} is an encoder, which has no logits; advebm probe makes a classifier of its run")
         plain |= {"backbone": config.describe(architecture.backbone), "init": where}
         plain |= {"normalise": {"mean": list(architecture.mean), "std": list(architecture.std)}}
     recipe = resolve(plain, overrides)
@@ -80,6 +83,45 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run
             raise UserError(f"{folder} holds another model or other data; choose another --out")
         return run
     return fit(recipe, folder)
+
+
+def probe(
+    run: Run,
+    folder: Path,
+    *,
+    by: Probe,
+    overrides: Iterable[tuple[str, Any]] = (),
+    checkpoint: str = "latest",
+    device: str = "cpu",
+) -> Run:
+    """A linear classifier on a run's frozen features, published in ``RUN/probe``, as a run of its own in ``folder``.
+
+    Args:
+        run: of any network with features: an encoder above all.
+        folder: of the new run.
+        by: how the classifier is fitted, on the training split.
+        overrides: options of the new run's recipe, such as another threat.
+        checkpoint: of the run.
+        device: where to compute.
+
+    Raises:
+        UserError: data without labels, a network without features, or a folder that holds something.
+    """
+    recipe, data = run.recipe, run.recipe.data.load()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another --out")
+    if not data.train.labelled:
+        raise UserError(f"a probe is fitted on labels, and {data.name} has none")
+    model, architecture = run.model(checkpoint)
+    classifier = by.classifier(model.to(device), data.train, len(data.classes))
+    plain = dataclasses.replace(architecture, outputs=len(data.classes), hidden=None)
+    about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
+    title, where = f"{recipe.name}-probe", run.folder / "probe"
+    network.save(where, classifier, plain, title=title, summary=f"A linear probe of {recipe.name}.", extra=about)
+    described = config.describe(recipe)
+    options = {name: described[name] for name in ("data", "threat")}
+    options["sampler"] = config.switch(described["sampler"], "sampler", "cs")
+    return adopt(str(where), folder, [("name", title), *options.items(), *overrides])
 
 
 def take_in(run: Run, folder: Path) -> str:

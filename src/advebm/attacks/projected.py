@@ -74,14 +74,16 @@ class Attack(Adversary):
     def _run(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None, observe: Observer | None = None
     ) -> Tensor:
+        return self.descent()(energy, self.begin(x, generator), origin=x, generator=generator, observe=observe)
+
+    def begin(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Where a run starts, (B, C, H, W) in the ball and in [0, 1]."""
         starts: dict[str, Start] = {
             "uniform": UniformBall(self.eps, self.norm),
             "gaussian": Gaussian(self.spread),
             "clean": clean,
         }
-        descent = self.descent()
-        start = descent.constraint(starts[self.start](x, None, generator), x)
-        return descent(energy, start, origin=x, generator=generator, observe=observe)
+        return self.descent().constraint(starts[self.start](x, None, generator), x)
 
     def descent(self) -> Descent:
         """The search it runs: the one place where radius, norm and step become directions and constraints."""

@@ -176,15 +176,15 @@ def posterize(x: Tensor, magnitude: Tensor) -> Tensor:
 
 def contrast(x: Tensor, magnitude: Tensor) -> Tensor:
     """Away from the image's mean luma, itself rounded to a byte, by the factor ``magnitude``."""
-    luma = _luma(x)
-    count = luma[0].numel()
-    mean = (2 * luma.sum((1, 2, 3), dtype=torch.int64) + count) // (2 * count)
+    light = luma(x)
+    count = light[0].numel()
+    mean = (2 * light.sum((1, 2, 3), dtype=torch.int64) + count) // (2 * count)
     return _blend(_per_image(mean), x, magnitude)
 
 
 def color(x: Tensor, magnitude: Tensor) -> Tensor:
     """Away from the grey image by the factor ``magnitude``; a grey image stays."""
-    return _blend(_luma(x), x, magnitude)
+    return _blend(luma(x), x, magnitude)
 
 
 def brightness(x: Tensor, magnitude: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def _blend(start: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     return (start + _per_image(factor).float() * (x.float() - start)).clamp(0, 255).to(torch.uint8)
 
 
-def _luma(x: Tensor) -> Tensor:
+def luma(x: Tensor) -> Tensor:
     """(B, 1, H, W) of ITU-R 601-2, rounded to a byte; a grey image is its own."""
     if x.shape[1] == 1:
         return x

@@ -115,7 +115,7 @@ class Subject(NamedTuple):
 
 
 class Metric(Protocol):
-    """A frozen dataclass that turns a subject into records."""
+    """A frozen dataclass that turns a subject into records; ``encoders`` says that it needs no logits."""
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Measure."""

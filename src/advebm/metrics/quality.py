@@ -56,6 +56,7 @@ class SampleQuality:
     groups: int = 10
     overlap: int = 10_000
 
+    encoders: ClassVar[bool] = True
     cites: ClassVar[tuple[str, ...]] = ("heusel2017", "binkowski2018", "salimans2016", "kynkaanniemi2019", "naeem2020")
 
     def __post_init__(self) -> None:

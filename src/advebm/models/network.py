@@ -48,8 +48,15 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+class Projection(nn.Sequential):
+    """Linear, ReLU, linear: the head of an encoder, Chen et al. (2020); representations (B, W) -> g(x) (B, D)."""
+
+    def __init__(self, width: int, hidden: int, outputs: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
 class Network(nn.Module):
-    """``x (B, C, H, W)`` in [0, 1] -> logits ``(B, K)``.
+    """``x (B, C, H, W)`` in [0, 1] -> logits ``(B, K)``, or g(x) ``(B, D)`` of an encoder.
 
     ``precision`` is the type that autocast computes in, around the network only: images, their gradients and the
     logits stay float32.  It is a choice of the moment, not part of the weights; loaded networks are in float32.
@@ -61,15 +68,20 @@ class Network(nn.Module):
         super().__init__()
         self.normalise, self.backbone, self.head = normalise, backbone, head
 
+    @property
+    def encoder(self) -> bool:
+        """Whether its outputs are a projection g(x), to be compared with others, rather than logits."""
+        return isinstance(self.head, Projection)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, K)``."""
+        """Logits ``(B, K)``, or g(x) ``(B, D)`` of an encoder."""
         if self.precision == torch.float32:
             return self.head(self.features(x))
         with torch.autocast(x.device.type, self.precision):
             return self.head(self.features(x)).float()
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees, ``(B, D)``."""
+        """What the head sees, ``(B, W)``: of an encoder the representation before the projection."""
         return self.backbone(self.normalise(x))
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
@@ -89,9 +101,10 @@ class Architecture:
 
     Attributes:
         backbone: the feature extractor.
-        outputs: number of logits: the classes, or 1 for a critic.
+        outputs: number of logits: the classes, or 1 for a critic; of an encoder the dimension of g(x).
         channels, size: of the square images it takes.
         mean, std: per-channel normalisation.
+        hidden: width of an encoder's :class:`Projection`; none for a linear head.
     """
 
     backbone: Backbone
@@ -100,6 +113,7 @@ class Architecture:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    hidden: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.outputs, self.channels, self.size) < 1 or len(self.mean) != self.channels:
@@ -107,17 +121,27 @@ class Architecture:
                 f"outputs, channels and size are at least 1 and there is a mean a channel, got "
                 f"{self.outputs}, {self.channels}, {self.size} and {len(self.mean)} means"
             )
+        if self.hidden is not None and self.hidden < 1:
+            raise UserError(f"hidden is at least 1, or none for a linear head, got {self.hidden}")
 
     def build(self, seed: int = 0) -> Network:
         """A network with fresh weights that depend on ``seed`` alone; the global random state is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "weights"))
             backbone, width = self.backbone.build(self.channels, self.size)
-            head = nn.Identity() if width is None else nn.Linear(width, self.outputs)
-            model = Network(Normalize(self.mean, self.std), backbone, head)
+            if width is None and self.hidden is not None:
+                raise UserError("an encoder takes a backbone with features, and this one has outputs of its own")
+            model = Network(Normalize(self.mean, self.std), backbone, self._head(width))
             if width is None:
                 self._check(model)
             return model
+
+    def _head(self, width: int | None) -> nn.Module:
+        if width is None:
+            return nn.Identity()
+        if self.hidden is None:
+            return nn.Linear(width, self.outputs)
+        return Projection(width, self.hidden, self.outputs)
 
     def _check(self, model: Network) -> None:
         """Try a network whose head is its own on two grey images."""
@@ -144,7 +168,7 @@ tags: [energy-based-model, adversarial-training]
 import advebm
 
 model = advebm.load("PATH OF THIS FOLDER")
-energy = advebm.energy(model, images)  # (B,), low on data; images (B, {channels}, {size}, {size}) in [0, 1]
+{example} images (B, {channels}, {size}, {size}) in [0, 1]
 ```
 
 Backbone `{backbone}`, {parameters:,} parameters, {outputs} outputs. `config.json` holds the architecture and what is
@@ -175,7 +199,11 @@ def save(
             )
     record = {"advebm": advebm.__version__, "architecture": plain, **(extra or {})}
     files.write_json(folder / "config.json", record)
+    example = "energy = advebm.energy(model, images)  # (B,), low on data;"
+    if architecture.hidden is not None:
+        example = "features, projection = model.features(images), model(images)  # (B, W) and g(x), (B, D);"
     card = CARD.format(
+        example=example,
         title=title,
         summary=summary,
         backbone=plain["backbone"]["kind"],

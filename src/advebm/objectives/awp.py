@@ -56,6 +56,10 @@ class AWP:
     def __post_init__(self) -> None:
         if not self.gamma >= 0 or self.warmup < 0:
             raise UserError(f"gamma and warmup are >= 0, got {self.gamma} and {self.warmup}")
+        if self.objective.hidden is not None:
+            raise UserError(
+                f"awp goes around an objective of classifiers or critics, not {type(self.objective).__name__}"
+            )
         if self.objective.replays != 1:
             raise UserError(f"awp goes around an objective without replays, not {type(self.objective).__name__}")
 
@@ -68,6 +72,11 @@ class AWP:
     def outputs(self) -> int | None:
         """The inner objective's."""
         return self.objective.outputs
+
+    @property
+    def hidden(self) -> None:
+        """It goes around classifiers and critics."""
+        return
 
     @property
     def replays(self) -> int:

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     """One stream's share of a step."""
 
     x: Tensor  # (B, C, H, W) in [0, 1]
-    y: Tensor  # (B,) int64
+    y: Tensor  # (B,) int64; -1 where the objective needs no labels
     view: Tensor | None = None  # another augmentation of the same images
     outside: Tensor | None = None  # (B, C, H, W): images that are not of the data
     extra: Tensor | None = None  # (B, C, H, W): more images of the data, without labels
@@ -30,6 +30,7 @@ class Context(NamedTuple):
     generator: torch.Generator  # seeded from (seed, attempt, images, stream)
     images: int = 0  # seen so far: the clock of every schedule
     mean: Callable[[Tensor], Tensor] = lambda x: x  # over processes
+    gather: Callable[[Tensor], Tensor] = lambda x: x  # rows of all processes, one's own first; differentiable
     note: Callable[[str], None] = lambda text: None  # warn, and say so in metrics.jsonl
 
 
@@ -50,7 +51,12 @@ class Objective(Protocol):
 
     @property
     def outputs(self) -> int | None:
-        """Outputs of the network: None for a logit a class, 1 for a critic."""
+        """Outputs of the network: None for a logit a class, 1 for a critic, the dimension of g(x) for an encoder."""
+        ...
+
+    @property
+    def hidden(self) -> int | None:
+        """Width of the projection head of an encoder; None says that it trains no encoder."""
         ...
 
     @property
@@ -91,6 +97,7 @@ class Stateless:
 
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
     outputs: ClassVar[int | None] = None
+    hidden: ClassVar[int | None] = None
     replays: ClassVar[int] = 1
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:

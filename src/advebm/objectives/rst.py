@@ -46,6 +46,11 @@ class RST:
         return self.objective.outputs
 
     @property
+    def hidden(self) -> int | None:
+        """The inner objective's."""
+        return self.objective.hidden
+
+    @property
     def replays(self) -> int:
         """The inner objective's."""
         return self.objective.replays

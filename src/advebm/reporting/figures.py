@@ -44,6 +44,9 @@ def curves(history: History) -> bytes:
             "val/robust_accuracy": "validation, attacked",
             "val/auroc": "validation, AUROC",
             "val/adversarial_auroc": "validation, AUROC, attacked",
+            "train/contrastive_accuracy": "training views",
+            "val/contrastive_accuracy": "validation, clean",
+            "val/robust_contrastive_accuracy": "validation, attacked",
         },
         "energy of training inputs (nats)": {
             "train/energy_joint": "E(x, y)",
@@ -84,7 +87,11 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
             for r in records:
                 attack = r["settings"].get("attack", {**threat, "eps": 0.0})
                 plain = not {"targeted", "corruption"} & r["settings"].keys()
-                if r["name"].startswith("accuracy") and plain and others(attack) == others(threat):
+                if (
+                    f"{r['name']} ".startswith(("accuracy  ", "accuracy under "))
+                    and plain
+                    and others(attack) == others(threat)
+                ):
                     points[attack["eps"]] = (r["value"], r["error"])
             if len(points) > 1:
                 x = sorted(points)
@@ -174,7 +181,7 @@ def lines(
 def bars(values: Mapping[str, tuple[float, float]], ylabel: str) -> bytes:
     """A bar a name, with its error."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(5.2, 3.2))
+        figure, axis = plt.subplots(figsize=(max(5.2, 0.6 * len(values)), 3.2))
         for number, (value, error) in enumerate(values.values()):
             axis.bar(number, value, yerr=1.96 * error, capsize=2, color="#0f6fc6")
         axis.set_xticks(range(len(values)), values, rotation=20, ha="right", fontsize=7)

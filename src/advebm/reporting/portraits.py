@@ -255,10 +255,10 @@ def interpolation(s: Sitting) -> Portrait:
     spread = s.seeds(y.repeat_interleave(64), "interpolation, centre").view(len(y), 64, *s.data.shape)
     between = paths.between(first, second, spread.mean(1), 9)
     quiet = dataclasses.replace(s.sampler, noise=0.0, temperature=0.0 if s.sampler.temperature is not None else None)
-    rows = {}
+    rows, bank = {}, quiet.bank(s.data)
     for title, model in s.models.items():
         flat = between.flatten(0, 1)
-        rows[title] = quiet(model, y.repeat_interleave(9).to(flat.device), flat).view_as(between).cpu()
+        rows[title] = quiet(model, y.repeat_interleave(9).to(flat.device), flat, bank=bank).view_as(between).cpu()
     numbers = {}
     for title, found in rows.items():
         steps = (found[:, 1:] - found[:, :-1]).flatten(2).norm(dim=2)
@@ -382,6 +382,9 @@ PORTRAITS: Mapping[str, Callable[[Sitting], Portrait]] = MappingProxyType(
 )
 
 
+OF_ENCODERS = ("neighbours", "interpolation", "inversion")  # which need no logits
+
+
 def diagnose(
     runs: Mapping[str, Run],
     what: Sequence[str] = (),
@@ -419,6 +422,13 @@ def diagnose(
         raise UserError(
             f"{type(chosen).__name__} draws from classes, and one of the runs is a critic; choose --method langevin"
         )
+    encoders = {title for title, model in models.items() if model.encoder}
+    if encoders and len(encoders) < len(models):
+        raise UserError(f"{', '.join(sorted(encoders))}: encoders are diagnosed beside encoders only")
+    if encoders and (unfit := [name for name in what if name not in OF_ENCODERS]):
+        raise UserError(
+            f"{unfit[0]} looks at energies of logits, and encoders have none; {', '.join(OF_ENCODERS)} do not"
+        )
     beginnings = others(first, chosen, checkpoint)
     if chosen.start == "outside":
         beyond = beginnings
@@ -428,7 +438,8 @@ def diagnose(
     if sitting.count < 2:
         raise UserError(f"numbers are taken over at least 2 images, got {sitting.count}")
     numbers, written = {}, []
-    for name in what or [n for n in PORTRAITS if not (critics and n == "gradients")]:
+    everything = OF_ENCODERS if encoders else [n for n in PORTRAITS if not (critics and n == "gradients")]
+    for name in what or everything:
         progress(name)
         portrait = PORTRAITS[name](sitting)
         numbers[name] = portrait.numbers

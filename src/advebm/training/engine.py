@@ -24,6 +24,20 @@ class Step(nn.Module):
         return self.objective.loss(self.model, batch, found, state, ctx)
 
 
+class Gather(torch.autograd.Function):
+    """The rows of all processes, whose gradients come back to the process that they are from, summed over all."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, accelerator: Accelerator) -> Tensor:  # noqa: D102
+        ctx.accelerator, ctx.count = accelerator, len(rows)
+        return accelerator.gather(rows.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        total = ctx.accelerator.reduce(gradient.contiguous(), "sum")
+        return total[ctx.accelerator.process_index * ctx.count :][: ctx.count], None
+
+
 class Engine:
     """One process's view of the run.  Precision is left alone: autocast belongs around a network, not a step."""
 
@@ -59,6 +73,15 @@ class Engine:
     def mean(self, value: Tensor) -> Tensor:
         """Mean over processes."""
         return value if self.world == 1 else self.accelerator.reduce(value, "mean")
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows (N, …) of all processes, as many of each, one's own first; differentiable: (world N, …).
+
+        A mean over processes of losses on gathered rows has the gradient that one process with all rows would have.
+        """
+        if self.world == 1:
+            return rows
+        return Gather.apply(rows, self.accelerator).roll(-self.rank * len(rows), 0)
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is up in any process."""

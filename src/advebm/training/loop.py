@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -32,6 +33,7 @@ from advebm.models.layers import Staged
 from advebm.models.network import Network, transfer
 from advebm.modes import searching
 from advebm.objectives.base import Batch, Context
+from advebm.objectives.contrastive import InfoNCE, Views
 from advebm.training.checkpoint import Progress
 from advebm.training.engine import Engine
 from advebm.training.instruments import EnergyShift
@@ -40,8 +42,12 @@ from advebm.training.run import Run, environment
 
 Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl, images counted over all stages
 AGAIN = "advebm train --resume"
-# What "best" is decided by, attacked before clean: of a classifier, and of a critic.
-SELECTED = ("val/robust_accuracy", "val/accuracy", "val/adversarial_auroc", "val/auroc")
+# What "best" is decided by, attacked before clean: of a classifier, of a critic, and of an encoder.
+SELECTED = (
+    *("val/robust_accuracy", "val/accuracy"),
+    *("val/adversarial_auroc", "val/auroc"),
+    *("val/robust_contrastive_accuracy", "val/contrastive_accuracy"),
+)
 
 
 def train(
@@ -74,11 +80,17 @@ def train(
         raise UserError(f"objective {type(objective).__name__} needs labels, {data.name} has none")
     if cfg.batch > len(data.train):
         raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
-    validation, critic = data.val.take(slice(cfg.validate_with)), objective.outputs == 1
+    if isinstance(objective, InfoNCE) and objective.negatives.queue > len(data.train):
+        have, wanted = len(data.train), objective.negatives.queue
+        raise UserError(f"negatives.queue is {wanted}, but {data.name} has {have} training images")
+    validation = data.val.take(slice(cfg.validate_with))
     architecture = design(recipe, data)
     model = architecture.build(recipe.seed)
     feed, earlier = Feed(recipe, data, engine), sum(stage.train.images for stage in recipe.before)
-    judgeable = validation.labelled if not critic else feed.outside is not None
+    if objective.hidden is not None:
+        judgeable = isinstance(objective, InfoNCE) and len(validation) > 1
+    else:
+        judgeable = validation.labelled if objective.outputs != 1 else feed.outside is not None
     like = torch.empty(cfg.batch // cfg.streams, *data.shape)
     states = {s: objective.init(like, seeds.generator(recipe.seed, "init", s)) for s in streams}
     fresh = not resume or not Run.open(folder).checkpoints.latest()
@@ -143,7 +155,7 @@ def train(
                         keys = (recipe.seed, progress.attempt, before, s)
                         batch = feed(before, s, keys)
                         generator = seeds.generator(*keys, replay, device=engine.device)
-                        ctx = Context(generator, before, engine.mean, notes.append)
+                        ctx = Context(generator, before, engine.mean, engine.gather, notes.append)
                         torch.manual_seed(seeds.derive(*keys, replay, "global"))  # dropout in modules of one's own
                         with modes.through(model, quick and quick.refresh):
                             found = objective.search(model, batch, states[s], ctx)
@@ -225,7 +237,7 @@ def begin(model: Network, init: str, data: Data, recipe: Recipe) -> None:
         if getattr(recipe.normalise, name) is not None:
             model.normalise.load_state_dict({**model.normalise.state_dict(), name: own[name]})
     if fresh:
-        warnings.warn(f"{init} has other classes than {data.name}: {', '.join(fresh)} begin fresh", stacklevel=2)
+        warnings.warn(f"{init} has another head than {data.name} takes: {', '.join(fresh)} begin fresh", stacklevel=2)
 
 
 def prepare(recipe: Recipe, run: Run, device: str | None, report: Report) -> Run:
@@ -260,6 +272,7 @@ class Feed:
             return Loader(images, recipe.seed, recipe.train.batch, recipe.train.streams, augment, engine.device, role)
 
         self.device, needs, roles = engine.device, recipe.objective.needs, recipe.data.augment
+        self.labels = "labels" in needs
         self.loader = loader(data.train, (roles.x, roles.view or roles.x) if "view" in needs else (roles.x,))
         self.others: dict[str, Loader] = {}
         self.outside: Images | None = None  # for validation
@@ -283,6 +296,7 @@ class Feed:
             role: loader(seen, stream, seeds.generator(*keys, role, device=self.device))[0][0]
             for role, loader in self.others.items()
         }
+        y = y if self.labels else torch.full_like(y, -1)  # nobody learns from what it does not ask for
         return Batch(views[0], y, view=views[1] if len(views) > 1 else None, **others)
 
 
@@ -291,13 +305,21 @@ def validate(
 ) -> dict[str, float]:
     """A score, clean and under the recipe's threat, on images kept for selection; always the same attack noise.
 
-    Of a classifier the accuracy; of a critic the AUROC against images from ``outside``, which are what is attacked.
+    Of a classifier the accuracy; of a critic the AUROC against images from ``outside``, which are what is attacked; of
+    an encoder what its objective says, on two augmentations of each image, always the same ones.
 
     Raises:
-        Diverged: a critic's energies are not finite.
+        Diverged: a critic's energies, or an encoder's losses, are not finite.
     """
     subject = Subject(model, data, split, recipe.threat)
     generator = seeds.generator(recipe.seed, "val", device=subject.device)
+    if isinstance(recipe.objective, InfoNCE):
+        roles, x = recipe.data.augment, subject.on_device(split.x)
+        images = Views(roles.x(x, generator), (roles.view or roles.x)(x, generator))
+        found = recipe.objective.validate(model, images, recipe.threat, generator)
+        if not all(map(math.isfinite, found.values())):
+            raise Diverged("the loss of validation images is not finite")
+        return found
     if recipe.objective.outputs == 1 and outside is not None:
         with searching(model) as f:
             energy: Energy = lambda x: energies.binary(f(x))

@@ -139,8 +139,12 @@ class Recipe:
                 kind = type(self.objective).__name__
                 fix = f"give them with --{role} KIND" if needed else f"leave {role} out"
                 raise UserError(f"objective {kind} {'needs' if needed else 'takes no'} {role} images; {fix}")
+        kind, method = type(self.objective).__name__, type(self.sampler).__name__
+        if (encoder := self.objective.hidden is not None) != self.sampler.encoder:
+            of, trains = ("logits", "an encoder") if encoder else ("an encoder", "none")
+            fix = "np-langevin, np-pgd or maxent" if encoder else "cs, or langevin for a critic"
+            raise UserError(f"sampler {method} draws from {of}, and objective {kind} trains {trains}; --sampler {fix}")
         if self.objective.outputs == 1 and self.sampler.conditional:
-            kind, method = type(self.objective).__name__, type(self.sampler).__name__
             raise UserError(
                 f"sampler {method} draws from classes, and objective {kind} trains a critic, which has none; "
                 "give --sampler ascent or langevin"
@@ -199,14 +203,14 @@ def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def design(recipe: Recipe, data: Data) -> Architecture:
-    """The recipe's backbone for these images, with a logit a class or a critic's one output, normalised as it says."""
+    """The recipe's backbone and the head that its objective wants, for these images, normalised as it says."""
     channels, height, width = data.shape
     if height != width:
         raise UserError(f"networks take square images, {data.name} has {height} x {width}")
     own, wanted = data.statistics(), (recipe.normalise.mean, recipe.normalise.std)
     mean, std = (a if b is None else b * channels if len(b) == 1 else b for a, b in zip(own, wanted, strict=True))
     outputs = recipe.objective.outputs or len(data.classes)
-    return Architecture(recipe.backbone, outputs, channels, height, mean, std)
+    return Architecture(recipe.backbone, outputs, channels, height, mean, std, recipe.objective.hidden)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""The augmentations of SimCLR (Chen et al., 2020) for a whole batch on its device: crops, colours, grey.
+
+Numbers are drawn first, one set an image, and applied afterwards.  Colours work on bytes and give what Pillow gives,
+pixel for pixel; crops are resampled in floating point, where Pillow rounds to bytes twice.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from advebm.data.autoaugment import brightness, color, contrast, luma
+from advebm.errors import UserError
+from advebm.seeds import rand
+
+TRIES = 10  # draws of a crop, of which the first that fits counts
+RATIO = 4 / 3  # of a crop's sides, at most
+CHANCE = 0.8  # that colours are changed at all
+STRENGTHS = (0.8, 0.8, 0.8, 0.2)  # of brightness, contrast, saturation and hue at strength 1
+
+
+class Crops(NamedTuple):
+    """Boxes in pixels, int64 (B,) each."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+
+
+def draw_crops(x: Tensor, scale: float, generator: torch.Generator) -> Crops:
+    """A box of a share of the area in [``scale``, 1], sides in a ratio in [3/4, 4/3], for each of ``x (B, C, H, W)``.
+
+    Both uniform, the ratio in its logarithm; the whole image where no draw of ten fits into it.
+    """
+    count, (height, width) = len(x), x.shape[2:]
+    uniform = lambda *shape: torch.rand(*shape, generator=generator, device=x.device, dtype=torch.float64)
+    area = height * width * (scale + (1 - scale) * uniform(count, TRIES))
+    ratio = ((2 * uniform(count, TRIES) - 1) * math.log(RATIO)).exp()
+    rows, columns = ((area * r).sqrt().round().long() for r in (1 / ratio, ratio))
+    fits = (rows > 0) & (rows <= height) & (columns > 0) & (columns <= width)
+    first = fits.int().argmax(1, keepdim=True)
+    rows, columns = (
+        torch.where(fits.any(1), side.gather(1, first).squeeze(1), whole)
+        for side, whole in ((rows, height), (columns, width))
+    )
+    top, left = ((uniform(count) * (whole - side + 1)).long() for side, whole in ((rows, height), (columns, width)))
+    return Crops(top, left, rows, columns)
+
+
+def resized_crop(x: Tensor, crops: Crops) -> Tensor:
+    """Each box, enlarged to the whole size bilinearly.  ``x (B, C, H, W)`` -> the same shape.
+
+    Pixels are squares around their centres; only those in the box count.
+    """
+    rows = _enlarge(crops.top, crops.height, x.shape[2]).to(x)
+    columns = _enlarge(crops.left, crops.width, x.shape[3]).to(x)
+    return rows[:, None] @ x @ columns[:, None].mT
+
+
+def _enlarge(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Weights (B, size, size) of the pixels ``start … start + length`` for each of ``size`` pixels between them."""
+    pixel = torch.arange(size, device=start.device)
+    start, length = start[:, None, None], length[:, None, None]
+    centre = start + (pixel[:, None] + 0.5) * (length / size)
+    weights = (1 - (pixel + 0.5 - centre).abs()).clamp(min=0) * ((pixel >= start) & (pixel < start + length))
+    return weights / weights.sum(2, keepdim=True)
+
+
+class Colours(NamedTuple):
+    """What was drawn for each of B images.
+
+    Attributes:
+        applied: bool (B,).
+        order: int64 (B, 4), a permutation of the operations an image.
+        magnitude: float64 (B, 4), factors of brightness, contrast and saturation, and a turn of the hue.
+    """
+
+    applied: Tensor
+    order: Tensor
+    magnitude: Tensor
+
+
+def draw_colours(count: int, strength: float, generator: torch.Generator) -> Colours:
+    """Factors in ``1 ± 0.8 strength``, none below 0, a turn in ``± 0.2 strength``, an order; for 8 of 10 images."""
+    uniform = lambda *shape: torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float64)
+    span = strength * torch.tensor(STRENGTHS, dtype=torch.float64, device=generator.device)
+    middle = torch.tensor([1.0, 1, 1, 0], dtype=torch.float64, device=generator.device)
+    low = torch.where(middle > 0, (middle - span).clamp(min=0), -span)
+    magnitude = low + (middle + span - low) * uniform(count, 4)
+    return Colours(uniform(count) < CHANCE, uniform(count, 4).argsort(1), magnitude)
+
+
+def recolour(pixels: Tensor, colours: Colours) -> Tensor:
+    """Bytes (B, C, H, W) -> the same; grey images only change in brightness and contrast."""
+    pixels, operations = pixels.clone(), (brightness, contrast, color, hue)
+    for turn in range(4):
+        operation = torch.where(colours.applied, colours.order[:, turn], len(operations))
+        for number, function in enumerate(operations):
+            members = (operation == number).nonzero().squeeze(1)
+            if len(members):
+                pixels[members] = function(pixels[members], colours.magnitude[members, number])
+    return pixels
+
+
+def hue(x: Tensor, magnitude: Tensor) -> Tensor:
+    """Turn the hue by ``magnitude`` (B,) of a whole turn, in steps of 1/255, truncated; a grey image stays."""
+    if x.shape[1] == 1:
+        return x
+    h, s, v = _hsv(x)
+    return _rgb((h + (magnitude * 255).trunc().long()[:, None, None]) % 256, s, v)
+
+
+def _hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hue, saturation and value as integers in 0 … 255, (B, H, W) each, truncated as in Pillow."""
+    red, green, blue = x.long().unbind(1)
+    top, bottom = x.long().amax(1), x.long().amin(1)
+    span = (top - bottom).clamp(min=1).float()
+    r, g, b = (((top - channel).float() / span).double() for channel in (red, green, blue))
+    sector = torch.where(red == top, b - g, torch.where(green == top, 2 + r - b, 4 + g - r)).float().double()
+    h = (((sector / 6 + 1) % 1).float().double() * 255).long()
+    s = (((top - bottom).float() / top.clamp(min=1).float()).double() * 255).long()
+    return torch.where(top > bottom, h, 0), torch.where(top > bottom, s, 0), top
+
+
+def _rgb(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """The inverse, bytes (B, 3, H, W), rounded as in Pillow."""
+    turn = (h.float() * 6 / 255).double()
+    share, sector = s.float().double() / 255, turn.floor()
+    inside = turn - sector
+    p, q, t = ((v * (1 - share * part) + 0.5).floor().long() for part in (torch.ones_like(inside), inside, 1 - inside))
+    cases = ((v, t, p), (q, v, p), (p, v, t), (p, q, v), (t, p, v), (v, p, q))
+    which = (sector.long() % 6)[:, None]
+    made = torch.stack([torch.stack(case, 1) for case in cases], 0).gather(0, which.expand(-1, 3, -1, -1)[None])[0]
+    return made.to(torch.uint8)
+
+
+def greyed(pixels: Tensor, chosen: Tensor) -> Tensor:
+    """Bytes (B, C, H, W), the ``chosen`` (B,) without their colours."""
+    return torch.where(chosen[:, None, None, None], luma(pixels).to(torch.uint8), pixels)
+
+
+def augment(x: Tensor, jitter: float, grey: float, generator: torch.Generator) -> Tensor:
+    """Other colours, then none for a share ``grey`` of images: (B, C, H, W) in [0, 1] -> the same, in 1/255.
+
+    Raises:
+        UserError: images that are neither grey nor RGB.
+    """
+    if x.shape[1] not in (1, 3):
+        raise UserError(f"jitter and grey take grey or RGB images, 1 or 3 channels, got {x.shape[1]}")
+    pixels = (x * 255).round().to(torch.uint8)
+    if jitter:
+        pixels = recolour(pixels, draw_colours(len(x), jitter, generator))
+    if grey:
+        pixels = greyed(pixels, rand(x[:, 0, 0, 0], generator) < grey)
+    return pixels.to(x.dtype) / 255

@@ -1,0 +1,149 @@
+"""What a frozen representation is worth: linear classifiers on it, and nearest neighbours in it."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.utils import skip_init
+
+from advebm import config
+from advebm.attacks.base import Adversary
+from advebm.attacks.projected import Attack
+from advebm.data.sources import Images
+from advebm.errors import UserError
+from advebm.metrics.base import Features, Record, Subject, device_of, proportion
+from advebm.metrics.robustness import verdicts
+from advebm.models.network import Network
+from advebm.modes import searching, settled
+
+
+def representations(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
+    """What the head of a network sees of images (N, C, H, W), bytes or floating point: (N, W), on the CPU.
+
+    Raises:
+        UserError: a network without features of its own.
+    """
+    with searching(model):
+        return Features("", _headed(model).features).of(x, device_of(model), batch)
+
+
+def _headed(model: nn.Module) -> Network:
+    if not isinstance(model, Network) or isinstance(model.head, nn.Identity):
+        raise UserError("a probe reads the features before a network's head, and the model returns logits only")
+    return model
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Multinomial logistic regression on standardised features (scikit-learn's), as a layer on the features.
+
+    Attributes:
+        c: inverse of the weight of the l2 penalty on the standardised weights, scikit-learn's C.
+        iterations: of L-BFGS, at most.
+        branch: of dual batch norms, as ACL trains: that of ``clean`` or that of ``adversarial`` images.
+    """
+
+    c: float = 1.0
+    iterations: int = 1000
+    branch: Literal["clean", "adversarial"] = "clean"
+
+    def __post_init__(self) -> None:
+        config.check_choices(self)
+        if not self.c > 0 or self.iterations < 1:
+            raise UserError(f"c is > 0 and iterations at least 1, got {self.c} and {self.iterations}")
+
+    def fit(self, z: Tensor, y: Tensor, classes: int) -> nn.Linear:
+        """On features (N, W) of images labelled ``y (N,)``: W -> logits of ``classes``.
+
+        Raises:
+            UserError: a class without images.
+        """
+        if missing := sorted(set(range(classes)) - set(y.tolist())):
+            raise UserError(f"a probe is fitted on images of every class, and class {missing[0]} has none")
+        rows = z.double().numpy()
+        scaler = StandardScaler().fit(rows)
+        found = LogisticRegression(C=self.c, max_iter=self.iterations).fit(scaler.transform(rows), y.numpy())
+        weight, bias = (torch.from_numpy(part) for part in (found.coef_, found.intercept_))
+        if classes == 2:  # which scikit-learn fits by the difference of their logits
+            weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
+        mean, scale = torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_)
+        layer = skip_init(nn.Linear, z.shape[1], classes)
+        with torch.no_grad():
+            layer.weight.copy_(weight / scale)
+            layer.bias.copy_(bias - weight @ (mean / scale))
+        return layer
+
+    def classifier(self, model: nn.Module, split: Images, classes: int, batch: int = 500) -> Network:
+        """A copy of the network on one branch, with such a layer, fitted on a split, in the place of its head."""
+        network = settled(_headed(model), self.branch)
+        layer = self.fit(representations(network, split.x, batch), split.y, classes)
+        return Network(network.normalise, network.backbone, layer.to(device_of(model))).eval()
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Accuracy of a linear classifier on frozen features, fitted on clean training images, clean and under attack.
+
+    The attack sees through classifier and network.  Jiang et al. (2020) call this standard linear fine-tuning.
+
+    Attributes:
+        probe: how the classifier is fitted.
+        attack: the attack; none takes the recipe's ``threat``.
+    """
+
+    probe: Probe = Probe()
+    attack: Adversary | None = None
+
+    encoders: ClassVar[bool] = True
+    cites: ClassVar[tuple[str, ...]] = ("jiang2020", "pedregosa2011")
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """``accuracy of a linear probe``, as the images are and under the attack."""
+        subject.check_labelled()
+        data, attack = subject.data, self.attack or subject.threat
+        model = self.probe.classifier(subject.model, data.train, len(data.classes), subject.batch)
+        settings = {"metric": config.describe(self)}
+        found, name = subject._replace(model=model), "accuracy of a linear probe"
+        clean = verdicts(found, Attack(eps=0.0), generator).standing()
+        attacked = verdicts(found, attack, generator).standing()
+        return [
+            Record(name, *proportion(clean), settings),
+            Record(
+                f"{name} under {attack.name}", *proportion(attacked), {**settings, "attack": config.describe(attack)}
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class NearestNeighbours:
+    """Accuracy of the vote of the nearest training images, by the cosine of frozen features.
+
+    Attributes:
+        k: how many vote, with one vote each.
+    """
+
+    k: int = 20
+
+    encoders: ClassVar[bool] = True
+    cites: ClassVar[tuple[str, ...]] = ("wu2018", "pedregosa2011")
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"k is at least 1, got {self.k}")
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """One record, ``accuracy of`` so many ``nearest neighbours``."""
+        subject.check_labelled()
+        train = subject.data.train
+        if self.k > len(train):
+            raise UserError(f"{self.k} neighbours are asked of {len(train)} training images; lower k")
+        near, z = (normalize(representations(subject.model, x, subject.batch)) for x in (train.x, subject.split.x))
+        voted = KNeighborsClassifier(self.k).fit(near.numpy(), train.y.numpy()).predict(z.numpy())
+        settings = {"metric": config.describe(self)}
+        hits = torch.from_numpy(voted) == subject.split.y
+        return [Record(f"accuracy of {self.k} nearest neighbours", *proportion(hits), settings)]
