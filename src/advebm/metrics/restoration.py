@@ -205,5 +205,6 @@ class Counterfactuals:
                 logits = space.logits(found.to(subject.device)).detach().cpu()
                 name = f"counterfactual named so ({space.name})"
                 if logits.shape[1] == len(subject.data.classes):
-                    records.append(Record(name, *proportion(logits.argmax(1) == to[hit].long()), dict(about)))
+                    named = proportion(logits.argmax(1) == to[hit].long())
+                    records.append(Record(name, *named, {**about, "space": space.name}))
         return records
