@@ -577,10 +577,8 @@ class Counterfactual(Edit):
                 low, high = torch.where(hit, low, radius), torch.where(hit, length(found - x), high)
             way = torch.linspace(0, 1, frames, dtype=x.dtype, device=x.device)
             film = torch.stack([torch.lerp(x, best, share) for share in way.tolist()], 1)
-            series = {"confidence": torch.stack([confidence(f, z, y) for z in film.unbind(1)], 1)}
-            series["confidence in the old class"] = torch.stack(
-                [confidence(f, z, top[:, 0]) for z in film.unbind(1)], 1
-            )
+            along = lambda goal: torch.stack([confidence(f, z, goal) for z in film.unbind(1)], 1)
+            series = {"confidence": along(y), "confidence in the old class": along(top[:, 0])}
             series["distance"] = (film - x[:, None]).flatten(2).norm(dim=2)
             numbers = {"energy before": energy(x), "energy after": energy(best), "distance": series["distance"][:, -1]}
             numbers |= {
@@ -588,9 +586,9 @@ class Counterfactual(Edit):
                 "confidence after": series["confidence"][:, -1],
             }
             numbers |= {"reached": reached, "from": top[:, 0], "to": y}
-        told, along = ({k: v.double().cpu() for k, v in named.items()} for named in (numbers, series))
+        told, shown = ({k: v.double().cpu() for k, v in named.items()} for named in (numbers, series))
         moments = [round(100 * share) for share in way.tolist()]
-        return Edited(best.cpu(), x.cpu(), film.cpu(), moments, told, along)
+        return Edited(best.cpu(), x.cpu(), film.cpu(), moments, told, shown)
 
     def _within(self, radius: Tensor) -> Descent:
         """In a ball for each image."""
