@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, pad
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, pad
 
-from advebm import energies
+from advebm import checks, energies
 from advebm.config import check_choices
 from advebm.descent import (
     Constraint,
@@ -153,7 +153,7 @@ class Edit:
             frames: pictures of the film, at most steps + 1.
         """
         device = device_of(model)
-        x, y = as_images(x, device), None if y is None else y.to(device)
+        x, y = taken(x, device), None if y is None else y.to(device)
         problem = self.pose(x, spread(hole, x), generator)
         with searching(model) as f:
             return self.follow(problem, self.lowered(f, problem.start, y), f, y, observe, frames)
@@ -205,6 +205,11 @@ class Edit:
                 )
         told = {name: value.double().cpu() for name, value in numbers.items()}
         return Edited(found.cpu(), start.cpu(), torch.stack(film, 1), wanted, told, {})
+
+
+def taken(x: Tensor, device: torch.device) -> Tensor:
+    """Images, bytes or floating point in [0, 1], as floating point on a device; anything else is refused."""
+    return checks.images(as_images(x, device))
 
 
 def outputs(f: Logits, x: Tensor) -> Tensor:
@@ -311,8 +316,17 @@ class Inpaint(Edit):
 
 
 def smooth(x: Tensor, hole: Tensor) -> Tensor:
-    """Each pixel of the hole the mean of its 4 neighbours, as near as 4 sweeps for each row of the image come."""
-    for _ in range(4 * x.shape[-1]):
+    """Filled from the means of known pixels at half the size, and so on, then each pixel the mean of its 4 neighbours.
+
+    The last by 50 sweeps, near the harmonic filling.
+    """
+    if not hole.any():
+        return x
+    half = (-(-x.shape[2] // 2), -(-x.shape[3] // 2))
+    share = adaptive_avg_pool2d((~hole).to(x.dtype), half)
+    coarse = smooth(adaptive_avg_pool2d(x * ~hole, half) / share.clamp_min(1e-12), share == 0)
+    x = torch.where(hole, interpolate(coarse, x.shape[2:], mode="bilinear", align_corners=False), x)  # type: ignore[arg-type]
+    for _ in range(50):
         near = pad(x, (1, 1, 1, 1), mode="replicate")
         mean = (near[..., :-2, 1:-1] + near[..., 2:, 1:-1] + near[..., 1:-1, :-2] + near[..., 1:-1, 2:]) / 4
         x = torch.where(hole, mean, x)
@@ -450,7 +464,7 @@ class Compose(Edit):
         if not models or not len(models) == len(classes) == len(weights):
             got = f"{len(models)}, {len(classes)} and {len(weights)}"
             raise UserError(f"a composition takes as many models as classes and weights, got {got}")
-        x = as_images(x, device_of(models[0]))
+        x = taken(x, device_of(models[0]))
         problem, observe, frames = self.pose(x, None, None), options.get("observe"), options.get("frames", 7)
         with ExitStack() as stack:
             parts = []
@@ -489,7 +503,7 @@ class Interpolate(Edit):
         """
         if len(x) < 2:
             raise UserError(f"an interpolation takes at least 2 images, got {len(x)}")
-        x = as_images(x, device_of(model))
+        x = taken(x, device_of(model))
         t = torch.linspace(0, 1, self.count, dtype=x.dtype, device=x.device).repeat(len(x) - 1)
         first, second = x[:-1].repeat_interleave(self.count, 0), x[1:].repeat_interleave(self.count, 0)
         path = spherical(first, second, t) if self.way == "spherical" else torch.lerp(first, second, per_sample(t, x))
@@ -556,7 +570,7 @@ class Counterfactual(Edit):
         already stays.  The film goes straight from image to result in hundredths, its ``series`` hold ``confidence`` in
         the new class, ``confidence in the old class`` and ``distance``.
         """
-        x, frames = as_images(x, device_of(model)), max(options.get("frames", 7), 2)
+        x, frames = taken(x, device_of(model)), max(options.get("frames", 7), 2)
         with searching(model) as f, torch.no_grad():
             if outputs(f, x).shape[1] < 2:
                 raise UserError("a counterfactual takes a classifier; a critic has no classes")

@@ -74,6 +74,10 @@ class Order:
             return box_hole(size, left, top, right, bottom)
         return middle(size) if isinstance(method, Inpaint) else None
 
+    def models(self) -> list[tuple[Run, str]]:
+        """Runs and their checkpoints."""
+        return [(self.run, self.checkpoint), *((run, "latest") for run in self.others)]
+
     def own(self, shape: Sequence[int]) -> Tensor:
         """Some images of a run's data, float32 (count, C, H, W), class after class."""
         data = (self.source or self.run).recipe.data.load()
@@ -119,7 +123,7 @@ def edit(
     run, kind = order.run, config.describe(method)["kind"]
     data = run.recipe.data.load()
     channels, height, width = data.shape
-    models = [r.model(order.checkpoint if r is run else "latest")[0].to(order.device) for r in (run, *order.others)]
+    models = [r.model(which)[0].to(order.device) for r, which in order.models()]
     hole, truth = order.hole(method, (height, width)), None
     if not order.images and order.split is None and isinstance(method, Compose | Interpolate):
         given, names = order.begin(data), [f"seed-{i}" for i in range(order.count)]
@@ -146,7 +150,7 @@ def edit(
         for when, z in (("before", edited.begin), ("after", edited.x)):
             better |= {f"{name} {when}": v for name, v in fidelity(truth, z).items()}
         edited = edited._replace(numbers={**edited.numbers, **better})
-    manifest = {"models": [weights_of(r, order.checkpoint) for r in (run, *order.others)], "seed": order.seed}
+    manifest = {"models": [weights_of(*pair) for pair in order.models()], "seed": order.seed}
     manifest |= {"class": goal, "classes": classes if isinstance(method, Compose) else None}
     path = publish(
         order.run.folder / "edits" / kind if out is None else out, method, given, edited, names, manifest, film=film
@@ -260,13 +264,15 @@ def publish(
     Returns:
         The path of ``edit.png``.
     """
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is a run; --out takes a folder for this edit")
+    before = files.read_json(folder / "manifest.json", default={})
     try:
         (folder / "results").mkdir(parents=True, exist_ok=True)
-        (folder / "manifest.json").unlink(missing_ok=True)
+        for old in ("manifest.json", "film.gif", *(f"results/{name}.png" for name in before.get("images", {}))):
+            (folder / old).unlink(missing_ok=True)
     except OSError as error:
         raise files.unwritable(folder, error) from None
-    for old in (*(folder / "results").glob("*.png"), folder / "film.gif"):
-        old.unlink(missing_ok=True)
     pictures.save(pictures.grid(panel(method, given, edited), tile=TILE), folder / "edit.png")
     pictures.save(pictures.grid(edited.film[:20], tile=TILE), folder / "film.png")
     if film:
