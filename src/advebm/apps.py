@@ -507,8 +507,8 @@ class Interpolate(Edit):
         t = torch.linspace(0, 1, self.count, dtype=x.dtype, device=x.device).repeat(len(x) - 1)
         first, second = x[:-1].repeat_interleave(self.count, 0), x[1:].repeat_interleave(self.count, 0)
         path = spherical(first, second, t) if self.way == "spherical" else torch.lerp(first, second, per_sample(t, x))
+        path = torch.where(per_sample(t == 0, x), first, torch.where(per_sample(t == 1, x), second, path.clamp(0, 1)))
         end = per_sample((t == 0) | (t == 1), x) & (self.ends == "held")
-        path = path.clamp(0, 1)
         problem = Problem(path, self.within(hold(end)), path)
         with searching(model) as f:
             energy = self.lowered(f, path, None)

@@ -84,9 +84,9 @@ class Order:
         if data.shape != tuple(shape):
             raise UserError(f"images of {data.name} are {data.shape}, the model takes {tuple(shape)}")
         split = data.test if self.split == "test" else data.val
-        rows = (split.y[:, None] == split.y.unique()).cumsum(0)  # how many of its class came before
-        turn = rows.gather(1, torch.searchsorted(split.y.unique(), split.y)[:, None]).squeeze(1)
-        return split.take(turn.argsort(stable=True)[: self.count]).float()
+        members = [(split.y == k).nonzero().squeeze(1) for k in split.y.unique()]
+        turns = torch.cat([torch.arange(len(rows)) for rows in members])  # the first of each class, the second, …
+        return split.take(torch.cat(members)[turns.argsort(stable=True)][: self.count]).float()
 
     def begin(self, data: Data) -> Tensor:
         """Seeds of the run's sampler, of no class in particular (count, C, H, W)."""
