@@ -100,6 +100,13 @@ class TestTranslate:
         moved = (found.x - found.begin).square().mean((1, 2, 3)).sqrt()
         torch.testing.assert_close(moved, torch.full((6,), 0.005).double())
 
+    def test_the_default_step_is_of_what_moves(self, net, batch, hole):
+        masks = hole.expand(6, 1, 8, 8).clone()
+        masks[0, 0, :7] = True  # another hole, another step
+        found = Inpaint(steps=1, fill="mean")(net, batch.x, hole=masks)
+        moved = (found.x - found.begin).square().sum((1, 2, 3)) / (3 * masks.sum((1, 2, 3)))
+        torch.testing.assert_close(moved.sqrt(), torch.full((6,), 0.005).double())
+
     def test_by_a_critic(self, batch):
         critic = Plain(lambda x: -(x.flatten(1) - 0.5).square().sum(1, keepdim=True))
         found = Translate(steps=3, step_size=0.1)(critic, batch.x)

@@ -79,6 +79,7 @@ class Problem(NamedTuple):
         origin: what the constraint is about.
         fixed: differentiable, the identity on what obeys the constraint: spares steps in directions that it undoes.
         data: a term to be added to the energy.
+        share: of the values that may move, (B,) or for all.
     """
 
     start: Tensor
@@ -86,6 +87,7 @@ class Problem(NamedTuple):
     origin: Tensor
     fixed: Callable[[Tensor], Tensor] = lambda x: x
     data: Energy | None = None
+    share: Tensor | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Edit:
 
     Attributes:
         steps: number of steps.
-        step_size: α, pixels of [0, 1], l2; none takes 0.005 √D for D values an image, a root mean square of 0.005.
+        step_size: α, pixels of [0, 1], l2; none takes ``stride`` times √D for the D values of an image that may move,
+            so that it is a root mean square.
         step_decay: what α has shrunk to at the end, as a share, geometrically.
         radius: of an l2 ball around the image, pixels of [0, 1]; none for no ball.
         energy: what is lowered where a class is given: ``joint`` E(x, y) = -f_y or ``conditional`` E(x, y) - E(x), the
@@ -107,6 +110,7 @@ class Edit:
     radius: float | None = None
     energy: Literal["joint", "conditional"] = "joint"
 
+    stride: ClassVar[float] = 0.005
     cites: ClassVar[tuple[str, ...]] = ("santurkar2019",)
 
     def __post_init__(self) -> None:
@@ -121,10 +125,11 @@ class Edit:
         """The problem of some images (B, C, H, W) and, where the edit takes one, a hole (B, 1, H, W)."""
         raise NotImplementedError("Edit is abstract; use Translate, Inpaint or another of its kinds")
 
-    def descent(self, constraint: Constraint, values: int) -> Descent:
-        """The search in images of so many values."""
-        size = 0.005 * values**0.5 if self.step_size is None else self.step_size
-        return Descent(self.steps, geometric(size, self.step_decay), unit, constraint)
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
+        """The search in images of which so many values move, (B,)."""
+        size = values.sqrt() * self.stride if self.step_size is None else torch.full_like(values, self.step_size)
+        direction: Direction = lambda gradient, memory: per_sample(size, gradient) * unit(gradient, memory)
+        return Descent(self.steps, geometric(1.0, self.step_decay), direction, constraint)
 
     def within(self, *constraints: Constraint) -> Constraint:
         """The ball, where there is one, then the box, then others."""
@@ -184,7 +189,7 @@ class Edit:
         """Run the loop on a problem and look back."""
         start, data = problem.start, problem.data
         total = lambda z: energy(problem.fixed(z)) + (0.0 if data is None else data(z))
-        search = self.descent(problem.constraint, start[0].numel())
+        search = self.descent(problem.constraint, start.new_full((len(start),), start[0].numel()) * problem.share)
         wanted = sorted({round(k * search.steps / max(frames - 1, 1)) for k in range(frames)} | {search.steps})
         film: list[Tensor] = []
 
@@ -286,7 +291,7 @@ class Translate(Edit):
         """From the image, in the box."""
         return Problem(x, self.within(), x)
 
-    def descent(self, constraint: Constraint, values: int) -> Descent:
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
         """With ``amount`` of the steps."""
         return replace(super().descent(constraint, values), steps=round(self.amount * self.steps))
 
@@ -312,7 +317,13 @@ class Inpaint(Edit):
         start = torch.where(hole, filling, x)
         if self.fill == "smooth":
             start = smooth(start, hole)
-        return Problem(start, self.within(hold(known)), start, lambda z: torch.where(hole, z, x))
+        return held(start, hole, self.within(hold(known)))
+
+
+def held(start: Tensor, hole: Tensor, constraint: Constraint) -> Problem:
+    """The problem of a hole (B, 1, H, W) in an image, of which the rest stays."""
+    share = hole.to(start.dtype).mean((1, 2, 3))
+    return Problem(start, constraint, start, lambda z: torch.where(hole, z, start), share=share)
 
 
 def smooth(x: Tensor, hole: Tensor) -> Tensor:
@@ -346,7 +357,7 @@ class Paint(Edit):
         """From the image as painted."""
         if hole is None:
             return Problem(x, self.within(), x)
-        return Problem(x, self.within(hold(~hole)), x, lambda z: torch.where(hole, z, x))
+        return held(x, hole, self.within(hold(~hole)))
 
 
 @dataclass(frozen=True)
@@ -368,7 +379,7 @@ class Denoise(Edit):
     steps: int = 20
     noise: Literal["gaussian", "salt-and-pepper"] = "gaussian"
     sigma: float = 0.1
-    prior: float = 1.0
+    prior: float = 4.0
     off: float = 0.2
 
     cites: ClassVar[tuple[str, ...]] = ("binary-at",)
@@ -387,14 +398,14 @@ class Denoise(Edit):
         near = median(x)
         extreme = ((x == 0) | (x == 1)).all(1, keepdim=True) & ((x - near).abs().amax(1, keepdim=True) > self.off)
         start = torch.where(extreme, near, x)
-        return Problem(start, self.within(hold(~extreme)), start, lambda z: torch.where(extreme, z, x))
+        return held(start, extreme, self.within(hold(~extreme)))
 
     def lowered(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
         """λ times the energy."""
         energy = super().lowered(f, x, y)
         return lambda z: self.prior * energy(z)
 
-    def descent(self, constraint: Constraint, values: int) -> Descent:
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
         """Raw steps where there is a data term."""
         if self.noise == "gaussian":
             return Descent(self.steps, self.step_size or self.sigma**2 / 2, raw, constraint)
@@ -418,6 +429,8 @@ class Upsample(Edit):
 
     factor: int = 2
 
+    stride: ClassVar[float] = 0.002
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.factor < 2:
@@ -429,7 +442,7 @@ class Upsample(Edit):
         keep = means(self.factor)
         start = keep(interpolate(x, scale_factor=self.factor, mode="bicubic", align_corners=False), blocks)
         fixed = lambda z: z + repeated(x - avg_pool2d(z, self.factor), self.factor)
-        return Problem(start, self.within(keep), blocks, fixed)
+        return Problem(start, self.within(keep), blocks, fixed, share=1 - 1 / self.factor**2)
 
 
 @dataclass(frozen=True)

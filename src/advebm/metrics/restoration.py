@@ -1,5 +1,6 @@
 """How well edits do: what they restore, against the truth and other ways to restore it, and what they explain."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -20,7 +21,7 @@ from advebm.seeds import rand, randn
 
 Restore = Callable[[Tensor], Tensor]  # images as they were given -> restored ones
 PEPPER = 0.1  # share of pixels that salt and pepper fall on
-STRENGTHS = tuple(2.0**k for k in range(-4, 4))  # factors on an edit's prior that are tried on validation images
+STRENGTHS = tuple(2.0**k for k in range(-4, 4))  # of an edit's own, that are tried on validation images
 VARIATIONS = (0.02, 0.05, 0.1, 0.2, 0.4)  # weights of total variation that are tried on them
 
 
@@ -95,9 +96,9 @@ def total_variation(weight: float) -> Restore:
 class Restoration:
     """PSNR (decibels) and SSIM of test images that were spoilt and restored, by edits and by other ways.
 
-    What is spoilt is the same for all.  λ of gaussian denoising (2^-4 to 2^3 times the edit's) and the weight of total
-    variation are those with the best PSNR on as many validation images.  Salt and pepper fall on a tenth of the pixels;
-    the hole is the middle half of both edges.
+    What is spoilt is the same for all.  An edit's strength (λ of gaussian denoising, else the step's size, 2^-4 to 2^3
+    times its own) and the weight of total variation are those with the best PSNR on as many validation images.  Salt
+    and pepper fall on a tenth of the pixels; the hole is the middle half of both edges.
 
     Attributes:
         edits: what is tried.
@@ -130,16 +131,19 @@ class Restoration:
                 ways["total variation"] = total_variation(best)
             ways["energy"] = lambda x, chosen=chosen: self._by(chosen, subject, x, hole)
             for way, restore in ways.items():
-                about = {"edit": config.describe(chosen), "way": way, "images": self.images}
+                about = {"edit": config.describe(chosen), "way": way, "metric": config.describe(self)}
                 for quantity, values in fidelity(truth, restore(given)).items():
                     records.append(Record(f"{quantity} {name} by {way}", *average(values), about))
         return records
 
     def _edit(self, edit: Edit, subject: Subject, given: Tensor, truth: Tensor, hole: Tensor) -> Edit:
-        """With the λ that validation images like best."""
-        if not (isinstance(edit, Denoise) and edit.noise == "gaussian"):
-            return edit
-        tried = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
+        """With the strength that validation images like best."""
+        if isinstance(edit, Denoise) and edit.noise == "gaussian":
+            tried = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
+        else:
+            share = torch.as_tensor(edit.pose(given, hole.expand(len(given), 1, -1, -1), None).share).double().mean()
+            own = edit.step_size or edit.stride * math.sqrt(share.item() * truth[0].numel())
+            tried = [replace(edit, step_size=own * strength) for strength in STRENGTHS]
         return max(tried, key=lambda e: psnr(truth, self._by(e, subject, given, hole)).mean().item())
 
     @staticmethod
@@ -195,7 +199,7 @@ class Counterfactuals:
         reached, distance, to = (
             torch.cat([part.numbers[name] for part in parts]) for name in ("reached", "distance", "to")
         )
-        about: Mapping[str, Any] = {"edit": config.describe(self.edit), "towards": self.towards, "images": self.images}
+        about: Mapping[str, Any] = {"metric": config.describe(self), "images": self.images}
         records = [Record("counterfactual reached", *proportion(reached.bool()), dict(about))]
         if (hit := reached.bool()).sum() > 1:
             records.append(Record("counterfactual distance", *average(distance[hit]), dict(about)))
