@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, str]] = {
         "resnet": "advebm.models.resnet:ResNet",
         "preact-resnet": "advebm.models.resnet:PreActResNet",
         "wide-resnet": "advebm.models.wide_resnet:WideResNet",
+        "stargan": "advebm.models.stargan:StarGAN",
         "own": "advebm.models.own:Own",
     },
     "objective": {
@@ -88,6 +89,16 @@ KINDS: dict[str, dict[str, str]] = {
         "np-pgd": "advebm.samplers:NPPGD",
         "maxent": "advebm.samplers:MaxEnt",
     },
+    "edit": {
+        "translate": "advebm.apps:Translate",
+        "inpaint": "advebm.apps:Inpaint",
+        "paint": "advebm.apps:Paint",
+        "denoise": "advebm.apps:Denoise",
+        "upsample": "advebm.apps:Upsample",
+        "compose": "advebm.apps:Compose",
+        "interpolate": "advebm.apps:Interpolate",
+        "counterfactual": "advebm.apps:Counterfactual",
+    },
     "adversary": {
         "pgd": "advebm.attacks.projected:Attack",
         "apgd": "advebm.attacks.apgd:APGD",
@@ -109,6 +120,8 @@ KINDS: dict[str, dict[str, str]] = {
         "corruption-accuracy": "advebm.metrics.corruption:CorruptionAccuracy",
         "linear-probe": "advebm.metrics.probing:LinearProbe",
         "knn": "advebm.metrics.probing:NearestNeighbours",
+        "restoration": "advebm.metrics.restoration:Restoration",
+        "counterfactuals": "advebm.metrics.restoration:Counterfactuals",
     },
     "space": {
         "inception": "advebm.metrics.spaces:InceptionFeatures",

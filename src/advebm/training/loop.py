@@ -23,7 +23,7 @@ from advebm.data.sources import Data, Images
 from advebm.descent import Energy
 from advebm.errors import Diverged, EarlyStop, Interrupted, UserError
 from advebm.evaluation import find_model
-from advebm.metrics.base import Subject
+from advebm.metrics.base import Subject, together
 from advebm.metrics.ood import auroc
 from advebm.metrics.robustness import measure
 from advebm.models import foreign
@@ -311,7 +311,7 @@ def validate(
     Raises:
         Diverged: a critic's energies, or an encoder's losses, are not finite.
     """
-    subject = Subject(model, data, split, recipe.threat)
+    subject = Subject(model, data, split, recipe.threat, batch=together(data.shape))
     generator = seeds.generator(recipe.seed, "val", device=subject.device)
     if isinstance(recipe.objective, InfoNCE):
         roles, x = recipe.data.augment, subject.on_device(split.x)
