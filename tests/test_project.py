@@ -18,7 +18,7 @@ LAYERS = [
     {"config", "errors", "seeds", "files", "citations", "recipes", "allocator"},
     {"energies", "descent", "starts", "modes", "checks"},
     {"models", "data", "pictures", "densities"},
-    {"objectives", "samplers", "attacks", "metrics"},
+    {"objectives", "samplers", "attacks", "metrics", "apps"},
     {
         "training",
         "evaluation",

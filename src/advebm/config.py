@@ -81,6 +81,16 @@ KINDS: dict[str, dict[str, str]] = {
         "sgld": "advebm.samplers:SGLD",
         "ascent": "advebm.samplers:Ascent",
     },
+    "edit": {
+        "translate": "advebm.apps:Translate",
+        "inpaint": "advebm.apps:Inpaint",
+        "paint": "advebm.apps:Paint",
+        "denoise": "advebm.apps:Denoise",
+        "upsample": "advebm.apps:Upsample",
+        "compose": "advebm.apps:Compose",
+        "interpolate": "advebm.apps:Interpolate",
+        "counterfactual": "advebm.apps:Counterfactual",
+    },
     "adversary": {
         "pgd": "advebm.attacks.projected:Attack",
         "apgd": "advebm.attacks.apgd:APGD",

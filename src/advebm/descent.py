@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, max_pool2d
 
 from advebm.errors import UserError
 from advebm.seeds import randn
@@ -28,8 +29,8 @@ class Descent:
         size: step length in pixels of [0, 1] (with ``raw``: a factor on the gradient); a number or a function of the
             share of steps done.
         direction: :func:`sign`, :func:`unit`, :func:`raw`, :func:`adam` or :func:`heavy_ball`.
-        constraint: :func:`free`, :class:`box`, :class:`linf_ball`, :class:`l2_ball`, :class:`hold`, or several in
-            :class:`both`.
+        constraint: :func:`free`, :class:`box`, :class:`linf_ball`, :class:`l2_ball`, :class:`hold`, :class:`means`, or
+            several in :class:`both`.
         noise: standard deviation of the Gaussian added at each step; a number or a function as for ``size``.
     """
 
@@ -174,14 +175,14 @@ class linf_ball:
 
 @dataclass(frozen=True)
 class l2_ball:
-    """Nearest point within Euclidean distance ``radius`` of the origin."""
+    """Nearest point within Euclidean distance ``radius`` of the origin; one for all, or (B,), one for each."""
 
-    radius: float
+    radius: float | Tensor
 
     def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
         offset = x - origin
-        length = per_sample(offset.flatten(1).norm(dim=1), x).clamp_min(1e-12)
-        return origin + offset * (self.radius / length).clamp(max=1.0)
+        length = offset.flatten(1).norm(dim=1).clamp_min(1e-12)
+        return origin + offset * per_sample((self.radius / length).clamp(max=1.0), x)
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,31 @@ class hold:
 
     def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
         return torch.where(self.mask, origin, x)
+
+
+@dataclass(frozen=True)
+class means:
+    """Nearest image in [0, 1] whose means over blocks of ``factor`` x ``factor`` pixels are those of the origin.
+
+    That is ``clamp(x + t)`` with one t a block and channel, the multiplier of its mean, found by halving an interval:
+    means hold within 1e-6 in float32.  The origin lies in [0, 1].
+    """
+
+    factor: int
+
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+        wanted = avg_pool2d(origin, self.factor)
+        low, high = -max_pool2d(x, self.factor), 1 + max_pool2d(-x, self.factor)  # all black, all white
+        for _ in range(40):
+            middle = (low + high) / 2
+            dark = avg_pool2d((x + repeated(middle, self.factor)).clamp(0, 1), self.factor) < wanted
+            low, high = torch.where(dark, middle, low), torch.where(dark, high, middle)
+        return (x + repeated((low + high) / 2, self.factor)).clamp(0, 1)
+
+
+def repeated(x: Tensor, factor: int) -> Tensor:
+    """Every pixel as a block: (B, C, h, w) -> (B, C, factor h, factor w)."""
+    return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 @dataclass(frozen=True, init=False)
