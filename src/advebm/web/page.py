@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
+import torch
 from torch import Tensor
 
 from advebm import config, densities, toy
@@ -150,9 +151,7 @@ class Page:
                 studio = self.studio(title)
                 return [update(studio) for update in updates]
 
-            turning = {"fn": turn, "inputs": self.model, "outputs": list(components), "show_progress": "hidden"}
-            self.model.change(**turning, api_visibility="private")
-            blocks.load(**turning, api_visibility="private")
+            self.model.change(turn, self.model, list(components), show_progress="hidden", api_visibility="private")
             blocks.unload(self.leave)
         return blocks
 
@@ -160,13 +159,15 @@ class Page:
         """End what a visitor asked for, who has gone or pressed Stop."""
         self.jobs.stop(str(request.session_hash))
 
-    def classes(self, studio: Studio, label: str = "class", *, before: Sequence[str] = (), at: int = 0) -> gr.Dropdown:
-        """A choice of a class."""
+    def classes(
+        self, studio: Studio, label: str = "class", *, before: Sequence[str] = (), at: int = 0, hidden: bool = False
+    ) -> gr.Dropdown:
+        """A choice of a class; of a critic only where something stands ``before`` them."""
 
         def of(studio: Studio) -> dict[str, Any]:
             names = [*before, *([] if studio.critic else studio.data.classes)]
             value = names[min(at, len(names) - 1)] if names else None
-            return {"choices": names, "value": value, "visible": bool(names) and not (studio.critic and not before)}
+            return {"choices": names, "value": value, "visible": bool(names) and not hidden}
 
         drawn = gr.Dropdown(**of(studio), label=label)
         return self.depends(drawn, lambda studio: gr.Dropdown(**of(studio)))
@@ -310,6 +311,7 @@ class Page:
                     go, stop = gr.Button("Edit", variant="primary", elem_id="edit"), gr.Button("Stop")
             with gr.Column(scale=3, min_width=360):
                 chooser = self.chooser(first, 0)
+                empty = gr.Button("Empty picture", size="sm")
                 editor = gr.ImageEditor(
                     self.canvas(self.test_image(first.title, 0)),
                     type="pil",
@@ -349,6 +351,14 @@ class Page:
         self.depends(tool, lambda s: gr.Radio(choices=editing.offered(s), value=editing.offered(s)[0]))
         self.depends(other_class, lambda s: gr.Dropdown(choices=list(s.data.classes), value=s.name(0)))
         self.choosing(chooser, [editor], lambda given: [self.canvas(given)])
+
+        @told
+        def emptied(title: str) -> list[Any]:
+            given = Given(torch.zeros(self.studio(title).data.shape), -1, "an empty picture: paint on it")
+            return [given, given.said, self.canvas(given)]
+
+        shown = [chooser.image, chooser.said, editor]
+        empty.click(emptied, self.model, shown, show_progress="hidden", api_visibility="private")
         taken = [self.model, chooser.image, editor, tool, kind, other_class, other_image, *dials, steps, seed]
         self.at_work(go, stop, edit, taken, [began, result, film, said])
 
@@ -416,7 +426,7 @@ class Page:
                 chooser = self.chooser(first, 0)
                 names = attacking.names(first)
                 attack = gr.Dropdown(names, value=names[0], label="attack")
-                target = self.classes(first, "class to attack towards", at=8)
+                target = self.classes(first, "class to attack towards", at=8, hidden=True)
                 norm = gr.Radio(["linf", "l2"], value=threat.norm, label="norm")
                 eps = gr.Number(round(threat.eps, 4), label="eps, radius in pixels of [0, 1]", minimum=0)
                 steps = gr.Slider(1, attacking.STEPS, threat.steps, step=1, label="steps")
