@@ -315,6 +315,7 @@ class Page:
                 editor = gr.ImageEditor(
                     self.canvas(self.test_image(first.title, 0)),
                     type="pil",
+                    format="png",
                     sources=(),
                     transforms=(),
                     layers=False,
