@@ -11,6 +11,7 @@ from advebm.models import network
 from advebm.models.network import Architecture
 from advebm.models.resnet import PreActResNet, ResNet
 from advebm.models.small import SmallConv
+from advebm.models.stargan import StarGAN
 from advebm.models.wide_resnet import WideResNet
 from advebm.modes import DualBatchNorm2d, using
 from tests.references import networks
@@ -236,3 +237,61 @@ BAD = [
 def test_bad_backbones_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+class TestStarGAN:
+    def test_has_the_published_number_of_parameters(self):
+        """The authors' training prints 20,852,290 for the discriminator of 2 domains at 256 pixels."""
+        with torch.device("meta"):
+            module, width = StarGAN().build(3, 256)
+            head = nn.Linear(width, 2)
+        assert sum(p.numel() for m in (module, head) for p in m.parameters()) == 20_852_290
+        channels = [stage.residual[-1].out_channels for stage in module.stages]
+        assert (module.stem.out_channels, channels, width) == (64, [128, 256, 512, 512, 512, 512], 512)
+        with torch.device("meta"):
+            small, _ = StarGAN().build(3, 64)
+        assert (small.stem.out_channels, len(small.stages)) == (256, 4)
+
+    def test_agrees_with_functional_torch(self, generator):
+        module, width = StarGAN(width=4, widest=8).build(3, 16)
+        x = torch.rand(2, 3, 16, 16, generator=generator)
+        w = {name: p.detach() for name, p in module.named_parameters()}
+        act, pool = lambda z: torch.where(z > 0, z, 0.2 * z), lambda z: F.avg_pool2d(z, 2)
+        conv = lambda z, name, padding=1: F.conv2d(z, w[f"{name}.weight"], w.get(f"{name}.bias"), padding=padding)
+        z = conv(x, "stem")
+        for i, wider in enumerate((True, False)):
+            short = conv(z, f"stages.{i}.shortcut", 0) if wider else z
+            assert wider or f"stages.{i}.shortcut.weight" not in w
+            long = conv(act(pool(conv(act(z), f"stages.{i}.residual.1"))), f"stages.{i}.residual.4")
+            z = (pool(short) + long) / math.sqrt(2)
+        out = act(conv(act(z), "closing.1", 0)).flatten(1)
+        torch.testing.assert_close(module(x), out, rtol=1e-4, atol=1e-5)
+        assert out.shape == (2, width)
+        assert not any("shortcut.bias" in name for name in w)
+
+    def test_begins_by_fan_in(self):
+        module, _ = StarGAN(width=64, widest=64).build(3, 8)
+        for name, p in module.named_parameters():
+            if name.endswith("bias"):
+                assert (p == 0).all()
+            elif p[0].numel() > 500:
+                assert p.std().item() == pytest.approx(math.sqrt(2 / p[0].numel()), rel=0.05)
+
+    @pytest.mark.parametrize("size", [4, 48, 2048])
+    def test_other_sizes_are_refused(self, size):
+        with pytest.raises(UserError, match=r"8, 16, …, 1024 pixels"):
+            StarGAN().build(3, size)
+
+    def test_a_step_of_binary_at_with_r1(self, generator):
+        from advebm.objectives.base import Batch, Context
+        from advebm.objectives.binary import BinaryAT
+        from advebm.objectives.curriculum import Curriculum
+
+        model = Architecture(StarGAN(width=8, widest=16), 1, 3, 32, (0.5,) * 3, (0.5,) * 3).build()
+        objective = BinaryAT(Curriculum(steps=2, start=2), step_size=0.5, r1=30.0)
+        x, outside = torch.rand(2, 2, 3, 32, 32, generator=generator)
+        ctx = Context(generator=generator, images=0)
+        state = objective.init(x, generator)
+        found = objective.search(model, Batch(x, None, outside=outside), state, ctx)
+        objective.loss(model, Batch(x, None, outside=outside), found, state, ctx).total.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())

@@ -24,6 +24,7 @@ LAYERS = [
         "evaluation",
         "generation",
         "drawing",
+        "editing",
         "chains",
         "tuning",
         "diagnostics",

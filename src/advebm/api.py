@@ -13,7 +13,7 @@ from advebm.attacks.projected import Attack
 from advebm.data.sources import Data
 from advebm.descent import Energy
 from advebm.errors import UserError
-from advebm.metrics.base import Metric, Record, SampleSet, Subject, device_of
+from advebm.metrics.base import Metric, Record, SampleSet, Subject, device_of, together
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.models.network import Network, Normalize
 from advebm.modes import searching
@@ -158,7 +158,7 @@ def evaluate(
         space = evaluation.find_space(features).load(device_of(model))
     elif features is not None:
         space = evaluation.feature_space("given features", features)
-    subject = Subject(model, data, data.test, threat, samples or {}, space)
+    subject = Subject(model, data, data.test, threat, samples or {}, space, together(data.shape))
     x, y = next(subject.batches())
     _check_classifier(model, x[:16], y[:16])
     return evaluation.evaluate(subject, (Accuracy(), RobustAccuracy()) if metrics is None else metrics, seed=seed)

@@ -1,7 +1,7 @@
 """Edits of images: a descent on a network's energy from an image that is given, within what has to be kept of it.
 
-Each edit is a start, a constraint and sometimes a data term for the one loop of :mod:`advebm.descent`.  Santurkar et al.
-(2019) edit with a robust classifier's loss, Yin et al. (2022) with a critic; either's energy does here.
+Each edit is a start, a constraint and sometimes a data term for the one loop of :mod:`advebm.descent`.  Santurkar et
+al. (2019) edit with a robust classifier's loss, Yin et al. (2022) with a critic; either's energy does here.
 """
 
 from collections.abc import Callable, Sequence
@@ -508,9 +508,9 @@ class Interpolate(Edit):
 
 
 def spherical(a: Tensor, b: Tensor, t: Tensor, centre: float = 0.5) -> Tensor:
-    """From ``a`` at t = 0 to ``b`` at 1, (B, C, H, W), t (B,): the direction from ``centre`` turns evenly (Shoemake, 1985).
+    """From ``a`` at t = 0 to ``b`` at 1, (B, C, H, W), t (B,): directions from ``centre`` turn evenly (Shoemake, 1985).
 
-    The distance from ``centre`` goes evenly, too.  Where the ends have one direction or opposite ones the way is straight.
+    Distances from ``centre`` go evenly, too.  Where the ends have one direction or opposite ones the way is straight.
     """
     u, v, share = (a - centre).flatten(1), (b - centre).flatten(1), t[:, None]
     first, second = (z.norm(dim=1, keepdim=True) for z in (u, v))
@@ -527,9 +527,9 @@ def spherical(a: Tensor, b: Tensor, t: Tensor, centre: float = 0.5) -> Tensor:
 class Counterfactual(Edit):
     """The nearest image that is taken for another class, with ``p(y|x)`` of at least ``level``, within a ball.
 
-    As in RATIO (Augustin et al., 2020), descent on the cross-entropy of the class in l2 balls; here the radius is halved
-    between the largest that failed and the smallest that succeeded, for each image, so that distances are found to
-    ``radius / 2^(searches - 1)``, upper bounds as the search is.
+    As in RATIO (Augustin et al., 2020), descent on the cross-entropy of the class in l2 balls; here the radius is
+    halved between the largest that failed and the smallest that succeeded, for each image.  Distances are upper
+    bounds, as another search might find something nearer.
 
     Attributes:
         steps: of each search, of length ``2.5 r / steps`` in a ball of radius r unless ``step_size`` says otherwise.
@@ -553,8 +553,8 @@ class Counterfactual(Edit):
         """Counterfactuals of images for classes ``y (B,)``; without, of the second most likely class of each.
 
         ``numbers`` also hold ``reached``, 1 or 0, and ``from`` and ``to``, the classes; an image that is of its class
-        already stays.  The film goes straight from image to result, its ``series`` hold ``confidence`` in the new class,
-        ``confidence in the old class`` and ``distance``.
+        already stays.  The film goes straight from image to result in hundredths, its ``series`` hold ``confidence`` in
+        the new class, ``confidence in the old class`` and ``distance``.
         """
         x, frames = as_images(x, device_of(model)), max(options.get("frames", 7), 2)
         with searching(model) as f, torch.no_grad():
@@ -577,10 +577,8 @@ class Counterfactual(Edit):
                 low, high = torch.where(hit, low, radius), torch.where(hit, length(found - x), high)
             way = torch.linspace(0, 1, frames, dtype=x.dtype, device=x.device)
             film = torch.stack([torch.lerp(x, best, share) for share in way.tolist()], 1)
-            series = {"confidence": torch.stack([confidence(f, z, y) for z in film.unbind(1)], 1)}
-            series["confidence in the old class"] = torch.stack(
-                [confidence(f, z, top[:, 0]) for z in film.unbind(1)], 1
-            )
+            along = lambda goal: torch.stack([confidence(f, z, goal) for z in film.unbind(1)], 1)
+            series = {"confidence": along(y), "confidence in the old class": along(top[:, 0])}
             series["distance"] = (film - x[:, None]).flatten(2).norm(dim=2)
             numbers = {"energy before": energy(x), "energy after": energy(best), "distance": series["distance"][:, -1]}
             numbers |= {
@@ -588,9 +586,9 @@ class Counterfactual(Edit):
                 "confidence after": series["confidence"][:, -1],
             }
             numbers |= {"reached": reached, "from": top[:, 0], "to": y}
-        told, along = ({k: v.double().cpu() for k, v in named.items()} for named in (numbers, series))
+        told, shown = ({k: v.double().cpu() for k, v in named.items()} for named in (numbers, series))
         moments = [round(100 * share) for share in way.tolist()]
-        return Edited(best.cpu(), x.cpu(), film.cpu(), moments, told, along)
+        return Edited(best.cpu(), x.cpu(), film.cpu(), moments, told, shown)
 
     def _within(self, radius: Tensor) -> Descent:
         """In a ball for each image."""
@@ -609,9 +607,9 @@ class Unusual(NamedTuple):
     share: Tensor
 
 
-def unusual(model: nn.Module, x: Tensor, known: Tensor, score: Score = EnergyScore(), *, batch: int = 500) -> Unusual:
-    """How unusual images ``x`` are beside images of the data that the model was not trained on, ``known (N, C, H, W)``."""
-    device = device_of(model)
+def unusual(model: nn.Module, x: Tensor, known: Tensor, score: Score | None = None, *, batch: int = 500) -> Unusual:
+    """How unusual images ``x`` are beside ``known (N, C, H, W)``, of the data but not trained on; by energy."""
+    device, score = device_of(model), score or EnergyScore()
     with searching(model) as f:
         outputs(f, as_images(x[:1], device))
         ours, theirs = (

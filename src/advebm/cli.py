@@ -218,6 +218,35 @@ def build_parser() -> Parser:
     sub.add_argument("--json", action="store_true", help="print records as JSON, one a line")
 
     sub = verb(
+        "edit",
+        run_edit,
+        "Edit images with a run's model, or say how unusual they are.",
+        "WHAT is translate, inpaint, paint, denoise, upsample, compose, interpolate, counterfactual or score; takes "
+        "--edit.option VALUE. Without --image the images are the run's own: spoilt first for what restores them, and "
+        "results are then compared with them; seeds, for compose and interpolate.",
+    )
+    sub.set_defaults(takes=("edit",))
+    sub.add_argument("what", metavar="WHAT")
+    sub.add_argument("run", type=Path, metavar="RUN")
+    sub.add_argument("--image", type=Path, nargs="+", metavar="PATH", help="files, and folders of them")
+    sub.add_argument("--fit", action="store_true", help="cut, scale and convert images that the model does not take")
+    sub.add_argument("--split", choices=("test", "val"), help="images of the run's data, one class after the other")
+    sub.add_argument("--from", dest="source", metavar="RUN", help="with --split: another run's data, to translate")
+    sub.add_argument("--count", type=int, default=8, metavar="N", help="of --split, or of seeds (8)")
+    sub.add_argument("--class", dest="goal", metavar="K", help="the class to move to, by name or number; none: E(x)")
+    sub.add_argument("--mask", type=Path, metavar="FILE", help="white where pixels are to be made: inpaint, paint")
+    sub.add_argument("--box", metavar="L,T,R,B", help="a rectangle as the mask; the middle half for inpaint")
+    sub.add_argument(
+        "--with", dest="others", type=Path, action="append", default=[], metavar="RUN", help="compose: too"
+    )
+    sub.add_argument("--classes", metavar="K,K", help="compose: a class a model, or several of the one")
+    sub.add_argument("--amount", metavar="A", help="translate: short for --edit.amount; 0 nothing, 1 all steps")
+    sub.add_argument("--film", action="store_true", help="also film.gif")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where results go (RUN/edits/WHAT)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+
+    sub = verb(
         "doctor",
         run_doctor,
         "Look for what spoils a model's energies and the attacks on it; say what to do.",
@@ -281,10 +310,8 @@ def build_parser() -> Parser:
 
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
-    for drawing in (
-        verbs.choices[name] for name in ("sample", "tune-sampler", "diagnose", "evaluate", "doctor", "compare", "app")
-    ):
-        drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
+    for name in ("sample", "tune-sampler", "diagnose", "edit", "evaluate", "doctor", "compare", "app"):
+        verbs.choices[name].add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
     return parser
 
 
@@ -591,6 +618,65 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
             print(json.dumps(dataclasses.asdict(record)))
     else:
         record_table(records)
+
+
+def run_edit(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm edit``."""
+    from advebm import config, console, editing
+    from advebm.tables import numbers_table
+    from advebm.training.run import Run
+
+    if args.what not in ("score", *KINDS["edit"]):
+        raise unknown("edit", args.what, ["score", *KINDS["edit"]])
+    for name, takers in EDITS.items():
+        if getattr(args, name) not in (None, []) and args.what not in takers:
+            flag = {"goal": "class", "others": "with", "source": "from"}.get(name, name)
+            raise UserError(f"--{flag} is for {', '.join(takers)}; {args.what} takes none")
+    if args.count < 1:
+        raise UserError(f"--count is at least 1, got {args.count}")
+    if args.image and (args.split or args.source):
+        raise UserError("--image or --split, not both; --from goes with --split")
+    order = editing.Order(
+        run=Run.open(args.run),
+        others=tuple(Run.open(path) for path in args.others),
+        source=Run.open(args.source) if args.source else None,
+        images=tuple(args.image or ()),
+        split=args.split,
+        count=args.count,
+        fit=args.fit,
+        goal=args.goal,
+        classes=tuple(args.classes.split(",")) if args.classes else (),
+        mask=args.mask,
+        box=args.box,
+        seed=args.seed,
+        checkpoint=args.checkpoint,
+        device=device(args.device),
+    )
+    if args.what == "score":
+        if overrides:
+            raise UserError("score takes no --edit options")
+        numbers_table(editing.score(order))
+        return
+    amount = [("edit.amount", args.amount)] if args.amount else []
+    plain: Any = {"edit": config.describe(config.build(args.what, "edit"))}
+    for name, value in [*overrides, *amount]:
+        plain = config.override(plain, name, value)
+    method = config.build(plain["edit"], "edit")
+    with console.bar(args.what, args.count if args.split else max(len(args.image or ()), 1)) as tell:
+        path, numbers = editing.edit(order, method, args.out, film=args.film, progress=tell)
+    numbers_table(numbers)
+    print(path)
+
+
+EDITS = {  # options that only some take
+    "mask": ("inpaint", "paint"),
+    "box": ("inpaint", "paint"),
+    "others": ("compose",),
+    "classes": ("compose",),
+    "amount": ("translate",),
+    "source": ("translate", "counterfactual", "score"),
+    "goal": ("translate", "inpaint", "paint", "denoise", "upsample", "counterfactual"),
+}
 
 
 def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:

@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, str]] = {
         "resnet": "advebm.models.resnet:ResNet",
         "preact-resnet": "advebm.models.resnet:PreActResNet",
         "wide-resnet": "advebm.models.wide_resnet:WideResNet",
+        "stargan": "advebm.models.stargan:StarGAN",
         "own": "advebm.models.own:Own",
     },
     "objective": {
@@ -110,6 +111,8 @@ KINDS: dict[str, dict[str, str]] = {
         "detectors": "advebm.metrics.detectors:Detectors",
         "calibration": "advebm.metrics.calibration:Calibration",
         "corruption-accuracy": "advebm.metrics.corruption:CorruptionAccuracy",
+        "restoration": "advebm.metrics.restoration:Restoration",
+        "counterfactuals": "advebm.metrics.restoration:Counterfactuals",
     },
     "space": {
         "inception": "advebm.metrics.spaces:InceptionFeatures",

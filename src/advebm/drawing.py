@@ -45,7 +45,7 @@ class Drawing:
         seed: of seeds and noise.
         checkpoint: its number of images.
         device: where to compute.
-        batch: images that the network sees at once; none for the whole chunk of 500.
+        batch: images that the network sees at once; none for 500 of up to 32 x 32 pixels, fewer of larger ones.
         way: how the network is computed, see :class:`advebm.models.inference.Fast`; ``auto`` folds.
         about: what else the manifest says.
     """
@@ -169,7 +169,7 @@ def draw(
         options: dict[str, Any] = {"outside": desk.outside, "classes": drawing.classes, "seed": drawing.seed}
         moments, steps = generation.film(desk.model, drawing.sampler, desk.data, frames=frames, **options)
         if trajectory:
-            files.write(folder / "film.gif", pictures.gif([pictures.grid(row[None]) for row in moments.unbind(1)]))
+            files.write(folder / "film.gif", pictures.animated(moments))
         shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 13 if trajectory else 7)})
         strip = moments[:, shown], [steps[i] for i in shown]
         parts = (_read(drawing.part(number)) for number in range(count))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm import config, generation, seeds
-from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent
+from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent, together
 from advebm.metrics.spaces import Space
 from advebm.models import network
 from advebm.models.network import Network, Normalize
@@ -71,7 +71,8 @@ def evaluate_run(
     samples = {name: generation.read(folder) for name, folder in run.samples().items()}
     judge = None if features is None else find_space(features)
     space = feature_space(OWN, model) if judge is None else judge.load(device)
-    subject = Subject(model, data, data.test, recipe.threat, samples, space, folder=run.folder / "verdicts", bar=bar)
+    beside: dict[str, Any] = {"batch": together(data.shape), "folder": run.folder / "verdicts", "bar": bar}
+    subject = Subject(model, data, data.test, recipe.threat, samples, space, **beside)
     for name, drawn in samples.items():
         if (other := drawn.manifest.get("checkpoint", path.name)) != path.name:
             warnings.warn(f"samples {name} were drawn from checkpoint {other}, not {path.name}", stacklevel=2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from advebm import config, files, pictures, seeds
 from advebm.data.sources import Data, to_float
 from advebm.errors import UserError
-from advebm.metrics.base import SampleSet, as_images, device_of
+from advebm.metrics.base import SampleSet, as_images, device_of, together
 from advebm.models.inference import View, Way, fast, view
 from advebm.modes import through
 from advebm.samplers import Sampler
@@ -57,7 +57,7 @@ def generate(
 
 def quickly(model: nn.Module, data: Data, count: int, way: Way) -> View | None:
     """The network for searches, as ``way`` asks, where that applies; for ``count`` images in chunks."""
-    example = as_images(data.train.x[: min(count, CHUNK)], device_of(model))
+    example = as_images(data.train.x[: min(count, CHUNK, together(data.shape))], device_of(model))
     return view(model, example, fast(way), loud=way != "auto") if len(example) else None
 
 
@@ -75,9 +75,10 @@ def chunk(
 ) -> Tensor:
     """Images ``number * CHUNK`` and on of those of classes ``y (N,)``, on the CPU.
 
-    They depend on nothing that was drawn before.  ``batch`` (images that the network sees at once) and ``quick``
-    (the network as it is searched) change rounding.
+    They depend on nothing that was drawn before.  ``batch`` (images that the network sees at once; none for as many
+    as :func:`together` says) and ``quick`` (the network as it is searched) change rounding.
     """
+    batch = together(shape) if batch is None else batch
     device, first = device_of(model), number * CHUNK
     classes, generator = y[first : first + CHUNK].to(device), seeds.generator(seed, "sample", number, device=device)
     if isinstance(start, Deck):

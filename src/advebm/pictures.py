@@ -46,6 +46,12 @@ def by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tensor:
     return rows
 
 
+def plain(x: Tensor) -> Image.Image:
+    """One image, uint8 (C, H, W), at its own size."""
+    pixels = x.permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if len(x) == 1 else pixels)
+
+
 def png(picture: Image.Image) -> bytes:
     """The bytes of a PNG file."""
     buffer = io.BytesIO()
@@ -70,6 +76,11 @@ def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
     times = [milliseconds] * (len(frames) - 1) + [2_000]
     frames[0].save(buffer, "GIF", save_all=True, append_images=list(frames[1:]), duration=times, loop=0)
     return buffer.getvalue()
+
+
+def animated(film: Tensor, *, tile: int = 40) -> bytes:
+    """A film ``(N, F, C, H, W)`` in [0, 1] of N images side by side, as the bytes of an animation of F frames."""
+    return gif([grid(frame[None], tile=tile) for frame in film.unbind(1)])
 
 
 def save(picture: Image.Image, path: Path) -> None:

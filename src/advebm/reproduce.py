@@ -6,18 +6,22 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from advebm import comparison, config, console, evaluation, files, generation, recipes
+from advebm import comparison, config, console, evaluation, files, generation, pictures, recipes
+from advebm.apps import Translate
 from advebm.attacks.apgd import APGD
 from advebm.attacks.projected import Attack
 from advebm.chains import Chains, Point, best, reached
 from advebm.comparison import Records, Wanted
+from advebm.data.sources import Data
 from advebm.errors import Diverged, UserError, unknown
-from advebm.metrics.base import Record
+from advebm.metrics.base import Record, proportion
 from advebm.metrics.detectors import Detectors
 from advebm.metrics.energy import Energies
 from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution
+from advebm.metrics.restoration import Counterfactuals, Restoration
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.reporting import figures, gallery
 from advebm.reporting.build import report
@@ -406,6 +410,62 @@ def efficiency(runs: Mapping[str, Run], judge: Run, found: dict[str, Records]) -
     return found
 
 
+HALVES = [{"kind": "classes", "source": "digits", "count": 5, "rest": rest} for rest in (False, True)]
+AMOUNTS = (0.0, 0.25, 0.5, 1.0, 2.0)
+
+
+def digits_applications(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Restoration and counterfactuals on digits beside other ways; translation by critics of half of the classes each.
+
+    Of each half two critics, which begin training from patches of photographs, or from these and the other half.
+    """
+    entries = {m: recipe(f"digits-{m}", options) for m in ("standard", "at", "binary-at")}
+    for half, (own, other) in {"first": HALVES, "second": HALVES[::-1]}.items():
+        for p0, outside in {"patches": "patches", "both": {"kind": "mixture", "sources": ["patches", other]}}.items():
+            change = {"data": own, "outside": outside, "train__images": 24_000}
+            entries[f"{half}-{p0}"] = recipe("digits-binary-at", options, **change)
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        judge, found = runs["standard"].folder, {}
+        for title, run in runs.items():
+            if title in ("standard", "at", "binary-at"):
+                wanted: Wanted = {("PSNR inpainting by energy", None): Restoration()}
+                if title != "binary-at":
+                    wanted |= {("counterfactual reached", None): Counterfactuals(), ("accuracy", None): Accuracy()}
+                comparison.measure(run, wanted, features=judge)
+                names = ("PSNR", "SSIM", "counterfactual", "accuracy")
+                found[title] = [r for r in evaluation.latest(run.records()) if r["name"].startswith(names)]
+            else:
+                other = HALVES[0] if title.startswith("second") else HALVES[1]
+                found[title] = translated(run, config.build(other, "source").load(), judge)
+        return found
+
+    return study(folder, seeds, entries, measure)
+
+
+def translated(run: Run, source: Data, judge: Path) -> Records:
+    """How many of the test images of another kind a judge takes for a critic's kind, by the amount of translation.
+
+    A figure shows some on their way, Binary-AT figure 7.
+    """
+    classes = tuple(int(name) for name in run.recipe.data.load().classes)
+    space, sampler, records = evaluation.find_space(judge).load("cpu"), run.recipe.sampler, []
+    assert space.logits is not None
+    model, films = run.model()[0], torch.empty(0)
+    for amount in AMOUNTS:
+        method = Translate(steps=sampler.steps, step_size=sampler.step_size, amount=amount)
+        found = method(model, source.test.x)
+        named = space.logits(space.of(found.x, torch.device("cpu"))).argmax(1)
+        hits = torch.isin(named, torch.tensor(classes))
+        records.append(Record(f"named as the target, amount {amount:g}", *proportion(hits)))
+        films = found.film[:: len(found.x) // 10][:10] if amount == 1 else films
+    text = (
+        f"from {source.name}, a row an image, from left to right; the critic's own kind: {', '.join(map(str, classes))}"
+    )
+    gallery.hang(run, "translation", pictures.png(pictures.grid(films, tile=48)), "Translation", text)
+    return [dataclasses.asdict(record) for record in records]
+
+
 FIGURE4 = (("at", "jeat-16"), ("at", "jeat-17"), ("prejeat", "jeat-17"))  # from left to right
 
 
@@ -444,9 +504,11 @@ EXPERIMENTS: dict[str, Callable[[Path, int, Options], tuple[dict[str, Records], 
     "digits-binary-at": digits_binary_at,
     "digits-hybrids": digits_hybrids,
     "binary-at-table4": binary_at_table4,
+    "digits-applications": digits_applications,
 }
 FIGURES: dict[str, Callable[[Mapping[str, Records]], dict[str, bytes]]] = {"digits-binary-at": binary_at_figures}
 QUICK: dict[str, Options] = {
     "digits-binary-at": [("train.images", 16_000), ("objective.curriculum.window", 400)],
     "digits-hybrids": [("train.images", 12_000)],
+    "digits-applications": [("train.images", 12_000)],
 }

@@ -11,7 +11,7 @@ from advebm import comparison, config, console, drawing, evaluation, files, gene
 from advebm.data.files import read_folder
 from advebm.errors import UserError
 from advebm.evaluation import is_factory
-from advebm.metrics.base import SampleSet, Subject, label
+from advebm.metrics.base import SampleSet, Subject, label, together
 from advebm.metrics.quality import SampleQuality
 from advebm.models import network
 from advebm.reporting import figures, gallery
@@ -179,7 +179,7 @@ def contrast(
         sets = {method: generation.read(folder) for method, folder in folders.items()}
         panels = panels or {m: pictures.by_class(s.x, s.y, len(data.classes)) for m, s in sets.items()}
         say(f"judging {len(sets)} sets")
-        subject = Subject(model, data, data.test, recipe.threat, sets, space)
+        subject = Subject(model, data, data.test, recipe.threat, sets, space, together(data.shape))
         records = [dataclasses.asdict(r) for r in evaluation.evaluate(subject, [SampleQuality()], seed=number)]
         found.append({m: [r for r in records if r["settings"]["samples"] == m] for m in sets})
     rows = comparison.over_seeds(found)

@@ -5,14 +5,14 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
@@ -22,6 +22,9 @@ from advebm.errors import UserError
 
 Corrupt = Literal["refuse", "skip"]
 SHOWN = 3  # names of bad images in a message
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of what is handed in; some others run programs
+LARGEST = 50_000_000  # pixels of an image that somebody hands in
+GREY = ("1", "L", "LA", "La")  # modes without colour
 
 
 def decode(
@@ -84,6 +87,89 @@ def _pixels(picture: Image.Image, channels: int, size: int | None) -> np.ndarray
         picture = middle.resize((size, size), Image.Resampling.LANCZOS)
     array = np.asarray(picture)
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
+
+
+def open_image(source: bytes | Path, shape: Sequence[int], *, fit: bool = False, name: str = "the image") -> Tensor:
+    """An image that somebody hands in, as a model takes it: float32 (C, H, W) in [0, 1].
+
+    It is turned as its camera says; what is transparent becomes white; of an animation the first picture is taken.
+
+    Args:
+        source: an encoded image, or the file that holds one, which then names it.
+        shape: (C, H, W) of the model's images.
+        fit: cut an image of another size to its middle square and scale it, make colours grey, or grey colour.
+        name: what to call it in messages.
+
+    Raises:
+        UserError: not an image, a damaged one, one beyond 50 million pixels; without ``fit`` another size or colour.
+    """
+    channels, height, width = shape
+    with _opened(source, name) as (picture, name):
+        grey = picture.mode in GREY
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            layer = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        if not fit:
+            _check_size(name, picture, (width, height))
+            if grey != (channels == 1) and not _colourless(picture, channels):
+                kinds = {1: "grey", 3: "colour"}
+                raise UserError(
+                    f"{name} is {'grey' if grey else 'in colour'}, the model takes {kinds[channels]} images; "
+                    "convert it, or have it fitted (--fit)"
+                )
+        pixels = _pixels(picture, channels, width if fit else None)
+    return torch.from_numpy(pixels.copy()).float() / 255
+
+
+def open_mask(source: bytes | Path, size: tuple[int, int], *, fit: bool = False, name: str = "the mask") -> Tensor:
+    """A mask that somebody hands in, bool (H, W): true where it is white, or lighter than the middle.
+
+    ``size`` is (H, W); with ``fit`` a mask of another size is cut to its middle square and scaled.
+    """
+    with _opened(source, name) as (picture, name):
+        if not fit:
+            _check_size(name, picture, (size[1], size[0]))
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
+        pixels = _pixels(picture, 1, size[1] if fit else None)
+    return torch.from_numpy(pixels[0] > 127)
+
+
+@contextlib.contextmanager
+def _opened(source: bytes | Path, name: str) -> Iterator[tuple[Image.Image, str]]:
+    """The first picture, decoded, and what to call it; everything that can go wrong is one kind of error."""
+    name = name if isinstance(source, bytes) else str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
+            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        with picture:
+            if (count := picture.width * picture.height) > LARGEST:
+                raise UserError(f"{name} has {count:,} pixels, the most is {LARGEST:,}; make it smaller")
+            if picture.mode.startswith(("I", "F")):
+                raise UserError(f"{name} has more than 8 bits a channel (mode {picture.mode}); save it with 8")
+            picture.load()
+            yield ImageOps.exif_transpose(picture), name
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"there is no {name}") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{name} has more than {LARGEST:,} pixels; make it smaller") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{name} is not an image that can be read ({type(error).__name__}); is it whole?") from None
+
+
+def _check_size(name: str, picture: Image.Image, wanted: tuple[int, int]) -> None:
+    if picture.size != wanted:
+        got, asked = (" x ".join(map(str, size)) for size in (picture.size, wanted))
+        raise UserError(f"{name} has {got} pixels, there have to be {asked}; resize it, or have it fitted (--fit)")
+
+
+def _colourless(picture: Image.Image, channels: int) -> bool:
+    """Whether a picture in colour shows only greys, and these are wanted."""
+    bands = np.asarray(picture.convert("RGB"))
+    return channels == 1 and bool((bands == bands[..., :1]).all())
 
 
 def cached(content: Iterable[bytes], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

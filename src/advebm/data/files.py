@@ -19,6 +19,7 @@ from advebm.data.sources import Augmentations, Data, Images, gather, partition
 from advebm.errors import UserError
 
 NATURAL = Augmentations(x=Augment(crop=4, flip=True))
+UNLABELLED = ("unlabelled",)  # the classes of images that have none
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image"), ("label", "fine_label", "labels")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -126,6 +127,7 @@ class Folder:
     """A folder with a sub-folder of images for each class: ``folder:PATH``.
 
     With sub-folders ``train`` and ``test`` that hold the classes, these are the splits; else images are split here.
+    Images without sub-folders are unlabelled, for objectives that need no labels.
 
     Attributes:
         path: the folder.
@@ -168,7 +170,9 @@ class Folder:
         return Data(name, classes, train, val, test)
 
     def _read(self, root: Path, classes: Sequence[str]) -> Images:
-        found = [(path, k) for k, name in enumerate(classes) for path in _pictures(root / name)]
+        found = [(path, k) for k, name in enumerate(classes) for path in picture_files(root / name)]
+        if classes == UNLABELLED:
+            found = [(path, -1) for path in picture_files(root)]
         settings = f"{self.size} {self.channels} {self.corrupt} {[str(p.relative_to(root)) for p, _ in found]}"
 
         def make() -> dict[str, Tensor]:
@@ -221,7 +225,7 @@ class Npz:
             raise UserError(f"{path}: labels y are >= 0, got {int(first.y.min())}; leave y out for unlabelled images")
         if not int(first.y.max()):
             raise UserError(f"{path}: all labels y are 0; a classifier needs at least 2 classes")
-        classes = ("unlabelled",) if unlabelled else tuple(str(k) for k in range(int(first.y.max()) + 1))
+        classes = UNLABELLED if unlabelled else tuple(str(k) for k in range(int(first.y.max()) + 1))
         if "x_test" in arrays and "y_test" in arrays:
             parts = {"train": [first], "test": [self._images(path, arrays["x_test"], arrays["y_test"])]}
             return _with_validation(path.stem, classes, parts, self.val, self.split_seed)
@@ -360,12 +364,13 @@ def _with_validation(name: str, classes: Sequence[str], parts: Parts, val: float
     y = torch.cat([shard.y for shards in parts.values() for shard in shards])
     count = int(y.max()) + 1
     named = tuple(classes) or (CIFAR10 if name == "cifar10" else tuple(str(k) for k in range(count)))
-    if count > len(named):
-        raise UserError(f"{name} has labels up to {count - 1}, but {len(named)} class names")
-    if count < 2:
-        raise UserError(f"all images of {name} have the label 0; a classifier needs at least 2 classes")
-    if int(y.min()) < 0:
-        raise UserError(f"{name} has images without a label (label -1)")
+    if named != UNLABELLED:
+        if count > len(named):
+            raise UserError(f"{name} has labels up to {count - 1}, but {len(named)} class names")
+        if count < 2:
+            raise UserError(f"all images of {name} have the label 0; a classifier needs at least 2 classes")
+        if int(y.min()) < 0:
+            raise UserError(f"{name} has images without a label (label -1)")
     validation, training = partition(parts["train"], len(named), (val,), seed)
     (test,) = gather(parts["test"], torch.arange(sum(map(len, parts["test"]))))
     return Data(name, named, training, validation, test)
@@ -373,11 +378,13 @@ def _with_validation(name: str, classes: Sequence[str], parts: Parts, val: float
 
 def _class_names(root: Path) -> tuple[str, ...]:
     names = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not names and picture_files(root):
+        return UNLABELLED
     if len(names) < 2:
         got = f"only {names[0]}" if names else "none"
         raise UserError(f"{root} needs a sub-folder of images for each of at least 2 classes, it has {got}")
     for name in names:
-        if not _pictures(root / name):
+        if not picture_files(root / name):
             raise UserError(f"{root / name} holds no image ({', '.join(sorted(SUFFIXES))})")
     return names
 
@@ -391,8 +398,8 @@ def read_folder(folder: Path, classes: Sequence[str], shape: tuple[int, ...]) ->
     root = _existing(str(folder))
     parts = [root / name for name in classes]
     labelled = any(part.is_dir() for part in parts)
-    found = [(p, k) for k, part in enumerate(parts) for p in _pictures(part)] if labelled else []
-    found = found or [(p, -1) for p in _pictures(root)]
+    found = [(p, k) for k, part in enumerate(parts) for p in picture_files(part)] if labelled else []
+    found = found or [(p, -1) for p in picture_files(root)]
     if not found:
         raise UserError(f"{root} holds no image ({', '.join(sorted(SUFFIXES))})")
     paths = [p for p, _ in found]
@@ -404,7 +411,8 @@ def read_folder(folder: Path, classes: Sequence[str], shape: tuple[int, ...]) ->
     return Images(x, torch.tensor([k for _, k in found]))
 
 
-def _pictures(folder: Path) -> list[Path]:
+def picture_files(folder: Path) -> list[Path]:
+    """Every image below a folder, by its name's ending, in order."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -120,6 +120,11 @@ class Metric(Protocol):
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Measure."""
         ...
+
+
+def together(shape: Sequence[int]) -> int:
+    """How many images of ``shape (C, H, W)`` go through a network at once: 500 of up to 32 x 32 pixels, else fewer."""
+    return min(500, max(1, 500 * 32 * 32 // (shape[1] * shape[2])))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -51,6 +51,16 @@ def ssim(a: Tensor, b: Tensor, *, sigma: float = 1.5, width: int = 11) -> Tensor
     return torch.stack(rows)
 
 
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images (B, C, H, W) in [0, 1] and their partners, decibels, (B,); inf if equal."""
+    return -10 * (a - b).square().flatten(1).mean(1).log10()
+
+
+def paired_ssim(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`ssim` of images and their partners, (B,)."""
+    return torch.cat([ssim(x[None], y[None]).squeeze(0) for x, y in zip(a, b, strict=True)])
+
+
 def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     """``1 - SSIM``, low = near."""
     return 1 - ssim(a, b)

@@ -22,7 +22,7 @@ from advebm.data.sources import Data, Images
 from advebm.descent import Energy
 from advebm.errors import Diverged, EarlyStop, Interrupted, UserError
 from advebm.evaluation import find_model
-from advebm.metrics.base import Subject
+from advebm.metrics.base import Subject, together
 from advebm.metrics.ood import auroc
 from advebm.metrics.robustness import measure
 from advebm.models import foreign
@@ -291,7 +291,7 @@ def validate(
     Raises:
         Diverged: a critic's energies are not finite.
     """
-    subject = Subject(model, data, split, recipe.threat)
+    subject = Subject(model, data, split, recipe.threat, batch=together(data.shape))
     generator = seeds.generator(recipe.seed, "val", device=subject.device)
     if recipe.objective.outputs == 1 and outside is not None:
         with searching(model) as f:

@@ -1,5 +1,6 @@
 """What people hand in, checked: nothing of it is trusted, and nothing of it is run."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from advebm.data.decode import FORMATS, GREY, open_image
 from advebm.errors import UserError
 
 BYTES = 10_000_000  # of an uploaded file
 PIXELS = 20_000_000  # of an uploaded picture, looked at before it is decoded
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 PAINTED = 0.3  # share of a pixel that the brush has to cover
 
 
@@ -41,41 +42,31 @@ def image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
     Raises:
         UserError: a file or a picture that is too large, of another format, or damaged.
     """
-    path, done = Path(path), []
-    if (size := path.stat().st_size) > BYTES:
+    if (size := Path(path).stat().st_size) > BYTES:
         raise UserError(f"the file has {size / 1e6:.1f} MB; at most {BYTES / 1e6:.0f} MB are taken")
+    content, done = Path(path).read_bytes(), []
+    wide, high, grey = _head(content)
+    if wide * high > PIXELS:
+        what = f"the picture has {wide * high / 1e6:.0f} megapixels"
+        raise UserError(f"{what}; at most {PIXELS / 1e6:.0f} are taken: scale it down")
+    x = open_image(content, shape, fit=True, name="the picture")
+    if grey != (shape[0] == 1):
+        done.append("grey, so all channels are alike" if grey else "colours made grey")
+    if (high, wide) != tuple(shape[1:]):
+        middle = "" if wide == high else ", its middle square"
+        done.append(f"{wide} x {high} pixels{middle} scaled to {shape[2]} x {shape[1]}")
+    return x, "; ".join(done) or "taken as it is"
+
+
+def _head(content: bytes) -> tuple[int, int, bool]:
+    """Width, height and whether it is grey, of a picture that is not decoded; zeros where it cannot be read."""
     try:
-        with Image.open(path, formats=FORMATS) as opened:
-            if (count := opened.width * opened.height) > PIXELS:
-                raise _too_large(count)
-            picture = ImageOps.exif_transpose(opened)
-            picture.load()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            return picture.width, picture.height, picture.mode in GREY
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_large(None) from None
-    except UnidentifiedImageError:
-        raise UserError(f"the file is no picture that can be read; {', '.join(FORMATS)} can") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"the picture is damaged ({type(error).__name__}); save it again as PNG") from None
-    channels, height, width = shape
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        done.append("white behind what is transparent")
-    grey = picture.mode in ("1", "L", "I", "I;16", "F", "LA")
-    if picture.mode in ("I", "I;16", "F"):
-        picture = _levels(picture)
-    if channels == 3 and grey:
-        done.append("grey, so all three channels are alike")
-    if channels == 1 and not grey:
-        done.append("colours made grey")
-    picture = picture.convert("RGB" if channels == 3 else "L")
-    if picture.size != (width, height):
-        was, cut = f"{picture.width} x {picture.height} pixels", _middle(picture)
-        done.append(f"{was}{', its middle square' * (cut.size != picture.size)} scaled to {width} x {height}")
-        picture = cut.resize(
-            (width, height), Image.Resampling.BOX if min(cut.size) > width else Image.Resampling.BICUBIC
-        )
-    return tensor(picture), "; ".join(done) or "taken as it is"
+        return 2 * PIXELS, 1, False
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return 0, 0, False
 
 
 def tensor(picture: Image.Image) -> Tensor:
@@ -107,21 +98,3 @@ def brushed(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[Tensor
         where = alpha + (1 - alpha) * where
     over = where >= PAINTED
     return torch.where(over, paint / where.clamp_min(1e-6), paint).clamp(0, 1), over
-
-
-def _middle(picture: Image.Image) -> Image.Image:
-    edge = min(picture.size)
-    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    return picture.crop((left, top, left + edge, top + edge))
-
-
-def _levels(picture: Image.Image) -> Image.Image:
-    """More than 256 levels of grey, scaled to 256 by their range."""
-    values = np.asarray(picture, dtype=np.float64)
-    span = max(float(np.ptp(values)), 1e-12)
-    return Image.fromarray(((values - values.min()) / span * 255).round().astype(np.uint8))
-
-
-def _too_large(count: int | None) -> UserError:
-    size = "" if count is None else f" of {count / 1e6:.0f} megapixels"
-    return UserError(f"the picture{size} is too large; at most {PIXELS / 1e6:.0f} megapixels are taken: scale it down")

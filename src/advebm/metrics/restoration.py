@@ -1,0 +1,210 @@
+"""How well edits do: what they restore, against the truth and other ways to restore it, and what they explain."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from advebm import config, seeds
+from advebm.apps import Counterfactual, Denoise, Edit, Inpaint, Upsample, box_hole, median
+from advebm.config import check_choices
+from advebm.descent import repeated
+from advebm.errors import UserError
+from advebm.metrics.base import Record, Subject, average, proportion
+from advebm.metrics.robustness import check_images, some
+from advebm.metrics.similarity import paired_ssim, psnr
+from advebm.seeds import rand, randn
+
+Restore = Callable[[Tensor], Tensor]  # images as they were given -> restored ones
+PEPPER = 0.1  # share of pixels that salt and pepper fall on
+STRENGTHS = tuple(2.0**k for k in range(-4, 4))  # factors on an edit's prior that are tried on validation images
+VARIATIONS = (0.02, 0.05, 0.1, 0.2, 0.4)  # weights of total variation that are tried on them
+
+
+def spoilt(method: Edit, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """What an edit that restores is given of whole images (B, C, H, W): noisy, small, or black in the hole."""
+    if isinstance(method, Upsample):
+        return avg_pool2d(x, method.factor)
+    if isinstance(method, Denoise) and method.noise == "gaussian":
+        return (x + method.sigma * randn(x, generator)).clamp(0, 1)
+    if isinstance(method, Denoise):
+        return salted(x, PEPPER, generator)
+    if isinstance(method, Inpaint) and hole is not None:
+        return x.masked_fill(hole.to(x.device).reshape(-1, 1, *hole.shape[-2:]), 0.0)
+    return x
+
+
+def salted(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    """Salt and pepper: each pixel black with probability ``share / 2``, white with as much, in all channels."""
+    draw = rand(x[:, :1], generator)
+    return x.masked_fill(draw < share / 2, 0.0).masked_fill((draw >= share / 2) & (draw < share), 1.0)
+
+
+def middle(size: tuple[int, int]) -> Tensor:
+    """The middle half of both edges as a mask (H, W)."""
+    height, width = size
+    return box_hole(size, width // 4, height // 4, width * 3 // 4, height * 3 // 4)
+
+
+def fidelity(truth: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """``PSNR`` (decibels) and ``SSIM`` of images to the truth, (B,) each."""
+    return {"PSNR": psnr(truth, x), "SSIM": paired_ssim(truth, x)}
+
+
+def others(method: Edit, hole: Tensor) -> dict[str, Restore]:
+    """Other ways to do what an edit does: mean fill, biharmonic fill, bicubic enlargement, 3 x 3 median; without
+    total variation, whose weight is chosen.
+
+    Raises:
+        UserError: scikit-image is not installed.
+    """
+    if isinstance(method, Inpaint):
+        filled = lambda x: replace(method, fill="mean").pose(x, hole.expand(len(x), 1, -1, -1), None).start
+        restoration = scikit_image()
+        each = lambda x: restoration.inpaint_biharmonic(x.permute(1, 2, 0).numpy(), hole.numpy(), channel_axis=-1)
+        smooth = lambda x: torch.stack([torch.from_numpy(each(z)).to(x).permute(2, 0, 1) for z in x]).clamp(0, 1)
+        return {"mean fill": filled, "biharmonic": smooth}
+    if isinstance(method, Upsample):
+        bicubic = lambda x: method.pose(x, None, None).start
+        return {"blocks": lambda x: repeated(x, method.factor), "bicubic": bicubic}
+    given: dict[str, Restore] = {"nothing": lambda x: x}
+    return given if method.noise == "gaussian" else {**given, "median": median}  # type: ignore[attr-defined]
+
+
+def scikit_image() -> Any:
+    """``skimage.restoration``."""
+    try:
+        from skimage import restoration
+    except ImportError:
+        raise UserError(
+            "this compares with scikit-image, which is not installed: pip install 'advebm[compare]'"
+        ) from None
+    return restoration
+
+
+def total_variation(weight: float) -> Restore:
+    """Chambolle's (2004) denoising, by scikit-image; a larger weight smooths more."""
+    one = lambda x: scikit_image().denoise_tv_chambolle(x.permute(1, 2, 0).numpy(), weight=weight, channel_axis=-1)
+    return lambda x: torch.stack([torch.from_numpy(one(z)).to(x).permute(2, 0, 1) for z in x]).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """PSNR (decibels) and SSIM of test images that were spoilt and restored, by edits and by other ways.
+
+    What is spoilt is the same for all.  λ of gaussian denoising (2^-4 to 2^3 times the edit's) and the weight of total
+    variation are those with the best PSNR on as many validation images.  Salt and pepper fall on a tenth of the pixels;
+    the hole is the middle half of both edges.
+
+    Attributes:
+        edits: what is tried.
+        images: how many of the split, always the same ones; none takes all.
+    """
+
+    edits: tuple[Edit, ...] = (Denoise(), Denoise(noise="salt-and-pepper"), Inpaint(), Upsample())
+    images: int | None = 100
+
+    cites: ClassVar[tuple[str, ...]] = ("binary-at", "chambolle2004", "vanderwalt2014")
+
+    def __post_init__(self) -> None:
+        check_images(self.images)
+        if not all(isinstance(edit, Denoise | Inpaint | Upsample) for edit in self.edits):
+            raise UserError("edits that restore are denoise, inpaint and upsample")
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """``PSNR`` and ``SSIM`` of each task by each way; the edit's own is ``by energy``."""
+        subject = some(subject, self.images)
+        truth, tuning = subject.split.float(), some(subject._replace(split=subject.data.val), self.images).split.float()
+        hole, records = middle(truth.shape[2:]), []  # type: ignore[arg-type]
+        seed = generator.initial_seed()
+        for edit in self.edits:
+            name = task(edit)
+            draw = lambda x, part, name=name, edit=edit: spoilt(edit, x, hole, seeds.generator(seed, name, part))
+            given, practice = draw(truth, "test"), draw(tuning, "validation")
+            chosen, ways = self._edit(edit, subject, practice, tuning, hole), others(edit, hole)
+            if isinstance(edit, Denoise):
+                best = max(VARIATIONS, key=lambda w: psnr(tuning, total_variation(w)(practice)).mean().item())
+                ways["total variation"] = total_variation(best)
+            ways["energy"] = lambda x, chosen=chosen: self._by(chosen, subject, x, hole)
+            for way, restore in ways.items():
+                about = {"edit": config.describe(chosen), "way": way, "images": self.images}
+                for quantity, values in fidelity(truth, restore(given)).items():
+                    records.append(Record(f"{quantity} {name} by {way}", *average(values), about))
+        return records
+
+    def _edit(self, edit: Edit, subject: Subject, given: Tensor, truth: Tensor, hole: Tensor) -> Edit:
+        """With the λ that validation images like best."""
+        if not (isinstance(edit, Denoise) and edit.noise == "gaussian"):
+            return edit
+        tried = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
+        return max(tried, key=lambda e: psnr(truth, self._by(e, subject, given, hole)).mean().item())
+
+    @staticmethod
+    def _by(edit: Edit, subject: Subject, x: Tensor, hole: Tensor) -> Tensor:
+        generator = seeds.generator(0, "restoration", device=subject.device)
+        mask = hole if isinstance(edit, Inpaint) else None
+        parts = [edit(subject.model, z, hole=mask, generator=generator, frames=2).x for z in x.split(subject.batch)]
+        return torch.cat(parts)
+
+
+def task(edit: Edit) -> str:
+    """What an edit restores, as tables write it."""
+    if isinstance(edit, Inpaint):
+        return "inpainting"
+    if isinstance(edit, Upsample):
+        return f"upsampling x{edit.factor}"
+    assert isinstance(edit, Denoise)
+    return "salt and pepper" if edit.noise == "salt-and-pepper" else f"denoising {edit.sigma:g}"
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """Whether images of another class are found nearby, how near, and whether others see that class in them.
+
+    Attributes:
+        edit: the search.
+        towards: ``likely``, the second most likely class, or a ``random`` other one.
+        images: how many of the split, always the same ones; none takes all.
+    """
+
+    edit: Counterfactual = Counterfactual()
+    towards: Literal["likely", "random"] = "likely"
+    images: int | None = 100
+
+    cites: ClassVar[tuple[str, ...]] = ("augustin2020",)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_images(self.images)
+
+    def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        """``counterfactual reached``; of those ``… distance`` (l2) and ``… named so`` by a judge."""
+        split = some(subject, self.images).split
+        goals = None
+        if self.towards == "random":
+            count = len(subject.data.classes)
+            step = torch.randint(1, count, split.y.shape, generator=generator, device=generator.device).cpu()
+            goals = (split.y + step) % count
+        parts = []
+        for first in range(0, len(split), subject.batch):
+            rows = slice(first, first + subject.batch)
+            parts.append(self.edit(subject.model, split.x[rows], None if goals is None else goals[rows], frames=2))
+        reached, distance, to = (
+            torch.cat([part.numbers[name] for part in parts]) for name in ("reached", "distance", "to")
+        )
+        about: Mapping[str, Any] = {"edit": config.describe(self.edit), "towards": self.towards, "images": self.images}
+        records = [Record("counterfactual reached", *proportion(reached.bool()), dict(about))]
+        if (hit := reached.bool()).sum() > 1:
+            records.append(Record("counterfactual distance", *average(distance[hit]), dict(about)))
+            space = subject.features
+            if space is not None and space.logits is not None:
+                found = space.of(torch.cat([part.x for part in parts])[hit], subject.device, subject.batch)
+                logits = space.logits(found.to(subject.device)).detach().cpu()
+                name = f"counterfactual named so ({space.name})"
+                if logits.shape[1] == len(subject.data.classes):
+                    named = proportion(logits.argmax(1) == to[hit].long())
+                    records.append(Record(name, *named, {**about, "space": space.name}))
+        return records
