@@ -210,7 +210,7 @@ def test_a_file_that_is_no_picture(page, tmp_path):
     fields = page.find_elements(By.CSS_SELECTOR, "input[type=file]")
     field = next(f for f in fields if f.find_element(By.XPATH, "./..").is_displayed() or f.is_displayed())
     field.send_keys(str(path))
-    until(lambda: "no picture" in page.find_element(By.TAG_NAME, "body").text)
+    until(lambda: "can be read" in page.find_element(By.TAG_NAME, "body").text)
 
 
 def test_nothing_went_wrong_in_the_browser(page):

@@ -47,8 +47,9 @@ def image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
     content, done = Path(path).read_bytes(), []
     wide, high, grey = _head(content)
     if wide * high > PIXELS:
-        what = f"the picture has {wide * high / 1e6:.0f} megapixels"
-        raise UserError(f"{what}; at most {PIXELS / 1e6:.0f} are taken: scale it down")
+        raise UserError(
+            f"the picture has more than {PIXELS / 1e6:.0f} megapixels, the most that are taken; scale it down"
+        )
     x = open_image(content, shape, fit=True, name="the picture")
     if grey != (shape[0] == 1):
         done.append("grey, so all channels are alike" if grey else "colours made grey")
