@@ -54,18 +54,22 @@ def test_a_job_tells_and_then_returns():
 
 
 def test_newer_news_replace_older_ones_that_nobody_saw():
+    begin, done, release = (threading.Event() for _ in range(3))
+
     def work(job):
+        job.tell("begun")
+        begin.wait(5)
         for k in range(100):
             job.tell(k)
         done.set()
         release.wait(5)
         return "end"
 
-    done, release = threading.Event(), threading.Event()
     news = Job().follow(work)
-    first = next(news)
+    assert next(news) == "begun"
+    begin.set()
     done.wait(5)
-    assert next(news) == 99 or first == 99
+    assert next(news) == 99
     release.set()
     assert list(news) == ["end"]
 

@@ -59,7 +59,7 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
         values.append(value.cpu())
         if k in shown:
             moments.append(x[:CHAINS].cpu())
-        if (now := time.perf_counter()) - last > PAUSE:
+        if k < total and (now := time.perf_counter()) - last > PAUSE:
             last = now
             note = f"step {k} of {total}, energy {value.mean():.2f} nats"
             job.tell(Sampled(views.sheet(x), None, None, note))

@@ -90,8 +90,8 @@ def beside(names: Sequence[str], before: Tensor, after: Tensor, title: str) -> I
     shown = (before + after).argsort(descending=True)[:8].sort().values
     with figure() as (drawn, (axis,)):
         place = np.arange(len(shown))
-        axis.bar(place - 0.2, before[shown], 0.4, label="before")
-        axis.bar(place + 0.2, after[shown], 0.4, label="after")
+        axis.bar(place - 0.2, before[shown].numpy(), 0.4, label="before")
+        axis.bar(place + 0.2, after[shown].numpy(), 0.4, label="after")
         axis.set_xticks(place, [names[k] for k in shown.tolist()], rotation=30 if max(map(len, names)) > 3 else 0)
         axis.set(ylim=(0, 1.02), title=title)
         axis.legend(frameon=False)
