@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("selenium")
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -37,7 +37,7 @@ def until(true, seconds=PATIENCE):
         try:
             if found := true():
                 return found
-        except StaleElementReferenceException:
+        except (NoSuchElementException, StaleElementReferenceException):
             pass
         time.sleep(0.1)
     raise AssertionError("it did not come")

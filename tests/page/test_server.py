@@ -1,11 +1,15 @@
 """What the server answers, and what it does not: asked as a stranger would, not by a browser."""
 
+import io
 import json
 import time
 import uuid
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from tests.test_web import header
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("gradio")
@@ -60,6 +64,8 @@ def test_no_file_is_served_but_the_page_s_own(client, served):
         "/theme.css/../../etc/passwd",
         "/docs",
         "/openapi.json",
+        f"{API}/openapi.json",
+        f"{API}/run/predict",
     ],
 )
 def test_other_ways_lead_nowhere(client, way):
@@ -156,25 +162,51 @@ def test_what_makes_no_sense_is_answered_and_the_server_stays(client, changed):
     assert client.get("/").status_code == 200
 
 
-def test_files_that_nobody_uploaded_are_not_taken_in(client, served):
-    """A picture named by its path on the server, or by an address elsewhere."""
+def upload(client):
+    """Who is called when a file is uploaded by the first button for that."""
     config = client.get("/config").json()
-    uploads = [c["id"] for c in config["components"] if c["type"] == "uploadbutton"]
-    upload = lambda d: any(tuple(t) == (uploads[0], "upload") for t in d["targets"])
-    for path in ("/etc/passwd", str(served.folders[0].resolve() / "samples"), "http://127.0.0.1:1/x.png"):
-        events = asked(client, upload, [first(client), {"path": path, "meta": {"_type": "gradio.FileData"}}])
+    button = next(c["id"] for c in config["components"] if c["type"] == "uploadbutton")
+    return lambda d: any(tuple(t) == (button, "upload") for t in d["targets"])
+
+
+def test_files_that_nobody_uploaded_are_not_taken_in(client, served, tmp_path):
+    """A picture named by its path on the server, or by an address elsewhere."""
+    secret = tmp_path / "secret.png"
+    Image.new("L", (8, 8), 200).save(secret)
+    where = [secret, "/etc/passwd", served.folders[0].resolve() / "config.yaml", "http://127.0.0.1:1/x.png"]
+    for path in map(str, where):
+        events = asked(client, upload(client), [first(client), {"path": path, "meta": {"_type": "gradio.FileData"}}])
         assert events[-1]["success"] is False, path
         assert "root:" not in json.dumps(events)
 
 
-def test_an_upload_that_is_no_picture_gets_an_answer(client):
-    stored = client.post(f"{API}/upload", files={"files": ("a.png", b"<script>alert(1)</script>")}).json()
-    config = client.get("/config").json()
-    uploads = [c["id"] for c in config["components"] if c["type"] == "uploadbutton"]
-    upload = lambda d: any(tuple(t) == (uploads[0], "upload") for t in d["targets"])
-    events = asked(client, upload, [first(client), {"path": stored[0], "meta": {"_type": "gradio.FileData"}}])
+def stored(client, name, content):
+    (path,) = client.post(f"{API}/upload", files={"files": (name, content)}).json()
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def test_an_upload_is_taken_in(client):
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 200).save(buffer, "PNG")
+    events = asked(client, upload(client), [first(client), stored(client, "a.png", buffer.getvalue())])
+    assert events[-1]["success"], events[-1]
+    assert "taken as it is" in json.dumps(events[-1])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<script>alert(1)</script>", "can be read"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "can be read"),
+        (header(10_000, 10_000), "megapixels"),
+        (header(60_000, 60_000), "megapixels"),
+    ],
+)
+def test_an_upload_that_is_no_picture_for_a_model_gets_an_answer(client, content, words):
+    events = asked(client, upload(client), [first(client), stored(client, "a.png", content)])
     assert events[-1]["success"] is False
-    assert "can be read" in json.dumps(events[-1])
+    assert words in json.dumps(events[-1])
+    assert client.get("/").status_code == 200
 
 
 def test_several_at_once_are_all_served(client, served):

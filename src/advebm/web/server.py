@@ -81,17 +81,13 @@ def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[
     if "*" not in hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     options: dict[str, Any] = {"theme": theme(), "css": CSS, "footer_links": []}
-    return gradio.mount_gradio_app(
-        app,
-        blocks,
-        path="/",
-        allowed_paths=[],
-        blocked_paths=[str(studio.run.folder.resolve()) for studio in studios.values()],
-        max_file_size=BYTES,
-        show_error=False,
-        ssr_mode=False,
-        **options,
+    options["app_kwargs"] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    options["blocked_paths"] = [str(studio.run.folder.resolve()) for studio in studios.values()]
+    mounted = gradio.mount_gradio_app(
+        app, blocks, path="/", allowed_paths=[], max_file_size=BYTES, show_error=False, ssr_mode=False, **options
     )
+    blocks.has_launched = True  # or Gradio does not check that files it is handed by name were uploaded
+    return mounted
 
 
 class Guard:
@@ -154,4 +150,4 @@ def serve(folders: Sequence[Path], *, host: str, port: int, checkpoint: str, dev
         if host not in LOOPBACK:
             say(f"everyone who reaches {host} can use the page")
         say(f"http://{host}:{port}  ready after {time.perf_counter() - begun:.1f} s; Ctrl-C ends it")
-        uvicorn.run(app, host=host, port=port, log_level="warning")
+        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
