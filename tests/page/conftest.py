@@ -46,10 +46,11 @@ def served(small_run, tmp_path_factory):
                 time.sleep(0.1)
             time.sleep(0.5)
             yield Served(f"http://127.0.0.1:{port}", folders, log)
+            assert server.poll() is None, "the server went down"
+            assert "advebm/web" not in log.read_text(), log.read_text()  # Gradio's own complaints are its own
         finally:
             server.terminate()
             server.wait(30)
-    assert "advebm/web" not in log.read_text(), log.read_text()  # Gradio's own complaints are its own
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +68,7 @@ def driver():
         "--headless=new",
         "--no-sandbox",
         "--disable-gpu",
-        "--window-size=1280,1000",
+        "--window-size=1280,1240",
         "--disable-dev-shm-usage",
     ):
         options.add_argument(word)

@@ -84,16 +84,15 @@ def text(page, element):
 def look(page, name):
     """A picture of the tab: something is on it; kept where that is asked for."""
     page.execute_script("window.scrollTo(0, 0)")
+    ActionChains(page).move_by_offset(0, 0).perform()
     time.sleep(0.7)
-    height = page.execute_script("return document.body.scrollHeight")
-    page.set_window_size(1280, max(700, min(2200, height + 140)))
-    time.sleep(0.5)
     shot = Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("RGB")
-    page.set_window_size(1280, 1000)
+    low = max(y for y in range(0, shot.height, 4) if len(shot.crop((0, y, 1240, y + 1)).getcolors(4096) or [0, 0]) > 1)
+    shot = shot.crop((0, 0, 1262, min(shot.height, low + 24)))
     assert len(shot.getcolors(1 << 24)) > 50, "the page is empty"
     if folder := os.environ.get("ADVEBM_PICTURES"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        shot.quantize(96).save(Path(folder) / f"page-{name}.png", optimize=True)
+        shot.quantize(250).save(Path(folder) / f"page-{name}.png", optimize=True)
 
 
 def errors(page):
@@ -108,6 +107,7 @@ def test_the_page_opens_and_takes_everything_from_here(page, served):
     urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
     hosts = {urlparse(url).netloc for url in urls if urlparse(url).scheme.startswith(("http", "ws"))}
     assert hosts == {urlparse(served.url).netloc}
+    print(sorted({urlparse(u).path for u in urls if "assets" not in u}))
 
 
 def test_sample(page):
@@ -214,4 +214,7 @@ def test_a_file_that_is_no_picture(page, tmp_path):
 
 
 def test_nothing_went_wrong_in_the_browser(page):
+    asked = [json.loads(line["message"])["message"] for line in page.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+    print(sorted({urlparse(u).path[:60] for u in urls if "assets" not in u}))
     assert not errors(page)

@@ -101,5 +101,5 @@ def _shown(studio: Studio, image: Tensor, found: Tensor, y: Tensor | None, ball:
             f"taken for {taken[1]} instead of {taken[0]}" if taken[0] != taken[1] else f"still taken for {taken[0]}"
         )
     length = f"{size:.3g}" + ("/255" if ball[1] == "linf" else "")
-    note = f"**{verdict}**, by a change of {ball[1]} length {length} within {radius(*ball[:2])}; shown {factor:.0f} x"
+    note = f"**{verdict}**, by a change of {ball[1]} length {length} within {radius(*ball[:2])}; shown x {factor:.1f}"
     return Attacked(views.enlarged(image[0]), views.enlarged(found[0]), added, figure, table, note)

@@ -227,11 +227,11 @@ def moment(found: Explained, share: Any) -> tuple[Image, Image, str]:
     k = round(number(share, "the place on the way, in percent", 0, 100) / 100 * (len(found.film) - 1))
     added, factor = views.difference(found.film[0], found.film[k])
     old, new = (100 * found.series[s][k].item() for s in ("confidence in the old class", "confidence"))
-    says = f"{found.names[0]} {old:.0f} %, {found.names[1]} {new:.0f} %"
+    says = f"probability of {found.names[0]}: {old:.0f} %, of {found.names[1]}: {new:.0f} %"
     return (
         views.enlarged(found.film[k]),
         added,
-        f"{says}, l2 distance {found.series['distance'][k]:.2f}; change x {factor:.0f}",
+        f"{says}; l2 distance {found.series['distance'][k]:.2f}, shown x {factor:.1f}",
     )
 
 

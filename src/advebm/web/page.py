@@ -17,10 +17,11 @@ from advebm.web.jobs import Job, Jobs, Stopped
 from advebm.web.studio import EVERY, Studio
 
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto; }
-img { image-rendering: pixelated; }
-.figure img { image-rendering: auto; }
-.about p { color: var(--body-text-color-subdued); margin: 0; }
+.gradio-container { max-width: 1280px !important; margin: 0 auto; }
+.sight { padding-top: 34px !important; }
+.sight .icon-button-wrapper { transform: translateY(-34px); }
+.pixels img { image-rendering: pixelated; }
+.about p { opacity: 0.7; margin: 0; }
 footer { display: none !important; }
 iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
 """
@@ -48,6 +49,27 @@ class Chooser(NamedTuple):
     number: gr.Number
     upload: gr.UploadButton
     said: gr.Markdown
+
+
+def sight(label: str, *, value: Any = None, name: str | None = None, kind: str = "pixels") -> gr.Image:
+    """A picture to look at: ``pixels`` that are shown as squares, or a ``figure``."""
+    return gr.Image(
+        value,
+        label=label,
+        type="pil",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        alt_text=label,
+        elem_id=name,
+        elem_classes=["sight", kind],
+    )
+
+
+def buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
+    """One to begin and one to stop, side by side."""
+    with gr.Row():
+        return gr.Button(label, variant="primary", elem_id=name, min_width=80), gr.Button("Stop", min_width=80)
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,16 +251,13 @@ class Page:
                     start = gr.Dropdown(**self.start(first, None))
                     count = gr.Slider(1, sampling.COUNT, 20, step=1, label="images")
                     seed = gr.Number(0, label="seed", precision=0, minimum=0)
-                with gr.Row():
-                    go, stop = gr.Button("Draw", variant="primary", elem_id="draw"), gr.Button("Stop")
+                go, stop = buttons("Draw", "draw")
             with gr.Column(scale=5):
-                picture = gr.Image(label="images", type="pil", format="png", interactive=False, elem_id="samples")
+                picture = sight("images", name="samples")
                 said = gr.Markdown("Press **Draw**: chains start from seeds and descend the energy.", elem_id="sampled")
                 with gr.Row():
-                    film = gr.Image(label="from seed to image", type="pil", format="png", interactive=False)
-                    figure = gr.Image(
-                        label="energy", type="pil", format="png", interactive=False, elem_classes="figure"
-                    )
+                    film = sight("from seed to image")
+                    figure = sight("energy", kind="figure")
 
         @told
         def chosen(title: str, name: str) -> list[Any]:
@@ -265,7 +284,7 @@ class Page:
         return [
             {"label": "α, step size", "minimum": a / 10, "maximum": 10 * a, "step": a / 10, "value": a},
             {
-                "label": "β, radius of the ball around the seed; 0: none",
+                "label": "β, radius of the ball; 0: none",
                 "minimum": 0,
                 "maximum": wide,
                 "step": 0.1,
@@ -307,9 +326,8 @@ class Page:
                 dials = [gr.Slider(0, 1, visible=False) for _ in range(2)]
                 steps = gr.Slider(1, editing.STEPS, 40, step=1, label="steps")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
-                with gr.Row():
-                    go, stop = gr.Button("Edit", variant="primary", elem_id="edit"), gr.Button("Stop")
-            with gr.Column(scale=3, min_width=360):
+                go, stop = buttons("Edit", "edit")
+            with gr.Column(scale=4, min_width=440):
                 chooser = self.chooser(first, 0)
                 empty = gr.Button("Empty picture", size="sm")
                 editor = gr.ImageEditor(
@@ -326,10 +344,10 @@ class Page:
                     elem_id="canvas",
                 )
             with gr.Column(scale=3, min_width=320):
-                result = gr.Image(label="result", type="pil", format="png", interactive=False, elem_id="edited")
+                result = sight("result", name="edited")
                 said = gr.Markdown("")
-                began = gr.Image(label="where the search began", type="pil", format="png", interactive=False)
-        film = gr.Image(label="on the way", type="pil", format="png", interactive=False)
+                began = sight("where the search began")
+        film = sight("on the way")
 
         @told
         def chosen(name: str) -> list[Any]:
@@ -384,23 +402,14 @@ class Page:
                 target = self.classes(first, "class to be taken for", at=8)
                 level = gr.Slider(0.5, 0.99, 0.8, step=0.01, label="probability to reach")
                 steps = gr.Slider(5, 200, 40, step=5, label="steps of each of 8 searches")
-                with gr.Row():
-                    go, stop = gr.Button("Explain", variant="primary", elem_id="explain"), gr.Button("Stop")
+                go, stop = buttons("Explain", "explain")
             with gr.Column(scale=5):
                 share = gr.Slider(0, 100, 100, step=5, label="from the image to the counterfactual, %", elem_id="way")
                 with gr.Row():
-                    image = gr.Image(
-                        views.enlarged(self.test_image(first.title, 0).x),
-                        label="image",
-                        type="pil",
-                        format="png",
-                        interactive=False,
-                    )
-                    added = gr.Image(label="change", type="pil", format="png", interactive=False)
-                    figure = gr.Image(
-                        label="what the model says", type="pil", format="png", interactive=False, elem_classes="figure"
-                    )
+                    image = sight("image", value=views.enlarged(self.test_image(first.title, 0).x))
+                    added = sight("change")
                 at = gr.Markdown("")
+                figure = sight("what the model says", kind="figure")
                 said = gr.Markdown("", elem_id="explained")
 
         def explain(job: Job, title: str, given: Given, target: str, level: Any, steps: Any) -> editing.Explained:
@@ -432,24 +441,15 @@ class Page:
                 eps = gr.Number(round(threat.eps, 4), label="eps, radius in pixels of [0, 1]", minimum=0)
                 steps = gr.Slider(1, attacking.STEPS, threat.steps, step=1, label="steps")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
-                with gr.Row():
-                    go, stop = gr.Button("Attack", variant="primary", elem_id="attack"), gr.Button("Stop")
+                go, stop = buttons("Attack", "attack")
             with gr.Column(scale=5):
                 with gr.Row():
-                    before = gr.Image(
-                        views.enlarged(self.test_image(first.title, 0).x),
-                        label="image",
-                        type="pil",
-                        format="png",
-                        interactive=False,
-                    )
-                    after = gr.Image(label="attacked", type="pil", format="png", interactive=False, elem_id="attacked")
-                    added = gr.Image(label="what was added, amplified", type="pil", format="png", interactive=False)
+                    before = sight("image", value=views.enlarged(self.test_image(first.title, 0).x))
+                    after = sight("attacked", name="attacked")
+                    added = sight("what was added, amplified")
                 said = gr.Markdown("", elem_id="verdict")
                 with gr.Row():
-                    figure = gr.Image(
-                        label="probabilities", type="pil", format="png", interactive=False, elem_classes="figure"
-                    )
+                    figure = sight("probabilities", kind="figure")
                     table = gr.Dataframe(headers=["", "before", "after"], interactive=False, wrap=True)
 
         def run(job: Job, title: str, given: Given, *more: Any) -> attacking.Attacked:
@@ -490,14 +490,11 @@ class Page:
                 )
                 steps = gr.Slider(2, slicing.STEPS, max(2, first.sampler().steps), step=1, label="K, steps")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
-                with gr.Row():
-                    go, stop = gr.Button("Measure", variant="primary", elem_id="measure"), gr.Button("Stop")
+                go, stop = buttons("Measure", "measure")
             with gr.Column(scale=5):
-                figure = gr.Image(
-                    label="energy", type="pil", format="png", interactive=False, elem_id="slice", elem_classes="figure"
-                )
+                figure = sight("energy", name="slice", kind="figure")
                 said = gr.Markdown("", elem_id="sliced")
-                film = gr.Image(label="from seed to image", type="pil", format="png", interactive=False)
+                film = sight("from seed to image")
 
         def measure(job: Job, title: str, name: str, kind: str, through: str, steps: Any, seed: Any) -> slicing.Sliced:
             studio = self.studio(title)
@@ -523,23 +520,13 @@ class Page:
                 p0 = gr.Radio(list(toy.P0), value="uniform", label="where contrastive points begin")
                 updates = gr.Slider(10, planes.UPDATES, 300, step=10, label="updates")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
-                with gr.Row():
-                    go, stop = gr.Button("Train", variant="primary", elem_id="train"), gr.Button("Stop")
+                go, stop = buttons("Train", "train")
             with gr.Column(scale=5):
                 with gr.Row():
-                    picture = gr.Image(
-                        label="plane",
-                        type="pil",
-                        format="png",
-                        interactive=False,
-                        elem_id="plane",
-                        elem_classes="figure",
-                    )
+                    picture = sight("plane", name="plane", kind="figure")
                     table = gr.Dataframe(headers=["", "value"], interactive=False, wrap=True)
                 said = gr.Markdown("", elem_id="played")
-                film = gr.Image(
-                    label="the training", type="pil", format="png", interactive=False, elem_classes="figure"
-                )
+                film = sight("the training", kind="figure")
 
         def train(job: Job, density: str, method: str, p0: str, updates: Any, seed: Any) -> planes.Played:
             return planes.play(density, method, p0, updates, seed, job)
@@ -554,7 +541,10 @@ class Page:
         else:
             gr.Markdown("Nothing has been measured yet: `advebm evaluate RUN` does.")
         with gr.Row():
-            go, stop = gr.Button("Show the report", variant="primary", elem_id="report"), gr.Button("Stop")
+            go, stop = (
+                gr.Button("Show the report", variant="primary", elem_id="report", min_width=80),
+                gr.Button("Stop", min_width=80),
+            )
             file = gr.DownloadButton("Download it", visible=False)
         said, report = gr.Markdown(""), gr.HTML("", elem_id="shown")
 

@@ -1,10 +1,12 @@
 """The server of the page: what it answers, to whom, and from which files."""
 
 import contextlib
+import logging
 import os
 import socket
 import tempfile
 import time
+from asyncio import CancelledError
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,5 +151,6 @@ def serve(folders: Sequence[Path], *, host: str, port: int, checkpoint: str, dev
         app = application(studios, folder, hosts=LOOPBACK if host in LOOPBACK else ("*",))
         if host not in LOOPBACK:
             say(f"everyone who reaches {host} can use the page")
+        logging.getLogger("uvicorn.error").addFilter(lambda r: not (r.exc_info and r.exc_info[0] is CancelledError))
         say(f"http://{host}:{port}  ready after {time.perf_counter() - begun:.1f} s; Ctrl-C ends it")
         uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)

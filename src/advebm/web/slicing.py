@@ -118,6 +118,7 @@ def drawn(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
         axis.plot(*at.T, color="white", lw=1.2)
         axis.scatter(*at.T, s=8, c=np.arange(len(at)), cmap="autumn_r", zorder=3)
         for name, point in (("seed", at[0]), ("image", at[-1])):
-            axis.annotate(name, point.tolist(), color="white", fontsize=9, xytext=(4, 4), textcoords="offset points")
+            options = {"color": "white", "ha": "center", "xytext": (0, 6), "textcoords": "offset points"}
+            axis.annotate(name, point.tolist(), **options)
         axis.set(xlabel="first direction (pixels of [0, 1], l2)", ylabel="second direction", aspect="equal")
         return views.picture(figure)
