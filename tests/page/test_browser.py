@@ -107,7 +107,6 @@ def test_the_page_opens_and_takes_everything_from_here(page, served):
     urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
     hosts = {urlparse(url).netloc for url in urls if urlparse(url).scheme.startswith(("http", "ws"))}
     assert hosts == {urlparse(served.url).netloc}
-    print(sorted({urlparse(u).path for u in urls if "assets" not in u}))
 
 
 def test_sample(page):
@@ -214,7 +213,4 @@ def test_a_file_that_is_no_picture(page, tmp_path):
 
 
 def test_nothing_went_wrong_in_the_browser(page):
-    asked = [json.loads(line["message"])["message"] for line in page.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
-    print(sorted({urlparse(u).path[:60] for u in urls if "assets" not in u}))
     assert not errors(page)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advebm import energies
 from advebm.attacks.apgd import APGD
-from advebm.attacks.base import Adversary, radius
+from advebm.attacks.base import radius
 from advebm.attacks.projected import Attack
 from advebm.attacks.square import Square
 from advebm.errors import UserError, unknown
@@ -24,7 +24,7 @@ from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
 STEPS = 500  # the most that can be asked for
-Maker = Callable[[float, Any, int], Adversary]
+Maker = Callable[[float, Any, int], Any]  # an Adversary
 
 ATTACKS: MappingProxyType[str, Maker] = MappingProxyType(
     {
@@ -65,18 +65,19 @@ def attack(
         raise unknown("norm", norm, ("linf", "l2"))
     most = 1.0 if norm == "linf" else math.sqrt(x.numel())
     ball = (number(eps, "eps, the radius", 0, most), norm, whole(steps, "the number of steps", 1, STEPS))
+    pgd = ATTACKS["PGD"](*ball)
     draws = generator(whole(seed, "the seed", 0, 2**31), "page-attack", device=studio.device)
     with studio.search(job) as model, searching(model) as f:
         image = x[None].to(studio.device)
         if studio.critic:
-            found = Attack(*ball)(lambda z: -marginal(f)(z), image, draws)
+            found = pgd(lambda z: -marginal(f)(z), image, draws)
         else:
             y = torch.tensor([label if label >= 0 else int(f(image).argmax())], device=studio.device)
             if name == TO_TARGET:
                 goal = torch.tensor([studio.number(target)], device=studio.device)
                 if goal == y:
                     raise UserError(f"the image is of class {target} already; choose another class to attack towards")
-                found = Attack(*ball)(lambda z: energies.conditional(f(z), goal), image, draws)
+                found = pgd(lambda z: energies.conditional(f(z), goal), image, draws)
             else:
                 found = ATTACKS[name](*ball).find(f, image, y, draws)
         return _shown(studio, image, found, None if studio.critic else y, ball)

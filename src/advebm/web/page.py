@@ -231,12 +231,16 @@ class Page:
         options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         chooser.number.change(changed(self.test_image), [self.model, chooser.number], shown, **options)
         chooser.upload.upload(changed(self.uploaded), [self.model, chooser.upload], shown, **options)
+
+        def fresh(place: int) -> Callable[[Studio], Any]:
+            def of(studio: Studio) -> Any:
+                given = self.test_image(studio.title, 0)
+                return [given, given.said, *show(given)][place]
+
+            return of
+
         for place, output in enumerate(shown):
-            first = lambda studio, place=place: (
-                given := self.test_image(studio.title, 0),
-                [given, given.said, *show(given)][place],
-            )[1]
-            self.depends(output, first)
+            self.depends(output, fresh(place))
 
     # Tabs -----------------------------------------------------------------------------------------------------------
 
@@ -271,8 +275,12 @@ class Page:
 
         method.input(chosen, [self.model, method], [*dials, start], show_progress="hidden", api_visibility="private")
         self.depends(method, lambda s: gr.Dropdown(choices=s.methods(), value=s.methods()[0]))
-        for place, dial in enumerate(dials):
-            self.depends(dial, lambda s, place=place: gr.Slider(**self.dials(s, None)[place]))
+
+        def dial(place: int) -> Callable[[Studio], gr.Slider]:
+            return lambda s: gr.Slider(**self.dials(s, None)[place])
+
+        for place, slider in enumerate(dials):
+            self.depends(slider, dial(place))
         self.depends(start, lambda s: gr.Dropdown(**self.start(s, None)))
         taken = [self.model, method, kind, *dials, start, count, seed]
         self.at_work(go, stop, draw, taken, [picture, film, figure, said])

@@ -116,9 +116,9 @@ def drawn(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
         shown = axis.contourf(axis_values, axis_values, values.T, levels=24, cmap="viridis")
         figure.colorbar(shown, ax=axis, label=f"{symbol}, nats, 0 at the centre")
         axis.plot(*at.T, color="white", lw=1.2)
-        axis.scatter(*at.T, s=8, c=np.arange(len(at)), cmap="autumn_r", zorder=3)
+        axis.scatter(at[:, 0], at[:, 1], s=8, c=np.arange(len(at)), cmap="autumn_r", zorder=3)
         for name, point in (("seed", at[0]), ("image", at[-1])):
-            options = {"color": "white", "ha": "center", "xytext": (0, 6), "textcoords": "offset points"}
-            axis.annotate(name, point.tolist(), **options)
+            x, y = point.tolist()
+            axis.annotate(name, (x, y), (0, 6), textcoords="offset points", color="white", ha="center")
         axis.set(xlabel="first direction (pixels of [0, 1], l2)", ylabel="second direction", aspect="equal")
         return views.picture(figure)
