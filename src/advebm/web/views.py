@@ -55,7 +55,8 @@ def figure(
     columns: int = 1, size: tuple[float, float] = (5.2, 3.2), **style: Any
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure to draw on, alone: by one thread at a time."""
-    with _drawing, plt.rc_context({**STYLE, **style}):
+    looks: Any = {**STYLE, **style}
+    with _drawing, plt.rc_context(looks):
         drawn, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
         try:
             yield drawn, list(axes.flat)
