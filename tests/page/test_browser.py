@@ -212,5 +212,24 @@ def test_a_file_that_is_no_picture(page, tmp_path):
     until(lambda: "can be read" in page.find_element(By.TAG_NAME, "body").text)
 
 
+def test_another_model(page, served):
+    if len(served.folders) < 2:
+        pytest.skip("one model")
+    field = page.find_element(By.CSS_SELECTOR, "input[aria-label=model]")
+    page.execute_script("window.scrollTo(0, 0)")
+    before = page.find_element(By.CSS_SELECTOR, ".about").text
+    field.click()
+    options = until(lambda: page.find_elements(By.CSS_SELECTOR, "[role=option]"))
+    options[-1].click()
+    until(lambda: page.find_element(By.CSS_SELECTOR, ".about").text != before)
+    assert "critic" in page.find_element(By.CSS_SELECTOR, ".about").text
+    for name, button, seen in (("Sample", "draw", "samples"), ("Robustness", "attack", "attacked")):
+        tab(page, name)
+        before = sources(page, seen)
+        press(page, button)
+        assert came(page, seen, before).std() > 10
+    assert "rises" in until(lambda: text(page, "verdict"))
+
+
 def test_nothing_went_wrong_in_the_browser(page):
     assert not errors(page)

@@ -446,7 +446,7 @@ class Page:
                 attack = gr.Dropdown(names, value=names[0], label="attack")
                 target = self.classes(first, "class to attack towards", at=8, hidden=True)
                 norm = gr.Radio(["linf", "l2"], value=threat.norm, label="norm")
-                eps = gr.Number(round(threat.eps, 4), label="eps, radius in pixels of [0, 1]", minimum=0)
+                eps = gr.Number(round(threat.eps, 6), label="eps, radius in pixels of [0, 1]", minimum=0)
                 steps = gr.Slider(1, attacking.STEPS, threat.steps, step=1, label="steps")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
                 go, stop = buttons("Attack", "attack")
@@ -468,7 +468,7 @@ class Page:
 
         self.depends(attack, lambda s: gr.Dropdown(choices=attacking.names(s), value=attacking.names(s)[0]))
         self.depends(norm, lambda s: s.run.recipe.threat.norm)
-        self.depends(eps, lambda s: round(s.run.recipe.threat.eps, 4))
+        self.depends(eps, lambda s: round(s.run.recipe.threat.eps, 6))
         attack.change(
             lambda name: gr.Dropdown(visible=name == attacking.TO_TARGET),
             attack,

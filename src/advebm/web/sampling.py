@@ -73,7 +73,7 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
         if not studio.critic:
             hits = int((studio.probabilities(x).argmax(1) == y).sum())
             notes.append(f"the model takes {hits} of {len(x)} for their class")
-    label = "E(x, y) that is descended" if sampler.conditional else "E(x) that is descended"
+    label = f"what {type(sampler).__name__} descends"
     return Sampled(
         views.sheet(x),
         views.films(torch.stack(moments, 1)),
