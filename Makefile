@@ -5,14 +5,20 @@ READY := .venv/.ready
 
 PEERS := .venv-agreement/.ready
 RIVALS := .venv-bench/.ready
+PAGE := .venv-page/.ready
 
-.PHONY: demo test lint mutants agreement bench clean
+.PHONY: demo test test-page lint mutants agreement bench clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The page in a headless browser; needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).
+# ADVEBM_PICTURES=docs/pictures keeps screenshots.
+test-page: $(PAGE)
+	.venv-page/bin/python -m pytest tests/page $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -31,7 +37,7 @@ bench: $(RIVALS)
 	.venv-bench/bin/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf .venv .venv-agreement .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf .venv .venv-agreement .venv-bench .venv-page build dist .pytest_cache .mypy_cache .ruff_cache runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The peers, in an environment of their own; without what they require, which would replace torch.
@@ -50,6 +56,11 @@ $(RIVALS): pyproject.toml constraints.txt
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks==3.5.1 \
 		foolbox==3.3.4 adversarial-robustness-toolbox==1.20.1 torchebm==0.8.9 pyautoattack==0.2.0
 	touch $(RIVALS)
+
+$(PAGE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-page
+	.venv-page/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,dev]' 'selenium>=4'
+	touch $(PAGE)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -33,7 +33,7 @@ LAYERS = [
         "doctor",
         "toy",
     },
-    {"cli", "api", "demo", "console", "stages", "tables", "reporting", "reproduce", "__main__"},
+    {"cli", "api", "demo", "console", "stages", "tables", "reporting", "reproduce", "web", "__main__"},
 ]
 
 
@@ -65,6 +65,13 @@ def test_imports_point_downwards(path):
 def test_accelerate_is_known_to_one_file():
     users = [p for p in MODULES if re.search(r"^\s*(from|import) accelerate", p.read_text(), re.M)]
     assert users == [SOURCE / "training" / "engine.py"]
+
+
+def test_gradio_is_known_to_two_files():
+    users = [
+        p for p in MODULES if re.search(r"^\s*(from|import) (gradio|fastapi|starlette|uvicorn)", p.read_text(), re.M)
+    ]
+    assert users == [SOURCE / "web" / "page.py", SOURCE / "web" / "server.py"]
 
 
 def test_nothing_in_the_package_needs_torchvision():

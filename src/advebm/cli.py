@@ -308,6 +308,17 @@ def build_parser() -> Parser:
     sub.add_argument("--quick", action="store_true", help="shorter training, where an experiment has that; labelled so")
     sub.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME, or runs/NAME-quick)")
 
+    sub = verb(
+        "app",
+        run_app,
+        "Serve a page for the browser: draw, edit, explain, attack, look at energies and reports.",
+        "On this machine alone unless --host says otherwise; needs pip install 'advebm[app]'.",
+    )
+    sub.add_argument("runs", type=Path, metavar="RUN", nargs="+")
+    sub.add_argument("--host", default="127.0.0.1", metavar="NAME", help="the address to answer at (127.0.0.1)")
+    sub.add_argument("--port", type=int, default=7860, metavar="N", help="the port to answer at (7860)")
+    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+
     sub = verb("push", run_push, "Publish the model of a run on the Hub, where hf:USER/NAME finds it.")
     sub.add_argument("run", type=Path, metavar="RUN")
     sub.add_argument("name", metavar="USER/NAME")
@@ -316,11 +327,8 @@ def build_parser() -> Parser:
 
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
-    for drawing in (
-        verbs.choices[name]
-        for name in ("sample", "tune-sampler", "diagnose", "edit", "evaluate", "probe", "doctor", "compare")
-    ):
-        drawing.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
+    for name in ("sample", "tune-sampler", "diagnose", "edit", "evaluate", "probe", "doctor", "compare", "app"):
+        verbs.choices[name].add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
     return parser
 
 
@@ -804,6 +812,14 @@ def run_reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
         return
     folder = args.out or Path("runs") / f"{args.experiment}{'-quick' * args.quick}"
     print(reproduce(args.experiment, folder, seeds=args.seeds, quick=args.quick, options=overrides))
+
+
+def run_app(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm app``."""
+    from advebm.web.server import serve
+
+    where = {"host": args.host, "port": args.port}
+    serve(args.runs, **where, checkpoint=args.checkpoint, device=device(args.device), say=print)
 
 
 def run_push(args: argparse.Namespace, overrides: Overrides) -> None:

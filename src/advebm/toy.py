@@ -135,6 +135,7 @@ def play(
     batch: int = 192,
     rate: float = 5e-3,
     frames: int = 21,
+    watch: Callable[[Frame], None] = lambda frame: None,
 ) -> Play:
     """Train a critic on draws from a density.
 
@@ -147,6 +148,7 @@ def play(
         batch: points of data, and of contrast, an update.
         rate: of Adam, at first.
         frames: moments to keep, at quadratically growing distances.
+        watch: told each of them as it comes; what it raises ends the training.
 
     Raises:
         UserError: an unknown name, or numbers too small.
@@ -168,6 +170,7 @@ def play(
         mark(visited, path)
         if update in moments:
             kept.append(Frame(update, copy.deepcopy(model), began, chains))
+            watch(kept[-1])
         if update < updates:
             positive, negative = energies.binary(model(torch.cat([data.sample(batch, draws), chains]))).chunk(2)
             optimizer.zero_grad()

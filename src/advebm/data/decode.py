@@ -22,6 +22,7 @@ from advebm.errors import UserError
 
 Corrupt = Literal["refuse", "skip"]
 SHOWN = 3  # names of bad images in a message
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of what is handed in; some others run programs
 LARGEST = 50_000_000  # pixels of an image that somebody hands in
 GREY = ("1", "L", "LA", "La")  # modes without colour
 
@@ -141,7 +142,7 @@ def _opened(source: bytes | Path, name: str) -> Iterator[tuple[Image.Image, str]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
-            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         with picture:
             if (count := picture.width * picture.height) > LARGEST:
                 raise UserError(f"{name} has {count:,} pixels, the most is {LARGEST:,}; make it smaller")

@@ -1,0 +1,106 @@
+"""The tab Robustness: an image, what an attack adds to it, and what the model says of both."""
+
+import math
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from advebm import energies
+from advebm.attacks.apgd import APGD
+from advebm.attacks.base import radius
+from advebm.attacks.projected import Attack
+from advebm.attacks.square import Square
+from advebm.errors import UserError, unknown
+from advebm.modes import searching
+from advebm.samplers import marginal
+from advebm.seeds import generator
+from advebm.web import views
+from advebm.web.inputs import number, whole
+from advebm.web.jobs import Job
+from advebm.web.studio import Studio
+
+STEPS = 500  # the most that can be asked for
+Maker = Callable[[float, Any, int], Any]  # an Adversary
+
+ATTACKS: MappingProxyType[str, Maker] = MappingProxyType(
+    {
+        "PGD": lambda eps, norm, steps: Attack(eps=eps, norm=norm, steps=steps),
+        "energy attack": lambda eps, norm, steps: Attack(eps=eps, norm=norm, steps=steps, loss="energy"),
+        "margin (C&W)": lambda eps, norm, steps: Attack(eps=eps, norm=norm, steps=steps, loss="margin"),
+        "APGD": lambda eps, norm, steps: APGD(eps=eps, norm=norm, steps=steps),
+        "Square (no gradients)": lambda eps, norm, steps: Square(eps=eps, norm=norm, queries=10 * steps),
+    }
+)
+TO_TARGET = "PGD to a class"
+ON_ENERGY = "raise E(x)"  # the one attack that a critic has
+
+
+class Attacked(NamedTuple):
+    """What the tab shows."""
+
+    before: Image
+    after: Image
+    added: Image
+    figure: Image | None
+    table: list[list[str]]
+    note: str
+
+
+def names(studio: Studio) -> list[str]:
+    """Attacks that the model can be looked at with."""
+    return [ON_ENERGY] if studio.critic else [*ATTACKS, TO_TARGET]
+
+
+def attack(
+    studio: Studio, x: Tensor, label: int, name: str, norm: str, eps: Any, steps: Any, target: str, seed: Any, job: Job
+) -> Attacked:
+    """Attack an image (C, H, W) with its label, -1 for what the model takes it for."""
+    if name not in names(studio):
+        raise unknown("attack", name, names(studio))
+    if norm not in ("linf", "l2"):
+        raise unknown("norm", norm, ("linf", "l2"))
+    most = 1.0 if norm == "linf" else math.sqrt(x.numel())
+    ball = (number(eps, "eps, the radius", 0, most), norm, whole(steps, "the number of steps", 1, STEPS))
+    pgd = ATTACKS["PGD"](*ball)
+    draws = generator(whole(seed, "the seed", 0, 2**31), "page-attack", device=studio.device)
+    with studio.search(job) as model, searching(model) as f:
+        image = x[None].to(studio.device)
+        if studio.critic:
+            found = pgd(lambda z: -marginal(f)(z), image, draws)
+        else:
+            y = torch.tensor([label if label >= 0 else int(f(image).argmax())], device=studio.device)
+            if name == TO_TARGET:
+                goal = torch.tensor([studio.number(target)], device=studio.device)
+                if goal == y:
+                    raise UserError(f"the image is of class {target} already; choose another class to attack towards")
+                found = pgd(lambda z: energies.conditional(f(z), goal), image, draws)
+            else:
+                found = ATTACKS[name](*ball).find(f, image, y, draws)
+        return _shown(studio, image, found, None if studio.critic else y, ball)
+
+
+def _shown(studio: Studio, image: Tensor, found: Tensor, y: Tensor | None, ball: tuple[float, str, int]) -> Attacked:
+    change = (found - image).flatten()
+    size = change.norm() if ball[1] == "l2" else change.abs().max() * 255
+    added, factor = views.difference(image[0], found[0])
+    e = studio.energy(torch.cat([image, found]))
+    table = [["E(x), nats", f"{e[0]:.2f}", f"{e[1]:.2f}"]]
+    figure, verdict = None, f"E(x) {'rises' if e[1] > e[0] else 'falls'} by {(e[1] - e[0]).abs():.2f} nats"
+    if y is not None:
+        pair = studio.probabilities(torch.cat([image, found]))
+        joint = studio.joint(torch.cat([image, found]), y.repeat(2))
+        taken = [studio.name(int(k)) for k in pair.argmax(1)]
+        table.append([f"E(x, {studio.name(int(y))}), nats", f"{joint[0]:.2f}", f"{joint[1]:.2f}"])
+        table.append(["taken for", *taken])
+        table.append(["with probability", *(f"{100 * p:.1f} %" for p in pair.amax(1).tolist())])
+        figure = views.beside(studio.data.classes, pair[0], pair[1], "probabilities")
+        verdict = (
+            f"taken for {taken[1]} instead of {taken[0]}" if taken[0] != taken[1] else f"still taken for {taken[0]}"
+        )
+    length = f"{size:.3g}" + ("/255" if ball[1] == "linf" else "")
+    note = f"**{verdict}**, by a change of {ball[1]} length {length} within {radius(*ball[:2])}; shown x {factor:.1f}"
+    return Attacked(views.enlarged(image[0]), views.enlarged(found[0]), added, figure, table, note)

@@ -1,0 +1,246 @@
+"""The tabs Edit and Explain: a picture changed by descent on the model's energy."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from advebm import apps
+from advebm.errors import UserError, unknown
+from advebm.seeds import generator, randn
+from advebm.web import views
+from advebm.web.inputs import number, whole
+from advebm.web.jobs import Job
+from advebm.web.studio import Studio
+
+STEPS = 500  # the most that can be asked for
+ANY = "none: E(x)"  # instead of a class
+
+
+class Dial(NamedTuple):
+    """A slider: what it says, its ends, its step and where it stands at first."""
+
+    label: str
+    low: float
+    high: float
+    step: float
+    value: float
+
+
+class Tool(NamedTuple):
+    """An application as the page offers it.
+
+    Attributes:
+        about: what the person has to do, and gets.
+        brush: what the brush does, or nothing.
+        dials: one or two of its own.
+        other: a second choice it takes: ``image`` (a test image) or ``class``.
+    """
+
+    about: str
+    brush: str = ""
+    dials: tuple[Dial, ...] = ()
+    other: str = ""
+
+
+TOOLS: Mapping[str, Tool] = MappingProxyType(
+    {
+        "inpaint": Tool(
+            "Brush over a part: it is taken away and made anew, the rest stays as it is.",
+            "takes pixels away",
+        ),
+        "paint": Tool(
+            "Paint with colours, on the picture or on an empty one: what is painted is made into the class.",
+            "paints",
+            (Dial("freedom: l2 radius, 0 for no limit", 0, 10, 0.1, 0),),
+        ),
+        "translate": Tool(
+            "The picture is made into something of the class, or more like the data where there is none.",
+            "",
+            (Dial("how far: share of the steps", 0, 3, 0.1, 1),),
+        ),
+        "denoise": Tool(
+            "Gaussian noise is taken out; where the picture has none, some can be added first.",
+            "",
+            (Dial("deviation of the noise", 0.01, 0.5, 0.01, 0.15), Dial("noise added first", 0, 0.5, 0.01, 0.15)),
+        ),
+        "upsample": Tool(
+            "The picture is shrunk to means over blocks, and enlarged again: with the same means, and low energy.",
+            "",
+            (Dial("edge of a block, pixels", 2, 8, 1, 2),),
+        ),
+        "interpolate": Tool("From the picture to a test image, by way of images of low energy.", "", (), "image"),
+        "compose": Tool(
+            "Towards two classes at once; a weight below 0 leads away from the second.",
+            "",
+            (Dial("weight of the second class", -1, 1, 0.1, 1),),
+            "class",
+        ),
+    }
+)
+
+
+class Edited(NamedTuple):
+    """What the tab Edit shows."""
+
+    begin: Image | None
+    result: Image | None
+    film: Image | None
+    note: str
+
+
+class Asked(NamedTuple):
+    """What was asked of an application, as it came from the page.
+
+    Attributes:
+        tool: its name.
+        kind: the class, or :data:`ANY`.
+        steps: how many.
+        dials: values of the tool's dials, others behind them.
+        other: the number of a test image or the name of a class, where the tool takes one.
+        seed: of noise.
+    """
+
+    tool: str
+    kind: str
+    steps: Any
+    dials: Sequence[Any]
+    other: Any
+    seed: Any
+
+
+def offered(studio: Studio) -> list[str]:
+    """The applications that the model has: those of two classes are a classifier's."""
+    return [name for name, tool in TOOLS.items() if not (studio.critic and tool.other == "class")]
+
+
+def edit(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: Asked, job: Job) -> Edited:
+    """Edit an image (C, H, W), brushed over with ``paint`` (C, H, W) where ``where`` (1, H, W) is true."""
+    if asked.tool not in offered(studio):
+        raise unknown("application", asked.tool, offered(studio))
+    tool, steps = TOOLS[asked.tool], whole(asked.steps, "the number of steps", 1, STEPS)
+    values = [number(v, d.label, d.low, d.high) for d, v in zip(tool.dials, asked.dials, strict=False)]
+    draws = generator(whole(asked.seed, "the seed", 0, 2**31), "page-edit", device=studio.device)
+    y = None if studio.critic or asked.kind == ANY else torch.tensor([studio.number(asked.kind)])
+    hole = where if tool.brush == TOOLS["inpaint"].brush else None
+    image = x[None] if hole is not None else torch.where(where, paint, x)[None]
+    if hole is not None and not hole.any():
+        raise UserError("nothing is brushed over; brush over what is to be made anew")
+
+    def observe(k: int, z: Tensor, value: Tensor) -> None:
+        job.tell(Edited(None, views.enlarged(z[0]), None, f"step {k} of {steps}"))
+
+    options: dict[str, Any] = {"observe": observe, "frames": 9}
+    with studio.search(job) as model:
+        match asked.tool:
+            case "inpaint":
+                found = apps.Inpaint(steps)(model, image, y, hole=hole, generator=draws, **options)
+            case "paint":
+                free = hole_of(where)
+                found = apps.Paint(steps, radius=values[0] or None)(model, image, y, hole=free, **options)
+            case "translate":
+                found = apps.Translate(steps, amount=values[0])(model, image, y, **options)
+            case "denoise":
+                noisy = (image + values[1] * randn(image, draws)).clamp(0, 1)
+                found = apps.Denoise(steps, sigma=values[0])(model, noisy, y, **options)
+            case "upsample":
+                factor = int(values[0])
+                if image.shape[2] % factor or image.shape[3] % factor:
+                    raise UserError(
+                        f"blocks of {factor} pixels do not fill an image of {image.shape[3]}; choose another"
+                    )
+                found = apps.Upsample(steps, factor=factor)(model, avg_pool2d(image, factor), y, **options)
+            case "interpolate":
+                ends = torch.cat([image, studio.image(asked.other)[0][None]])
+                found = apps.Interpolate(steps)(model, ends, None, observe=observe)
+            case "compose":
+                if y is None:
+                    raise UserError("a composition takes two classes; choose the first, too")
+                both, weights = [int(y), studio.number(asked.other)], (1.0, values[0])
+                found = apps.Compose(steps, weights=weights)([model, model], image, both, **options)
+    if asked.tool == "interpolate":
+        return Edited(views.films(found.begin[None]), views.films(found.x[None]), None, note(found))
+    return Edited(views.enlarged(found.begin[0]), views.enlarged(found.x[0]), views.films(found.film), note(found))
+
+
+def hole_of(where: Tensor) -> Tensor | None:
+    """The mask, unless it is empty or everything."""
+    return where if where.any() and not where.all() else None
+
+
+def note(found: apps.Edited) -> str:
+    """Numbers of an edit, in words."""
+    n = {name: values.mean().item() for name, values in found.numbers.items()}
+    parts = [f"energy {n['energy before']:.2f} → {n['energy after']:.2f} nats", f"l2 change {n['distance']:.2f}"]
+    if "confidence after" in n:
+        parts.append(
+            f"probability of the class {100 * n['confidence before']:.0f} → {100 * n['confidence after']:.0f} %"
+        )
+    return ", ".join(parts)
+
+
+class Explained(NamedTuple):
+    """A counterfactual: the way from an image to it, (F, C, H, W), and numbers (F,) along it."""
+
+    film: Tensor
+    series: dict[str, Tensor]
+    names: tuple[str, str]
+    reached: bool
+    note: str
+
+
+def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job: Job) -> Explained:
+    """The nearest image that the model takes for ``target`` with a probability of ``level``, and the way there."""
+    if studio.critic:
+        raise UserError("a counterfactual takes a classifier; this model is a critic and has no classes")
+    edit_ = apps.Counterfactual(
+        whole(steps, "the number of steps", 1, STEPS), level=number(level, "the probability to reach", 0.01, 0.99)
+    )
+    total, done = edit_.searches * edit_.steps, 0
+
+    def observe(k: int, z: Tensor, value: Tensor) -> None:
+        nonlocal done
+        done += 1
+        if done % 10 == 0:
+            job.tell(f"step {done} of about {total}")
+
+    y = torch.tensor([studio.number(target)])
+    with studio.search(job) as model:
+        found = edit_(model, x[None], y, observe=observe, frames=21)
+    n = {name: float(values[0]) for name, values in found.numbers.items()}
+    old = studio.name(int(n["from"]))
+    reached = n["reached"] > 0
+    says = f"**{target}** has probability {100 * n['confidence after']:.0f} % at an l2 distance of {n['distance']:.2f}"
+    if int(n["from"]) == int(n["to"]):
+        text = f"The model takes the image for {old} already; choose another class."
+    else:
+        text = f"{says}; the image is taken for {old}." if reached else f"Not reached within the largest ball: {says}."
+    return Explained(found.film[0], {k: v[0] for k, v in found.series.items()}, (old, target), reached, text)
+
+
+def moment(found: Explained, share: Any) -> tuple[Image, Image, str]:
+    """The image at a share of the way, what was changed by then, and what the model says."""
+    k = round(number(share, "the place on the way, in percent", 0, 100) / 100 * (len(found.film) - 1))
+    added, factor = views.difference(found.film[0], found.film[k])
+    old, new = (100 * found.series[s][k].item() for s in ("confidence in the old class", "confidence"))
+    says = f"probability of {found.names[0]}: {old:.0f} %, of {found.names[1]}: {new:.0f} %"
+    return (
+        views.enlarged(found.film[k]),
+        added,
+        f"{says}; l2 distance {found.series['distance'][k]:.2f}, shown x {factor:.1f}",
+    )
+
+
+def way(found: Explained) -> Image:
+    """Confidences along the way."""
+    with views.figure() as (drawn, (axis,)):
+        distance = found.series["distance"]
+        for name, label in zip(("confidence in the old class", "confidence"), found.names, strict=True):
+            axis.plot(distance, found.series[name], label=label)
+        axis.set(xlabel="l2 distance from the image", ylabel="probability", ylim=(0, 1.02), title="along the way")
+        axis.legend(frameon=False)
+        return views.picture(drawn)

@@ -1,0 +1,101 @@
+"""What people hand in, checked: nothing of it is trusted, and nothing of it is run."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from advebm.data.decode import FORMATS, GREY, open_image
+from advebm.errors import UserError
+
+BYTES = 10_000_000  # of an uploaded file
+PIXELS = 20_000_000  # of an uploaded picture, looked at before it is decoded
+PAINTED = 0.3  # share of a pixel that the brush has to cover
+
+
+def number(value: Any, what: str, low: float, high: float) -> float:
+    """A number within bounds."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{what} is a number from {low:g} to {high:g}, got {value!r}")
+    if not low <= value <= high:
+        raise UserError(f"{what} lies between {low:g} and {high:g}, got {value:g}")
+    return float(value)
+
+
+def whole(value: Any, what: str, low: int, high: int) -> int:
+    """A whole number within bounds."""
+    found = number(value, what, low, high)
+    if found != int(found):
+        raise UserError(f"{what} is a whole number, got {value:g}")
+    return int(found)
+
+
+def image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
+    """An uploaded picture as an image (C, H, W) in [0, 1] for a model of that shape, and what was done to it.
+
+    Raises:
+        UserError: a file or a picture that is too large, of another format, or damaged.
+    """
+    if (size := Path(path).stat().st_size) > BYTES:
+        raise UserError(f"the file has {size / 1e6:.1f} MB; at most {BYTES / 1e6:.0f} MB are taken")
+    content, done = Path(path).read_bytes(), []
+    wide, high, grey = _head(content)
+    if wide * high > PIXELS:
+        raise UserError(
+            f"the picture has more than {PIXELS / 1e6:.0f} megapixels, the most that are taken; scale it down"
+        )
+    x = open_image(content, shape, fit=True, name="the picture")
+    if grey != (shape[0] == 1):
+        done.append("grey, so all channels are alike" if grey else "colours made grey")
+    if (high, wide) != tuple(shape[1:]):
+        middle = "" if wide == high else ", its middle square"
+        done.append(f"{wide} x {high} pixels{middle} scaled to {shape[2]} x {shape[1]}")
+    return x, "; ".join(done) or "taken as it is"
+
+
+def _head(content: bytes) -> tuple[int, int, bool]:
+    """Width, height and whether it is grey, of a picture that is not decoded; zeros where it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            return picture.width, picture.height, picture.mode in GREY
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return 2 * PIXELS, 1, False
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return 0, 0, False
+
+
+def tensor(picture: Image.Image) -> Tensor:
+    """A grey or RGB picture as (C, H, W) in [0, 1]."""
+    pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def brushed(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What was brushed over an image of a shape: colours (C, H, W) in [0, 1], and where, bool (1, H, W).
+
+    Raises:
+        UserError: layers of other proportions than the image.
+    """
+    channels, height, width = shape
+    paint, where = torch.zeros(channels, height, width), torch.zeros(1, height, width)
+    for layer in layers:
+        if abs(layer.width * height - layer.height * width) > 2 * (height + width):
+            size = f"{layer.width} x {layer.height}"
+            raise UserError(
+                f"the brushed layer has {size} pixels, the image {width} x {height}; clear it and brush again"
+            )
+        rgba = tensor(layer.convert("RGBA").convert("RGBa").resize((width, height), Image.Resampling.BOX))
+        alpha = rgba[3:]
+        colour = (
+            rgba[:3] if channels == 3 else (rgba[:3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, True)
+        )
+        paint = colour + (1 - alpha) * paint
+        where = alpha + (1 - alpha) * where
+    over = where >= PAINTED
+    return torch.where(over, paint / where.clamp_min(1e-6), paint).clamp(0, 1), over

@@ -1,0 +1,25 @@
+"""The tab Runs: what was measured, and reports."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from advebm import evaluation
+from advebm.reporting import build
+from advebm.web import views
+from advebm.web.studio import Studio
+
+
+def table(studios: Sequence[Studio]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a row a quantity, a column a run."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for studio in studios:
+        for text in map(build.row, evaluation.latest(studio.run.records())):
+            cells.setdefault((text["name"], text["samples"]), {})[studio.title] = text["value"]
+    titles = [studio.title for studio in studios]
+    return ["measured", "samples", *titles], [[*key, *(v.get(t, "") for t in titles)] for key, v in cells.items()]
+
+
+def report(studio: Studio, folder: Path) -> Path:
+    """The run's report, made anew in a folder of the page; nothing is written into the run."""
+    with views.alone():
+        return build.report(studio.run, out=folder / "report.html")

@@ -1,0 +1,48 @@
+"""The tab Toy: energies of the plane, trained before one's eyes."""
+
+from typing import Any, NamedTuple
+
+from matplotlib import pyplot as plt
+from PIL.Image import Image
+
+from advebm import toy
+from advebm.reporting import planes
+from advebm.web import views
+from advebm.web.inputs import whole
+from advebm.web.jobs import Job
+
+UPDATES = 2000  # the most that can be asked for
+
+
+class Played(NamedTuple):
+    """What the tab shows."""
+
+    picture: Image
+    film: Image | None
+    table: list[list[str]] | None
+    note: str
+
+
+def play(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) -> Played:
+    """Train on a density and show it on the way."""
+    total, number = whole(updates, "the number of updates", 1, UPDATES), whole(seed, "the seed", 0, 2**31)
+
+    def watch(frame: toy.Frame) -> None:
+        so_far = toy.Play(density, method, p0, (frame,), toy.grid()[..., 0] > 0)
+        job.tell(Played(panel(so_far), None, None, f"update {frame.update} of {total}"))
+
+    result = toy.play(density, method, p0, seed=number, updates=total, watch=watch)
+    numbers = toy.numbers(result, seed=number)
+    with views.alone():
+        film = planes.film(result)
+    rows = [[name, f"{value:.3f}"] for name, value in numbers.items()]
+    return Played(panel(result), views.picture(film), rows, f"{total} updates of {method} from {p0} points")
+
+
+def panel(play: toy.Play) -> Image:
+    """The last moment of a training."""
+    with views.alone(), plt.rc_context(planes.PLANE):
+        figure, axis = plt.subplots(figsize=(4.6, 4.7))
+        planes.panel(axis, play, play.frames[-1])
+        axis.set_title(f"{play.density}, {play.method}, update {play.frames[-1].update}")
+        return views.picture(figure)

@@ -1,0 +1,82 @@
+"""The tab Sample: images from a model, seen while they come into being."""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from advebm import config
+from advebm.samplers import Sampler
+from advebm.web import views
+from advebm.web.inputs import number, whole
+from advebm.web.jobs import Job
+from advebm.web.studio import Studio
+
+STEPS, COUNT = 1000, 100  # the most that can be asked for
+CHAINS, MOMENTS = 5, 9  # of the film
+PAUSE = 0.1  # seconds between two pictures of what is under way
+
+
+class Sampled(NamedTuple):
+    """What the tab shows; None where there is nothing new."""
+
+    picture: Image
+    film: Image | None
+    figure: Image | None
+    note: str
+
+
+def chosen(studio: Studio, method: str, start: str, alpha: Any, beta: Any, eta: Any, steps: Any) -> Sampler:
+    """A sampler by its name, with other settings: α, β (0 for no ball), η and K; an error where they are none."""
+    sampler = studio.sampler(method)
+    noise = number(eta, "η, the noise", 0, 1)
+    changed: dict[str, Any] = {
+        "step_size": number(alpha, "α, the step size", 1e-9, 1e3),
+        "radius": number(beta, "β, the radius", 0, 1e3) or None,
+        "steps": whole(steps, "K, the number of steps", 0, STEPS),
+        "start": start,
+    }
+    if noise != sampler.noise:
+        changed |= (
+            {"noise": noise} if sampler.temperature is None or not noise else {"noise": noise, "temperature": None}
+        )
+    return config.build({**config.describe(sampler), **changed}, "sampler")
+
+
+def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: float, job: Job) -> Sampled:
+    """Draw ``count`` images of a class, or of each in turn, and tell what there is on the way."""
+    y = studio.labels(kind, whole(count, "the number of images", 1, COUNT))
+    begun, last, total = time.perf_counter(), 0.0, sampler.steps
+    shown = {round(k) for k in np.linspace(0, total, MOMENTS)}
+    moments: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def look(k: int, x: Tensor, value: Tensor) -> None:
+        nonlocal last
+        values.append(value.cpu())
+        if k in shown:
+            moments.append(x[:CHAINS].cpu())
+        if k < total and (now := time.perf_counter()) - last > PAUSE:
+            last = now
+            note = f"step {k} of {total}, energy {value.mean():.2f} nats"
+            job.tell(Sampled(views.sheet(x), None, None, note))
+
+    with studio.search(job) as model:
+        seeds, draws = studio.seeds(sampler, y, whole(seed, "the seed", 0, 2**31))
+        x = sampler(model, y.to(seeds.device), seeds, generator=draws, observe=look)
+        look(total, x, studio.descended(sampler, x, y))
+        seconds = time.perf_counter() - begun
+        notes = [f"{len(x)} images in {seconds:.2f} s", f"energy {values[0].mean():.2f} → {values[-1].mean():.2f} nats"]
+        if not studio.critic:
+            hits = int((studio.probabilities(x).argmax(1) == y).sum())
+            notes.append(f"the model takes {hits} of {len(x)} for their class")
+    label = f"what {type(sampler).__name__} descends"
+    return Sampled(
+        views.sheet(x),
+        views.films(torch.stack(moments, 1)),
+        views.descents(torch.stack(values), label),
+        ", ".join(notes),
+    )

@@ -1,0 +1,156 @@
+"""The server of the page: what it answers, to whom, and from which files."""
+
+import contextlib
+import logging
+import os
+import socket
+import tempfile
+import time
+from asyncio import CancelledError
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from advebm.comparison import titled
+from advebm.errors import UserError
+from advebm.training.run import Run
+from advebm.web import sampling
+from advebm.web.inputs import BYTES, PIXELS
+from advebm.web.jobs import Job
+from advebm.web.studio import EVERY, Studio
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WAITING = 32  # visitors' jobs at most in the queue
+AT_ONCE = 4  # of one kind under way; searches on one model take turns all the same
+
+# Everything comes from here: the browser refuses whatever else a page would load, send to or be framed by.
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+        "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'; form-action 'self'; object-src 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+def open_studios(folders: Sequence[Path], *, checkpoint: str = "latest", device: str = "cpu") -> dict[str, Studio]:
+    """Load runs and draw once from each, so that the first visitor does not wait."""
+    runs = [Run.open(folder) for folder in folders]
+    if len({run.folder.resolve() for run in runs}) < len(runs):
+        raise UserError("a run is named twice; name each once")
+    studios = {}
+    for title, run in titled(runs).items():
+        if not run.checkpoints.latest():
+            raise UserError(f"{run.folder} has no checkpoint yet; train it first: advebm train --resume {run.folder}")
+        studios[title] = studio = Studio(title, run, checkpoint=checkpoint, device=device)
+        method = studio.methods()[0]
+        s = studio.sampler(method)
+        few = sampling.chosen(studio, method, s.start, s.step_size, s.radius or 0, s.noise, min(2, s.steps))
+        sampling.sample(studio, few, EVERY, 20, 0, Job())
+    return studios
+
+
+def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[str] = LOOPBACK) -> "FastAPI":
+    """The page as an ASGI application.
+
+    Args:
+        studios: by title.
+        folder: of the page's own files: uploads and pictures; nothing else is served.
+        hosts: names by which visitors may call the server, so that no page elsewhere can reach it under its own name.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    Image.MAX_IMAGE_PIXELS = PIXELS  # also where Gradio decodes
+    try:
+        import gradio
+        from fastapi import FastAPI
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+    except ImportError:
+        raise UserError("the page needs Gradio: pip install 'advebm[app]'") from None
+    from advebm.web.page import CSS, Page, theme
+
+    blocks = Page(studios, folder).build()
+    blocks.queue(default_concurrency_limit=AT_ONCE, max_size=WAITING, api_open=False)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard)
+    if "*" not in hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    options: dict[str, Any] = {"theme": theme(), "css": CSS, "footer_links": []}
+    options["app_kwargs"] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    options["blocked_paths"] = [str(studio.run.folder.resolve()) for studio in studios.values()]
+    mounted = gradio.mount_gradio_app(
+        app, blocks, path="/", allowed_paths=[], max_file_size=BYTES, show_error=False, ssr_mode=False, **options
+    )
+    blocks.has_launched = True  # or Gradio does not check that files it is handed by name were uploaded
+    return mounted
+
+
+class Guard:
+    """Adds :data:`HEADERS` to every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI."""
+
+        async def guarded(event: Any) -> None:
+            if event["type"] == "http.response.start":
+                names = {name.lower() for name, _ in event["headers"]}
+                more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in names]
+                event = {**event, "headers": [*event["headers"], *more]}
+            await send(event)
+
+        await self.app(scope, receive, guarded)
+
+
+def check_free(host: str, port: int) -> None:
+    """Refuse an address that is taken or not this machine's."""
+    if not 0 < port < 65536:
+        raise UserError(f"a port is a number from 1 to 65535, got {port}")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except PermissionError:
+        raise UserError(f"port {port} is not for everyone; choose one above 1023 with --port") from None
+    except socket.gaierror:
+        raise UserError(
+            f"there is no host {host!r}; --host takes an address of this machine, such as 127.0.0.1"
+        ) from None
+    except OSError as error:
+        what = f"port {port} on {host} cannot be had ({error.strerror})"
+        raise UserError(f"{what}; another server may have it: choose another with --port") from None
+
+
+@contextlib.contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder for uploads and pictures that goes when the server does."""
+    with tempfile.TemporaryDirectory(prefix="advebm-page-", ignore_cleanup_errors=True) as name:
+        yield Path(name).resolve()
+
+
+def serve(folders: Sequence[Path], *, host: str, port: int, checkpoint: str, device: str, say: Any) -> None:
+    """Answer until Ctrl-C."""
+    check_free(host, port)
+    begun = time.perf_counter()
+    try:
+        import uvicorn
+    except ImportError:
+        raise UserError("the page needs Gradio: pip install 'advebm[app]'") from None
+    studios = open_studios(folders, checkpoint=checkpoint, device=device)
+    with own_folder() as folder:
+        app = application(studios, folder, hosts=LOOPBACK if host in LOOPBACK else ("*",))
+        if host not in LOOPBACK:
+            say(f"everyone who reaches {host} can use the page")
+        logging.getLogger("uvicorn.error").addFilter(lambda r: not (r.exc_info and r.exc_info[0] is CancelledError))
+        say(f"http://{host}:{port}  ready after {time.perf_counter() - begun:.1f} s; Ctrl-C ends it")
+        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)

@@ -1,0 +1,124 @@
+"""The tab Landscape: the energy in a plane through images, with a chain's path drawn on it."""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from advebm.diagnostics import joint_or_marginal, landscape
+from advebm.errors import UserError, unknown
+from advebm.modes import searching
+from advebm.samplers import Sampler
+from advebm.seeds import generator
+from advebm.web import views
+from advebm.web.inputs import whole
+from advebm.web.jobs import Job
+from advebm.web.studio import Studio
+
+Through = Literal["path", "gradient", "random"]
+COUNT = 25  # points along a direction, odd
+STEPS = 500  # the most that can be asked for
+
+
+class Sliced(NamedTuple):
+    """What the tab shows."""
+
+    figure: Image | None
+    film: Image
+    note: str
+
+
+class Plane(NamedTuple):
+    """Where a path lies in a plane.
+
+    Attributes:
+        centre: of the plane, (C, H, W).
+        first, second: its directions, of length 1 and orthogonal, (C, H, W).
+        at: the path's points in it, (N, 2), pixels of [0, 1].
+        share: of the path's squared distances from the centre, what the plane holds.
+    """
+
+    centre: Tensor
+    first: Tensor
+    second: Tensor
+    at: Tensor
+    share: float
+
+
+def along(path: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions of a plane for a path (N, C, H, W): from its first to its last point, and where it bends most.
+
+    The second is the first principal component of what the first leaves.
+    """
+    flat = path.flatten(1).double()
+    ahead = flat[-1] - flat[0]
+    if len(path) < 3 or not ahead.any():
+        raise UserError("a path that does not move spans no plane; take more steps")
+    ahead = ahead / ahead.norm()
+    rest = flat - flat[0]
+    rest = rest - (rest @ ahead)[:, None] * ahead
+    _, _, axes = torch.linalg.svd(rest - rest.mean(0), full_matrices=False)
+    bend = axes[0] - (axes[0] @ ahead) * ahead
+    return ahead.view_as(path[0]).to(path), (bend / bend.norm()).view_as(path[0]).to(path)
+
+
+def projected(path: Tensor, centre: Tensor, first: Tensor, second: Tensor) -> Plane:
+    """A path (N, C, H, W) in a plane."""
+    away = (path - centre).flatten(1).double()
+    at = torch.stack([away @ first.flatten().double(), away @ second.flatten().double()], 1)
+    share = at.square().sum() / away.square().sum().clamp_min(1e-12)
+    return Plane(centre, first, second, at, share.item())
+
+
+def cut(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, job: Job) -> Sliced:
+    """A chain of a class, and E(x, y), of a critic E(x), in a plane through its middle."""
+    if through not in get_args(Through):
+        raise unknown("plane", through, get_args(Through))
+    whole(sampler.steps, "K, the number of steps", 2, STEPS)
+    y, number = studio.labels(kind, 1), whole(seed, "the seed", 0, 2**31)
+    points: list[Tensor] = []
+    with studio.search(job) as model, searching(model) as f:
+        seeds, draws = studio.seeds(sampler, y, number)
+        y = y.to(seeds.device)
+        end = sampler(model, y, seeds, generator=draws, observe=lambda k, x, value: points.append(x))
+        path = torch.cat([*points, end])
+        shown = sorted({round(k) for k in np.linspace(0, len(path) - 1, 9)})
+        film = views.films(path[shown][None])
+        job.tell(Sliced(None, film, "the chain is there; its surroundings are being measured"))
+        energy = joint_or_marginal(f, end, y)
+        if through == "path":
+            centre = (path[0] + path[-1]) / 2
+            first, second = along(path)
+        else:
+            centre = path[-1]
+            ways = landscape.directions(through, end, energy, generator(number, "page-plane", device=end.device))  # type: ignore[arg-type]
+            first, second = ways[0][0], ways[1][0]
+        plane = projected(path, centre, first, second)
+        reach = 1.25 * max(plane.at.abs().max().item(), 0.2)
+        values = landscape.plane(
+            lambda index: energy, centre[None], first[None], second[None], reach=reach, count=COUNT
+        )[0]
+    symbol = "E(x)" if studio.critic else f"E(x, {studio.name(int(y))})"
+    where = "middle" if through == "path" else "end"
+    note = (
+        f"{symbol} within {reach:.2g} pixels of [0, 1], l2, of the {where} of the path; "
+        f"the plane holds {100 * plane.share:.0f} % of the path's squared length"
+    )
+    return Sliced(drawn(values, reach, plane.at, symbol), film, note)
+
+
+def drawn(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
+    """A plane (n, n) of :func:`advebm.diagnostics.landscape.plane` in contours, with a path (N, 2) on it."""
+    axis_values = np.linspace(-reach, reach, len(values))
+    with views.figure(size=(6.4, 5.2), **{"axes.grid": False}) as (figure, (axis,)):
+        shown = axis.contourf(axis_values, axis_values, values.T, levels=24, cmap="viridis")
+        figure.colorbar(shown, ax=axis, label=f"{symbol}, nats, 0 at the centre")
+        axis.plot(*at.T, color="white", lw=1.2)
+        axis.scatter(at[:, 0], at[:, 1], s=8, c=np.arange(len(at)), cmap="autumn_r", zorder=3)
+        for name, point in (("seed", at[0]), ("image", at[-1])):
+            x, y = point.tolist()
+            axis.annotate(name, (x, y), (0, 6), textcoords="offset points", color="white", ha="center")
+        axis.set(xlabel="first direction (pixels of [0, 1], l2)", ylabel="second direction", aspect="equal")
+        return views.picture(figure)

@@ -1,0 +1,173 @@
+"""A trained run, loaded and ready to be worked with: by one search at a time."""
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from advebm import config, energies
+from advebm.data.sources import to_float
+from advebm.drawing import others
+from advebm.errors import UserError, unknown
+from advebm.generation import dealt
+from advebm.metrics.base import device_of
+from advebm.models.network import Network
+from advebm.modes import searching
+from advebm.samplers import Ascent, Sampler, marginal
+from advebm.seeds import generator
+from advebm.starts import Deck, Start
+from advebm.training.recipe import resolve
+from advebm.training.run import Run
+from advebm.tuning import tuned
+from advebm.web.inputs import whole
+from advebm.web.jobs import Job
+
+EVERY = "every class"
+
+
+class Studio:
+    """A run with its network and images.
+
+    Attributes:
+        title: what the page calls it.
+        run: its folder.
+        model: the network, in eval mode.
+        data: the images.
+        critic: whether the network has one output and no classes.
+    """
+
+    def __init__(self, title: str, run: Run, *, checkpoint: str = "latest", device: str = "cpu") -> None:
+        self.title, self.run, self.data = title, run, run.recipe.data.load()
+        self.model: Network = run.model(checkpoint)[0].to(device).requires_grad_(False)
+        with searching(self.model) as f, torch.no_grad():
+            self.critic = f(torch.rand(2, *self.data.shape, device=device)).numel() == 2
+        self._checkpoint = run.checkpoints.path(checkpoint).name
+        self._buffer = True
+        try:
+            run.chains(self._checkpoint)
+        except UserError:
+            self._buffer = False
+        self._lock = threading.Lock()
+        self._starts: dict[tuple[str, str, float], Start] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return device_of(self.model)
+
+    @contextmanager
+    def search(self, job: Job) -> Iterator[Network]:
+        """The network for a search of its own; each pass through it ends the search once the job is stopped."""
+        with job.turn(self._lock):
+            hook = self.model.register_forward_pre_hook(job.check)
+            try:
+                yield self.model
+            finally:
+                hook.remove()
+
+    def about(self) -> str:
+        """The run in a line."""
+        recipe, shape = self.run.recipe, " x ".join(map(str, self.data.shape))
+        kind = "critic" if self.critic else f"{len(self.data.classes)} classes"
+        return f"{recipe.name} · {self.data.name}, {kind}, images {shape} · {int(self._checkpoint):,} images seen"
+
+    # Classes and images -------------------------------------------------------------------------------------------
+
+    def number(self, name: str) -> int:
+        """Of a class, by its name."""
+        if name not in self.data.classes:
+            raise unknown("class", name, self.data.classes)
+        return self.data.classes.index(name)
+
+    def labels(self, name: str, count: int) -> Tensor:
+        """Classes of ``count`` images (count,): of one, or of each in turn; -1 where the model has none."""
+        if self.critic:
+            return torch.full((count,), -1)
+        if name == EVERY:
+            return torch.arange(count) % len(self.data.classes)
+        return torch.full((count,), self.number(name))
+
+    def image(self, number: float) -> tuple[Tensor, int]:
+        """A test image (C, H, W) in [0, 1] and its label, -1 if it has none."""
+        count = len(self.data.test)
+        place = whole(number, "the number of a test image", 0, count - 1)
+        return to_float(self.data.test.x[place]), int(self.data.test.y[place])
+
+    def name(self, label: int) -> str:
+        """Of a label."""
+        return self.data.classes[label] if 0 <= label < len(self.data.classes) else "no label"
+
+    # Samplers -----------------------------------------------------------------------------------------------------
+
+    def methods(self) -> list[str]:
+        """The samplers that the model can be drawn from by, the run's own first."""
+        own = config.describe(self.sampler())["kind"]
+        found = [own]
+        for kind in config.KINDS["sampler"]:
+            sampler = config.build(kind, "sampler")
+            fits = not self.critic or not sampler.conditional
+            if kind != own and fits:
+                found.append(kind)
+        return found
+
+    def starts(self, sampler: Sampler) -> list[str]:
+        """Where chains of a sampler can begin with this run."""
+        found = ["global", "noise"]
+        if not self.critic and self.data.train.labelled and not isinstance(sampler, Ascent):
+            found.insert(0, "class")
+        if self.run.recipe.outside is not None:
+            found.append("outside")
+        if self._buffer:
+            found.append("buffer")
+        return found
+
+    def sampler(self, method: str | None = None) -> Sampler:
+        """The run's sampler, as tuned where it was, or another one with its settings."""
+        recipe, found = self.run.recipe, tuned(self.run)
+        own = recipe.sampler
+        if found is not None and found[1].get("checkpoint") == self._checkpoint and type(found[0]) is type(own):
+            own = found[0]
+        if method in (None, config.describe(own)["kind"]):
+            return own
+        if method not in config.KINDS["sampler"]:
+            raise unknown("method", method, config.KINDS["sampler"])
+        plain = {**config.describe(recipe), "sampler": config.describe(own)}
+        sampler = resolve(plain, [("sampler", method)]).sampler
+        return sampler if sampler.start in self.starts(sampler) else dataclasses.replace(sampler, start="global")
+
+    def seeds(self, sampler: Sampler, y: Tensor, seed: int) -> tuple[Tensor, torch.Generator]:
+        """Where chains of classes ``y (B,)`` begin, and the generator of their noise."""
+        key = sampler.start, sampler.fit, sampler.shrinkage
+        if key not in self._starts:
+            self._starts[key] = sampler.prepare(self.data, others(self.run, sampler, self._checkpoint))
+        start = self._starts[key]
+        if isinstance(start, Deck):
+            start = dataclasses.replace(start, order=dealt(len(start.x), 0, len(y), seed))
+        draws = generator(seed, "page", device=self.device)
+        y = y.to(self.device)
+        return start(torch.empty(len(y), *self.data.shape, device=self.device), y, draws), draws
+
+    # What the model says, within a search -------------------------------------------------------------------------
+
+    def energy(self, x: Tensor) -> Tensor:
+        """``E(x)`` (B,) of images, on the CPU."""
+        with searching(self.model) as f, torch.no_grad():
+            return marginal(f)(x.to(self.device)).cpu()
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """``p(y|x)`` (B, K) of a classifier, on the CPU."""
+        with searching(self.model) as f, torch.no_grad():
+            return f(x.to(self.device)).softmax(1).cpu()
+
+    def joint(self, x: Tensor, y: Tensor) -> Tensor:
+        """``E(x, y)`` (B,) of a classifier, on the CPU."""
+        with searching(self.model) as f, torch.no_grad():
+            return energies.joint(f(x.to(self.device)), y.to(self.device)).cpu()
+
+    def descended(self, sampler: Sampler, x: Tensor, y: Tensor) -> Tensor:
+        """The energy (B,) that a sampler descends, on the CPU."""
+        with searching(self.model) as f, torch.no_grad():
+            return sampler.energy(f, y.to(self.device))(x).cpu()
