@@ -126,16 +126,14 @@ class Studio:
 
     def sampler(self, method: str | None = None) -> Sampler:
         """The run's sampler, as tuned where it was, or another one with its settings."""
-        recipe, found = self.run.recipe, tuned(self.run)
-        own = recipe.sampler
-        if found is not None and found[1].get("checkpoint") == self._checkpoint and type(found[0]) is type(own):
-            own = found[0]
-        if method in (None, config.describe(own)["kind"]):
-            return own
-        if method not in config.KINDS["sampler"]:
-            raise unknown("method", method, config.KINDS["sampler"])
-        plain = {**config.describe(recipe), "sampler": config.describe(own)}
-        sampler = resolve(plain, [("sampler", method)]).sampler
+        recipe, sampler = self.run.recipe, self.run.recipe.sampler
+        if method not in (None, config.describe(sampler)["kind"]):
+            if method not in config.KINDS["sampler"]:
+                raise unknown("method", method, config.KINDS["sampler"])
+            sampler = resolve(config.describe(recipe), [("sampler", method)]).sampler
+        found = tuned(self.run, sampler)
+        if found is not None and found[1].get("checkpoint") == self._checkpoint:
+            return found[0]
         return sampler if sampler.start in self.starts(sampler) else dataclasses.replace(sampler, start="global")
 
     def seeds(self, sampler: Sampler, y: Tensor, seed: int) -> tuple[Tensor, torch.Generator]:
