@@ -23,7 +23,7 @@ def saliency(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def invert(
-    model: Network, target: Tensor, begin: Tensor, *, steps: int = 200, size: float = 0.1, last: float = 0.05
+    model: Network, target: Tensor, begin: Tensor, *, steps: int = 200, size: float = 0.0125, last: float = 0.05
 ) -> tuple[Tensor, Tensor]:
     """Images from features: descends ``‖g(x) - g(x*)‖²`` from ``begin``, Engstrom et al. (2019).
 
@@ -31,7 +31,7 @@ def invert(
         model: whose features g are.
         target: x* (B, C, H, W).
         begin: where x begins.
-        steps: of unit length times ``size``, which shrinks to a share ``last`` of itself.
+        steps: of unit direction, each of a root mean square of ``size``, which shrinks to a share ``last`` of itself.
         size, last: see there.
 
     Returns:
@@ -40,7 +40,8 @@ def invert(
     with searching(model):
         wanted = model.features(target).detach()
         distance = lambda x: (model.features(x) - wanted).square().sum(1)
-        x = Descent(steps, lambda share: size * last**share, unit, box())(distance, begin)
+        length = size * begin[0].numel() ** 0.5
+        x = Descent(steps, lambda share: length * last**share, unit, box())(distance, begin)
         with torch.no_grad():
             left = (distance(x) / distance(begin).clamp_min(1e-12)).sqrt()
     return x, left
