@@ -2622,9 +2622,9 @@ MUTANTS = [
     ),
     Mutant(
         "tuning: used for other methods",
-        "tuning.py",
-        "found.get(generation.set_name(like))",
-        "next(iter(found.values()), None)",
+        "generation.py",
+        "f\"{config.describe(sampler)['kind'].rpartition(':')[2].lower()}-",
+        'f"set-',
         "tuning",
     ),
     # diagnostics
@@ -2935,8 +2935,8 @@ MUTANTS = [
     Mutant(
         "tuning: one best for all",
         "tuning.py",
-        "{**kept, generation.set_name(samplers[0]): best}",
-        "{generation.set_name(samplers[0]): best}",
+        'f"{generation.set_name(like)}.json"',
+        '"best.json"',
         "tuning",
     ),
     Mutant(

@@ -477,7 +477,7 @@ def test_a_classifier_is_no_encoder(small_run, tmp_path, capsys):
 def test_tuning_and_diagnosing_an_encoder(own, capsys):
     few = ("--per-class", 2, "--step-size", 0.1, "--steps", "1,2")
     assert cli("tune-sampler", own.folder, "--method", "np-langevin", *few) == 0
-    assert (own.folder / "sampler.json").exists()
+    assert list((own.folder / "tuned").glob("*.json"))
     assert cli("diagnose", own.folder, "--what", "interpolation,neighbours", "--images", 20) == 0
     assert cli("diagnose", own.folder, "--what", "landscape") == 2
     assert "landscape looks at energies of logits, and encoders have none" in " ".join(capsys.readouterr().err.split())

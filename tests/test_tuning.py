@@ -62,7 +62,7 @@ def test_trials_are_done_once_and_shared(run, space, monkeypatch):
     tune(run, SETTINGS[:1], space, per_class=3)
     (first,) = (run.folder / "tuning").glob("*.json")
     begun = first.read_text()
-    (run.folder / "sampler.json").unlink()
+    tuning.result(run, SETTINGS[0]).unlink()
     other = tuning._file(run, SETTINGS[1], {k: v for k, v in json.loads(begun).items() if k not in NOT_ASKED})
     with sole(other.with_suffix(".lock"), "busy"):  # somebody else is at the second
         assert len(tune(run, SETTINGS, space, per_class=3)) == 2
@@ -117,9 +117,9 @@ def test_what_was_found_is_used_and_said(run, capsys):
         manifest = drawn(*arguments)
         assert manifest["sampler"]["step_size"] == run.recipe.sampler.step_size
         assert "tuned" not in manifest
-    (run.folder / "sampler.json").write_text('{"cs-class": {}, "ta-class": {}}')
+    tuning.result(run, run.recipe.sampler).write_text("{}")
     assert main(["sample", str(run.folder)]) == 2
-    assert "sampler.json is damaged" in " ".join(capsys.readouterr().err.split())
+    assert ".json is damaged" in " ".join(capsys.readouterr().err.split())
 
 
 def test_kinds_without_classes_are_tuned_too(run, space):

@@ -522,7 +522,7 @@ def run_tune(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.stages import search
     from advebm.tables import numbers_table
     from advebm.training.run import Run
-    from advebm.tuning import SETTINGS, grid
+    from advebm.tuning import SETTINGS, grid, result
 
     if args.per_class < 1:
         raise UserError(f"--per-class is at least 1, got {args.per_class}")
@@ -542,8 +542,8 @@ def run_tune(args: argparse.Namespace, overrides: Overrides) -> None:
         settings = {name: trial["sampler"][name] for name in SETTINGS}
         rows[str(number)] = {trial["name"]: trial["value"], **{k: v for k, v in settings.items() if v is not None}}
     numbers_table(rows)
-    if (run.folder / "sampler.json").exists():
-        print(run.folder / "sampler.json")
+    if (best := result(run, sampler)).exists():
+        print(best)
     print(path)
 
 

@@ -447,9 +447,12 @@ class Contrasting(OfEncoder):
             return None
         if bank is None:
             raise UserError(f"{type(self).__name__} contrasts samples with images; give what its bank(data) returns")
-        where = torch.device("cpu") if generator is None else generator.device
-        draw = lambda: torch.randperm(len(bank), generator=generator, device=where)[: self.count].cpu()
-        sets = [draw() for _ in range(self.steps)] if self.negatives == "data" else [torch.arange(len(bank))]
+        sets = [torch.arange(len(bank))]
+        if self.negatives == "data":
+            if generator is None:
+                raise ValueError("negatives are drawn at each step: give a generator")
+            draw = lambda: torch.randperm(len(bank), generator=generator, device=generator.device)[: self.count].cpu()
+            sets = [draw() for _ in range(self.steps)]
         encode = lambda x: f((to_float(x) if x.dtype == torch.uint8 else x).to(like))
         found = [torch.cat([encode(bank[rows]) for rows in chosen.split(batch)]) for chosen in sets]
         return torch.stack(found) if found else None

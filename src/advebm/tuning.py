@@ -59,8 +59,7 @@ def tune(
     device: str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """Try every sampler and keep the best in the run's ``sampler.json``, one of each method and start; all trials, the
-    best first.
+    """Try every sampler and keep the best in the run's ``tuned/METHOD-START.json``; all trials, the best first.
 
     Trials that are there already are not repeated; those that another process is at are waited for by leaving them to
     it: whoever comes last writes the result.
@@ -94,22 +93,25 @@ def tune(
     done = [files.read_json(path) for path in trials if path.exists()]
     done.sort(key=lambda trial: trial["value"])
     if len(done) == len(trials):
-        kept = files.read_json(run.folder / "sampler.json", default={})
-        best = {**done[0], "trials": len(done)}
-        files.write_json(run.folder / "sampler.json", {**kept, generation.set_name(samplers[0]): best})
+        files.write_json(result(run, samplers[0]), {**done[0], "trials": len(done)})
     return done
+
+
+def result(run: Run, like: Sampler) -> Path:
+    """Where the best setting of a method and start is kept."""
+    return run.folder / "tuned" / f"{generation.set_name(like)}.json"
 
 
 def tuned(run: Run, like: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
     """The best setting of a method and start that :func:`tune` wrote into a run, and how it was found; None if none."""
-    found = files.read_json(run.folder / "sampler.json", default={})
+    if not (path := result(run, like)).exists():
+        return None
+    best = files.read_json(path)
     try:
-        if (best := found.get(generation.set_name(like))) is None:
-            return None
         sampler = config.build(best["sampler"], "sampler")
         return sampler, {name: value for name, value in best.items() if name != "sampler"}
     except (AttributeError, KeyError, TypeError, UserError) as error:
-        raise UserError(f"{run.folder / 'sampler.json'} is damaged ({error}); tune again or remove it") from None
+        raise UserError(f"{path} is damaged ({error}); tune again or remove it") from None
 
 
 def curves(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float, float]]]:

@@ -258,7 +258,8 @@ def interpolation(s: Sitting) -> Portrait:
     rows, bank = {}, quiet.bank(s.data)
     for title, model in s.models.items():
         flat = between.flatten(0, 1)
-        rows[title] = quiet(model, y.repeat_interleave(9).to(flat.device), flat, bank=bank).view_as(between).cpu()
+        labels, draws = y.repeat_interleave(9).to(flat.device), s.random("interpolation, negatives")
+        rows[title] = quiet(model, labels, flat, generator=draws, bank=bank).view_as(between).cpu()
     numbers = {}
     for title, found in rows.items():
         steps = (found[:, 1:] - found[:, :-1]).flatten(2).norm(dim=2)

@@ -111,7 +111,7 @@ def train(
     model.precision = getattr(torch, cfg.precision)
     if cfg.recompute:
         if not isinstance(model.backbone, Staged):
-            raise UserError("recompute needs a backbone with stages (resnet, preact-resnet, wide-resnet)")
+            raise UserError("recompute needs a backbone with stages (resnet, preact-resnet, wide-resnet, stargan)")
         model.backbone.recompute = True
     optimizer = recipe.optimizer.build(model.parameters())
 
