@@ -31,6 +31,7 @@ from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.contrastive import ACL, AdversarialInfoNCE, InfoNCE, Negatives, Queue, Views
 from advebm.training.engine import Engine
+from advebm.training.instruments import passes
 from advebm.training.loop import train
 from advebm.training.recipe import design, resolve
 from tests.references import contrastive as reference
@@ -576,6 +577,13 @@ def test_acl_runs_and_is_judged_clean_and_attacked(tmp_path):
     progress = json.loads((run.checkpoints.path() / "state" / "progress.json").read_text())
     best = max((line["val/robust_contrastive_accuracy"], line["val/contrastive_accuracy"]) for line in judged)
     assert tuple(progress["best"]) == best
+
+
+def test_passes_of_both_views_are_counted():
+    """Two steps on two views, then both views clean and attacked; without an attack, both views once."""
+    assert passes(small("digits-acl")) == (8, 8)
+    assert passes(small("digits-infonce")) == (2, 2)
+    assert passes(small("digits-infonce", objective__form="infonce")) == (2, 1)
 
 
 def test_validation_attacks_through_the_adversarial_branch_in_equal_parts(encoder, batch, monkeypatch):
