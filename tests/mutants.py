@@ -3408,8 +3408,8 @@ MUTANTS = [
     Mutant(
         "encoders: negatives at another temperature",
         "samplers.py",
-        'options = {"temperature": self.tau, "cosine": self.cosine}',
-        'options = {"temperature": 1.0, "cosine": self.cosine}',
+        'options: dict[str, Any] = {"temperature": self.tau, "cosine": self.cosine}',
+        'options: dict[str, Any] = {"temperature": 1.0, "cosine": self.cosine}',
         "encoders",
     ),
     Mutant(
@@ -3507,7 +3507,7 @@ MUTANTS = [
     Mutant(
         "encoders: representations after the projection",
         "metrics/probing.py",
-        'Features("", model.features)',
+        'Features("", _headed(model).features)',
         'Features("", model)',
         "encoders",
     ),
@@ -3556,8 +3556,8 @@ MUTANTS = [
     Mutant(
         "encoders: table 2: steps of the recipe",
         "reproduce.py",
-        "recipes[row] = dataclasses.replace(other.sampler, steps=steps)",
-        "recipes[row] = other.sampler",
+        "samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=steps)",
+        "samplers[folder_of(row)] = other.sampler",
         "encoders",
     ),
 ]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from advebm import comparison, config, console, evaluation, files, generation, pictures, recipes
 from advebm.attacks.apgd import APGD
@@ -439,13 +438,15 @@ def jeat_figure4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
     return study(folder, seeds, entries, measure)
 
 
+ALONE = "no steps"  # the row of seeds as they are
+SEEDS = {f"{given}, {ALONE}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
 SUPERVISED = {f"cond, {name}": (name.lower(), "class") for name in ("TA", "Langevin", "CS", "RCS")}
 UNSUPERVISED = {
     f"{given}, {name}": (kind, start)
     for given, start in (("uncond", "global"), ("cond", "class"))
     for name, kind in (("PGD", "np-pgd"), ("Langevin", "np-langevin"), ("MaxEnt", "maxent"))
 }
-TABLE2 = {"at": SUPERVISED, "infonce": UNSUPERVISED, "acl": UNSUPERVISED}  # rows, as kind and start, of each run
+TABLE2 = {"at": SEEDS | SUPERVISED, "infonce": UNSUPERVISED, "acl": UNSUPERVISED}  # each run's rows: kind and start
 
 
 def digits_unsupervised(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
@@ -479,62 +480,60 @@ def table2(run: Run, rows: Mapping[str, tuple[str, str]], judge: Run) -> dict[st
 
     Drawn and measured unless it is there.
     """
-    chains, recipes = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64)), {}
+    chains, samplers = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64)), {}
     for row, (kind, start) in rows.items():
         other = of_kind(run, kind, start)
-        steps = best(along(run, other, judge, chains, f"-{set_name(other.sampler)}")).steps
-        recipes[row] = dataclasses.replace(other.sampler, steps=steps)
-    about = {row: config.describe(sampler) for row, sampler in recipes.items()}
+        steps = 0 if ALONE in row else best(along(run, other, judge, chains, f"-{set_name(other.sampler)}")).steps
+        samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=steps)
+    about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
     about |= {"features": comparison.judge(judge.folder), "checkpoint": run.checkpoints.path().name}
     file = run.folder / "table2.json"
     known = files.read_json(file, default={})
     if known.get("about") != about:
-        samplers = {set_name(sampler): sampler for sampler in recipes.values()}
         tell = lambda text: say(f"  {run.recipe.name}: {text}")
         found, _ = contrast(run, samplers, 100, 3, features=judge.folder, say=tell)
-        known = {"about": about, "rows": {row: found[set_name(sampler)] for row, sampler in recipes.items()}}
+        known = {"about": about, "found": found}
         files.write_json(file, known)
-    chosen = {row: Record("steps chosen on validation", s.steps, 0.0, 1) for row, s in recipes.items()}
-    return {row: [dataclasses.asdict(chosen[row]), *records] for row, records in known["rows"].items()}
+    steps = {name: Record("steps chosen on validation", s.steps, 0.0, 1) for name, s in samplers.items()}
+    return {row: [dataclasses.asdict(steps[f := folder_of(row)]), *known["found"][f]] for row in rows}
+
+
+def folder_of(row: str) -> str:
+    """What the samples of a row are called."""
+    return row.lower().replace(",", "").replace(" ", "-")
 
 
 def cem_figure1(runs: Mapping[str, Run]) -> bytes:
-    """The seeds of the first set of samples, then the samples of every network, four of each class or kind of row."""
-
-    def shown(x: Tensor, y: Tensor) -> Tensor:
-        return pictures.by_class(x, y, 10, 4)
-
-    at, data = runs["at"], runs["at"].recipe.data.load()
-    model, seeds = at.model()[0], {}
-    for row, (kind, start) in (("seeds, cond", ("langevin", "class")), ("seeds, uncond", ("langevin", "global"))):
-        sampler = dataclasses.replace(of_kind(at, kind, start).sampler, steps=0)
-        seeds[row] = shown(*generation.generate(model, sampler, data, generation.wanted(sampler, data, 100))[:2])
-    parts = [figures.grids(seeds, dict.fromkeys(seeds, ()))]
-    for title, rows in TABLE2.items():
-        panels = {}
-        for row, (kind, start) in rows.items():
-            drawn = generation.read(runs[title].folder / "comparison" / f"{kind}-{start}-0")
-            panels[f"{title}, {row}"] = shown(drawn.x, drawn.y)
-        parts.append(figures.grids(panels, dict.fromkeys(panels, ())))
-    return pictures.stacked(parts)
+    """Samples of the first sampling seed: what chains began from, then a row a network; four of each class."""
+    drawn = {
+        f"{title}, {row}": generation.read(runs[title].folder / "comparison" / f"{folder_of(row)}-0")
+        for title, rows in TABLE2.items()
+        for row in rows
+    }
+    panels = {title: pictures.by_class(some.x, some.y, 10, 4) for title, some in drawn.items()}
+    strips = [{t.partition(", ")[2]: x for t, x in panels.items() if ALONE in t}]
+    strips += [{t: x for t, x in panels.items() if t.startswith(f"{run}, ") and ALONE not in t} for run in TABLE2]
+    return pictures.stacked([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips])
 
 
 def winners(results: Mapping[str, Records]) -> list[str]:
     """For each network and kind of start, which sampler is nearest to the data, and by how much; in FD."""
     fd = {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if r["name"].startswith("FD")}
     lines = []
-    for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd):
-        rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group}
+    for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd if ALONE not in title):
+        rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and ALONE not in t}
         (name, first), (other, second), *_ = sorted(rows.items(), key=lambda row: row[1][0])
         margin, error = second[0] - first[0], (first[1] ** 2 + second[1] ** 2) ** 0.5
-        lines.append(f"{group}: {name} before {other} by {margin:.1f} ± {error:.1f} in FD")
+        seeds = fd[f"at, {group.rpartition(', ')[2]}, {ALONE}"][0]
+        line = f"{group}: {name} ({first[0]:.1f}) before {other} by {margin:.1f} ± {error:.1f} in FD"
+        lines.append(f"{line}; its seeds have {seeds:.1f}")
     return lines
 
 
 def unsupervised_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
     """FD of every row of the table, and what follows from it."""
     fd = {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if r["name"].startswith("FD")}
-    return {"; ".join(winners(results)): figures.bars(fd, "FD in the features of a standard classifier")}
+    return {". ".join(winners(results)): figures.bars(fd, "FD in the features of a standard classifier")}
 
 
 EXPERIMENTS: dict[str, Callable[[Path, int, Options], tuple[dict[str, Records], list[Run]]]] = {

@@ -183,8 +183,8 @@ class Sampler:
         with searching(model) as f:
             parts = self.parts(len(y), batch)
             negatives = self.contrast(f, bank, seeds, generator, batch or len(y))
-            energies = [self.begun(f, y[part], seeds[part], negatives) for part in parts]
-            energy = energies[0] if len(parts) == 1 else in_parts(energies, parts)
+            each = [self.begun(f, y[part], seeds[part], negatives) for part in parts]
+            energy = each[0] if len(parts) == 1 else in_parts(each, parts)
             return self.descent()(energy, seeds, generator=generator, observe=observe)
 
 
@@ -455,7 +455,7 @@ class Contrasting(OfEncoder):
 
     def density(self, z: Tensor, negatives: Tensor | None) -> Tensor:
         """``-log Σ_k exp f(x, z_k)`` for features ``z (B, D)``, (B,); without negatives, of the others in z."""
-        options = {"temperature": self.tau, "cosine": self.cosine}
+        options: dict[str, Any] = {"temperature": self.tau, "cosine": self.cosine}
         if negatives is None:
             return -energies.crowding(z, z.detach(), **options)
         return energies.marginal(energies.similarities(z, negatives, **options))

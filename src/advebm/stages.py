@@ -118,8 +118,9 @@ def probe(
     about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
     title, where = f"{recipe.name}-probe", run.folder / "probe"
     network.save(where, classifier, plain, title=title, summary=f"A linear probe of {recipe.name}.", extra=about)
-    sampler = config.switch(config.describe(recipe.sampler), "sampler", "cs")
-    options = {"data": config.describe(recipe.data), "threat": config.describe(recipe.threat), "sampler": sampler}
+    described = config.describe(recipe)
+    options = {name: described[name] for name in ("data", "threat")}
+    options["sampler"] = config.switch(described["sampler"], "sampler", "cs")
     return adopt(str(where), folder, [("name", title), *options.items(), *overrides])
 
 

@@ -9,6 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.utils import skip_init
 
 from advebm import config
 from advebm.attacks.base import Adversary
@@ -21,16 +22,20 @@ from advebm.models.network import Network
 from advebm.modes import searching, settled
 
 
-def representations(model: Network, x: Tensor, batch: int = 500) -> Tensor:
+def representations(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
     """What the head of a network sees of images (N, C, H, W), bytes or floating point: (N, W), on the CPU.
 
     Raises:
         UserError: a network without features of its own.
     """
+    with searching(model):
+        return Features("", _headed(model).features).of(x, device_of(model), batch)
+
+
+def _headed(model: nn.Module) -> Network:
     if not isinstance(model, Network) or isinstance(model.head, nn.Identity):
         raise UserError("a probe reads the features before a network's head, and the model returns logits only")
-    with searching(model):
-        return Features("", model.features).of(x, device_of(model), batch)
+    return model
 
 
 @dataclass(frozen=True)
@@ -60,23 +65,24 @@ class Probe:
         """
         if missing := sorted(set(range(classes)) - set(y.tolist())):
             raise UserError(f"a probe is fitted on images of every class, and class {missing[0]} has none")
-        scaler = StandardScaler().fit(z.double().numpy())
-        found = LogisticRegression(C=self.c, max_iter=self.iterations).fit(scaler.transform(z.double().numpy()), y)
+        rows = z.double().numpy()
+        scaler = StandardScaler().fit(rows)
+        found = LogisticRegression(C=self.c, max_iter=self.iterations).fit(scaler.transform(rows), y.numpy())
         weight, bias = (torch.from_numpy(part) for part in (found.coef_, found.intercept_))
         if classes == 2:  # which scikit-learn fits by the difference of their logits
             weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
         mean, scale = torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_)
-        layer = nn.Linear(z.shape[1], classes)
+        layer = skip_init(nn.Linear, z.shape[1], classes)
         with torch.no_grad():
             layer.weight.copy_(weight / scale)
             layer.bias.copy_(bias - weight @ (mean / scale))
         return layer
 
-    def classifier(self, model: Network, split: Images, classes: int, batch: int = 500) -> Network:
+    def classifier(self, model: nn.Module, split: Images, classes: int, batch: int = 500) -> Network:
         """A copy of the network on one branch, with such a layer, fitted on a split, in the place of its head."""
-        model = settled(model, self.branch)
-        layer = self.fit(representations(model, split.x, batch), split.y, classes)
-        return Network(model.normalise, model.backbone, layer.to(device_of(model))).eval()
+        network = settled(_headed(model), self.branch)
+        layer = self.fit(representations(network, split.x, batch), split.y, classes)
+        return Network(network.normalise, network.backbone, layer.to(device_of(model))).eval()
 
 
 @dataclass(frozen=True)
