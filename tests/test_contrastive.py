@@ -31,6 +31,7 @@ from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.contrastive import ACL, AdversarialInfoNCE, InfoNCE, Negatives, Queue, Views
 from advebm.training.engine import Engine
+from advebm.training.instruments import passes
 from advebm.training.loop import train
 from advebm.training.recipe import design, resolve
 from tests.references import contrastive as reference
@@ -84,18 +85,19 @@ def both(batch):
 @pytest.mark.parametrize("beta", [0.0, 0.7])
 @pytest.mark.parametrize("queued", [False, True])
 def test_losses_are_the_published_sums(z, cosine, beta, queued):
-    first, second, others = z
-    others = others if queued else others[:0]
-    options = {"temperature": 0.3 if cosine else 3.0, "hardness": beta, "cosine": cosine}
+    """With their gradients, which reach the weights of hard negatives, too."""
+    first, second, others = (part.requires_grad_() for part in z)
+    others, tau = others if queued else others[:0], 0.3 if cosine else 3.0
+    options = {"temperature": tau, "hardness": beta, "cosine": cosine}
     rows = energies.nt_xent(torch.cat([first, second]), torch.cat([first, second, others]), **options)
     assert rows.shape == (10,)
-    theirs = reference.nt_xent(first, second, options["temperature"], others, beta, cosine)
-    torch.testing.assert_close(rows.mean(), theirs)
-    rows = energies.in_batch(first, torch.cat([second, others]), **options)
-    assert rows.shape == (5,)
-    torch.testing.assert_close(
-        rows.mean(), reference.infonce(first, second, options["temperature"], others, beta, cosine)
-    )
+    one_sided = energies.in_batch(first, torch.cat([second, others]), **options)
+    assert one_sided.shape == (5,)
+    for ours, sums in ((rows.mean(), reference.nt_xent), (one_sided.mean(), reference.infonce)):
+        theirs = sums(first, second, tau, others, beta, cosine)
+        torch.testing.assert_close(ours, theirs)
+        slopes = [torch.autograd.grad(total, [first, second], retain_graph=True) for total in (ours, theirs)]
+        torch.testing.assert_close(*slopes)
 
 
 def test_infonce_is_the_cross_entropy_of_telling_images_apart(z):
@@ -118,6 +120,9 @@ def test_objectives_minimise_the_means_of_their_forms(encoder, batch):
     theirs = reference.nt_xent(first, second, 0.4)
     torch.testing.assert_close(loss.total, theirs)
     torch.testing.assert_close(gradients(loss.total, encoder), gradients(theirs, net))
+    _, loss = step(InfoNCE(negatives=Negatives(hardness=0.7), **TINY), encoder, batch)
+    first, second = net(torch.cat([batch.x, batch.view])).chunk(2)
+    torch.testing.assert_close(loss.total, reference.nt_xent(first, second, 0.4, beta=0.7))
     plain = InfoNCE(form="infonce", cosine=False, outputs=5, temperature=2.0)
     _, loss = step(plain, encoder, batch)
     theirs = reference.infonce(net(batch.x), net(batch.view).detach(), 2.0, cosine=False)
@@ -572,6 +577,13 @@ def test_acl_runs_and_is_judged_clean_and_attacked(tmp_path):
     progress = json.loads((run.checkpoints.path() / "state" / "progress.json").read_text())
     best = max((line["val/robust_contrastive_accuracy"], line["val/contrastive_accuracy"]) for line in judged)
     assert tuple(progress["best"]) == best
+
+
+def test_passes_of_both_views_are_counted():
+    """Two steps on two views, then both views clean and attacked; without an attack, both views once."""
+    assert passes(small("digits-acl")) == (8, 8)
+    assert passes(small("digits-infonce")) == (2, 2)
+    assert passes(small("digits-infonce", objective__form="infonce")) == (2, 1)
 
 
 def test_validation_attacks_through_the_adversarial_branch_in_equal_parts(encoder, batch, monkeypatch):

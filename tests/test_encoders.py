@@ -93,8 +93,11 @@ def test_maxent_and_langevin_on_the_batch_are_of_opposite_sign(net, batch):
     apart, together = MaxEnt(), NPLangevin(negatives="batch")
     z = net(batch.x).detach()
     pull = gradient(together.begun(net, batch.y, batch.x, None), batch.x)
-    own = gradient(lambda x: energies.crowding(net(x), z), batch.x)
-    torch.testing.assert_close(pull, -own)
+    x = batch.x.clone().requires_grad_()
+    others = [[z[j] for j in range(len(z)) if j != i] for i in range(len(z))]
+    lines = zip(net(x), others, strict=True)
+    values = [reference.log_sum_exp([reference.alike(own, other, 0.5) for other in held]) for own, held in lines]
+    torch.testing.assert_close(pull, -torch.autograd.grad(sum(values), x)[0])
     both = gradient(apart.begun(net, batch.y, batch.x, None), batch.x)
     assert torch.cosine_similarity(pull.flatten(1), both.flatten(1)).max() < -0.5
 

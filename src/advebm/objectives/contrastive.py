@@ -34,7 +34,7 @@ class Views(NamedTuple):
 
 @dataclass(frozen=True)
 class Negatives:
-    """What an image is told apart from; always the others of its batch, over all processes.
+    """What an image is told apart from; always the others of its stream and those of other processes at that moment.
 
     Attributes:
         queue: encodings of the second views of earlier steps, the newest so many of each stream; 0 for none.  They are
