@@ -494,8 +494,8 @@ def table2(run: Run, rows: Mapping[str, tuple[str, str]], judge: Run) -> dict[st
         found, _ = contrast(run, samplers, 100, 3, features=judge.folder, say=tell)
         known = {"about": about, "found": found}
         files.write_json(file, known)
-    steps = {name: Record("steps chosen on validation", s.steps, 0.0, 1) for name, s in samplers.items()}
-    return {row: [dataclasses.asdict(steps[f := folder_of(row)]), *known["found"][f]] for row in rows}
+    count = lambda name: Record("steps chosen on validation", samplers[name].steps, 0.0, 1)
+    return {row: [dataclasses.asdict(count(n := folder_of(row))), *known["found"][n]] for row in rows}
 
 
 def folder_of(row: str) -> str:
