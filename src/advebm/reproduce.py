@@ -494,8 +494,9 @@ def table2(run: Run, rows: Mapping[str, tuple[str, str]], judge: Run) -> dict[st
         found, _ = contrast(run, samplers, 100, 3, features=judge.folder, say=tell)
         known = {"about": about, "found": found}
         files.write_json(file, known)
-    count = lambda name: Record("steps chosen on validation", samplers[name].steps, 0.0, 1)
-    return {row: [dataclasses.asdict(count(n := folder_of(row))), *known["found"][n]] for row in rows}
+    taken = {name: Record("steps chosen on validation", sampler.steps, 0.0, 1) for name, sampler in samplers.items()}
+    names = {row: folder_of(row) for row in rows}
+    return {row: [dataclasses.asdict(taken[name]), *known["found"][name]] for row, name in names.items()}
 
 
 def folder_of(row: str) -> str:
