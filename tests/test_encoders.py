@@ -283,7 +283,7 @@ def test_mistakes_are_named(net, batch, digits):
 def run(tmp_path_factory):
     """A short, real training of an encoder with dual batch norms."""
     options = {"backbone.width": 8, "train.images": 2_560, "train.validate_every": 2_560, "objective.attack.steps": 1}
-    options |= {"threat.steps": 2, "sampler.steps": 2}
+    options |= {"threat.steps": 2, "threat.eps": 0.9, "sampler.steps": 2}
     recipe = resolve(recipes.find("digits-acl"), list(options.items()))
     return train(recipe, tmp_path_factory.mktemp("runs") / "acl", device="cpu")
 

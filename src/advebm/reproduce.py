@@ -555,9 +555,9 @@ def table2(run: Run, rows: Mapping[str, tuple[str, str]], judge: Run) -> dict[st
         found, _ = contrast(run, samplers, 100, 3, features=judge.folder, say=tell)
         known = {"about": about, "found": found}
         files.write_json(file, known)
-    steps = {name: Record("steps chosen on validation", s.steps, 0.0, 1) for name, s in samplers.items()}
+    taken = {name: Record("steps chosen on validation", sampler.steps, 0.0, 1) for name, sampler in samplers.items()}
     names = {row: folder_of(row) for row in rows}
-    return {row: [dataclasses.asdict(steps[name]), *known["found"][name]] for row, name in names.items()}
+    return {row: [dataclasses.asdict(taken[name]), *known["found"][name]] for row, name in names.items()}
 
 
 def folder_of(row: str) -> str:
