@@ -307,6 +307,8 @@ class Inpaint(Edit):
 
     fill: Literal["smooth", "mean", "noise"] = "smooth"
 
+    stride: ClassVar[float] = 0.003
+
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         """From the filled image, with known pixels held."""
         if hole is None:
@@ -502,6 +504,7 @@ class Interpolate(Edit):
     way: Literal["spherical", "linear"] = "spherical"
     ends: Literal["held", "moved"] = "held"
 
+    stride: ClassVar[float] = 0.002
     cites: ClassVar[tuple[str, ...]] = ("binary-at",)
 
     def __post_init__(self) -> None:
