@@ -43,6 +43,13 @@ def test_held_pixels_stay_to_the_bit_and_the_rest_moves(net, batch, hole, genera
         assert ((found.x >= 0) & (found.x <= 1)).all()
 
 
+@pytest.mark.parametrize("edit", [Inpaint(), Paint(), Inpaint(radius=0.5)])
+def test_the_constraint_alone_holds_them(batch, hole, edit, generator):
+    problem = edit.pose(batch.x, hole.expand(6, 1, 8, 8), generator)
+    elsewhere = torch.rand(batch.x.shape, dtype=torch.float64, generator=generator)
+    assert torch.equal(problem.constraint(elsewhere, problem.origin)[:, :, ~hole], batch.x[:, :, ~hole])
+
+
 def test_known_pixels_take_no_part_in_the_step(net, batch, hole):
     """A step of unit length is one in the hole alone."""
     found = Inpaint(steps=1, step_size=0.01, fill="mean")(net, batch.x, batch.y, hole=hole)
