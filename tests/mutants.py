@@ -3633,22 +3633,22 @@ MUTANTS = [
     Mutant(
         "edits: known pixels are moved",
         "apps.py",
-        "return Problem(start, self.within(hold(known)), start, lambda",
-        "return Problem(start, self.within(), start, lambda",
+        "return held(start, hole, self.within(hold(known)))",
+        "return held(start, hole, self.within())",
         "apps",
     ),
     Mutant(
         "edits: known pixels take part in the step",
         "apps.py",
-        "self.within(hold(known)), start, lambda z: torch.where(hole, z, x))",
-        "self.within(hold(known)), start)",
+        "return Problem(start, constraint, start, lambda z: torch.where(hole, z, start), share=share)",
+        "return Problem(start, constraint, start, share=share)",
         "apps",
     ),
     Mutant(
         "edits: painting moves everything",
         "apps.py",
-        "return Problem(x, self.within(hold(~hole)), x, lambda",
-        "return Problem(x, self.within(), x, lambda",
+        "return held(x, hole, self.within(hold(~hole)))",
+        "return held(x, hole, self.within())",
         "apps",
     ),
     Mutant(
@@ -3682,8 +3682,8 @@ MUTANTS = [
     Mutant(
         "edits: the default step ignores the size",
         "apps.py",
-        "size = 0.005 * values**0.5 if",
-        "size = 0.005 if",
+        "size = values.sqrt() * self.stride if",
+        "size = values * 0 + self.stride if",
         "apps",
     ),
     Mutant(
@@ -3731,8 +3731,8 @@ MUTANTS = [
     Mutant(
         "edits: enlargement without its means",
         "apps.py",
-        "return Problem(start, self.within(keep), blocks, fixed)",
-        "return Problem(start, self.within(), blocks, fixed)",
+        "return Problem(start, self.within(keep), blocks, fixed,",
+        "return Problem(start, self.within(), blocks, fixed,",
         "apps",
     ),
     Mutant(
@@ -3824,6 +3824,13 @@ MUTANTS = [
         "apps.py",
         "torch.searchsorted(theirs.sort().values, ours).double() / len(theirs)",
         "1 - torch.searchsorted(theirs.sort().values, ours).double() / len(theirs)",
+        "apps",
+    ),
+    Mutant(
+        "edits: the step does not know the hole",
+        "apps.py",
+        "lambda z: torch.where(hole, z, start), share=share)",
+        "lambda z: torch.where(hole, z, start))",
         "apps",
     ),
     Mutant(

@@ -43,6 +43,13 @@ def test_held_pixels_stay_to_the_bit_and_the_rest_moves(net, batch, hole, genera
         assert ((found.x >= 0) & (found.x <= 1)).all()
 
 
+@pytest.mark.parametrize("edit", [Inpaint(), Paint(), Inpaint(radius=0.5)])
+def test_the_constraint_alone_holds_them(batch, hole, edit, generator):
+    problem = edit.pose(batch.x, hole.expand(6, 1, 8, 8), generator)
+    elsewhere = torch.rand(batch.x.shape, dtype=torch.float64, generator=generator)
+    assert torch.equal(problem.constraint(elsewhere, problem.origin)[:, :, ~hole], batch.x[:, :, ~hole])
+
+
 def test_known_pixels_take_no_part_in_the_step(net, batch, hole):
     """A step of unit length is one in the hole alone."""
     found = Inpaint(steps=1, step_size=0.01, fill="mean")(net, batch.x, batch.y, hole=hole)
@@ -105,7 +112,7 @@ class TestTranslate:
         masks[0, 0, :7] = True  # another hole, another step
         found = Inpaint(steps=1, fill="mean")(net, batch.x, hole=masks)
         moved = (found.x - found.begin).square().sum((1, 2, 3)) / (3 * masks.sum((1, 2, 3)))
-        torch.testing.assert_close(moved.sqrt(), torch.full((6,), 0.005).double())
+        torch.testing.assert_close(moved.sqrt(), torch.full((6,), 0.003).double())
 
     def test_by_a_critic(self, batch):
         critic = Plain(lambda x: -(x.flatten(1) - 0.5).square().sum(1, keepdim=True))
@@ -206,14 +213,15 @@ class TestInterpolate:
             assert torch.equal(found.x[at], batch.x[i])
         assert (found.numbers["energy after"] < found.numbers["energy before"])[[1, 2, 3, 6, 7, 8]].all()
         seeds = Interpolate(steps=3, count=5, ends="moved")(net, batch.x[:2])
-        torch.testing.assert_close(seeds.x[[0, -1]], Translate(steps=3)(net, batch.x[:2]).x)
+        step = 0.002 * 192**0.5
+        torch.testing.assert_close(seeds.x[[0, -1]], Translate(steps=3, step_size=step)(net, batch.x[:2]).x)
 
     def test_classes_go_from_one_to_the_next(self, net, batch):
         found = Interpolate(steps=2, count=3, way="linear", ends="moved")(net, batch.x[:2], torch.tensor([1, 4]))
         middle = torch.lerp(batch.x[0], batch.x[1], 0.5)[None]
         net.eval()
         energy = lambda x: -0.5 * net(x)[:, 1] - 0.5 * net(x)[:, 4]
-        size = 0.005 * middle.numel() ** 0.5
+        size = 0.002 * middle.numel() ** 0.5
         torch.testing.assert_close(found.x[1:2], Descent(2, size, unit, box())(energy, middle))
 
 

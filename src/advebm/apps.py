@@ -307,6 +307,8 @@ class Inpaint(Edit):
 
     fill: Literal["smooth", "mean", "noise"] = "smooth"
 
+    stride: ClassVar[float] = 0.003
+
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         """From the filled image, with known pixels held."""
         if hole is None:
@@ -336,7 +338,7 @@ def smooth(x: Tensor, hole: Tensor) -> Tensor:
     half = (-(-x.shape[2] // 2), -(-x.shape[3] // 2))
     share = adaptive_avg_pool2d((~hole).to(x.dtype), half)
     coarse = smooth(adaptive_avg_pool2d(x * ~hole, half) / share.clamp_min(1e-12), share == 0)
-    x = torch.where(hole, interpolate(coarse, x.shape[2:], mode="bilinear", align_corners=False), x)  # type: ignore[arg-type]
+    x = torch.where(hole, interpolate(coarse, x.shape[2:], mode="bilinear", align_corners=False), x)
     for _ in range(50):
         near = pad(x, (1, 1, 1, 1), mode="replicate")
         mean = (near[..., :-2, 1:-1] + near[..., 2:, 1:-1] + near[..., 1:-1, :-2] + near[..., 1:-1, 2:]) / 4
@@ -502,6 +504,7 @@ class Interpolate(Edit):
     way: Literal["spherical", "linear"] = "spherical"
     ends: Literal["held", "moved"] = "held"
 
+    stride: ClassVar[float] = 0.002
     cites: ClassVar[tuple[str, ...]] = ("binary-at",)
 
     def __post_init__(self) -> None:

@@ -146,7 +146,7 @@ def edit(
         pairs = itertools.pairwise(names)
         names = [f"{a}-{b}-{i}" for a, b in pairs for i in range(method.count)]
     elif truth is not None:
-        better = {}
+        better: dict[str, Tensor] = {}
         for when, z in (("before", edited.begin), ("after", edited.x)):
             better |= {f"{name} {when}": v for name, v in fidelity(truth, z).items()}
         edited = edited._replace(numbers={**edited.numbers, **better})

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -56,23 +57,25 @@ def fidelity(truth: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def others(method: Edit, hole: Tensor) -> dict[str, Restore]:
-    """Other ways to do what an edit does: mean fill, biharmonic fill, bicubic enlargement, 3 x 3 median; without
-    total variation, whose weight is chosen.
+    """Other ways to do what an edit does, what it begins with among them; total variation, with its weight, is apart.
 
     Raises:
         UserError: scikit-image is not installed.
     """
+    begin = lambda edit: lambda x: edit.pose(x, hole.expand(len(x), 1, -1, -1), None).start
     if isinstance(method, Inpaint):
-        filled = lambda x: replace(method, fill="mean").pose(x, hole.expand(len(x), 1, -1, -1), None).start
         restoration = scikit_image()
         each = lambda x: restoration.inpaint_biharmonic(x.permute(1, 2, 0).numpy(), hole.numpy(), channel_axis=-1)
         smooth = lambda x: torch.stack([torch.from_numpy(each(z)).to(x).permute(2, 0, 1) for z in x]).clamp(0, 1)
-        return {"mean fill": filled, "biharmonic": smooth}
+        filled = {f"{fill} fill": begin(replace(method, fill=fill)) for fill in ("mean", "smooth")}
+        return {**filled, "biharmonic": smooth}
     if isinstance(method, Upsample):
-        bicubic = lambda x: method.pose(x, None, None).start
-        return {"blocks": lambda x: repeated(x, method.factor), "bicubic": bicubic}
+        return {"blocks": lambda x: repeated(x, method.factor), "bicubic": begin(method)}
+    assert isinstance(method, Denoise)
     given: dict[str, Restore] = {"nothing": lambda x: x}
-    return given if method.noise == "gaussian" else {**given, "median": median}  # type: ignore[attr-defined]
+    if method.noise == "gaussian":
+        return given
+    return {**given, "median": median, "median where found": begin(method)}
 
 
 def scikit_image() -> Any:
@@ -129,7 +132,7 @@ class Restoration:
             if isinstance(edit, Denoise):
                 best = max(VARIATIONS, key=lambda w: psnr(tuning, total_variation(w)(practice)).mean().item())
                 ways["total variation"] = total_variation(best)
-            ways["energy"] = lambda x, chosen=chosen: self._by(chosen, subject, x, hole)
+            ways["energy"] = partial(self._by, chosen, subject, hole)
             for way, restore in ways.items():
                 about = {"edit": config.describe(chosen), "way": way, "metric": config.describe(self)}
                 for quantity, values in fidelity(truth, restore(given)).items():
@@ -139,15 +142,15 @@ class Restoration:
     def _edit(self, edit: Edit, subject: Subject, given: Tensor, truth: Tensor, hole: Tensor) -> Edit:
         """With the strength that validation images like best."""
         if isinstance(edit, Denoise) and edit.noise == "gaussian":
-            tried = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
+            tried: list[Edit] = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
         else:
             share = torch.as_tensor(edit.pose(given, hole.expand(len(given), 1, -1, -1), None).share).double().mean()
             own = edit.step_size or edit.stride * math.sqrt(share.item() * truth[0].numel())
             tried = [replace(edit, step_size=own * strength) for strength in STRENGTHS]
-        return max(tried, key=lambda e: psnr(truth, self._by(e, subject, given, hole)).mean().item())
+        return max(tried, key=lambda e: psnr(truth, self._by(e, subject, hole, given)).mean().item())
 
     @staticmethod
-    def _by(edit: Edit, subject: Subject, x: Tensor, hole: Tensor) -> Tensor:
+    def _by(edit: Edit, subject: Subject, hole: Tensor, x: Tensor) -> Tensor:
         generator = seeds.generator(0, "restoration", device=subject.device)
         mask = hole if isinstance(edit, Inpaint) else None
         parts = [edit(subject.model, z, hole=mask, generator=generator, frames=2).x for z in x.split(subject.batch)]
