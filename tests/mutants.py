@@ -3204,8 +3204,8 @@ MUTANTS = [
     Mutant(
         "editing: the other run's weights",
         "editing.py",
-        'for r in (run, *order.others)], "seed"',
-        'for r in (run,)], "seed"',
+        "for pair in order.models()]",
+        "for pair in order.models()[:1]]",
         "editing",
     ),
     Mutant(

@@ -227,6 +227,7 @@ MISTAKES = [
     (["translate", "--edit.stpes", "3"], "did you mean 'steps'"),
     (["score", "--edit.steps", "3"], "score takes no --edit options"),
     (["compose", "--classes", "1,2", "--edit.weights", "1"], "as many models as classes and weights"),
+    (["translate", "--out", "."], ". is a run; --out takes a folder for this edit"),
     (["translate", "--count", "0"], "--count is at least 1"),
     (["translate", "--frm", "x"], "unexpected '--frm'"),
 ]
@@ -235,6 +236,7 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("arguments", "message"), MISTAKES, ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else ""
 )
-def test_mistakes_are_one_line(run, capsys, arguments, message):
+def test_mistakes_are_one_line(run, capsys, arguments, message, monkeypatch):
+    monkeypatch.chdir(run.folder)
     assert message in edit(run, arguments[0], *arguments[1:], capsys=capsys, refused=True)
     assert not (run.folder / "edits").exists()

@@ -60,7 +60,7 @@ def test_restoration_beside_other_ways(subject):
     assert {"PSNR upsampling x2 by bicubic", "SSIM inpainting by biharmonic"} <= records.keys()
     assert all(r.count == 25 and np.isfinite(r.value) for r in records.values())
     again = Restoration(edits[:1], images=25)(subject, torch.Generator().manual_seed(1))
-    assert records[again[-2].name] == again[-2]
+    assert records[again[-2].name].value == again[-2].value
     chosen = records["PSNR denoising 0.3 by energy"].settings["edit"]["prior"]
     assert 0.25 <= chosen <= 4  # the density of the data is near, so λ is near 1
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, pad
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, pad
 
-from advebm import energies
+from advebm import checks, energies
 from advebm.config import check_choices
 from advebm.descent import (
     Constraint,
@@ -79,6 +79,7 @@ class Problem(NamedTuple):
         origin: what the constraint is about.
         fixed: differentiable, the identity on what obeys the constraint: spares steps in directions that it undoes.
         data: a term to be added to the energy.
+        share: of the values that may move, (B,) or for all.
     """
 
     start: Tensor
@@ -86,6 +87,7 @@ class Problem(NamedTuple):
     origin: Tensor
     fixed: Callable[[Tensor], Tensor] = lambda x: x
     data: Energy | None = None
+    share: Tensor | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Edit:
 
     Attributes:
         steps: number of steps.
-        step_size: α, pixels of [0, 1], l2; none takes 0.005 √D for D values an image, a root mean square of 0.005.
+        step_size: α, pixels of [0, 1], l2; none takes ``stride`` times √D for the D values of an image that may move,
+            so that it is a root mean square.
         step_decay: what α has shrunk to at the end, as a share, geometrically.
         radius: of an l2 ball around the image, pixels of [0, 1]; none for no ball.
         energy: what is lowered where a class is given: ``joint`` E(x, y) = -f_y or ``conditional`` E(x, y) - E(x), the
@@ -107,6 +110,7 @@ class Edit:
     radius: float | None = None
     energy: Literal["joint", "conditional"] = "joint"
 
+    stride: ClassVar[float] = 0.005
     cites: ClassVar[tuple[str, ...]] = ("santurkar2019",)
 
     def __post_init__(self) -> None:
@@ -121,10 +125,11 @@ class Edit:
         """The problem of some images (B, C, H, W) and, where the edit takes one, a hole (B, 1, H, W)."""
         raise NotImplementedError("Edit is abstract; use Translate, Inpaint or another of its kinds")
 
-    def descent(self, constraint: Constraint, values: int) -> Descent:
-        """The search in images of so many values."""
-        size = 0.005 * values**0.5 if self.step_size is None else self.step_size
-        return Descent(self.steps, geometric(size, self.step_decay), unit, constraint)
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
+        """The search in images of which so many values move, (B,)."""
+        size = values.sqrt() * self.stride if self.step_size is None else torch.full_like(values, self.step_size)
+        direction: Direction = lambda gradient, memory: per_sample(size, gradient) * unit(gradient, memory)
+        return Descent(self.steps, geometric(1.0, self.step_decay), direction, constraint)
 
     def within(self, *constraints: Constraint) -> Constraint:
         """The ball, where there is one, then the box, then others."""
@@ -153,7 +158,7 @@ class Edit:
             frames: pictures of the film, at most steps + 1.
         """
         device = device_of(model)
-        x, y = as_images(x, device), None if y is None else y.to(device)
+        x, y = taken(x, device), None if y is None else y.to(device)
         problem = self.pose(x, spread(hole, x), generator)
         with searching(model) as f:
             return self.follow(problem, self.lowered(f, problem.start, y), f, y, observe, frames)
@@ -184,7 +189,7 @@ class Edit:
         """Run the loop on a problem and look back."""
         start, data = problem.start, problem.data
         total = lambda z: energy(problem.fixed(z)) + (0.0 if data is None else data(z))
-        search = self.descent(problem.constraint, start[0].numel())
+        search = self.descent(problem.constraint, start.new_full((len(start),), start[0].numel()) * problem.share)
         wanted = sorted({round(k * search.steps / max(frames - 1, 1)) for k in range(frames)} | {search.steps})
         film: list[Tensor] = []
 
@@ -205,6 +210,11 @@ class Edit:
                 )
         told = {name: value.double().cpu() for name, value in numbers.items()}
         return Edited(found.cpu(), start.cpu(), torch.stack(film, 1), wanted, told, {})
+
+
+def taken(x: Tensor, device: torch.device) -> Tensor:
+    """Images, bytes or floating point in [0, 1], as floating point on a device; anything else is refused."""
+    return checks.images(as_images(x, device))
 
 
 def outputs(f: Logits, x: Tensor) -> Tensor:
@@ -281,7 +291,7 @@ class Translate(Edit):
         """From the image, in the box."""
         return Problem(x, self.within(), x)
 
-    def descent(self, constraint: Constraint, values: int) -> Descent:
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
         """With ``amount`` of the steps."""
         return replace(super().descent(constraint, values), steps=round(self.amount * self.steps))
 
@@ -297,6 +307,8 @@ class Inpaint(Edit):
 
     fill: Literal["smooth", "mean", "noise"] = "smooth"
 
+    stride: ClassVar[float] = 0.003
+
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         """From the filled image, with known pixels held."""
         if hole is None:
@@ -307,12 +319,27 @@ class Inpaint(Edit):
         start = torch.where(hole, filling, x)
         if self.fill == "smooth":
             start = smooth(start, hole)
-        return Problem(start, self.within(hold(known)), start, lambda z: torch.where(hole, z, x))
+        return held(start, hole, self.within(hold(known)))
+
+
+def held(start: Tensor, hole: Tensor, constraint: Constraint) -> Problem:
+    """The problem of a hole (B, 1, H, W) in an image, of which the rest stays."""
+    share = hole.to(start.dtype).mean((1, 2, 3))
+    return Problem(start, constraint, start, lambda z: torch.where(hole, z, start), share=share)
 
 
 def smooth(x: Tensor, hole: Tensor) -> Tensor:
-    """Each pixel of the hole the mean of its 4 neighbours, as near as 4 sweeps for each row of the image come."""
-    for _ in range(4 * x.shape[-1]):
+    """Filled from the means of known pixels at half the size, and so on, then each pixel the mean of its 4 neighbours.
+
+    The last by 50 sweeps, near the harmonic filling.
+    """
+    if not hole.any():
+        return x
+    half = (-(-x.shape[2] // 2), -(-x.shape[3] // 2))
+    share = adaptive_avg_pool2d((~hole).to(x.dtype), half)
+    coarse = smooth(adaptive_avg_pool2d(x * ~hole, half) / share.clamp_min(1e-12), share == 0)
+    x = torch.where(hole, interpolate(coarse, x.shape[2:], mode="bilinear", align_corners=False), x)
+    for _ in range(50):
         near = pad(x, (1, 1, 1, 1), mode="replicate")
         mean = (near[..., :-2, 1:-1] + near[..., 2:, 1:-1] + near[..., 1:-1, :-2] + near[..., 1:-1, 2:]) / 4
         x = torch.where(hole, mean, x)
@@ -332,7 +359,7 @@ class Paint(Edit):
         """From the image as painted."""
         if hole is None:
             return Problem(x, self.within(), x)
-        return Problem(x, self.within(hold(~hole)), x, lambda z: torch.where(hole, z, x))
+        return held(x, hole, self.within(hold(~hole)))
 
 
 @dataclass(frozen=True)
@@ -354,7 +381,7 @@ class Denoise(Edit):
     steps: int = 20
     noise: Literal["gaussian", "salt-and-pepper"] = "gaussian"
     sigma: float = 0.1
-    prior: float = 1.0
+    prior: float = 4.0
     off: float = 0.2
 
     cites: ClassVar[tuple[str, ...]] = ("binary-at",)
@@ -373,14 +400,14 @@ class Denoise(Edit):
         near = median(x)
         extreme = ((x == 0) | (x == 1)).all(1, keepdim=True) & ((x - near).abs().amax(1, keepdim=True) > self.off)
         start = torch.where(extreme, near, x)
-        return Problem(start, self.within(hold(~extreme)), start, lambda z: torch.where(extreme, z, x))
+        return held(start, extreme, self.within(hold(~extreme)))
 
     def lowered(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
         """λ times the energy."""
         energy = super().lowered(f, x, y)
         return lambda z: self.prior * energy(z)
 
-    def descent(self, constraint: Constraint, values: int) -> Descent:
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
         """Raw steps where there is a data term."""
         if self.noise == "gaussian":
             return Descent(self.steps, self.step_size or self.sigma**2 / 2, raw, constraint)
@@ -404,6 +431,8 @@ class Upsample(Edit):
 
     factor: int = 2
 
+    stride: ClassVar[float] = 0.002
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.factor < 2:
@@ -415,7 +444,7 @@ class Upsample(Edit):
         keep = means(self.factor)
         start = keep(interpolate(x, scale_factor=self.factor, mode="bicubic", align_corners=False), blocks)
         fixed = lambda z: z + repeated(x - avg_pool2d(z, self.factor), self.factor)
-        return Problem(start, self.within(keep), blocks, fixed)
+        return Problem(start, self.within(keep), blocks, fixed, share=1 - 1 / self.factor**2)
 
 
 @dataclass(frozen=True)
@@ -450,7 +479,7 @@ class Compose(Edit):
         if not models or not len(models) == len(classes) == len(weights):
             got = f"{len(models)}, {len(classes)} and {len(weights)}"
             raise UserError(f"a composition takes as many models as classes and weights, got {got}")
-        x = as_images(x, device_of(models[0]))
+        x = taken(x, device_of(models[0]))
         problem, observe, frames = self.pose(x, None, None), options.get("observe"), options.get("frames", 7)
         with ExitStack() as stack:
             parts = []
@@ -475,6 +504,7 @@ class Interpolate(Edit):
     way: Literal["spherical", "linear"] = "spherical"
     ends: Literal["held", "moved"] = "held"
 
+    stride: ClassVar[float] = 0.002
     cites: ClassVar[tuple[str, ...]] = ("binary-at",)
 
     def __post_init__(self) -> None:
@@ -489,12 +519,12 @@ class Interpolate(Edit):
         """
         if len(x) < 2:
             raise UserError(f"an interpolation takes at least 2 images, got {len(x)}")
-        x = as_images(x, device_of(model))
+        x = taken(x, device_of(model))
         t = torch.linspace(0, 1, self.count, dtype=x.dtype, device=x.device).repeat(len(x) - 1)
         first, second = x[:-1].repeat_interleave(self.count, 0), x[1:].repeat_interleave(self.count, 0)
         path = spherical(first, second, t) if self.way == "spherical" else torch.lerp(first, second, per_sample(t, x))
+        path = torch.where(per_sample(t == 0, x), first, torch.where(per_sample(t == 1, x), second, path.clamp(0, 1)))
         end = per_sample((t == 0) | (t == 1), x) & (self.ends == "held")
-        path = path.clamp(0, 1)
         problem = Problem(path, self.within(hold(end)), path)
         with searching(model) as f:
             energy = self.lowered(f, path, None)
@@ -556,7 +586,7 @@ class Counterfactual(Edit):
         already stays.  The film goes straight from image to result in hundredths, its ``series`` hold ``confidence`` in
         the new class, ``confidence in the old class`` and ``distance``.
         """
-        x, frames = as_images(x, device_of(model)), max(options.get("frames", 7), 2)
+        x, frames = taken(x, device_of(model)), max(options.get("frames", 7), 2)
         with searching(model) as f, torch.no_grad():
             if outputs(f, x).shape[1] < 2:
                 raise UserError("a counterfactual takes a classifier; a critic has no classes")

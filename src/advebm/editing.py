@@ -74,15 +74,19 @@ class Order:
             return box_hole(size, left, top, right, bottom)
         return middle(size) if isinstance(method, Inpaint) else None
 
+    def models(self) -> list[tuple[Run, str]]:
+        """Runs and their checkpoints."""
+        return [(self.run, self.checkpoint), *((run, "latest") for run in self.others)]
+
     def own(self, shape: Sequence[int]) -> Tensor:
         """Some images of a run's data, float32 (count, C, H, W), class after class."""
         data = (self.source or self.run).recipe.data.load()
         if data.shape != tuple(shape):
             raise UserError(f"images of {data.name} are {data.shape}, the model takes {tuple(shape)}")
         split = data.test if self.split == "test" else data.val
-        rows = (split.y[:, None] == split.y.unique()).cumsum(0)  # how many of its class came before
-        turn = rows.gather(1, torch.searchsorted(split.y.unique(), split.y)[:, None]).squeeze(1)
-        return split.take(turn.argsort(stable=True)[: self.count]).float()
+        members = [(split.y == k).nonzero().squeeze(1) for k in split.y.unique()]
+        turns = torch.cat([torch.arange(len(rows)) for rows in members])  # the first of each class, the second, …
+        return split.take(torch.cat(members)[turns.argsort(stable=True)][: self.count]).float()
 
     def begin(self, data: Data) -> Tensor:
         """Seeds of the run's sampler, of no class in particular (count, C, H, W)."""
@@ -119,7 +123,7 @@ def edit(
     run, kind = order.run, config.describe(method)["kind"]
     data = run.recipe.data.load()
     channels, height, width = data.shape
-    models = [r.model(order.checkpoint if r is run else "latest")[0].to(order.device) for r in (run, *order.others)]
+    models = [r.model(which)[0].to(order.device) for r, which in order.models()]
     hole, truth = order.hole(method, (height, width)), None
     if not order.images and order.split is None and isinstance(method, Compose | Interpolate):
         given, names = order.begin(data), [f"seed-{i}" for i in range(order.count)]
@@ -142,11 +146,11 @@ def edit(
         pairs = itertools.pairwise(names)
         names = [f"{a}-{b}-{i}" for a, b in pairs for i in range(method.count)]
     elif truth is not None:
-        better = {}
+        better: dict[str, Tensor] = {}
         for when, z in (("before", edited.begin), ("after", edited.x)):
             better |= {f"{name} {when}": v for name, v in fidelity(truth, z).items()}
         edited = edited._replace(numbers={**edited.numbers, **better})
-    manifest = {"models": [weights_of(r, order.checkpoint) for r in (run, *order.others)], "seed": order.seed}
+    manifest = {"models": [weights_of(*pair) for pair in order.models()], "seed": order.seed}
     manifest |= {"class": goal, "classes": classes if isinstance(method, Compose) else None}
     path = publish(
         order.run.folder / "edits" / kind if out is None else out, method, given, edited, names, manifest, film=film
@@ -260,13 +264,15 @@ def publish(
     Returns:
         The path of ``edit.png``.
     """
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is a run; --out takes a folder for this edit")
+    before = files.read_json(folder / "manifest.json", default={})
     try:
         (folder / "results").mkdir(parents=True, exist_ok=True)
-        (folder / "manifest.json").unlink(missing_ok=True)
+        for old in ("manifest.json", "film.gif", *(f"results/{name}.png" for name in before.get("images", {}))):
+            (folder / old).unlink(missing_ok=True)
     except OSError as error:
         raise files.unwritable(folder, error) from None
-    for old in (*(folder / "results").glob("*.png"), folder / "film.gif"):
-        old.unlink(missing_ok=True)
     pictures.save(pictures.grid(panel(method, given, edited), tile=TILE), folder / "edit.png")
     pictures.save(pictures.grid(edited.film[:20], tile=TILE), folder / "film.png")
     if film:

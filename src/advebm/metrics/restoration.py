@@ -1,7 +1,9 @@
 """How well edits do: what they restore, against the truth and other ways to restore it, and what they explain."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +22,7 @@ from advebm.seeds import rand, randn
 
 Restore = Callable[[Tensor], Tensor]  # images as they were given -> restored ones
 PEPPER = 0.1  # share of pixels that salt and pepper fall on
-STRENGTHS = tuple(2.0**k for k in range(-4, 4))  # factors on an edit's prior that are tried on validation images
+STRENGTHS = tuple(2.0**k for k in range(-4, 4))  # of an edit's own, that are tried on validation images
 VARIATIONS = (0.02, 0.05, 0.1, 0.2, 0.4)  # weights of total variation that are tried on them
 
 
@@ -55,23 +57,25 @@ def fidelity(truth: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def others(method: Edit, hole: Tensor) -> dict[str, Restore]:
-    """Other ways to do what an edit does: mean fill, biharmonic fill, bicubic enlargement, 3 x 3 median; without
-    total variation, whose weight is chosen.
+    """Other ways to do what an edit does, what it begins with among them; total variation, with its weight, is apart.
 
     Raises:
         UserError: scikit-image is not installed.
     """
+    begin = lambda edit: lambda x: edit.pose(x, hole.expand(len(x), 1, -1, -1), None).start
     if isinstance(method, Inpaint):
-        filled = lambda x: replace(method, fill="mean").pose(x, hole.expand(len(x), 1, -1, -1), None).start
         restoration = scikit_image()
         each = lambda x: restoration.inpaint_biharmonic(x.permute(1, 2, 0).numpy(), hole.numpy(), channel_axis=-1)
         smooth = lambda x: torch.stack([torch.from_numpy(each(z)).to(x).permute(2, 0, 1) for z in x]).clamp(0, 1)
-        return {"mean fill": filled, "biharmonic": smooth}
+        filled = {f"{fill} fill": begin(replace(method, fill=fill)) for fill in ("mean", "smooth")}
+        return {**filled, "biharmonic": smooth}
     if isinstance(method, Upsample):
-        bicubic = lambda x: method.pose(x, None, None).start
-        return {"blocks": lambda x: repeated(x, method.factor), "bicubic": bicubic}
+        return {"blocks": lambda x: repeated(x, method.factor), "bicubic": begin(method)}
+    assert isinstance(method, Denoise)
     given: dict[str, Restore] = {"nothing": lambda x: x}
-    return given if method.noise == "gaussian" else {**given, "median": median}  # type: ignore[attr-defined]
+    if method.noise == "gaussian":
+        return given
+    return {**given, "median": median, "median where found": begin(method)}
 
 
 def scikit_image() -> Any:
@@ -95,9 +99,9 @@ def total_variation(weight: float) -> Restore:
 class Restoration:
     """PSNR (decibels) and SSIM of test images that were spoilt and restored, by edits and by other ways.
 
-    What is spoilt is the same for all.  λ of gaussian denoising (2^-4 to 2^3 times the edit's) and the weight of total
-    variation are those with the best PSNR on as many validation images.  Salt and pepper fall on a tenth of the pixels;
-    the hole is the middle half of both edges.
+    What is spoilt is the same for all.  An edit's strength (λ of gaussian denoising, else the step's size, 2^-4 to 2^3
+    times its own) and the weight of total variation are those with the best PSNR on as many validation images.  Salt
+    and pepper fall on a tenth of the pixels; the hole is the middle half of both edges.
 
     Attributes:
         edits: what is tried.
@@ -128,22 +132,25 @@ class Restoration:
             if isinstance(edit, Denoise):
                 best = max(VARIATIONS, key=lambda w: psnr(tuning, total_variation(w)(practice)).mean().item())
                 ways["total variation"] = total_variation(best)
-            ways["energy"] = lambda x, chosen=chosen: self._by(chosen, subject, x, hole)
+            ways["energy"] = partial(self._by, chosen, subject, hole)
             for way, restore in ways.items():
-                about = {"edit": config.describe(chosen), "way": way, "images": self.images}
+                about = {"edit": config.describe(chosen), "way": way, "metric": config.describe(self)}
                 for quantity, values in fidelity(truth, restore(given)).items():
                     records.append(Record(f"{quantity} {name} by {way}", *average(values), about))
         return records
 
     def _edit(self, edit: Edit, subject: Subject, given: Tensor, truth: Tensor, hole: Tensor) -> Edit:
-        """With the λ that validation images like best."""
-        if not (isinstance(edit, Denoise) and edit.noise == "gaussian"):
-            return edit
-        tried = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
-        return max(tried, key=lambda e: psnr(truth, self._by(e, subject, given, hole)).mean().item())
+        """With the strength that validation images like best."""
+        if isinstance(edit, Denoise) and edit.noise == "gaussian":
+            tried: list[Edit] = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
+        else:
+            share = torch.as_tensor(edit.pose(given, hole.expand(len(given), 1, -1, -1), None).share).double().mean()
+            own = edit.step_size or edit.stride * math.sqrt(share.item() * truth[0].numel())
+            tried = [replace(edit, step_size=own * strength) for strength in STRENGTHS]
+        return max(tried, key=lambda e: psnr(truth, self._by(e, subject, hole, given)).mean().item())
 
     @staticmethod
-    def _by(edit: Edit, subject: Subject, x: Tensor, hole: Tensor) -> Tensor:
+    def _by(edit: Edit, subject: Subject, hole: Tensor, x: Tensor) -> Tensor:
         generator = seeds.generator(0, "restoration", device=subject.device)
         mask = hole if isinstance(edit, Inpaint) else None
         parts = [edit(subject.model, z, hole=mask, generator=generator, frames=2).x for z in x.split(subject.batch)]
@@ -195,7 +202,7 @@ class Counterfactuals:
         reached, distance, to = (
             torch.cat([part.numbers[name] for part in parts]) for name in ("reached", "distance", "to")
         )
-        about: Mapping[str, Any] = {"edit": config.describe(self.edit), "towards": self.towards, "images": self.images}
+        about: Mapping[str, Any] = {"metric": config.describe(self), "images": self.images}
         records = [Record("counterfactual reached", *proportion(reached.bool()), dict(about))]
         if (hit := reached.bool()).sum() > 1:
             records.append(Record("counterfactual distance", *average(distance[hit]), dict(about)))
