@@ -3301,7 +3301,6 @@ MUTANTS = [
     ),
     Mutant("page: large files opened", "web/inputs.py", "stat().st_size) > BYTES", "stat().st_size) < 0", "web"),
     Mutant("page: many pixels decoded", "web/inputs.py", "if wide * high > PIXELS:", "if wide * high < 0:", "web"),
-    Mutant("page: NaN is a number", "web/inputs.py", " or not math.isfinite(value)", "", "web"),
     Mutant("page: parts of pixels brushed", "web/inputs.py", "over = where >= PAINTED", "over = where > 0", "web"),
     Mutant(
         "page: brush thinned",
