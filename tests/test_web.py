@@ -532,17 +532,23 @@ def test_a_slice_is_drawn(studio, critic, through, monkeypatch):
     assert "E(x)" in slicing.cut(critic, critic.sampler(), EVERY, through, 0, Job()).note
 
 
-def test_a_slice_is_of_the_energy(studio, monkeypatch):
-    """The middle of the plane through the gradient is the image itself, and along it the energy rises first."""
-    caught = {}
-    monkeypatch.setattr(
-        slicing, "drawn", lambda values, reach, at, symbol: caught.update(values=values, reach=reach, at=at)
-    )
+def test_a_slice_is_of_the_energy_around_the_image(studio, monkeypatch):
+    caught, projected = {}, slicing.projected
+
+    def keep(*given):
+        caught["path"], caught["plane"] = given[0], projected(*given)
+        return caught["plane"]
+
+    monkeypatch.setattr(slicing, "projected", keep)
+    monkeypatch.setattr(slicing, "drawn", lambda values, reach, at, symbol: caught.update(values=values, reach=reach))
     slicing.cut(studio, studio.sampler(), "3", "gradient", 0, Job())
-    values, n = caught["values"], slicing.COUNT // 2
-    assert values[n, n] == 0
-    assert values[n + 1, n] > 0 > values[n - 1, n]
-    assert torch.allclose(caught["at"][-1], torch.zeros(2, dtype=torch.float64))
+    plane, values, reach = caught["plane"], caught["values"], caught["reach"]
+    assert torch.equal(plane.centre, caught["path"][-1])
+    offset = torch.linspace(-reach, reach, slicing.COUNT)
+    x = torch.stack([plane.centre, plane.centre + offset[3] * plane.first + offset[20] * plane.second])
+    with torch.no_grad():
+        energy = -studio.model(x)[:, 3]
+    assert values[3, 20].item() == pytest.approx((energy[1] - energy[0]).item(), abs=1e-4)
 
 
 def test_the_toy_is_seen_while_it_trains_and_can_be_stopped():

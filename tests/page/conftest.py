@@ -42,7 +42,7 @@ def served(small_run, tmp_path_factory):
             begun = time.monotonic()
             while "ready" not in log.read_text():
                 assert server.poll() is None, log.read_text()
-                assert time.monotonic() - begun < 120, log.read_text()
+                assert time.monotonic() - begun < 300, log.read_text()
                 time.sleep(0.1)
             time.sleep(0.5)
             yield Served(f"http://127.0.0.1:{port}", folders, log)
