@@ -4107,13 +4107,6 @@ MUTANTS = [
         "torch.tensor([0 if label >= 0",
         "web",
     ),
-    Mutant(
-        "page: bend not orthogonal",
-        "web/slicing.py",
-        "rest = rest - (rest @ ahead)[:, None] * ahead",
-        "rest = rest",
-        "web",
-    ),
     Mutant("page: share of lengths", "web/slicing.py", "share = at.square().sum()", "share = at.abs().sum()", "web"),
     Mutant("page: path from the origin", "web/slicing.py", "away = (path - centre)", "away = path", "web"),
     Mutant(

@@ -64,7 +64,6 @@ def test_no_file_is_served_but_the_page_s_own(client, served):
         "/theme.css/../../etc/passwd",
         "/docs",
         "/openapi.json",
-        f"{API}/openapi.json",
         f"{API}/run/predict",
     ],
 )
