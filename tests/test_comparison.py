@@ -253,7 +253,9 @@ def test_bad_experiments_are_refused(tmp_path, capsys):
     shutil.rmtree(run)
     with pytest.raises(UserError, match="seeds is at least 1"):
         reproduce.reproduce("jeat-table1", tmp_path, seeds=0)
-    with pytest.raises(UserError, match="jeat-table1 has no quick form; digits-binary-at, digits-hybrids, digits-applications have"):
+    with pytest.raises(
+        UserError, match="jeat-table1 has no quick form; digits-binary-at, digits-hybrids, digits-applications have"
+    ):
         reproduce.reproduce("jeat-table1", tmp_path, quick=True)
     assert not list(tmp_path.iterdir())
 
