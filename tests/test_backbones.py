@@ -343,7 +343,7 @@ class TestStarGAN:
         assert not any("shortcut.bias" in name for name in w)
 
     def test_begins_by_fan_in(self):
-        module, _ = StarGAN(width=64, widest=64).build(3, 8)
+        module, _ = StarGAN(width=64, widest=128).build(3, 8)
         for name, p in module.named_parameters():
             if name.endswith("bias"):
                 assert (p == 0).all()

@@ -217,7 +217,7 @@ MISTAKES = {
     "eps in bytes": ([*AT, "--threat.norm", "linf", "--threat.eps", "8"], "write 8/255, not 8"),
     "unknown kind": (
         [*AT, "--objective", "trade"],
-        "no objective 'trade'.*there is at, awp, .*fast, .*standard, trades",
+        "no objective 'trade'.*there is acl, .*at, awp, .*fast, .*standard, trades",
     ),
     "unknown command": (["trian"], r"no command 'trian' \(did you mean 'train'\?\)"),
     "no command": ([], "the following arguments are required: COMMAND"),

@@ -254,7 +254,8 @@ def test_bad_experiments_are_refused(tmp_path, capsys):
     with pytest.raises(UserError, match="seeds is at least 1"):
         reproduce.reproduce("jeat-table1", tmp_path, seeds=0)
     with pytest.raises(
-        UserError, match="jeat-table1 has no quick form; digits-binary-at, digits-hybrids, digits-unsupervised have"
+        UserError,
+        match="jeat-table1 has no quick form; digits-binary-at, digits-hybrids, digits-unsupervised, digits-applic",
     ):
         reproduce.reproduce("jeat-table1", tmp_path, quick=True)
     assert not list(tmp_path.iterdir())

@@ -458,7 +458,10 @@ WRONG = {
     "count": (("--method", "np-pgd", "--sampler.count", 5000), "NPPGD takes 5000 negatives from the training images"),
     "group": (("--sampler.group", 1), "interact in groups of at least 2"),
     "batch": (("--batch", 5), "interact in groups of 10, and batch 5 holds no group"),
-    "alone": (("--classes", 3, "--per-class", 1), "samples of MaxEnt interact, and one is left alone"),
+    "alone": (
+        ("--sampler.start", "class", "--classes", 3, "--per-class", 1),
+        "samples of MaxEnt interact, and one is left alone",
+    ),
 }
 
 

@@ -155,6 +155,12 @@ def test_images_of_another_size_are_refused(run, tmp_path):
 
 
 def test_every_metric_has_its_place_in_a_suite():
-    """But for the curve, which a figure of training runs shows."""
+    """But for the curve, which a figure of training runs shows, measures of encoders, and those of edits."""
     kinds = {describe(m)["kind"] for m in suites.suite("all", THREAT)}
-    assert set(KINDS["metric"]) - kinds == {"robustness-curve"}
+    assert set(KINDS["metric"]) - kinds == {
+        "robustness-curve",
+        "linear-probe",
+        "knn",
+        "restoration",
+        "counterfactuals",
+    }

@@ -65,18 +65,21 @@ def test_restoration_beside_other_ways(subject):
     assert 0.25 <= chosen <= 4  # the density of the data is near, so λ is near 1
 
 
-def test_counterfactuals_are_counted(subject):
+def test_counterfactuals_are_counted(subject, monkeypatch):
+    goals, call = [], Counterfactual.__call__
+    monkeypatch.setattr(Counterfactual, "__call__", lambda e, m, x, y, **o: goals.append(y) or call(e, m, x, y, **o))
     judge = Features(
         "twin", lambda x: x.flatten(1), lambda z: torch.cat([z[:, :1] * 0 + 1, z[:, :1].expand(-1, 9) * 0], 1)
     )
     digits = Plain(lambda x: subject.model(x)[:, :10])
     seen = subject._replace(model=digits, features=judge)
-    metric = Counterfactuals(Counterfactual(steps=10, searches=3), "random", images=20)
+    metric = Counterfactuals(Counterfactual(steps=10, searches=3, radius=1.2), "random", images=359)
     found = {r.name: r for r in metric(seen, torch.Generator().manual_seed(0))}
-    assert 0 < found["counterfactual reached"].value <= 1
-    hits = round(found["counterfactual reached"].value * 20)
+    assert (torch.cat(goals) != subject.split.y).all()
+    hits = round(found["counterfactual reached"].value * 359)
+    assert 1 < hits < 359
     assert found["counterfactual distance"].count == hits
-    assert 0 < found["counterfactual distance"].value < 2.0
+    assert 0 < found["counterfactual distance"].value < 1.2
     assert found["counterfactual named so (twin)"].value < 0.5  # the judge says 0 to everything
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import functools
 import importlib.util
 import json
 import re
@@ -852,12 +853,15 @@ def run_list(args: argparse.Namespace, overrides: Overrides) -> None:
 def _summary(target: str) -> str:
     """The first line of a class's docstring, without importing its module."""
     module, _, name = target.partition(":")
+    tree = _parsed(module)
+    node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    return (ast.get_docstring(node) or "").splitlines()[0].replace("``", "") if node else ""
+
+
+@functools.cache
+def _parsed(module: str) -> ast.Module:
     spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return ""
-    tree = ast.parse(Path(spec.origin).read_text())
-    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
-    return (ast.get_docstring(node) or "").splitlines()[0].replace("``", "")
+    return ast.Module([], []) if spec is None or spec.origin is None else ast.parse(Path(spec.origin).read_text())
 
 
 if __name__ == "__main__":

@@ -422,10 +422,11 @@ def digits_applications(folder: Path, seeds: int, options: Options) -> tuple[dic
 
     Of each half two critics, which begin training from patches of photographs, or from these and the other half.
     """
-    entries = {m: recipe(f"digits-{m}", options) for m in ("standard", "at", "binary-at")}
+    common = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}
+    entries = {m: recipe(f"digits-{m}", options, **common) for m in ("standard", "at", "binary-at")}
     for half, (own, other) in {"first": HALVES, "second": HALVES[::-1]}.items():
         for p0, outside in {"patches": "patches", "both": {"kind": "mixture", "sources": ["patches", other]}}.items():
-            change = {"data": own, "outside": outside, "train__images": 24_000}
+            change = {"data": own, "outside": outside, "train__images": 24_000, **common}
             entries[f"{half}-{p0}"] = recipe("digits-binary-at", options, **change)
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
