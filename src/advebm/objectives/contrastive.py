@@ -351,8 +351,8 @@ class ACL(AdversarialInfoNCE):
         super().__post_init__()
         if self.negatives.queue:
             raise UserError(
-                f"negatives.queue is 0 for acl, got {self.negatives.queue}: encodings of both branches would mix; set it "
-                "to 0, or take adversarial-infonce"
+                f"negatives.queue is 0 for acl, got {self.negatives.queue}: encodings of both branches would mix; "
+                "set it to 0, or take adversarial-infonce"
             )
 
 

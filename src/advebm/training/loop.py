@@ -81,8 +81,8 @@ def train(
         raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
     if objective.hidden is not None and cfg.streams != engine.world:
         raise UserError(
-            f"train.streams is {cfg.streams}, and there are {engine.world} processes: an encoder, which tells images of all "
-            f"streams apart, takes a stream a process; set --train.streams {engine.world}"
+            f"train.streams is {cfg.streams}, and there are {engine.world} processes: an encoder, which tells images "
+            f"of all streams apart, takes a stream a process; set --train.streams {engine.world}"
         )
     objective.check(len(data.train), recipe.threat)
     validation = data.val.take(slice(cfg.validate_with))
