@@ -822,7 +822,7 @@ MUTANTS = [
     Mutant(
         "config: defaults out of reach",
         "training/recipe.py",
-        'described = config.describe(config.construct(Recipe, plain, where="recipe"))',
+        "described = _described(plain)",
         "described = plain",
         "config",
     ),
@@ -3259,15 +3259,15 @@ MUTANTS = [
     Mutant(
         "loop: encoders not judged",
         "training/loop.py",
-        "judgeable = isinstance(objective, InfoNCE) and len(validation) > 1",
+        "judgeable = objective.validate is not None and len(validation) > 1",
         "judgeable = False",
         "contrastive",
     ),
     Mutant(
         "loop: encoders judged by one image",
         "training/loop.py",
-        "isinstance(objective, InfoNCE) and len(validation) > 1",
-        "isinstance(objective, InfoNCE)",
+        "objective.validate is not None and len(validation) > 1",
+        "objective.validate is not None",
         "contrastive",
     ),
     Mutant(
@@ -3456,8 +3456,8 @@ MUTANTS = [
     Mutant(
         "encoders: the anchor follows the sample",
         "samplers.py",
-        "z, anchor, temperature",
-        "z, z.detach(), temperature",
+        "similarity(z, anchor,",
+        "similarity(z, z.detach(),",
         "encoders",
     ),
     Mutant(
@@ -3470,15 +3470,15 @@ MUTANTS = [
     Mutant(
         "encoders: maxent at another temperature",
         "samplers.py",
-        "f(x), temperature=self.tau, cosine",
-        "f(x), cosine",
+        "energies.crowding(f(x), **self.alike)",
+        "energies.crowding(f(x))",
         "encoders",
     ),
     Mutant(
         "encoders: negatives at another temperature",
         "samplers.py",
-        'options: dict[str, Any] = {"temperature": self.tau, "cosine": self.cosine}',
-        'options: dict[str, Any] = {"temperature": 1.0, "cosine": self.cosine}',
+        "energies.similarities(z, negatives, **self.alike)",
+        'energies.similarities(z, negatives, **{**self.alike, "temperature": 1.0})',
         "encoders",
     ),
     Mutant(
@@ -4125,6 +4125,55 @@ MUTANTS = [
     ),
     Mutant("page: policy missing", "web/server.py", '[*event["headers"], *more]', 'event["headers"]', "web"),
     Mutant("toy: nobody told", "toy.py", "            watch(kept[-1])\n", "", "web"),
+    # encoders: processes, queues, temperatures, branches
+    Mutant(
+        "encoders: streams in turn", "training/loop.py", "and cfg.streams != engine.world", "and False", "contrastive"
+    ),
+    Mutant(
+        "encoders: consistency fills the queue",
+        "objectives/contrastive.py",
+        "self.encode(model, views(batch))",
+        "self.encode(model, views(batch), state)",
+        "contrastive",
+    ),
+    Mutant(
+        "encoders: mixed restarts", "objectives/contrastive.py", "if threat.restarts != 1", "if False", "contrastive"
+    ),
+    Mutant(
+        "encoders: a queue of both branches",
+        "objectives/contrastive.py",
+        "if self.negatives.queue:",
+        "if False:",
+        "contrastive",
+    ),
+    Mutant(
+        "encoders: f of another temperature",
+        "training/recipe.py",
+        "self.sampler.trained_by(self.objective)",
+        "self.sampler",
+        "encoders",
+    ),
+    Mutant(
+        "encoders: a stale temperature",
+        "training/recipe.py",
+        "return _loose(config.describe(config.construct(Recipe, plain, where=where)))",
+        "return config.describe(config.construct(Recipe, plain, where=where))",
+        "encoders",
+    ),
+    Mutant(
+        "encoders: neighbours of the clean branch",
+        "metrics/probing.py",
+        "using(subject.model, self.branch)",
+        'using(subject.model, "clean")',
+        "encoders",
+    ),
+    Mutant(
+        "probe: options looked at last",
+        "stages.py",
+        '    _adopting(title, {"backbone": described["backbone"]}, pairs)',
+        "    pass",
+        "encoders",
+    ),
 ]
 
 

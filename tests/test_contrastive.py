@@ -30,6 +30,8 @@ from advebm.modes import using
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.contrastive import ACL, AdversarialInfoNCE, InfoNCE, Negatives, Queue, Views
+from advebm.objectives.rst import RST
+from advebm.objectives.standard import Standard
 from advebm.training.engine import Engine
 from advebm.training.instruments import passes
 from advebm.training.loop import train
@@ -355,6 +357,48 @@ def test_earlier_second_views_are_negatives(encoder, batch, form, generator):
     torch.testing.assert_close(loss.total, sums(*sides, 0.4, kept))
 
 
+def test_consistency_leaves_the_queue_alone(encoder, batch, generator):
+    """What enters it are the encodings of what was found, with a little consistency as with none."""
+    held = []
+    for weight in (0.0, 1e-9):
+        objective = AdversarialInfoNCE(attack=GENTLE, negatives=Negatives(queue=8), consistency=weight, **TINY)
+        state, net = objective.init(batch.x, generator), copy.deepcopy(encoder)
+        found, loss = step(objective, net, batch, state)
+        objective.after(net, batch, found, state, loss, Context(generator))
+        held.append(state.read(batch.x))
+    assert torch.equal(*held)
+    z = copy.deepcopy(encoder)(torch.cat(found)).chunk(2)[1]
+    torch.testing.assert_close(held[0], z.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_streams_are_processes(tmp_path, monkeypatch):
+    """Two streams of an encoder are what two processes take, and nothing else."""
+    monkeypatch.setattr(Engine, "owned", lambda self, streams: self.__dict__.update(world=2) or range(0))
+    with pytest.raises(UserError, match=r"train.streams is 1, and there are 2 processes.*--train.streams 2"):
+        train(small(), tmp_path / "run", device="cpu")
+    with pytest.raises(UserError, match=r"negatives.queue is 5000"):  # which is looked at next
+        train(small(train__streams=2, objective__negatives__queue=5_000), tmp_path / "run", device="cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Standard):
+    """A classifier's objective that says what it cannot do."""
+
+    def check(self, images, threat):
+        raise UserError(f"{images} images under {threat.name}")
+
+
+def test_the_loop_asks_the_objective(tmp_path):
+    """Wrapped ones, too; and nothing is written."""
+    plain = resolve(recipes.find("digits-standard"))
+    for number, objective in enumerate((Own(), AWP(Own()))):
+        with pytest.raises(UserError, match="1258 images under PGD"):
+            train(dataclasses.replace(plain, objective=objective), tmp_path / str(number), device="cpu")
+    with pytest.raises(UserError, match="7 images under PGD-20"):
+        RST("none", Own()).check(7, Attack(steps=20))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("form", ["infonce", "nt-xent"])
 def test_gathered_losses_have_the_gradient_of_one_process(batch, form):
     """Two shares of a batch, each with the other's rows among its negatives: the mean is the whole batch's loss."""
@@ -589,7 +633,7 @@ def test_passes_of_both_views_are_counted():
 def test_validation_attacks_through_the_adversarial_branch_in_equal_parts(encoder, batch, monkeypatch):
     monkeypatch.setattr("advebm.objectives.contrastive.PART", 3)
     objective, net = ACL(**TINY), copy.deepcopy(encoder).eval()
-    scores = objective.validate(encoder, both(batch), GENTLE, seeds.generator(0))
+    scores = objective.validate(encoder, batch, GENTLE, seeds.generator(0))
     clean, attacked = [], []
     for part in (slice(0, 3), slice(3, 6)):
         x = torch.cat([batch.x[part], batch.view[part]])
@@ -632,8 +676,17 @@ def test_bad_settings_are_refused(batch, generator, tmp_path):
         (lambda: train(small(train__batch=1), tmp_path / "a", device="cpu"), "which has 1; raise train.batch"),
         (
             lambda: train(small(objective__negatives__queue=5_000), tmp_path / "b", device="cpu"),
-            "negatives.queue is 5000, but digits has 1258 training images",
+            "negatives.queue is 5000, but there are 1258 training images",
         ),
+        (
+            lambda: train(small(train__streams=2), tmp_path / "d", device="cpu"),
+            "train.streams is 2, and there are 1 processes.*set --train.streams 1",
+        ),
+        (
+            lambda: train(small(threat__restarts=2), tmp_path / "e", device="cpu"),
+            "threat.restarts is 1 in the training",
+        ),
+        (lambda: ACL(negatives=Negatives(queue=8)), "negatives.queue is 0 for acl, got 8.*adversarial-infonce"),
     ]:
         with pytest.raises(UserError, match=match):
             bad()

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import advebm
-from advebm import config, energies, generation, recipes, reproduce
+from advebm import config, energies, generation, recipes, reproduce, stages
 from advebm.attacks.projected import Attack
 from advebm.chains import Chains, Point
 from advebm.cli import main
@@ -22,7 +22,7 @@ from advebm.evaluation import find_model
 from advebm.metrics.base import SampleSet, Subject
 from advebm.metrics.probing import LinearProbe, NearestNeighbours, Probe, representations
 from advebm.metrics.robustness import RobustAccuracy
-from advebm.modes import using
+from advebm.modes import DualBatchNorm2d, using
 from advebm.samplers import NPPGD, MaxEnt, NPLangevin
 from advebm.training.loop import train
 from advebm.training.recipe import resolve
@@ -170,6 +170,37 @@ def test_each_step_takes_its_own_negatives(net, batch, bank):
     for negatives in sets:
         x = reference.np_langevin(net, x, negatives, 0.5, 0.1, 1)
     torch.testing.assert_close(found, x)
+
+
+# What the recipe decides ----------------------------------------------------------------------------------------------
+
+
+def test_a_sampler_compares_as_its_encoder_was_trained():
+    """Whatever names the objective's temperature later, and whatever kind of sampler; unless it is given."""
+    options = [("objective.temperature", "0.07"), ("objective.cosine", "false")]
+    tau = lambda recipe: (recipe.sampler.tau, recipe.sampler.cosine)
+    plain = recipes.find("digits-infonce")
+    recipe = resolve(plain, options)
+    assert tau(resolve(plain)) == (0.2, True)
+    assert tau(resolve(recipes.find("digits-acl"))) == tau(resolve(recipes.find("cifar10-acl"))) == (0.5, True)
+    assert tau(recipe) == (0.07, False)
+    whole = config.describe(resolve(plain))
+    assert tau(resolve(whole, options)) == (0.07, False)
+    assert tau(resolve(whole, [("metrics", ["knn"]), ("metrics.0.k", 3), *options])) == (0.07, False)
+    assert tau(resolve(config.describe(recipe), [("sampler", "np-pgd")])) == (0.07, False)
+    assert tau(resolve(plain, [*options, ("sampler.tau", "0.3"), ("sampler.cosine", "true")])) == (0.3, True)
+    given = config.describe(resolve(plain, [("sampler.tau", "0.3")]))
+    assert resolve(given, options).sampler.tau == 0.3
+    assert resolve(recipes.find("digits-at")).sampler == resolve(recipes.find("digits-at")).sampler.trained_by(None)
+    stage = {"name": "first", "objective": {"temperature": 0.1}}
+    staged = resolve({**plain, "before": [stage]}, options)
+    assert (tau(staged), tau(staged.before[0])) == ((0.07, False), (0.1, False))
+
+
+def test_without_a_recipe_samplers_compare_directions_at_acls_temperature(net, batch):
+    draw = lambda **settings: MaxEnt(**STEPS, noise=0.0, **settings)(net, batch.y, batch.x)
+    assert torch.equal(draw(), draw(tau=0.5, cosine=True))
+    assert not torch.equal(draw(), draw(tau=0.1))
 
 
 # Labels, groups, batches ----------------------------------------------------------------------------------------------
@@ -320,8 +351,8 @@ def test_a_probe_scores_what_scikit_learn_scores(run, digits, features):
     expected = peer.score(test_z, digits.test.y.numpy())
     clean, attacked = LinearProbe(Probe(c=0.1))(subject(run, digits), torch.Generator().manual_seed(0))
     assert clean.value == pytest.approx(expected, abs=1e-9)
-    assert (clean.name, clean.count) == ("accuracy of a linear probe", len(digits.test))
-    assert attacked.name == "accuracy of a linear probe under PGD-2 l2 0.9"
+    assert (clean.name, clean.count) == ("accuracy of a linear probe with C 0.1", len(digits.test))
+    assert attacked.name == "accuracy of a linear probe with C 0.1 under PGD-2 l2 0.9"
     assert attacked.value < clean.value
     model = Probe(c=0.1).classifier(run.model()[0], digits.train, 10)
     logits = model(digits.test.float()).detach().double().numpy()
@@ -363,6 +394,36 @@ def test_neighbours_vote_as_in_a_brute_force_and_in_scikit_learn(run, digits, fe
     voted = reference.nearest(train_z[:60], few.train.y, test_z[:40], 5)
     (record,) = NearestNeighbours(k=5)(subject(run, few), torch.Generator())
     assert record.value == pytest.approx((voted == few.test.y).double().mean().item())
+
+
+def test_neighbours_and_probes_are_of_the_branch_that_is_asked_for(run, digits):
+    """Records say of which, and of which C, so that a report keeps both."""
+    few = digits._replace(train=digits.train.take(slice(60)), test=digits.test.take(slice(40)))
+    model = run.model()[0]
+    with torch.no_grad(), using(model, "adversarial"):
+        near, z = (model.features(split.float()) for split in (few.train, few.test))
+    (record,) = NearestNeighbours(5, "adversarial")(subject(run, few), torch.Generator())
+    assert record.value == pytest.approx((reference.nearest(near, few.train.y, z, 5) == few.test.y).double().mean())
+    looked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("advebm.metrics.probing.representations", lambda m, x, b: looked.append(branches(m)) or ones(x))
+        for branch in ("clean", "adversarial"):
+            NearestNeighbours(5, branch)(subject(run, few), torch.Generator())
+    assert looked == [{"clean"}] * 2 + [{"adversarial"}] * 2
+    assert record.name == "accuracy of 5 nearest neighbours on the adversarial branch"
+    assert Probe(0.1, branch="adversarial").name == "a linear probe with C 0.1 on the adversarial branch"
+    found = LinearProbe(Probe(0.1))(subject(run, digits), torch.Generator().manual_seed(0))
+    assert found[0].name == "accuracy of a linear probe with C 0.1"
+    with pytest.raises(UserError, match="branch is one of clean, adversarial"):
+        NearestNeighbours(5, "dirty")
+
+
+def branches(model):
+    return {m.branch for m in model.modules() if isinstance(m, DualBatchNorm2d)}
+
+
+def ones(x):
+    return torch.ones(len(x), 3)
 
 
 def test_the_branch_of_dual_batch_norms(run, digits):
@@ -423,6 +484,29 @@ def test_a_probe_is_a_run_that_every_command_takes(own, tmp_path, capsys):
     assert cli("evaluate", probed.folder, "--metrics", "accuracy,sample-quality") == 0
     assert cli("probe", own.folder) == 2
     assert "acl-probe is not empty; choose another --out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_probe_is_refused_before_anything_is_fitted(own, monkeypatch, capsys):
+    """Nothing is written over, either."""
+    (own.folder / "probe").mkdir()
+    monkeypatch.setattr(Probe, "classifier", lambda *arguments: pytest.fail("fitted"))
+    assert cli("probe", own.folder, "--threat.step", 3) == 2
+    assert "no option --threat.step" in capsys.readouterr().err
+    assert not list((own.folder / "probe").iterdir())
+    assert not own.folder.with_name("acl-probe").exists()
+
+
+def test_a_probe_computes_as_many_images_at_once_as_their_size_allows(own, tmp_path, monkeypatch):
+    seen, classifier = [], Probe.classifier
+    monkeypatch.setattr(stages, "together", lambda shape: 123)
+    monkeypatch.setattr(Probe, "classifier", lambda *a: seen.append(a[-1]) or classifier(*a))
+    stages.probe(own, tmp_path / "probed", by=Probe(c=0.1))
+    assert seen == [123]
+
+
+def test_the_branch_is_that_of_the_neighbours_too(own):
+    assert cli("probe", own.folder, "--branch", "adversarial", "--threat.steps", 1) == 0
+    assert own.records()[0]["settings"]["metric"]["branch"] == "adversarial"
 
 
 def test_an_encoder_is_measured_by_what_needs_no_logits(own, capsys):

@@ -30,6 +30,18 @@ def test_lars_by_hand():
     torch.testing.assert_close(bias.detach(), second)
 
 
+def test_lars_allocates_its_state_once(monkeypatch):
+    made, zeros = [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda w: made.append(w) or zeros(w))
+    layer = nn.Linear(3, 2)
+    optimizer = LARS().build(layer.parameters())
+    for _ in range(3):
+        for p in layer.parameters():
+            p.grad = torch.ones(p.shape)
+        optimizer.step()
+    assert len(made) == 2
+
+
 def test_lars_resumes_skips_and_does_not_divide_by_zero():
     moving, still, zero = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
     nn.init.zeros_(zero)

@@ -667,7 +667,8 @@ def run_probe(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.tables import record_table
     from advebm.training.run import Run
 
-    run, by, neighbours = Run.open(args.run), Probe(args.c, branch=args.branch), NearestNeighbours(args.neighbours)
+    run, by = Run.open(args.run), Probe(args.c, branch=args.branch)
+    neighbours = NearestNeighbours(args.neighbours, args.branch)
     options = {"checkpoint": args.checkpoint, "device": device(args.device)}
     folder = args.out or run.folder.with_name(f"{run.folder.resolve().name}-probe")
     probed = probe(run, folder, by=by, overrides=overrides, **options)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -102,6 +102,10 @@ class Sampler:
                     "a temperature is of Langevin dynamics: raw directions, no momentum, and no other noise; set "
                     "direction to raw, momentum and noise to 0, or temperature to none"
                 )
+
+    def trained_by(self, objective: Any) -> "Sampler":
+        """With what the objective decides, where it is not given: nothing of a sampler of logits."""
+        return self
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
         """What the algorithm descends for classes ``y (B,)``."""
@@ -331,17 +335,17 @@ class OfEncoder(Sampler):
     conditional one: by the seeds alone.
 
     Attributes:
-        tau: τ; 0.5 as ACL trains.
+        tau: τ; none takes that of the recipe's objective; 0.5, ACL's, where there is no recipe.
         cosine: whether features are compared by direction, as SimCLR and ACL train, or by the plain product, as CEM
-            writes.
+            writes; none does as the recipe's objective, and compares directions where there is no recipe.
         branch: of dual batch norms, as ACL trains: that of ``clean`` or that of ``adversarial`` images.
         group: samples that interact, at most, where samples do.  A chunk of samples is dealt into equal groups, as one
             deals cards, so that the classes of its seeds mix.
     """
 
     start: Literal["class", "global", "noise", "outside", "buffer"] = "global"
-    tau: float = 0.5
-    cosine: bool = True
+    tau: float | None = None
+    cosine: bool | None = None
     branch: Literal["clean", "adversarial"] = "clean"
     group: int = 100
 
@@ -351,10 +355,20 @@ class OfEncoder(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.tau > 0:
-            raise UserError(f"tau is > 0, got {self.tau}")
+        if self.tau is not None and not self.tau > 0:
+            raise UserError(f"tau is > 0, got {self.tau}; none takes the objective's")
         if self.group < 2:
             raise UserError(f"samples interact in groups of at least 2, got group {self.group}")
+
+    def trained_by(self, objective: Any) -> Sampler:
+        """With the temperature and the cosine of the objective, where none are given."""
+        tau = getattr(objective, "temperature", None) if self.tau is None else self.tau
+        return replace(self, tau=tau, cosine=getattr(objective, "cosine", None) if self.cosine is None else self.cosine)
+
+    @property
+    def alike(self) -> dict[str, Any]:
+        """How f compares features."""
+        return {"temperature": 0.5 if self.tau is None else self.tau, "cosine": self.cosine is not False}
 
     def __call__(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
         """As every sampler, on its branch."""
@@ -398,7 +412,7 @@ class MaxEnt(OfEncoder):
 
     def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
         """``log Σ_{j≠i} exp f(x_i, g(x_j))``, whatever ``y`` and the seeds."""
-        return lambda x: energies.crowding(f(x), temperature=self.tau, cosine=self.cosine)
+        return lambda x: energies.crowding(f(x), **self.alike)
 
 
 @dataclass(frozen=True)
@@ -459,10 +473,9 @@ class Contrasting(OfEncoder):
 
     def density(self, z: Tensor, negatives: Tensor | None) -> Tensor:
         """``-log Σ_k exp f(x, z_k)`` for features ``z (B, D)``, (B,); without negatives, of the others in z."""
-        options: dict[str, Any] = {"temperature": self.tau, "cosine": self.cosine}
         if negatives is None:
-            return -energies.crowding(z, z.detach(), **options)
-        return energies.marginal(energies.similarities(z, negatives, **options))
+            return -energies.crowding(z, z.detach(), **self.alike)
+        return energies.marginal(energies.similarities(z, negatives, **self.alike))
 
 
 @dataclass(frozen=True)
@@ -497,7 +510,7 @@ class NPPGD(Contrasting):
 
         def energy(x: Tensor) -> Tensor:
             z = f(x)
-            alike = -energies.similarity(z, anchor, temperature=self.tau, cosine=self.cosine)
+            alike = -energies.similarity(z, anchor, **self.alike)
             return self.density(z, next(sets)) + alike
 
         return energy

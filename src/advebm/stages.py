@@ -54,19 +54,17 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run
     overrides = list(overrides)
     if not any(name.partition(".")[0] == "data" for name, _ in overrides):
         raise UserError("a model of its own needs --data NAME, and --data.path where that takes one")
-    plain: dict[str, Any] = {"name": folder.name, "objective": "standard", "threat": {}, "sampler": "cs"}
-    plain |= {"metrics": ["accuracy", "robust-accuracy"], "train": {"images": 0}, "data": "digits"}
     architecture = None
     if is_factory(where):
-        plain |= {"backbone": {"kind": "own", "path": where}, "normalise": {"mean": [0.0], "std": [1.0]}}
+        plain = {"backbone": {"kind": "own", "path": where}, "normalise": {"mean": [0.0], "std": [1.0]}}
     else:
         at, foreign = network.locate(where)
         architecture = network.read_architecture(at, foreign=foreign)
         if architecture.hidden is not None:
             raise UserError(f"{where} is an encoder, which has no logits; advebm probe makes a classifier of its run")
-        plain |= {"backbone": config.describe(architecture.backbone), "init": where}
+        plain = {"backbone": config.describe(architecture.backbone), "init": where}
         plain |= {"normalise": {"mean": list(architecture.mean), "std": list(architecture.std)}}
-    recipe = resolve(plain, overrides)
+    recipe = _adopting(folder.name, plain, overrides)
     if architecture is not None:
         data = recipe.data.load()
         ours = (architecture.outputs, architecture.channels, architecture.size)
@@ -83,6 +81,13 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run
             raise UserError(f"{folder} holds another model or other data; choose another --out")
         return run
     return fit(recipe, folder)
+
+
+def _adopting(name: str, plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Recipe:
+    """The recipe of a run of a classifier that is there already, of which ``plain`` says which."""
+    rest: dict[str, Any] = {"name": name, "objective": "standard", "threat": {}, "sampler": "cs", "data": "digits"}
+    rest |= {"metrics": ["accuracy", "robust-accuracy"], "train": {"images": 0}}
+    return resolve({**rest, **plain}, overrides)
 
 
 def probe(
@@ -105,7 +110,7 @@ def probe(
         device: where to compute.
 
     Raises:
-        UserError: data without labels, a network without features, or a folder that holds something.
+        UserError: data without labels, a network without features, a wrong option, or a folder that holds something.
     """
     recipe, data = run.recipe, run.recipe.data.load()
     if folder.exists() and any(folder.iterdir()):
@@ -113,15 +118,17 @@ def probe(
     if not data.train.labelled:
         raise UserError(f"a probe is fitted on labels, and {data.name} has none")
     model, architecture = run.model(checkpoint)
-    classifier = by.classifier(model.to(device), data.train, len(data.classes))
+    described, title = config.describe(recipe), f"{recipe.name}-probe"
+    options: dict[str, Any] = {name: described[name] for name in ("data", "threat")}
+    options["sampler"] = config.switch(described["sampler"], "sampler", "cs")
+    pairs = [("name", title), *options.items(), *overrides]
+    _adopting(title, {"backbone": described["backbone"]}, pairs)  # a wrong option is noticed before anything is fitted
+    classifier = by.classifier(model.to(device), data.train, len(data.classes), together(data.shape))
     plain = dataclasses.replace(architecture, outputs=len(data.classes), hidden=None)
     about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
-    title, where = f"{recipe.name}-probe", run.folder / "probe"
+    where = run.folder / "probe"
     network.save(where, classifier, plain, title=title, summary=f"A linear probe of {recipe.name}.", extra=about)
-    described = config.describe(recipe)
-    options = {name: described[name] for name in ("data", "threat")}
-    options["sampler"] = config.switch(described["sampler"], "sampler", "cs")
-    return adopt(str(where), folder, [("name", title), *options.items(), *overrides])
+    return adopt(str(where), folder, pairs)
 
 
 def take_in(run: Run, folder: Path) -> str:

@@ -19,7 +19,7 @@ from advebm.errors import UserError
 from advebm.metrics.base import Features, Record, Subject, device_of, proportion
 from advebm.metrics.robustness import verdicts
 from advebm.models.network import Network
-from advebm.modes import searching, settled
+from advebm.modes import searching, settled, using
 
 
 def representations(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
@@ -30,6 +30,11 @@ def representations(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
     """
     with searching(model):
         return Features("", _headed(model).features).of(x, device_of(model), batch)
+
+
+def through(branch: str) -> str:
+    """What a record's name says of the branch; nothing of the clean one."""
+    return "" if branch == "clean" else f" on the {branch} branch"
 
 
 def _headed(model: nn.Module) -> Network:
@@ -56,6 +61,11 @@ class Probe:
         config.check_choices(self)
         if not self.c > 0 or self.iterations < 1:
             raise UserError(f"c is > 0 and iterations at least 1, got {self.c} and {self.iterations}")
+
+    @property
+    def name(self) -> str:
+        """``a linear probe``, and what is not the default, so that reports keep both."""
+        return "a linear probe" + (f" with C {self.c:g}" if self.c != 1 else "") + through(self.branch)
 
     def fit(self, z: Tensor, y: Tensor, classes: int) -> nn.Linear:
         """On features (N, W) of images labelled ``y (N,)``: W -> logits of ``classes``.
@@ -103,12 +113,12 @@ class LinearProbe:
     cites: ClassVar[tuple[str, ...]] = ("jiang2020", "pedregosa2011")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """``accuracy of a linear probe``, as the images are and under the attack."""
+        """``accuracy of`` :attr:`Probe.name`, as the images are and under the attack."""
         subject.check_labelled()
         data, attack = subject.data, self.attack or subject.threat
         model = self.probe.classifier(subject.model, data.train, len(data.classes), subject.batch)
         settings = {"metric": config.describe(self)}
-        found, name = subject._replace(model=model), "accuracy of a linear probe"
+        found, name = subject._replace(model=model), f"accuracy of {self.probe.name}"
         clean = verdicts(found, Attack(eps=0.0), generator).standing()
         attacked = verdicts(found, attack, generator).standing()
         return [
@@ -125,14 +135,17 @@ class NearestNeighbours:
 
     Attributes:
         k: how many vote, with one vote each.
+        branch: of dual batch norms, as for :class:`Probe`.
     """
 
     k: int = 20
+    branch: Literal["clean", "adversarial"] = "clean"
 
     encoders: ClassVar[bool] = True
     cites: ClassVar[tuple[str, ...]] = ("wu2018", "pedregosa2011")
 
     def __post_init__(self) -> None:
+        config.check_choices(self)
         if self.k < 1:
             raise UserError(f"k is at least 1, got {self.k}")
 
@@ -142,8 +155,10 @@ class NearestNeighbours:
         train = subject.data.train
         if self.k > len(train):
             raise UserError(f"{self.k} neighbours are asked of {len(train)} training images; lower k")
-        near, z = (normalize(representations(subject.model, x, subject.batch)) for x in (train.x, subject.split.x))
+        with using(subject.model, self.branch):
+            near, z = (normalize(representations(subject.model, x, subject.batch)) for x in (train.x, subject.split.x))
         voted = KNeighborsClassifier(self.k).fit(near.numpy(), train.y.numpy()).predict(z.numpy())
         settings = {"metric": config.describe(self)}
         hits = torch.from_numpy(voted) == subject.split.y
-        return [Record(f"accuracy of {self.k} nearest neighbours", *proportion(hits), settings)]
+        name = f"accuracy of {self.k} nearest neighbours{through(self.branch)}"
+        return [Record(name, *proportion(hits), settings)]

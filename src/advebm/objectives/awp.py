@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from advebm.attacks.projected import Attack
 from advebm.errors import UserError
 from advebm.modes import searching
 from advebm.objectives.at import AT
@@ -52,6 +53,7 @@ class AWP:
     warmup: int = 0
 
     cites: ClassVar[tuple[str, ...]] = ("wu2020",)
+    validate: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not self.gamma >= 0 or self.warmup < 0:
@@ -82,6 +84,10 @@ class AWP:
     def replays(self) -> int:
         """One."""
         return 1
+
+    def check(self, images: int, threat: Attack) -> None:
+        """What the inner objective refuses."""
+        self.objective.check(images, threat)
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
         """The inner objective's state."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from advebm.attacks.projected import Attack
 from advebm.descent import Energy
 
 
@@ -41,6 +42,9 @@ class Loss(NamedTuple):
     terms: dict[str, Tensor]
 
 
+Validation = Callable[[nn.Module, Batch, Attack, torch.Generator], dict[str, float]]
+
+
 class Objective(Protocol):
     """A frozen dataclass of plain data with these three parts."""
 
@@ -62,6 +66,18 @@ class Objective(Protocol):
     @property
     def replays(self) -> int:
         """Optimiser steps a batch: 1, or m for "free" training."""
+        ...
+
+    @property
+    def validate(self) -> Validation | None:
+        """Scores of two augmentations of some images, as they are and under a threat: how an encoder is judged.
+
+        None leaves a classifier or a critic to the loop, and an encoder unjudged.
+        """
+        ...
+
+    def check(self, images: int, threat: Attack) -> None:
+        """Refuse a training split of so many images, or a threat, before anything is written."""
         ...
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
@@ -99,6 +115,11 @@ class Stateless:
     outputs: ClassVar[int | None] = None
     hidden: ClassVar[int | None] = None
     replays: ClassVar[int] = 1
+    validate: ClassVar[None] = None
+
+    def check(self, images: int, threat: Attack) -> None:
+        """Anything will do."""
+        return
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
         """No state."""

@@ -121,6 +121,17 @@ class InfoNCE:
         """Keys of ``citations.bib`` for what is switched on."""
         return self.sources + ("robinson2021",) * (self.negatives.hardness > 0)
 
+    def check(self, images: int, threat: Attack) -> None:
+        """A queue holds other images than those of the step; an image's loss depends on the others of its batch."""
+        if self.negatives.queue > images:
+            wanted = self.negatives.queue
+            raise UserError(f"negatives.queue is {wanted}, but there are {images} training images; lower it")
+        if threat.restarts != 1:
+            raise UserError(
+                f"threat.restarts is 1 in the training of an encoder, got {threat.restarts}: the loss of an image "
+                "depends on the others of its batch, whose restarts cannot be mixed"
+            )
+
     def init(self, like: Tensor, generator: torch.Generator) -> Queue | None:
         """The queue of a stream."""
         if len(like) < 2:
@@ -213,9 +224,12 @@ class InfoNCE:
         """Both views, after it."""
         return Views(*found.chunk(2)) if self.form == "nt-xent" else images._replace(x=found)
 
-    def validate(self, model: nn.Module, images: Views, threat: Attack, generator: torch.Generator) -> dict[str, float]:
-        """Loss, and share of anchors whose positive is the nearest among 500 images, as they are and under a threat."""
-        found: dict[str, list[Tensor]] = {}
+    def validate(self, model: nn.Module, batch: Batch, threat: Attack, generator: torch.Generator) -> dict[str, float]:
+        """Loss, and share of anchors whose positive is the nearest, as images are and under a threat.
+
+        They are told apart in equal parts of at most 500.
+        """
+        images, found = views(batch), dict[str, list[Tensor]]()
         parts = math.ceil(len(images.x) / PART)
         for clean in map(Views, images.x.tensor_split(parts), images.view.tensor_split(parts)):
             with searching(model) as f:
@@ -293,7 +307,7 @@ class AdversarialInfoNCE(InfoNCE):
         total, terms = self.contrast(moved, references, state, ctx)
         if self.halves or self.consistency:
             with using(model, "clean"):
-                anchors, references = self.encode(model, views(batch), state)
+                anchors, references = self.encode(model, views(batch))  # of these nothing joins the queue
         if self.halves:
             clean, seen = self.contrast(anchors, references, state, ctx)
             terms = {"adversarial_loss": total.detach(), "clean_loss": clean.detach(), **terms}
@@ -321,7 +335,8 @@ class ACL(AdversarialInfoNCE):
     sees those of its own.  Their projection head has three layers and batch norms, here it has two and none.
 
     Attributes:
-        hidden, outputs, form, temperature, cosine, negatives: as for ``infonce``.
+        hidden, outputs, form, temperature, cosine, negatives: as for ``infonce``, without a queue: encodings of one
+            branch are no negatives for those of the other.
         attack: their inner maximisation.
         langevin, consistency: as for ``adversarial-infonce``.
     """
@@ -331,6 +346,14 @@ class ACL(AdversarialInfoNCE):
     branch: ClassVar[str] = "adversarial"
     halves: ClassVar[bool] = True
     sources: ClassVar[tuple[str, ...]] = ("jiang2020", *InfoNCE.sources)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.negatives.queue:
+            raise UserError(
+                f"negatives.queue is 0 for acl, got {self.negatives.queue}: encodings of both branches would mix; "
+                "set it to 0, or take adversarial-infonce"
+            )
 
 
 def views(batch: Batch) -> Views:

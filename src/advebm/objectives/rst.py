@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from advebm.attacks.projected import Attack
 from advebm.errors import UserError
 from advebm.models import network
 from advebm.modes import searching
@@ -30,6 +31,7 @@ class RST:
     objective: Objective = TRADES()
 
     cites: ClassVar[tuple[str, ...]] = ("carmon2019",)
+    validate: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.objective.needs - {"labels"}:
@@ -54,6 +56,10 @@ class RST:
     def replays(self) -> int:
         """The inner objective's."""
         return self.objective.replays
+
+    def check(self, images: int, threat: Attack) -> None:
+        """What the inner objective refuses."""
+        self.objective.check(images, threat)
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
         """The inner objective's state, for batches of twice the size."""

@@ -33,7 +33,6 @@ from advebm.models.layers import Staged
 from advebm.models.network import Network, transfer
 from advebm.modes import searching
 from advebm.objectives.base import Batch, Context
-from advebm.objectives.contrastive import InfoNCE, Views
 from advebm.training.checkpoint import Progress
 from advebm.training.engine import Engine
 from advebm.training.instruments import EnergyShift
@@ -80,15 +79,18 @@ def train(
         raise UserError(f"objective {type(objective).__name__} needs labels, {data.name} has none")
     if cfg.batch > len(data.train):
         raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
-    if isinstance(objective, InfoNCE) and objective.negatives.queue > len(data.train):
-        have, wanted = len(data.train), objective.negatives.queue
-        raise UserError(f"negatives.queue is {wanted}, but {data.name} has {have} training images")
+    if objective.hidden is not None and cfg.streams != engine.world:
+        raise UserError(
+            f"train.streams is {cfg.streams}, and there are {engine.world} processes: an encoder, which tells images "
+            f"of all streams apart, takes a stream a process; set --train.streams {engine.world}"
+        )
+    objective.check(len(data.train), recipe.threat)
     validation = data.val.take(slice(cfg.validate_with))
     architecture = design(recipe, data)
     model = architecture.build(recipe.seed)
     feed, earlier = Feed(recipe, data, engine), sum(stage.train.images for stage in recipe.before)
     if objective.hidden is not None:
-        judgeable = isinstance(objective, InfoNCE) and len(validation) > 1
+        judgeable = objective.validate is not None and len(validation) > 1
     else:
         judgeable = validation.labelled if objective.outputs != 1 else feed.outside is not None
     like = torch.empty(cfg.batch // cfg.streams, *data.shape)
@@ -313,10 +315,11 @@ def validate(
     """
     subject = Subject(model, data, split, recipe.threat, batch=together(data.shape))
     generator = seeds.generator(recipe.seed, "val", device=subject.device)
-    if isinstance(recipe.objective, InfoNCE):
+    if (judge := recipe.objective.validate) is not None:
         roles, x = recipe.data.augment, subject.on_device(split.x)
-        images = Views(roles.x(x, generator), (roles.view or roles.x)(x, generator))
-        found = recipe.objective.validate(model, images, recipe.threat, generator)
+        first, second = roles.x(x, generator), (roles.view or roles.x)(x, generator)
+        pair = Batch(first, torch.full((len(x),), -1), view=second)
+        found = judge(model, pair, recipe.threat, generator)
         if not all(map(math.isfinite, found.values())):
             raise Diverged("the loss of validation images is not finite")
         return found

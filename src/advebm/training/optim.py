@@ -88,7 +88,10 @@ class LayerwiseSGD(torch.optim.Optimizer):
                     length, slope = w.norm(), update.norm() + group["weight_decay"] * w.norm()
                     rate = torch.where((length > 0) & (slope > 0), group["trust"] * length / slope, rate)
                     update = update + group["weight_decay"] * w
-                velocity = self.state[w].setdefault("velocity", torch.zeros_like(w))
+                state = self.state[w]
+                if not state:
+                    state["velocity"] = torch.zeros_like(w)
+                velocity = state["velocity"]
                 w -= velocity.mul_(group["momentum"]).add_(group["lr"] * rate * update)
 
 

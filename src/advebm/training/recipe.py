@@ -28,6 +28,7 @@ class Training:
         batch: images of an optimiser's step, over all streams and processes.
         streams: equal shares of a batch, each with its own random numbers, chains and batch-norm statistics.  Processes
             own streams, so results do not depend on how many processes there are; one process takes them in turn.
+            Encoders, which tell images of all streams apart, take a stream a process and no more.
         ema: half-life of the weight average, 0 for none.
         precision: of the network in searches and losses, ``float32`` or ``bfloat16`` (autocast); weights, images,
             updates and everything measured stay float32.
@@ -99,7 +100,8 @@ class Recipe:
         backbone: the network between normalisation and head.
         objective: the training method.
         threat: the threat model and the attack that judges by it, in validation and evaluation.
-        sampler: default sampling; other algorithms take its settings over.
+        sampler: default sampling; other algorithms take its settings over.  Of an encoder it compares by the
+            objective's temperature, and by direction or not as that does, unless it says otherwise.
         metrics: what ``evaluate`` measures.
         optimizer, schedule, train: how the objective is minimised.
         seed: of everything random except the split of the data.
@@ -139,6 +141,7 @@ class Recipe:
                 kind = type(self.objective).__name__
                 fix = f"give them with --{role} KIND" if needed else f"leave {role} out"
                 raise UserError(f"objective {kind} {'needs' if needed else 'takes no'} {role} images; {fix}")
+        object.__setattr__(self, "sampler", self.sampler.trained_by(self.objective))
         kind, method = type(self.objective).__name__, type(self.sampler).__name__
         if (encoder := self.objective.hidden is not None) != self.sampler.encoder:
             of, trains = ("logits", "an encoder") if encoder else ("an encoder", "none")
@@ -165,7 +168,7 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
     roles = {
         f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type)) and f.name != "metrics"
     }
-    plain, rest, overrides = dict(plain), [], list(overrides)
+    plain, rest, overrides = _loose(plain), [], list(overrides)
     before = plain.pop("before", None) or ()
     if not isinstance(before, list | tuple):
         raise UserError(f"recipe.before takes a list of stages, got {before!r}")
@@ -180,11 +183,11 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
             plain[block] = config.switch(old if isinstance(old, Mapping) else {}, roles[block], value)
         else:
             rest.append((dotted, value))
-    described = config.describe(config.construct(Recipe, plain, where="recipe"))
+    described = _described(plain)
     for dotted, value in sorted(rest, key=lambda pair: pair[0].count(".")):
         described = config.override(described, dotted, value)
         if any(other.startswith(f"{dotted}.") for other, _ in rest):
-            described = config.describe(config.construct(Recipe, described, where="recipe"))
+            described = _described(described)
     described["before"] = [_stage(stage, described, f"before.{i}") for i, stage in enumerate(before)]
     for dotted, value in [pair for pair in overrides if pair[0].startswith("before")]:
         described = config.override(described, dotted, value)
@@ -199,7 +202,22 @@ def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"recipe.{where} is a stage: it begins with the stage before it and has no init or before")
     inherited = {k: v for k, v in final.items() if k not in ("before", "init", "outside", "extra")}
     merged = config.merge(inherited, stage)
-    return config.describe(config.construct(Recipe, merged, where=f"recipe.{where}"))
+    return _described(merged, f"recipe.{where}")
+
+
+def _described(plain: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
+    """With every default, but for what the sampler has from the objective."""
+    return _loose(config.describe(config.construct(Recipe, plain, where=where)))
+
+
+def _loose(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data in which the sampler goes on having from the objective what it has in common with it now."""
+    sampler, objective = plain.get("sampler"), plain.get("objective")
+    if not (isinstance(sampler, Mapping) and isinstance(objective, Mapping)):
+        return dict(plain)
+    pairs = (("tau", "temperature"), ("cosine", "cosine"))
+    shared = [ours for ours, theirs in pairs if ours in sampler and sampler[ours] == objective.get(theirs)]
+    return {**plain, "sampler": {**sampler, **dict.fromkeys(shared)}}
 
 
 def design(recipe: Recipe, data: Data) -> Architecture:
