@@ -4174,6 +4174,68 @@ MUTANTS = [
         "    pass",
         "encoders",
     ),
+    # fixes of edits and of the page
+    Mutant(
+        "fix: encoders edited", "apps.py", "    for model in models:\n        checks.no_encoder(model)\n", "", "apps"
+    ),
+    Mutant(
+        "fix: encoders score",
+        "apps.py",
+        "    checks.no_encoder(model)\n    device, score",
+        "    device, score",
+        "apps",
+    ),
+    Mutant(
+        "fix: denoising steps do not shrink",
+        "apps.py",
+        "geometric(size, self.step_decay), raw",
+        "size, raw",
+        "apps",
+    ),
+    Mutant(
+        "fix: counterfactual steps do not shrink",
+        "apps.py",
+        "geometric(1.0, self.step_decay), direction, both(l2",
+        "1.0, direction, both(l2",
+        "apps",
+    ),
+    Mutant(
+        "fix: an edit over anything",
+        "editing.py",
+        'not isinstance(manifest, dict) or not isinstance(manifest.get("edit"), dict)',
+        "not isinstance(manifest, dict)",
+        "editing",
+    ),
+    Mutant("fix: folders checked after the work", "editing.py", "    check_folder(folder)\n", "", "editing"),
+    Mutant("fix: foreign names unlinked", "editing.py", "{Path(name).name}.png", "{name}.png", "editing"),
+    Mutant("fix: infinity in JSON", "editing.py", "value if math.isfinite(value) else None", "value", "editing"),
+    Mutant(
+        "fix: others' checkpoint",
+        "editing.py",
+        "return [(run, self.checkpoint) for",
+        'return [(run, self.checkpoint if run is self.run else "latest") for',
+        "editing",
+    ),
+    Mutant("fix: page for encoders", "web/studio.py", "if self.model.encoder:", "if False:", "encoders"),
+    Mutant("fix: encoders' samplers offered", "web/studio.py", "not sampler.encoder and not (", "not (", "web"),
+    Mutant("fix: searched all at once", "web/sampling.py", ", observe=look, batch=batch)", ", observe=look)", "web"),
+    Mutant("fix: read all at once", "web/studio.py", "size = together(self.data.shape)", "size = 500", "web"),
+    Mutant(
+        "fix: one report for all visitors",
+        "web/listing.py",
+        'Path(tempfile.mkdtemp(prefix="report-", dir=folder))',
+        "folder",
+        "web",
+    ),
+    Mutant("fix: layers without end", "web/inputs.py", "if len(layers) > LAYERS:", "if False:", "web"),
+    Mutant(
+        "fix: other pages post",
+        "web/server.py",
+        'if own or scope.get("method") in ("GET", "HEAD"):',
+        "if True:",
+        "web",
+    ),
+    Mutant("fix: addresses without brackets", "web/server.py", 'if ":" in host else', 'if "[" in host else', "web"),
 ]
 
 

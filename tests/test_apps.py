@@ -253,6 +253,15 @@ class TestDenoise:
         assert median(x)[0, 0, 1, 1].item() == pytest.approx(4 / 9)
         assert median(x)[0, 0, 0, 0].item() == pytest.approx(1 / 9)  # 0 four times, 1 twice, 3 twice, 4
 
+    def test_steps_shrink_as_asked(self):
+        model = Plain(lambda x: -x.square().flatten(1).sum(1))  # ∇E = 2x
+        noisy = torch.tensor([0.6, 0.2, 0.45, 0.5], dtype=torch.float64).view(1, 1, 2, 2)
+        found = Denoise(steps=2, sigma=0.5, prior=3.0, step_size=0.02, step_decay=0.25)(model, noisy).x
+        x = noisy
+        for size in (0.02, 0.01):
+            x = x - size * (3.0 * 2 * x + (x - noisy) / 0.25)
+        torch.testing.assert_close(found, x)
+
 
 class TestCounterfactual:
     @pytest.fixture
@@ -300,6 +309,14 @@ class TestCounterfactual:
         found = Counterfactual(steps=2, searches=1)(net, batch.x)
         net.eval()
         assert torch.equal(found.numbers["to"].long(), net(batch.x).argsort(1, descending=True)[:, 1])
+
+    def test_steps_shrink_as_asked(self, generator):
+        """Two classes of a linear network: every step has the same direction."""
+        w = torch.randn(2, 27, dtype=torch.float64, generator=generator)
+        x = torch.full((3, 3, 3, 3), 0.5, dtype=torch.float64)
+        search = Counterfactual(steps=2, searches=1, level=0.999999, step_size=0.04, step_decay=0.25)
+        found = search(Plain(lambda x: 0.01 * x.flatten(1) @ w.T), x)
+        torch.testing.assert_close(found.numbers["distance"], torch.full((3,), 0.04 + 0.02, dtype=torch.float64))
 
     def test_takes_a_classifier(self, batch):
         with pytest.raises(UserError, match="a counterfactual takes a classifier"):
@@ -386,3 +403,24 @@ def test_the_base_class_is_no_edit(net, batch):
     with pytest.raises(NotImplementedError):
         Edit()(net, batch.x)
     assert set(KINDS["edit"]) >= {"translate", "inpaint", "denoise", "upsample", "compose", "counterfactual"}
+
+
+class Encoder(Plain):
+    encoder = True
+
+
+EDITS = [
+    lambda model, x: Translate(steps=1)(model, x, torch.zeros(len(x), dtype=torch.long)),
+    lambda model, x: Compose(steps=1)([Plain(model.f), model], x, [1, 2]),
+    lambda model, x: Interpolate(steps=1)(model, x),
+    lambda model, x: Counterfactual(steps=1)(model, x),
+    lambda model, x: unusual(model, x, x),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_encoders_have_no_classes_to_move_to(batch, edit):
+    f = lambda x: x.flatten(1)[:, :5]
+    edit(Plain(f), batch.x)
+    with pytest.raises(UserError, match="the model is an encoder, which has no logits; advebm probe"):
+        edit(Encoder(f), batch.x)

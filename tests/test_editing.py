@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from advebm import cli
+from advebm import cli, config, console, editing, generation, pictures
+from advebm.apps import Edited, Translate
 from advebm.data.decode import LARGEST, open_image, open_mask
 from advebm.errors import UserError
 from tests.helpers import linked
@@ -240,3 +241,75 @@ def test_mistakes_are_one_line(run, capsys, arguments, message, monkeypatch):
     monkeypatch.chdir(run.folder)
     assert message in edit(run, arguments[0], *arguments[1:], capsys=capsys, refused=True)
     assert not (run.folder / "edits").exists()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("manifest", [{"sampler": {"kind": "cs"}, "seed": 0, "count": 2}, [1], {"edit": "x"}, None])
+def test_what_is_no_edit_is_not_written_over(run, capsys, tmp_path, manifest, monkeypatch):
+    out = tmp_path / "samples"
+    (out / "results").mkdir(parents=True)
+    (out / "images.npz").write_bytes(b"samples")
+    if manifest is not None:
+        (out / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(out)
+    monkeypatch.setattr(editing, "carry_out", lambda *a, **k: pytest.fail("refused after the work"))
+    line = edit(run, "translate", *QUICK, "--split", "test", "--out", out, capsys=capsys, refused=True)
+    assert "holds something that is not an edit" in line
+    assert contents(out) == before
+
+
+def test_names_of_another_manifest_do_not_lead_out_of_the_folder(run, capsys, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other.png"
+    (out / "results").mkdir(parents=True)
+    (out / "results" / "old.png").touch()
+    other.touch()
+    names = {"../../other": {}, str(other.with_suffix("")): {}, "old": {}}
+    (out / "manifest.json").write_text(json.dumps({"edit": {"kind": "paint"}, "images": names}))
+    edit(run, "translate", *QUICK, "--split", "test", "--out", out, capsys=capsys)
+    assert other.exists()
+    assert {path.stem for path in (out / "results").iterdir()} == {"test-0", "test-1", "test-2"}
+
+
+def test_an_edit_that_was_cut_short_is_done_again(run, capsys, monkeypatch):
+    folder = run.folder / "edits" / "translate"
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "save", lambda *a: (_ for _ in ()).throw(UserError("no more room")))
+        assert "no more room" in edit(run, "translate", *QUICK, "--split", "test", capsys=capsys, refused=True)
+    with pytest.raises(UserError):
+        generation.read(folder)
+    edit(run, "translate", *QUICK, "--split", "test", capsys=capsys)
+    assert len(read(folder)[0]["images"]) == 3
+
+
+def test_the_checkpoint_is_that_of_every_run(run, capsys):
+    first, last = run.checkpoints.names()[0], run.checkpoints.latest()
+    assert first != last
+    edit(run, "compose", *QUICK, "--with", run.folder, "--checkpoint", first, capsys=capsys)
+    manifest, _ = read(run.folder / "edits" / "compose")
+    assert [model["checkpoint"] for model in manifest["models"]] == [first, first]
+
+
+def test_the_bar_goes_to_all_images(run, capsys, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.png").write_bytes(encoded(picture(channels=1)))
+    (tmp_path / "c.png").write_bytes(encoded(picture(channels=1)))
+    bars, real = [], console.Bar.__call__
+    monkeypatch.setattr(console.Bar, "__call__", lambda self, n: (bars.append((n, self.total)), real(self, n))[1])
+    files = ("--image", tmp_path / "in", tmp_path / "c.png")
+    for words in (("translate", *files), ("translate",), ("interpolate", *files)):
+        edit(run, *words, "--edit.steps", 1, capsys=capsys)
+    assert bars == [(3, 3), (8, 8), (3, 3)]
+
+
+def test_a_manifest_is_json_for_everyone(tmp_path):
+    x = torch.rand(2, 1, 8, 8)
+    numbers = {"PSNR after": torch.tensor([float("inf"), 20.0])}
+    edited = Edited(x, x, x[:, None], [0], numbers, {})
+    editing.publish(tmp_path, Translate(), x, edited, ["a", "b"], {})
+    manifest = json.loads((tmp_path / "manifest.json").read_text(), parse_constant=pytest.fail)
+    assert manifest["images"] == {"a": {"PSNR after": None}, "b": {"PSNR after": 20.0}}
+    assert manifest["edit"] == config.describe(Translate())

@@ -27,6 +27,7 @@ from advebm.samplers import NPPGD, MaxEnt, NPLangevin
 from advebm.training.loop import train
 from advebm.training.recipe import resolve
 from advebm.training.run import Run
+from advebm.web.server import open_studios
 from tests.helpers import few_samples, linked
 from tests.references import encoders as reference
 
@@ -555,6 +556,13 @@ def test_wrong_combinations_are_one_line(own, capsys, case):
     assert cli("sample", own.folder, "--per-class", 1, "--method", "maxent", *words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not own.samples()
+
+
+def test_encoders_are_neither_edited_nor_on_the_page(own, capsys):
+    assert cli("edit", "translate", own.folder, "--class", 3, "--split", "test", "--count", 2) == 2
+    assert "the model is an encoder, which has no logits" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match=f"probe it first: advebm probe {own.folder}"):
+        open_studios([own.folder])
 
 
 def test_a_classifier_is_no_encoder(small_run, tmp_path, capsys):

@@ -18,6 +18,7 @@ from advebm.errors import UserError
 from advebm.generation import to_bytes
 from advebm.training.loop import train
 from advebm.web import attacking, editing, inputs, listing, planes, sampling, server, slicing, views
+from advebm.web import studio as web_studio
 from advebm.web.jobs import WAITING, Job, Jobs, Stopped
 from advebm.web.studio import EVERY, Studio
 from tests.helpers import linked, tiny
@@ -302,6 +303,13 @@ def test_a_mask_of_other_proportions_is_refused():
         inputs.brushed([Image.new("RGBA", (320, 200))], GREY)
 
 
+def test_layers_without_end_are_refused():
+    layers = [layer(320, [(k, k)]) for k in range(inputs.LAYERS + 1)]
+    assert inputs.brushed(layers[:-1], GREY)[1].sum() == inputs.LAYERS
+    with pytest.raises(UserError, match="at most 4 brushed layers"):
+        inputs.brushed(layers, GREY)
+
+
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +365,17 @@ def test_a_sample_is_seen_while_it_comes_into_being(studio, monkeypatch):
     assert len(seen) == 12
     assert [s.note.split(",")[0] for s in seen[:2]] == ["step 0 of 12", "step 1 of 12"]
     assert not np.array_equal(np.asarray(seen[0].picture), np.asarray(seen[-1].picture))
+
+
+def test_no_more_images_at_once_than_their_size_allows(studio, monkeypatch):
+    whole, seen = drawn(studio), []
+    for module in (sampling, web_studio):
+        monkeypatch.setattr(module, "together", lambda shape: 3 if shape == GREY else None)
+    hook = studio.model.register_forward_hook(lambda model, given, out: seen.append(len(out)))
+    parts = drawn(studio)
+    hook.remove()
+    assert max(seen) == 3
+    assert parts.note.split(" s, ")[1] == whole.note.split(" s, ")[1]
 
 
 def test_seeds_and_classes_decide_a_sample(studio):
@@ -659,8 +678,10 @@ def test_runs_are_listed_and_reported_without_being_touched(studio, tmp_path):
     head, rows = listing.table([one, one])
     assert head == ["measured", "samples", "one", "one"]
     assert rows == [["accuracy", "", "87.5 ± 1.0 %", "87.5 ± 1.0 %"]]
-    path = listing.report(one, tmp_path / "page")
-    assert path.parent == tmp_path / "page"
+    (tmp_path / "page").mkdir()
+    path, another = (listing.report(one, tmp_path / "page") for _ in range(2))
+    assert path.parent.parent == another.parent.parent == tmp_path / "page"
+    assert path.parent != another.parent  # of one visitor each
     assert "<h1>" in path.read_text()
     assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")} == before
 
@@ -708,6 +729,41 @@ def test_every_answer_is_guarded():
     assert b"http" not in headers[b"content-security-policy"]
     assert headers[b"x-content-type-options"] == b"own"
     assert len(sent) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "origin", "status"),
+    [
+        ("POST", None, 200),
+        ("POST", b"http://localhost:7860", 200),
+        ("POST", b"https://LOCALHOST:7860", 200),
+        ("POST", b"http://localhost:7861", 403),
+        ("POST", b"http://example.org", 403),
+        ("POST", b"null", 403),
+        ("OPTIONS", b"http://example.org", 403),
+        ("GET", b"http://example.org", 200),
+    ],
+)
+def test_other_pages_cannot_send_anything(method, origin, status):
+    sent, reached = [], []
+
+    async def inner(scope, receive, send):
+        reached.append(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def keep(event):
+        sent.append(event)
+
+    headers = [(b"host", b"localhost:7860"), *([] if origin is None else [(b"Origin", origin)])]
+    asyncio.run(server.Guard(inner)({"type": "http", "method": method, "headers": headers}, None, keep))
+    assert sent[0]["status"] == status
+    assert len(reached) == (status == 200)
+    assert b"content-security-policy" in dict(sent[0]["headers"])
+
+
+def test_addresses_are_what_one_types():
+    assert server.address("127.0.0.1", 7860) == "http://127.0.0.1:7860"
+    assert server.address("::1", 7860) == "http://[::1]:7860"
 
 
 def test_the_page_s_folder_goes_with_the_server():

@@ -157,8 +157,7 @@ class Edit:
             observe: sees every step, see :class:`advebm.descent.Descent`; raise there to stop.
             frames: pictures of the film, at most steps + 1.
         """
-        device = device_of(model)
-        x, y = taken(x, device), None if y is None else y.to(device)
+        x, y = taken(x, model), None if y is None else y.to(device_of(model))
         problem = self.pose(x, spread(hole, x), generator)
         with searching(model) as f:
             return self.follow(problem, self.lowered(f, problem.start, y), f, y, observe, frames)
@@ -212,9 +211,14 @@ class Edit:
         return Edited(found.cpu(), start.cpu(), torch.stack(film, 1), wanted, told, {})
 
 
-def taken(x: Tensor, device: torch.device) -> Tensor:
-    """Images, bytes or floating point in [0, 1], as floating point on a device; anything else is refused."""
-    return checks.images(as_images(x, device))
+def taken(x: Tensor, *models: nn.Module) -> Tensor:
+    """Images, bytes or floating point in [0, 1], as floating point where the first model is.
+
+    Anything else is refused, and so are encoders, whose outputs are no logits.
+    """
+    for model in models:
+        checks.no_encoder(model)
+    return checks.images(as_images(x, device_of(models[0])))
 
 
 def outputs(f: Logits, x: Tensor) -> Tensor:
@@ -366,10 +370,11 @@ class Paint(Edit):
 class Denoise(Edit):
     """Noise taken out: by ``gaussian`` noise of deviation σ, the x of least ``λ E(x) + ‖x - b‖² / 2σ²`` for an image b.
 
-    Steps of σ²/2 lead to where ``x = b - λ σ² ∇E(x)``; with λ = 1 and the energy of the noisy images themselves that
-    would be the posterior mean (Miyasawa, 1961).  ``salt-and-pepper`` noise leaves most pixels as they were: those
-    that are black or white in all channels, and off the median of the 3 x 3 pixels around by more than ``off``, are
-    made anew from that median by unit steps, the others held.
+    Steps of σ²/2 lead to where ``x = b - λ σ² ∇E(x)``, with the gradient at x: for λ = 1 and the energy of clean images
+    the most likely x given b.  The posterior mean (Miyasawa, 1961) is another image, ``b - σ² ∇E(b)`` with the energy
+    of noisy ones.  ``salt-and-pepper`` noise leaves most pixels as they were: those that are black or white in all
+    channels, and off the median of the 3 x 3 pixels around by more than ``off``, are made anew from that median by
+    unit steps, the others held.
 
     Attributes:
         noise: which.
@@ -410,7 +415,8 @@ class Denoise(Edit):
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
         """Raw steps where there is a data term."""
         if self.noise == "gaussian":
-            return Descent(self.steps, self.step_size or self.sigma**2 / 2, raw, constraint)
+            size = self.step_size or self.sigma**2 / 2
+            return Descent(self.steps, geometric(size, self.step_decay), raw, constraint)
         return super().descent(constraint, values)
 
 
@@ -479,7 +485,7 @@ class Compose(Edit):
         if not models or not len(models) == len(classes) == len(weights):
             got = f"{len(models)}, {len(classes)} and {len(weights)}"
             raise UserError(f"a composition takes as many models as classes and weights, got {got}")
-        x = taken(x, device_of(models[0]))
+        x = taken(x, *models)
         problem, observe, frames = self.pose(x, None, None), options.get("observe"), options.get("frames", 7)
         with ExitStack() as stack:
             parts = []
@@ -519,7 +525,7 @@ class Interpolate(Edit):
         """
         if len(x) < 2:
             raise UserError(f"an interpolation takes at least 2 images, got {len(x)}")
-        x = taken(x, device_of(model))
+        x = taken(x, model)
         t = torch.linspace(0, 1, self.count, dtype=x.dtype, device=x.device).repeat(len(x) - 1)
         first, second = x[:-1].repeat_interleave(self.count, 0), x[1:].repeat_interleave(self.count, 0)
         path = spherical(first, second, t) if self.way == "spherical" else torch.lerp(first, second, per_sample(t, x))
@@ -586,7 +592,7 @@ class Counterfactual(Edit):
         already stays.  The film goes straight from image to result in hundredths, its ``series`` hold ``confidence`` in
         the new class, ``confidence in the old class`` and ``distance``.
         """
-        x, frames = taken(x, device_of(model)), max(options.get("frames", 7), 2)
+        x, frames = taken(x, model), max(options.get("frames", 7), 2)
         with searching(model) as f, torch.no_grad():
             if outputs(f, x).shape[1] < 2:
                 raise UserError("a counterfactual takes a classifier; a critic has no classes")
@@ -624,7 +630,7 @@ class Counterfactual(Edit):
         """In a ball for each image."""
         size = 2.5 * radius / max(self.steps, 1) if self.step_size is None else torch.full_like(radius, self.step_size)
         direction: Direction = lambda gradient, memory: per_sample(size, gradient) * unit(gradient, memory)
-        return Descent(self.steps, 1.0, direction, both(l2_ball(radius), box()))
+        return Descent(self.steps, geometric(1.0, self.step_decay), direction, both(l2_ball(radius), box()))
 
 
 # How unusual an image is ----------------------------------------------------------------------------------------------
@@ -639,6 +645,7 @@ class Unusual(NamedTuple):
 
 def unusual(model: nn.Module, x: Tensor, known: Tensor, score: Score | None = None, *, batch: int = 500) -> Unusual:
     """How unusual images ``x`` are beside ``known (N, C, H, W)``, of the data but not trained on; by energy."""
+    checks.no_encoder(model)
     device, score = device_of(model), score or EnergyScore()
     with searching(model) as f:
         outputs(f, as_images(x[:1], device))

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class Order:
         classes: one a model, of a composition.
         mask: a file.
         box: ``left,top,right,bottom``.
-        seed, checkpoint, device: as elsewhere.
+        seed, checkpoint, device: as elsewhere; the checkpoint is that of every run.
     """
 
     run: Run
@@ -76,7 +77,7 @@ class Order:
 
     def models(self) -> list[tuple[Run, str]]:
         """Runs and their checkpoints."""
-        return [(self.run, self.checkpoint), *((run, "latest") for run in self.others)]
+        return [(run, self.checkpoint) for run in (self.run, *self.others)]
 
     def own(self, shape: Sequence[int]) -> Tensor:
         """Some images of a run's data, float32 (count, C, H, W), class after class."""
@@ -118,9 +119,11 @@ def edit(
     """Carry an edit out and publish it; the picture, and numbers of each image.
 
     Raises:
-        UserError: images, a mask or a class that the model does not take.
+        UserError: images, a mask or a class that the model does not take, or a folder that is not an edit's.
     """
     run, kind = order.run, config.describe(method)["kind"]
+    folder = run.folder / "edits" / kind if out is None else out
+    check_folder(folder)
     data = run.recipe.data.load()
     channels, height, width = data.shape
     models = [r.model(which)[0].to(order.device) for r, which in order.models()]
@@ -152,9 +155,7 @@ def edit(
         edited = edited._replace(numbers={**edited.numbers, **better})
     manifest = {"models": [weights_of(*pair) for pair in order.models()], "seed": order.seed}
     manifest |= {"class": goal, "classes": classes if isinstance(method, Compose) else None}
-    path = publish(
-        order.run.folder / "edits" / kind if out is None else out, method, given, edited, names, manifest, film=film
-    )
+    path = publish(folder, method, given, edited, names, manifest, film=film)
     return path, {name: {k: v[i].item() for k, v in edited.numbers.items()} for i, name in enumerate(names)}
 
 
@@ -192,7 +193,9 @@ def carry_out(
         progress: told how many images are done.
     """
     if isinstance(method, Interpolate):
-        return method(models[0], x, y, frames=frames)
+        edited = method(models[0], x, y, frames=frames)
+        progress(len(x))
+        return edited
     size, device, parts = together(x.shape[1:]), device_of(models[0]), []
     for first in range(0, len(x), size):
         some = slice(first, first + size)
@@ -209,12 +212,18 @@ def carry_out(
 
 def read_images(paths: Sequence[Path], shape: Sequence[int], *, fit: bool = False) -> tuple[Tensor, list[str]]:
     """Images of files and of all files in folders, float32 (N, C, H, W) in [0, 1], and what each is called."""
-    found = [p for path in paths for p in (picture_files(path) if path.is_dir() else [path])]
-    if not found:
-        raise UserError(f"there is no image in {', '.join(map(str, paths)) or 'nothing'}")
+    found = listed(paths)
     names = [p.stem for p in found]
     names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
     return torch.stack([open_image(p, shape, fit=fit) for p in found]), names
+
+
+def listed(paths: Sequence[Path]) -> list[Path]:
+    """The files, and all pictures in the folders."""
+    found = [p for path in paths for p in (picture_files(path) if path.is_dir() else [path])]
+    if not found:
+        raise UserError(f"there is no image in {', '.join(map(str, paths)) or 'nothing'}")
+    return found
 
 
 def find_class(data: Data, text: str) -> int | None:
@@ -236,6 +245,21 @@ def weights_of(run: Run, checkpoint: str) -> dict[str, str]:
     name = "ema.safetensors" if (path / "ema.safetensors").exists() else "model.safetensors"
     sha = sha or hashlib.sha256((path / name).read_bytes()).hexdigest()
     return {"run": str(run.folder.resolve()), "checkpoint": path.name, "weights": sha}
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The manifest of the edit that a folder holds, {} of a new or empty one; whatever else is there is left alone."""
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is a run; --out takes a folder for this edit")
+    try:
+        if not folder.exists() or not any(folder.iterdir()):
+            return {}
+    except OSError as error:
+        raise files.unwritable(folder, error) from None
+    manifest = files.read_json(folder / "manifest.json", default={})
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("edit"), dict):
+        raise UserError(f"{folder} holds something that is not an edit; --out takes a new folder, or an edit's")
+    return manifest
 
 
 def publish(
@@ -264,13 +288,13 @@ def publish(
     Returns:
         The path of ``edit.png``.
     """
-    if (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is a run; --out takes a folder for this edit")
-    before = files.read_json(folder / "manifest.json", default={})
+    before, about = check_folder(folder), {"edit": config.describe(method)}
+    files.write_json(folder / "manifest.json", about)  # an edit's folder, and no images yet
     try:
-        (folder / "results").mkdir(parents=True, exist_ok=True)
-        for old in ("manifest.json", "film.gif", *(f"results/{name}.png" for name in before.get("images", {}))):
-            (folder / old).unlink(missing_ok=True)
+        (folder / "results").mkdir(exist_ok=True)
+        (folder / "film.gif").unlink(missing_ok=True)
+        for name in before.get("images", {}):
+            (folder / "results" / f"{Path(name).name}.png").unlink(missing_ok=True)
     except OSError as error:
         raise files.unwritable(folder, error) from None
     pictures.save(pictures.grid(panel(method, given, edited), tile=TILE), folder / "edit.png")
@@ -284,9 +308,10 @@ def publish(
         np.savez_compressed(
             file, x=results.numpy(), given=to_bytes(given).numpy(), begin=to_bytes(edited.begin).numpy()
         )
-    numbers = {name: {k: v[i].item() for k, v in edited.numbers.items()} for i, name in enumerate(names)}
+    plain = lambda value: value if math.isfinite(value) else None  # JSON has no infinity, the PSNR of what is equal
+    numbers = {name: {k: plain(v[i].item()) for k, v in edited.numbers.items()} for i, name in enumerate(names)}
     series = {name: {k: v[i].tolist() for k, v in edited.series.items()} for i, name in enumerate(names)}
-    record = {**manifest, "edit": config.describe(method), "film": edited.moments, "images": numbers}
+    record = {**manifest, **about, "film": edited.moments, "images": numbers}
     files.write_json(folder / "manifest.json", record | ({"series": series} if edited.series else {}))
     return folder / "edit.png"
 

@@ -75,6 +75,14 @@ def test_other_ways_lead_nowhere(client, way):
 
 def test_a_server_of_another_name_is_not_this_one(client):
     assert client.get("/", headers={"host": "example.org"}).status_code == 400
+    for name in ("localhost:7860", "[::1]:7860"):
+        assert client.get("/", headers={"host": name}).status_code == 200
+
+
+def test_other_pages_cannot_send_anything(client):
+    ask = lambda origin: client.post(f"{API}/upload", files={"files": ("a.png", b"x")}, headers={"origin": origin})
+    assert ask("http://example.org").status_code == 403
+    assert ask(str(client.base_url).rstrip("/")).status_code == 200
 
 
 def test_an_upload_of_too_many_bytes_is_refused(client):

@@ -15,6 +15,7 @@ from advebm.errors import UserError
 
 BYTES = 10_000_000  # of an uploaded file
 PIXELS = 20_000_000  # of an uploaded picture, looked at before it is decoded
+LAYERS = 4  # of the brush; the page itself has one
 PAINTED = 0.3  # share of a pixel that the brush has to cover
 
 
@@ -79,8 +80,10 @@ def brushed(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[Tensor
     """What was brushed over an image of a shape: colours (C, H, W) in [0, 1], and where, bool (1, H, W).
 
     Raises:
-        UserError: layers of other proportions than the image.
+        UserError: too many layers, or of other proportions than the image.
     """
+    if len(layers) > LAYERS:
+        raise UserError(f"at most {LAYERS} brushed layers are taken, got {len(layers)}; clear them and brush again")
     channels, height, width = shape
     paint, where = torch.zeros(channels, height, width), torch.zeros(1, height, width)
     for layer in layers:

@@ -1,5 +1,6 @@
 """The tab Runs: what was measured, and reports."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def table(studios: Sequence[Studio]) -> tuple[list[str], list[list[str]]]:
 
 
 def report(studio: Studio, folder: Path) -> Path:
-    """The run's report, made anew in a folder of the page; nothing is written into the run."""
+    """The run's report, made anew in a folder of its own within the page's; nothing is written into the run."""
+    own = Path(tempfile.mkdtemp(prefix="report-", dir=folder))
     with views.alone():
-        return build.report(studio.run, out=folder / "report.html")
+        return build.report(studio.run, out=own / "report.html")

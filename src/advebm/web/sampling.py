@@ -9,6 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from advebm import config
+from advebm.metrics.base import together
 from advebm.samplers import Sampler
 from advebm.web import views
 from advebm.web.inputs import number, whole
@@ -66,7 +67,8 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
 
     with studio.search(job) as model:
         seeds, draws = studio.seeds(sampler, y, whole(seed, "the seed", 0, 2**31))
-        x = sampler(model, y.to(seeds.device), seeds, generator=draws, observe=look)
+        batch = together(studio.data.shape)
+        x = sampler(model, y.to(seeds.device), seeds, generator=draws, observe=look, batch=batch)
         look(total, x, studio.descended(sampler, x, y))
         seconds = time.perf_counter() - begun
         notes = [f"{len(x)} images in {seconds:.2f} s", f"energy {values[0].mean():.2f} → {values[-1].mean():.2f} nats"]

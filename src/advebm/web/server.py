@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # as visitors write them; "[": older Starlettes cut at a colon
 WAITING = 32  # visitors' jobs at most in the queue
 AT_ONCE = 4  # of one kind under way; searches on one model take turns all the same
 
@@ -35,7 +36,7 @@ HEADERS = {
         "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'; form-action 'self'; object-src 'none'"
     ),
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with "no-referrer" some browsers keep from us where a request comes from
 }
 
 
@@ -56,7 +57,7 @@ def open_studios(folders: Sequence[Path], *, checkpoint: str = "latest", device:
     return studios
 
 
-def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[str] = LOOPBACK) -> "FastAPI":
+def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[str] = NAMES) -> "FastAPI":
     """The page as an ASGI application.
 
     Args:
@@ -93,7 +94,7 @@ def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[
 
 
 class Guard:
-    """Adds :data:`HEADERS` to every answer."""
+    """Adds :data:`HEADERS` to every answer, and refuses what a page elsewhere has a visitor's browser send."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -108,7 +109,19 @@ class Guard:
                 event = {**event, "headers": [*event["headers"], *more]}
             await send(event)
 
-        await self.app(scope, receive, guarded)
+        given = {name.lower(): value for name, value in scope.get("headers", ())}
+        origin = given.get(b"origin")
+        own = origin is None or origin.rpartition(b"//")[2].lower() == given.get(b"host", b"").lower()
+        if own or scope.get("method") in ("GET", "HEAD"):
+            await self.app(scope, receive, guarded)
+            return
+        await guarded({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+        await guarded({"type": "http.response.body", "body": b"asked for by another page"})
+
+
+def address(host: str, port: int) -> str:
+    """What visitors type."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def check_free(host: str, port: int) -> None:
@@ -148,9 +161,9 @@ def serve(folders: Sequence[Path], *, host: str, port: int, checkpoint: str, dev
         raise UserError("the page needs Gradio: pip install 'advebm[app]'") from None
     studios = open_studios(folders, checkpoint=checkpoint, device=device)
     with own_folder() as folder:
-        app = application(studios, folder, hosts=LOOPBACK if host in LOOPBACK else ("*",))
+        app = application(studios, folder, hosts=NAMES if host in LOOPBACK else ("*",))
         if host not in LOOPBACK:
             say(f"everyone who reaches {host} can use the page")
         logging.getLogger("uvicorn.error").addFilter(lambda r: not (r.exc_info and r.exc_info[0] is CancelledError))
-        say(f"http://{host}:{port}  ready after {time.perf_counter() - begun:.1f} s; Ctrl-C ends it")
+        say(f"{address(host, port)}  ready after {time.perf_counter() - begun:.1f} s; Ctrl-C ends it")
         uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)

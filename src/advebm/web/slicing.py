@@ -104,7 +104,7 @@ def cut(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, jo
     where = "middle" if through == "path" else "end"
     note = (
         f"{symbol} within {reach:.2g} pixels of [0, 1], l2, of the {where} of the path; "
-        f"the plane holds {100 * plane.share:.0f} % of the path's squared length"
+        f"the plane holds {100 * plane.share:.0f} % of the path's squared distances from there"
     )
     return Sliced(drawn(values, reach, plane.at, symbol), film, note)
 

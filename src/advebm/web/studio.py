@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from advebm.data.sources import to_float
 from advebm.drawing import others
 from advebm.errors import UserError, unknown
 from advebm.generation import dealt
-from advebm.metrics.base import device_of
+from advebm.metrics.base import device_of, together
 from advebm.models.network import Network
 from advebm.modes import searching
 from advebm.samplers import Ascent, Sampler, marginal
@@ -40,8 +40,12 @@ class Studio:
     """
 
     def __init__(self, title: str, run: Run, *, checkpoint: str = "latest", device: str = "cpu") -> None:
-        self.title, self.run, self.data = title, run, run.recipe.data.load()
         self.model: Network = run.model(checkpoint)[0].to(device).requires_grad_(False)
+        if self.model.encoder:
+            raise UserError(
+                f"{run.folder} is an encoder, which has no logits; probe it first: advebm probe {run.folder}"
+            )
+        self.title, self.run, self.data = title, run, run.recipe.data.load()
         with searching(self.model) as f, torch.no_grad():
             self.critic = f(torch.rand(2, *self.data.shape, device=device)).numel() == 2
         self._checkpoint = run.checkpoints.path(checkpoint).name
@@ -108,7 +112,7 @@ class Studio:
         found = [own]
         for kind in config.KINDS["sampler"]:
             sampler = config.build(kind, "sampler")
-            fits = not self.critic or not sampler.conditional
+            fits = not sampler.encoder and not (self.critic and sampler.conditional)
             if kind != own and fits:
                 found.append(kind)
         return found
@@ -150,22 +154,25 @@ class Studio:
 
     # What the model says, within a search -------------------------------------------------------------------------
 
+    def said(self, say: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """``say(f, …)`` of images (B, C, H, W) and what goes with each, as many at once as their size allows."""
+        size = together(self.data.shape)
+        with searching(self.model) as f, torch.no_grad():
+            parts = zip(*(values.to(self.device).split(size) for values in given), strict=True)
+            return torch.cat([say(f, *part).cpu() for part in parts])
+
     def energy(self, x: Tensor) -> Tensor:
         """``E(x)`` (B,) of images, on the CPU."""
-        with searching(self.model) as f, torch.no_grad():
-            return marginal(f)(x.to(self.device)).cpu()
+        return self.said(lambda f, z: marginal(f)(z), x)
 
     def probabilities(self, x: Tensor) -> Tensor:
         """``p(y|x)`` (B, K) of a classifier, on the CPU."""
-        with searching(self.model) as f, torch.no_grad():
-            return f(x.to(self.device)).softmax(1).cpu()
+        return self.said(lambda f, z: f(z).softmax(1), x)
 
     def joint(self, x: Tensor, y: Tensor) -> Tensor:
         """``E(x, y)`` (B,) of a classifier, on the CPU."""
-        with searching(self.model) as f, torch.no_grad():
-            return energies.joint(f(x.to(self.device)), y.to(self.device)).cpu()
+        return self.said(lambda f, z, k: energies.joint(f(z), k), x, y)
 
     def descended(self, sampler: Sampler, x: Tensor, y: Tensor) -> Tensor:
         """The energy (B,) that a sampler descends, on the CPU."""
-        with searching(self.model) as f, torch.no_grad():
-            return sampler.energy(f, y.to(self.device))(x).cpu()
+        return self.said(lambda f, z, k: sampler.energy(f, k)(z), x, y)
