@@ -218,6 +218,7 @@ def test_another_model(page, served):
     field = page.find_element(By.CSS_SELECTOR, "input[aria-label=model]")
     page.execute_script("window.scrollTo(0, 0)")
     before = page.find_element(By.CSS_SELECTOR, ".about").text
+    until(lambda: not page.find_elements(By.CSS_SELECTOR, ".toast-messages > *"))  # of the test before, over the field
     field.click()
     options = until(lambda: page.find_elements(By.CSS_SELECTOR, "[role=option]"))
     options[-1].click()
