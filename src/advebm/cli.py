@@ -495,9 +495,6 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.compare:
         chosen = {method: _settled(run, method, overrides, args) for method in args.compare.split(",")}
         samplers = {method: sampler for method, (sampler, _) in chosen.items()}
-        for method, (_, about) in chosen.items():
-            if about:
-                screen.print(f"  {method}: settings of tune-sampler; --untuned takes the recipe's")
         if len({sampler.start for sampler in samplers.values()}) > 1:
             starts = ", ".join(f"{method} from {sampler.start}" for method, sampler in samplers.items())
             screen.print(f"  seeds differ: {starts}; --sampler.start sets all")
@@ -510,8 +507,6 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
         print(path)
         return
     sampler, about = _settled(run, args.method, overrides, args)
-    if about:
-        screen.print("  settings of tune-sampler; --untuned takes the recipe's")
     if sampler.fit == "test":
         warnings.warn(leak, stacklevel=1)
     print(draw(run, args.name or set_name(sampler), sampler, args.per_class, about=about, **options) / "grid.png")
@@ -561,6 +556,7 @@ def _settled(
 ) -> tuple[Any, dict[str, Any]]:
     """The same, with what ``tune-sampler`` found for that method and start; and how, where it did."""
     from advebm import config
+    from advebm.console import screen
     from advebm.training.recipe import resolve
     from advebm.tuning import tuned
 
@@ -571,6 +567,7 @@ def _settled(
     if how["checkpoint"] != run.checkpoints.path(args.checkpoint).name:
         warnings.warn(f"tune-sampler looked at checkpoint {how['checkpoint']}; its settings are left", stacklevel=1)
         return sampler, {}
+    screen.print(f"  {f'{method}: ' if args.compare else ''}settings of tune-sampler; --untuned takes the recipe's")
     plain = {**config.describe(run.recipe), "sampler": config.describe(best)}
     return resolve(plain, overrides).sampler, {"tuned": {**how, "changed": [name for name, _ in overrides]}}
 

@@ -29,6 +29,7 @@ from advebm.models.inference import View, Way
 from advebm.models.network import Network
 from advebm.samplers import Sampler
 from advebm.starts import Start
+from advebm.training import checkpoint
 from advebm.training.run import Run, sole
 
 
@@ -70,12 +71,11 @@ class Drawing:
 
     def plan(self) -> dict[str, Any]:
         """Everything that decides the images."""
-        weights = files.read_json(Run.open(self.run).checkpoints.path(self.checkpoint) / "state" / "sha256.json")
         return {
             "sampler": config.describe(self.sampler),
             "seed": self.seed,
             "checkpoint": self.checkpoint,
-            "weights": weights.get("ema.safetensors", weights["model.safetensors"]),
+            "weights": checkpoint.weights(Run.open(self.run).checkpoints.path(self.checkpoint)),
             "per_class": self.per_class,
             "classes": None if self.classes is None else list(self.classes),
             "chunk": CHUNK,

@@ -1,6 +1,5 @@
 """Edits with a run's model, of images that somebody hands in or of its data, and a folder with what came of them."""
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +16,13 @@ from advebm.apps import Compose, Edit, Edited, Inpaint, Interpolate, Upsample, b
 from advebm.data.decode import open_image, open_mask
 from advebm.data.files import picture_files
 from advebm.data.sources import Data
+from advebm.descent import repeated
 from advebm.drawing import others
 from advebm.errors import UserError, unknown
 from advebm.generation import to_bytes
 from advebm.metrics.base import device_of, together
 from advebm.metrics.restoration import fidelity, middle, spoilt
+from advebm.training import checkpoint
 from advebm.training.run import Run
 
 TILE = 96  # pixels of an image in the picture that an edit leaves
@@ -237,14 +238,10 @@ def find_class(data: Data, text: str) -> int | None:
     raise unknown("class", text, data.classes)
 
 
-def weights_of(run: Run, checkpoint: str) -> dict[str, str]:
+def weights_of(run: Run, which: str) -> dict[str, str]:
     """A run's checkpoint and the sha256 of the weights that are used."""
-    path = run.checkpoints.path(checkpoint)
-    known = files.read_json(path / "state" / "sha256.json", default={})
-    sha = known.get("ema.safetensors", known.get("model.safetensors"))
-    name = "ema.safetensors" if (path / "ema.safetensors").exists() else "model.safetensors"
-    sha = sha or hashlib.sha256((path / name).read_bytes()).hexdigest()
-    return {"run": str(run.folder.resolve()), "checkpoint": path.name, "weights": sha}
+    path = run.checkpoints.path(which)
+    return {"run": str(run.folder.resolve()), "checkpoint": path.name, "weights": checkpoint.weights(path)}
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -322,7 +319,6 @@ def panel(method: Edit, given: Tensor, edited: Edited) -> Tensor:
         return edited.x.view(-1, method.count, *edited.x.shape[1:])
     shown = given
     if given.shape != edited.x.shape:
-        factor = edited.x.shape[-1] // given.shape[-1]
-        shown = given.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        shown = repeated(given, edited.x.shape[-1] // given.shape[-1])
     begun = edited.begin if isinstance(method, Upsample) else shown
     return torch.stack([shown, edited.x, 0.5 + (edited.x - begun) / 2], 1)[:20]

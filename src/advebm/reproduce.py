@@ -579,9 +579,14 @@ def cem_figure1(runs: Mapping[str, Run]) -> bytes:
     return pictures.stacked([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips])
 
 
+def distances(results: Mapping[str, Records]) -> dict[str, tuple[float, float]]:
+    """FD and its error of each row that has one."""
+    return {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if r["name"].startswith("FD")}
+
+
 def winners(results: Mapping[str, Records]) -> list[str]:
     """For each network and kind of start, which sampler is nearest to the data, and by how much; in FD."""
-    fd = {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if r["name"].startswith("FD")}
+    fd = distances(results)
     lines = []
     for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd if ALONE not in title):
         rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and ALONE not in t}
@@ -595,7 +600,7 @@ def winners(results: Mapping[str, Records]) -> list[str]:
 
 def unsupervised_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
     """FD of every row of the table, and what follows from it."""
-    fd = {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if r["name"].startswith("FD")}
+    fd = distances(results)
     return {". ".join(winners(results)): figures.bars(fd, "FD in the features of a standard classifier")}
 
 

@@ -178,6 +178,12 @@ def _pack(state: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def weights(path: Path) -> str:
+    """The sha256 of the weights that a model of a whole checkpoint has: the averaged ones where there are any."""
+    digests = files.read_json(path / "state" / "sha256.json")
+    return digests.get("ema.safetensors", digests["model.safetensors"])
+
+
 def _digest(path: Path) -> str:
     sha = hashlib.sha256()
     with path.open("rb") as file:
