@@ -4236,6 +4236,21 @@ MUTANTS = [
         "web",
     ),
     Mutant("fix: addresses without brackets", "web/server.py", 'if ":" in host else', 'if "[" in host else', "web"),
+    # Labels taken away
+    Mutant(
+        "unlabelled: labels kept",
+        "data/sources.py",
+        "Images(part.x, torch.full_like(part.y, -1))",
+        "Images(part.x, part.y)",
+        "contrastive",
+    ),
+    Mutant(
+        "unlabelled: seeds of classes",
+        "training/recipe.py",
+        'start = "global" if self.sampler.start == "class" else self.sampler.start',
+        "start = self.sampler.start",
+        "contrastive",
+    ),
 ]
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from advebm import config, energies, recipes, seeds
+from advebm import cli, config, energies, recipes, seeds
 from advebm.attacks.projected import Attack
 from advebm.data.augment import Augment
 from advebm.data.sources import Augmentations, Digits, Images
@@ -36,6 +36,7 @@ from advebm.training.engine import Engine
 from advebm.training.instruments import passes
 from advebm.training.loop import train
 from advebm.training.recipe import design, resolve
+from advebm.training.run import Run
 from tests.references import contrastive as reference
 
 TINY = {"outputs": 5, "temperature": 0.4}
@@ -559,6 +560,31 @@ def test_labels_make_no_difference(tmp_path):
     judged = [[line for line in run.history() if "val/loss" in line] for run in runs]
     assert judged[0] == judged[1]
     assert runs[0].checkpoints.path("best").name == runs[1].checkpoints.path("best").name
+
+
+def test_the_command_line_takes_labels_away(tmp_path, capsys):
+    """The weights of a run with labels, and a run that no labels can be had from."""
+    short = ["--train.images=512", "--train.batch=128", "--backbone.width=6", "--objective.hidden=16", "--device=cpu"]
+    short.append("--sampler.start=class")
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    assert cli.main(["train", "--recipe=digits-infonce", f"--out={whole}", *short]) == 0
+    assert cli.main(["train", "--recipe=digits-infonce", f"--out={bare}", "--labels=none", *short]) == 0
+    runs = Run.open(whole), Run.open(bare)
+    assert same(weights(runs[0]), weights(runs[1]))
+    data = runs[1].recipe.data.load()
+    assert data.classes == ("unlabelled",)
+    for split, labelled in zip(data[2:], runs[0].recipe.data.load()[2:], strict=True):
+        assert torch.equal(split.x, labelled.x)
+        assert (split.y == -1).all()
+    assert runs[0].recipe.sampler.start == "class"
+    assert cli.main(["sample", str(bare), "--per-class=8", "--steps=1"]) == 0
+    assert (bare / "samples" / "maxent-global" / "manifest.json").exists()
+    capsys.readouterr()
+    assert cli.main(["probe", str(bare)]) != 0
+    assert "has none" in capsys.readouterr().err
+    assert cli.main(["train", "--recipe=digits-at", "--labels=none", f"--out={tmp_path / 'at'}"]) != 0
+    assert "AT needs labels; leave --labels out" in capsys.readouterr().err
+    assert not (tmp_path / "at").exists()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,6 +127,8 @@ def build_parser() -> Parser:
         sub.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
         sub.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {WAYS}; --train.fast")
         sub.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
+    train.add_argument("--labels", choices=("none",), help="none: train an encoder or a critic on the images alone")
+    whole.set_defaults(labels=None)  # what it measures needs them
     whole.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
     whole.add_argument("--features", metavar="RUN", help=JUDGES)
 
@@ -424,7 +426,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
     from advebm.training.run import Run, new_folder
 
     if args.resume is not None:
-        if overrides or args.out or args.init or args.model or args.fast or args.seed is not None:
+        if overrides or args.out or args.init or args.model or args.fast or args.labels or args.seed is not None:
             raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
         recipe, folder = Run.open(args.resume).recipe, args.resume
     else:
@@ -439,6 +441,8 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
             overrides = [*overrides, ("train.fast", args.fast)]
         given = {"seed": args.seed, "init": args.init}
         recipe = resolve({**plain, **{k: v for k, v in given.items() if v is not None}}, overrides)
+        if args.labels == "none":
+            recipe = recipe.unlabelled()
         folder = args.out or new_folder(Path("runs"), recipe.name)
     if args.print_config:
         print(dump(recipe), end="")

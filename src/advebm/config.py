@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, str]] = {
         "npz": "advebm.data.files:Npz",
         "hf": "advebm.data.files:HubImages",
         "part": "advebm.data.sources:Part",
+        "unlabelled": "advebm.data.sources:Unlabelled",
         "classes": "advebm.data.sources:Classes",
         "patches": "advebm.data.outside:Patches",
         "noise": "advebm.data.outside:NoiseImages",

@@ -15,11 +15,10 @@ from torch import Tensor
 from advebm.config import check_choices
 from advebm.data.augment import Augment
 from advebm.data.decode import Corrupt, cached, decode
-from advebm.data.sources import Augmentations, Data, Images, gather, partition
+from advebm.data.sources import UNLABELLED, Augmentations, Data, Images, gather, partition
 from advebm.errors import UserError
 
 NATURAL = Augmentations(x=Augment(crop=4, flip=True))
-UNLABELLED = ("unlabelled",)  # the classes of images that have none
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image"), ("label", "fine_label", "labels")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 

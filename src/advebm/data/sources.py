@@ -11,6 +11,8 @@ from advebm import seeds
 from advebm.data.augment import Augment
 from advebm.errors import UserError
 
+UNLABELLED = ("unlabelled",)  # the classes of images that have none
+
 
 @dataclass(frozen=True)
 class Images:
@@ -155,6 +157,27 @@ class Part:
         data = self.source.load()
         parts = partition([data.train], len(data.classes), (self.share,), self.split_seed)
         return data._replace(train=parts[self.rest])
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Another source's images without their labels: every label is -1, and what needs one refuses them.
+
+    The images and their splits are the source's, as are their training order and augmentation.
+    """
+
+    source: Source = Digits()
+
+    @property
+    def augment(self) -> Augmentations:
+        """The source's."""
+        return self.source.augment
+
+    def load(self) -> Data:
+        """The source's data, all of one class that has no members."""
+        data = self.source.load()
+        train, val, test = (Images(part.x, torch.full_like(part.y, -1)) for part in (data.train, data.val, data.test))
+        return Data(data.name, UNLABELLED, train, val, test)
 
 
 @dataclass(frozen=True)

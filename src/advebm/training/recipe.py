@@ -9,7 +9,7 @@ import yaml
 
 from advebm import config, recipes
 from advebm.attacks.projected import Attack
-from advebm.data.sources import Data, Source
+from advebm.data.sources import Data, Source, Unlabelled
 from advebm.errors import UserError
 from advebm.metrics.base import Metric
 from advebm.models.inference import Precision, Way
@@ -152,6 +152,19 @@ class Recipe:
                 f"sampler {method} draws from classes, and objective {kind} trains a critic, which has none; "
                 "give --sampler ascent or langevin"
             )
+
+    def unlabelled(self) -> "Recipe":
+        """The same on images whose labels are removed, with one Gaussian of all as the seeds instead of one a class.
+
+        Raises:
+            UserError: the objective needs labels.
+        """
+        if "labels" in self.objective.needs:
+            raise UserError(f"objective {type(self.objective).__name__} needs labels; leave --labels out")
+        start = "global" if self.sampler.start == "class" else self.sampler.start
+        sampler = dataclasses.replace(self.sampler, start=start)
+        before = tuple(stage.unlabelled() for stage in self.before)
+        return dataclasses.replace(self, data=Unlabelled(self.data), sampler=sampler, before=before)
 
 
 def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
