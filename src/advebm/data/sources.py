@@ -126,7 +126,19 @@ class Digits:
 
 
 @dataclass(frozen=True)
-class Part:
+class Derived:
+    """Images made from another source's, augmented as those are."""
+
+    source: Source = Digits()
+
+    @property
+    def augment(self) -> Augmentations:
+        """The source's."""
+        return self.source.augment
+
+
+@dataclass(frozen=True)
+class Part(Derived):
     """A share of another source's training images, or the rest of them, for images whose labels are hidden.
 
     ``--data part --extra part --extra.rest true`` trains on one half with labels and on the other without.
@@ -138,7 +150,6 @@ class Part:
         split_seed: decides which ones.
     """
 
-    source: Source = Digits()
     share: float = 0.5
     rest: bool = False
     split_seed: int = 0
@@ -146,11 +157,6 @@ class Part:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise UserError(f"share lies in (0, 1), got {self.share}")
-
-    @property
-    def augment(self) -> Augmentations:
-        """The source's."""
-        return self.source.augment
 
     def load(self) -> Data:
         """The source's data with fewer training images."""
@@ -160,18 +166,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Unlabelled:
+class Unlabelled(Derived):
     """Another source's images without their labels: every label is -1, and what needs one refuses them.
 
     The images and their splits are the source's, as are their training order and augmentation.
     """
-
-    source: Source = Digits()
-
-    @property
-    def augment(self) -> Augmentations:
-        """The source's."""
-        return self.source.augment
 
     def load(self) -> Data:
         """The source's data, all of one class that has no members."""
@@ -181,7 +180,7 @@ class Unlabelled:
 
 
 @dataclass(frozen=True)
-class Classes:
+class Classes(Derived):
     """Some of another source's classes, or the others: for what is to be unseen, down to its kind.
 
     ``--outside classes --outside.source cifar100 --outside.count 80`` trains against 80 classes; the 20 others, with
@@ -194,7 +193,6 @@ class Classes:
         split_seed: decides which ones.
     """
 
-    source: Source = Digits()
     count: int = 5
     rest: bool = False
     split_seed: int = 0
@@ -202,11 +200,6 @@ class Classes:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UserError(f"count is at least 1 class, got {self.count}")
-
-    @property
-    def augment(self) -> Augmentations:
-        """The source's."""
-        return self.source.augment
 
     def load(self) -> Data:
         """Every split with the images of these classes alone, which are numbered anew."""
