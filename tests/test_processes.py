@@ -19,6 +19,7 @@ from torch import nn
 
 from advebm import cli, modes, processes
 from advebm.errors import UserError
+from advebm.training import loop
 from advebm.training.engine import Engine
 from advebm.training.loop import train
 from advebm.training.recipe import dump
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Work(NamedTuple):
-    """What two processes did, what one did, and what was known of it; and of a job one of whose processes was killed."""
+    """What two processes did, what one did, and what they know of it; and how a job ended that lost a process."""
 
     two: Path
     one: Path
@@ -84,7 +85,7 @@ def work(tmp_path_factory) -> Work:
     config = folder / "stopped.yaml"
     config.write_text(dump(together.stopped()))
     killed = kill_one(two / "killed", config)
-    assert int(Run.open(two / "killed").checkpoints.latest()) < 2_400, "killed too late to show anything"
+    assert int(Run.open(two / "killed").checkpoints.latest()) < 960, "killed too late to show anything"
     with pytest.raises(
         UserError, match=r"trained by 2 processes so far, and there is 1.*torchrun --nproc-per-node 2 -m"
     ):
@@ -142,6 +143,10 @@ def test_all_begin_with_the_weights_of_the_main_process(work):
     assert work.known[0]["shared"] == work.known[1]["shared"] == [0, 1]
 
 
+def test_gathered_rows_begin_with_the_own_ones(work):
+    assert [known["rows"] for known in work.known] == [[0, 1], [1, 0]]
+
+
 def test_each_half_of_an_encoder_has_moved_its_statistics(work):
     run = Run.open(work.two / "acl")
     state = load_file(run.checkpoints.path() / "model.safetensors")
@@ -149,13 +154,14 @@ def test_each_half_of_an_encoder_has_moved_its_statistics(work):
     assert pairs
     assert all(a.abs().max() > 0 and not torch.equal(a, b) for a, b in pairs)
     assert [line["images"] for line in run.history() if "val/loss" in line] == [160, 320]
+    assert not (work.two / "elsewhere").exists(), "the folder is the main process's"
 
 
 @pytest.mark.parametrize("name", ["stopped", "killed"])
 def test_two_processes_go_on_to_the_bytes_of_an_uninterrupted_run(work, name):
     """After SIGTERM to one of them, and after one of them was killed: weights, averages, chains, optimiser, logs."""
     whole, other = (Run.open(work.two / n) for n in ("whole", name))
-    assert len(whole.history()) > 10
+    assert len(whole.history()) == 9
     for path in sorted(whole.checkpoints.path().rglob("*")):
         twin = other.checkpoints.path() / path.relative_to(whole.checkpoints.path())
         if path.is_file() and path.name not in ("progress.json", "sha256.json"):
@@ -183,19 +189,21 @@ def test_a_killed_process_ends_the_job_with_a_message(work):
 
 def test_processes_share_the_chunks_of_a_set(work):
     assert [known["chunks"] for known in (*work.known, work.alone)] == [2, 1, 3]
-    (folder,) = (work.one / "at" / "samples").iterdir()
+    (folder,) = (work.one / "batch norm" / "samples").iterdir()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".npz", ".png", ".json"):
-            assert (work.two / "at" / "samples" / folder.name / path.name).read_bytes() == path.read_bytes(), path.name
+            assert (work.two / "batch norm" / "samples" / folder.name / path.name).read_bytes() == path.read_bytes(), (
+                path.name
+            )
 
 
 def test_processes_share_the_batches_of_attacks(work):
     """Seven and fewer batches a run, the odd one the main process's; the verdicts are those of one."""
     assert work.known[0]["broken"] == work.known[1]["broken"] == work.alone["broken"]
-    assert {-1, 0} < set(work.alone["broken"]["pgd"]), "some stand, some are wrong, some fall"
+    assert {-1, 0, 1} == set(work.alone["broken"]["pgd"]), "some stand, some are wrong, some fall"
     mine, other = (known["batches"] for known in work.known)
     assert mine + other == work.alone["batches"]
-    assert other <= mine < other + 10
+    assert mine > other > 3
     kept = [{p.name: p.read_bytes() for p in (f / "verdicts").rglob("*.json")} for f in (work.two, work.one)]
     assert kept[0] == kept[1]
 
@@ -206,12 +214,12 @@ def test_the_main_process_writes_and_speaks(work):
         assert status == status_1 == 0
         assert printed
         assert printed_1 == ""
-    records = [Run.open(folder / "at").records() for folder in (work.two, work.one)]
+    records = [Run.open(folder / "batch norm").records() for folder in (work.two, work.one)]
     plain = [[{k: v for k, v in record.items() if k != "time"} for record in found] for found in records]
     assert len(plain[0]) == len(plain[1]) > 2
     for record, other in zip(*plain, strict=True):
         assert record.pop("value") == pytest.approx(other.pop("value"), abs=1e-6)
-    lines = [[line["images"] for line in Run.open(f / "at").history()] for f in (work.two, work.one)]
+    lines = [[line["images"] for line in Run.open(f / "batch norm").history()] for f in (work.two, work.one)]
     assert lines[0] == lines[1] == [160, 320, 320]
 
 
@@ -279,6 +287,17 @@ def test_a_run_of_one_process_is_not_gone_on_with_by_two(small_run, monkeypatch)
     with pytest.raises(UserError, match=r"trained by 1 process so far, and there are 2.*: advebm train --resume"):
         small_run.check_processes(2)
     small_run.check_processes(1)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    """A terminal's interrupt reaches a process from torchrun, too; one that comes later acts at once."""
+    with loop.stopping() as signalled:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert signalled()
+        monkeypatch.setattr(loop, "TWICE", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_statistics_move_by_the_mean_of_the_streams():
