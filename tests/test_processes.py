@@ -221,6 +221,8 @@ def test_the_main_process_writes_and_speaks(work):
         assert record.pop("value") == pytest.approx(other.pop("value"), abs=1e-6)
     lines = [[line["images"] for line in Run.open(f / "batch norm").history()] for f in (work.two, work.one)]
     assert lines[0] == lines[1] == [160, 320, 320]
+    made = [json.loads((f / "at" / "env.json").read_text())["processes"] for f in (work.two, work.one)]
+    assert made == [2, 1]
 
 
 # One process that is told of others ----------------------------------------------------------------------------------

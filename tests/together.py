@@ -71,11 +71,14 @@ def objectives() -> dict[str, Recipe]:
         "objective.curriculum.window": 32,
         "objective.step_size": 0.3,
     }
+    fixed = {"objective.curriculum.start": 3}
     return {
         "at": make("digits-at", {**plain, **L2, **ADAM}),
         "trades": make("digits-trades", {**plain, **L2, **ADAM}),
         "jem": make("digits-jem", {**plain, **chains}),
         "binary-at": make("digits-binary-at", {**plain, **curve, "objective.curriculum.images_per_step": 64}),
+        "at, one stream": make("digits-at", {**plain, **L2, **ADAM, "objective.attack.start": "clean"}),
+        "binary-at, one stream": make("digits-binary-at", {**plain, **curve, **fixed}),
         "nt-xent": encoder(objective__consistency=1.0),
         "infonce": encoder(objective__form="infonce", objective__temperature=0.1),
         "drift": encoder(objective__langevin=0.0),
@@ -132,7 +135,7 @@ def work(folder: Path, engine: Engine) -> dict[str, object]:
         return call
 
     for name, recipe in objectives().items():
-        one = alone and recipe.objective.hidden is not None  # which takes its streams at once
+        one = alone and (recipe.objective.hidden is not None or "one stream" in name)  # a batch at once, not in shares
         recipe = replace(recipe, train=replace(recipe.train, streams=1)) if one else recipe
         train(recipe, folder / name, device="cpu")
     draw, attacked = drawing.Desk.draw, verdicts._attacked

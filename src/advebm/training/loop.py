@@ -107,7 +107,7 @@ def train(
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("the network has no parameters to train")
     if not resume and engine.main:  # from here on nothing is wrong with what was asked for
-        Run.create(folder, recipe, environment(engine.device))
+        Run.create(folder, recipe, {**environment(engine.device), "processes": engine.world})
     engine.barrier()
     run = Run.open(folder)
     if run.stopped_early:
