@@ -29,6 +29,103 @@ from tests import together
 ROOT = Path(__file__).parent.parent
 
 
+# One process that is told of others ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """As if this were the second of two processes."""
+    for name, value in {"LOCAL_RANK": 1, "RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(cli, "GRACE", 0.0)
+
+
+def test_other_commands_take_one_process(second, monkeypatch, capsys, small_run):
+    for words, what in (
+        (["demo"], "demo takes one process, and there are 2"),
+        (["report", "RUN"], "report takes one process"),
+        (["reproduce", "digits-at"], "reproduce takes one process"),
+        (["sample", str(small_run.folder), "--compare", "cs,ta"], "--compare and --processes take one process"),
+        (["sample", str(small_run.folder), "--processes", "2"], "--compare and --processes take one process"),
+        (["evaluate", "--model", "x", "--data", "digits"], "--model makes a run, which takes one process"),
+    ):
+        assert cli.main(words) == 2
+        assert f"advebm: process 1: error: {what}" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["demo"]) == 2
+    assert capsys.readouterr().err.startswith("advebm: error: demo takes one process")
+
+
+def test_only_the_main_process_prints(second, monkeypatch, capsys):
+    assert cli.main(["train", "--recipe", "digits-at", "--print_config"]) == 0
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["train", "--recipe", "digits-at", "--print_config"]) == 0
+    assert "digits-at" in capsys.readouterr().out
+
+
+def test_how_processes_are_started(monkeypatch):
+    assert processes.launched() == (0, 1)
+    assert processes.command(1) == "advebm"
+    assert processes.command(2) == "torchrun --nproc-per-node 2 -m advebm"
+    for name, value in {"LOCAL_RANK": 3, "RANK": 11, "WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    assert processes.launched() == (11, 16)
+    assert processes.command(16) == "torchrun --nnodes 2 --nproc-per-node 8 -m advebm"
+    monkeypatch.delenv("LOCAL_RANK")
+    assert processes.launched() == (0, 1), "a cluster's variables are not torchrun's"
+
+
+def test_streams_are_shared_evenly():
+    engine = Engine("cpu")
+    engine.world, engine.rank = 2, 1
+    assert list(engine.owned(6)) == [3, 4, 5]
+    with pytest.raises(UserError, match=r"2 processes cannot share 3 streams evenly; set --train.streams 2, or a mult"):
+        engine.owned(3)
+
+
+def test_a_finished_run_may_be_opened_by_any_number(small_run):
+    small_run.check_processes(4)
+
+
+def test_a_run_of_one_process_is_not_gone_on_with_by_two(small_run, monkeypatch):
+    monkeypatch.setattr(Run, "finished", False)
+    with pytest.raises(UserError, match=r"trained by 1 process so far, and there are 2.*: advebm train --resume"):
+        small_run.check_processes(2)
+    small_run.check_processes(1)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    """A terminal's interrupt reaches a process from torchrun, too; one that comes later acts at once."""
+    with loop.stopping() as signalled:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert signalled()
+        monkeypatch.setattr(loop, "TWICE", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_statistics_move_by_the_mean_of_the_streams():
+    """From the batch's beginning in each stream; what is not moved keeps every bit, and counts are of batches."""
+    norm = nn.BatchNorm1d(3, momentum=0.1).double()
+    norm.register_buffer("constant", torch.tensor(1 / 3))
+    x = torch.rand(3, 5, 3, dtype=torch.float64)
+    statistics = modes.Statistics(norm)
+    for part in x:
+        norm(part)
+        statistics.next()
+        assert torch.equal(norm.running_mean, torch.zeros(3))
+    statistics.settle()
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 1)))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var(1).mean(0))
+    assert norm.num_batches_tracked == 1
+    assert torch.equal(norm.constant, torch.tensor(1 / 3))
+
+
+# Two processes --------------------------------------------------------------------------------------------------------
+
+
 class Work(NamedTuple):
     """What two processes did, what one did, and what they know of it; and how a job ended that lost a process."""
 
@@ -67,13 +164,13 @@ def environ(pid: int) -> list[str]:
 def kill_one(folder: Path, config: Path) -> tuple[int, str, str]:
     """Train under torchrun until something is saved, and kill the second process."""
     job = launch("-m", "advebm", "train", "--config", config, "--out", folder)
-    latest, deadline = folder / "checkpoints" / "LATEST", time.monotonic() + 120
+    latest, deadline = folder / "checkpoints" / "LATEST", time.monotonic() + 300
     while not (latest.exists() and int(latest.read_text() or 0) >= 160):
         assert job.poll() is None, job.stderr.read()
-        assert time.monotonic() < deadline, "no checkpoint in two minutes"
+        assert time.monotonic() < deadline, "no checkpoint in five minutes"
         time.sleep(0.01)
     os.kill(workers(job.pid)[1], signal.SIGKILL)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=300)
     return job.returncode, out, err
 
 
@@ -92,7 +189,7 @@ def work(tmp_path_factory) -> Work:
         train(together.stopped(), two / "killed", resume=True, device="cpu")
     job = launch("-m", "tests.together", two)
     alone = together.work(one, Engine("cpu"))
-    _, err = job.communicate(timeout=200)
+    _, err = job.communicate(timeout=500)
     assert job.returncode == 0, err
     known = [json.loads((two / f"known-{rank}.json").read_text()) for rank in range(2)]
     return Work(two, one, known, alone, killed)
@@ -115,16 +212,22 @@ def test_two_processes_train_as_one(work, name):
     """Weights, averaged weights, statistics, chains and what is logged, after 20 steps in float64."""
     two, one = (Run.open(folder / name) for folder in (work.two, work.one))
     theirs, ours = saved(two.folder), saved(one.folder)
+    other = ("perf/img_per_s",)
+    if "one stream" in name:  # what is of a stream is not of a batch
+        theirs, ours = ({k: v for k, v in found.items() if "stream" not in k} for found in (theirs, ours))
+        other = ("perf", "shift", "train/auroc")
     assert theirs.keys() == ours.keys()
     assert theirs["model head.weight" if "model head.weight" in ours else "model head.0.weight"].dtype == torch.float64
     for key, value in ours.items():
         torch.testing.assert_close(theirs[key], value, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
     first = load_file(one.checkpoints.path("0") / "model.safetensors")
     assert max((ours[f"model {k}"] - v).abs().max().item() for k, v in first.items()) > 1e-3, "it has learnt"
-    lines = [[{k: v for k, v in line.items() if k != "perf/img_per_s"} for line in run.history()] for run in (two, one)]
+    lines = [
+        [{k: v for k, v in line.items() if not k.startswith(other)} for line in run.history()] for run in (two, one)
+    ]
     assert len(lines[0]) == len(lines[1]) == 3
-    for line, other in zip(*lines, strict=True):
-        assert line == pytest.approx(other, abs=1e-5)
+    for line, same in zip(*lines, strict=True):
+        assert line == pytest.approx(same, abs=1e-5)
 
 
 def test_a_parameter_that_a_branch_leaves_out_has_no_gradient(work):
@@ -223,97 +326,3 @@ def test_the_main_process_writes_and_speaks(work):
     assert lines[0] == lines[1] == [160, 320, 320]
     made = [json.loads((f / "at" / "env.json").read_text())["processes"] for f in (work.two, work.one)]
     assert made == [2, 1]
-
-
-# One process that is told of others ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def second(monkeypatch):
-    """As if this were the second of two processes."""
-    for name, value in {"LOCAL_RANK": 1, "RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(cli, "GRACE", 0.0)
-
-
-def test_other_commands_take_one_process(second, monkeypatch, capsys, small_run):
-    for words, what in (
-        (["demo"], "demo takes one process, and there are 2"),
-        (["report", "RUN"], "report takes one process"),
-        (["reproduce", "digits-at"], "reproduce takes one process"),
-        (["sample", str(small_run.folder), "--compare", "cs,ta"], "--compare and --processes take one process"),
-        (["sample", str(small_run.folder), "--processes", "2"], "--compare and --processes take one process"),
-        (["evaluate", "--model", "x", "--data", "digits"], "--model makes a run, which takes one process"),
-    ):
-        assert cli.main(words) == 2
-        assert f"advebm: process 1: error: {what}" in capsys.readouterr().err
-    monkeypatch.setenv("RANK", "0")
-    assert cli.main(["demo"]) == 2
-    assert capsys.readouterr().err.startswith("advebm: error: demo takes one process")
-
-
-def test_only_the_main_process_prints(second, monkeypatch, capsys):
-    assert cli.main(["train", "--recipe", "digits-at", "--print_config"]) == 0
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setenv("RANK", "0")
-    assert cli.main(["train", "--recipe", "digits-at", "--print_config"]) == 0
-    assert "digits-at" in capsys.readouterr().out
-
-
-def test_how_processes_are_started(monkeypatch):
-    assert processes.launched() == (0, 1)
-    assert processes.command(1) == "advebm"
-    assert processes.command(2) == "torchrun --nproc-per-node 2 -m advebm"
-    for name, value in {"LOCAL_RANK": 3, "RANK": 11, "WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8}.items():
-        monkeypatch.setenv(name, str(value))
-    assert processes.launched() == (11, 16)
-    assert processes.command(16) == "torchrun --nnodes 2 --nproc-per-node 8 -m advebm"
-    monkeypatch.delenv("LOCAL_RANK")
-    assert processes.launched() == (0, 1), "a cluster's variables are not torchrun's"
-
-
-def test_streams_are_shared_evenly():
-    engine = Engine("cpu")
-    engine.world, engine.rank = 2, 1
-    assert list(engine.owned(6)) == [3, 4, 5]
-    with pytest.raises(UserError, match=r"2 processes cannot share 3 streams evenly; set --train.streams 2, or a mult"):
-        engine.owned(3)
-
-
-def test_a_finished_run_may_be_opened_by_any_number(small_run):
-    small_run.check_processes(4)
-
-
-def test_a_run_of_one_process_is_not_gone_on_with_by_two(small_run, monkeypatch):
-    monkeypatch.setattr(Run, "finished", False)
-    with pytest.raises(UserError, match=r"trained by 1 process so far, and there are 2.*: advebm train --resume"):
-        small_run.check_processes(2)
-    small_run.check_processes(1)
-
-
-def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
-    """A terminal's interrupt reaches a process from torchrun, too; one that comes later acts at once."""
-    with loop.stopping() as signalled:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        assert signalled()
-        monkeypatch.setattr(loop, "TWICE", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_statistics_move_by_the_mean_of_the_streams():
-    """From the batch's beginning in each stream; what is not moved keeps every bit, and counts are of batches."""
-    norm = nn.BatchNorm1d(3, momentum=0.1).double()
-    norm.register_buffer("constant", torch.tensor(1 / 3))
-    x = torch.rand(3, 5, 3, dtype=torch.float64)
-    statistics = modes.Statistics(norm)
-    for part in x:
-        norm(part)
-        statistics.next()
-        assert torch.equal(norm.running_mean, torch.zeros(3))
-    statistics.settle()
-    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 1)))
-    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var(1).mean(0))
-    assert norm.num_batches_tracked == 1
-    assert torch.equal(norm.constant, torch.tensor(1 / 3))
