@@ -377,8 +377,8 @@ MUTANTS = [
     Mutant(
         "judge: a batch lost on resume",
         "metrics/verdicts.py",
-        "state.save(number, start + batch,",
-        "state.save(number, start + 2 * batch,",
+        "state.save(number, first + batch * team.world,",
+        "state.save(number, first + 2 * batch * team.world,",
         "adversaries",
     ),
     Mutant("judge: the search's own verdict", "metrics/verdicts.py", "if len(again):", "if False:", "adversaries"),
@@ -949,8 +949,8 @@ MUTANTS = [
     Mutant(
         "stages: the second begins fresh",
         "training/loop.py",
-        "begin(model, str(prepare(recipe, run, device, report).folder), data, recipe)",
-        "prepare(recipe, run, device, report)",
+        "begin(model, str(prepare(recipe, run, device, report, again).folder), data, recipe)",
+        "prepare(recipe, run, device, report, again)",
         "training",
     ),
     Mutant(
@@ -1157,7 +1157,7 @@ MUTANTS = [
     Mutant(
         "early stop: goes on when resumed",
         "training/loop.py",
-        'if any(line.get("event") == "early stop" for line in run.history()):',
+        "if run.stopped_early:",
         "if False:",
         "supervised",
     ),
@@ -2538,7 +2538,9 @@ MUTANTS = [
         "False",
         "drawing",
     ),
-    Mutant("drawing: everything again", "drawing.py", "if not drawing.part(number).exists()]", "]", "drawing"),
+    Mutant(
+        "drawing: everything again", "drawing.py", "if team.main and not drawing.part(number).exists()]", "]", "drawing"
+    ),
     Mutant(
         "drawing: begins with the manifest",
         "generation.py",
@@ -2571,7 +2573,7 @@ MUTANTS = [
     Mutant(
         "drawing: no lock",
         "drawing.py",
-        'with sole(folder / ".lock", f"another process is drawing {folder}"):',
+        'with sole(folder / ".lock", f"another process is drawing {folder}") if team.main else contextlib.nullcontext():',
         "with contextlib.nullcontext():",
         "drawing",
     ),
@@ -2817,7 +2819,7 @@ MUTANTS = [
     Mutant(
         "view: float32 training folded",
         "training/loop.py",
-        'if cfg.fast == "auto" and cfg.precision == "float32":',
+        'if cfg.fast == "auto" and cfg.precision != "bfloat16":',
         "if False:",
         "inference",
     ),
@@ -3064,8 +3066,8 @@ MUTANTS = [
     Mutant(
         "infonce: attack descends",
         "objectives/contrastive.py",
-        "return lambda x: -self.rows(z := f(x), remember(z, state))",
-        "return lambda x: self.rows(z := f(x), remember(z, state))",
+        "return lambda x: -self.rows(z := f(x), remember(gather(z), state))",
+        "return lambda x: self.rows(z := f(x), remember(gather(z), state))",
         "contrastive",
     ),
     Mutant(
@@ -3078,8 +3080,8 @@ MUTANTS = [
     Mutant(
         "infonce: each image attacked on its own",
         "objectives/contrastive.py",
-        "-self.rows(z := f(x), remember(z, state))",
-        "-self.rows(z := f(x), remember(z.detach(), state))",
+        "-self.rows(z := f(x), remember(gather(z), state))",
+        "-self.rows(z := f(x), remember(gather(z.detach()), state))",
         "contrastive",
     ),
     Mutant(
@@ -3130,8 +3132,8 @@ MUTANTS = [
     Mutant(
         "adversarial infonce: langevin has an anchor",
         "objectives/contrastive.py",
-        "self._diffuse(self.drift(f, images, state)",
-        "self._diffuse(self.harm(f, images, state)",
+        "drift = self.drift(f, images, state, ctx.gather)",
+        "drift = self.harm(f, images, state, ctx.gather)",
         "contrastive",
     ),
     Mutant(
@@ -3172,8 +3174,8 @@ MUTANTS = [
     Mutant(
         "adversarial infonce: consistency by the own view",
         "objectives/contrastive.py",
-        "others = reversed(references.detach().chunk(count))",
-        "others = references.detach().chunk(count)",
+        "for part in reversed(references.detach().chunk(count))]",
+        "for part in references.detach().chunk(count)]",
         "contrastive",
     ),
     Mutant(
@@ -3294,17 +3296,17 @@ MUTANTS = [
     Mutant(
         "gather: no gradient to others",
         "training/engine.py",
-        'total = ctx.accelerator.reduce(gradient.contiguous(), "sum")',
+        'total = ctx.engine.reduce(gradient.contiguous(), "sum")',
         "total = gradient",
-        "contrastive",
+        "processes",
     ),
-    Mutant("gather: own rows not first", "training/engine.py", ".roll(-self.rank * len(rows), 0)", "", "contrastive"),
+    Mutant("gather: own rows not first", "training/engine.py", ".roll(-self.rank * len(rows), 0)", "", "processes"),
     Mutant(
         "gather: another process's gradient",
         "training/engine.py",
-        "total[ctx.accelerator.process_index * ctx.count :]",
+        "total[ctx.engine.rank * ctx.count :]",
         "total[0 :]",
-        "contrastive",
+        "processes",
     ),
     Mutant(
         "crop: neighbours of the box shine in",
@@ -4250,6 +4252,158 @@ MUTANTS = [
         'start = "global" if self.sampler.start == "class" else self.sampler.start',
         "start = self.sampler.start",
         "contrastive",
+    ),
+    # processes
+    Mutant(
+        "processes: gradients added",
+        "training/engine.py",
+        "means = self.mean(torch.cat(",
+        "means = self.world * self.mean(torch.cat(",
+        "processes",
+    ),
+    Mutant(
+        "processes: gradients are a process's own",
+        "training/loop.py",
+        "engine.average_gradients(model.parameters())",
+        "pass",
+        "processes",
+    ),
+    Mutant(
+        "processes: no gradient becomes one of zeros",
+        "training/engine.py",
+        "p.grad = p.grad if share else None",
+        "pass",
+        "processes",
+    ),
+    Mutant(
+        "processes: all own the first streams",
+        "training/engine.py",
+        "range(self.rank * share, (self.rank + 1) * share)",
+        "range(share)",
+        "processes",
+    ),
+    Mutant(
+        "processes: gradients of gathered rows averaged",
+        "training/engine.py",
+        'reduce(gradient.contiguous(), "sum")',
+        'reduce(gradient.contiguous(), "mean")',
+        "processes",
+    ),
+    Mutant(
+        "processes: each begins with its own weights",
+        "training/engine.py",
+        "value.copy_(broadcast(value.clone()))",
+        "pass",
+        "processes",
+    ),
+    Mutant(
+        "processes: each in a folder of its own",
+        "training/loop.py",
+        "folder = engine.share(folder)[0]",
+        "pass",
+        "processes",
+    ),
+    Mutant("statistics: moves added", "modes.py", "move /= self.streams", "pass", "processes"),
+    Mutant(
+        "statistics: streams go on from each other", "modes.py", "            value.copy_(before)\n", "", "processes"
+    ),
+    Mutant("statistics: of one process", "modes.py", "        average(self.moves)\n", "", "processes"),
+    Mutant("statistics: do not move", "modes.py", "value.copy_(before + move)", "pass", "processes"),
+    Mutant(
+        "encoders: views attacked within a process",
+        "objectives/contrastive.py",
+        "remember(gather(z), state)",
+        "remember(z, state)",
+        "contrastive",
+    ),
+    Mutant(
+        "encoders: first views attacked within a process",
+        "objectives/contrastive.py",
+        "remember(gather(f(images.view)), state)",
+        "remember(f(images.view), state)",
+        "contrastive",
+    ),
+    Mutant(
+        "encoders: drift within a process",
+        "objectives/contrastive.py",
+        "[remember(gather(f(other)), state) for",
+        "[remember(f(other), state) for",
+        "contrastive",
+    ),
+    Mutant(
+        "encoders: consistency within a process",
+        "objectives/contrastive.py",
+        "others = [gather(part) for",
+        "others = [part for",
+        "contrastive",
+    ),
+    Mutant(
+        "encoders: attack told nothing of other processes",
+        "objectives/contrastive.py",
+        "self.harm(f, images, state, ctx.gather)",
+        "self.harm(f, images, state)",
+        "contrastive",
+    ),
+    Mutant("processes: any number goes on", "training/run.py", "if kept != world:", "if False:", "processes"),
+    Mutant(
+        "processes: their number is not kept",
+        "training/loop.py",
+        "Progress(processes=engine.world)",
+        "Progress()",
+        "processes",
+    ),
+    Mutant(
+        "processes: attacks on the same images",
+        "metrics/verdicts.py",
+        "first + batch * team.rank",
+        "first",
+        "processes",
+    ),
+    Mutant(
+        "processes: verdicts of one's own batches",
+        "metrics/verdicts.py",
+        "chain(*team.share(fallen))",
+        "fallen",
+        "processes",
+    ),
+    Mutant(
+        "processes: draws by the round, not by the batch",
+        "metrics/verdicts.py",
+        "draws = seeds.generator(seed, number, start,",
+        "draws = seeds.generator(seed, number, first,",
+        "processes",
+    ),
+    Mutant("processes: each draws every chunk", "drawing.py", "todo[team.rank :: team.world]", "todo", "processes"),
+    Mutant(
+        "processes: records of each",
+        "evaluation.py",
+        "        if team.main:\n",
+        "        if True:\n",
+        "processes",
+    ),
+    Mutant(
+        "processes: a lost one looks like a fault",
+        "cli.py",
+        "except (Diverged, Lost) as error:",
+        "except Diverged as error:",
+        "processes",
+    ),
+    Mutant("processes: any command", "cli.py", "if world > 1 and not args.shared:", "if False:", "processes"),
+    Mutant(
+        "processes: all print",
+        "cli.py",
+        "with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():",
+        "with contextlib.nullcontext():",
+        "processes",
+    ),
+    Mutant("signals: torchrun's counts as a second one", "training/loop.py", "> TWICE:", "> -1:", "processes"),
+    Mutant("signals: a later one is not heard", "training/loop.py", "> TWICE:", "> 1e9:", "processes"),
+    Mutant(
+        "processes: double precision forgotten",
+        "training/loop.py",
+        "        model.double()\n",
+        "        pass\n",
+        "processes",
     ),
 ]
 

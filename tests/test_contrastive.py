@@ -5,9 +5,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -417,52 +414,40 @@ def test_gathered_losses_have_the_gradient_of_one_process(batch, form):
     assert alone < losses[0]
 
 
-GATHERING = """
-import sys, torch
-from torch import nn
-from advebm.objectives.base import Batch, Context
-from advebm.objectives.contrastive import InfoNCE
-from advebm.training.engine import Engine
-torch.manual_seed(0)
-net = nn.Sequential(nn.Flatten(), nn.Linear(192, 9), nn.Tanh(), nn.Linear(9, 5)).double()
-engine = Engine("cpu")
-objective, data = InfoNCE(outputs=5), torch.load(sys.argv[1])
-step = engine.wrap(net, objective)
-mine = slice(3 * engine.rank, 3 * engine.rank + 3)
-batch = Batch(data["x"][mine], torch.full((3,), -1), data["view"][mine])
-ctx = Context(torch.Generator(), gather=engine.gather)
-loss = step(batch, objective.search(net, batch, None, ctx), None, ctx)
-engine.backward(loss.total)
-rows = engine.gather(torch.full((1,), float(engine.rank)))
-torch.save({"loss": engine.mean(loss.total.detach()), "rows": rows, "grads": [p.grad for p in net.parameters()]},
-           f"{sys.argv[1]}.{engine.rank}")
-"""
+@pytest.mark.parametrize("form", ["infonce", "nt-xent"])
+def test_what_attacks_raise_is_of_all_processes(encoder, batch, generator, form):
+    """Two shares, each with the other's encodings among its own: energies and consistency are the whole batch's."""
+    net, objective = copy.deepcopy(encoder).eval(), AdversarialInfoNCE(form=form, **TINY)
+    whole = both(batch)
+    shares = [both(Batch(batch.x[s], batch.y[s], batch.view[s])) for s in (slice(0, 3), slice(3, 6))]
+    views, moving = (2 if form == "nt-xent" else 1), objective.moving
+    for energy in (objective.harm, objective.drift):
+        encoded: list = [[], []]
+        for share, seen in zip(shares, encoded, strict=True):
+            energy(net, share, None, lambda rows, seen=seen: seen.append(rows) or rows)(moving(share))
+        parts = []
+        for share, theirs in zip(shares, reversed(encoded), strict=True):
+            answers = iter(theirs)
+            joint = energy(net, share, None, lambda rows, answers=answers: torch.cat([rows, next(answers)]))
+            parts.append(joint(moving(share)).chunk(views))
+        together = torch.cat([torch.cat(side) for side in zip(*parts, strict=True)])
+        torch.testing.assert_close(together, energy(net, whole)(moving(whole)))
+        assert not torch.allclose(together[:3], energy(net, shares[0])(moving(shares[0]))[:3])
+    z, moved, references = (torch.randn(6, 5, dtype=torch.float64, generator=generator) for _ in range(3))
+    sides = [torch.cat([part[s] for part in references.chunk(views)]) for s in (slice(0, 3), slice(3, 6))]
+    if form == "infonce":
+        gaps = []
+        for s, own, other in ((slice(0, 3), *sides), (slice(3, 6), *reversed(sides))):
+            gaps.append(objective.gap(z[s], moved[s], own, lambda rows, other=other: torch.cat([rows, other])))
+        torch.testing.assert_close(sum(gaps) / 2, objective.gap(z, moved, references))
 
 
-def test_two_processes_learn_as_one(batch, tmp_path):
-    """Real ones: gloo, accelerate, distributed gradients around the gathered loss."""
-    torch.save({"x": batch.x, "view": batch.view}, tmp_path / "data.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true"}
-    processes = []
-    for rank in range(2):
-        own = {k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        command = [sys.executable, "-c", GATHERING, str(tmp_path / "data.pt")]
-        processes.append(subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
-    net = smooth()
-    whole = step(InfoNCE(outputs=5), net, batch)[1].total
-    slopes = gradients(whole, net)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"data.pt.{rank}")
-        torch.testing.assert_close(found["loss"], whole.detach())
-        torch.testing.assert_close(found["grads"], slopes)
-        assert found["rows"].tolist() == [rank, 1 - rank], "one's own first"
+def test_the_search_asks_all_processes(encoder, batch, generator):
+    for langevin in (None, 0.0):
+        asked = []
+        ctx = Context(generator, gather=lambda rows, asked=asked: asked.append(len(rows)) or rows)
+        AdversarialInfoNCE(attack=GENTLE, langevin=langevin, **TINY).search(encoder, batch, None, ctx)
+        assert len(asked) >= 2
 
 
 # Architecture ---------------------------------------------------------------------------------------------------------

@@ -2,20 +2,23 @@
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib.util
+import io
 import json
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from advebm import __version__, recipes
+from advebm import __version__, processes, recipes
 from advebm.allocator import tune_cpu_allocator
 from advebm.config import KINDS
-from advebm.errors import Diverged, Interrupted, UserError, suggest, unknown
+from advebm.errors import Diverged, Interrupted, Lost, UserError, suggest, unknown
 
 Overrides = list[tuple[str, Any]]
 
@@ -28,6 +31,7 @@ JUDGES = (  # for --features
 )
 
 
+GRACE = 3.0  # seconds that other processes leave the main one to say what is wrong
 WAYS = "auto, off, fold, compile, bf16 or bf16+compile"  # for --fast
 
 
@@ -49,19 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 (diverged, faults), 2 (a mistake in what was asked for), 130."""
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # for package.module:Class of one's own
-    warnings.showwarning = lambda message, *rest: print(f"advebm: warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *rest: _say(f"warning: {message}")
     tune_cpu_allocator()
+    rank, world = processes.launched()
+    with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
+        return _main(sys.argv[1:] if argv is None else argv, world)
+
+
+def _main(argv: Sequence[str], world: int) -> int:
     try:
-        plain, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+        plain, overrides = split_overrides(argv)
         args, unexpected = build_parser().parse_known_args(plain)
         check_options(args, unexpected, overrides)
+        if world > 1 and not args.shared:
+            raise UserError(f"{args.verb} takes one process, and there are {world}; run it without torchrun")
         return args.call(args, overrides) or 0
     except UserError as error:
         return _fail(error, 2)
-    except Diverged as error:
+    except (Diverged, Lost) as error:
         return _fail(error, 1)
     except Interrupted as error:
-        print(f"advebm: {error}", file=sys.stderr)
+        _say(str(error))
         return 130
     except KeyboardInterrupt:
         return 130
@@ -70,8 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, status: int) -> int:
-    print(f"advebm: error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = f"error: {' '.join(str(error).split())}"
+    if rank := processes.launched()[0]:
+        time.sleep(GRACE)  # the main process says the same, and this one is ended then
+        print(f"advebm: process {rank}: {text}", file=sys.stderr)
+    _say(text)
     return status
+
+
+def _say(text: str) -> None:
+    """To people, from the main process."""
+    if not processes.launched()[0]:
+        print(f"advebm: {text}", file=sys.stderr)
 
 
 def build_parser() -> Parser:
@@ -84,7 +106,8 @@ def build_parser() -> Parser:
         name: str, call: Callable[[argparse.Namespace, Overrides], int | None], about: str, more: str = ""
     ) -> Parser:
         sub = verbs.add_parser(name, help=about, description=f"{about} {more}".strip())
-        sub.set_defaults(call=call, takes=(), options=sub._option_string_actions)
+        sub.set_defaults(verb=name, call=call, takes=(), options=sub._option_string_actions)
+        sub.set_defaults(shared=name in ("train", "run", "sample", "evaluate"))
         return sub
 
     sub = verb("demo", run_demo, "Train on digits, draw images, evaluate and report: a minute on a laptop.")
@@ -378,6 +401,16 @@ def device(name: str | None) -> str:
     return name
 
 
+def team(name: str | None) -> tuple[processes.Team, str]:
+    """The processes that share the command, and the device of this one."""
+    if processes.launched()[1] == 1:
+        return processes.ALONE, device(name)
+    from advebm.training.engine import Engine
+
+    engine = Engine(name)
+    return engine, str(engine.device)
+
+
 def run_demo(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm demo``."""
     import time
@@ -447,8 +480,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
     if args.print_config:
         print(dump(recipe), end="")
         return None
-    fit(recipe, folder, resume=args.resume is not None, device=args.device)
-    return folder
+    return fit(recipe, folder, resume=args.resume is not None, device=args.device).folder
 
 
 def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -470,6 +502,8 @@ def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
         ("evaluate", [*where, *judge]),
         ("report", []),
     ):
+        if verb == "report" and processes.launched()[0]:
+            return
         following = build_parser().parse_args([verb, str(folder), *options])
         following.call(following, [])
 
@@ -489,10 +523,13 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
         raise UserError("--seeds and --features go with --compare")
     if args.compare and (args.method or args.name):
         raise UserError("--compare names the methods, and each set after its own; leave --method and --name out")
+    if processes.launched()[1] > 1 and (args.compare or args.processes > 1):
+        raise UserError("--compare and --processes take one process of torchrun; leave one of them out")
     run = Run.open(args.run)
+    members, where = team(args.device)
     if args.steps:
         overrides = [*overrides, ("sampler.steps", args.steps)]
-    options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": device(args.device), "batch": args.batch}
+    options = {"seed": args.seed, "checkpoint": args.checkpoint, "device": where, "batch": args.batch}
     options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _numbers(args.classes)}
     options["way"] = args.fast
     leak = "seeds are fitted on test images: what is measured against them is flattered"
@@ -513,7 +550,8 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     sampler, about = _settled(run, args.method, overrides, args)
     if sampler.fit == "test":
         warnings.warn(leak, stacklevel=1)
-    print(draw(run, args.name or set_name(sampler), sampler, args.per_class, about=about, **options) / "grid.png")
+    options |= {"about": about, "team": members}
+    print(draw(run, args.name or set_name(sampler), sampler, args.per_class, **options) / "grid.png")
 
 
 def run_tune(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -636,6 +674,8 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     for folder in args.samples:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
+    if args.model and processes.launched()[1] > 1:
+        raise UserError("--model makes a run, which takes one process; evaluate that RUN with several")
     if args.model is None:
         run = Run.open(args.run)
     else:
@@ -644,10 +684,12 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     recipe = resolve(config.describe(run.recipe), measured)
     if args.suite:
         recipe = dataclasses.replace(recipe, metrics=suite(args.suite, recipe.threat, args.tier or "standard"))
-    for folder in args.samples:
+    members, where = team(args.device)
+    for folder in args.samples if members.main else ():
         take_in(run, folder)
+    members.share(None)  # they are there
     options = {"features": args.features, "checkpoint": args.checkpoint, "seed": args.seed}
-    options["device"] = device(args.device)
+    options |= {"device": where, "team": members}
     say = lambda name: console.screen.print(f"  {name}")
     records = evaluate_run(run, recipe=recipe, **options, progress=say, bar=console.bar)
     if args.json:

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-screen = Console(stderr=True, highlight=False)
+from advebm.processes import launched
+
+screen = Console(stderr=True, highlight=False, quiet=launched()[0] > 0)  # of several processes the main one's
 QUIET = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
 

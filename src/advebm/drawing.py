@@ -27,6 +27,7 @@ from advebm.errors import UserError
 from advebm.generation import CHUNK
 from advebm.models.inference import View, Way
 from advebm.models.network import Network
+from advebm.processes import ALONE, Team
 from advebm.samplers import Sampler
 from advebm.starts import Start
 from advebm.training import checkpoint
@@ -145,6 +146,7 @@ def draw(
     drawing: Drawing,
     *,
     processes: int = 1,
+    team: Team = ALONE,
     trajectory: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Path:
@@ -152,7 +154,8 @@ def draw(
 
     Args:
         drawing: what to draw.  A set of that name made from another plan is replaced, and so is a whole one.
-        processes: that share the work.
+        processes: to start, that share the work.
+        team: processes that are there and all call this, instead; the main one publishes the set.
         trajectory: whether to make a longer film, and ``film.gif``, of 60 moments at most.
         progress: told how many images are done.
     """
@@ -163,27 +166,37 @@ def draw(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.unwritable(folder, error) from None
-    with sole(folder / ".lock", f"another process is drawing {folder}"):
-        _prepare(folder, plan)
-        todo = [number for number in range(count) if not drawing.part(number).exists()]
+    with sole(folder / ".lock", f"another process is drawing {folder}") if team.main else contextlib.nullcontext():
+        if team.main:
+            _prepare(folder, plan)
+        todo = team.share([number for number in range(count) if team.main and not drawing.part(number).exists()])[0]
         done = len(desk.y) - sum(len(desk.y[n * CHUNK : (n + 1) * CHUNK]) for n in todo)
         progress(done)
-        for number in _drawn(desk, todo, processes):
-            done += len(desk.y[number * CHUNK : (number + 1) * CHUNK])
-            progress(done)
-        frames = 60 if trajectory else 7
-        options: dict[str, Any] = {"outside": desk.outside, "classes": drawing.classes, "seed": drawing.seed}
-        moments, steps = generation.film(desk.model, drawing.sampler, desk.data, frames=frames, **options)
-        if trajectory:
-            files.write(folder / "film.gif", pictures.animated(moments))
-        shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 13 if trajectory else 7)})
-        strip = moments[:, shown], [steps[i] for i in shown]
-        parts = (_read(drawing.part(number)) for number in range(count))
-        about = {**plan, "fast": "off" if desk.quick is None else desk.quick.way.name}
-        generation.publish(folder, parts, desk.y, desk.data.shape, about, len(desk.data.classes), strip)
-        shutil.rmtree(folder / "parts", ignore_errors=True)
-        (folder / "plan.json").unlink(missing_ok=True)
+        for number in _drawn(desk, todo[team.rank :: team.world], processes):
+            done += len(desk.y[number * CHUNK : (number + 1) * CHUNK]) * team.world
+            progress(min(done, len(desk.y)))
+        team.share(None)  # every part is there
+        if team.main:
+            _publish(desk, plan, count, trajectory)
+        team.share(None)
     return folder
+
+
+def _publish(desk: Desk, plan: Mapping[str, Any], count: int, trajectory: bool) -> None:
+    """Make the set of its parts."""
+    drawing, folder = desk.drawing, desk.drawing.folder
+    frames = 60 if trajectory else 7
+    options: dict[str, Any] = {"outside": desk.outside, "classes": drawing.classes, "seed": drawing.seed}
+    moments, steps = generation.film(desk.model, drawing.sampler, desk.data, frames=frames, **options)
+    if trajectory:
+        files.write(folder / "film.gif", pictures.animated(moments))
+    shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 13 if trajectory else 7)})
+    strip = moments[:, shown], [steps[i] for i in shown]
+    parts = (_read(drawing.part(number)) for number in range(count))
+    about = {**plan, "fast": "off" if desk.quick is None else desk.quick.way.name}
+    generation.publish(folder, parts, desk.y, desk.data.shape, about, len(desk.data.classes), strip)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    (folder / "plan.json").unlink(missing_ok=True)
 
 
 def _prepare(folder: Path, plan: Mapping[str, Any]) -> None:

@@ -16,6 +16,10 @@ class EarlyStop(RuntimeError):
     """An objective asks that training end at the last checkpoint; the message says why."""
 
 
+class Lost(RuntimeError):
+    """Another process of the same job is gone, and nothing can be finished without it."""
+
+
 class Interrupted(RuntimeError):
     """Training was stopped by a signal, after saving; the message holds the command that resumes it."""
 

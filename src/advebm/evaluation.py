@@ -18,6 +18,7 @@ from advebm.models import network
 from advebm.models.network import Network, Normalize
 from advebm.models.own import Own
 from advebm.modes import searching
+from advebm.processes import ALONE, Team
 from advebm.training.recipe import Recipe
 from advebm.training.run import Run
 
@@ -53,6 +54,7 @@ def evaluate_run(
     device: str = "cpu",
     progress: Callable[[str], None] = lambda name: None,
     bar: Bar = silent,
+    team: Team = ALONE,
 ) -> list[Record]:
     """The recipe's metrics on a checkpoint and on all samples of a run; appended to the run's ``metrics.json``.
 
@@ -66,6 +68,8 @@ def evaluate_run(
         device: where to compute.
         progress: told the name of each metric.
         bar: what shows how far a long attack is; it can be stopped, and goes on in the run's ``verdicts``.
+        team: processes that all call this: they share the images of attacks, and compute the rest each by itself; the
+            main one writes.
     """
     recipe = recipe or run.recipe
     run.records()  # a damaged file is noticed now rather than after minutes
@@ -76,6 +80,7 @@ def evaluate_run(
     judge = None if features is None else find_space(features)
     space = feature_space(OWN, model) if judge is None else judge.load(device)
     beside: dict[str, Any] = {"batch": together(data.shape), "folder": run.folder / "verdicts", "bar": bar}
+    beside["team"] = team
     subject = Subject(model, data, data.test, recipe.threat, samples, space, **beside)
     for name, drawn in samples.items():
         if (other := drawn.manifest.get("checkpoint", path.name)) != path.name:
@@ -85,7 +90,8 @@ def evaluate_run(
         new = evaluate(subject, [metric], seed=seed, progress=progress)
         about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         whose = {"judge": None if judge is None else judge.judge}
-        run.append([{**dataclasses.asdict(r), **about, **(whose if "space" in r.settings else {})} for r in new])
+        if team.main:
+            run.append([{**dataclasses.asdict(r), **about, **(whose if "space" in r.settings else {})} for r in new])
         records += new
     return records
 

@@ -15,6 +15,7 @@ from advebm.metrics.base import SampleSet, Subject, label, together
 from advebm.metrics.probing import Probe
 from advebm.metrics.quality import SampleQuality
 from advebm.models import network
+from advebm.processes import ALONE, Team
 from advebm.reporting import figures, gallery
 from advebm.samplers import Sampler
 from advebm.training.loop import train
@@ -150,6 +151,7 @@ def draw(
     *,
     checkpoint: str = "latest",
     processes: int = 1,
+    team: Team = ALONE,
     trajectory: bool = False,
     **options: Any,
 ) -> Path:
@@ -163,7 +165,7 @@ def draw(
     number = run.checkpoints.path(checkpoint).name
     wanted = drawing.Drawing(run.folder, name, sampler, per_class, checkpoint=number, **options)
     with console.bar(name, per_class * len(wanted.classes or run.recipe.data.load().classes)) as tell:
-        return drawing.draw(wanted, processes=processes, trajectory=trajectory, progress=tell)
+        return drawing.draw(wanted, processes=processes, team=team, trajectory=trajectory, progress=tell)
 
 
 def search(

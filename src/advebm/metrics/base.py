@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from advebm.attacks.projected import Attack
 from advebm.data.sources import Data, Images, to_float
 from advebm.errors import UserError
+from advebm.processes import ALONE, Team
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Subject(NamedTuple):
     batch: int = 500
     folder: Path | None = None  # where long measurements keep where they are
     bar: Bar = silent  # what shows how far they are
+    team: Team = ALONE  # processes that measure the same, and share the images of attacks
 
     def check_labelled(self) -> None:
         """Refuse a split whose images have no labels."""

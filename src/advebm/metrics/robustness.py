@@ -44,6 +44,7 @@ def verdicts(
     subject.check_labelled()
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     options: dict[str, Any] = {"seed": seed, "batch": subject.batch, "precision": precision, "folder": subject.folder}
+    options["team"] = subject.team
     with subject.bar(attack.name if attack.eps > 0 else "accuracy", len(subject.split)) as tell:
         return judge(subject.model, subject.split.x, subject.split.y, attack, **options, tell=tell)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from advebm.errors import UserError
 from advebm.metrics.base import Tell, as_images, device_of
 from advebm.models.inference import Precision, View, faster, float32
 from advebm.modes import searching
+from advebm.processes import ALONE, Team
 
 STANDS, WRONG = -1, 0
 
@@ -45,6 +47,7 @@ def judge(
     precision: Precision = "float32",
     folder: Path | None = None,
     tell: Tell = lambda done, note: None,
+    team: Team = ALONE,
 ) -> Verdicts:
     """Attack every point that is right, and keep which attack broke it.
 
@@ -64,6 +67,7 @@ def judge(
         folder: where the state of a judgement is kept, so that a killed one goes on after its last batch and ends as
             if nothing had happened; a finished one is not done again.
         tell: told how much is done, in images.
+        team: processes that share the batches of a run; verdicts are those of one; the main one keeps the state.
 
     Raises:
         UserError: a damaged state, an attack that left its ball, a loss that so few classes do not have, or a critic
@@ -87,6 +91,7 @@ def judge(
         quick = two_classes(quick) if outputs == 1 else quick
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
         right = torch.cat([correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
+        right = team.share(right)[0]  # where rounding differs, all go by one
         about: dict[str, Any] = {}
         if folder is not None:
             about = {"attack": config.describe(attack), "seed": seed, "batch": batch, "precision": precision}
@@ -97,7 +102,8 @@ def judge(
                 "data": _digest({"x": x, "y": y}),
                 "version": advebm.__version__,
             }
-        state = State(folder, about)
+        state = State(folder if team.main else None, about)
+        state.run, state.next, state.broken = team.share((state.run, state.next, state.broken))[0]
         if not state.broken:
             state.broken = torch.where(right, STANDS, WRONG).tolist()
         if runs and state.run == state.next == 0:
@@ -106,14 +112,16 @@ def judge(
         progress = _Progress(tell, len(x), [run.passes for run in runs])
         for number in range(state.run, len(runs)):
             left = state.left(number)
-            for start in range(state.next, len(left), batch):
-                rows = left[start : start + batch]
-                part, label = as_images(x[rows], device), y[rows].to(device)
-                note = f"{runs[number].attack}, {state.broken.count(STANDS)} stand"
-                heard = progress.listen(quick, number, start / len(left), len(left), note)
-                draws = seeds.generator(seed, number, start, device=device)
-                stands = _attacked(attack, runs[number], f, quick, heard, part, label, draws).tolist()
-                state.save(number, start + batch, [row for row, stood in zip(rows, stands, strict=True) if not stood])
+            for first in range(state.next, len(left), batch * team.world):
+                start, fallen = first + batch * team.rank, list[int]()
+                if rows := left[start : start + batch]:
+                    part, label = as_images(x[rows], device), y[rows].to(device)
+                    note = f"{runs[number].attack}, {state.broken.count(STANDS)} stand"
+                    heard = progress.listen(quick, number, first / len(left), len(left) / team.world, note)
+                    draws = seeds.generator(seed, number, start, device=device)
+                    stands = _attacked(attack, runs[number], f, quick, heard, part, label, draws).tolist()
+                    fallen = [row for row, stood in zip(rows, stands, strict=True) if not stood]
+                state.save(number, first + batch * team.world, list(chain(*team.share(fallen))))
             state.save(number + 1, 0, [])
         tell(len(x), f"{state.broken.count(STANDS)} stand")
     attacks = list(dict.fromkeys(run.attack for run in runs))
@@ -164,7 +172,7 @@ class _Progress:
     def __init__(self, tell: Tell, images: int, costs: list[int]) -> None:
         self.tell, self.images, self.costs = tell, images, costs
 
-    def listen(self, f: Logits, number: int, share: float, left: int, note: str) -> Logits:
+    def listen(self, f: Logits, number: int, share: float, left: float, note: str) -> Logits:
         """``f``, which says how much is done each time it is called in the run of that number, ``share`` of it done."""
         total, before, cost = sum(self.costs), sum(self.costs[:number]), self.costs[number]
         seen = 0

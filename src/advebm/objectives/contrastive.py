@@ -5,6 +5,7 @@ the same image.  Its likelihood's gradient, with data for negatives, is InfoNCE'
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,7 +23,14 @@ from advebm.modes import searching, using
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.trades import divergence
 
+Gather = Callable[[Tensor], Tensor]  # rows of all processes, one's own first
+
 PART = 500  # images that are told apart from one another in validation
+
+
+def alone(rows: Tensor) -> Tensor:
+    """The rows of the only process."""
+    return rows
 
 
 class Views(NamedTuple):
@@ -204,16 +212,16 @@ class InfoNCE:
         """``f(x_i, z_k)``, (N, M)."""
         return energies.similarities(z, references, temperature=self.temperature, cosine=self.cosine)
 
-    def harm(self, f: Logits, images: Views, state: Queue | None = None) -> Energy:
-        """What an attack lowers: minus the loss, CEM eq. 11.
+    def harm(self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = alone) -> Energy:
+        """What an attack lowers: minus the loss, CEM eq. 11; that of all processes, where ``gather`` is of all.
 
         ``nt-xent``: of both views, one after the other (2B, C, H, W), with all of them moving: an image's loss depends
         on the whole batch.  ``infonce``: of first views (B, C, H, W), against the second ones as they are.
         """
         if self.form == "nt-xent":
-            return lambda x: -self.rows(z := f(x), remember(z, state))
+            return lambda x: -self.rows(z := f(x), remember(gather(z), state))
         with torch.no_grad():
-            candidates = remember(f(images.view), state)
+            candidates = remember(gather(f(images.view)), state)
         return lambda x: -self.rows(f(x), candidates)
 
     def moving(self, images: Views) -> Tensor:
@@ -279,16 +287,17 @@ class AdversarialInfoNCE(InfoNCE):
         images = views(batch)
         with searching(model) as f, using(model, self.branch):
             if self.langevin is None:
-                found = self.attack(self.harm(f, images, state), self.moving(images), ctx.generator)
+                found = self.attack(self.harm(f, images, state, ctx.gather), self.moving(images), ctx.generator)
             else:
-                found = self._diffuse(self.drift(f, images, state), self.moving(images), self.langevin, ctx.generator)
+                drift = self.drift(f, images, state, ctx.gather)
+                found = self._diffuse(drift, self.moving(images), self.langevin, ctx.generator)
         return self.moved(images, found)
 
-    def drift(self, f: Logits, images: Views, state: Queue | None = None) -> Energy:
+    def drift(self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = alone) -> Energy:
         """``-log Σ_k exp f(x, z_k)``, z_k the encodings of the other views, which stay: what eq. 10 descends."""
         with torch.no_grad():
             others = (images.view, images.x) if self.form == "nt-xent" else (images.view,)
-            references = [remember(f(other), state) for other in others]
+            references = [remember(gather(f(other)), state) for other in others]
 
         def energy(x: Tensor) -> Tensor:
             pairs = zip(f(x).chunk(len(references)), references, strict=True)
@@ -314,14 +323,14 @@ class AdversarialInfoNCE(InfoNCE):
             terms["clean_contrastive_accuracy"] = seen["contrastive_accuracy"]
             total = (total + clean) / 2
         if self.consistency:
-            gap = self.gap(anchors, moved, references)
+            gap = self.gap(anchors, moved, references, ctx.gather)
             total, terms = total + self.consistency * gap, {**terms, "consistency": gap.detach()}
         return Loss(total, {**terms, "loss": total.detach()})
 
-    def gap(self, clean: Tensor, moved: Tensor, references: Tensor) -> Tensor:
+    def gap(self, clean: Tensor, moved: Tensor, references: Tensor, gather: Gather = alone) -> Tensor:
         """Mean ``KL(p(k|x) ‖ p(k|x̂))`` over the clean encodings of the other views, which get no gradient."""
         count = 2 if self.form == "nt-xent" else 1
-        others = reversed(references.detach().chunk(count))
+        others = [gather(part) for part in reversed(references.detach().chunk(count))]
         sides = zip(clean.chunk(count), moved.chunk(count), others, strict=True)
         log_p = [[log_softmax(self.similarities(z, other), 1) for z in (a, b)] for a, b, other in sides]
         return torch.cat([divergence(*pair) for pair in log_p]).mean()

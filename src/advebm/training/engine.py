@@ -1,78 +1,115 @@
 """Devices and processes, through accelerate.  The only file that knows about it."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import datetime
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
-from advebm.errors import UserError
-from advebm.objectives.base import Batch, Context, Loss, Objective
+from advebm import processes
+from advebm.errors import Lost, UserError
 
+Thing = TypeVar("Thing")
 
-class Step(nn.Module):
-    """The loss as a module, so that distributed training wraps it and nothing else: searches run on the bare net."""
-
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(self, batch: Batch, found: Any, state: Any, ctx: Context) -> Loss:
-        """The objective's loss."""
-        return self.objective.loss(self.model, batch, found, state, ctx)
+PATIENCE = datetime.timedelta(hours=2)  # before a process that does not answer is given up
 
 
 class Gather(torch.autograd.Function):
     """The rows of all processes, whose gradients come back to the process that they are from, summed over all."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, accelerator: Accelerator) -> Tensor:  # noqa: D102
-        ctx.accelerator, ctx.count = accelerator, len(rows)
-        return accelerator.gather(rows.contiguous())
+    def forward(ctx: Any, rows: Tensor, engine: "Engine") -> Tensor:  # noqa: D102
+        ctx.engine, ctx.count = engine, len(rows)
+        with engine.together():
+            return engine.accelerator.gather(rows.contiguous())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
-        total = ctx.accelerator.reduce(gradient.contiguous(), "sum")
-        return total[ctx.accelerator.process_index * ctx.count :][: ctx.count], None
+        total = ctx.engine.reduce(gradient.contiguous(), "sum")
+        return total[ctx.engine.rank * ctx.count :][: ctx.count], None
 
 
 class Engine:
-    """One process's view of the run.  Precision is left alone: autocast belongs around a network, not a step."""
+    """One process's view of the run.  Precision is left alone: autocast belongs around a network, not a step.
+
+    Gradients are exchanged once a step, after the streams of a process: next to the search, which exchanges nothing,
+    that is little, and the loss may call the network as often and in whatever way it likes.
+    """
 
     def __init__(self, device: str | None = None) -> None:
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        patient, several = InitProcessGroupKwargs(timeout=PATIENCE), processes.launched()[1] > 1
+        cpu = device == "cpu" or (several and not torch.cuda.is_available())  # which accelerate does not conclude
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
         self.device = self.accelerator.device
         if device not in (None, self.device.type, str(self.device)):
             raise UserError(f"there is no device {device!r} for this process, which has {str(self.device)!r}")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
 
-    def wrap(self, model: nn.Module, objective: Objective) -> nn.Module:
-        """The loss module, on this process's device, with gradients averaged over processes."""
-        return self.accelerator.prepare_model(Step(model, objective))
-
     def owned(self, streams: int) -> range:
         """The streams that this process works on."""
         if streams % self.world:
-            raise UserError(f"{self.world} processes cannot share {streams} streams evenly; set --train.streams")
+            raise UserError(
+                f"{self.world} processes cannot share {streams} streams evenly; set --train.streams {self.world}, or a "
+                "multiple of it"
+            )
         share = streams // self.world
         return range(self.rank * share, (self.rank + 1) * share)
 
     @contextlib.contextmanager
-    def accumulating(self, step: nn.Module, last: bool) -> Iterator[None]:
-        """Gradients are exchanged between processes only in the last share of a batch."""
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(step):
+    def together(self) -> Iterator[None]:
+        """Around what needs every process: raises :class:`Lost` where one is gone."""
+        try:
             yield
+        except RuntimeError as error:  # of the backend; they have no type in common
+            if self.world == 1:
+                raise
+            why = re.sub(r"^\[\S+\] ", "", str(error).strip()).partition(". ")[0]
+            raise Lost(f"another process of this job has ended ({why})") from error
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients."""
-        self.accelerator.backward(loss)
+    def reduce(self, value: Tensor, how: str) -> Tensor:
+        """``sum`` or ``mean`` over processes."""
+        with self.together():
+            return self.accelerator.reduce(value, how)
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean over processes."""
-        return value if self.world == 1 else self.accelerator.reduce(value, "mean")
+        return value if self.world == 1 else self.reduce(value, "mean")
+
+    @torch.no_grad()
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean over processes in the place of each, in one exchange."""
+        if self.world == 1 or not tensors:
+            return
+        means = self.mean(torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients of the mean over processes of their losses; a parameter without any in every process has none."""
+        if self.world == 1:
+            return
+        parameters = [p for p in parameters if p.requires_grad]
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.average([*(p.grad for p in parameters if p.grad is not None), used])
+        for p, share in zip(parameters, used.tolist(), strict=True):
+            p.grad = p.grad if share else None
+
+    @torch.no_grad()
+    def agree(self, model: nn.Module) -> None:
+        """The weights and buffers of the main process, in all."""
+        if self.world == 1:
+            return
+        for value in model.state_dict().values():
+            with self.together():
+                value.copy_(broadcast(value.clone()))
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (N, …) of all processes, as many of each, one's own first; differentiable: (world N, …).
@@ -81,7 +118,14 @@ class Engine:
         """
         if self.world == 1:
             return rows
-        return Gather.apply(rows, self.accelerator).roll(-self.rank * len(rows), 0)
+        return Gather.apply(rows, self).roll(-self.rank * len(rows), 0)
+
+    def share(self, thing: Thing) -> list[Thing]:
+        """What each process gives, in the order of ranks: small things of Python."""
+        if self.world == 1:
+            return [thing]
+        with self.together():
+            return gather_object([thing])
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is up in any process."""
@@ -89,4 +133,5 @@ class Engine:
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        self.accelerator.wait_for_everyone()
+        with self.together():
+            self.accelerator.wait_for_everyone()

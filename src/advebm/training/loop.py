@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advebm import config, energies, modes, seeds
+from advebm import config, energies, modes, processes, seeds
 from advebm.data.augment import Augment
 from advebm.data.loader import Loader
 from advebm.data.outliers import overlap
 from advebm.data.sources import Data, Images
 from advebm.descent import Energy
-from advebm.errors import Diverged, EarlyStop, Interrupted, UserError
+from advebm.errors import Diverged, EarlyStop, Interrupted, Lost, UserError
 from advebm.evaluation import find_model
 from advebm.metrics.base import Subject, together
 from advebm.metrics.ood import auroc
@@ -40,7 +40,7 @@ from advebm.training.recipe import Recipe, Training, design
 from advebm.training.run import Run, environment
 
 Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl, images counted over all stages
-AGAIN = "advebm train --resume"
+TWICE = 1.0  # seconds within which a signal that comes again is the same one: torchrun passes on what a terminal sends
 # What "best" is decided by, attacked before clean: of a classifier, of a critic, and of an encoder.
 SELECTED = (
     *("val/robust_accuracy", "val/accuracy"),
@@ -61,9 +61,10 @@ def train(
 
     Args:
         recipe: what to compute.
-        folder: new or empty; with ``resume``, the one that holds this recipe's run.
-        resume: go on from the latest checkpoint, to the bit on CPU; only a logged mean may miss what its window held
-            before the checkpoint.
+        folder: new or empty; with ``resume``, the one that holds this recipe's run.  Of several processes, the main
+            one's.
+        resume: go on from the latest checkpoint, with as many processes, to the bit on CPU; only a logged mean may miss
+            what its window held before the checkpoint.
         device: ``cpu`` or ``cuda``; None takes the best there is.
         report: called with every line of ``metrics.jsonl``.
 
@@ -71,8 +72,13 @@ def train(
         UserError: a bad recipe or folder.
         Diverged: non-finite numbers more often than the recipe's ``rollbacks``.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
+        Lost: another process of the job is gone.
     """
     engine, cfg, objective = Engine(device), recipe.train, recipe.objective
+    folder = engine.share(folder)[0]
+    again = f"{processes.command(engine.world)} train --resume"
+    if resume:
+        Run.open(folder).check_processes(engine.world)
     streams = engine.owned(cfg.streams)
     data = recipe.data.load()
     if "labels" in objective.needs and not data.train.labelled:
@@ -101,23 +107,32 @@ def train(
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("the network has no parameters to train")
     if not resume and engine.main:  # from here on nothing is wrong with what was asked for
-        Run.create(folder, recipe, environment(engine.device))
+        Run.create(folder, recipe, {**environment(engine.device), "processes": engine.world})
     engine.barrier()
     run = Run.open(folder)
-    if any(line.get("event") == "early stop" for line in run.history()):
+    if run.stopped_early:
         return run
     if fresh and recipe.before:
-        begin(model, str(prepare(recipe, run, device, report).folder), data, recipe)
+        begin(model, str(prepare(recipe, run, device, report, again).folder), data, recipe)
     model.to(engine.device)
+    if cfg.precision == "float64":
+        model.double()
+    else:
+        model.precision = getattr(torch, cfg.precision)
+    engine.agree(model)
     ema = EMA(model, cfg.ema) if cfg.ema else None
-    model.precision = getattr(torch, cfg.precision)
     if cfg.recompute:
         if not isinstance(model.backbone, Staged):
             raise UserError("recompute needs a backbone with stages (resnet, preact-resnet, wide-resnet, stargan)")
         model.backbone.recompute = True
     optimizer = recipe.optimizer.build(model.parameters())
 
-    with run.locked(engine.main), stopping() as signalled, torch.random.fork_rng(devices=[]):
+    with (
+        going_on(run, again),
+        run.locked(engine.main),
+        stopping() as signalled,
+        torch.random.fork_rng(devices=[]),
+    ):
 
         def save() -> None:
             meter.check()
@@ -134,7 +149,7 @@ def train(
                 run.log({"images": progress.images, **line})
                 report({"images": earlier + progress.images, **line})
 
-        progress, meter = Progress(), Meter(engine)
+        progress, meter = Progress(processes=engine.world), Meter(engine)
         resumed = bool(run.checkpoints.latest())
         if resumed:
             progress = run.checkpoints.load(model, ema, optimizer, states)
@@ -142,7 +157,6 @@ def train(
         clock = Clock(progress)
         if not resumed:
             save()
-        step = engine.wrap(model, objective)
         model.train()
         quick = search_view(model, data.train.take(slice(len(like))).float().to(engine.device), cfg)
 
@@ -152,7 +166,7 @@ def train(
                 logging = Progress(before + cfg.batch).passed(cfg.log_every, before, cfg.images)
                 for replay in range(objective.replays):
                     optimizer.zero_grad(set_to_none=True)
-                    done = []
+                    done, statistics = [], modes.Statistics(model if cfg.streams > 1 else None)
                     for s in streams:
                         keys = (recipe.seed, progress.attempt, before, s)
                         batch = feed(before, s, keys)
@@ -161,11 +175,13 @@ def train(
                         torch.manual_seed(seeds.derive(*keys, replay, "global"))  # dropout in modules of one's own
                         with modes.through(model, quick and quick.refresh):
                             found = objective.search(model, batch, states[s], ctx)
-                        with engine.accumulating(step, last=s == streams[-1]):
-                            loss = step(batch, found, states[s], ctx)
-                            engine.backward(loss.total / len(streams))
+                        loss = objective.loss(model, batch, found, states[s], ctx)
+                        (loss.total / len(streams)).backward()
+                        statistics.next()
                         meter.add(loss.total, loss.terms)
                         done.append((batch, found, states[s], loss, ctx))
+                    engine.average_gradients(model.parameters())
+                    statistics.settle(engine.average)
                     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or torch.inf)
                     meter.add(norm, {"grad_norm": norm})
                     factor = recipe.schedule(before + cfg.batch // 2, cfg.images)
@@ -192,7 +208,7 @@ def train(
                     tell({**meter.take(), **shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": used})
                 if judgeable and progress.passed(cfg.validate_every, before, cfg.images):
                     averaged = model if ema is None else ema.module
-                    scores = validate(averaged, data, validation, recipe, feed.outside)
+                    scores = engine.share(validate(averaged, data, validation, recipe, feed.outside, engine))[0]
                     attacked, clean = (scores[name] for name in SELECTED if name in scores)
                     score = (attacked, clean)
                     if score > progress.best:
@@ -204,7 +220,7 @@ def train(
                 if progress.passed(cfg.checkpoint_every, before, cfg.images) or best or stop:
                     save()
                 if stop and progress.images < cfg.images:
-                    raise Interrupted(f"saved after {progress.images:,} images; {AGAIN} {folder}")
+                    raise Interrupted(f"saved after {progress.images:,} images; {again} {folder}")
             except EarlyStop as reason:
                 progress = run.checkpoints.load(model, ema, optimizer, states)
                 run.rewind(progress.images, progress.attempt, engine.main)
@@ -242,7 +258,7 @@ def begin(model: Network, init: str, data: Data, recipe: Recipe) -> None:
         warnings.warn(f"{init} has another head than {data.name} takes: {', '.join(fresh)} begin fresh", stacklevel=2)
 
 
-def prepare(recipe: Recipe, run: Run, device: str | None, report: Report) -> Run:
+def prepare(recipe: Recipe, run: Run, device: str | None, report: Report, again: str) -> Run:
     """Train what is left of the stages before a recipe, in ``before`` of its run's folder; the last one's run."""
     init = recipe.init
     for number, stage in enumerate(recipe.before):
@@ -254,16 +270,16 @@ def prepare(recipe: Recipe, run: Run, device: str | None, report: Report) -> Run
             try:
                 train(dataclasses.replace(stage, init=init), folder, resume=begun, device=device, report=tell)
             except Interrupted as stop:
-                raise Interrupted(f"{str(stop).partition(';')[0]} of {stage.name}; {AGAIN} {run.folder}") from None
+                raise Interrupted(f"{str(stop).partition(';')[0]} of {stage.name}; {again} {run.folder}") from None
         init = str(folder)
     return Run.open(folder)
 
 
 def search_view(model: Network, x: Tensor, cfg: Training) -> View | None:
     """What searches call instead of the network, see ``train.fast``; ``x`` is a stream's share of a batch."""
-    if cfg.fast == "auto" and cfg.precision == "float32":
+    if cfg.fast == "auto" and cfg.precision != "bfloat16":
         return None
-    return view(model, x, fast(cfg.fast, cfg.precision), loud=cfg.fast != "auto")
+    return view(model, x, fast(cfg.fast, "bfloat16"), loud=cfg.fast != "auto")
 
 
 class Feed:
@@ -303,17 +319,23 @@ class Feed:
 
 
 def validate(
-    model: nn.Module, data: Data, split: Images, recipe: Recipe, outside: Images | None = None
+    model: nn.Module,
+    data: Data,
+    split: Images,
+    recipe: Recipe,
+    outside: Images | None = None,
+    team: processes.Team = processes.ALONE,
 ) -> dict[str, float]:
     """A score, clean and under the recipe's threat, on images kept for selection; always the same attack noise.
 
     Of a classifier the accuracy; of a critic the AUROC against images from ``outside``, which are what is attacked; of
-    an encoder what its objective says, on two augmentations of each image, always the same ones.
+    an encoder what its objective says, on two augmentations of each image, always the same ones.  A ``team`` shares the
+    images of a classifier, and does the others each by itself.
 
     Raises:
         Diverged: a critic's energies, or an encoder's losses, are not finite.
     """
-    subject = Subject(model, data, split, recipe.threat, batch=together(data.shape))
+    subject = Subject(model, data, split, recipe.threat, batch=together(data.shape), team=team)
     generator = seeds.generator(recipe.seed, "val", device=subject.device)
     if (judge := recipe.objective.validate) is not None:
         roles, x = recipe.data.augment, subject.on_device(split.x)
@@ -386,14 +408,26 @@ class Clock:
 
 
 @contextlib.contextmanager
+def going_on(run: Run, again: str) -> Iterator[None]:
+    """Where a process of the job is gone, says what there is and how to go on."""
+    try:
+        yield
+    except Lost as error:
+        there = int(run.checkpoints.latest() or 0)
+        raise Lost(f"{error}; the last checkpoint is of {there:,} images; {again} {run.folder}") from None
+
+
+@contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a question the loop can ask; a second one acts at once."""
-    received: list[int] = []
+    """Turns the first SIGINT or SIGTERM into a question the loop can ask; a later one acts at once."""
+    received: list[float] = []
     old: dict[int, Any] = {}
 
     def receive(number: int, frame: Any) -> None:
-        received.append(number)
-        restore()
+        received.append(time.monotonic())
+        if received[-1] - received[0] > TWICE:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         for number, handler in old.items():

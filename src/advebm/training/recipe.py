@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -12,7 +12,7 @@ from advebm.attacks.projected import Attack
 from advebm.data.sources import Data, Source, Unlabelled
 from advebm.errors import UserError
 from advebm.metrics.base import Metric
-from advebm.models.inference import Precision, Way
+from advebm.models.inference import Way
 from advebm.models.network import Architecture, Backbone
 from advebm.objectives.base import Objective
 from advebm.samplers import Sampler
@@ -31,7 +31,8 @@ class Training:
             Encoders, which tell images of all streams apart, take a stream a process and no more.
         ema: half-life of the weight average, 0 for none.
         precision: of the network in searches and losses, ``float32`` or ``bfloat16`` (autocast); weights, images,
-            updates and everything measured stay float32.
+            updates and everything measured stay float32.  ``float64`` is that of weights and losses, in checkpoints
+            too, to compare runs closely; images and whatever is made of the run stay float32.
         fast: how searches in eval mode compute the network, see :class:`advebm.models.inference.Fast`: ``off`` (as
             losses do), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` where ``precision`` is
             bfloat16, else ``off``, which keeps every bit.
@@ -48,7 +49,7 @@ class Training:
     batch: int = 128
     streams: int = 1
     ema: int = 5_000
-    precision: Precision = "float32"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
     fast: Way = "auto"
     recompute: bool = False
     clip: float | None = 1.0

@@ -14,7 +14,7 @@ import numpy
 import torch
 
 import advebm
-from advebm import files
+from advebm import files, processes
 from advebm.data.sources import Data, Images
 from advebm.errors import Busy, UserError
 from advebm.models import network
@@ -75,6 +75,28 @@ class Run:
     def finished(self) -> bool:
         """Whether all images of the recipe have been seen."""
         return int(self.checkpoints.latest() or -1) >= self.recipe.train.images
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether its objective ended it."""
+        return any(line.get("event") == "early stop" for line in self.history())
+
+    def check_processes(self, world: int) -> None:
+        """Refuse to train what is left with another number of processes than there were.
+
+        Raises:
+            UserError: that.
+        """
+        latest = self.checkpoints.latest()
+        if not latest or self.finished or self.stopped_early:
+            return
+        kept = files.read_json(self.checkpoints.folder / latest / "state" / "progress.json").get("processes", 1)
+        if kept != world:
+            raise UserError(
+                f"{self.folder} was trained by {kept} process{'es' * (kept > 1)} so far, and there "
+                f"{'is' if world == 1 else 'are'} {world}; with another number its results would not be what they are: "
+                f"{processes.command(kept)} train --resume {self.folder}"
+            )
 
     def model(self, which: str = "latest") -> tuple[Network, Architecture]:
         """The network of a checkpoint (averaged weights, eval mode)."""
