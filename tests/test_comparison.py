@@ -27,7 +27,7 @@ from advebm.objectives.langevin import MLE, SGLD
 from advebm.objectives.standard import Standard
 from advebm.objectives.trades import TRADES
 from advebm.stages import draw
-from advebm.training.instruments import passes
+from advebm.training.cost import passes
 from advebm.training.loop import train
 from advebm.training.optim import Cyclic
 from advebm.training.recipe import read, resolve
