@@ -1,6 +1,6 @@
 """``python -m tests.recipes [WORD]``: what every recipe of the package, or those with WORD in their name, would take.
 
-As ``advebm train --recipe NAME --dry-run MACHINE`` says, without data, on the published machines; fails if one cannot be
+As ``advebm train --recipe NAME --dry-run MACHINE`` says, without images; fails if one cannot be
 estimated.
 """
 

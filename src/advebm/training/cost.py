@@ -249,25 +249,32 @@ def taught(objective: Objective) -> Iterator[Objective]:
         yield other(objective)
 
 
-def step(objective: Objective, seen: int, level: int | None = None, images: int = 4) -> tuple[Passes, Held]:
-    """Passes of a step after ``seen`` images, and what is held; K of a growing search is ``level``, or its largest."""
-    generator, model = seeds.generator(0), few(objective).build().train()
-    x = torch.rand(images, 3, 8, 8, generator=generator)
-    batch = Batch(x, torch.arange(images) % 10, view=x, outside=x, extra=x)
-    state = objective.init(x, generator)
-    if isinstance(state, Level):
-        state.steps, state.since = state.largest if level is None else level, seen
-    ctx, graph, penalty = Context(generator, seen), 0, 0
-    with counting(model) as tally:
-        for replay in range(objective.replays):
-            found = objective.search(model, batch, state, ctx)
-            before = tally.graph, tally.penalty
-            loss = objective.loss(model, batch, found, state, ctx)
-            loss.total.backward()
-            graph, penalty = max(graph, tally.graph - before[0]), max(penalty, tally.penalty - before[1])
-            if replay < objective.replays - 1:  # what is done after a step is not part of it
-                objective.after(model, batch, found, state, loss, ctx)
-    return tally.passes(images), Held(tally.widest / images, graph / images, penalty / images)
+def step(objective: Objective, seen: int, level: int | None = None) -> tuple[Passes, Held]:
+    """What an image of a step takes after ``seen`` images; K of a growing search is ``level``, or its largest.
+
+    Counted as what four more images take, which leaves out what is done once a step.
+    """
+    counts = []
+    for images in (4, 8):
+        generator, model = seeds.generator(0), few(objective).build().train()
+        x = torch.rand(images, 3, 8, 8, generator=generator)
+        batch = Batch(x, torch.arange(images), view=x, outside=x, extra=x)
+        state = objective.init(x, generator)
+        if isinstance(state, Level):
+            state.steps, state.since = state.largest if level is None else level, seen
+        ctx, graph, penalty = Context(generator, seen), 0, 0
+        with counting(model) as tally:
+            for replay in range(objective.replays):
+                found = objective.search(model, batch, state, ctx)
+                before = tally.graph, tally.penalty
+                loss = objective.loss(model, batch, found, state, ctx)
+                loss.total.backward()
+                graph, penalty = max(graph, tally.graph - before[0]), max(penalty, tally.penalty - before[1])
+                if replay < objective.replays - 1:  # what is done after a step is not part of it
+                    objective.after(model, batch, found, state, loss, ctx)
+        counts.append((*tally.passes(4), tally.widest / 4, graph / 4, penalty / 4))
+    each = [more - less for less, more in zip(*counts, strict=True)]
+    return Passes(*each[:5]), Held(*each[5:])
 
 
 def training(recipe: Recipe) -> tuple[Passes, Passes, Held]:
@@ -291,7 +298,7 @@ def growth(objective: Any) -> Curriculum | None:
 
 
 def validation(recipe: Recipe) -> Passes:
-    """Passes for an image validated on: what four more images take, all of which are right and stay so."""
+    """What an image validated on takes that is right and stays so, counted as for :func:`step`."""
     still = dataclasses.replace(recipe.threat, eps=1e-6, step_size=1e-6)
     plain = dataclasses.replace(recipe, threat=still, data=Digits())  # of which only the augmentation is looked at
     found = []
