@@ -4274,13 +4274,7 @@ MUTANTS = [
         "for replay in range(1):",
         "cost",
     ),
-    Mutant(
-        "cost: teachers count as the network",
-        "training/cost.py",
-        "            tally.teacher += count\n            return\n",
-        "",
-        "cost",
-    ),
+    Mutant("cost: teachers count as the network", "training/cost.py", "if module is not model:", "if False:", "cost"),
     Mutant("cost: teachers are not counted", "training/cost.py", "tally.teacher += count", "pass", "cost"),
     Mutant(
         "cost: K at its largest throughout",

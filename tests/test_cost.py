@@ -127,6 +127,22 @@ def test_passes_of_a_growing_search_are_those_of_training(trained):
     assert found == {"forward": 128 * told.most.forward, "backward": 128 * told.most.backward}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [  # forward, of a teacher, to images, to weights, to be differentiated again
+        ("digits-at", {"objective__attack__steps": 3}, (4, 0, 3, 1, 0)),
+        ("digits-free", {"objective__replays": 3}, (3, 0, 0, 3, 0)),
+        ("digits-trades-awp", {"objective__warmup": 0}, (12, 0, 7, 4, 0)),  # the KL's target, then both images twice
+        ("digits-rst-awp", {}, (24, 1, 14, 8, 0)),  # the same of twice the images
+        ("digits-binary-at", {"objective__curriculum": {"start": 4, "steps": 4}}, (7, 0, 4, 2, 1)),
+    ],
+)
+def test_passes_are_told_apart(name, options, expected):
+    least, most, held = cost.training(recipe(name, **options))
+    assert least == most == expected
+    assert held == {"digits-at": (1, 1, 0), "digits-free": (0, 1, 0), "digits-binary-at": (1, 3, 1)}.get(name, held)
+
+
 @pytest.mark.parametrize("gate", [0.8, None])
 @pytest.mark.parametrize("images_per_step", [None, 300, 70])
 @pytest.mark.parametrize(("start", "window", "images"), [(0, 100, 1600), (3, 33, 160)])
