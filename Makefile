@@ -7,7 +7,7 @@ PEERS := .venv-agreement/.ready
 RIVALS := .venv-bench/.ready
 PAGE := .venv-page/.ready
 
-.PHONY: demo test test-page lint mutants agreement bench clean
+.PHONY: demo test test-page lint mutants recipes agreement bench clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
@@ -27,6 +27,10 @@ lint: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python tests/mutants.py
+
+# What every recipe would take, by dry runs: a minute or two.
+recipes: $(READY)
+	$(BIN)/python -m tests.recipes $(ARGS)
 
 # ARGS='--run RUN --standard --images 512' compares AutoAttack on a model of yours; AUTOATTACK_SRC names a checkout of its code.
 agreement: $(PEERS)

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from advebm.training.machine import rates
 from benchmarks import show
-from benchmarks.peak import rates
 from benchmarks.tasks import Setting, trained
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,8 +29,8 @@ from advebm.objectives.base import Batch, Context
 from advebm.objectives.contrastive import ACL, AdversarialInfoNCE, InfoNCE, Negatives, Queue, Views
 from advebm.objectives.rst import RST
 from advebm.objectives.standard import Standard
+from advebm.training.cost import passes
 from advebm.training.engine import Engine
-from advebm.training.instruments import passes
 from advebm.training.loop import train
 from advebm.training.recipe import design, resolve
 from advebm.training.run import Run

@@ -150,6 +150,13 @@ def build_parser() -> Parser:
         sub.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
         sub.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {WAYS}; --train.fast")
         sub.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
+        sub.add_argument(
+            "--dry-run",
+            nargs="?",
+            const="",
+            metavar="MACHINE",
+            help="print passes, FLOP, memory and hours of training: here (default), or on a100, h100, h200, rtx4090",
+        )
     train.add_argument("--labels", choices=("none",), help="none: train an encoder or a critic on the images alone")
     whole.set_defaults(labels=None)  # what it measures needs them
     whole.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
@@ -479,6 +486,13 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
         folder = args.out or new_folder(Path("runs"), recipe.name)
     if args.print_config:
         print(dump(recipe), end="")
+        return None
+    if args.dry_run is not None:
+        from advebm.tables import costs_table
+        from advebm.training import cost, machine
+
+        found = machine.find(args.dry_run or device(args.device).partition(":")[0])
+        costs_table(cost.estimates(recipe), found)
         return None
     return fit(recipe, folder, resume=args.resume is not None, device=args.device).folder
 

@@ -16,7 +16,7 @@ from advebm.errors import UserError
 from advebm.metrics.base import Bar, Metric, label, silent
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
-from advebm.training.instruments import passes
+from advebm.training.cost import passes
 from advebm.training.run import Run
 
 Records = list[dict[str, Any]]

@@ -1,7 +1,7 @@
 """Tables for people, on standard output."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +11,8 @@ from rich.table import Table
 from advebm import doctor
 from advebm.metrics.base import Record
 from advebm.reporting.build import row
+from advebm.training.cost import Estimate
+from advebm.training.machine import GB, TERA, Machine
 
 
 def record_table(records: Iterable[Record]) -> None:
@@ -92,6 +94,51 @@ def findings_list(findings: Iterable[doctor.Finding]) -> None:
             print(f"  {doctor.title(check):12}{doctor.about(check)}")
     else:
         print(f"{faults} fault{'s' * (faults > 1)}")
+
+
+def costs_table(stages: Sequence[Estimate], machine: Machine) -> None:
+    """A column a stage, a row a quantity; then what the hours rest on."""
+    columns = {stage.recipe.name: _costs(stage, machine) for stage in stages}
+    table = Table("", *columns, box=None, pad_edge=False)
+    for quantity in dict.fromkeys(q for column in columns.values() for q in column):
+        table.add_row(quantity, *(column.get(quantity, "") for column in columns.values()))
+    _print(table)
+    for precision in dict.fromkeys(stage.recipe.train.precision for stage in stages):
+        rate = f"{machine.rates[precision] / TERA:.3g} TFLOP/s in {precision}"
+        print(f"hours: on {machine.name}, {machine.share:.0%} of {rate}")
+    if machine.memory is not None and (most := max(sum(stage.memory) for stage in stages)) > machine.memory:
+        print(f"memory: {most / GB:.3g} GB are more than the {machine.memory / GB:.3g} there are")
+    for stage in stages:
+        if stage.outline.classes is None and stage.recipe.objective.outputs is None:
+            print(f"{stage.recipe.name}: the images are not there; {stage.architecture.outputs:,} classes are assumed")
+
+
+def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
+    """What :func:`costs_table` prints of a stage."""
+    cfg, bounds = stage.recipe.train, (stage.least, stage.most)
+    epochs = f" ({stage.images / stage.outline.train:.3g} epochs)" if stage.outline.train else ""
+    validated = f"{stage.validated:,} x {stage.validation.forward:.3g} + {stage.validation.backward:.3g}"
+    rows = {
+        "parameters": f"{stage.parameters:,}",
+        "images": f"{stage.images:,}{epochs}",
+        "optimiser steps": f"{stage.images // cfg.batch * stage.recipe.objective.replays:,}",
+        "forward passes, an image": _span(passes.forward for passes in bounds),
+        "backward passes, an image": _span(passes.backward for passes in bounds),
+        "  of searches": _span(passes.search for passes in bounds),
+        "teacher's passes, an image": _span(passes.teacher for passes in bounds) if stage.most.teacher else "",
+        "validation, forward + backward": validated if stage.validated else "none",
+        "GFLOP, a forward pass": f"{stage.flops.forward / 1e9:.3g}",
+        "PFLOP, in all": _span(flops / 1e15 for flops in stage.total),
+    }
+    names = ("GB: weights", "  optimiser", "  averaged weights", "  activations, gradients")
+    rows |= {name: f"{part / GB:.3g}" for name, part in zip(names, stage.memory, strict=True)}
+    rows["hours"] = _span(machine.hours(flops, cfg.precision) for flops in stage.total)
+    return {name: text for name, text in rows.items() if text}
+
+
+def _span(values: Iterable[float]) -> str:
+    """One number, or the least and the most."""
+    return " to ".join(dict.fromkeys(f"{value:.3g}" for value in values))
 
 
 def _print(table: Table, width: int = 120) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from advebm.config import check_choices
 from advebm.data.augment import Augment
 from advebm.data.decode import Corrupt, cached, decode
-from advebm.data.sources import UNLABELLED, Augmentations, Data, Images, gather, partition
+from advebm.data.sources import UNLABELLED, Augmentations, Data, Images, Outline, gather, partition
 from advebm.errors import UserError
 
 NATURAL = Augmentations(x=Augment(crop=4, flip=True))
@@ -47,11 +47,17 @@ class _Hub:
 
     name: ClassVar[str]
     hub: ClassVar[str]
+    classes: ClassVar[int]
     cites: ClassVar[tuple[str, ...]] = ("krizhevsky2009",)
 
     def __post_init__(self) -> None:
         check_choices(self)
         _check_share(self.val)
+
+    def outline(self) -> Outline:
+        """Of the whole set; a folder may hold fewer images."""
+        kept = round(self.val * 50_000)
+        return Outline((3, 32, 32), self.classes, 50_000 - kept, kept)
 
     def load(self) -> Data:
         """Training, validation and test images; decoded once, then read from the cache."""
@@ -79,6 +85,7 @@ class Cifar10(_Hub):
 
     name = "cifar10"
     hub = "uoft-cs/cifar10"
+    classes = 10
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Cifar100(_Hub):
 
     name = "cifar100"
     hub = "uoft-cs/cifar100"
+    classes = 100
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,14 @@ class HubImages:
         check_choices(self)
         _check_share(self.val)
         _check_shape(self.size, self.channels)
+
+    def outline(self) -> Outline:
+        """The shape, if ``size`` is given."""
+        if self.size is None:
+            raise UserError(
+                f"the size of the images of {self.path!r} is not known beforehand; give it with --data.size"
+            )
+        return Outline((self.channels, self.size, self.size))
 
     def load(self) -> Data:
         """Training, validation and test images."""
@@ -152,6 +168,12 @@ class Folder:
         _check_share(self.val)
         _check_share(self.test)
         _check_shape(self.size, self.channels)
+
+    def outline(self) -> Outline:
+        """The shape, and where the folder is there the number of classes."""
+        root = Path(self.path).expanduser()
+        root = root / "train" if (root / "train").is_dir() and (root / "test").is_dir() else root
+        return Outline((self.channels, self.size, self.size), len(_class_names(root)) if root.is_dir() else None)
 
     def load(self) -> Data:
         """Training, validation and test images."""

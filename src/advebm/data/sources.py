@@ -64,6 +64,21 @@ class Data(NamedTuple):
         return tuple(means), tuple(deviations)
 
 
+class Outline(NamedTuple):
+    """What is known of a source's images before they are read.
+
+    Attributes:
+        shape: of one image, (C, H, W).
+        classes: how many; none where that takes the files.
+        train, val: images of the splits; none where that takes the files.
+    """
+
+    shape: tuple[int, ...]
+    classes: int | None = None
+    train: int | None = None
+    val: int | None = None
+
+
 @dataclass(frozen=True)
 class Augmentations:
     """One augmentation a role.
@@ -158,6 +173,11 @@ class Part(Derived):
         if not 0 < self.share < 1:
             raise UserError(f"share lies in (0, 1), got {self.share}")
 
+    def outline(self) -> Outline:
+        """The source's, with fewer training images."""
+        found, share = outline(self.source), 1 - self.share if self.rest else self.share
+        return found._replace(train=None if found.train is None else round(share * found.train))
+
     def load(self) -> Data:
         """The source's data with fewer training images."""
         data = self.source.load()
@@ -171,6 +191,10 @@ class Unlabelled(Derived):
 
     The images and their splits are the source's, as are their training order and augmentation.
     """
+
+    def outline(self) -> Outline:
+        """The source's, of one class."""
+        return outline(self.source)._replace(classes=len(UNLABELLED))
 
     def load(self) -> Data:
         """The source's data, all of one class that has no members."""
@@ -201,6 +225,12 @@ class Classes(Derived):
         if self.count < 1:
             raise UserError(f"count is at least 1 class, got {self.count}")
 
+    def outline(self) -> Outline:
+        """The shape, and how many classes."""
+        found = outline(self.source)
+        others = None if found.classes is None else found.classes - self.count
+        return Outline(found.shape, others if self.rest else self.count)
+
     def load(self) -> Data:
         """Every split with the images of these classes alone, which are numbered anew."""
         data = self.source.load()
@@ -217,6 +247,18 @@ class Classes(Derived):
         names = tuple(data.classes[k] for k in kept.tolist())
         what = f"{data.name}, {len(kept)} {'other ' * self.rest}classes"
         return Data(what, names, of(data.train), of(data.val), of(data.test))
+
+
+def outline(source: Source) -> Outline:
+    """What a source declares with a method ``outline``, which reads no images; else what it loads.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if (declared := getattr(source, "outline", None)) is not None:
+        return declared()
+    data = source.load()
+    return Outline(data.shape, len(data.classes), len(data.train), len(data.val))
 
 
 def partition(shards: list[Images], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:

@@ -1,5 +1,6 @@
 """A search that gets longer as the model learns to see through it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +89,17 @@ class Curriculum:
         late = self.images_per_step is not None and spent >= self.images_per_step
         if won or late:
             level.steps, level.since = level.steps + 1, images
+
+    def means(self, images: int, batch: int) -> tuple[float, float]:
+        """The least and the most that K can be on average over ``images``, whole steps of ``batch`` of them."""
+        stays = (self.images_per_step, None if self.gate is None else self.window)
+        late, won = (math.inf if stay is None else math.ceil(stay / batch) * batch for stay in stays)
+
+        def mean(stay: float) -> float:
+            climbs = range(1, self.steps - self.start + 1)
+            return self.start + sum(max(images - climb * stay, 0) for climb in climbs) / images
+
+        return mean(late), mean(min(late, won))
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
-"""What can be seen of training: changes of the energy, JEAT eq. 15, and what a step costs."""
+"""What can be seen of training: changes of the energy, JEAT eq. 15."""
 
 import torch
 from torch import Tensor, nn
 
-from advebm import energies, seeds
+from advebm import energies
 from advebm.modes import searching
-from advebm.objectives.base import Batch, Context
-from advebm.objectives.curriculum import Level
-from advebm.training.recipe import Recipe, design
+from advebm.objectives.base import Batch
 
 
 class EnergyShift:
@@ -36,36 +34,3 @@ class EnergyShift:
         with searching(self.model) as f:
             logits = f(x)
         return {"joint": energies.joint(logits, self.y), "marginal": energies.marginal(logits)}
-
-
-def passes(recipe: Recipe, images: int = 4) -> tuple[float, float]:
-    """Forward and backward passes of the network that a recipe's objective takes an image, counted on one batch.
-
-    Of a search that grows, at its longest.
-    """
-    data, counts = recipe.data.load(), [0, 0]
-    model = design(recipe, data).build(recipe.seed).train()
-
-    def backward(gradient: Tensor) -> None:
-        counts[1] += len(gradient)
-
-    def forward(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-        counts[0] += len(out)
-        if out.requires_grad:
-            out.register_hook(backward)
-
-    model.register_forward_hook(forward)
-    part = data.train.take(slice(images))
-    x, objective, generator = part.float(), recipe.objective, seeds.generator(recipe.seed)
-    batch = Batch(x, part.y, view=x, outside=x, extra=x)
-    state = objective.init(x, generator)
-    if isinstance(state, Level):
-        state.steps = state.largest
-    ctx = Context(generator, recipe.train.images)
-    for replay in range(objective.replays):
-        found = objective.search(model, batch, state, ctx)
-        loss = objective.loss(model, batch, found, state, ctx)
-        loss.total.backward()
-        if replay < objective.replays - 1:  # what is done after a step is not part of it
-            objective.after(model, batch, found, state, loss, ctx)
-    return counts[0] / images, counts[1] / images
