@@ -97,9 +97,8 @@ def cut(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, jo
             first, second = ways[0][0], ways[1][0]
         plane = projected(path, centre, first, second)
         reach = 1.25 * max(plane.at.abs().max().item(), 0.2)
-        values = landscape.plane(
-            lambda index: energy, centre[None], first[None], second[None], reach=reach, count=COUNT
-        )[0]
+        energy_of = lambda index: joint_or_marginal(f, end, y.expand(len(index)))
+        values = landscape.plane(energy_of, centre[None], first[None], second[None], reach=reach, count=COUNT)[0]
     symbol = "E(x)" if studio.critic else f"E(x, {studio.name(int(y))})"
     where = "middle" if through == "path" else "end"
     note = (
