@@ -349,7 +349,7 @@ def test_a_sample_is_what_the_sampler_draws(studio):
     x = sampler(studio.model, y, seeds, generator=draws)
     assert np.array_equal(np.asarray(shown.picture), np.asarray(views.sheet(x)))
     energy = [api.energy(studio.model, z, y).mean().item() for z in (seeds, x)]
-    assert f"energy {energy[0]:.2f} → {energy[1]:.2f} nats" in shown.note
+    assert f"energy {energy[0]:.3g} → {energy[1]:.3g} nats" in shown.note
     hits = int((studio.model(x).argmax(1) == y).sum())
     assert f"{hits} of 10" in shown.note
     assert shown.film is not None
@@ -576,7 +576,9 @@ def test_the_toy_is_seen_while_it_trains_and_can_be_stopped():
     shown = planes.play("gaussian", "binary-at", "uniform", 6, 0, job)
     assert len(seen) > 3
     assert seen[0].note == "update 0 of 6"
-    assert dict(shown.table)["objective"] == f"{toy.numbers(toy.play('gaussian', updates=6))['objective']:.3f}"
+    values = {name: value for name, value, _ in shown.table}
+    assert values["objective"] == f"{toy.numbers(toy.play('gaussian', updates=6))['objective']:.3f}"
+    assert all(about for _, _, about in shown.table)
     stopped = Job()
     stopped.stop()
     with pytest.raises(Stopped):
@@ -678,6 +680,11 @@ def test_runs_are_listed_and_reported_without_being_touched(studio, tmp_path):
     head, rows = listing.table([one, one])
     assert head == ["measured", "samples", "one", "one"]
     assert rows == [["accuracy", "", "87.5 ± 1.0 %", "87.5 ± 1.0 %"]]
+    other = Studio("other", studio.run)
+    (tmp_path / "other").mkdir()
+    other.run = linked(studio.run, tmp_path / "other")
+    other.run.append([record | {"name": "only here"}, record])
+    assert [row[0] for row in listing.table([other, one])[1]] == ["accuracy", "only here"]  # what both have comes first
     (tmp_path / "page").mkdir()
     path, another = (listing.report(one, tmp_path / "page") for _ in range(2))
     assert path.parent.parent == another.parent.parent == tmp_path / "page"

@@ -14,6 +14,18 @@ from advebm.web.jobs import Job
 UPDATES = 2000  # the most that can be asked for
 
 
+ABOUT = {
+    "D on support": "mean of D where data are; 1/2 at the optimum",
+    "deviation": "of D there; 0 at the optimum",
+    "D off support": "mean of D where no data are; at most 1/2",
+    "highest off": "the highest D there",
+    "highest unvisited": "the highest D there where no contrastive point came by",
+    "objective": "of binary AT; -log 4 = -1.386 at the optimum",
+    "correlation": "of -E with the true log-density",
+    "slope": "of -E along the true log-density: 1 knows it, 0 knows only where data are",
+}
+
+
 class Played(NamedTuple):
     """What the tab shows."""
 
@@ -35,7 +47,7 @@ def play(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) 
     numbers = toy.numbers(result, seed=number)
     with views.alone():
         film = planes.film(result)
-    rows = [[name, f"{value:.3f}"] for name, value in numbers.items()]
+    rows = [[name, f"{value:.3f}", ABOUT[name]] for name, value in numbers.items()]
     return Played(panel(result), views.picture(film), rows, f"{total} updates of {method} from {p0} points")
 
 

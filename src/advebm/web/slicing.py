@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from matplotlib import patheffects
 from PIL.Image import Image
 from torch import Tensor
 
@@ -116,8 +117,10 @@ def drawn(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
         figure.colorbar(shown, ax=axis, label=f"{symbol}, nats, 0 at the centre")
         axis.plot(*at.T, color="white", lw=1.2)
         axis.scatter(at[:, 0], at[:, 1], s=8, c=np.arange(len(at)), cmap="autumn_r", zorder=3)
+        beyond = -1 if at[:, 1].mean() > at[[0, -1], 1].mean() else 1  # not over the path
+        edge = [patheffects.withStroke(linewidth=2, foreground="#333333")]
         for name, point in (("seed", at[0]), ("image", at[-1])):
-            x, y = point.tolist()
-            axis.annotate(name, (x, y), (0, 6), textcoords="offset points", color="white", ha="center")
+            options: Any = {"textcoords": "offset points", "ha": "center", "va": "center", "path_effects": edge}
+            axis.annotate(name, point.tolist(), (0, 12 * beyond), color="white", **options)
         axis.set(xlabel="first direction (pixels of [0, 1], l2)", ylabel="second direction", aspect="equal")
         return views.picture(figure)
