@@ -4227,7 +4227,7 @@ MUTANTS = [
         "folder",
         "web",
     ),
-    Mutant("fix: layers without end", "web/inputs.py", "if len(layers) > LAYERS:", "if False:", "web"),
+    Mutant("fix: layers without end", "web/inputs.py", "if len(parts) > LAYERS:", "if False:", "web"),
     Mutant(
         "fix: other pages post",
         "web/server.py",

@@ -232,5 +232,58 @@ def test_another_model(page, served):
     assert "rises" in until(lambda: text(page, "verdict"))
 
 
+def type_in(page, label, value):
+    """Into the visible field of a slider."""
+    field = next(f for f in page.find_elements(By.CSS_SELECTOR, f"input[aria-label^='{label}']") if f.is_displayed())
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(str(value), Keys.TAB)
+
+
+def seconds_used(pid):
+    """Of processor time, by the server."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_who_comes_second_waits_until_the_first_has_closed_the_page(page, served):
+    """What was asked for on a closed page is not carried out: the server has no work left."""
+    second = page.current_window_handle
+    page.switch_to.new_window("tab")
+    page.get(served.url)
+    until(lambda: page.find_elements(By.ID, "draw"))
+    for name, button, label in (
+        ("Explain", "explain", "number input for steps"),
+        ("Sample", "draw", "number input for K"),
+        ("Landscape", "measure", "number input for K"),
+    ):
+        tab(page, name)
+        type_in(page, label, 500)
+        press(page, button)
+    until(lambda: "step" in page.find_element(By.TAG_NAME, "body").get_attribute("textContent"))
+    first = page.current_window_handle
+    page.switch_to.window(second)
+    page.get(served.url)
+    until(lambda: page.find_elements(By.ID, "draw"))
+    press(page, "draw")
+    until(lambda: "waiting" in text(page, "sampled"))
+    page.switch_to.window(first)
+    page.close()
+    page.switch_to.window(second)
+    before = seconds_used(served.pid)
+    until(lambda: "images in" in text(page, "sampled"))
+    until(lambda: (now := seconds_used(served.pid)) and (time.sleep(1) or seconds_used(served.pid) - now < 0.2), 20)
+    print(f"{seconds_used(served.pid) - before:.1f} s of work after the page was closed")
+    assert seconds_used(served.pid) - before < 4
+
+
+def test_nothing_came_from_elsewhere(page, served):
+    """After everything that was done on it."""
+    asked = [json.loads(line["message"])["message"] for line in page.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+    hosts = {urlparse(url).netloc for url in urls if urlparse(url).scheme.startswith(("http", "ws"))}
+    assert hosts == {urlparse(served.url).netloc}
+
+
 def test_nothing_went_wrong_in_the_browser(page):
     assert not errors(page)

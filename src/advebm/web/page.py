@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 import torch
+from gradio.components.base import server
 from torch import Tensor
 
 from advebm import config, densities, toy
@@ -27,6 +28,7 @@ iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-
 """
 SYSTEM = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # fonts that are on the visitor's machine
 CANVAS = 320
+KEPT = 32  # visitors' strokes that wait to be used
 
 
 def theme() -> gr.themes.Base:
@@ -51,6 +53,46 @@ class Chooser(NamedTuple):
     said: gr.Markdown
 
 
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mistakes of the visitor as messages on the page."""
+
+    @functools.wraps(function)
+    def call(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except UserError as error:
+            raise message(error) from None
+
+    return call
+
+
+def message(error: Exception) -> gr.Error:
+    """For the visitor; as text, not as markup."""
+    return gr.Error(html.escape(str(error)), print_exception=False, title="That does not work")
+
+
+class Canvas(gr.ImageEditor):
+    """A picture to brush on.  Of what comes back the brushed layers alone are decoded, and nothing large is kept."""
+
+    is_template = True  # the browser knows it by its parent's name
+
+    @server
+    def accept_blobs(self, data: Any) -> None:
+        """A part of what was brushed, as the browser sends it before it asks for the work; none that is too large."""
+        if len(str(data.data["index"])) > 4 or any(len(content) > inputs.LAYER_BYTES for _, content in data.files):
+            return
+        super().accept_blobs(data)
+        for old in list(self.blob_storage)[:-KEPT]:
+            self.blob_storage.pop(old, None)
+
+    @told
+    def preprocess(self, payload: Any) -> dict[str, Any]:
+        """``layers``: the brushed ones, decoded."""
+        held = self.blob_storage.pop(payload.id, None) if payload and payload.id is not None else payload
+        parts = [part for part in (held.layers or [] if held else []) if part is not None]
+        return {"layers": inputs.layers([part if isinstance(part, bytes) else Path(part.path) for part in parts])}
+
+
 def sight(
     label: str, *, value: Any = None, name: str | None = None, kind: str = "pixels", visible: bool = True
 ) -> gr.Image:
@@ -73,24 +115,6 @@ def buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
     """One to begin and one to stop, side by side."""
     with gr.Row():
         return gr.Button(label, variant="primary", elem_id=name, min_width=80), gr.Button("Stop", min_width=80)
-
-
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mistakes of the visitor as messages on the page."""
-
-    @functools.wraps(function)
-    def call(*values: Any) -> Any:
-        try:
-            return function(*values)
-        except UserError as error:
-            raise message(error) from None
-
-    return call
-
-
-def message(error: Exception) -> gr.Error:
-    """For the visitor; as text, not as markup."""
-    return gr.Error(html.escape(str(error)), print_exception=False, title="That does not work")
 
 
 class Page:
@@ -354,7 +378,7 @@ class Page:
             with gr.Column(scale=4, min_width=440):
                 chooser = self.chooser(first, 0)
                 empty = gr.Button("Empty picture", size="sm")
-                editor = gr.ImageEditor(
+                editor = Canvas(
                     self.canvas(self.test_image(first.title, 0)),
                     type="pil",
                     format="png",
@@ -385,7 +409,7 @@ class Page:
             name, kind, other_class, other_image, d1, d2, steps, seed = more
             studio = self.studio(title)
             x = self.fitting(studio, given).x
-            paint, where = inputs.brushed((drawn or {}).get("layers") or [], x.shape)
+            paint, where = inputs.brushed(drawn["layers"], x.shape)
             other = other_image if editing.TOOLS[name].other == "image" else other_class
             return editing.edit(studio, x, paint, where, editing.Asked(name, kind, steps, [d1, d2], other, seed), job)
 

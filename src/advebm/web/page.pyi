@@ -1,0 +1,632 @@
+"""The page: components, and what they call.  The work is done in the modules beside this one."""
+
+import functools
+import html
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+import torch
+from gradio.components.base import server
+from torch import Tensor
+
+from advebm import config, densities, toy
+from advebm.errors import UserError, unknown
+from advebm.web import attacking, editing, inputs, listing, planes, sampling, slicing, views
+from advebm.web.jobs import Job, Jobs, Stopped
+from advebm.web.studio import EVERY, Studio
+
+CSS = """
+.gradio-container { width: 100%; max-width: 1280px !important; margin: 0 auto; }
+.sight { padding-top: 34px !important; }
+.sight .icon-button-wrapper { transform: translateY(-34px); }
+.pixels img { image-rendering: pixelated; }
+.about p { opacity: 0.7; margin: 0; }
+footer { display: none !important; }
+iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
+"""
+SYSTEM = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # fonts that are on the visitor's machine
+CANVAS = 320
+KEPT = 32  # visitors' strokes that wait to be used
+
+
+def theme() -> gr.themes.Base:
+    """The page's looks; nothing of it comes from elsewhere."""
+    return gr.themes.Default(primary_hue="blue", font=SYSTEM[0], font_mono=SYSTEM[1])
+
+
+class Given(NamedTuple):
+    """A picture that somebody chose: an image (C, H, W), its label or -1, and what is said of it."""
+
+    x: Tensor
+    label: int
+    said: str
+
+
+class Chooser(NamedTuple):
+    """Components by which a picture is chosen."""
+
+    image: gr.State
+    number: gr.Number
+    upload: gr.UploadButton
+    said: gr.Markdown
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mistakes of the visitor as messages on the page."""
+
+    @functools.wraps(function)
+    def call(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except UserError as error:
+            raise message(error) from None
+
+    return call
+
+
+def message(error: Exception) -> gr.Error:
+    """For the visitor; as text, not as markup."""
+    return gr.Error(html.escape(str(error)), print_exception=False, title="That does not work")
+
+from gradio.events import Dependency
+
+class Canvas(gr.ImageEditor):
+    """A picture to brush on.  Of what comes back the brushed layers alone are decoded, and nothing large is kept."""
+
+    is_template = True  # the browser knows it by its parent's name
+
+    @server
+    def accept_blobs(self, data: Any) -> None:
+        """A part of what was brushed, as the browser sends it before it asks for the work; none that is too large."""
+        if len(str(data.data["index"])) > 4 or any(len(content) > inputs.LAYER_BYTES for _, content in data.files):
+            return
+        super().accept_blobs(data)
+        for old in list(self.blob_storage)[:-KEPT]:
+            self.blob_storage.pop(old, None)
+
+    @told
+    def preprocess(self, payload: Any) -> dict[str, Any]:
+        """``layers``: the brushed ones, decoded."""
+        held = self.blob_storage.pop(payload.id, None) if payload and payload.id is not None else payload
+        parts = [part for part in (held.layers or [] if held else []) if part is not None]
+        return {"layers": inputs.layers([part if isinstance(part, bytes) else Path(part.path) for part in parts])}
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def sight(
+    label: str, *, value: Any = None, name: str | None = None, kind: str = "pixels", visible: bool = True
+) -> gr.Image:
+    """A picture to look at: ``pixels`` that are shown as squares, or a ``figure``."""
+    return gr.Image(
+        value,
+        label=label,
+        type="pil",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        alt_text=label,
+        elem_id=name,
+        elem_classes=["sight", kind],
+        visible=visible,
+    )
+
+
+def buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
+    """One to begin and one to stop, side by side."""
+    with gr.Row():
+        return gr.Button(label, variant="primary", elem_id=name, min_width=80), gr.Button("Stop", min_width=80)
+
+
+class Page:
+    """The page of some runs.
+
+    Attributes:
+        studios: by title.
+        folder: where the page keeps files of its own.
+        jobs: what is under way.
+    """
+
+    def __init__(self, studios: Mapping[str, Studio], folder: Path) -> None:
+        self.studios, self.folder, self.jobs = dict(studios), folder, Jobs()
+        self._turned: list[tuple[Any, Callable[[Studio], Any]]] = []  # components that depend on the model
+        self._found: list[Any] = []  # components that show what was found with it
+
+    def studio(self, title: str) -> Studio:
+        """By its title."""
+        if title not in self.studios:
+            raise unknown("run", title, self.studios)
+        return self.studios[title]
+
+    # Events ---------------------------------------------------------------------------------------------------------
+
+    def at_work(
+        self,
+        button: gr.Button,
+        stop: gr.Button,
+        work: Callable[..., Any],
+        taken: Sequence[Any],
+        shown: Sequence[Any],
+        *,
+        show: Callable[[Any], Sequence[Any]] = lambda news: news,
+    ) -> Any:
+        """``work(job, *values)`` when the button is pressed; what it tells goes to ``shown``, whose last is a note.
+
+        With the model among what is ``taken``, another model clears what is shown.
+        """
+
+        def run(request: gr.Request, *values: Any) -> Iterator[Any]:
+            rest = [gr.skip()] * (len(shown) - 1)
+            try:
+                with self.jobs.begin(str(request.session_hash)) as job:
+                    for news in job.follow(lambda job: work(job, *values)):
+                        yield [*rest, news] if isinstance(news, str) else [kept(v) for v in show(news)]
+            except Stopped:
+                yield [*rest, "stopped"]
+            except UserError as error:
+                yield [*rest, html.escape(str(error))]
+                raise message(error) from None
+
+        options: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": shown[-1]}
+        begun = button.click(run, taken, shown, api_visibility="private", **options)
+        self._found += shown if self.model in taken else []
+        stop.click(self.leave, queue=False, show_progress="hidden", api_visibility="private")
+        return begun
+
+    def depends(self, component: Any, update: Callable[[Studio], Any]) -> Any:
+        """A component that another model changes."""
+        self._turned.append((component, update))
+        return component
+
+    # Parts ----------------------------------------------------------------------------------------------------------
+
+    def build(self) -> gr.Blocks:
+        """All of it."""
+        first = next(iter(self.studios.values()))
+        with gr.Blocks(title="advebm", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+            with gr.Row(equal_height=True):
+                gr.Markdown("# advebm")
+                self.model = gr.Dropdown(
+                    list(self.studios), value=first.title, label="model", visible=len(self.studios) > 1, scale=2
+                )
+            self.depends(gr.Markdown(first.about(), elem_classes="about"), Studio.about)
+            for name, part in (
+                ("Sample", self.sample_tab),
+                ("Edit", self.edit_tab),
+                ("Explain", self.explain_tab),
+                ("Robustness", self.robustness_tab),
+                ("Landscape", self.landscape_tab),
+                ("Toy", self.toy_tab),
+                ("Runs", self.runs_tab),
+            ):
+                with gr.Tab(name, id=name.lower()):
+                    part(first)
+            turned = [component for component, _ in self._turned]
+            for component in self._found:
+                if component not in turned and not isinstance(component, gr.Slider):
+                    self.depends(component, cleared(component))
+            components, updates = zip(*self._turned, strict=True)
+
+            @told
+            def turn(title: str, request: gr.Request) -> list[Any]:
+                studio = self.studio(title)
+                self.leave(request)
+                return [update(studio) for update in updates]
+
+            self.model.change(turn, self.model, list(components), show_progress="hidden", api_visibility="private")
+            blocks.unload(self.leave)
+        return blocks
+
+    def leave(self, request: gr.Request) -> None:
+        """End what a visitor asked for, who has gone or pressed Stop."""
+        self.jobs.stop(str(request.session_hash))
+
+    def classes(
+        self, studio: Studio, label: str = "class", *, before: Sequence[str] = (), at: int = 0, hidden: bool = False
+    ) -> gr.Dropdown:
+        """A choice of a class, hidden for a critic, for which what stands ``before`` them is chosen."""
+
+        def of(studio: Studio) -> dict[str, Any]:
+            names = [*before, *([] if studio.critic else studio.data.classes)]
+            value = names[min(at, len(names) - 1)] if names else None
+            return {"choices": names, "value": value, "visible": not studio.critic and not hidden}
+
+        drawn = gr.Dropdown(**of(studio), label=label)
+        return self.depends(drawn, lambda studio: gr.Dropdown(**of(studio)))
+
+    def chooser(self, studio: Studio, number: int) -> Chooser:
+        """A test image, or one's own."""
+        image = gr.State(self.test_image(studio.title, number))
+        with gr.Row():
+            which = gr.Number(number, label="test image", precision=0, minimum=0, min_width=80)
+            upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm", min_width=80)
+        said = gr.Markdown(self.test_image(studio.title, number).said)
+        return Chooser(image, which, upload, said)
+
+    def test_image(self, title: str, number: Any) -> Given:
+        """By its number."""
+        studio = self.studio(title)
+        x, label = studio.image(number)
+        return Given(x, label, f"test image {int(number)} of {studio.data.name}, of class {studio.name(label)}")
+
+    def uploaded(self, title: str, path: str | None) -> Given:
+        """What somebody handed in."""
+        if path is None:
+            raise UserError("no picture was uploaded")
+        x, done = inputs.image(path, self.studio(title).data.shape)
+        return Given(x, -1, f"uploaded: {done}")
+
+    def choosing(self, chooser: Chooser, outputs: Sequence[Any], show: Callable[[Given], Sequence[Any]]) -> None:
+        """What happens when another picture is chosen; ``outputs`` show it."""
+        shown = [chooser.image, chooser.said, *outputs]
+
+        def changed(how: Callable[[str, Any], Given]) -> Callable[..., list[Any]]:
+            @told
+            def change(title: str, what: Any) -> list[Any]:
+                given = how(title, what)
+                return [given, given.said, *show(given)]
+
+            return change
+
+        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        chooser.number.change(changed(self.test_image), [self.model, chooser.number], shown, **options)
+        chooser.upload.upload(changed(self.uploaded), [self.model, chooser.upload], shown, **options)
+
+        def fresh(place: int) -> Callable[[Studio], Any]:
+            def of(studio: Studio) -> Any:
+                given = self.test_image(studio.title, 0)
+                return [given, given.said, *show(given)][place]
+
+            return of
+
+        for place, output in enumerate(shown):
+            self.depends(output, fresh(place))
+        self.depends(chooser.number, lambda studio: 0)
+
+    # Tabs -----------------------------------------------------------------------------------------------------------
+
+    def sample_tab(self, first: Studio) -> None:
+        """Images from the model."""
+        with gr.Row():
+            with gr.Column(scale=2, min_width=260):
+                method = gr.Dropdown(first.methods(), value=first.methods()[0], label="method")
+                kind = self.classes(first, before=[EVERY])
+                dials = [gr.Slider(**d) for d in self.dials(first, None)]
+                with gr.Accordion("more", open=False):
+                    start = gr.Dropdown(**self.start(first, None))
+                    count = gr.Slider(1, sampling.COUNT, 20, step=1, label="images")
+                    seed = gr.Number(0, label="seed", precision=0, minimum=0)
+                go, stop = buttons("Draw", "draw")
+            with gr.Column(scale=5):
+                picture = sight("images", name="samples")
+                said = gr.Markdown("Press **Draw**: chains start from seeds and descend the energy.", elem_id="sampled")
+                with gr.Row():
+                    film = sight("from seed to image")
+                    figure = sight("energy", kind="figure")
+
+        @told
+        def chosen(title: str, name: str) -> list[Any]:
+            studio = self.studio(title)
+            return [*(gr.Slider(**d) for d in self.dials(studio, name)), gr.Dropdown(**self.start(studio, name))]
+
+        def draw(job: Job, title: str, name: str, kind: str, a: Any, b: Any, e: Any, k: Any, *more: Any) -> Any:
+            studio, (start, count, seed) = self.studio(title), more
+            sampler = sampling.chosen(studio, name, start, a, b, e, k)
+            return sampling.sample(studio, sampler, kind, count, seed, job)
+
+        method.input(chosen, [self.model, method], [*dials, start], show_progress="hidden", api_visibility="private")
+        self.depends(method, lambda s: gr.Dropdown(choices=s.methods(), value=s.methods()[0]))
+
+        def dial(place: int) -> Callable[[Studio], gr.Slider]:
+            return lambda s: gr.Slider(**self.dials(s, None)[place])
+
+        for place, slider in enumerate(dials):
+            self.depends(slider, dial(place))
+        self.depends(start, lambda s: gr.Dropdown(**self.start(s, None)))
+        taken = [self.model, method, kind, *dials, start, count, seed]
+        self.at_work(go, stop, draw, taken, [picture, film, figure, said])
+
+    def dials(self, studio: Studio, method: str | None) -> list[dict[str, Any]]:
+        """α, β, η and K of a sampler: where they stand, and how far they go."""
+        sampler = studio.sampler(method)
+        a, wide = sampler.step_size, max(1.0, round(0.5 * studio.data.train.x[0].numel() ** 0.5))
+        return [
+            {"label": "α, step size", "minimum": a / 10, "maximum": 10 * a, "step": a / 10, "value": a},
+            {
+                "label": "β, radius of the ball; 0: none",
+                "minimum": 0,
+                "maximum": wide,
+                "step": 0.1,
+                "value": sampler.radius or 0,
+            },
+            {"label": "η, noise", "minimum": 0, "maximum": 0.1, "step": 0.005, "value": sampler.noise},
+            {
+                "label": "K, steps",
+                "minimum": 0,
+                "maximum": max(200, 2 * sampler.steps),
+                "step": 1,
+                "value": sampler.steps,
+            },
+        ]
+
+    def start(self, studio: Studio, method: str | None) -> dict[str, Any]:
+        """Where its chains begin."""
+        sampler = studio.sampler(method)
+        about = {
+            "class": "class Gaussians",
+            "global": "one Gaussian for all",
+            "noise": "uniform noise",
+            "outside": "outside images",
+            "buffer": "replay buffer",
+        }
+        choices = [(about[name], name) for name in studio.starts(sampler)]
+        return {"choices": choices, "value": sampler.start, "label": "seeds"}
+
+    def edit_tab(self, first: Studio) -> None:
+        """A picture changed."""
+        tools = editing.offered(first)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=260):
+                tool = gr.Radio(tools, value=tools[0], label="application")
+                about = gr.Markdown(editing.TOOLS[tools[0]].about)
+                kind = self.classes(first, before=[editing.ANY])
+                other_class = gr.Dropdown(list(first.data.classes), label="second class", visible=False)
+                other_image = gr.Number(1, label="second test image", precision=0, minimum=0, visible=False)
+                dials = [gr.Slider(0, 1, visible=False) for _ in range(2)]
+                steps = gr.Slider(1, editing.STEPS, 40, step=1, label="steps")
+                seed = gr.Number(0, label="seed", precision=0, minimum=0)
+                go, stop = buttons("Edit", "edit")
+            with gr.Column(scale=4, min_width=440):
+                chooser = self.chooser(first, 0)
+                empty = gr.Button("Empty picture", size="sm")
+                editor = Canvas(
+                    self.canvas(self.test_image(first.title, 0)),
+                    type="pil",
+                    format="png",
+                    sources=(),
+                    transforms=(),
+                    layers=False,
+                    canvas_size=(CANVAS, CANVAS),
+                    fixed_canvas=True,
+                    brush=gr.Brush(default_size=CANVAS // 8, colors=["#ff2d2d", "#ffffff", "#000000", "#888888"]),
+                    label="picture; brush on it",
+                    elem_id="canvas",
+                )
+            with gr.Column(scale=3, min_width=320):
+                result = sight("result", name="edited")
+                said = gr.Markdown("")
+                began = sight("where the search began")
+        film = sight("on the way")
+
+        @told
+        def chosen(name: str) -> list[Any]:
+            one = editing.TOOLS[name]
+            sliders = [gr.Slider(d.low, d.high, d.value, step=d.step, label=d.label, visible=True) for d in one.dials]
+            hidden = [gr.Slider(visible=False)] * (len(dials) - len(sliders))
+            image, kind = gr.Number(visible=one.other == "image"), gr.Dropdown(visible=one.other == "class")
+            return [one.about, image, kind, *sliders, *hidden]
+
+        def edit(job: Job, title: str, given: Given, drawn: Any, *more: Any) -> editing.Edited:
+            name, kind, other_class, other_image, d1, d2, steps, seed = more
+            studio = self.studio(title)
+            x = self.fitting(studio, given).x
+            paint, where = inputs.brushed(drawn["layers"], x.shape)
+            other = other_image if editing.TOOLS[name].other == "image" else other_class
+            return editing.edit(studio, x, paint, where, editing.Asked(name, kind, steps, [d1, d2], other, seed), job)
+
+        dependent = [about, other_image, other_class, *dials]
+        tool.change(chosen, tool, dependent, show_progress="hidden", api_visibility="private")
+        self.depends(tool, lambda s: gr.Radio(choices=editing.offered(s), value=editing.offered(s)[0]))
+        self.depends(other_class, lambda s: gr.Dropdown(choices=list(s.data.classes), value=s.name(0)))
+        self.choosing(chooser, [editor], lambda given: [self.canvas(given)])
+
+        @told
+        def emptied(title: str) -> list[Any]:
+            given = Given(torch.zeros(self.studio(title).data.shape), -1, "an empty picture: paint on it")
+            return [given, given.said, self.canvas(given)]
+
+        shown = [chooser.image, chooser.said, editor]
+        empty.click(emptied, self.model, shown, show_progress="hidden", api_visibility="private")
+        taken = [self.model, chooser.image, editor, tool, kind, other_class, other_image, *dials, steps, seed]
+        self.at_work(go, stop, edit, taken, [began, result, film, said])
+
+    def canvas(self, given: Given) -> dict[str, Any]:
+        """A picture to brush on."""
+        picture = views.enlarged(given.x, CANVAS).convert("RGBA")
+        return {"background": picture, "layers": [], "composite": picture}
+
+    def fitting(self, studio: Studio, given: Given | None) -> Given:
+        """The picture, if it is one for this model."""
+        if given is None or tuple(given.x.shape) != studio.data.shape:
+            raise UserError("the picture is not of the size that this model takes; choose another")
+        return given
+
+    def explain_tab(self, first: Studio) -> None:
+        """A counterfactual, and the way to it."""
+        found = gr.State()
+        with gr.Row():
+            with gr.Column(scale=2, min_width=260):
+                asked = gr.Markdown(self.question(first))
+                chooser = self.chooser(first, 0)
+                target = self.classes(first, "class to be taken for", at=8)
+                level = gr.Slider(0.5, 0.99, 0.8, step=0.01, label="probability to reach")
+                steps = gr.Slider(5, 200, 40, step=5, label="steps of each of 8 searches")
+                go, stop = buttons("Explain", "explain")
+                self.depends(asked, self.question)
+                self.depends(go, lambda s: gr.Button(interactive=not s.critic))
+            with gr.Column(scale=5):
+                share = gr.Slider(0, 100, 100, step=5, label="from the image to the counterfactual, %", elem_id="way")
+                with gr.Row():
+                    image = sight("image", value=views.enlarged(self.test_image(first.title, 0).x))
+                    added = sight("change")
+                at = gr.Markdown("")
+                figure = sight("what the model says", kind="figure")
+                said = gr.Markdown("", elem_id="explained")
+
+        def explain(job: Job, title: str, given: Given, target: str, level: Any, steps: Any) -> editing.Explained:
+            studio = self.studio(title)
+            return editing.explain(studio, self.fitting(studio, given).x, target, level, steps, job)
+
+        def show(news: editing.Explained) -> list[Any]:
+            return [news, 100, *editing.moment(news, 100), editing.way(news), news.note]
+
+        @told
+        def moved(news: editing.Explained | None, share: Any) -> list[Any]:
+            return [gr.skip()] * 3 if news is None else list(editing.moment(news, share))
+
+        shown = [found, share, image, added, at, figure, said]
+        self.at_work(go, stop, explain, [self.model, chooser.image, target, level, steps], shown, show=show)
+        share.input(moved, [found, share], [image, added, at], show_progress="hidden", api_visibility="private")
+        self.choosing(chooser, [image], lambda given: [views.enlarged(given.x)])
+
+    def question(self, studio: Studio) -> str:
+        """What the tab Explain asks."""
+        if studio.critic:
+            return "This model is a critic: it has no classes, so there is nothing to explain."
+        return "What would have to change for the model to see another class?"
+
+    def robustness_tab(self, first: Studio) -> None:
+        """An image under attack."""
+        threat = first.run.recipe.threat
+        with gr.Row():
+            with gr.Column(scale=2, min_width=260):
+                chooser = self.chooser(first, 0)
+                names = attacking.names(first)
+                attack = gr.Dropdown(names, value=names[0], label="attack")
+                target = self.classes(first, "class to attack towards", at=8, hidden=True)
+                norm = gr.Radio(["linf", "l2"], value=threat.norm, label="norm")
+                eps = gr.Number(round(threat.eps, 6), label="eps, radius in pixels of [0, 1]", minimum=0)
+                steps = gr.Slider(1, attacking.STEPS, threat.steps, step=1, label="steps")
+                seed = gr.Number(0, label="seed", precision=0, minimum=0)
+                go, stop = buttons("Attack", "attack")
+            with gr.Column(scale=5):
+                with gr.Row():
+                    before = sight("image", value=views.enlarged(self.test_image(first.title, 0).x))
+                    after = sight("attacked", name="attacked")
+                    added = sight("what was added, amplified")
+                said = gr.Markdown("", elem_id="verdict")
+                with gr.Row():
+                    figure = sight("probabilities", kind="figure", visible=not first.critic)
+                    table = gr.Dataframe(headers=["", "before", "after"], interactive=False, wrap=True)
+
+        def run(job: Job, title: str, given: Given, *more: Any) -> attacking.Attacked:
+            name, target, norm, eps, steps, seed = more
+            studio = self.studio(title)
+            chosen = self.fitting(studio, given)
+            return attacking.attack(studio, chosen.x, chosen.label, name, norm, eps, steps, target, seed, job)
+
+        self.depends(figure, lambda s: gr.Image(value=None, visible=not s.critic))
+        self.depends(attack, lambda s: gr.Dropdown(choices=attacking.names(s), value=attacking.names(s)[0]))
+        self.depends(norm, lambda s: s.run.recipe.threat.norm)
+        self.depends(eps, lambda s: round(s.run.recipe.threat.eps, 6))
+        attack.change(
+            lambda name: gr.Dropdown(visible=name == attacking.TO_TARGET),
+            attack,
+            target,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        self.choosing(chooser, [before], lambda given: [views.enlarged(given.x)])
+        taken = [self.model, chooser.image, attack, target, norm, eps, steps, seed]
+        self.at_work(go, stop, run, taken, [before, after, added, figure, table, said])
+
+    def landscape_tab(self, first: Studio) -> None:
+        """The energy around a chain."""
+        with gr.Row():
+            with gr.Column(scale=2, min_width=260):
+                gr.Markdown("The energy in a plane, with the path of a chain from its seed to an image.")
+                method = gr.Dropdown(first.methods(), value=first.methods()[0], label="method")
+                kind = self.classes(first)
+                through = gr.Radio(
+                    [
+                        ("the path, and where it bends most", "path"),
+                        ("the gradient at the image, and at random", "gradient"),
+                        ("two random directions at the image", "random"),
+                    ],
+                    value="path",
+                    label="plane through",
+                )
+                steps = gr.Slider(2, slicing.STEPS, max(2, first.sampler().steps), step=1, label="K, steps")
+                seed = gr.Number(0, label="seed", precision=0, minimum=0)
+                go, stop = buttons("Measure", "measure")
+            with gr.Column(scale=5):
+                figure = sight("energy", name="slice", kind="figure")
+                said = gr.Markdown("", elem_id="sliced")
+                film = sight("from seed to image")
+
+        def measure(job: Job, title: str, name: str, kind: str, through: str, steps: Any, seed: Any) -> slicing.Sliced:
+            studio = self.studio(title)
+            plain = config.describe(studio.sampler(name))
+            whole = inputs.whole(steps, "K, the number of steps", 2, slicing.STEPS)
+            sampler = config.build({**plain, "steps": whole}, "sampler")
+            return slicing.cut(studio, sampler, kind, through, seed, job)
+
+        self.depends(method, lambda s: gr.Dropdown(choices=s.methods(), value=s.methods()[0]))
+        self.depends(steps, lambda s: max(2, s.sampler().steps))
+        self.at_work(go, stop, measure, [self.model, method, kind, through, steps, seed], [figure, film, said])
+
+    def toy_tab(self, first: Studio) -> None:
+        """Energies of the plane."""
+        with gr.Row():
+            with gr.Column(scale=2, min_width=260):
+                gr.Markdown(
+                    "Train an energy on points of the plane: binary adversarial training learns where data are, "
+                    "maximum likelihood how many."
+                )
+                density = gr.Dropdown(list(densities.DENSITIES), value="moons", label="data")
+                method = gr.Radio(list(toy.METHODS), value="binary-at", label="training")
+                p0 = gr.Radio(list(toy.P0), value="uniform", label="where contrastive points begin")
+                updates = gr.Slider(10, planes.UPDATES, 300, step=10, label="updates")
+                seed = gr.Number(0, label="seed", precision=0, minimum=0)
+                go, stop = buttons("Train", "train")
+            with gr.Column(scale=5):
+                with gr.Row():
+                    picture = sight("plane", name="plane", kind="figure")
+                    table = gr.Dataframe(
+                        headers=["", "value", ""], interactive=False, wrap=True, column_widths=["30%", "20%", "50%"]
+                    )
+                said = gr.Markdown("", elem_id="played")
+                film = sight("the training", kind="figure")
+
+        def train(job: Job, density: str, method: str, p0: str, updates: Any, seed: Any) -> planes.Played:
+            return planes.play(density, method, p0, updates, seed, job)
+
+        self.at_work(go, stop, train, [density, method, p0, updates, seed], [picture, film, table, said])
+
+    def runs_tab(self, first: Studio) -> None:
+        """What was measured."""
+        head, rows = listing.table(list(self.studios.values()))
+        if rows:
+            gr.Dataframe(rows, headers=head, interactive=False, wrap=True, label="measured", elem_id="records")
+        else:
+            gr.Markdown("Nothing has been measured yet: `advebm evaluate RUN` does.")
+        with gr.Row():
+            go, stop = (
+                gr.Button("Show the report", variant="primary", elem_id="report", min_width=80),
+                gr.Button("Stop", min_width=80),
+            )
+            file = gr.DownloadButton("Download it", visible=False)
+        said, report = gr.Markdown(""), gr.HTML("", elem_id="shown")
+
+        def show(job: Job, title: str) -> tuple[str, Any, str]:
+            path = listing.report(self.studio(title), self.folder)
+            frame = f'<iframe sandbox srcdoc="{html.escape(path.read_text(), quote=True)}" class="report"></iframe>'
+            return frame, gr.DownloadButton(value=str(path), visible=True), f"report of {title}"
+
+        self.at_work(go, stop, show, [self.model], [report, file, said])
+
+
+def cleared(component: Any) -> Callable[[Studio], Any]:
+    """Nothing on it: text that is empty, or no value."""
+    empty = "" if isinstance(component, gr.Markdown | gr.HTML) else None
+    return lambda studio: empty
+
+
+def kept(value: Any) -> Any:
+    """None leaves a component as it is."""
+    return gr.skip() if value is None else value
