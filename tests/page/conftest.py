@@ -69,7 +69,7 @@ def driver():
         "--headless=new",
         "--no-sandbox",
         "--disable-gpu",
-        "--window-size=1280,1240",
+        "--window-size=1280,1400",
         "--disable-dev-shm-usage",
     ):
         options.add_argument(word)

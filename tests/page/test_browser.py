@@ -152,10 +152,15 @@ def brush(page):
 
 def test_edit(page):
     tab(page, "Edit")
+    press(page, "edit")
+    until(lambda: "nothing is brushed over" in text(page, "change"))  # stays after the message has gone
+    assert not page.find_elements(By.CSS_SELECTOR, "#edited .error")
     brush(page)
     before = sources(page, "edited")
     press(page, "edit")
     assert came(page, "edited", before).std() > 20
+    until(lambda: "nats" in text(page, "change"))
+    until(lambda: not page.find_elements(By.CSS_SELECTOR, ".toast-messages > *"))
     look(page, "edit")
 
 
@@ -224,6 +229,10 @@ def test_another_model(page, served):
     options[-1].click()
     until(lambda: page.find_element(By.CSS_SELECTOR, ".about").text != before)
     assert "critic" in page.find_element(By.CSS_SELECTOR, ".about").text
+    assert not sources(page, "samples")  # what another model made is gone
+    tab(page, "Explain")
+    until(lambda: "nothing to explain" in page.find_element(By.TAG_NAME, "body").text)
+    assert page.find_element(By.ID, "explain").get_attribute("disabled")
     for name, button, seen in (("Sample", "draw", "samples"), ("Robustness", "attack", "attacked")):
         tab(page, name)
         before = sources(page, seen)

@@ -64,7 +64,7 @@ TOOLS: Mapping[str, Tool] = MappingProxyType(
             (Dial("how far: share of the steps", 0, 3, 0.1, 1),),
         ),
         "denoise": Tool(
-            "Gaussian noise is taken out; where the picture has none, some can be added first.",
+            "Gaussian noise is taken out, as far as the energy sees it; where there is none some is added first.",
             "",
             (Dial("deviation of the noise", 0.01, 0.5, 0.01, 0.15), Dial("noise added first", 0, 0.5, 0.01, 0.15)),
         ),

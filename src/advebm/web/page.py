@@ -2,6 +2,7 @@
 
 import functools
 import html
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,17 +72,17 @@ def message(error: Exception) -> gr.Error:
     return gr.Error(html.escape(str(error)), print_exception=False, title="That does not work")
 
 
-class Canvas(gr.ImageEditor):
-    """A picture to brush on.  Of what comes back the brushed layers alone are decoded, and nothing large is kept."""
+class Bounded:
+    """Gradio's editor, except that the brushed layers alone are decoded, and nothing large is kept."""
 
-    is_template = True  # the browser knows it by its parent's name
+    blob_storage: dict[str, Any]
 
     @server
     def accept_blobs(self, data: Any) -> None:
         """A part of what was brushed, as the browser sends it before it asks for the work; none that is too large."""
         if len(str(data.data["index"])) > 4 or any(len(content) > inputs.LAYER_BYTES for _, content in data.files):
             return
-        super().accept_blobs(data)
+        super().accept_blobs(data)  # type: ignore[misc]
         for old in list(self.blob_storage)[:-KEPT]:
             self.blob_storage.pop(old, None)
 
@@ -91,6 +92,10 @@ class Canvas(gr.ImageEditor):
         held = self.blob_storage.pop(payload.id, None) if payload and payload.id is not None else payload
         parts = [part for part in (held.layers or [] if held else []) if part is not None]
         return {"layers": inputs.layers([part if isinstance(part, bytes) else Path(part.path) for part in parts])}
+
+
+# Not by Gradio's own metaclass, which writes an interface beside this file.
+Canvas = ABCMeta.__new__(type(gr.ImageEditor), "ImageEditor", (Bounded, gr.ImageEditor), {})
 
 
 def sight(
@@ -372,7 +377,7 @@ class Page:
                 other_class = gr.Dropdown(list(first.data.classes), label="second class", visible=False)
                 other_image = gr.Number(1, label="second test image", precision=0, minimum=0, visible=False)
                 dials = [gr.Slider(0, 1, visible=False) for _ in range(2)]
-                steps = gr.Slider(1, editing.STEPS, 40, step=1, label="steps")
+                steps = gr.Slider(1, editing.STEPS, 40, step=1, label="steps; more of them change more")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
                 go, stop = buttons("Edit", "edit")
             with gr.Column(scale=4, min_width=440):
@@ -393,7 +398,7 @@ class Page:
                 )
             with gr.Column(scale=3, min_width=320):
                 result = sight("result", name="edited")
-                said = gr.Markdown("")
+                said = gr.Markdown("", elem_id="change")
                 began = sight("where the search began")
         film = sight("on the way")
 

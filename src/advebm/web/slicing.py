@@ -121,6 +121,6 @@ def drawn(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
         edge = [patheffects.withStroke(linewidth=2, foreground="#333333")]
         for name, point in (("seed", at[0]), ("image", at[-1])):
             options: Any = {"textcoords": "offset points", "ha": "center", "va": "center", "path_effects": edge}
-            axis.annotate(name, point.tolist(), (0, 12 * beyond), color="white", **options)
+            axis.annotate(name, (point[0].item(), point[1].item()), (0, 12 * beyond), color="white", **options)
         axis.set(xlabel="first direction (pixels of [0, 1], l2)", ylabel="second direction", aspect="equal")
         return views.picture(figure)
