@@ -4231,11 +4231,34 @@ MUTANTS = [
     Mutant(
         "fix: other pages post",
         "web/server.py",
-        'if own or scope.get("method") in ("GET", "HEAD"):',
-        "if True:",
+        'elif not own and scope.get("method") not in ("GET", "HEAD"):',
+        "elif False:",
         "web",
     ),
     Mutant("fix: addresses without brackets", "web/server.py", 'if ":" in host else', 'if "[" in host else', "web"),
+    # applications: planes at once, classes, strokes, ways between images
+    Mutant(
+        "applications: points one at a time",
+        "diagnostics/landscape.py",
+        ".split(together(x.shape[1:]))",
+        ".split(1)",
+        "diagnostics",
+    ),
+    Mutant(
+        "applications: the first image's energy",
+        "diagnostics/landscape.py",
+        "found.append(energy_of(image)(",
+        "found.append(energy_of(0 * image)(",
+        "diagnostics",
+    ),
+    Mutant("applications: ways that leap", "apps.py", 'if self.ends == "moved":', "if True:", "apps"),
+    Mutant("applications: seeds that stay", "apps.py", 'if self.ends == "moved":', "if False:", "apps"),
+    Mutant("applications: a class too many", "data/sources.py", "int(name) < len(", "int(name) <= len(", "sources"),
+    Mutant("applications: number before name", "data/sources.py", "if name in self.classes:", "if False:", "sources"),
+    Mutant("applications: strokes of any size", "web/inputs.py", "if wide * high > LAYER:", "if False:", "web"),
+    Mutant("applications: requests of any size", "web/server.py", "or int(size) > BODY:", "or False:", "web"),
+    Mutant("applications: requests of no size", "web/server.py", 'b"transfer-encoding" in given', "False", "web"),
+    Mutant("applications: what few runs have first", "web/listing.py", "-len(cell[1])", "len(cell[1])", "web"),
 ]
 
 
