@@ -150,12 +150,20 @@ def brush(page):
     time.sleep(1)
 
 
+def type_in(page, label, value):
+    """Into the visible field of a slider."""
+    field = next(f for f in page.find_elements(By.CSS_SELECTOR, f"input[aria-label^='{label}']") if f.is_displayed())
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(str(value), Keys.TAB)
+
+
 def test_edit(page):
     tab(page, "Edit")
     press(page, "edit")
     until(lambda: "nothing is brushed over" in text(page, "change"))  # stays after the message has gone
     assert not page.find_elements(By.CSS_SELECTOR, "#edited .error")
     brush(page)
+    type_in(page, "number input for steps", 200)
     before = sources(page, "edited")
     press(page, "edit")
     assert came(page, "edited", before).std() > 20
@@ -239,13 +247,6 @@ def test_another_model(page, served):
         press(page, button)
         assert came(page, seen, before).std() > 10
     assert "rises" in until(lambda: text(page, "verdict"))
-
-
-def type_in(page, label, value):
-    """Into the visible field of a slider."""
-    field = next(f for f in page.find_elements(By.CSS_SELECTOR, f"input[aria-label^='{label}']") if f.is_displayed())
-    field.send_keys(Keys.CONTROL, "a")
-    field.send_keys(str(value), Keys.TAB)
 
 
 def seconds_used(pid):

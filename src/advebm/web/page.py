@@ -586,9 +586,7 @@ class Page:
             with gr.Column(scale=5):
                 with gr.Row():
                     picture = sight("plane", name="plane", kind="figure")
-                    table = gr.Dataframe(
-                        headers=["", "value", ""], interactive=False, wrap=True, column_widths=["30%", "20%", "50%"]
-                    )
+                    table = gr.Dataframe(headers=["", "value", ""], interactive=False, wrap=True)
                 said = gr.Markdown("", elem_id="played")
                 film = sight("the training", kind="figure")
 

@@ -15,14 +15,14 @@ UPDATES = 2000  # the most that can be asked for
 
 
 ABOUT = {
-    "D on support": "mean of D where data are; 1/2 at the optimum",
-    "deviation": "of D there; 0 at the optimum",
-    "D off support": "mean of D where no data are; at most 1/2",
-    "highest off": "the highest D there",
-    "highest unvisited": "the highest D there where no contrastive point came by",
-    "objective": "of binary AT; -log 4 = -1.386 at the optimum",
-    "correlation": "of -E with the true log-density",
-    "slope": "of -E along the true log-density: 1 knows it, 0 knows only where data are",
+    "D on support": "1/2 at best",
+    "deviation": "of D there; 0 at best",
+    "D off support": "at most 1/2",
+    "highest off": "at most 1/2",
+    "highest unvisited": "where p0 never came",
+    "objective": "-1.386 at best",
+    "correlation": "of -E with log p",
+    "slope": "1: density, 0: support",
 }
 
 
