@@ -206,6 +206,16 @@ class TestInterpolate:
         torch.testing.assert_close(spherical(a, opposite, t), torch.lerp(a, opposite, t.view(3, 1, 1, 1)))
         torch.testing.assert_close(spherical(a, a, t), a)
 
+    @pytest.mark.parametrize(("options", "size"), [({"step_size": 0.01}, 0.01), ({}, 0.002 * 64**0.5)])
+    def test_steps_fade_towards_ends_that_are_held(self, options, size):
+        """Unit steps on a linear energy go sin(πt) of their size, those of seeds all of it."""
+        linear = Plain(lambda x: -x.flatten(1).sum(1, keepdim=True))  # a critic of E(x) = Σ x
+        x = torch.full((3, 1, 8, 8), 0.5)
+        for ends, share in (("held", [0, 2**-0.5, 1, 2**-0.5, 0]), ("moved", [1.0] * 5)):
+            found = Interpolate(steps=3, count=5, ends=ends, **options)(linear, x)
+            expected = 3 * size * torch.tensor(share * 2, dtype=torch.float64)
+            torch.testing.assert_close(found.numbers["distance"], expected, rtol=1e-4, atol=1e-6)
+
     def test_given_images_stay_and_seeds_move(self, net, batch):
         found = Interpolate(steps=3, count=5)(net, batch.x[:3])
         assert found.x.shape == (10, 3, 8, 8)

@@ -48,6 +48,25 @@ class TestLandscape:
         near = landscape.lie(landscape.plane(energy, x, first, second, reach=0.2, count=5), 0.2)
         assert near.edge.all()
 
+    def test_points_go_through_the_network_together(self, generator):
+        """As many as their size allows, 500 of these; each with its own image's energy."""
+        x = torch.rand(2, 1, 4, 4, dtype=torch.float64, generator=generator)
+        first, second = landscape.directions("random", x, lambda v: v.sum((1, 2, 3)), generator)
+        energy, sizes = quadratic(x + torch.tensor([0.0, 1.0]).view(2, 1, 1, 1) * first, 2.0), []
+
+        def counted(index):
+            sizes.append(len(index))
+            return energy(index)
+
+        values = landscape.plane(counted, x, first, second, reach=1.0, count=25)
+        assert sizes == [500, 500, 250]
+        for image in range(2):
+            for a, b in ((0, 0), (3, 20), (24, 12)):
+                point = x[image] + (a - 12) / 12 * first[image] + (b - 12) / 12 * second[image]
+                target = x[image] + image * first[image]
+                expected = (point - target).square().sum() - (x[image] - target).square().sum()
+                assert values[image, a, b] == pytest.approx(expected.item(), abs=1e-6)
+
     @pytest.mark.parametrize("along", ["random", "gradient", "pca"])
     def test_directions_are_orthonormal(self, along, generator):
         x = torch.rand(4, 2, 3, 3, generator=generator)

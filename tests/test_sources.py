@@ -15,6 +15,7 @@ import advebm
 from advebm import config
 from advebm.data.decode import cached, decode
 from advebm.data.files import Cifar10
+from advebm.data.sources import Data, Images
 from advebm.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -78,6 +79,15 @@ def test_parquet_is_read_to_the_pixel(hub_folder):
     both = torch.cat([data.train.x, data.val.x]), torch.cat([data.train.y, data.val.y])
     assert same_images(type(data.test)(*both), x[:60], y[:60])
     assert data.val.y.bincount().tolist() == [1] * 10
+
+
+def test_a_class_has_a_name_and_a_number():
+    empty = Images(torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+    data = Data("odd", ("cat", "3", "dog", "frog"), empty, empty, empty)
+    assert [data.number(name) for name in ("cat", "3", "2", "0", 2)] == [0, 1, 2, 0, 2]  # a name comes first
+    for name in ("4", "-1", "²", "Cat", None):
+        with pytest.raises(UserError, match="no class"):
+            data.number(name)
 
 
 def test_the_environment_names_the_folder(hub_folder, monkeypatch):

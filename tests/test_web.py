@@ -303,11 +303,33 @@ def test_a_mask_of_other_proportions_is_refused():
         inputs.brushed([Image.new("RGBA", (320, 200))], GREY)
 
 
-def test_layers_without_end_are_refused():
-    layers = [layer(320, [(k, k)]) for k in range(inputs.LAYERS + 1)]
-    assert inputs.brushed(layers[:-1], GREY)[1].sum() == inputs.LAYERS
-    with pytest.raises(UserError, match="at most 4 brushed layers"):
-        inputs.brushed(layers, GREY)
+def encoded(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_layers_are_read_as_they_were_brushed(tmp_path):
+    drawn = [layer(320, [(k, k)]) for k in range(inputs.LAYERS)]
+    (tmp_path / "last.png").write_bytes(encoded(drawn[-1]))
+    found = inputs.layers([*map(encoded, drawn[:-1]), tmp_path / "last.png"])
+    assert [picture.tobytes() for picture in found] == [picture.tobytes() for picture in drawn]
+    assert inputs.brushed(found, GREY)[1].sum() == inputs.LAYERS
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([b""] * (inputs.LAYERS + 1), "at most 4 brushed layers"),
+        ([header(2_001, 2_000)], "too large"),
+        ([header(60_000, 60_000)], "too large"),
+        ([header(2_000, 2_000)], "cannot be read"),
+        ([b"<svg/>"], "cannot be read"),
+    ],
+)
+def test_layers_that_are_too_much_are_refused_before_they_are_decoded(parts, words):
+    with pytest.raises(UserError, match=words):
+        inputs.layers(parts)
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -349,7 +371,7 @@ def test_a_sample_is_what_the_sampler_draws(studio):
     x = sampler(studio.model, y, seeds, generator=draws)
     assert np.array_equal(np.asarray(shown.picture), np.asarray(views.sheet(x)))
     energy = [api.energy(studio.model, z, y).mean().item() for z in (seeds, x)]
-    assert f"energy {energy[0]:.2f} → {energy[1]:.2f} nats" in shown.note
+    assert f"energy {energy[0]:.3g} → {energy[1]:.3g} nats" in shown.note
     hits = int((studio.model(x).argmax(1) == y).sum())
     assert f"{hits} of 10" in shown.note
     assert shown.film is not None
@@ -576,7 +598,9 @@ def test_the_toy_is_seen_while_it_trains_and_can_be_stopped():
     shown = planes.play("gaussian", "binary-at", "uniform", 6, 0, job)
     assert len(seen) > 3
     assert seen[0].note == "update 0 of 6"
-    assert dict(shown.table)["objective"] == f"{toy.numbers(toy.play('gaussian', updates=6))['objective']:.3f}"
+    values = {name: value for name, value, _ in shown.table}
+    assert values["objective"] == f"{toy.numbers(toy.play('gaussian', updates=6))['objective']:.3f}"
+    assert all(about for _, _, about in shown.table)
     stopped = Job()
     stopped.stop()
     with pytest.raises(Stopped):
@@ -678,6 +702,11 @@ def test_runs_are_listed_and_reported_without_being_touched(studio, tmp_path):
     head, rows = listing.table([one, one])
     assert head == ["measured", "samples", "one", "one"]
     assert rows == [["accuracy", "", "87.5 ± 1.0 %", "87.5 ± 1.0 %"]]
+    other = Studio("other", studio.run)
+    (tmp_path / "other").mkdir()
+    other.run = linked(studio.run, tmp_path / "other")
+    other.run.append([record | {"name": "only here"}, record])
+    assert [row[0] for row in listing.table([other, one])[1]] == ["accuracy", "only here"]  # what both have comes first
     (tmp_path / "page").mkdir()
     path, another = (listing.report(one, tmp_path / "page") for _ in range(2))
     assert path.parent.parent == another.parent.parent == tmp_path / "page"
@@ -759,6 +788,28 @@ def test_other_pages_cannot_send_anything(method, origin, status):
     assert sent[0]["status"] == status
     assert len(reached) == (status == 200)
     assert b"content-security-policy" in dict(sent[0]["headers"])
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([(b"content-length", b"20000000")], 200),
+        ([(b"content-length", b"20000001")], 413),
+        ([(b"Content-Length", b"-1")], 413),
+        ([(b"Transfer-Encoding", b"chunked")], 413),
+    ],
+)
+def test_large_requests_are_refused_unread(headers, status):
+    sent = []
+
+    async def inner(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def keep(event):
+        sent.append(event)
+
+    asyncio.run(server.Guard(inner)({"type": "http", "method": "POST", "headers": headers}, None, keep))
+    assert sent[0]["status"] == status
 
 
 def test_addresses_are_what_one_types():

@@ -4,6 +4,7 @@ Each edit is a start, a constraint and sometimes a data term for the one loop of
 al. (2019) edit with a robust classifier's loss, Yin et al. (2022) with a critic; either's energy does here.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -500,6 +501,8 @@ class Compose(Edit):
 class Interpolate(Edit):
     """Images on the way from each image to the next, moved to low energy; the given ones stay as they are.
 
+    At t of a way between images that are held steps are sin(πt) as long, so that nothing leaps next to the ends.
+
     Attributes:
         count: images of a way, both ends among them.
         way: ``spherical``, about mid grey, which keeps the contrast, or ``linear``.
@@ -517,6 +520,15 @@ class Interpolate(Edit):
         super().__post_init__()
         if self.count < 2:
             raise UserError(f"an interpolation has at least its 2 ends, got count {self.count}")
+
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
+        """With steps by the place on the way."""
+        search = super().descent(constraint, values)
+        if self.ends == "moved":
+            return search
+        share = (math.pi * torch.linspace(0, 1, self.count)).sin().repeat(len(values) // self.count).to(values)
+        direction: Direction = lambda gradient, memory: per_sample(share, gradient) * search.direction(gradient, memory)
+        return replace(search, direction=direction)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None = None, **options: Any) -> Edited:
         """Of images (B, C, H, W), ((B - 1) · count, C, H, W): way after way.

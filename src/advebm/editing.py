@@ -18,7 +18,7 @@ from advebm.data.files import picture_files
 from advebm.data.sources import Data
 from advebm.descent import repeated
 from advebm.drawing import others
-from advebm.errors import UserError, unknown
+from advebm.errors import UserError
 from advebm.generation import to_bytes
 from advebm.metrics.base import device_of, together
 from advebm.metrics.restoration import fidelity, middle, spoilt
@@ -228,14 +228,8 @@ def listed(paths: Sequence[Path]) -> list[Path]:
 
 
 def find_class(data: Data, text: str) -> int | None:
-    """The number of a class by its name or its number; None for ``none``."""
-    if text in data.classes:
-        return data.classes.index(text)
-    if text.lower() == "none":
-        return None
-    if text.isdigit() and int(text) < len(data.classes):
-        return int(text)
-    raise unknown("class", text, data.classes)
+    """The number of a class; None for ``none``, unless a class is called so."""
+    return None if text.lower() == "none" and text not in data.classes else data.number(text)
 
 
 def weights_of(run: Run, which: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ class Served(NamedTuple):
     url: str
     folders: list[Path]
     log: Path
+    pid: int
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +46,7 @@ def served(small_run, tmp_path_factory):
                 assert time.monotonic() - begun < 300, log.read_text()
                 time.sleep(0.1)
             time.sleep(0.5)
-            yield Served(f"http://127.0.0.1:{port}", folders, log)
+            yield Served(f"http://127.0.0.1:{port}", folders, log, server.pid)
             assert server.poll() is None, "the server went down"
             assert "advebm/web" not in log.read_text(), log.read_text()  # Gradio's own complaints are its own
         finally:
@@ -68,7 +69,7 @@ def driver():
         "--headless=new",
         "--no-sandbox",
         "--disable-gpu",
-        "--window-size=1280,1240",
+        "--window-size=1280,1400",
         "--disable-dev-shm-usage",
     ):
         options.add_argument(word)

@@ -150,12 +150,25 @@ def brush(page):
     time.sleep(1)
 
 
+def type_in(page, label, value):
+    """Into the visible field of a slider."""
+    field = next(f for f in page.find_elements(By.CSS_SELECTOR, f"input[aria-label^='{label}']") if f.is_displayed())
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(str(value), Keys.TAB)
+
+
 def test_edit(page):
     tab(page, "Edit")
+    press(page, "edit")
+    until(lambda: "nothing is brushed over" in text(page, "change"))  # stays after the message has gone
+    assert not page.find_elements(By.CSS_SELECTOR, "#edited .error")
     brush(page)
+    type_in(page, "number input for steps", 200)
     before = sources(page, "edited")
     press(page, "edit")
     assert came(page, "edited", before).std() > 20
+    until(lambda: "nats" in text(page, "change"))
+    until(lambda: not page.find_elements(By.CSS_SELECTOR, ".toast-messages > *"))
     look(page, "edit")
 
 
@@ -224,12 +237,62 @@ def test_another_model(page, served):
     options[-1].click()
     until(lambda: page.find_element(By.CSS_SELECTOR, ".about").text != before)
     assert "critic" in page.find_element(By.CSS_SELECTOR, ".about").text
+    assert not sources(page, "samples")  # what another model made is gone
+    tab(page, "Explain")
+    until(lambda: "nothing to explain" in page.find_element(By.TAG_NAME, "body").text)
+    assert page.find_element(By.ID, "explain").get_attribute("disabled")
     for name, button, seen in (("Sample", "draw", "samples"), ("Robustness", "attack", "attacked")):
         tab(page, name)
         before = sources(page, seen)
         press(page, button)
         assert came(page, seen, before).std() > 10
     assert "rises" in until(lambda: text(page, "verdict"))
+
+
+def seconds_used(pid):
+    """Of processor time, by the server."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_who_comes_second_waits_until_the_first_has_closed_the_page(page, served):
+    """What was asked for on a closed page is not carried out: the server has no work left."""
+    second = page.current_window_handle
+    page.switch_to.new_window("tab")
+    page.get(served.url)
+    until(lambda: page.find_elements(By.ID, "draw"))
+    for name, button, label in (
+        ("Toy", "train", "number input for updates"),
+        ("Explain", "explain", "number input for steps"),
+        ("Sample", "draw", "number input for K"),
+    ):
+        tab(page, name)
+        type_in(page, label, 2000)  # the most that is taken
+        press(page, button)
+    until(lambda: "step" in page.find_element(By.TAG_NAME, "body").get_attribute("textContent"))
+    first = page.current_window_handle
+    page.switch_to.window(second)
+    page.get(served.url)
+    until(lambda: page.find_elements(By.ID, "draw"))
+    press(page, "draw")
+    until(lambda: "waiting" in text(page, "sampled"))
+    page.switch_to.window(first)
+    page.close()
+    page.switch_to.window(second)
+    before = seconds_used(served.pid)
+    until(lambda: "images in" in text(page, "sampled"))
+    until(lambda: (now := seconds_used(served.pid)) and (time.sleep(1) or seconds_used(served.pid) - now < 0.2), 20)
+    print(f"{seconds_used(served.pid) - before:.1f} s of work after the page was closed")
+    assert seconds_used(served.pid) - before < 4
+
+
+def test_nothing_came_from_elsewhere(page, served):
+    """After everything that was done on it."""
+    asked = [json.loads(line["message"])["message"] for line in page.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+    hosts = {urlparse(url).netloc for url in urls if urlparse(url).scheme.startswith(("http", "ws"))}
+    assert hosts == {urlparse(served.url).netloc}
 
 
 def test_nothing_went_wrong_in_the_browser(page):

@@ -216,6 +216,75 @@ def test_an_upload_that_is_no_picture_for_a_model_gets_an_answer(client, content
     assert client.get("/").status_code == 200
 
 
+def send_stroke(client, **changed):
+    """As the browser sends a part of what was brushed."""
+    config = client.get("/config").json()
+    canvas = next(c["id"] for c in config["components"] if c["type"] == "imageeditor")
+    data = {"type": "layer", "index": "0", "id": "stroke", "fn_name": "accept_blobs", "session_hash": "x"}
+    content = changed.pop("content", picture(8, 8))
+    data |= {"component_id": str(canvas)} | changed
+    return client.post(f"{API}/component_server", data=data, files={"files": ("a.png", content)})
+
+
+def picture(width, height):
+    """Brushed over in one corner."""
+    drawn, buffer = Image.new("RGBA", (width, height)), io.BytesIO()
+    drawn.paste((255, 0, 0, 255), (0, 0, width // 2, height // 2))
+    drawn.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def edit(client, brushed, steps=2):
+    """Inpaint test image 0 of the first model where it is brushed."""
+    values = [first(client), None, brushed, "inpaint", "none: E(x)", None, 1, 0, 0, steps, 0]
+    return asked(client, target(client, "edit"), values)[-1]
+
+
+def test_strokes_are_taken_in(client):
+    file = stored(client, "a.png", picture(320, 320))
+    assert edit(client, {"background": None, "layers": [file], "composite": None})["success"]
+    assert send_stroke(client, content=picture(320, 320)).status_code == 200
+    assert edit(client, {"background": None, "layers": [], "composite": None, "id": "stroke"})["success"]
+    used = edit(client, {"background": None, "layers": [], "composite": None, "id": "stroke"})
+    assert used["success"] is False  # strokes are used once
+    assert "nothing is brushed over" in json.dumps(used)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([header(6_000, 6_000)], "too large"),
+        ([header(60_000, 60_000)], "too large"),
+        ([b"<svg/>"], "cannot be read"),
+        ([picture(8, 8)] * 5, "at most 4 brushed layers"),
+        ([picture(320, 200)], "320 x 200"),
+    ],
+)
+def test_strokes_that_make_no_sense_get_an_answer(client, layers, words):
+    files = [stored(client, "a.png", content) for content in layers]
+    answer = edit(client, {"background": files[0], "layers": files, "composite": files[0]})
+    assert answer["success"] is False
+    assert words in json.dumps(answer)
+    assert client.get("/").status_code == 200
+
+
+def test_strokes_cannot_fill_the_memory(client):
+    for large in ({"index": "9999999999"}, {"content": b"\0" * 2_000_001}):  # a list of as many places; many bytes
+        assert send_stroke(client, **large).status_code == 200
+        assert "nothing is brushed over" in json.dumps(edit(client, {"layers": [], "id": "stroke"}))
+    for k in range(40):
+        assert send_stroke(client, id=f"stroke-{k}").status_code == 200
+    kept = [edit(client, {"layers": [], "id": f"stroke-{k}"})["success"] for k in (0, 39)]
+    assert kept == [False, True]
+
+
+def test_large_requests_are_refused(client):
+    body = b"x" * 20_000_001
+    assert client.post(f"{API}/queue/join", content=body).status_code == 413
+    assert client.post(f"{API}/queue/join", content=iter([b"x"])).status_code == 413  # that do not say how large
+    assert client.get("/").status_code == 200
+
+
 def test_several_at_once_are_all_served(client, served):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from advebm import seeds
 from advebm.data.augment import Augment
-from advebm.errors import UserError
+from advebm.errors import UserError, unknown
 
 UNLABELLED = ("unlabelled",)  # the classes of images that have none
 
@@ -51,6 +51,14 @@ class Data(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of one image, (C, H, W)."""
         return tuple(self.train.x.shape[1:])
+
+    def number(self, name: str) -> int:
+        """Of a class, by its name or as it is counted from 0."""
+        if name in self.classes:
+            return self.classes.index(name)
+        if str(name).isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        raise unknown("class", name, self.classes)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation a channel, of the training split, from a histogram of its bytes."""

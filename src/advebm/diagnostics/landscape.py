@@ -8,6 +8,7 @@ from torch import Tensor
 
 from advebm.descent import Energy, per_sample, value_and_gradient
 from advebm.errors import UserError
+from advebm.metrics.base import together
 from advebm.seeds import randn
 
 Along = Literal["random", "gradient", "pca"]
@@ -64,10 +65,11 @@ def plane(
 ) -> Tensor:
     """``E(x + a·first + b·second) - E(x)`` for a and b from -reach to reach: (B, count, count), a down, b across.
 
-    Points are not clamped: what lies outside [0, 1] is part of the picture.
+    Points are not clamped: what lies outside [0, 1] is part of the picture.  As many go through the network at once as
+    their size allows.
 
     Args:
-        energy_of: positions (B,) into ``x`` -> the energy of images there.
+        energy_of: positions (N,) into ``x``, in order, each perhaps several times -> the energy of N images like those.
         x, first, second: (B, C, H, W).
         reach: in pixels of [0, 1], l2.
         count: of points along a direction, odd, so that the middle one is the image.
@@ -75,12 +77,14 @@ def plane(
     if count < 3 or count % 2 == 0:
         raise UserError(f"a plane has an odd number of points along a direction, at least 3, got {count}")
     steps = torch.linspace(-reach, reach, count, dtype=x.dtype, device=x.device)
-    energy, found = energy_of(torch.arange(len(x), device=x.device)), []
+    at, found = torch.cartesian_prod(steps, steps), []
     with torch.no_grad():
-        for a in steps:
-            row = [energy(x + a * first + b * second) for b in steps]
-            found.append(torch.stack(row, 1))
-        return (torch.stack(found, 1) - per_sample(energy(x), found[0][:, None])).double().cpu()
+        for rows in torch.arange(len(x) * len(at), device=x.device).split(together(x.shape[1:])):
+            image, point = rows // len(at), rows % len(at)
+            a, b = (per_sample(way, x) for way in at[point].T)
+            found.append(energy_of(image)(x[image] + a * first[image] + b * second[image]))
+    values = torch.cat(found).view(-1, count, count)
+    return (values - values[:, count // 2, count // 2, None, None]).double().cpu()
 
 
 def lie(values: Tensor, reach: float) -> Lie:

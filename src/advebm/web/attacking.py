@@ -74,7 +74,7 @@ def attack(
         else:
             y = torch.tensor([label if label >= 0 else int(f(image).argmax())], device=studio.device)
             if name == TO_TARGET:
-                goal = torch.tensor([studio.number(target)], device=studio.device)
+                goal = torch.tensor([studio.data.number(target)], device=studio.device)
                 if goal == y:
                     raise UserError(f"the image is of class {target} already; choose another class to attack towards")
                 found = pgd(lambda z: energies.conditional(f(z), goal), image, draws)
@@ -88,13 +88,13 @@ def _shown(studio: Studio, image: Tensor, found: Tensor, y: Tensor | None, ball:
     size = change.norm() if ball[1] == "l2" else change.abs().max() * 255
     added, factor = views.difference(image[0], found[0])
     e = studio.energy(torch.cat([image, found]))
-    table = [["E(x), nats", f"{e[0]:.2f}", f"{e[1]:.2f}"]]
-    figure, verdict = None, f"E(x) {'rises' if e[1] > e[0] else 'falls'} by {(e[1] - e[0]).abs():.2f} nats"
+    table = [["E(x), nats", f"{e[0]:.4g}", f"{e[1]:.4g}"]]
+    figure, verdict = None, f"E(x) {'rises' if e[1] > e[0] else 'falls'} by {(e[1] - e[0]).abs():.3g} nats"
     if y is not None:
         pair = studio.probabilities(torch.cat([image, found]))
         joint = studio.joint(torch.cat([image, found]), y.repeat(2))
         taken = [studio.name(int(k)) for k in pair.argmax(1)]
-        table.append([f"E(x, {studio.name(int(y))}), nats", f"{joint[0]:.2f}", f"{joint[1]:.2f}"])
+        table.append([f"E(x, {studio.name(int(y))}), nats", f"{joint[0]:.4g}", f"{joint[1]:.4g}"])
         table.append(["taken for", *taken])
         table.append(["with probability", *(f"{100 * p:.1f} %" for p in pair.amax(1).tolist())])
         figure = views.beside(studio.data.classes, pair[0], pair[1], "probabilities")

@@ -64,7 +64,7 @@ TOOLS: Mapping[str, Tool] = MappingProxyType(
             (Dial("how far: share of the steps", 0, 3, 0.1, 1),),
         ),
         "denoise": Tool(
-            "Gaussian noise is taken out; where the picture has none, some can be added first.",
+            "Gaussian noise is taken out, as far as the energy sees it; where there is none some is added first.",
             "",
             (Dial("deviation of the noise", 0.01, 0.5, 0.01, 0.15), Dial("noise added first", 0, 0.5, 0.01, 0.15)),
         ),
@@ -125,7 +125,7 @@ def edit(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: Asked, 
     tool, steps = TOOLS[asked.tool], whole(asked.steps, "the number of steps", 1, STEPS)
     values = [number(v, d.label, d.low, d.high) for d, v in zip(tool.dials, asked.dials, strict=False)]
     draws = generator(whole(asked.seed, "the seed", 0, 2**31), "page-edit", device=studio.device)
-    y = None if studio.critic or asked.kind == ANY else torch.tensor([studio.number(asked.kind)])
+    y = None if studio.critic or asked.kind == ANY else torch.tensor([studio.data.number(asked.kind)])
     hole = where if tool.brush == TOOLS["inpaint"].brush else None
     image = x[None] if hole is not None else torch.where(where, paint, x)[None]
     if hole is not None and not hole.any():
@@ -160,7 +160,7 @@ def edit(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: Asked, 
             case "compose":
                 if y is None:
                     raise UserError("a composition takes two classes; choose the first, too")
-                both, weights = [int(y), studio.number(asked.other)], (1.0, values[0])
+                both, weights = [int(y), studio.data.number(asked.other)], (1.0, values[0])
                 found = apps.Compose(steps, weights=weights)([model, model], image, both, **options)
     if asked.tool == "interpolate":
         return Edited(views.films(found.begin[None]), views.films(found.x[None]), None, note(found))
@@ -175,7 +175,7 @@ def hole_of(where: Tensor) -> Tensor | None:
 def note(found: apps.Edited) -> str:
     """Numbers of an edit, in words."""
     n = {name: values.mean().item() for name, values in found.numbers.items()}
-    parts = [f"energy {n['energy before']:.2f} → {n['energy after']:.2f} nats", f"l2 change {n['distance']:.2f}"]
+    parts = [f"energy {n['energy before']:.3g} → {n['energy after']:.3g} nats", f"l2 change {n['distance']:.2f}"]
     if "confidence after" in n:
         parts.append(
             f"probability of the class {100 * n['confidence before']:.0f} → {100 * n['confidence after']:.0f} %"
@@ -208,7 +208,7 @@ def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job:
         if done % 10 == 0:
             job.tell(f"step {done} of about {total}")
 
-    y = torch.tensor([studio.number(target)])
+    y = torch.tensor([studio.data.number(target)])
     with studio.search(job) as model:
         found = edit_(model, x[None], y, observe=observe, frames=21)
     n = {name: float(values[0]) for name, values in found.numbers.items()}

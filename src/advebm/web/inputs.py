@@ -16,6 +16,8 @@ from advebm.errors import UserError
 BYTES = 10_000_000  # of an uploaded file
 PIXELS = 20_000_000  # of an uploaded picture, looked at before it is decoded
 LAYERS = 4  # of the brush; the page itself has one
+LAYER = 4_000_000  # pixels of a brushed layer, looked at before it is decoded
+LAYER_BYTES = 2_000_000
 PAINTED = 0.3  # share of a pixel that the brush has to cover
 
 
@@ -70,6 +72,28 @@ def _head(content: bytes) -> tuple[int, int, bool]:
         return 0, 0, False
 
 
+def layers(parts: Sequence[bytes | Path]) -> list[Image.Image]:
+    """What the brush left, RGBA, from pictures that a browser sent.
+
+    Raises:
+        UserError: too many of them, or one that is too large, of another format, or damaged.
+    """
+    if len(parts) > LAYERS:
+        raise UserError(f"at most {LAYERS} brushed layers are taken, got {len(parts)}; clear them and brush again")
+    found = []
+    for part in parts:
+        content = part if isinstance(part, bytes) else part.read_bytes()
+        wide, high, _ = _head(content)
+        if wide * high > LAYER:
+            raise UserError("a brushed layer is too large; clear it and brush again")
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+                found.append(picture.convert("RGBA"))
+        except (OSError, SyntaxError, ValueError, EOFError):
+            raise UserError("a brushed layer cannot be read; clear it and brush again") from None
+    return found
+
+
 def tensor(picture: Image.Image) -> Tensor:
     """A grey or RGB picture as (C, H, W) in [0, 1]."""
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
@@ -80,10 +104,8 @@ def brushed(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[Tensor
     """What was brushed over an image of a shape: colours (C, H, W) in [0, 1], and where, bool (1, H, W).
 
     Raises:
-        UserError: too many layers, or of other proportions than the image.
+        UserError: a layer of other proportions than the image.
     """
-    if len(layers) > LAYERS:
-        raise UserError(f"at most {LAYERS} brushed layers are taken, got {len(layers)}; clear them and brush again")
     channels, height, width = shape
     paint, where = torch.zeros(channels, height, width), torch.zeros(1, height, width)
     for layer in layers:

@@ -11,13 +11,14 @@ from advebm.web.studio import Studio
 
 
 def table(studios: Sequence[Studio]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row a quantity, a column a run."""
+    """Head and rows: a row a quantity, a column a run; first what was measured on most of the runs."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for studio in studios:
         for text in map(build.row, evaluation.latest(studio.run.records())):
             cells.setdefault((text["name"], text["samples"]), {})[studio.title] = text["value"]
     titles = [studio.title for studio in studios]
-    return ["measured", "samples", *titles], [[*key, *(v.get(t, "") for t in titles)] for key, v in cells.items()]
+    shared = sorted(cells.items(), key=lambda cell: -len(cell[1]))
+    return ["measured", "samples", *titles], [[*key, *(v.get(t, "") for t in titles)] for key, v in shared]
 
 
 def report(studio: Studio, folder: Path) -> Path:

@@ -2,12 +2,14 @@
 
 import functools
 import html
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 import torch
+from gradio.components.base import server
 from torch import Tensor
 
 from advebm import config, densities, toy
@@ -17,7 +19,7 @@ from advebm.web.jobs import Job, Jobs, Stopped
 from advebm.web.studio import EVERY, Studio
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto; }
+.gradio-container { width: 100%; max-width: 1280px !important; margin: 0 auto; }
 .sight { padding-top: 34px !important; }
 .sight .icon-button-wrapper { transform: translateY(-34px); }
 .pixels img { image-rendering: pixelated; }
@@ -27,6 +29,7 @@ iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-
 """
 SYSTEM = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # fonts that are on the visitor's machine
 CANVAS = 320
+KEPT = 32  # visitors' strokes that wait to be used
 
 
 def theme() -> gr.themes.Base:
@@ -51,27 +54,6 @@ class Chooser(NamedTuple):
     said: gr.Markdown
 
 
-def sight(label: str, *, value: Any = None, name: str | None = None, kind: str = "pixels") -> gr.Image:
-    """A picture to look at: ``pixels`` that are shown as squares, or a ``figure``."""
-    return gr.Image(
-        value,
-        label=label,
-        type="pil",
-        format="png",
-        interactive=False,
-        buttons=["download", "fullscreen"],
-        alt_text=label,
-        elem_id=name,
-        elem_classes=["sight", kind],
-    )
-
-
-def buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
-    """One to begin and one to stop, side by side."""
-    with gr.Row():
-        return gr.Button(label, variant="primary", elem_id=name, min_width=80), gr.Button("Stop", min_width=80)
-
-
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
     """Mistakes of the visitor as messages on the page."""
 
@@ -90,6 +72,56 @@ def message(error: Exception) -> gr.Error:
     return gr.Error(html.escape(str(error)), print_exception=False, title="That does not work")
 
 
+class Bounded:
+    """Gradio's editor, except that the brushed layers alone are decoded, and nothing large is kept."""
+
+    blob_storage: dict[str, Any]
+
+    @server
+    def accept_blobs(self, data: Any) -> None:
+        """A part of what was brushed, as the browser sends it before it asks for the work; none that is too large."""
+        if len(str(data.data["index"])) > 4 or any(len(content) > inputs.LAYER_BYTES for _, content in data.files):
+            return
+        super().accept_blobs(data)  # type: ignore[misc]
+        for old in list(self.blob_storage)[:-KEPT]:
+            self.blob_storage.pop(old, None)
+
+    @told
+    def preprocess(self, payload: Any) -> dict[str, Any]:
+        """``layers``: the brushed ones, decoded."""
+        held = self.blob_storage.pop(payload.id, None) if payload and payload.id is not None else payload
+        parts = [part for part in (held.layers or [] if held else []) if part is not None]
+        return {"layers": inputs.layers([part if isinstance(part, bytes) else Path(part.path) for part in parts])}
+
+
+# Not by Gradio's own metaclass, which writes an interface beside this file.
+Canvas = ABCMeta.__new__(type(gr.ImageEditor), "ImageEditor", (Bounded, gr.ImageEditor), {})
+
+
+def sight(
+    label: str, *, value: Any = None, name: str | None = None, kind: str = "pixels", visible: bool = True
+) -> gr.Image:
+    """A picture to look at: ``pixels`` that are shown as squares, or a ``figure``."""
+    return gr.Image(
+        value,
+        label=label,
+        type="pil",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        alt_text=label,
+        elem_id=name,
+        elem_classes=["sight", kind],
+        visible=visible,
+    )
+
+
+def buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
+    """One to begin and one to stop, side by side."""
+    with gr.Row():
+        return gr.Button(label, variant="primary", elem_id=name, min_width=80), gr.Button("Stop", min_width=80)
+
+
 class Page:
     """The page of some runs.
 
@@ -102,6 +134,7 @@ class Page:
     def __init__(self, studios: Mapping[str, Studio], folder: Path) -> None:
         self.studios, self.folder, self.jobs = dict(studios), folder, Jobs()
         self._turned: list[tuple[Any, Callable[[Studio], Any]]] = []  # components that depend on the model
+        self._found: list[Any] = []  # components that show what was found with it
 
     def studio(self, title: str) -> Studio:
         """By its title."""
@@ -121,7 +154,10 @@ class Page:
         *,
         show: Callable[[Any], Sequence[Any]] = lambda news: news,
     ) -> Any:
-        """``work(job, *values)`` when the button is pressed; what it tells goes to ``shown``, whose last is a note."""
+        """``work(job, *values)`` when the button is pressed; what it tells goes to ``shown``, whose last is a note.
+
+        With the model among what is ``taken``, another model clears what is shown.
+        """
 
         def run(request: gr.Request, *values: Any) -> Iterator[Any]:
             rest = [gr.skip()] * (len(shown) - 1)
@@ -132,9 +168,12 @@ class Page:
             except Stopped:
                 yield [*rest, "stopped"]
             except UserError as error:
+                yield [*rest, html.escape(str(error))]
                 raise message(error) from None
 
-        begun = button.click(run, taken, shown, show_progress="minimal", api_visibility="private")
+        options: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": shown[-1]}
+        begun = button.click(run, taken, shown, api_visibility="private", **options)
+        self._found += shown if self.model in taken else []
         stop.click(self.leave, queue=False, show_progress="hidden", api_visibility="private")
         return begun
 
@@ -166,11 +205,16 @@ class Page:
             ):
                 with gr.Tab(name, id=name.lower()):
                     part(first)
+            turned = [component for component, _ in self._turned]
+            for component in self._found:
+                if component not in turned and not isinstance(component, gr.Slider):
+                    self.depends(component, cleared(component))
             components, updates = zip(*self._turned, strict=True)
 
             @told
-            def turn(title: str) -> list[Any]:
+            def turn(title: str, request: gr.Request) -> list[Any]:
                 studio = self.studio(title)
+                self.leave(request)
                 return [update(studio) for update in updates]
 
             self.model.change(turn, self.model, list(components), show_progress="hidden", api_visibility="private")
@@ -184,12 +228,12 @@ class Page:
     def classes(
         self, studio: Studio, label: str = "class", *, before: Sequence[str] = (), at: int = 0, hidden: bool = False
     ) -> gr.Dropdown:
-        """A choice of a class; of a critic only where something stands ``before`` them."""
+        """A choice of a class, hidden for a critic, for which what stands ``before`` them is chosen."""
 
         def of(studio: Studio) -> dict[str, Any]:
             names = [*before, *([] if studio.critic else studio.data.classes)]
             value = names[min(at, len(names) - 1)] if names else None
-            return {"choices": names, "value": value, "visible": bool(names) and not hidden}
+            return {"choices": names, "value": value, "visible": not studio.critic and not hidden}
 
         drawn = gr.Dropdown(**of(studio), label=label)
         return self.depends(drawn, lambda studio: gr.Dropdown(**of(studio)))
@@ -241,6 +285,7 @@ class Page:
 
         for place, output in enumerate(shown):
             self.depends(output, fresh(place))
+        self.depends(chooser.number, lambda studio: 0)
 
     # Tabs -----------------------------------------------------------------------------------------------------------
 
@@ -332,13 +377,13 @@ class Page:
                 other_class = gr.Dropdown(list(first.data.classes), label="second class", visible=False)
                 other_image = gr.Number(1, label="second test image", precision=0, minimum=0, visible=False)
                 dials = [gr.Slider(0, 1, visible=False) for _ in range(2)]
-                steps = gr.Slider(1, editing.STEPS, 40, step=1, label="steps")
+                steps = gr.Slider(1, editing.STEPS, 40, step=1, label="steps; more of them change more")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
                 go, stop = buttons("Edit", "edit")
             with gr.Column(scale=4, min_width=440):
                 chooser = self.chooser(first, 0)
                 empty = gr.Button("Empty picture", size="sm")
-                editor = gr.ImageEditor(
+                editor = Canvas(
                     self.canvas(self.test_image(first.title, 0)),
                     type="pil",
                     format="png",
@@ -353,7 +398,7 @@ class Page:
                 )
             with gr.Column(scale=3, min_width=320):
                 result = sight("result", name="edited")
-                said = gr.Markdown("")
+                said = gr.Markdown("", elem_id="change")
                 began = sight("where the search began")
         film = sight("on the way")
 
@@ -369,7 +414,7 @@ class Page:
             name, kind, other_class, other_image, d1, d2, steps, seed = more
             studio = self.studio(title)
             x = self.fitting(studio, given).x
-            paint, where = inputs.brushed((drawn or {}).get("layers") or [], x.shape)
+            paint, where = inputs.brushed(drawn["layers"], x.shape)
             other = other_image if editing.TOOLS[name].other == "image" else other_class
             return editing.edit(studio, x, paint, where, editing.Asked(name, kind, steps, [d1, d2], other, seed), job)
 
@@ -405,12 +450,14 @@ class Page:
         found = gr.State()
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
-                gr.Markdown("What would have to change for the model to see another class?")
+                asked = gr.Markdown(self.question(first))
                 chooser = self.chooser(first, 0)
                 target = self.classes(first, "class to be taken for", at=8)
                 level = gr.Slider(0.5, 0.99, 0.8, step=0.01, label="probability to reach")
                 steps = gr.Slider(5, 200, 40, step=5, label="steps of each of 8 searches")
                 go, stop = buttons("Explain", "explain")
+                self.depends(asked, self.question)
+                self.depends(go, lambda s: gr.Button(interactive=not s.critic))
             with gr.Column(scale=5):
                 share = gr.Slider(0, 100, 100, step=5, label="from the image to the counterfactual, %", elem_id="way")
                 with gr.Row():
@@ -436,6 +483,12 @@ class Page:
         share.input(moved, [found, share], [image, added, at], show_progress="hidden", api_visibility="private")
         self.choosing(chooser, [image], lambda given: [views.enlarged(given.x)])
 
+    def question(self, studio: Studio) -> str:
+        """What the tab Explain asks."""
+        if studio.critic:
+            return "This model is a critic: it has no classes, so there is nothing to explain."
+        return "What would have to change for the model to see another class?"
+
     def robustness_tab(self, first: Studio) -> None:
         """An image under attack."""
         threat = first.run.recipe.threat
@@ -457,7 +510,7 @@ class Page:
                     added = sight("what was added, amplified")
                 said = gr.Markdown("", elem_id="verdict")
                 with gr.Row():
-                    figure = sight("probabilities", kind="figure")
+                    figure = sight("probabilities", kind="figure", visible=not first.critic)
                     table = gr.Dataframe(headers=["", "before", "after"], interactive=False, wrap=True)
 
         def run(job: Job, title: str, given: Given, *more: Any) -> attacking.Attacked:
@@ -466,6 +519,7 @@ class Page:
             chosen = self.fitting(studio, given)
             return attacking.attack(studio, chosen.x, chosen.label, name, norm, eps, steps, target, seed, job)
 
+        self.depends(figure, lambda s: gr.Image(value=None, visible=not s.critic))
         self.depends(attack, lambda s: gr.Dropdown(choices=attacking.names(s), value=attacking.names(s)[0]))
         self.depends(norm, lambda s: s.run.recipe.threat.norm)
         self.depends(eps, lambda s: round(s.run.recipe.threat.eps, 6))
@@ -532,7 +586,7 @@ class Page:
             with gr.Column(scale=5):
                 with gr.Row():
                     picture = sight("plane", name="plane", kind="figure")
-                    table = gr.Dataframe(headers=["", "value"], interactive=False, wrap=True)
+                    table = gr.Dataframe(headers=["", "value", ""], interactive=False, wrap=True)
                 said = gr.Markdown("", elem_id="played")
                 film = sight("the training", kind="figure")
 
@@ -562,6 +616,12 @@ class Page:
             return frame, gr.DownloadButton(value=str(path), visible=True), f"report of {title}"
 
         self.at_work(go, stop, show, [self.model], [report, file, said])
+
+
+def cleared(component: Any) -> Callable[[Studio], Any]:
+    """Nothing on it: text that is empty, or no value."""
+    empty = "" if isinstance(component, gr.Markdown | gr.HTML) else None
+    return lambda studio: empty
 
 
 def kept(value: Any) -> Any:

@@ -14,6 +14,18 @@ from advebm.web.jobs import Job
 UPDATES = 2000  # the most that can be asked for
 
 
+ABOUT = {
+    "D on support": "1/2 at best",
+    "deviation": "of D there; 0 at best",
+    "D off support": "at most 1/2",
+    "highest off": "at most 1/2",
+    "highest unvisited": "where p0 never came",
+    "objective": "-1.386 at best",
+    "correlation": "of -E with log p",
+    "slope": "1: density, 0: support",
+}
+
+
 class Played(NamedTuple):
     """What the tab shows."""
 
@@ -35,7 +47,7 @@ def play(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) 
     numbers = toy.numbers(result, seed=number)
     with views.alone():
         film = planes.film(result)
-    rows = [[name, f"{value:.3f}"] for name, value in numbers.items()]
+    rows = [[name, f"{value:.3f}", ABOUT[name]] for name, value in numbers.items()]
     return Played(panel(result), views.picture(film), rows, f"{total} updates of {method} from {p0} points")
 
 

@@ -62,7 +62,7 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
             moments.append(x[:CHAINS].cpu())
         if k < total and (now := time.perf_counter()) - last > PAUSE:
             last = now
-            note = f"step {k} of {total}, energy {value.mean():.2f} nats"
+            note = f"step {k} of {total}, energy {value.mean():.3g} nats"
             job.tell(Sampled(views.sheet(x), None, None, note))
 
     with studio.search(job) as model:
@@ -71,7 +71,7 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
         x = sampler(model, y.to(seeds.device), seeds, generator=draws, observe=look, batch=batch)
         look(total, x, studio.descended(sampler, x, y))
         seconds = time.perf_counter() - begun
-        notes = [f"{len(x)} images in {seconds:.2f} s", f"energy {values[0].mean():.2f} → {values[-1].mean():.2f} nats"]
+        notes = [f"{len(x)} images in {seconds:.2f} s", f"energy {values[0].mean():.3g} → {values[-1].mean():.3g} nats"]
         if not studio.critic:
             hits = int((studio.probabilities(x).argmax(1) == y).sum())
             notes.append(f"the model takes {hits} of {len(x)} for their class")

@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from advebm.comparison import titled
 from advebm.errors import UserError
 from advebm.training.run import Run
 from advebm.web import sampling
-from advebm.web.inputs import BYTES, PIXELS
+from advebm.web.inputs import BYTES
 from advebm.web.jobs import Job
 from advebm.web.studio import EVERY, Studio
 
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # as visitors write them; "[": older Starlettes cut at a colon
+BODY = 2 * BYTES  # of a request
 WAITING = 32  # visitors' jobs at most in the queue
 AT_ONCE = 4  # of one kind under way; searches on one model take turns all the same
 
@@ -68,7 +67,6 @@ def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    Image.MAX_IMAGE_PIXELS = PIXELS  # also where Gradio decodes
     try:
         import gradio
         from fastapi import FastAPI
@@ -94,7 +92,11 @@ def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[
 
 
 class Guard:
-    """Adds :data:`HEADERS` to every answer, and refuses what a page elsewhere has a visitor's browser send."""
+    """Adds :data:`HEADERS` to every answer.
+
+    What a page elsewhere has a visitor's browser send is refused, and so are requests that are larger than
+    :data:`BODY` or do not say how large they are.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -112,11 +114,19 @@ class Guard:
         given = {name.lower(): value for name, value in scope.get("headers", ())}
         origin = given.get(b"origin")
         own = origin is None or origin.rpartition(b"//")[2].lower() == given.get(b"host", b"").lower()
-        if own or scope.get("method") in ("GET", "HEAD"):
+        size = given.get(b"content-length", b"0")
+        if b"transfer-encoding" in given or not size.isdigit() or int(size) > BODY:
+            await refuse(guarded, 413, f"a request of at most {BODY / 1e6:.0f} MB is taken")
+        elif not own and scope.get("method") not in ("GET", "HEAD"):
+            await refuse(guarded, 403, "asked for by another page")
+        else:
             await self.app(scope, receive, guarded)
-            return
-        await guarded({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-        await guarded({"type": "http.response.body", "body": b"asked for by another page"})
+
+
+async def refuse(send: Any, status: int, text: str) -> None:
+    """Answer in a line of text."""
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": text.encode()})
 
 
 def address(host: str, port: int) -> str:

@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from matplotlib import patheffects
 from PIL.Image import Image
 from torch import Tensor
 
@@ -97,9 +98,8 @@ def cut(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, jo
             first, second = ways[0][0], ways[1][0]
         plane = projected(path, centre, first, second)
         reach = 1.25 * max(plane.at.abs().max().item(), 0.2)
-        values = landscape.plane(
-            lambda index: energy, centre[None], first[None], second[None], reach=reach, count=COUNT
-        )[0]
+        energy_of = lambda index: joint_or_marginal(f, end, y.expand(len(index)))
+        values = landscape.plane(energy_of, centre[None], first[None], second[None], reach=reach, count=COUNT)[0]
     symbol = "E(x)" if studio.critic else f"E(x, {studio.name(int(y))})"
     where = "middle" if through == "path" else "end"
     note = (
@@ -117,8 +117,10 @@ def drawn(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
         figure.colorbar(shown, ax=axis, label=f"{symbol}, nats, 0 at the centre")
         axis.plot(*at.T, color="white", lw=1.2)
         axis.scatter(at[:, 0], at[:, 1], s=8, c=np.arange(len(at)), cmap="autumn_r", zorder=3)
+        beyond = -1 if at[:, 1].mean() > at[[0, -1], 1].mean() else 1  # not over the path
+        edge = [patheffects.withStroke(linewidth=2, foreground="#333333")]
         for name, point in (("seed", at[0]), ("image", at[-1])):
-            x, y = point.tolist()
-            axis.annotate(name, (x, y), (0, 6), textcoords="offset points", color="white", ha="center")
+            options: Any = {"textcoords": "offset points", "ha": "center", "va": "center", "path_effects": edge}
+            axis.annotate(name, (point[0].item(), point[1].item()), (0, 12 * beyond), color="white", **options)
         axis.set(xlabel="first direction (pixels of [0, 1], l2)", ylabel="second direction", aspect="equal")
         return views.picture(figure)

@@ -80,19 +80,13 @@ class Studio:
 
     # Classes and images -------------------------------------------------------------------------------------------
 
-    def number(self, name: str) -> int:
-        """Of a class, by its name."""
-        if name not in self.data.classes:
-            raise unknown("class", name, self.data.classes)
-        return self.data.classes.index(name)
-
     def labels(self, name: str, count: int) -> Tensor:
         """Classes of ``count`` images (count,): of one, or of each in turn; -1 where the model has none."""
         if self.critic:
             return torch.full((count,), -1)
         if name == EVERY:
             return torch.arange(count) % len(self.data.classes)
-        return torch.full((count,), self.number(name))
+        return torch.full((count,), self.data.number(name))
 
     def image(self, number: float) -> tuple[Tensor, int]:
         """A test image (C, H, W) in [0, 1] and its label, -1 if it has none."""
