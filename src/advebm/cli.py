@@ -420,8 +420,6 @@ def team(name: str | None) -> tuple[processes.Team, str]:
 
 def run_demo(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm demo``."""
-    import time
-
     from advebm.demo import demo
     from advebm.tables import side_by_side
     from advebm.training.run import new_folder
@@ -538,7 +536,7 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.compare and (args.method or args.name):
         raise UserError("--compare names the methods, and each set after its own; leave --method and --name out")
     if processes.launched()[1] > 1 and (args.compare or args.processes > 1):
-        raise UserError("--compare and --processes take one process of torchrun; leave one of them out")
+        raise UserError("--compare and --processes take one process; leave them out, or run it without torchrun")
     run = Run.open(args.run)
     members, where = team(args.device)
     if args.steps:

@@ -28,6 +28,7 @@ class Training:
         batch: images of an optimiser's step, over all streams and processes.
         streams: equal shares of a batch, each with its own random numbers, chains and batch-norm statistics.  Processes
             own streams, so results do not depend on how many processes there are; one process takes them in turn.
+            Running statistics move once a batch, by the mean over its streams.
             Encoders, which tell images of all streams apart, take a stream a process and no more.
         ema: half-life of the weight average, 0 for none.
         precision: of the network in searches and losses, ``float32`` or ``bfloat16`` (autocast); weights, images,
