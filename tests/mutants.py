@@ -4490,13 +4490,6 @@ MUTANTS = [
     ),
     Mutant("cost: penalty with the forward", "training/cost.py", "/ punished - forward if", "/ punished if", "cost"),
     Mutant(
-        "cost: weights of the search not frozen",
-        "training/cost.py",
-        "searching(model) as f:\n        x = images",
-        "nullcontext(model) as f:\n        x = images",
-        "cost",
-    ),
-    Mutant(
         "cost: images of the loss",
         "training/cost.py",
         "for share in (held.search, held.loss - held.penalty)",
