@@ -16,13 +16,13 @@ UPDATES = 2000  # the most that can be asked for
 
 ABOUT = {
     "D on support": "1/2 at best",
-    "deviation": "of D there; 0 at best",
+    "deviation": "of D; 0 at best",
     "D off support": "at most 1/2",
     "highest off": "at most 1/2",
-    "highest unvisited": "where p0 never came",
+    "highest unvisited": "where p0 never is",
     "objective": "-1.386 at best",
     "correlation": "of -E with log p",
-    "slope": "1: density, 0: support",
+    "slope": "1: log p, 0: flat",
 }
 
 
