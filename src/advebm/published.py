@@ -227,22 +227,21 @@ def _targets(row: Mapping[str, Any], found: Cells) -> dict[str, bool]:
 def _counted(verdicts: Iterable[str]) -> str:
     """How many of the claims that were measured hold; what became of the others."""
     measured = [verdict for verdict in verdicts if verdict != NONE]
-    others = [f"{n} {what}" for what in (FAILS, OPEN) if (n := measured.count(what))]
+    others = [f"{n} {words}" for what, words in ((FAILS, "fail"), (OPEN, OPEN)) if (n := measured.count(what))]
     count = f"{measured.count(HOLDS)} of {len(measured)} claims hold"
     return ", ".join([count, *others]) if measured else ""
 
 
-def summary(table: Table, scale: str, results: Mapping[str, Records], about: Mapping[str, Any]) -> dict[str, Any]:
+def summary(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) -> dict[str, Any]:
     """What ``results/NAME-SCALE.json`` holds, all that the page needs.
 
     ``table paper item what scale``; ``about``: ``command seeds date hardware settings`` (of the scale) and ``trained``
     (each run's training images, seen and there are); ``columns`` (published key -> heading); ``rows``: each with ``name
     status note``, ``published`` (key -> number), ``code`` (what reference code gives, where that is known), ``ours``
     (key -> ``value error n seeds measured``; ``error`` is a standard error over the n images, or with several training
-    or sampling ``seeds`` the deviation over them) and ``verdict``; ``claims``: each with ``claim rows doubtful verdict difference error``;
-    ``verdict``; ``why``.
+    or sampling ``seeds`` the deviation over them) and ``verdict``; ``claims``: each with ``claim rows doubtful
+    verdict`` and, where it was measured, ``difference error``; ``verdict``; ``why``.
     """
-    found = cells(table, results)
     claims = judged(table, found)
     rows = []
     for name in table.names():
@@ -259,7 +258,7 @@ def summary(table: Table, scale: str, results: Mapping[str, Records], about: Map
         "what": table.what,
         "scale": scale,
         "about": dict(about),
-        "columns": {key: heading(key).heading for key in table.columns},
+        "columns": {key: f"{title} %" if title else heading(key).heading for key, title in table.columns.items()},
         "rows": rows,
         "claims": claims,
         "verdict": table_verdict(table, scale, found, claims),
@@ -268,22 +267,25 @@ def summary(table: Table, scale: str, results: Mapping[str, Records], about: Map
 
 
 def grid(plain: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A summary as text: headings, and a line a row with the paper's numbers and ours in columns of their own.
+    """A summary as text: headings, and a line a row that has numbers of ours, each right of the paper's.
 
     Ours are headed by what was measured, so that a distance in other features does not stand below the name FID.
     """
+    rows = [row for row in plain["rows"] if row["ours"]]
+    coded = any(row["code"] for row in rows)
     heads = ["", "status"]
     for key, head in plain["columns"].items():
-        measured = {row["ours"][key]["measured"] for row in plain["rows"] if key in row["ours"]}
+        measured = {row["ours"][key]["measured"] for row in rows if key in row["ours"]}
         own = f"{measured.pop()}{' %' * (heading(key).scale == 100)}" if len(measured) == 1 else head
         heads += [f"{head}, paper", f"{own}, ours (n)"]
     lines = []
-    for row in plain["rows"]:
-        line = [row["name"], row["status"] if row["status"] != "runnable" else ""]
+    for row in rows:
+        line = [row["name"], "" if row["status"] == "runnable" else row["status"]]
         for key in plain["columns"]:
             line += [f"{row['published'][key]:g}" if key in row["published"] else "", _shown(row["ours"].get(key))]
+        line += [", ".join(f"{plain['columns'][k]} {v:g}" for k, v in row["code"].items())] * coded
         lines.append([*line, row["verdict"]])
-    return [*heads, "verdict"], lines
+    return [*heads, *["reference code"] * coded, "verdict"], lines
 
 
 def _shown(cell: Cell | None) -> str:
@@ -294,14 +296,20 @@ def _shown(cell: Cell | None) -> str:
 
 
 def lines(plain: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Where, when and how it was measured; then the claims and the verdict."""
-    about = plain["about"]
-    told = [f"scale {plain['scale']}: {about['settings']}", f"{about['seeds']} seed{'s' * (about['seeds'] > 1)}"]
-    told += [about["hardware"], about["date"]]
+    """Where, when and how it was measured; then the claims, the verdict, and what it leaves out."""
+    about, rows = plain["about"], plain["rows"]
+    told = [
+        f"scale {plain['scale']}: {about['settings']}",
+        f"{about['seeds']} training seed{'s' * (about['seeds'] > 1)}",
+    ]
     claims = []
     for claim in plain["claims"]:
         by = f" by {claim['difference']:.2f} ± {claim['error']:.2f}" if "difference" in claim else ""
-        doubt = " (on a doubtful number; does not count)" if claim["doubtful"] else ""
+        doubt = " (on a doubtful number: does not count)" if claim["doubtful"] else ""
         claims.append(f"{claim['claim']}{by}: {claim['verdict']}{doubt}")
+    if left := sum(not row["ours"] for row in rows):
+        claims.append(
+            f"{left} of the paper's {sum(row['status'] != 'unpublished' for row in rows)} rows have no number here"
+        )
     verdict = ". ".join(filter(None, [plain["verdict"], plain["why"]]))
-    return "; ".join(told), [*claims, f"verdict: {verdict}"]
+    return "; ".join([*told, about["hardware"], about["date"]]), [*claims, f"verdict: {verdict}"]

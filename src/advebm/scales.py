@@ -68,14 +68,14 @@ SCALES = {
         restarts=5,
     ),
     "gpu-30min": Scale(
-        "ResNet-18s, attacks on 1,000 test images, 5,000 samples; planned for half an hour of an H200, never run",
+        "ResNet-18s, PGD-50, C&W and AutoAttack on 1,000 test images, 5,000 samples; planned for half an hour of an H200, never run",
         suffix="-small",
         images=1000,
         samples=5_000,
         changes={"backbone__depth": 18, "backbone__width": 64},
     ),
     "cpu-30min": Scale(
-        "ResNet-8s, attacks on 500 test images, 1,000 samples; planned for half an hour of two cores",
+        "ResNet-8s, PGD-50, C&W and AutoAttack on 500 test images, 1,000 samples; planned for half an hour of two cores",
         suffix="-small",
         images=500,
         version="quick",
@@ -124,7 +124,7 @@ def replicate(name: str, scale: str, folder: Path, *, seeds: int = 1, options: O
     command = [f"advebm reproduce {name} --scale {scale}", f"--seeds {seeds}" * (seeds > 1)]
     command += [f"--{key} {value}" for key, value in options]
     about = {"command": " ".join(filter(None, command)), "seeds": seeds, **setting(SCALES[scale], runs)}
-    plain = published.summary(table, scale, results, about)
+    plain = published.summary(table, scale, published.cells(table, results), about)
     path = folder / f"{name}-{scale}.json"
     files.write_json(path, plain)
     if (picture := drawing(table, runs)) is not None:
