@@ -597,7 +597,7 @@ def table2(
     rows: Mapping[str, tuple[str, str]],
     judge: Run,
     *,
-    per_class: int = 100,
+    samples: int = 1000,
     draws: int = 3,
     features: str | Path | None = None,
 ) -> dict[str, Records]:
@@ -618,7 +618,8 @@ def table2(
     known = files.read_json(file, default={})
     if known.get("about") != about:
         tell = lambda text: say(f"  {run.recipe.name}: {text}")
-        found, _ = contrast(run, samplers, per_class, draws, features=features, say=tell, device=device())
+        count = samples // len(run.recipe.data.load().classes)
+        found, _ = contrast(run, samplers, count, draws, features=features, say=tell, device=device())
         known = {"about": about, "found": found}
         files.write_json(file, known)
     taken = {name: Record("steps chosen on validation", sampler.steps, 0.0, 1) for name, sampler in samplers.items()}

@@ -68,14 +68,14 @@ SCALES = {
         restarts=5,
     ),
     "gpu-30min": Scale(
-        "ResNet-18s, PGD-50, C&W and AutoAttack on 1,000 test images, 5,000 samples; planned for half an hour of an H200, never run",
+        "ResNet-18s, PGD-50, C&W, AutoAttack of 1,000 images, 5,000 samples; for half an hour of an H200, never run",
         suffix="-small",
         images=1000,
         samples=5_000,
         changes={"backbone__depth": 18, "backbone__width": 64},
     ),
     "cpu-30min": Scale(
-        "ResNet-8s, PGD-50, C&W and AutoAttack on 500 test images, 1,000 samples; planned for half an hour of two cores",
+        "ResNet-8s, PGD-50, C&W, AutoAttack of 500 images, 1,000 samples; for half an hour of two cores",
         suffix="-small",
         images=500,
         version="quick",
@@ -240,8 +240,7 @@ def numbers(
 
 def by_samplers(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder: Path, seeds: int) -> Found:
     """A row a sampler of a network and a kind of start."""
-    count = scale.samples // len(entries["standard"].data.load().classes)
-    options: dict[str, Any] = {"per_class": count, "draws": scale.draws, "features": scale.features}
+    options: dict[str, Any] = {"samples": scale.samples, "draws": scale.draws, "features": scale.features}
     return reproduce.encoders(folder, seeds, entries, **options)
 
 
