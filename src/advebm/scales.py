@@ -81,7 +81,9 @@ SCALES = {
         version="quick",
     ),
     "digits": Scale(
-        "8x8 digits, a network of four convolutions, all 359 test images", outliers=("uniform", "gaussian")
+        "8x8 digits, a network of four convolutions, all 359 test images, 1,000 samples",
+        version="quick",
+        outliers=("uniform", "gaussian"),
     ),
 }
 FAMILIES: dict[str, Callable[[str, Path, Options], Recipe]] = {
