@@ -18,7 +18,7 @@ from advebm.data.sources import Classes, Digits, Part
 from advebm.errors import UserError
 from advebm.metrics.base import Subject
 from advebm.metrics.ood import OutOfDistribution
-from advebm.metrics.robustness import TargetedAccuracy, measure
+from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, measure
 from advebm.metrics.verdicts import judge
 from advebm.objectives.at import AT
 from advebm.objectives.awp import AWP
@@ -211,6 +211,13 @@ def test_metrics_that_say_all_of_themselves_are_held_by_all_of_it(run, monkeypat
     for metric in (small, small, dataclasses.replace(small, count=30), dataclasses.replace(small, count=30)):
         comparison.measure(run, {("AUROC energy vs uniform", None): metric})
     assert [m[0].count for m in measured] == [20, 30]
+
+
+def test_an_attack_on_other_images_is_measured_again(run):
+    for images in (10, 10, 20):
+        attack = RobustAccuracy(Attack(eps=0.5, norm="l2", steps=1), images=images)
+        comparison.measure(run, {(f"accuracy under {attack.attack.name}", None): attack})
+    assert [r["count"] for r in run.records()] == [10, 20]
 
 
 @few_samples

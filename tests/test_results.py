@@ -220,6 +220,28 @@ def test_the_teacher_has_the_labels_of_its_pupil(tmp_path, monkeypatch):
         )
 
 
+def test_all_rows_are_measured_under_the_threat_of_the_first(tmp_path, monkeypatch):
+    """And a row may be what a run was before its last stage."""
+    seen = {}
+    own = TABLES["dat"]
+    entries = scales.chosen(own, "cpu-30min", tmp_path, [])
+    for folder in ("dat", "dat/before/0-at", "ratio", "jem"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.yaml").touch()
+    runs = {method: Run(tmp_path / method) for method in ("dat", "ratio", "jem")}
+
+    def numbers(table, scale, run, threat, judge, kind):
+        seen[str(run.folder.relative_to(tmp_path))] = threat
+        return []
+
+    monkeypatch.setattr(scales, "numbers", numbers)
+    monkeypatch.setattr(reproduce, "study", lambda folder, seeds, entries, measure: (measure(runs), []))
+    found, _ = scales.by_methods(own, scales.SCALES["cpu-30min"], entries, tmp_path, 1)
+    assert list(found) == ["DAT", "adversarial training (stage 1)", "RATIO", "JEM"]
+    assert list(seen) == ["dat", "dat/before/0-at", "ratio", "jem"]
+    assert set(seen.values()) == {entries["dat"].threat} != {entries["jem"].threat}
+
+
 def test_what_cannot_be_carried_out_is_refused(tmp_path, capsys):
     def refused(*words):
         assert cli.main(["reproduce", *words, "--out", str(tmp_path / "out")]) == 2
