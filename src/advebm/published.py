@@ -55,17 +55,18 @@ class Table:
 
     Attributes:
         paper, item, what: of the inventory.
-        rows: of the inventory.  ``method`` is what to train, by the stem of its recipes (``stage: first``: what it was
-            before its last stage); ``sampler`` draws from it, the recipe's unless it is named.  ``of`` is the title of
-            a row's results, or a list of patterns of its records.
+        rows: of the inventory.
         name: of the table.
         by: what its computation is, of :data:`advebm.scales.COMPUTATIONS`.
         scales: of :data:`advebm.scales.SCALES`, each with the share of the recipes' training images.
         columns: keys of published values: those of :data:`COLUMNS`, or each with the title of its results.
+        ours: what stands beside a row: a method, by the stem of its recipes, alone or as ``{method, sampler, stage}``
+            (a sampler from class Gaussians rather than the recipe's; ``first``, what it was before its last stage); the
+            title of its results; or, where columns have titles, patterns of its records.
         claims: what the table is about, ``IN: MORE > LESS``: IN is a column and the others are rows, or vice versa.
         data: whose recipes, ``DATA-METHOD``.
         digits: whose recipes at the scale of that name.
-        recipes: stems of recipes that are not called so.
+        recipes: of methods whose recipes are called otherwise, ``[full, small]``.
         beside: what is shown below the rows and published nowhere: methods, or titles of results.
         why: facts that explain a verdict, by scale.
         runs: the table whose runs these are, too.
@@ -79,10 +80,11 @@ class Table:
     by: str
     scales: Mapping[str, float]
     columns: Mapping[str, str]
+    ours: Mapping[str, Any]
     claims: tuple[str, ...] = ()
     data: str = "cifar10"
     digits: str = ""
-    recipes: Mapping[str, str] = field(default_factory=dict)
+    recipes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     why: Mapping[str, str] = field(default_factory=dict)
     runs: str = ""
@@ -97,8 +99,13 @@ class Table:
         """What it takes to train: of the columns, of the rows, of what is beside them."""
         if titles := [title for title in self.columns.values() if title]:
             return titles
-        own = [row.get("method") or row["of"].partition(", ")[0] for row in self.rows if {"method", "of"} & row.keys()]
-        return list(dict.fromkeys([*own, *(name.partition(", ")[0] for name in self.beside)]))
+        own = [self.of(name)["method"].partition(", ")[0] for name in (*self.ours, *self.beside)]
+        return list(dict.fromkeys(own))
+
+    def of(self, name: str) -> dict[str, Any]:
+        """What stands beside a row, as ``{method, …}``: a method, or the title of results that begins with it."""
+        plain = self.ours.get(name, name)
+        return plain if isinstance(plain, dict) else {"method": plain}
 
     def row(self, name: str) -> Mapping[str, Any]:
         """A row by its name; a bare one where it is not published."""
@@ -138,10 +145,9 @@ def cells(table: Table, results: Mapping[str, Records]) -> Cells:
     """The numbers of the results, by title, that stand where the table has its own."""
     found: Cells = {}
     for name in table.names():
-        of = table.row(name).get("of", name)
         for key, title in table.columns.items():
-            patterns = of if title else COLUMNS[key].records
-            records = results.get(title or of, [])
+            patterns = table.ours.get(name, ()) if title else COLUMNS[key].records
+            records = results.get(title or (name if name in results else table.of(name)["method"]), [])
             matching = (r for pattern in patterns for r in records if fnmatchcase(r["name"], pattern))
             if (record := next(matching, None)) is not None:
                 scale = heading(key).scale

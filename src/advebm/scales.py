@@ -33,7 +33,7 @@ class Scale:
 
     Attributes:
         about: in words.
-        suffix: of the recipes' names.
+        small: whether recipes are those for CPUs, rather than of the papers' size.
         images: test images that attacks are run on; none for all.
         samples: drawn of each set.
         draws: sampling seeds, where samplers are compared.
@@ -45,7 +45,7 @@ class Scale:
     """
 
     about: str
-    suffix: str = ""
+    small: bool = True
     images: int | None = None
     samples: int = 1000
     draws: int = 3
@@ -61,6 +61,7 @@ IMAGENET = {"kind": "hf", "path": "benjamin-paine/imagenet-1k-32x32"}
 SCALES = {
     "full": Scale(
         "the papers' networks and lengths, all test images, 50,000 samples; days of GPUs; not run here",
+        small=False,
         samples=50_000,
         draws=1,
         features="inception",
@@ -69,14 +70,12 @@ SCALES = {
     ),
     "gpu-30min": Scale(
         "ResNet-18s, PGD-50, C&W, AutoAttack of 1,000 images, 5,000 samples; for half an hour of an H200, never run",
-        suffix="-small",
         images=1000,
         samples=5_000,
         changes={"backbone__depth": 18, "backbone__width": 64},
     ),
     "cpu-30min": Scale(
         "ResNet-8s, PGD-50, C&W, AutoAttack of 500 images, 1,000 samples; for half an hour of two cores",
-        suffix="-small",
         images=500,
         version="quick",
     ),
@@ -145,8 +144,9 @@ def chosen(table: Table, scale: str, folder: Path, options: Options) -> dict[str
 
 def sized(table: Table, scale: str, method: str, folder: Path, options: Options) -> Recipe | None:
     """A method's recipe at a scale; none where there is no such recipe."""
-    name = table.recipes.get(method) or "-".join(filter(None, (table.data, method)))
-    name = f"digits-{method}" if scale == "digits" else name + SCALES[scale].suffix
+    stem = "-".join(filter(None, (table.data, method)))
+    full, small = table.recipes.get(method, (stem, f"{stem}-small"))
+    name = f"digits-{method}" if scale == "digits" else small if SCALES[scale].small else full
     if name not in recipes.names():
         return None
     roles = {"outside", "extra"} - recipes.find(name).keys()  # which this recipe does not take
@@ -194,11 +194,11 @@ def by_methods(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
         found = {}
         for name in table.names():
-            row = table.row(name)
-            if (run := runs.get(row.get("method", name))) is not None:
-                if row.get("stage") == "first":
+            of = table.of(name)
+            if (run := runs.get(of["method"])) is not None:
+                if of.get("stage") == "first":
                     run = Run.open(next((run.folder / "before").iterdir()))
-                found[name] = numbers(table, scale, run, threat, runs.get("standard"), row.get("sampler"))
+                found[name] = numbers(table, scale, run, threat, runs.get("standard"), of.get("sampler"))
         return found
 
     return reproduce.study(folder, seeds, entries, measure)
