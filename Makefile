@@ -7,7 +7,7 @@ PEERS := .venv-agreement/.ready
 RIVALS := .venv-bench/.ready
 PAGE := .venv-page/.ready
 
-.PHONY: demo test test-page lint mutants recipes agreement bench clean
+.PHONY: demo test test-page lint mutants recipes agreement bench results clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
@@ -39,6 +39,10 @@ agreement: $(PEERS)
 # ARGS='--rows pgd --repeats 3', '--quick', '--curves'; writes benchmarks/results/.
 bench: $(RIVALS)
 	.venv-bench/bin/python -m benchmarks $(ARGS)
+
+# docs/results.md and the README's table, from results/*.json, which advebm reproduce TABLE --scale SCALE writes.
+results: $(READY)
+	$(BIN)/python -m advebm.results
 
 clean:
 	rm -rf .venv .venv-agreement .venv-bench .venv-page build dist .pytest_cache .mypy_cache .ruff_cache runs

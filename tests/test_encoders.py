@@ -655,7 +655,7 @@ def test_each_row_of_the_table_takes_the_steps_of_validation(run, tmp_path, monk
         asked.append((kind := config.describe(sampler)["kind"], sampler.start))
         return [Point(k, 1.0, abs(k - steps[kind]) / 10, 0.0) for k in self.steps]
 
-    def contrast(run, samplers, per_class, seeds, *, features, say):
+    def contrast(run, samplers, per_class, seeds, *, features, say, device):
         asked.append({name: (sampler.steps, sampler.start) for name, sampler in samplers.items()})
         record = {"name": "FD (x)", "value": 3.0, "error": 0.5, "settings": {}}
         return {name: [record] for name in samplers}, None

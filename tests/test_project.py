@@ -29,11 +29,25 @@ LAYERS = [
         "tuning",
         "diagnostics",
         "comparison",
+        "published",
         "suites",
         "doctor",
         "toy",
     },
-    {"cli", "api", "demo", "console", "stages", "tables", "reporting", "reproduce", "web", "__main__"},
+    {
+        "cli",
+        "api",
+        "demo",
+        "console",
+        "stages",
+        "tables",
+        "reporting",
+        "reproduce",
+        "scales",
+        "results",
+        "web",
+        "__main__",
+    },
 ]
 
 

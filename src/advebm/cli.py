@@ -331,15 +331,18 @@ def build_parser() -> Parser:
     sub = verb(
         "reproduce",
         run_reproduce,
-        "Carry out an experiment of the papers at a size for two CPU cores, or on where it was.",
-        "Takes --data.path and every other option of train, for all recipes of the experiment.",
+        "Carry out an experiment of the papers at a size for two CPU cores, or a table at a scale, or on where it was.",
+        "Takes --data.path and every other option of train, for all its recipes. A table ends beside the paper's.",
     )
     sub.set_defaults(takes=(*BLOCKS, "train", "threat", "metrics", "normalise"))
     sub.add_argument("experiment", nargs="?", metavar="NAME", help="see --list")
     sub.add_argument("--list", action="store_true", help="every figure, table and algorithm, and what makes it")
+    sub.add_argument(
+        "--scale", metavar="SCALE", help="of a table: full, gpu-30min, cpu-30min or digits; docs/results.md"
+    )
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="training seeds; tables give mean and deviation")
     sub.add_argument("--quick", action="store_true", help="shorter training, where an experiment has that; labelled so")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME, or runs/NAME-quick)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME, runs/NAME-SCALE)")
 
     sub = verb(
         "app",
@@ -854,11 +857,15 @@ def run_compare(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def run_reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm reproduce``."""
-    from advebm.reproduce import EXPERIMENTS, papers, reproduce
+    from advebm.published import papers, tables
+    from advebm.reproduce import EXPERIMENTS, reproduce
 
-    if args.list or args.experiment is None:
-        for name, experiment in EXPERIMENTS.items():
-            print(f"{name:20} {(experiment.__doc__ or '').splitlines()[0]}")
+    name = args.experiment
+    if args.list or name is None:
+        for experiment, call in EXPERIMENTS.items():
+            print(f"{experiment:20} {(call.__doc__ or '').splitlines()[0]}")
+        for table in tables().values():
+            print(f"{table.name:20} --scale {', '.join(table.scales)}: {table.what}")
         for paper in papers():
             print(f"\n{paper['key']}: {paper['title']}")
             for item in paper["items"]:
@@ -867,8 +874,19 @@ def run_reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
                     values = "  ".join(f"{k} {'-' if v is None else v}" for k, v in row["values"].items())
                     print(f"  {'':28} {row['status']:9} {row['name']}: {values}")
         return
-    folder = args.out or Path("runs") / f"{args.experiment}{'-quick' * args.quick}"
-    print(reproduce(args.experiment, folder, seeds=args.seeds, quick=args.quick, options=overrides))
+    if args.scale is not None:
+        from advebm.scales import replicate
+
+        if args.quick:
+            raise UserError("--quick is of experiments; a table has --scale alone")
+        runs = tables()[name].runs if name in tables() else ""
+        folder = args.out or Path("runs") / f"{runs or name}-{args.scale}"
+        print(replicate(name, args.scale, folder, seeds=args.seeds, options=overrides))
+        return
+    if name in tables() and name not in EXPERIMENTS:
+        raise UserError(f"{name} is a table; say how large with --scale, one of {', '.join(tables()[name].scales)}")
+    folder = args.out or Path("runs") / f"{name}{'-quick' * args.quick}"
+    print(reproduce(name, folder, seeds=args.seeds, quick=args.quick, options=overrides))
 
 
 def run_app(args: argparse.Namespace, overrides: Overrides) -> None:

@@ -109,6 +109,8 @@ def measure(
         settings = {"samples": samples, **manifests[samples]} if samples else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
+        if hasattr(metric, "images"):
+            settings["images"] = metric.images
         expected = {**about, "judge": whose} if samples else about
         own = json.loads(json.dumps({k: v for k, v in config.describe(metric).items() if v is not None}))
         return any(

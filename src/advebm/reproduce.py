@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from advebm import comparison, config, console, evaluation, files, generation, pictures, recipes
 from advebm.apps import Translate
@@ -34,11 +32,6 @@ from advebm.training.run import Run
 Measure = Callable[[Mapping[str, Run]], dict[str, Records]]
 Options = Sequence[tuple[str, Any]]  # of the command line: what every recipe of the experiment takes over
 say = console.screen.print
-
-
-def papers() -> list[dict[str, Any]]:
-    """The inventory ``papers.yaml``: every figure, table and algorithm of the four papers, and what makes it."""
-    return yaml.safe_load(resources("advebm").joinpath("papers.yaml").read_text())["papers"]
 
 
 def reproduce(name: str, folder: Path, *, seeds: int = 1, quick: bool = False, options: Options = ()) -> Path:
@@ -98,11 +91,17 @@ def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
         return Run.open(folder)
 
 
-def drawn(run: Run, recipe: Recipe, per_class: int) -> None:
-    """Draw a set of samples by the recipe's sampler, unless it is there."""
-    name = generation.set_name(recipe.sampler)
+def device() -> str:
+    """Where to draw and measure: the device that training takes."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def drawn(run: Run, recipe: Recipe, per_class: int, name: str | None = None) -> str:
+    """Draw a set of samples by the recipe's sampler, unless it is there; its name."""
+    name = name or generation.set_name(recipe.sampler)
     if name not in run.samples():
-        draw(run, name, recipe.sampler, per_class, seed=recipe.seed)
+        draw(run, name, recipe.sampler, per_class, seed=recipe.seed, device=device())
+    return name
 
 
 def study(
@@ -129,14 +128,15 @@ def compared(judge: str, threat: Attack) -> Measure:
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
         tell = lambda text: say(f"  {text}")
-        return comparison.compare(list(runs.values()), threat=threat, features=runs[judge].folder, progress=tell)
+        options: dict[str, Any] = {"features": runs[judge].folder, "device": device(), "progress": tell}
+        return comparison.compare(list(runs.values()), threat=threat, **options)
 
     return measure
 
 
 def measured(run: Run, wanted: Wanted) -> Records:
     """The records that metrics give; measured unless they are there."""
-    comparison.measure(run, wanted)
+    comparison.measure(run, wanted, device=device())
     names = {name for name, _ in wanted}
     return [r for r in evaluation.latest(run.records()) if r["name"] in names]
 
@@ -150,22 +150,34 @@ def recipe(name: str, options: Options, **changes: Any) -> Recipe:
 # The experiments ------------------------------------------------------------------------------------------------------
 
 
+LINF = {"threat__norm": "linf", "threat__eps": 0.2, "threat__step_size": 0.025, "sampler__start": "global"}
+ADVERSARIAL = ("fast", "free", "trades", "weat", "at-awp", "trades-awp", "prejeat", "jeat")
+SUPERVISED = ("standard", "at", "noise", *ADVERSARIAL, "jem", "persistent-mle", "short-run-mle", "rst-awp")
+
+
+def supervised(method: str, folder: Path, options: Options) -> Recipe:
+    """The recipe of a supervised method on digits, linf 0.2."""
+    attack = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
+    changes = {"standard": LINF, "at": {**attack, **LINF}, "rst-awp": taught(folder)}
+    return recipe(f"digits-{method}", options, **changes.get(method, {}))
+
+
+def taught(folder: Path) -> dict[str, Any]:
+    """The option of RST that names its teacher; see :func:`teach`."""
+    return {"objective__objective__teacher": str(folder / "teacher")}
+
+
+def teach(entries: Mapping[str, Recipe], folder: Path) -> None:
+    """Train the teacher of ``rst-awp``, where that is among the entries: ``standard`` on the same labels."""
+    if "rst-awp" in entries:
+        data = entries["rst-awp"].data
+        carry(dataclasses.replace(entries["standard"], name="teacher", data=data), folder / "teacher")
+
+
 def digits_supervised(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
     """Every supervised method on 8x8 digits, linf 0.2: the shape of JEAT tables 2 and 3 and figure 6."""
-    threat = {"threat__norm": "linf", "threat__eps": 0.2, "threat__step_size": 0.025}
-    common = {**threat, "sampler__start": "global"}
-    at = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
-    entries = {
-        "standard": recipe("digits-standard", options, **common),
-        "at": recipe("digits-at", options, **at, **common),
-    }
-    methods = ("noise", "fast", "free", "trades", "weat", "at-awp", "trades-awp", "prejeat", "jeat", "jem")
-    for method in (*methods, "persistent-mle", "short-run-mle"):
-        entries[method] = recipe(f"digits-{method}", options)
-    half = recipe("digits-standard", [*options, ("data", "part")], **common)
-    teacher = folder / "teacher"
-    entries["rst-awp"] = recipe("digits-rst-awp", options, objective__objective__teacher=str(teacher))
-    carry(dataclasses.replace(half, name="teacher"), teacher)
+    entries = {method: supervised(method, folder, options) for method in SUPERVISED}
+    teach(entries, folder)
     return study(folder, seeds, entries, compared("standard", entries["standard"].threat), per_class=50)
 
 
@@ -175,7 +187,12 @@ def jeat_table1(folder: Path, seeds: int, options: Options) -> tuple[dict[str, R
         "cifar10": recipe("cifar10-standard-small", options),
         "cifar100-20k": recipe("cifar100-standard-small", options),
     }
-    threat = entries["cifar10"].threat
+    return attacked(folder, seeds, entries)
+
+
+def attacked(folder: Path, seeds: int, entries: Mapping[str, Recipe]) -> tuple[dict[str, Records], list[Run]]:
+    """The normal and the energy attack, by one step and by the steps of the first recipe's threat."""
+    threat = next(iter(entries.values())).threat
     one = [
         dataclasses.replace(threat, steps=1, step_size=threat.eps, start="clean", loss=loss)
         for loss in ("cross-entropy", "energy")
@@ -199,7 +216,7 @@ def jeat_figure5(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
         judge = runs["standard"].folder
         for run in runs.values():
             wanted = {**comparison.accuracies(()), **comparison.quality(run, judge)}
-            comparison.measure(run, wanted, features=judge)
+            comparison.measure(run, wanted, features=judge, device=device())
         return {label: evaluation.latest(run.records()) for label, run in runs.items()}
 
     return study(folder, seeds, entries, measure, per_class=20)
@@ -248,16 +265,19 @@ def along(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: str = "") 
     if {k: known.get(k) for k in about} != about:
         say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
         outside = recipe.outside.load() if recipe.outside is not None else None
-        space = evaluation.find_space(judge.folder).load("cpu")
-        points = chains(run.model()[0], recipe.sampler, recipe.data.load(), space, outside=outside)
+        space = evaluation.find_space(judge.folder).load(device())
+        points = chains(run.model()[0].to(device()), recipe.sampler, recipe.data.load(), space, outside=outside)
         known = {**about, "points": [point._asdict() for point in points]}
         files.write_json(file, known)
     return [Point(**point) for point in known["points"]]
 
 
-def chosen(run: Run, recipe: Recipe, judge: Run) -> Recipe:
+LONG = Chains()
+
+
+def chosen(run: Run, recipe: Recipe, judge: Run, chains: Chains = LONG, name: str = "") -> Recipe:
     """The recipe with as many steps of sampling as validation images like best."""
-    steps = best(along(run, recipe, judge, Chains())).steps
+    steps = best(along(run, recipe, judge, chains, name)).steps
     return dataclasses.replace(recipe, sampler=dataclasses.replace(recipe.sampler, steps=steps))
 
 
@@ -305,17 +325,27 @@ def digits_binary_at(folder: Path, seeds: int, options: Options) -> tuple[dict[s
 def binary_at_table4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
     """OE, JEM, RATIO and Binary AT on CIFAR-10, p0 80 classes of CIFAR-100: detection, Binary-AT table 4's form."""
     entries = {m: recipe(f"cifar10-{m}-small", options) for m in ("oe", "jem", "ratio", "binary-at")}
+    return detecting(folder, seeds, entries, OUTLIERS)
+
+
+P0 = {"kind": "classes", "source": "cifar100", "count": 80}
+OUTLIERS = (P0, {**P0, "rest": True}, "digits", "uniform", "gaussian")
+
+
+def detecting(
+    folder: Path, seeds: int, entries: Mapping[str, Recipe], outliers: Sequence[Any], restarts: int = 1
+) -> tuple[dict[str, Records], list[Run]]:
+    """Detection of sets of images as they are and attacked within l2 1, by the scores of the methods' papers."""
     entries = {m: dataclasses.replace(e, threat=Attack(1.0, "l2", 20)) for m, e in entries.items()}
-    p0 = {"kind": "classes", "source": "cifar100", "count": 80}
-    sets = tuple(config.build(s, "outlier") for s in (p0, {**p0, "rest": True}, "digits", "uniform", "gaussian"))
+    sets = tuple(config.build(s, "outlier") for s in outliers)
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
         found = {}
         for method, run in runs.items():
             # as the papers of these methods score: by confidence, or by log p(x)
             score = MaxSoftmax() if method in ("oe", "ratio") else EnergyScore()
-            metric = OutOfDistribution((score,), sets, eps=1.0, restarts=1)
-            comparison.measure(run, {(f"AUROC {score.name} vs uniform", None): metric})
+            metric = OutOfDistribution((score,), sets, eps=1.0, restarts=restarts)
+            comparison.measure(run, {(f"AUROC {score.name} vs uniform", None): metric}, device=device())
             found[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in brief(run)]
         return found
 
@@ -348,22 +378,21 @@ def binary_at_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
     }
 
 
+HYBRIDS = ("standard", "at", "oe", "ratio", "gat", "dat", "jem", "short-run-mle", "binary-at")
+L2 = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}
+
+
+def hybrid(method: str, folder: Path, options: Options) -> Recipe:
+    """The recipe of a classifier or critic on digits, l2 0.9."""
+    changes: dict[str, dict[str, Any]] = {method: {"sampler__start": "global"} for method in ("standard", "at")}
+    changes["gat"] = {"objective__attack": {"norm": "l2", "eps": 0.9, "steps": 10, "step_size": 0.225}}
+    changes["short-run-mle"] = {"sampler": SHORT_RUN}
+    return recipe(f"digits-{method}", options, **L2, **changes.get(method, {}))
+
+
 def digits_hybrids(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
     """Classifiers and critics trained with outside data beside AT and JEM, l2 0.9: accuracy, samples, detection."""
-    common = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}
-    start = {"sampler__start": "global"}
-    attack = {"norm": "l2", "eps": 0.9, "steps": 10, "step_size": 0.225}
-    entries = {
-        "standard": recipe("digits-standard", options, **common, **start),
-        "at": recipe("digits-at", options, **common, **start),
-        "oe": recipe("digits-oe", options, **common),
-        "ratio": recipe("digits-ratio", options, **common),
-        "gat": recipe("digits-gat", options, **common, objective__attack=attack),
-        "dat": recipe("digits-dat", options, **common),
-        "jem": recipe("digits-jem", options, **common),
-        "short-run-mle": recipe("digits-short-run-mle", options, **common, sampler=SHORT_RUN),
-        "binary-at": recipe("digits-binary-at", options, **common),
-    }
+    entries = {method: hybrid(method, folder, options) for method in HYBRIDS}
     apgd = APGD(eps=0.9, norm="l2")
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
@@ -501,19 +530,41 @@ def jeat_figure4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
 
 ALONE = "no steps"  # the row of seeds as they are
 SEEDS = {f"{given}, {ALONE}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
-SUPERVISED = {f"cond, {name}": (name.lower(), "class") for name in ("TA", "Langevin", "CS", "RCS")}
+SUPERVISED_ROWS = {f"cond, {name}": (name.lower(), "class") for name in ("TA", "Langevin", "CS", "RCS")}
 UNSUPERVISED = {
     f"{given}, {name}": (kind, start)
     for given, start in (("uncond", "global"), ("cond", "class"))
     for name, kind in (("PGD", "np-pgd"), ("Langevin", "np-langevin"), ("MaxEnt", "maxent"))
 }
-TABLE2 = {"at": SEEDS | SUPERVISED, "infonce": UNSUPERVISED, "acl": UNSUPERVISED}  # each run's rows: kind and start
+TABLE2 = {
+    "at": SEEDS | SUPERVISED_ROWS,
+    "infonce": UNSUPERVISED,
+    "acl": UNSUPERVISED,
+}  # each run's rows: kind and start
+
+
+def rows_of(label: str) -> dict[str, tuple[str, str]]:
+    """The rows of CEM's table 2 that a run of this label has."""
+    return next((rows for name, rows in TABLE2.items() if label.startswith(name)), {})
+
+
+def unsupervised(label: str, folder: Path, options: Options) -> Recipe:
+    """The recipe of an encoder, or of a classifier beside it, on digits, l2 0.9."""
+    return recipe(f"digits-{label}", options, **L2)
 
 
 def digits_unsupervised(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
     """Encoders by InfoNCE, standard and adversarial, beside AT on digits, l2 0.9: probes, CEM table 2 and figure 1."""
-    common = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}
-    entries = {name: recipe(f"digits-{name}", options, **common) for name in ("standard", *TABLE2)}
+    return encoders(folder, seeds, {label: unsupervised(label, folder, options) for label in ("standard", *TABLE2)})
+
+
+def encoders(
+    folder: Path, seeds: int, entries: Mapping[str, Recipe], **drawing: Any
+) -> tuple[dict[str, Records], list[Run]]:
+    """Probes of encoders, CEM's table 2 of all but the first entry, which judges; figure 1.
+
+    ``drawing`` are the options of :func:`table2`.
+    """
     threat = entries["standard"].threat
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
@@ -521,10 +572,12 @@ def digits_unsupervised(folder: Path, seeds: int, options: Options) -> tuple[dic
         name = "accuracy of a linear probe"
         probes: Wanted = {(name, None): probe, (f"{name} under {threat.name}", None): probe}
         probes[f"accuracy of {neighbours.k} nearest neighbours", None] = neighbours
-        found = {title: measured(runs[title], comparison.accuracies((threat,))) for title in ("standard", "at")}
-        found |= {title: measured(runs[title], probes) for title in ("infonce", "acl")}
-        for title, rows in TABLE2.items():
-            found |= {f"{title}, {row}": records for row, records in table2(runs[title], rows, judge).items()}
+        plain = comparison.accuracies((threat,))
+        found = {t: measured(run, plain if run.recipe.objective.hidden is None else probes) for t, run in runs.items()}
+        for title, run in runs.items():
+            if rows := rows_of(title):
+                table = table2(run, rows, judge, **drawing)
+                found |= {f"{title}, {row}": records for row, records in table.items()}
         gallery.hang(judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", "Uncurated; seeds, then a row a network.")
         return found
 
@@ -536,24 +589,37 @@ def of_kind(run: Run, kind: str, start: str) -> Recipe:
     return resolve(config.describe(run.recipe), [("sampler", kind), ("sampler.start", start)])
 
 
-def table2(run: Run, rows: Mapping[str, tuple[str, str]], judge: Run) -> dict[str, Records]:
-    """Samplers of a run beside each other over three sampling seeds, each with as many steps as validation likes best.
+FEW = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64))  # what steps are chosen from
 
-    Drawn and measured unless it is there.
+
+def table2(
+    run: Run,
+    rows: Mapping[str, tuple[str, str]],
+    judge: Run,
+    *,
+    samples: int = 1000,
+    draws: int = 3,
+    features: str | Path | None = None,
+) -> dict[str, Records]:
+    """Samplers of a run beside each other over sampling seeds, each with as many steps as validation likes best.
+
+    Drawn and measured unless it is there; in the features of the judge unless others are given.
     """
-    chains, samplers = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64)), {}
+    samplers = {}
     for row, (kind, start) in rows.items():
         other = of_kind(run, kind, start)
-        points = [] if ALONE in row else along(run, other, judge, chains, f"-{generation.set_name(other.sampler)}")
-        count = best(points).steps if points else 0
+        name = f"-{generation.set_name(other.sampler)}"
+        count = 0 if ALONE in row else chosen(run, other, judge, FEW, name).sampler.steps
         samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=count)
     about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
-    about |= {"features": comparison.judge(judge.folder), "checkpoint": run.checkpoints.path().name}
+    features = features or judge.folder
+    about |= {"features": comparison.judge(features), "checkpoint": run.checkpoints.path().name}
     file = run.folder / "table2.json"
     known = files.read_json(file, default={})
     if known.get("about") != about:
         tell = lambda text: say(f"  {run.recipe.name}: {text}")
-        found, _ = contrast(run, samplers, 100, 3, features=judge.folder, say=tell)
+        count = samples // len(run.recipe.data.load().classes)
+        found, _ = contrast(run, samplers, count, draws, features=features, say=tell, device=device())
         known = {"about": about, "found": found}
         files.write_json(file, known)
     taken = {name: Record("steps chosen on validation", sampler.steps, 0.0, 1) for name, sampler in samplers.items()}
@@ -569,14 +635,14 @@ def folder_of(row: str) -> str:
 def cem_figure1(runs: Mapping[str, Run]) -> bytes:
     """Samples of the first sampling seed: what chains began from, then a row a network; four of each class."""
     drawn = {
-        f"{title}, {row}": generation.read(runs[title].folder / "comparison" / f"{folder_of(row)}-0")
-        for title, rows in TABLE2.items()
-        for row in rows
+        f"{title}, {row}": generation.read(run.folder / "comparison" / f"{folder_of(row)}-0")
+        for title, run in runs.items()
+        for row in rows_of(title)
     }
     panels = {title: pictures.by_class(some.x, some.y, 10, 4) for title, some in drawn.items()}
     strips = [{t.partition(", ")[2]: x for t, x in panels.items() if ALONE in t}]
-    strips += [{t: x for t, x in panels.items() if t.startswith(f"{run}, ") and ALONE not in t} for run in TABLE2]
-    return pictures.stacked([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips])
+    strips += [{t: x for t, x in panels.items() if t.startswith(f"{run}, ") and ALONE not in t} for run in runs]
+    return pictures.stacked([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips if strip])
 
 
 def distances(results: Mapping[str, Records]) -> dict[str, tuple[float, float]]:

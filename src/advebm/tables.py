@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from advebm import doctor
+from advebm import doctor, published
 from advebm.metrics.base import Record
 from advebm.reporting.build import row
 from advebm.training.cost import Estimate
@@ -50,6 +50,18 @@ def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
                 table.add_row(title, *(values.get(key, "") for key in some))
         _print(table, 60 + 14 * len(some))
         print()
+
+
+def beside(summary: Mapping[str, Any]) -> None:
+    """The paper's numbers and ours side by side, a row a row; above, where and how; below, the claims and verdict."""
+    where, verdict = published.lines(summary)
+    heads, rows = published.grid(summary)
+    print(f"{summary['table']} ({summary['paper']}, {summary['item']}): {where}")
+    table = Table(*heads, box=None, pad_edge=False)
+    for line in rows:
+        table.add_row(*line)
+    _print(table, 40 + 17 * len(heads))
+    print("\n".join(verdict))
 
 
 def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
