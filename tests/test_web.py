@@ -628,6 +628,7 @@ def test_every_application_gives_a_picture(studio, name):
     asked = editing.Asked(name, "8", 3, [d.value for d in tool.dials], other, 0)
     shown = editing.edit(studio, x, paint, where, asked, Job())
     assert shown.result.size[0] >= 300
+    assert None not in (shown.begin, shown.film)  # or those of another edit stay
     assert "nats" in shown.note
     for d in tool.dials:
         assert d.low <= d.value <= d.high

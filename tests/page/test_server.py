@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import advebm
 from tests.test_web import header
 
 httpx = pytest.importorskip("httpx")
@@ -294,3 +295,8 @@ def test_several_at_once_are_all_served(client, served):
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(one, range(6)))
+
+
+def test_nothing_is_written_beside_the_package(client):
+    """As Gradio does for components that are made from its own."""
+    assert not list(Path(advebm.__file__).parent.rglob("*.pyi"))

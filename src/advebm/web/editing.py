@@ -132,7 +132,9 @@ def edit(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: Asked, 
         raise UserError("nothing is brushed over; brush over what is to be made anew")
 
     def observe(k: int, z: Tensor, value: Tensor) -> None:
-        job.tell(Edited(None, views.enlarged(z[0]), None, f"step {k} of {steps}"))
+        job.tell(
+            Edited(None, views.enlarged(z[0]) if len(z) == 1 else views.films(z[None]), None, f"step {k} of {steps}")
+        )
 
     options: dict[str, Any] = {"observe": observe, "frames": 9}
     with studio.search(job) as model:
@@ -156,14 +158,15 @@ def edit(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: Asked, 
                 found = apps.Upsample(steps, factor=factor)(model, avg_pool2d(image, factor), y, **options)
             case "interpolate":
                 ends = torch.cat([image, studio.image(asked.other)[0][None]])
-                found = apps.Interpolate(steps)(model, ends, None, observe=observe)
+                found = apps.Interpolate(steps)(model, ends, None, observe=observe, frames=4)
             case "compose":
                 if y is None:
                     raise UserError("a composition takes two classes; choose the first, too")
                 both, weights = [int(y), studio.data.number(asked.other)], (1.0, values[0])
                 found = apps.Compose(steps, weights=weights)([model, model], image, both, **options)
     if asked.tool == "interpolate":
-        return Edited(views.films(found.begin[None]), views.films(found.x[None]), None, note(found))
+        ways = found.film.transpose(0, 1)  # a row a moment
+        return Edited(views.films(found.begin[None]), views.films(found.x[None]), views.films(ways), note(found))
     return Edited(views.enlarged(found.begin[0]), views.enlarged(found.x[0]), views.films(found.film), note(found))
 
 

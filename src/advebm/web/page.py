@@ -23,6 +23,7 @@ CSS = """
 .sight { padding-top: 34px !important; }
 .sight .icon-button-wrapper { transform: translateY(-34px); }
 .pixels img { image-rendering: pixelated; }
+.note .error, .note .clear-status { display: none; }
 .about p { opacity: 0.7; margin: 0; }
 footer { display: none !important; }
 iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
@@ -172,6 +173,7 @@ class Page:
                 raise message(error) from None
 
         options: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": shown[-1]}
+        shown[-1].elem_classes = ["note"]  # which says what went wrong: no sign over it
         begun = button.click(run, taken, shown, api_visibility="private", **options)
         self._found += shown if self.model in taken else []
         stop.click(self.leave, queue=False, show_progress="hidden", api_visibility="private")
