@@ -67,7 +67,7 @@ $(RIVALS): pyproject.toml constraints.txt
 
 $(PAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-page
-	.venv-page/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,dev]' 'selenium>=4'
+	.venv-page/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,data,dev]' 'selenium>=4'
 	touch $(PAGE)
 
 $(READY): pyproject.toml constraints.txt
