@@ -307,7 +307,7 @@ def test_processes_share_the_chunks_of_a_set(work):
 def test_processes_share_the_batches_of_attacks(work):
     """Seven and fewer batches a run, the odd one the main process's; the verdicts are those of one."""
     assert work.known[0]["broken"] == work.known[1]["broken"] == work.alone["broken"]
-    assert {-1, 0, 1} == set(work.alone["broken"]["pgd"]), "some stand, some are wrong, some fall"
+    assert {-1, 0, 1} == set(work.alone["broken"]["noise"]), "some stand, some are wrong, some fall"
     mine, other = (known["batches"] for known in work.known)
     assert mine + other == work.alone["batches"]
     assert mine > other > 3
