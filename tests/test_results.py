@@ -77,6 +77,9 @@ def test_every_table_is_made_of_recipes_that_resolve(name, scale, tmp_path, monk
     later = {"at", "ratio", "binary-at", "dat-t50", "ratio-resnet50"}  # full recipes that are not here yet
     assert set(own.methods()) - entries.keys() <= (later if scale == "full" else LARGE)
     assert entries
+    if own.by == "samplers":
+        titles = {f"{method}, {row}" for method in own.methods() for row in reproduce.rows_of(method)}
+        assert {own.of(name)["method"] for name in (*own.ours, *own.beside)} <= titles
     assert own.ours.keys() <= {row["name"] for row in own.rows}
     assert all(entry.train.images > 0 for entry in entries.values())
 

@@ -544,8 +544,9 @@ TABLE2 = {
 
 
 def rows_of(label: str) -> dict[str, tuple[str, str]]:
-    """The rows of CEM's table 2 that a run of this label has."""
-    return next((rows for name, rows in TABLE2.items() if label.startswith(name)), {})
+    """The rows of CEM's tables that a run of this label has."""
+    everyone = {**TABLE2, "jem": {"SGLD": ("sgld", "noise")}}
+    return next((rows for name, rows in everyone.items() if label.startswith(name)), {})
 
 
 def unsupervised(label: str, folder: Path, options: Options) -> Recipe:
