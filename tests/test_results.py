@@ -74,8 +74,7 @@ def test_every_table_is_made_of_recipes_that_resolve(name, scale, tmp_path, monk
     entries = scales.chosen(own, scale, tmp_path, [])
     scales.COMPUTATIONS[own.by](own, scales.SCALES[scale], entries, tmp_path, 1)
     assert seen.keys() == entries.keys()
-    later = {"at", "ratio", "binary-at", "dat-t50", "ratio-resnet50"}  # full recipes that are not here yet
-    assert set(own.methods()) - entries.keys() <= (later if scale == "full" else LARGE)
+    assert set(own.methods()) - entries.keys() <= (set() if scale == "full" else LARGE)
     assert entries
     if own.by == "samplers":
         titles = {f"{method}, {row}" for method in own.methods() for row in reproduce.rows_of(method)}
