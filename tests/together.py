@@ -19,6 +19,7 @@ from advebm.data.augment import Augment
 from advebm.data.sources import Augmentations
 from advebm.errors import Interrupted
 from advebm.metrics import verdicts
+from advebm.training.checkpoint import Checkpoints
 from advebm.training.engine import Engine
 from advebm.training.loop import train
 from advebm.training.recipe import Recipe, resolve
@@ -183,5 +184,18 @@ def main(folder: Path) -> None:
     (folder / f"known-{engine.rank}.json").write_text(json.dumps(known))
 
 
+def killed(words: list[str]) -> int:
+    """A command during which the second process is killed, once the checkpoint of 160 images is whole."""
+    save = Checkpoints.save
+
+    def last(checkpoints: Checkpoints, engine: Engine, *parts: object, **about: object) -> None:
+        save(checkpoints, engine, *parts, **about)
+        if engine.rank == 1 and checkpoints.latest() == "160":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Checkpoints.save = last
+    return cli.main(words)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(killed(sys.argv[2:]) if sys.argv[1] == "kill" else main(Path(sys.argv[1])))
