@@ -1157,8 +1157,8 @@ MUTANTS = [
     Mutant(
         "early stop: goes on when resumed",
         "training/loop.py",
-        "if run.stopped_early:",
-        "if False:",
+        "if begun.stopped_early or (",
+        "if (",
         "supervised",
     ),
     Mutant(
@@ -4344,12 +4344,17 @@ MUTANTS = [
         "self.harm(f, images, state)",
         "contrastive",
     ),
-    Mutant("processes: any number goes on", "training/run.py", "if kept != world:", "if False:", "processes"),
+    Mutant("results: deviations as errors", "published.py", "/ math.sqrt(cell", "/ max(1, 0 * cell", "results"),
+    Mutant("results: stages of one seed", "reproduce.py", "(stage, seed=seed)", "(stage)", "results"),
+    Mutant("results: a share of what was asked for", "scales.py", '1.0 if "train.images"', '1.0 if "none"', "results"),
+    Mutant("results: rows are lost", "results.py", "if lost := ", "if lost := set() and ", "results"),
+    Mutant("results: what is missing", "published.py", "else PART if missing else SHAPE", "else SHAPE", "results"),
+    Mutant("processes: any number goes on", "training/run.py", "!= world and not", "!= kept and not", "processes"),
     Mutant(
         "processes: their number is not kept",
         "training/loop.py",
-        "Progress(processes=engine.world)",
-        "Progress()",
+        ', "processes": engine.world}',
+        "}",
         "processes",
     ),
     Mutant(
@@ -4633,8 +4638,8 @@ MUTANTS = [
     Mutant(
         "results: the paper's deviation is dropped",
         "published.py",
-        'math.hypot(cell["error"], values.get(f"{key}_sd", 0.0))',
-        'cell["error"]',
+        'math.hypot(standard_error(cell), values.get(f"{key}_sd", 0.0))',
+        "standard_error(cell)",
         "results",
     ),
     Mutant(
@@ -4647,8 +4652,8 @@ MUTANTS = [
     Mutant(
         "results: a table on digits is the paper's",
         "published.py",
-        '    if scale == "full":\n        same',
-        "    if scale:\n        same",
+        '    if scale == "full":\n        met',
+        "    if scale:\n        met",
         "results",
     ),
     Mutant(
@@ -4675,7 +4680,7 @@ MUTANTS = [
     Mutant(
         "results: verdicts of another day",
         "results.py",
-        'return published.summary(published.find(plain["table"]), plain["scale"], found, plain["about"])',
+        'return published.summary(table, plain["scale"], found, plain["about"])',
         "return dict(plain)",
         "results",
     ),

@@ -355,6 +355,11 @@ def test_a_dry_run_prints_and_leaves_nothing(verb, tmp_path, monkeypatch, capsys
     assert "did you mean 'h200'" in capsys.readouterr().err
 
 
+def test_a_rate_that_nobody_knows_is_said(capsys):
+    assert cli.main(["train", "--recipe", "digits-at", "--train.precision", "float64", "--dry-run", "a100"]) == 2
+    assert "no rate of float64 is known, only of float32 and bfloat16" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_does_not_fit_and_what_it_assumed(capsys):
     options = ["--train.batch", "4096", "--train.images", "4096", "--dry-run", "rtx4090"]
     assert cli.main(["train", "--recipe", "imagenet256-standard", *options]) == 0

@@ -5,6 +5,7 @@ Two real ones, of torchrun and gloo; launched twice in all, since a launch takes
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,8 +85,24 @@ def test_streams_are_shared_evenly():
         engine.owned(3)
 
 
-def test_a_finished_run_may_be_opened_by_any_number(small_run):
+def test_a_finished_run_may_be_opened_by_any_number(small_run, tmp_path):
+    """An encoder's, too, whose streams are the processes that trained it."""
     small_run.check_processes(4)
+    shutil.copytree(small_run.folder, tmp_path / "run")
+    (tmp_path / "run" / "env.json").write_text('{"processes": 2}')
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace("streams: 1", "streams: 2"))
+    run = Run.open(tmp_path / "run")
+    assert run.recipe.train.streams == 2
+    before = run.checkpoints.path()
+    assert train(run.recipe, run.folder, resume=True, device="cpu").checkpoints.path() == before
+
+
+def test_a_bad_network_is_refused_before_there_is_a_folder(tmp_path):
+    recipe = together.make("digits-at", {"train.recompute": True})
+    with pytest.raises(UserError, match="recompute needs a backbone with stages"):
+        train(recipe, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_one_process_is_not_gone_on_with_by_two(small_run, monkeypatch):
@@ -97,6 +114,7 @@ def test_a_run_of_one_process_is_not_gone_on_with_by_two(small_run, monkeypatch)
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
     """A terminal's interrupt reaches a process from torchrun, too; one that comes later acts at once."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
     with loop.stopping() as signalled:
         try:
             signal.raise_signal(signal.SIGINT)
@@ -108,6 +126,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
         time.sleep(0.01)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_statistics_move_by_the_mean_of_the_streams():

@@ -42,6 +42,62 @@ def numbers(**values):
     return {row: dict(zip(("clean", "aa"), map(cell, of), strict=True)) for row, of in values.items()}
 
 
+# Verdicts over seeds, and of what is missing -------------------------------------------------------------------------
+
+
+def test_a_mean_over_seeds_is_surer_than_its_deviation():
+    """54 against 51, each with a deviation of 2: within errors of one seed, apart where they are means of nine."""
+    found = numbers(A=(84.0, 54.0), B=(90.0, 51.0))
+    for cells in found.values():
+        cells["aa"]["error"] = 2.0
+    assert published.judged(table(), found)[0]["verdict"] == OPEN
+    for cells in found.values():
+        cells["aa"]["seeds"] = 9
+    judgement = published.judged(table(), found)[0]
+    assert judgement["verdict"] == HOLDS
+    assert judgement["error"] == pytest.approx((2 * (2 / 3) ** 2) ** 0.5)
+    row = table().row("B")
+    assert published.close(row, "aa", {**found["B"]["aa"], "value": 23.5, "seeds": 1})
+    assert not published.close(row, "aa", {**found["B"]["aa"], "value": 23.5})
+
+
+def test_what_is_not_measured_is_not_reproduced():
+    whole, part = numbers(A=(84.0, 50.0), B=(90.0, 20.0)), numbers(A=(84.0, 50.0))
+    claims = published.judged(table(), whole)
+    assert published.table_verdict(table(), "full", whole, claims) == "reproduced"
+    claims = published.judged(table(), part)
+    assert published.table_verdict(table(), "full", part, claims) == NONE
+    del whole["B"]["clean"]
+    claims = published.judged(table(), whole)
+    for scale in ("full", "digits"):
+        verdict = published.table_verdict(table(), scale, whole, claims)
+        assert verdict == "reproduced in part: 1 of 1 claims hold, 1 not measured"
+
+
+def test_a_renamed_row_does_not_lose_its_numbers(monkeypatch):
+    plain = published.summary(table(), "digits", numbers(A=(84.0, 50.0)), {})
+    monkeypatch.setattr(published, "find", lambda name: table(rows=(table().row("B"),), ours={"B": "noise"}, claims=()))
+    with pytest.raises(UserError, match=r"two was measured with a row 'A', which papers\.yaml has no more"):
+        results.again(plain)
+
+
+def test_images_that_are_asked_for_are_not_shortened(tmp_path):
+    options = [("train.images", 1000)]
+    assert scales.chosen(TABLES["jeat-table2"], "cpu-30min", tmp_path, options)["TRADES".lower()].train.images == 1000
+
+
+def test_stages_have_the_seed_of_their_run(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reproduce, "carry", lambda recipe, folder: seen.append(recipe))
+    reproduce.study(tmp_path, 2, {"dat": reproduce.recipe("digits-dat", ())}, lambda runs: {})
+    assert [(recipe.seed, recipe.before[0].seed) for recipe in seen] == [(0, 0), (1, 1)]
+
+
+def test_a_scale_is_of_a_table(capsys):
+    assert cli.main(["reproduce", "--scale", "digits"]) == 2
+    assert "--scale is of a table; name one of" in capsys.readouterr().err
+
+
 # The inventory's tables -----------------------------------------------------------------------------------------------
 
 

@@ -861,6 +861,8 @@ def run_reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reproduce import EXPERIMENTS, reproduce
 
     name = args.experiment
+    if name is None and args.scale is not None:
+        raise UserError(f"--scale is of a table; name one of {', '.join(tables())}")
     if args.list or name is None:
         for experiment, call in EXPERIMENTS.items():
             print(f"{experiment:20} {(call.__doc__ or '').splitlines()[0]}")

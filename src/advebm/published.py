@@ -160,13 +160,19 @@ def cells(table: Table, results: Mapping[str, Records]) -> Cells:
 # Verdicts -------------------------------------------------------------------------------------------------------------
 
 HOLDS, FAILS, OPEN = "holds", "fails", "within errors"
-SAME, SHAPE, NOT, NONE = "reproduced", "reproduced in shape", "not reproduced", "not measured"
+SAME, SHAPE, PART = "reproduced", "reproduced in shape", "reproduced in part"
+NOT, NONE = "not reproduced", "not measured"
+
+
+def standard_error(cell: Cell) -> float:
+    """Of a number: of one seed its error over images, of several their deviation over the root of how many."""
+    return float(cell["error"]) / math.sqrt(cell["seeds"])
 
 
 def close(row: Mapping[str, Any], key: str, cell: Cell) -> bool:
     """Whether a number is the published one, within two joint standard errors or the column's tolerance."""
     values = row["values"]
-    joint = math.hypot(cell["error"], values.get(f"{key}_sd", 0.0))
+    joint = math.hypot(standard_error(cell), values.get(f"{key}_sd", 0.0))
     return abs(cell["value"] - values[key]) <= max(2 * joint, heading(key).tolerance)
 
 
@@ -194,7 +200,7 @@ def judged(table: Table, found: Cells) -> Records:
         if more is None or less is None:
             judgements.append({**judgement, "verdict": NONE})
             continue
-        difference, error = more["value"] - less["value"], math.hypot(more["error"], less["error"])
+        difference, error = more["value"] - less["value"], math.hypot(standard_error(more), standard_error(less))
         verdict = OPEN if abs(difference) <= 2 * error else HOLDS if difference > 0 else FAILS
         judgements.append({**judgement, "difference": difference, "error": error, "verdict": verdict})
     return judgements
@@ -211,15 +217,27 @@ def row_verdict(table: Table, name: str, scale: str, found: Cells, claims: Recor
 
 
 def table_verdict(table: Table, scale: str, found: Cells, claims: Records) -> str:
-    """Of a table: all its numbers at full scale, else, or where these differ, its claims on numbers not in doubt."""
+    """Of a table: all its numbers at full scale, else, or where these differ, its claims on numbers not in doubt.
+
+    What was not measured keeps a table from being more than reproduced in part.
+    """
     if scale == "full":
-        same = [s for row in table.rows for s in _targets(row, found).values()]
-        if same and all(same):
+        met = [_targets(row, found) for row in table.rows]
+        whole = all(len(m) == len(_published(table, row)) for m, row in zip(met, table.rows, strict=True))
+        if whole and any(met) and all(same for m in met for same in m.values()):
             return SAME
     verdicts = [claim["verdict"] for claim in claims if not claim["doubtful"]]
     if not (count := _counted(verdicts)):
         return NONE
-    return f"{NOT if {FAILS, OPEN} & set(verdicts) else SHAPE}: {count}"
+    missing = f", {n} {NONE}" if (n := verdicts.count(NONE)) else ""
+    return f"{NOT if {FAILS, OPEN} & set(verdicts) else PART if missing else SHAPE}: {count}{missing}"
+
+
+def _published(table: Table, row: Mapping[str, Any]) -> list[str]:
+    """The columns in which a row has a target."""
+    if row["status"] != "runnable":
+        return []
+    return [key for key in table.columns if row["values"].get(key) is not None]
 
 
 def _targets(row: Mapping[str, Any], found: Cells) -> dict[str, bool]:

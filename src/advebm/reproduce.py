@@ -114,7 +114,8 @@ def study(
         runs = {}
         for number, (label, entry) in enumerate(entries.items(), 1):
             say(f"[{number}/{len(entries)}] {label}, seed {seed}")
-            seeded = dataclasses.replace(entry, name=label, seed=seed)
+            before = tuple(dataclasses.replace(stage, seed=seed) for stage in entry.before)
+            seeded = dataclasses.replace(entry, name=label, seed=seed, before=before)
             runs[label] = carry(seeded, folder / f"seed-{seed}" / label)
             if per_class:
                 drawn(runs[label], seeded, per_class)
@@ -615,6 +616,7 @@ def table2(
     about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
     features = features or judge.folder
     about |= {"features": comparison.judge(features), "checkpoint": run.checkpoints.path().name}
+    about |= {"samples": samples, "draws": draws}
     file = run.folder / "table2.json"
     known = files.read_json(file, default={})
     if known.get("about") != about:

@@ -26,8 +26,9 @@ of a small classifier, which compare within a column and never with the paper's.
 Verdicts are computed. At scale `full` a table is *reproduced* where every number is within two joint standard errors of
 the paper's, or within {tolerances}.
 At every other scale, and where that fails, it is *reproduced in shape* if each inequality that it is about holds by
-more than two joint standard errors, else *not reproduced*. `doubtful` numbers contradict other sources: claims on them
-are listed and do not count. `quoted` ones are other papers', `unpublished` rows are ours alone.
+more than two joint standard errors, *in part* if those that were measured do, else *not reproduced*. The standard error
+of a mean over seeds is its deviation over the root of their number. `doubtful` numbers contradict other sources: claims
+on them are listed and do not count. `quoted` ones are other papers', `unpublished` rows are ours alone.
 """
 
 
@@ -43,7 +44,10 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 def again(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A summary of the same measurements."""
     found = {row["name"]: row["ours"] for row in plain["rows"] if row["ours"]}
-    return published.summary(published.find(plain["table"]), plain["scale"], found, plain["about"])
+    table = published.find(plain["table"])
+    if lost := found.keys() - set(table.names()):
+        raise UserError(f"{table.name} was measured with a row {sorted(lost)[0]!r}, which papers.yaml has no more")
+    return published.summary(table, plain["scale"], found, plain["about"])
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -151,10 +151,11 @@ def sized(table: Table, scale: str, method: str, folder: Path, options: Options)
         return None
     roles = {"outside", "extra"} - recipes.find(name).keys()  # which this recipe does not take
     own = [(key, value) for key, value in options if key.partition(".")[0] not in roles]
+    share = 1.0 if "train.images" in dict(own) else table.share(scale)
     if scale == "digits":
-        return shortened(FAMILIES[table.digits](method, folder, own), table.share(scale))
+        return shortened(FAMILIES[table.digits](method, folder, own), share)
     taught = reproduce.taught(folder) if method == "rst-awp" else {}
-    return shortened(reproduce.recipe(name, own, **SCALES[scale].changes, **taught), table.share(scale))
+    return shortened(reproduce.recipe(name, own, **SCALES[scale].changes, **taught), share)
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:

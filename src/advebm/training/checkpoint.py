@@ -34,7 +34,6 @@ class Progress:
         best: highest validation scores so far, robust accuracy first, then clean; -1 before the first.
         best_images: when they were reached.
         seconds: of training that led here, over all sessions.
-        processes: that trained.
     """
 
     images: int = 0
@@ -43,7 +42,6 @@ class Progress:
     best: tuple[float, float] = (-1.0, -1.0)
     best_images: int = 0
     seconds: float = 0.0
-    processes: int = 1
 
     def passed(self, every: int, before: int, total: int) -> bool:
         """Whether a multiple of ``every`` images, or the end, lies between ``before`` and now."""

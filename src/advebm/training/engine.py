@@ -67,7 +67,7 @@ class Engine:
         try:
             yield
         except RuntimeError as error:  # of the backend; they have no type in common
-            if self.world == 1:
+            if self.world == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
             why = re.sub(r"^\[\S+\] ", "", str(error).strip()).partition(". ")[0]
             raise Lost(f"another process of this job has ended ({why})") from error

@@ -78,7 +78,10 @@ def train(
     folder = engine.share(folder)[0]
     again = f"{processes.command(engine.world)} train --resume"
     if resume:
-        Run.open(folder).check_processes(engine.world)
+        begun = Run.open(folder)
+        if begun.stopped_early or (begun.finished and begun.processes != engine.world):
+            return begun  # nothing is left to share
+        begun.check_processes(engine.world)
     streams = engine.owned(cfg.streams)
     data = recipe.data.load()
     if "labels" in objective.needs and not data.train.labelled:
@@ -106,12 +109,14 @@ def train(
         begin(model, recipe.init, data, recipe)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("the network has no parameters to train")
+    if cfg.recompute:
+        if not isinstance(model.backbone, Staged):
+            raise UserError("recompute needs a backbone with stages (resnet, preact-resnet, wide-resnet, stargan)")
+        model.backbone.recompute = True
     if not resume and engine.main:  # from here on nothing is wrong with what was asked for
         Run.create(folder, recipe, {**environment(engine.device), "processes": engine.world})
     engine.barrier()
     run = Run.open(folder)
-    if run.stopped_early:
-        return run
     if fresh and recipe.before:
         begin(model, str(prepare(recipe, run, device, report, again).folder), data, recipe)
     model.to(engine.device)
@@ -121,10 +126,6 @@ def train(
         model.precision = getattr(torch, cfg.precision)
     engine.agree(model)
     ema = EMA(model, cfg.ema) if cfg.ema else None
-    if cfg.recompute:
-        if not isinstance(model.backbone, Staged):
-            raise UserError("recompute needs a backbone with stages (resnet, preact-resnet, wide-resnet, stargan)")
-        model.backbone.recompute = True
     optimizer = recipe.optimizer.build(model.parameters())
 
     with (
@@ -149,7 +150,7 @@ def train(
                 run.log({"images": progress.images, **line})
                 report({"images": earlier + progress.images, **line})
 
-        progress, meter = Progress(processes=engine.world), Meter(engine)
+        progress, meter = Progress(), Meter(engine)
         resumed = bool(run.checkpoints.latest())
         if resumed:
             progress = run.checkpoints.load(model, ema, optimizer, states)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from advebm.errors import unknown
+from advebm.errors import UserError, unknown
 
 TERA, GB = 10**12, 10**9
 
@@ -31,7 +31,13 @@ class Machine(NamedTuple):
     memory: int | None = None
 
     def hours(self, flops: float, precision: str) -> float:
-        """That so many FLOP take."""
+        """That so many FLOP take.
+
+        Raises:
+            UserError: a precision whose rate is not known.
+        """
+        if precision not in self.rates:
+            raise UserError(f"no rate of {precision} is known, only of {' and '.join(self.rates)}; leave it out here")
         return flops / (self.share * self.rates[precision]) / 3600
 
 

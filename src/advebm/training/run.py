@@ -81,17 +81,18 @@ class Run:
         """Whether its objective ended it."""
         return any(line.get("event") == "early stop" for line in self.history())
 
+    @property
+    def processes(self) -> int:
+        """How many train it."""
+        return int(files.read_json(self.folder / "env.json", default={}).get("processes", 1))
+
     def check_processes(self, world: int) -> None:
         """Refuse to train what is left with another number of processes than there were.
 
         Raises:
             UserError: that.
         """
-        latest = self.checkpoints.latest()
-        if not latest or self.finished or self.stopped_early:
-            return
-        kept = files.read_json(self.checkpoints.folder / latest / "state" / "progress.json").get("processes", 1)
-        if kept != world:
+        if (kept := self.processes) != world and not self.finished and not self.stopped_early:
             raise UserError(
                 f"{self.folder} was trained by {kept} process{'es' * (kept > 1)} so far, and there "
                 f"{'is' if world == 1 else 'are'} {world}; with another number its results would not be what they are: "
