@@ -4645,8 +4645,8 @@ MUTANTS = [
     Mutant(
         "results: digits are compared with the paper",
         "published.py",
-        'if scale == "full" and (targets :=',
-        "if (targets :=",
+        'if scale == "full" and (met :=',
+        "if (met :=",
         "results",
     ),
     Mutant(
@@ -4708,7 +4708,7 @@ MUTANTS = [
     Mutant(
         "results: the last stage for the first",
         "scales.py",
-        'run = Run.open(next((run.folder / "before").iterdir()))',
+        "run = Run.open(run.before[0])",
         "pass",
         "results",
     ),

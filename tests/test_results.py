@@ -11,6 +11,7 @@ from advebm import cli, files, published, recipes, reproduce, results, scales
 from advebm.data.sources import Part
 from advebm.errors import UserError
 from advebm.published import FAILS, HOLDS, NONE, OPEN, Table
+from advebm.training.recipe import dump
 from advebm.training.run import Run
 from tests.helpers import few_samples, tiny
 
@@ -289,6 +290,8 @@ def test_all_rows_are_measured_under_the_threat_of_the_first(tmp_path, monkeypat
     for folder in ("dat", "dat/before/0-at", "ratio", "jem"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.yaml").touch()
+    stage = dataclasses.replace(entries["dat"].before[0], name="at")
+    (tmp_path / "dat" / "config.yaml").write_text(dump(dataclasses.replace(entries["dat"], before=(stage,))))
     runs = {method: Run(tmp_path / method) for method in ("dat", "ratio", "jem")}
 
     def numbers(table, scale, run, threat, judge, kind):

@@ -1,9 +1,19 @@
-"""Checks at the border: images, labels and outputs that a caller hands in."""
+"""Checks at the border: images, labels, outputs and devices that a caller hands in."""
 
 import torch
 from torch import Tensor, nn
 
 from advebm.errors import UserError
+
+
+def device(name: str | None = None) -> str:
+    """The name of a device, if it is there; the best there is by default."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"there is no device {name!r} here") from None
+    return name
 
 
 def images(x: Tensor) -> Tensor:

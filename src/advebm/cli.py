@@ -400,15 +400,10 @@ def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides
 
 
 def device(name: str | None) -> str:
-    """The name of a device, if it is there; the best there is by default."""
-    import torch
+    """As :func:`advebm.checks.device`; torch is imported when it is wanted."""
+    from advebm import checks
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"there is no device {name!r} here") from None
-    return name
+    return checks.device(name)
 
 
 def team(name: str | None) -> tuple[processes.Team, str]:

@@ -209,8 +209,8 @@ def judged(table: Table, found: Cells) -> Records:
 def row_verdict(table: Table, name: str, scale: str, found: Cells, claims: Records) -> str:
     """Of a row: its numbers at full scale, else how many of the claims that name it hold."""
     row = table.row(name)
-    if scale == "full" and (targets := _targets(row, found)):
-        far = [heading(key).heading for key, same in targets.items() if not same]
+    if scale == "full" and (met := {k: v for k, v in _targets(table, row, found).items() if v is not None}):
+        far = [heading(key).heading for key, same in met.items() if not same]
         return f"{NOT}: {', '.join(far)}" if far else SAME
     own = [c["verdict"] for c in claims if name in c["rows"] and c["doubtful"] == (row["status"] == "doubtful")]
     return _counted(own)
@@ -222,9 +222,8 @@ def table_verdict(table: Table, scale: str, found: Cells, claims: Records) -> st
     What was not measured keeps a table from being more than reproduced in part.
     """
     if scale == "full":
-        met = [_targets(row, found) for row in table.rows]
-        whole = all(len(m) == len(_published(table, row)) for m, row in zip(met, table.rows, strict=True))
-        if whole and any(met) and all(same for m in met for same in m.values()):
+        met = [same for row in table.rows for same in _targets(table, row, found).values()]
+        if met and all(met):
             return SAME
     verdicts = [claim["verdict"] for claim in claims if not claim["doubtful"]]
     if not (count := _counted(verdicts)):
@@ -233,19 +232,17 @@ def table_verdict(table: Table, scale: str, found: Cells, claims: Records) -> st
     return f"{NOT if {FAILS, OPEN} & set(verdicts) else PART if missing else SHAPE}: {count}{missing}"
 
 
-def _published(table: Table, row: Mapping[str, Any]) -> list[str]:
-    """The columns in which a row has a target."""
-    if row["status"] != "runnable":
-        return []
-    return [key for key in table.columns if row["values"].get(key) is not None]
+def printed(table: Table, row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that the paper has in a row, by column."""
+    values = row.get("values", {})
+    return {key: values[key] for key in table.columns if values.get(key) is not None}
 
 
-def _targets(row: Mapping[str, Any], found: Cells) -> dict[str, bool]:
-    """Whether each number of a row that is a target was met."""
-    if row["status"] != "runnable":
-        return {}
+def _targets(table: Table, row: Mapping[str, Any], found: Cells) -> dict[str, bool | None]:
+    """Whether each number of a row that is a target was met; None where it was not measured."""
     here = found.get(row["name"], {})
-    return {key: close(row, key, cell) for key, cell in here.items() if row["values"].get(key) is not None}
+    keys = printed(table, row) if row["status"] == "runnable" else ()
+    return {key: close(row, key, here[key]) if key in here else None for key in keys}
 
 
 def _counted(verdicts: Iterable[str]) -> str:
@@ -271,9 +268,7 @@ def summary(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) ->
     for name in table.names():
         row = table.row(name)
         plain: dict[str, Any] = {"name": name, "status": row["status"], "note": row.get("note", "")}
-        values = row.get("values", {})
-        plain["published"] = {key: values[key] for key in table.columns if values.get(key) is not None}
-        plain |= {"code": row.get("code", {}), "ours": found.get(name, {})}
+        plain |= {"published": printed(table, row), "code": row.get("code", {}), "ours": found.get(name, {})}
         rows.append({**plain, "verdict": row_verdict(table, name, scale, found, claims)})
     return {
         "table": table.name,

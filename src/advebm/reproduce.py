@@ -12,6 +12,7 @@ from advebm.apps import Translate
 from advebm.attacks.apgd import APGD
 from advebm.attacks.projected import Attack
 from advebm.chains import Chains, Point, best, reached
+from advebm.checks import device
 from advebm.comparison import Records, Wanted
 from advebm.data.sources import Data
 from advebm.errors import Diverged, UserError, unknown
@@ -89,11 +90,6 @@ def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
         say(f"  {recipe.name}: {failure}")
         files.write(folder / "diverged", str(failure))
         return Run.open(folder)
-
-
-def device() -> str:
-    """Where to draw and measure: the device that training takes."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def drawn(run: Run, recipe: Recipe, per_class: int, name: str | None = None) -> str:
@@ -452,11 +448,10 @@ def digits_applications(folder: Path, seeds: int, options: Options) -> tuple[dic
 
     Of each half two critics, which begin training from patches of photographs, or from these and the other half.
     """
-    common = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}
-    entries = {m: recipe(f"digits-{m}", options, **common) for m in ("standard", "at", "binary-at")}
+    entries = {m: recipe(f"digits-{m}", options, **L2) for m in ("standard", "at", "binary-at")}
     for half, (own, other) in {"first": HALVES, "second": HALVES[::-1]}.items():
         for p0, outside in {"patches": "patches", "both": {"kind": "mixture", "sources": ["patches", other]}}.items():
-            change = {"data": own, "outside": outside, "train__images": 24_000, **common}
+            change = {"data": own, "outside": outside, "train__images": 24_000, **L2}
             entries[f"{half}-{p0}"] = recipe("digits-binary-at", options, **change)
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:

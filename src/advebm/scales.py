@@ -11,6 +11,7 @@ from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.base import Adversary
 from advebm.attacks.cw import CW
 from advebm.attacks.projected import Attack
+from advebm.checks import device
 from advebm.comparison import Records, Wanted
 from advebm.errors import UserError, unknown
 from advebm.metrics.base import label
@@ -198,7 +199,7 @@ def by_methods(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder
             of = table.of(name)
             if (run := runs.get(of["method"])) is not None:
                 if of.get("stage") == "first":
-                    run = Run.open(next((run.folder / "before").iterdir()))
+                    run = Run.open(run.before[0])
                 found[name] = numbers(table, scale, run, threat, runs.get("standard"), of.get("sampler"))
         return found
 
@@ -235,7 +236,7 @@ def numbers(
             own = reproduce.chosen(run, own, judge, reproduce.FEW, f"-{generation.set_name(own.sampler)}")
         count = scale.samples // max(1, len(own.data.load().classes))
         wanted[label("FD", whose), reproduce.drawn(run, own, count, table.name)] = SampleQuality()
-    comparison.measure(run, wanted, features=features, device=reproduce.device())
+    comparison.measure(run, wanted, features=features, device=device())
     names = {*(name for name, _ in wanted), label("class score", whose)}
     sets = (None, table.name)
     return [r for r in evaluation.latest(run.records()) if r["name"] in names and r["settings"].get("samples") in sets]

@@ -262,8 +262,7 @@ def begin(model: Network, init: str, data: Data, recipe: Recipe) -> None:
 def prepare(recipe: Recipe, run: Run, device: str | None, report: Report, again: str) -> Run:
     """Train what is left of the stages before a recipe, in ``before`` of its run's folder; the last one's run."""
     init = recipe.init
-    for number, stage in enumerate(recipe.before):
-        folder = run.folder / "before" / f"{number}-{stage.name}"
+    for number, (stage, folder) in enumerate(zip(recipe.before, run.before, strict=True)):
         begun = (folder / "config.yaml").exists()
         if not begun or not Run.open(folder).finished:
             offset = sum(earlier.train.images for earlier in recipe.before[:number])

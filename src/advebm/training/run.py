@@ -82,6 +82,11 @@ class Run:
         return any(line.get("event") == "early stop" for line in self.history())
 
     @property
+    def before(self) -> list[Path]:
+        """The folders of the stages before it, in their order."""
+        return [self.folder / "before" / f"{i}-{stage.name}" for i, stage in enumerate(self.recipe.before)]
+
+    @property
     def processes(self) -> int:
         """How many train it."""
         return int(files.read_json(self.folder / "env.json", default={}).get("processes", 1))
