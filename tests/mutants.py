@@ -4255,6 +4255,13 @@ MUTANTS = [
     ),
     # processes
     Mutant(
+        "processes: connections are left open",
+        "training/engine.py",
+        "atexit.register(leave)",
+        "pass",
+        "processes",
+    ),
+    Mutant(
         "processes: gradients added",
         "training/engine.py",
         "means = self.mean(torch.cat(",
@@ -4593,6 +4600,13 @@ MUTANTS = [
     Mutant("applications: requests of no size", "web/server.py", 'b"transfer-encoding" in given', "False", "web"),
     Mutant("applications: what few runs have first", "web/listing.py", "-len(cell[1])", "len(cell[1])", "web"),
     # the papers' tables at scales, beside ours
+    Mutant(
+        "results: the day of a table is the day it is printed",
+        "scales.py",
+        '"date": max(days, default=',
+        '"date": max([], default=',
+        "results",
+    ),
     Mutant(
         "results: a claim is turned round",
         "published.py",

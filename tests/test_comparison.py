@@ -464,8 +464,14 @@ METHODS = {
     and "binary" not in name  # whose outside images are CIFAR-100
     and "acl" not in name  # which CEM trains on CIFAR-10 alone, as it does within l2
     and "-l2" not in name
-    and not name.endswith(("-resnet50", "-t50"))  # rows of a paper with another network, or other steps
+    and not name.endswith(("-resnet50", "-t50", "-2h"))  # rows of a paper with another network, or steps; our longest
 }
+
+
+def test_the_first_stage_of_dat_is_the_recipe_that_it_names():
+    alone, stage = (resolve(recipes.find(f"cifar10-{name}-2h")) for name in ("at", "dat"))
+    stage = dataclasses.replace(stage.before[0], metrics=alone.metrics)
+    assert stage == alone
 
 
 def test_every_method_has_a_recipe_for_every_size():

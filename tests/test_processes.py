@@ -216,6 +216,11 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def test_processes_end_without_connections(work):
+    """Those that are open then now and then make a job fail whose work is done."""
+    assert [(work.two / f"connected-{rank}").read_text() for rank in range(2)] == ["False", "False"]
+
+
 @pytest.mark.parametrize("name", together.objectives())
 def test_two_processes_train_as_one(work, name):
     """Weights, averaged weights, statistics, chains and what is logged, after 20 steps in float64."""

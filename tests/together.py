@@ -1,5 +1,6 @@
 """What tests/test_processes.py has done twice: by this process, and by two under ``torchrun -m tests.together``."""
 
+import atexit
 import contextlib
 import io
 import json
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed
 from torch import nn
 
 from advebm import cli, drawing, recipes
@@ -152,9 +154,15 @@ def work(folder: Path, engine: Engine) -> dict[str, object]:
     return {**counts, "broken": broken, "sample": sampled, "evaluate": evaluated}
 
 
+def leaving(folder: Path) -> None:
+    """Say whether this process ends with connections to the other."""
+    (folder / f"connected-{os.environ['RANK']}").write_text(str(torch.distributed.is_initialized()))
+
+
 def main(folder: Path) -> None:
     """The part of one of two processes."""
     torch.set_num_threads(1)
+    atexit.register(leaving, folder)  # called after what the engine registers
     engine = Engine("cpu")
     known = work(folder, engine)
     train(dual(), folder / ("acl" if engine.main else "elsewhere"), device="cpu")

@@ -334,11 +334,11 @@ def build_parser() -> Parser:
         "Carry out an experiment of the papers at a size for two CPU cores, or a table at a scale, or on where it was.",
         "Takes --data.path and every other option of train, for all its recipes. A table ends beside the paper's.",
     )
-    sub.set_defaults(takes=(*BLOCKS, "train", "threat", "metrics", "normalise"))
+    sub.set_defaults(takes=(*BLOCKS, "train", "threat", "normalise"))
     sub.add_argument("experiment", nargs="?", metavar="NAME", help="see --list")
     sub.add_argument("--list", action="store_true", help="every figure, table and algorithm, and what makes it")
     sub.add_argument(
-        "--scale", metavar="SCALE", help="of a table: full, gpu-30min, cpu-30min or digits; docs/results.md"
+        "--scale", metavar="SCALE", help="of a table: full, gpu-30min, cpu-2h, cpu-30min or digits; docs/results.md"
     )
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="training seeds; tables give mean and deviation")
     sub.add_argument("--quick", action="store_true", help="shorter training, where an experiment has that; labelled so")

@@ -95,17 +95,17 @@ def measure(
     features: str | Path | None = None,
     seed: int = 0,
     **rest: Any,
-) -> None:
-    """Metrics by the name of the record, and the samples, that they give: those that the run does not hold yet.
+) -> Records:
+    """Measure, by metrics, what the run does not hold yet; the newest record of each wanted name and set of samples.
 
     A record is held if it is of the latest checkpoint, the same seed, the very same attack, the set of samples as it
     is now, and the same judge.
     """
     about = {"checkpoint": run.checkpoints.path().name, "seed": seed}
-    records, whose = run.records(), judge(features)
+    whose = judge(features)
     manifests = {name: generation.read(folder).manifest for name, folder in run.samples().items()}
 
-    def held(name: str, samples: str | None, metric: Metric) -> bool:
+    def held(name: str, samples: str | None, metric: Metric) -> Records:
         settings = {"samples": samples, **manifests[samples]} if samples else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
@@ -113,18 +113,20 @@ def measure(
             settings["images"] = metric.images
         expected = {**about, "judge": whose} if samples else about
         own = json.loads(json.dumps({k: v for k, v in config.describe(metric).items() if v is not None}))
-        return any(
-            r["name"] == name
+        return [
+            r
+            for r in run.records()
+            if r["name"] == name
             and all(r.get(key) == value for key, value in expected.items())
             and all(r["settings"].get(key) == value for key, value in settings.items())
             and own.items() <= r["settings"].get("metric", own).items()  # some metrics' records say all of them
-            for r in records
-        )
+        ]
 
     missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not held(*key, metric)))
     if missing:
         recipe = dataclasses.replace(run.recipe, metrics=missing)
         evaluation.evaluate_run(run, recipe=recipe, features=features, seed=seed, **rest)
+    return [found[-1] for key, metric in wanted.items() if (found := held(*key, metric))]
 
 
 COSTS = ("forward passes an image", "backward passes an image", "training images a second")

@@ -66,7 +66,7 @@ class Table:
         claims: what the table is about, ``IN: MORE > LESS``: IN is a column and the others are rows, or vice versa.
         data: whose recipes, ``DATA-METHOD``.
         digits: whose recipes at the scale of that name.
-        recipes: of methods whose recipes are called otherwise, ``[full, small]``.
+        recipes: of methods whose recipes are called otherwise, by the size of networks (:class:`advebm.scales.Scale`).
         beside: what is shown below the rows and published nowhere: methods, or titles of results.
         why: facts that explain a verdict, by scale.
         runs: the table whose runs these are, too.
@@ -84,7 +84,7 @@ class Table:
     claims: tuple[str, ...] = ()
     data: str = "cifar10"
     digits: str = ""
-    recipes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    recipes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     beside: tuple[str, ...] = ()
     why: Mapping[str, str] = field(default_factory=dict)
     runs: str = ""

@@ -133,9 +133,7 @@ def compared(judge: str, threat: Attack) -> Measure:
 
 def measured(run: Run, wanted: Wanted) -> Records:
     """The records that metrics give; measured unless they are there."""
-    comparison.measure(run, wanted, device=device())
-    names = {name for name, _ in wanted}
-    return [r for r in evaluation.latest(run.records()) if r["name"] in names]
+    return comparison.measure(run, wanted, device=device())
 
 
 def recipe(name: str, options: Options, **changes: Any) -> Recipe:

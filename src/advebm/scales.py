@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from advebm import comparison, evaluation, files, generation, pictures, published, recipes, reproduce
+from advebm import comparison, files, generation, pictures, published, recipes, reproduce
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.base import Adversary
 from advebm.attacks.cw import CW
@@ -34,7 +34,7 @@ class Scale:
 
     Attributes:
         about: in words.
-        small: whether recipes are those for CPUs, rather than of the papers' size.
+        size: of the networks: ``full`` is the papers', ``DATA-METHOD``; otherwise recipes are ``DATA-METHOD-SIZE``.
         images: test images that attacks are run on; none for all.
         samples: drawn of each set.
         draws: sampling seeds, where samplers are compared.
@@ -46,7 +46,7 @@ class Scale:
     """
 
     about: str
-    small: bool = True
+    size: str = "small"
     images: int | None = None
     samples: int = 1000
     draws: int = 3
@@ -62,7 +62,7 @@ IMAGENET = {"kind": "hf", "path": "benjamin-paine/imagenet-1k-32x32"}
 SCALES = {
     "full": Scale(
         "the papers' networks and lengths, all test images, 50,000 samples; days of GPUs; not run here",
-        small=False,
+        size="full",
         samples=50_000,
         draws=1,
         features="inception",
@@ -74,6 +74,11 @@ SCALES = {
         images=1000,
         samples=5_000,
         changes={"backbone__depth": 18, "backbone__width": 64},
+    ),
+    "cpu-2h": Scale(
+        "ResNet-18s of width 32, trained for two hours of two cores, AutoAttack of 1,000 images, 1,000 samples",
+        size="2h",
+        images=1000,
     ),
     "cpu-30min": Scale(
         "ResNet-8s, PGD-50, C&W, AutoAttack of 500 images, 1,000 samples; for half an hour of two cores",
@@ -125,7 +130,7 @@ def replicate(name: str, scale: str, folder: Path, *, seeds: int = 1, options: O
     files.write_json(folder / "results.json", results)
     command = [f"advebm reproduce {name} --scale {scale}", f"--seeds {seeds}" * (seeds > 1)]
     command += [f"--{key} {value}" for key, value in options]
-    about = {"command": " ".join(filter(None, command)), "seeds": seeds, **setting(SCALES[scale], runs)}
+    about = {"command": " ".join(filter(None, command)), "seeds": seeds, **setting(SCALES[scale], results, runs)}
     plain = published.summary(table, scale, published.cells(table, results), about)
     path = folder / f"{name}-{scale}.json"
     files.write_json(path, plain)
@@ -146,8 +151,9 @@ def chosen(table: Table, scale: str, folder: Path, options: Options) -> dict[str
 def sized(table: Table, scale: str, method: str, folder: Path, options: Options) -> Recipe | None:
     """A method's recipe at a scale; none where there is no such recipe."""
     stem = "-".join(filter(None, (table.data, method)))
-    full, small = table.recipes.get(method, (stem, f"{stem}-small"))
-    name = f"digits-{method}" if scale == "digits" else small if SCALES[scale].small else full
+    size = SCALES[scale].size
+    name = table.recipes.get(method, {}).get(size, stem if size == "full" else f"{stem}-{size}")
+    name = f"digits-{method}" if scale == "digits" else name
     if name not in recipes.names():
         return None
     roles = {"outside", "extra"} - recipes.find(name).keys()  # which this recipe does not take
@@ -165,8 +171,8 @@ def shortened(recipe: Recipe, share: float) -> Recipe:
     return dataclasses.replace(recipe, train=train, before=tuple(shortened(stage, share) for stage in recipe.before))
 
 
-def setting(scale: Scale, runs: Sequence[Run]) -> dict[str, Any]:
-    """What the numbers depend on: the scale, the first run's machine, the day, how each run was trained."""
+def setting(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -> dict[str, Any]:
+    """What the numbers depend on: the scale, the first run's machine, their last day, how runs were trained."""
     machine = files.read_json(runs[0].folder / "env.json", default={})
     where = f"{machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} cores"
     trained = {}
@@ -174,7 +180,13 @@ def setting(scale: Scale, runs: Sequence[Run]) -> dict[str, Any]:
         recipe = run.recipe
         trained[recipe.name] = f"{recipe.train.images:,} images of {len(recipe.data.load().train):,}"
     hardware = f"{where}, {machine.get('system')}, torch {machine.get('torch')}"
-    return {"date": time.strftime("%Y-%m-%d"), "hardware": hardware, "settings": scale.about, "trained": trained}
+    days = [record["time"][:10] for records in results.values() for record in records if "time" in record]
+    return {
+        "date": max(days, default=time.strftime("%Y-%m-%d")),
+        "hardware": hardware,
+        "settings": scale.about,
+        "trained": trained,
+    }
 
 
 def drawing(table: Table, runs: Sequence[Run]) -> bytes | None:
@@ -235,11 +247,9 @@ def numbers(
         if judge is not None:
             own = reproduce.chosen(run, own, judge, reproduce.FEW, f"-{generation.set_name(own.sampler)}")
         count = scale.samples // max(1, len(own.data.load().classes))
-        wanted[label("FD", whose), reproduce.drawn(run, own, count, table.name)] = SampleQuality()
-    comparison.measure(run, wanted, features=features, device=device())
-    names = {*(name for name, _ in wanted), label("class score", whose)}
-    sets = (None, table.name)
-    return [r for r in evaluation.latest(run.records()) if r["name"] in names and r["settings"].get("samples") in sets]
+        drawn = reproduce.drawn(run, own, count, table.name)
+        wanted |= {(label(kind, whose), drawn): SampleQuality() for kind in ("FD", "class score")}
+    return comparison.measure(run, wanted, features=features, device=device())
 
 
 def by_samplers(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder: Path, seeds: int) -> Found:

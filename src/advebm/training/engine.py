@@ -1,5 +1,6 @@
 """Devices and processes, through accelerate.  The only file that knows about it."""
 
+import atexit
 import contextlib
 import datetime
 import re
@@ -7,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
@@ -17,6 +19,12 @@ from advebm.errors import Lost, UserError
 Thing = TypeVar("Thing")
 
 PATIENCE = datetime.timedelta(hours=2)  # before a process that does not answer is given up
+
+
+def leave() -> None:
+    """Close the connections to other processes; those that are open when a process ends may end it with an error."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Gather(torch.autograd.Function):
@@ -50,6 +58,8 @@ class Engine:
             raise UserError(f"there is no device {device!r} for this process, which has {str(self.device)!r}")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
+        if several:
+            atexit.register(leave)
 
     def owned(self, streams: int) -> range:
         """The streams that this process works on."""
