@@ -4601,6 +4601,34 @@ MUTANTS = [
     Mutant("applications: what few runs have first", "web/listing.py", "-len(cell[1])", "len(cell[1])", "web"),
     # the papers' tables at scales, beside ours
     Mutant(
+        "card: what was measured of another checkpoint",
+        "reporting/card.py",
+        'if r.get("checkpoint") == path.name]',
+        "if True]",
+        "hub",
+    ),
+    Mutant(
+        "card: places on one's machine",
+        "reporting/card.py",
+        'if k in ("path", "init", "teacher") else',
+        "if k is None else",
+        "hub",
+    ),
+    Mutant(
+        "export: statistics are rounded too",
+        "models/network.py",
+        "if k in large else v for k, v",
+        "if v.is_floating_point() else v for k, v",
+        "hub",
+    ),
+    Mutant(
+        "tables: shares of classes",
+        "reporting/build.py",
+        "name: 100 * values[0]",
+        "name: values[0]",
+        "hub",
+    ),
+    Mutant(
         "results: the day of a table is the day it is printed",
         "scales.py",
         '"date": max(days, default=',

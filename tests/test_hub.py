@@ -1,6 +1,8 @@
 import base64
+import dataclasses
 import hashlib
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -9,10 +11,18 @@ import pytest
 import torch
 
 import advebm
+from advebm import cli, recipes
+from advebm.config import describe
 from advebm.errors import UserError
+from advebm.metrics.base import Record
 from advebm.models import hub, network
 from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
+from advebm.reporting.build import describe_sampler
+from advebm.reporting.card import publish as publish_run
+from advebm.tables import record_table
+from advebm.training.recipe import dump, resolve
+from advebm.training.run import Run
 
 # of the hub's client, which hands httpx a file as ``data``
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -334,3 +344,94 @@ def test_a_name_has_a_user_and_a_name(name, tmp_path, server):
         with pytest.raises(UserError, match="is called user/name, of letters, digits"):
             call()
     assert not server.seen
+
+
+# What is published ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured_run(small_run, tmp_path):
+    """A run with an accuracy, samples that were judged, and what was measured of another checkpoint."""
+    shutil.copytree(small_run.folder, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    about = {"error": 0.01, "count": 100, "settings": {}, "series": {}, "checkpoint": run.checkpoints.latest()}
+    sampler = describe(small_run.recipe.sampler)
+    judged = {"settings": {"samples": "ta", "sampler": sampler}, "series": {"zero": [0.9], "one": [0.25]}}
+    run.append(
+        [
+            {**about, "name": "accuracy", "value": 0.125},
+            {**about, "name": "accuracy under fire", "value": 0.5, "checkpoint": "0"},
+            {**about, "name": "intended class (features of judge)", "value": 0.8, **judged, "judge": str(tmp_path)},
+        ]
+    )
+    return run
+
+
+@pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16"])
+def test_what_is_exported_is_the_averaged_model(measured_run, tmp_path, weights):
+    """Filters and matrices rounded, all else to the bit; nothing beside it, and no place on this machine."""
+    assert cli.main(["export", str(measured_run.folder), str(tmp_path / "model"), "--weights", weights]) == 0
+    averaged, exported = measured_run.model()[0], advebm.load(tmp_path / "model")
+    large = {name for name, p in averaged.named_parameters() if p.ndim > 1}
+    for name, value in averaged.state_dict().items():
+        rounded = value.to(getattr(torch, weights)).float() if name in large else value
+        assert torch.equal(exported.state_dict()[name], rounded), name
+    files = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    assert files.keys() == {"config.json", "model.safetensors", "README.md"}
+    size = {"float32": 4}.get(weights, 2) * sum(dict(averaged.named_parameters())[name].numel() for name in large)
+    assert size <= len(files["model.safetensors"]) < size + 20_000
+    assert all(str(tmp_path).encode() not in content for content in files.values())
+
+
+def test_the_card_says_what_was_measured_of_that_checkpoint(measured_run, tmp_path):
+    assert cli.main(["export", str(measured_run.folder), str(tmp_path / "model")]) == 0
+    card, plain = ((tmp_path / "model" / name).read_text() for name in ("README.md", "config.json"))
+    assert "| accuracy |  | 12.5 ± 1.0 % | 100 |" in card
+    assert "under fire" not in card + plain
+    assert "| intended class (features of judge), % | zero | one |\n| --- | --- | --- |\n| ta | 90 | 25 |" in card
+    assert f"- ta: {describe_sampler({'sampler': describe(measured_run.recipe.sampler)})}." in card
+    assert f"objective `at` on digits, {int(measured_run.checkpoints.latest()):,} training images" in card
+    assert "with options of its own (in config.json)" in card
+    assert [line["value"] for line in json.loads(plain)["measured"]] == [0.125, 0.8]
+    assert json.loads(plain)["options"]["train"]["images"] == measured_run.recipe.train.images
+
+
+def test_a_recipe_without_options_of_its_own_is_not_said_to_have_them(measured_run, tmp_path):
+    """Where its data are is not such an option."""
+    own = resolve(recipes.find("digits-at"), [("objective.attack.steps", 3)])
+    for number, recipe in enumerate((resolve(recipes.find("digits-at")), own)):
+        (measured_run.folder / "config.yaml").write_text(dump(recipe))
+        publish_run(measured_run, tmp_path / str(number))
+    first, second = ((tmp_path / str(n) / "README.md").read_text() for n in range(2))
+    assert "of its own" not in first
+    assert "of its own" in second
+
+
+def test_nothing_is_exported_over_something(measured_run, tmp_path, capsys):
+    def refused(*words):
+        assert cli.main(["export", str(measured_run.folder), *map(str, words)]) == 2
+        return capsys.readouterr().err
+
+    assert "no kind of weights 'float8'" in refused(tmp_path / "model", "--weights", "float8")
+    assert "no checkpoint '7'" in refused(tmp_path / "model", "--checkpoint", "7")
+    assert not (tmp_path / "model").exists()
+    assert "is not an empty folder; choose another" in refused(measured_run.folder)
+    assert "is not an empty folder; choose another" in refused(measured_run.folder / "config.yaml")
+
+
+def test_a_run_is_pushed_as_it_is_exported(server, measured_run, tmp_path, capsys):
+    assert cli.main(["push", str(measured_run.folder), "alice/net", "--weights", "float16"]) == 0
+    assert capsys.readouterr().out == f"{server.url}/alice/net\n"
+    publish_run(measured_run, tmp_path / "model", weights="float16")
+    pushed = server.repos["alice/net"][-1]
+    assert pushed.keys() == {".gitattributes", "config.json", "model.safetensors", "README.md"}
+    assert pushed["README.md"] == (tmp_path / "model" / "README.md").read_bytes()
+    assert same(advebm.load("hf:alice/net"), advebm.load(tmp_path / "model"))
+
+
+def test_the_shares_of_classes_are_printed(measured_run, capsys):
+    names = [field.name for field in dataclasses.fields(Record)]
+    record_table(Record(**{name: r[name] for name in names}) for r in measured_run.records())
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["intended", "class", "(features", "of", "judge),", "%", "zero", "one"] in printed
+    assert ["ta", "90", "25"] in printed

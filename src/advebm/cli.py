@@ -9,6 +9,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -355,11 +356,17 @@ def build_parser() -> Parser:
     sub.add_argument("--port", type=int, default=7860, metavar="N", help="the port to answer at (7860)")
     sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
 
-    sub = verb("push", run_push, "Publish the model of a run on the Hub, where hf:USER/NAME finds it.")
-    sub.add_argument("run", type=Path, metavar="RUN")
-    sub.add_argument("name", metavar="USER/NAME")
-    sub.add_argument("--private", action="store_true", help="for those with access only")
-    sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+    for name, call, about in (
+        ("export", run_export, "Write the model of a run by itself: its weights, and a card with what was measured."),
+        ("push", run_push, "Publish what export writes on the Hub, where hf:USER/NAME finds it."),
+    ):
+        sub = verb(name, call, about)
+        sub.add_argument("run", type=Path, metavar="RUN")
+        sub.add_argument("--weights", default="float32", metavar="KIND", help="float32, float16 or bfloat16 (float32)")
+        sub.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+    verbs.choices["export"].add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty one")
+    verbs.choices["push"].add_argument("name", metavar="USER/NAME")
+    verbs.choices["push"].add_argument("--private", action="store_true", help="for those with access only")
 
     sub = verb("list", run_list, "What there is: recipes, objectives, samplers, metrics, …")
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
@@ -896,12 +903,21 @@ def run_app(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def run_push(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm push``."""
-    from advebm.models import hub, network
+    from advebm.models import hub
+    from advebm.reporting.card import publish
     from advebm.training.run import Run
 
-    folder = Run.open(args.run).checkpoints.path(args.checkpoint)
-    network.read_architecture(folder)  # refuses what would import code
-    print(hub.push(folder, args.name, private=args.private))
+    with tempfile.TemporaryDirectory() as folder:
+        publish(Run.open(args.run), Path(folder), checkpoint=args.checkpoint, weights=args.weights)
+        print(hub.push(Path(folder), args.name, private=args.private))
+
+
+def run_export(args: argparse.Namespace, overrides: Overrides) -> None:
+    """``advebm export``."""
+    from advebm.reporting.card import publish
+    from advebm.training.run import Run
+
+    print(publish(Run.open(args.run), args.folder, checkpoint=args.checkpoint, weights=args.weights))
 
 
 def run_list(args: argparse.Namespace, overrides: Overrides) -> None:

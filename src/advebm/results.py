@@ -1,13 +1,14 @@
 """The results page: ``python -m advebm.results`` writes docs/results.md and the README's table from results/*.json."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from advebm import files, published
 from advebm.errors import UserError
 from advebm.scales import SCALES
+from advebm.tables import markdown
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 HEAD = """# Results
@@ -48,12 +49,6 @@ def again(plain: Mapping[str, Any]) -> dict[str, Any]:
     if lost := found.keys() - set(table.names()):
         raise UserError(f"{table.name} was measured with a row {sorted(lost)[0]!r}, which papers.yaml has no more")
     return published.summary(table, plain["scale"], found, plain["about"])
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def short(found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Tables for people, on standard output."""
+"""Tables for people: on standard output, and for pages."""
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,17 +10,40 @@ from rich.table import Table
 
 from advebm import doctor, published
 from advebm.metrics.base import Record
-from advebm.reporting.build import row
+from advebm.reporting.build import by_class, row
 from advebm.training.cost import Estimate
 from advebm.training.machine import GB, TERA, Machine
 
 
 def record_table(records: Iterable[Record]) -> None:
-    """One row a record."""
+    """One row a record; then, of samples, what share of each class is taken for it."""
+    plain = [asdict(record) for record in records]
     table = Table("measured", "samples", "value", "n", box=None, pad_edge=False)
-    for text in (row(asdict(record)) for record in records):
+    for text in map(row, plain):
         table.add_row(text["name"], text["samples"], text["value"], text["count"])
     _print(table)
+    for heads, lines in class_tables(plain):
+        table = Table(*heads, box=None, pad_edge=False)
+        for line in lines:
+            table.add_row(*line)
+        print()
+        _print(table, 40 + 11 * len(heads))
+
+
+def class_tables(records: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
+    """The heads and rows of a table for each judge: what share of the samples of each class is taken for it."""
+    tables = []
+    for name, sets in by_class(records).items():
+        classes = list(dict.fromkeys(k for shares in sets.values() for k in shares))
+        rows = [[samples, *(f"{s[k]:.0f}" if k in s else "" for k in classes)] for samples, s in sets.items()]
+        tables.append(([f"{name}, %", *classes], rows))
+    return tables
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for a page."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 ABREAST = 8  # columns

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -173,7 +173,9 @@ model = advebm.load("PATH OF THIS FOLDER")
 
 Backbone `{backbone}`, {parameters:,} parameters, {outputs} outputs. `config.json` holds the architecture and what is
 known of the training; written by advebm {version}.
-"""
+{more}"""
+
+Weights = Literal["float32", "float16", "bfloat16"]
 
 
 def save(
@@ -183,20 +185,24 @@ def save(
     *,
     title: str = "model",
     summary: str = "",
+    more: str = "",
+    weights: Weights = "float32",
     ema: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``model.safetensors`` (and ``ema.safetensors``), ``config.json`` and the card ``README.md`` to ``folder``.
 
-    ``extra`` is put into ``config.json`` beside the architecture: training set, threat model, numbers.
+    ``extra`` is put into ``config.json`` beside the architecture: training set, threat model, numbers.  The card says
+    ``summary`` above and ``more`` below.  ``weights`` is what matrices and filters are kept in; biases, scales and
+    statistics, which are few, stay as they are.
     """
     plain = config.describe(architecture)
-    for name, weights in (("model", model.state_dict()), ("ema", ema)):
-        if weights is not None:
-            files.write(
-                folder / f"{name}.safetensors",
-                safetensors.save({k: v.detach().clone().contiguous() for k, v in weights.items()}),
-            )
+    large = {name for name, p in model.named_parameters() if p.ndim > 1}
+    for name, state in (("model", model.state_dict()), ("ema", ema)):
+        if state is not None:
+            tensors = {k: v.detach().clone().contiguous() for k, v in state.items()}
+            kept = {k: v.to(getattr(torch, weights)) if k in large else v for k, v in tensors.items()}
+            files.write(folder / f"{name}.safetensors", safetensors.save(kept))
     record = {"advebm": advebm.__version__, "architecture": plain, **(extra or {})}
     files.write_json(folder / "config.json", record)
     example = "energy = advebm.energy(model, images)  # (B,), low on data;"
@@ -206,6 +212,7 @@ def save(
         example=example,
         title=title,
         summary=summary,
+        more=more and f"\n{more}\n",
         backbone=plain["backbone"]["kind"],
         parameters=sum(p.numel() for p in model.parameters()),
         version=advebm.__version__,

@@ -111,6 +111,16 @@ def row(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def by_class(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """How many of the samples of each class are taken for it, in percent: by the record's name, samples and class."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records:
+        if record["name"].startswith("intended class"):
+            shares = {name: 100 * values[0] for name, values in record["series"].items()}
+            found.setdefault(record["name"], {})[record["settings"]["samples"]] = shares
+    return found
+
+
 def describe_sampler(manifest: Mapping[str, Any]) -> str:
     """The settings of a set of samples in a line."""
     if "images" in manifest:
