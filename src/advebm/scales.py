@@ -76,17 +76,18 @@ SCALES = {
         changes={"backbone__depth": 18, "backbone__width": 64},
     ),
     "cpu-2h": Scale(
-        "ResNet-18s of width 32, trained for two hours of two cores, AutoAttack of 1,000 images, 1,000 samples",
+        "ResNet-18s of width 32, trained for two hours of two cores, AutoAttack's APGDs on 1,000 images, 1,000 samples",
         size="2h",
         images=1000,
+        version="quick",
     ),
     "cpu-30min": Scale(
-        "ResNet-8s, PGD-50, C&W, AutoAttack of 500 images, 1,000 samples; for half an hour of two cores",
+        "ResNet-8s, PGD-50, C&W, AutoAttack's APGDs on 500 images, 1,000 samples; for half an hour of two cores",
         images=500,
         version="quick",
     ),
     "digits": Scale(
-        "8x8 digits, a network of four convolutions, all 359 test images, 1,000 samples",
+        "8x8 digits, a network of four convolutions, AutoAttack's APGDs, all 359 test images, 1,000 samples",
         version="quick",
         outliers=("uniform", "gaussian"),
     ),
