@@ -1219,7 +1219,7 @@ MUTANTS = [
         "comparison",
     ),
     Mutant("seeds: deviation of the mean", "comparison.py", "statistics.stdev(r", "statistics.pstdev(r", "comparison"),
-    Mutant("comparison: measures again", "comparison.py", "if not held(*key, metric)", "if key", "comparison"),
+    Mutant("comparison: measures again", "comparison.py", "if not held(records, *key, metric)", "if key", "comparison"),
     Mutant(
         "cyclic: peak ignored",
         "training/optim.py",
@@ -4256,7 +4256,7 @@ MUTANTS = [
     # processes
     Mutant(
         "processes: connections are left open",
-        "training/engine.py",
+        "cli.py",
         "atexit.register(leave)",
         "pass",
         "processes",
@@ -4603,15 +4603,15 @@ MUTANTS = [
     Mutant(
         "card: what was measured of another checkpoint",
         "reporting/card.py",
-        'if r.get("checkpoint") == path.name]',
-        "if True]",
+        'if r.get("checkpoint") == path.name and',
+        "if",
         "hub",
     ),
     Mutant(
         "card: places on one's machine",
         "reporting/card.py",
-        'if k in ("path", "init", "teacher") else',
-        "if k is None else",
+        "None if k in hidden else",
+        "options[k] if k in hidden else",
         "hub",
     ),
     Mutant(
@@ -4778,9 +4778,30 @@ MUTANTS = [
     Mutant(
         "results: other images are held",
         "comparison.py",
-        'settings["images"] = metric.images',
-        "pass",
+        '("images", "precision") if',
+        '("precision",) if',
         "comparison",
+    ),
+    Mutant(
+        "results: verdicts of another precision are held",
+        "comparison.py",
+        '("images", "precision") if',
+        '("images",) if',
+        "comparison",
+    ),
+    Mutant(
+        "card: samples of others",
+        "reporting/card.py",
+        'settings.get("checkpoint") == checkpoint',
+        "True",
+        "hub",
+    ),
+    Mutant(
+        "card: the last stage alone",
+        "reporting/card.py",
+        "for stage in run.stages:",
+        "for stage in run.stages[-1:]:",
+        "hub",
     ),
 ]
 

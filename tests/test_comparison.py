@@ -218,6 +218,11 @@ def test_an_attack_on_other_images_is_measured_again(run):
         attack = RobustAccuracy(Attack(eps=0.5, norm="l2", steps=1), images=images)
         comparison.measure(run, {(f"accuracy under {attack.attack.name}", None): attack})
     assert [r["count"] for r in run.records()] == [10, 20]
+    for precision in ("bfloat16", "float32", "bfloat16"):
+        again = dataclasses.replace(attack, precision=precision)
+        found = comparison.measure(run, {(f"accuracy under {attack.attack.name}", None): again})
+        assert [r["settings"]["precision"] for r in found] == [precision]
+    assert [r["count"] for r in run.records()] == [10, 20, 20]
 
 
 @few_samples

@@ -18,9 +18,9 @@ from advebm.metrics.base import Record
 from advebm.models import hub, network
 from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
-from advebm.reporting.build import describe_sampler
 from advebm.reporting.card import publish as publish_run
 from advebm.tables import record_table
+from advebm.training.loop import train
 from advebm.training.recipe import dump, resolve
 from advebm.training.run import Run
 
@@ -28,6 +28,14 @@ from advebm.training.run import Run
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
 TOKEN = "hf_" + "a" * 34
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """A backbone of one's own."""
+
+    def build(self, channels, size):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * size**2, 4)), 4
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -354,16 +362,21 @@ def measured_run(small_run, tmp_path):
     """A run with an accuracy, samples that were judged, and what was measured of another checkpoint."""
     shutil.copytree(small_run.folder, tmp_path / "run")
     run = Run.open(tmp_path / "run")
-    about = {"error": 0.01, "count": 100, "settings": {}, "series": {}, "checkpoint": run.checkpoints.latest()}
-    sampler = describe(small_run.recipe.sampler)
-    judged = {"settings": {"samples": "ta", "sampler": sampler}, "series": {"zero": [0.9], "one": [0.25]}}
+    latest = run.checkpoints.latest()
+    about = {"error": 0.01, "count": 100, "settings": {}, "series": {}, "checkpoint": latest}
+    judged = {**about, "name": "intended class (features of judge)", "value": 0.8, "judge": str(tmp_path)}
+    judged["series"] = {"zero": [0.9], "one": [0.25]}
+    manifest = {"samples": "drawn", "sampler": describe(small_run.recipe.sampler), "checkpoint": latest}
+    others = ({"samples": "photos", "images": str(tmp_path)}, {**manifest, "samples": "early", "checkpoint": "0"})
     run.append(
         [
             {**about, "name": "accuracy", "value": 0.125},
-            {**about, "name": "accuracy under fire", "value": 0.5, "checkpoint": "0"},
-            {**about, "name": "intended class (features of judge)", "value": 0.8, **judged, "judge": str(tmp_path)},
+            {**about, "name": "accuracy", "value": 0.5, "checkpoint": "0"},
+            *({**judged, "settings": settings} for settings in (manifest, *others)),
         ]
     )
+    text = (run.folder / "config.yaml").read_text()
+    (run.folder / "config.yaml").write_text(text.replace("init: null", f"init: {tmp_path / 'other'}"))
     return run
 
 
@@ -387,24 +400,29 @@ def test_the_card_says_what_was_measured_of_that_checkpoint(measured_run, tmp_pa
     assert cli.main(["export", str(measured_run.folder), str(tmp_path / "model")]) == 0
     card, plain = ((tmp_path / "model" / name).read_text() for name in ("README.md", "config.json"))
     assert "| accuracy |  | 12.5 ± 1.0 % | 100 |" in card
-    assert "under fire" not in card + plain
-    assert "| intended class (features of judge), % | zero | one |\n| --- | --- | --- |\n| ta | 90 | 25 |" in card
-    assert f"- ta: {describe_sampler({'sampler': describe(measured_run.recipe.sampler)})}." in card
-    assert f"objective `at` on digits, {int(measured_run.checkpoints.latest()):,} training images" in card
-    assert "with options of its own (in config.json)" in card
+    assert "50.0 ±" not in card
+    assert "| intended class (features of judge) | drawn |\n| --- | --- |\n| zero | 90 % |\n| one | 25 % |" in card
+    steps = measured_run.recipe.sampler.steps
+    assert f"\n- drawn: {describe(measured_run.recipe.sampler)['kind'].upper()}: {steps} unit steps of " in card
+    assert "photos" not in card
+    assert "early" not in card
+    images = f"{int(measured_run.checkpoints.latest()):,} images"
+    assert f"Trained on digits: `digits-at` (objective `at`, {images}, 0 minutes, beginning with other weights" in card
+    assert ", options in `config.json`). On cpu (" in card
     assert [line["value"] for line in json.loads(plain)["measured"]] == [0.125, 0.8]
     assert json.loads(plain)["options"]["train"]["images"] == measured_run.recipe.train.images
 
 
 def test_a_recipe_without_options_of_its_own_is_not_said_to_have_them(measured_run, tmp_path):
     """Where its data are is not such an option."""
-    own = resolve(recipes.find("digits-at"), [("objective.attack.steps", 3)])
-    for number, recipe in enumerate((resolve(recipes.find("digits-at")), own)):
+    plain = resolve(recipes.find("cifar10-at-small"), [("data.path", "here")])
+    own = resolve(recipes.find("cifar10-at-small"), [("objective.attack.steps", 3)])
+    for number, recipe in enumerate((plain, own)):
         (measured_run.folder / "config.yaml").write_text(dump(recipe))
         publish_run(measured_run, tmp_path / str(number))
     first, second = ((tmp_path / str(n) / "README.md").read_text() for n in range(2))
-    assert "of its own" not in first
-    assert "of its own" in second
+    assert "options in" not in first
+    assert "options in" in second
 
 
 def test_nothing_is_exported_over_something(measured_run, tmp_path, capsys):
@@ -417,6 +435,49 @@ def test_nothing_is_exported_over_something(measured_run, tmp_path, capsys):
     assert not (tmp_path / "model").exists()
     assert "is not an empty folder; choose another" in refused(measured_run.folder)
     assert "is not an empty folder; choose another" in refused(measured_run.folder / "config.yaml")
+    assert "cannot write" in refused("/dev/null/model")
+
+
+def test_what_others_cannot_read_is_not_exported(tmp_path):
+    """Weights beyond float16, and a network of one's own; what was begun is not left behind."""
+    architecture = Architecture(SmallConv(width=4), 10, 1, 8, (0.3,), (0.4,))
+    model = architecture.build()
+    model.head.weight.data[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"head.weight is too large for float16; bfloat16 and float32 hold it"):
+        network.save(tmp_path / "model", model, architecture, weights="float16")
+    own = resolve(recipes.find("digits-at"), [("backbone", "tests.test_hub:Mine"), ("train.images", 0)])
+    run = train(own, tmp_path / "run", device="cpu")
+    with pytest.raises(UserError, match="Mine"):
+        publish_run(run, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert not list(tmp_path.glob(".model*"))
+
+
+def test_the_command_of_the_card_makes_a_run_of_the_model(measured_run, tmp_path, capsys):
+    card = (publish_run(measured_run, tmp_path / "model") / "README.md").read_text()
+    words = next(line for line in card.splitlines() if line.startswith("advebm evaluate")).split()[1:]
+    places = {"PATH": str(tmp_path / "model"), "RUN": str(tmp_path / "again")}
+    assert cli.main([places.get(word, word) for word in words]) == 0
+    assert same(Run.open(tmp_path / "again").model()[0], measured_run.model()[0])
+
+
+def test_the_card_says_what_every_stage_took(measured_run, tmp_path):
+    recipe = dataclasses.replace(measured_run.recipe, init=None)
+    first = dataclasses.replace(recipe, name="first")
+    (measured_run.folder / "config.yaml").write_text(dump(dataclasses.replace(recipe, before=(first,))))
+    shutil.copytree(measured_run.folder, measured_run.before[0])
+    (measured_run.before[0] / "config.yaml").write_text(dump(first))
+    path = measured_run.before[0] / "checkpoints" / measured_run.checkpoints.latest() / "state"
+    progress = json.loads((path / "progress.json").read_text())
+    (path / "progress.json").write_text(json.dumps({**progress, "seconds": 5999.0}))
+    digests = json.loads((path / "sha256.json").read_text())
+    digests["state/progress.json"] = sha((path / "progress.json").read_bytes())
+    (path / "sha256.json").write_text(json.dumps(digests))
+    card = (publish_run(measured_run, tmp_path / "model") / "README.md").read_text()
+    images = f"{int(measured_run.checkpoints.latest()):,} images"
+    assert (
+        f"digits: `first` (objective `at`, {images}, 100 minutes, options in `config.json`), then `digits-at` (" in card
+    )
 
 
 def test_a_run_is_pushed_as_it_is_exported(server, measured_run, tmp_path, capsys):
@@ -433,5 +494,5 @@ def test_the_shares_of_classes_are_printed(measured_run, capsys):
     names = [field.name for field in dataclasses.fields(Record)]
     record_table(Record(**{name: r[name] for name in names}) for r in measured_run.records())
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["intended", "class", "(features", "of", "judge),", "%", "zero", "one"] in printed
-    assert ["ta", "90", "25"] in printed
+    assert ["intended", "class", "(features", "of", "judge)", "drawn", "photos", "early"] in printed
+    assert ["one", *3 * ["25", "%"]] in printed

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -68,7 +69,12 @@ def _main(argv: Sequence[str], world: int) -> int:
         check_options(args, unexpected, overrides)
         if world > 1 and not args.shared:
             raise UserError(f"{args.verb} takes one process, and there are {world}; run it without torchrun")
-        return args.call(args, overrides) or 0
+        status = args.call(args, overrides) or 0
+        if world > 1:
+            from advebm.training.engine import leave
+
+            atexit.register(leave)
+        return status
     except UserError as error:
         return _fail(error, 2)
     except (Diverged, Lost) as error:
@@ -333,7 +339,7 @@ def build_parser() -> Parser:
         "reproduce",
         run_reproduce,
         "Carry out an experiment of the papers at a size for two CPU cores, or a table at a scale, or on where it was.",
-        "Takes --data.path and every other option of train, for all its recipes. A table ends beside the paper's.",
+        "Takes --data.path and other options of a recipe, for all that it trains. A table ends beside the paper's.",
     )
     sub.set_defaults(takes=(*BLOCKS, "train", "threat", "normalise"))
     sub.add_argument("experiment", nargs="?", metavar="NAME", help="see --list")

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from advebm import config, evaluation, generation
+from advebm import config, evaluation, files, generation
 from advebm.attacks.projected import Attack
 from advebm.errors import UserError
 from advebm.metrics.base import Bar, Metric, label, silent
@@ -105,28 +104,29 @@ def measure(
     whose = judge(features)
     manifests = {name: generation.read(folder).manifest for name, folder in run.samples().items()}
 
-    def held(name: str, samples: str | None, metric: Metric) -> Records:
+    def held(records: Records, name: str, samples: str | None, metric: Metric) -> Records:
         settings = {"samples": samples, **manifests[samples]} if samples else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
-        if hasattr(metric, "images"):
-            settings["images"] = metric.images
+        settings |= {name: getattr(metric, name) for name in ("images", "precision") if hasattr(metric, name)}
         expected = {**about, "judge": whose} if samples else about
         own = json.loads(json.dumps({k: v for k, v in config.describe(metric).items() if v is not None}))
         return [
             r
-            for r in run.records()
+            for r in records
             if r["name"] == name
             and all(r.get(key) == value for key, value in expected.items())
             and all(r["settings"].get(key) == value for key, value in settings.items())
             and own.items() <= r["settings"].get("metric", own).items()  # some metrics' records say all of them
         ]
 
-    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not held(*key, metric)))
+    records = run.records()
+    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not held(records, *key, metric)))
     if missing:
         recipe = dataclasses.replace(run.recipe, metrics=missing)
         evaluation.evaluate_run(run, recipe=recipe, features=features, seed=seed, **rest)
-    return [found[-1] for key, metric in wanted.items() if (found := held(*key, metric))]
+        records = run.records()
+    return [found[-1] for key, metric in wanted.items() if (found := held(records, *key, metric))]
 
 
 COSTS = ("forward passes an image", "backward passes an image", "training images a second")
@@ -136,7 +136,7 @@ def costs(run: Run) -> Records:
     """Passes through the network that training on an image takes, counted on a step, and the speed that was logged."""
     speeds = [line["perf/img_per_s"] for line in run.history() if "perf/img_per_s" in line]
     values = (*passes(run.recipe), statistics.median(speeds) if speeds else 0.0)
-    about = {"error": 0.0, "settings": {}, "series": {}, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    about = {"error": 0.0, "settings": {}, "series": {}, "time": files.now()}
     counts = (1, 1, len(speeds))
     return [{"name": n, "value": v, "count": c, **about} for n, v, c in zip(COSTS, values, counts, strict=True)]
 
@@ -164,6 +164,7 @@ def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
                 "value": statistics.fmean(r["value"] for r in group),
                 "error": statistics.stdev(r["value"] for r in group),
                 "seeds": len(group),
+                **({"time": max(r["time"] for r in group)} if "time" in group[0] else {}),
             }
             for group in groups.values()
             if len(group) > 1

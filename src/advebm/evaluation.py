@@ -1,7 +1,6 @@
 """Metrics on a subject, and on a run: appends to its ``metrics.json``."""
 
 import dataclasses
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advebm import config, generation, seeds
+from advebm import config, files, generation, seeds
 from advebm.errors import UserError
 from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent, together
 from advebm.metrics.spaces import Space
@@ -88,7 +87,7 @@ def evaluate_run(
     records = []
     for metric in recipe.metrics:
         new = evaluate(subject, [metric], seed=seed, progress=progress)
-        about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": files.now()}
         whose = {"judge": None if judge is None else judge.judge}
         if team.main:
             run.append([{**dataclasses.asdict(r), **about, **(whose if "space" in r.settings else {})} for r in new])

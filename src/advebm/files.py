@@ -4,11 +4,17 @@ import contextlib
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from advebm.errors import UserError
+
+
+def now() -> str:
+    """The time, as files have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 @contextlib.contextmanager

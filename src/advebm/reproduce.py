@@ -340,8 +340,9 @@ def detecting(
             # as the papers of these methods score: by confidence, or by log p(x)
             score = MaxSoftmax() if method in ("oe", "ratio") else EnergyScore()
             metric = OutOfDistribution((score,), sets, eps=1.0, restarts=restarts)
-            comparison.measure(run, {(f"AUROC {score.name} vs uniform", None): metric}, device=device())
-            found[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in brief(run)]
+            first = measured(run, {(f"AUROC {score.name} vs uniform", None): metric})[0]
+            own = [r for r in run.records() if r["time"] == first["time"] and r["settings"].get("metric")]  # with it
+            found[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in own]
         return found
 
     return study(folder, seeds, entries, measure)
@@ -392,7 +393,7 @@ def digits_hybrids(folder: Path, seeds: int, options: Options) -> tuple[dict[str
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
         judge = runs["standard"]
-        stage = Run.open(runs["dat"].folder / "before" / "0-digits-dat-at")
+        stage = Run.open(runs["dat"].before[0])
         everyone = {title: run for title, run in runs.items() if title != "dat"}
         everyone |= {"dat, stage 1": stage, "dat, stage 2": runs["dat"]}
         found = {}
@@ -616,11 +617,13 @@ def table2(
         tell = lambda text: say(f"  {run.recipe.name}: {text}")
         count = samples // len(run.recipe.data.load().classes)
         found, _ = contrast(run, samplers, count, draws, features=features, say=tell, device=device())
-        known = {"about": about, "found": found}
+        known = {"about": about, "found": found, "time": files.now()}
         files.write_json(file, known)
     taken = {name: Record("steps chosen on validation", sampler.steps, 0.0, 1) for name, sampler in samplers.items()}
     names = {row: folder_of(row) for row in rows}
-    return {row: [dataclasses.asdict(taken[name]), *known["found"][name]] for row, name in names.items()}
+    day = {"time": known.get("time", files.now())}
+    found = {name: [dataclasses.asdict(taken[name]), *known["found"][name]] for name in names.values()}
+    return {row: [{**record, **day} for record in found[name]] for row, name in names.items()}
 
 
 def folder_of(row: str) -> str:

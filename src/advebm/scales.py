@@ -1,4 +1,4 @@
-"""The papers' tables at four scales: recipes trained, drawn from and measured, the papers' numbers beside ours."""
+"""The papers' tables at several scales: recipes trained, drawn from and measured, the papers' numbers beside ours."""
 
 import dataclasses
 import time
@@ -76,7 +76,7 @@ SCALES = {
         changes={"backbone__depth": 18, "backbone__width": 64},
     ),
     "cpu-2h": Scale(
-        "ResNet-18s of width 32, trained for two hours of two cores, AutoAttack's APGDs on 1,000 images, 1,000 samples",
+        "ResNet-18s of width 32 for two hours of two cores, AutoAttack's APGDs on 1,000 images, 1,000 samples",
         size="2h",
         images=1000,
         version="quick",
@@ -177,8 +177,8 @@ def setting(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -
     machine = files.read_json(runs[0].folder / "env.json", default={})
     where = f"{machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} cores"
     trained = {}
-    for run in runs:
-        recipe = run.recipe
+    for stage in (stage for run in runs for stage in run.stages):
+        recipe = stage.recipe
         trained[recipe.name] = f"{recipe.train.images:,} images of {len(recipe.data.load().train):,}"
     hardware = f"{where}, {machine.get('system')}, torch {machine.get('torch')}"
     days = [record["time"][:10] for records in results.values() for record in records if "time" in record]
@@ -249,7 +249,7 @@ def numbers(
             own = reproduce.chosen(run, own, judge, reproduce.FEW, f"-{generation.set_name(own.sampler)}")
         count = scale.samples // max(1, len(own.data.load().classes))
         drawn = reproduce.drawn(run, own, count, table.name)
-        wanted |= {(label(kind, whose), drawn): SampleQuality() for kind in ("FD", "class score")}
+        wanted |= {(label(measured, whose), drawn): SampleQuality() for measured in ("FD", "class score")}
     return comparison.measure(run, wanted, features=features, device=device())
 
 

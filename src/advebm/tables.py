@@ -27,23 +27,23 @@ def record_table(records: Iterable[Record]) -> None:
         for line in lines:
             table.add_row(*line)
         print()
-        _print(table, 40 + 11 * len(heads))
+        _print(table)
 
 
 def class_tables(records: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
-    """The heads and rows of a table for each judge: what share of the samples of each class is taken for it."""
+    """The heads and rows of a table for each judge: a class, and what share of its samples is taken for it."""
     tables = []
     for name, sets in by_class(records).items():
-        classes = list(dict.fromkeys(k for shares in sets.values() for k in shares))
-        rows = [[samples, *(f"{s[k]:.0f}" if k in s else "" for k in classes)] for samples, s in sets.items()]
-        tables.append(([f"{name}, %", *classes], rows))
+        classes = dict.fromkeys(k for shares in sets.values() for k in shares)
+        rows = [[k, *(f"{shares[k]:.0f} %" if k in shares else "" for shares in sets.values())] for k in classes]
+        tables.append(([name, *sets], rows))
     return tables
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table for a page."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
 
 
 ABREAST = 8  # columns

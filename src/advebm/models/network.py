@@ -202,6 +202,8 @@ def save(
         if state is not None:
             tensors = {k: v.detach().clone().contiguous() for k, v in state.items()}
             kept = {k: v.to(getattr(torch, weights)) if k in large else v for k, v in tensors.items()}
+            if lost := [k for k in large if tensors[k].isfinite().all() and not kept[k].isfinite().all()]:
+                raise UserError(f"{lost[0]} is too large for {weights}; bfloat16 and float32 hold it")
             files.write(folder / f"{name}.safetensors", safetensors.save(kept))
     record = {"advebm": advebm.__version__, "architecture": plain, **(extra or {})}
     files.write_json(folder / "config.json", record)

@@ -117,7 +117,7 @@ def by_class(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[s
     for record in records:
         if record["name"].startswith("intended class"):
             shares = {name: 100 * values[0] for name, values in record["series"].items()}
-            found.setdefault(record["name"], {})[record["settings"]["samples"]] = shares
+            found.setdefault(record["name"], {})[record["settings"].get("samples", "")] = shares
     return found
 
 
@@ -126,7 +126,7 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
     if "images" in manifest:
         return f"from {manifest['images']}"
     s = manifest["sampler"]
-    parts = [f"{s['steps']} {s['direction']} steps of {s['step_size']:g} from {s['start']} seeds"]
+    parts = [f"{s['kind'].upper()}: {s['steps']} {s['direction']} steps of {s['step_size']:g} from {s['start']} seeds"]
     parts += [f"ball {s['radius']:g}"] if s["radius"] else []
     parts += [f"noise {s['noise']:g}"] if s["noise"] else []
     parts += [f"temperature {s['temperature']:g}"] if s.get("temperature") is not None else []

@@ -1,5 +1,6 @@
 """A model as it is published: its weights by themselves, and a card that says what they are."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -7,15 +8,15 @@ from typing import Any, get_args
 from advebm import config, evaluation, files, recipes
 from advebm.errors import UserError, unknown
 from advebm.models import network
-from advebm.models.network import Weights
+from advebm.models.network import Architecture, Weights
 from advebm.reporting.build import describe_sampler, row
 from advebm.tables import class_tables, markdown
-from advebm.training.recipe import resolve
+from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run
 
 
 def publish(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weights = "float32") -> Path:
-    """The model of a run by itself, for others: averaged weights, the architecture, a card with what was measured.
+    """The model of a run by itself, for others: its weights (averaged, where they are), a card with what was measured.
 
     Args:
         run: that was trained.
@@ -27,60 +28,87 @@ def publish(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weig
         The folder, which :func:`advebm.load` takes.
 
     Raises:
-        UserError: a folder that holds something, weights of no such kind, or a network of one's own, whose code others
-            do not have.
+        UserError: a folder that holds something, weights of no such kind or too large for it, or a network of one's
+            own, whose code others do not have.
     """
     if weights not in get_args(Weights):
         raise unknown("kind of weights", weights, get_args(Weights))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; choose another")
-    recipe, path = run.recipe, run.checkpoints.path(checkpoint)
-    before = "".join(f" after `{stage.name}`" for stage in recipe.before)
-    listed, options = recipe.name in recipes.names(), _plain(config.describe(recipe))
-    same = listed and options == _plain(config.describe(resolve(recipes.find(recipe.name))))
-    changed = "" if same else ", with options of its own (in config.json)"
+    path = run.checkpoints.path(checkpoint)
     network.read_architecture(path)  # refuses what would import code
     model, architecture = run.model(checkpoint)
     known = files.read_json(path / "config.json")
-    progress = files.read_json(path / "state" / "progress.json")
-    machine = files.read_json(run.folder / "env.json", default={})
-    records = [r for r in evaluation.latest(run.records()) if r.get("checkpoint") == path.name]
-    trained = (
-        f"Recipe `{recipe.name}`{changed}: objective `{options['objective']['kind']}` on {known['data']}{before}, "
-        f"{progress['images']:,} training images, {progress['seconds'] / 60:.0f} minutes on {machine.get('device')} "
-        f"({machine.get('threads')} of {machine.get('cores')} cores, {machine.get('system')}, torch "
-        f"{machine.get('torch')}, begun {str(machine.get('started'))[:10]}). Weights in {weights}, measured in float32."
-    )
-    plain = [{k: r[k] for k in ("name", "value", "error", "count")} for r in records]
-    measured = [{**p, "samples": r["settings"].get("samples")} for p, r in zip(plain, records, strict=True)]
-    again = f"advebm train --recipe {recipe.name} --init PATH --train.images 0 --out RUN"
-    use = f"Everything else (drawing, editing, measuring) works on a run:\n\n```\n{again}\n```\n\n"
-    network.save(
-        folder,
-        model,
-        architecture,
-        title=recipe.name,
-        summary=trained,
-        more=use * listed + _measured(records),
-        weights=weights,
-        extra={
-            **{k: v for k, v in known.items() if k not in ("advebm", "architecture")},
-            "options": options,
-            "measured": measured,
-        },
-    )
+    records = evaluation.latest(r for r in run.records() if r.get("checkpoint") == path.name and _own(r, path.name))
+    numbers = [{k: r[k] for k in ("name", "value", "error", "count")} for r in records]
+    numbers = [{**n, "samples": r["settings"].get("samples")} for n, r in zip(numbers, records, strict=True)]
+    options = _public(config.describe(run.recipe))
+    extra = {**{k: v for k, v in known.items() if k not in ("advebm", "architecture")}, "options": options}
+    rounded = "" if weights == "float32" else f" Weights were rounded to {weights} after what is below was measured."
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
+            network.save(
+                Path(draft) / "model",
+                model,
+                architecture,
+                title=run.recipe.name,
+                summary=_trained(run, path, known["data"]) + rounded,
+                more=_use(architecture, run.recipe, known) + _measured(records),
+                weights=weights,
+                extra={**extra, "measured": numbers},
+            )
+            (Path(draft) / "model").replace(folder)
+    except OSError as error:
+        raise files.unwritable(folder, error) from None
     return folder
 
 
-def _plain(options: Any) -> Any:
+def _own(record: Mapping[str, Any], checkpoint: str) -> bool:
+    """Whether a record is of the model itself, or of samples that this checkpoint drew, rather than others' images."""
+    settings = record["settings"]
+    return "samples" not in settings or settings.get("checkpoint") == checkpoint
+
+
+def _public(options: Any) -> Any:
     """Options without places on somebody's machine."""
     if isinstance(options, Mapping):
-        return {k: None if k in ("path", "init", "teacher") else _plain(v) for k, v in options.items()}
-    return [_plain(option) for option in options] if isinstance(options, list) else options
+        hidden = {k for k in ("path", "init", "teacher") if not str(options.get(k)).startswith("hf:")}
+        return {k: None if k in hidden else _public(v) for k, v in options.items()}
+    return [_public(option) for option in options] if isinstance(options, list) else options
+
+
+def _trained(run: Run, path: Path, data: str) -> str:
+    """What trained a checkpoint: every stage with its images and minutes, and the machine."""
+    parts = []
+    for stage in run.stages:
+        recipe, at = stage.recipe, path if stage is run else stage.checkpoints.path()
+        options = _public(config.describe(recipe))
+        same = recipe.name in recipes.names() and options == _public(
+            config.describe(resolve(recipes.find(recipe.name)))
+        )
+        progress = files.read_json(at / "state" / "progress.json")
+        about = f"objective `{options['objective']['kind']}`, {progress['images']:,} images"
+        own = "" if same else ", options in `config.json`"
+        start = ", beginning with other weights" if recipe.init is not None else ""
+        parts.append(f"`{recipe.name}` ({about}, {progress['seconds'] / 60:.0f} minutes{start}{own})")
+    machine = files.read_json(run.folder / "env.json")
+    cores = f"{machine.get('threads')} of {machine.get('cores')} cores, {machine.get('system')}"
+    where = f" On {machine['device']} ({cores}, torch {machine.get('torch')}), {machine['started'][:10]}."
+    return f"Trained on {data}: {', then '.join(parts)}." + where
+
+
+def _use(architecture: Architecture, recipe: Recipe, known: Mapping[str, Any]) -> str:
+    """How a classifier becomes a run, which every command takes."""
+    if architecture.hidden is not None or architecture.outputs != len(known["classes"]):
+        return ""
+    kind = config.describe(recipe.data)["kind"]
+    command = f"advebm evaluate --model PATH --data {kind} --metrics accuracy --out RUN"
+    return f"For drawing, editing and measuring, make it a run:\n\n```\n{command}\n```\n\n"
 
 
 def _measured(records: Sequence[Mapping[str, Any]]) -> str:
-    """Evaluation records for a card: a table, how samples were drawn, and what classes they are taken for."""
+    """Evaluation records: a table, how samples were drawn, and what classes they are taken for."""
     if not records:
         return ""
     texts = [row(record) for record in records]

@@ -1,6 +1,5 @@
 """Devices and processes, through accelerate.  The only file that knows about it."""
 
-import atexit
 import contextlib
 import datetime
 import re
@@ -22,7 +21,10 @@ PATIENCE = datetime.timedelta(hours=2)  # before a process that does not answer 
 
 
 def leave() -> None:
-    """Close the connections to other processes; those that are open when a process ends may end it with an error."""
+    """Close the connections to other processes: those that are open when a process ends may end it with an error.
+
+    Only where all has gone well: it may wait for processes that have failed.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -58,8 +60,6 @@ class Engine:
             raise UserError(f"there is no device {device!r} for this process, which has {str(self.device)!r}")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
-        if several:
-            atexit.register(leave)
 
     def owned(self, streams: int) -> range:
         """The streams that this process works on."""

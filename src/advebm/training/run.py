@@ -87,6 +87,11 @@ class Run:
         return [self.folder / "before" / f"{i}-{stage.name}" for i, stage in enumerate(self.recipe.before)]
 
     @property
+    def stages(self) -> "list[Run]":
+        """The runs of these, as far as they are there, and itself."""
+        return [*(Run(folder) for folder in self.before if (folder / "config.yaml").is_file()), self]
+
+    @property
     def processes(self) -> int:
         """How many train it."""
         return int(files.read_json(self.folder / "env.json", default={}).get("processes", 1))
@@ -209,5 +214,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": files.now(),
     }
