@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -18,6 +19,7 @@ from advebm.metrics.base import Record
 from advebm.models import hub, network
 from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
+from advebm.reporting.card import _public
 from advebm.reporting.card import publish as publish_run
 from advebm.tables import record_table
 from advebm.training.loop import train
@@ -27,6 +29,7 @@ from advebm.training.run import Run
 # of the hub's client, which hands httpx a file as ``data``
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
+ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "a" * 34
 
 
@@ -478,6 +481,19 @@ def test_the_card_says_what_every_stage_took(measured_run, tmp_path):
     assert (
         f"digits: `first` (objective `at`, {images}, 100 minutes, options in `config.json`), then `digits-at` (" in card
     )
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "models").glob("*")), ids=lambda p: p.name)
+def test_the_kept_models_can_be_used(folder):
+    """Each is small, says what was measured, and names no place on a machine."""
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 25e6
+    plain = json.loads((folder / "config.json").read_text())
+    assert {"accuracy"} < {record["name"] for record in plain["measured"]}
+    assert _public(plain["options"]) == plain["options"]
+    size = plain["architecture"]["size"]
+    images = torch.rand(4, plain["architecture"]["channels"], size, size)
+    assert advebm.energy(advebm.load(folder), images).isfinite().all()
 
 
 def test_a_run_is_pushed_as_it_is_exported(server, measured_run, tmp_path, capsys):

@@ -1,10 +1,12 @@
 """Sources that read files: real formats written here, damaged ones, and CIFAR itself where it is at hand."""
 
 import io
+import json
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -385,6 +387,17 @@ class TestRealImages:
         assert len(data.classes) == 100
         assert data.classes[:2] == ("apple", "aquarium_fish")
         assert data.test.y.bincount().tolist() == [100] * 100
+
+    def test_the_kept_models_are_as_accurate_as_their_cards_say(self):
+        """On every tenth test image, within three standard errors; their weights are rounded."""
+        test = advebm.load_data("cifar10").test
+        for folder in (Path(__file__).parent.parent / "models").iterdir():
+            measured = json.loads((folder / "config.json").read_text())["measured"]
+            said = next(record["value"] for record in measured if record["name"] == "accuracy")
+            with torch.no_grad():
+                logits = torch.cat([advebm.load(folder)(x.float() / 255) for x in test.x[::10].split(250)])
+            found = (logits.argmax(1) == test.y[::10]).float().mean().item()
+            assert abs(found - said) < 3 * (said * (1 - said) / 1000) ** 0.5
 
 
 REAL = os.environ.get("ADVEBM_DATA", "")
