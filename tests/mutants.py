@@ -4617,8 +4617,8 @@ MUTANTS = [
     Mutant(
         "export: statistics are rounded too",
         "models/network.py",
-        "if k in large else v for k, v",
-        "if v.is_floating_point() else v for k, v",
+        "if weights and k in large else v for k, v",
+        "if weights and v.is_floating_point() else v for k, v",
         "hub",
     ),
     Mutant(
@@ -4627,6 +4627,13 @@ MUTANTS = [
         "name: 100 * values[0]",
         "name: values[0]",
         "hub",
+    ),
+    Mutant(
+        "checkpoint: weights of float64 are rounded",
+        "models/network.py",
+        "weights: Weights | None = None",
+        'weights: Weights | None = "float32"',
+        "processes",
     ),
     Mutant(
         "results: the day of a table is the day it is printed",

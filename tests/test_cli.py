@@ -98,7 +98,10 @@ def test_train_sample_evaluate_report(tmp_path, capsys):
     assert status == 0
     assert re.search(r"accuracy under PGD-2 l2 0\.9 .*%.*359", out)
     assert "FD (own features)" in out
-    assert len(Run.open(folder).records()) == len(out.strip().splitlines()) - 1
+    table, classes = out.strip().split("\n\n")
+    assert len(Run.open(folder).records()) == len(table.splitlines()) - 1
+    assert classes.split()[:5] == ["intended", "class", "(own", "features)", "ta-class"]
+    assert len(classes.splitlines()) == 1 + 10
     status, out, _ = call("evaluate", folder, "--json", "--features", folder, capsys=capsys)
     printed = [json.loads(line) for line in out.splitlines()]
     records = Run.open(folder).records()

@@ -186,22 +186,22 @@ def save(
     title: str = "model",
     summary: str = "",
     more: str = "",
-    weights: Weights = "float32",
+    weights: Weights | None = None,
     ema: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``model.safetensors`` (and ``ema.safetensors``), ``config.json`` and the card ``README.md`` to ``folder``.
 
     ``extra`` is put into ``config.json`` beside the architecture: training set, threat model, numbers.  The card says
-    ``summary`` above and ``more`` below.  ``weights`` is what matrices and filters are kept in; biases, scales and
-    statistics, which are few, stay as they are.
+    ``summary`` above and ``more`` below.  ``weights`` is what matrices and filters are kept in, none for as they are;
+    biases, scales and statistics, which are few, stay as they are.
     """
     plain = config.describe(architecture)
     large = {name for name, p in model.named_parameters() if p.ndim > 1}
     for name, state in (("model", model.state_dict()), ("ema", ema)):
         if state is not None:
             tensors = {k: v.detach().clone().contiguous() for k, v in state.items()}
-            kept = {k: v.to(getattr(torch, weights)) if k in large else v for k, v in tensors.items()}
+            kept = {k: v.to(getattr(torch, weights)) if weights and k in large else v for k, v in tensors.items()}
             if lost := [k for k in large if tensors[k].isfinite().all() and not kept[k].isfinite().all()]:
                 raise UserError(f"{lost[0]} is too large for {weights}; bfloat16 and float32 hold it")
             files.write(folder / f"{name}.safetensors", safetensors.save(kept))
