@@ -40,8 +40,8 @@ def publish(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weig
     model, architecture = run.model(checkpoint)
     known = files.read_json(path / "config.json")
     records = evaluation.latest(r for r in run.records() if r.get("checkpoint") == path.name and _own(r, path.name))
-    numbers = [{k: r[k] for k in ("name", "value", "error", "count")} for r in records]
-    numbers = [{**n, "samples": r["settings"].get("samples")} for n, r in zip(numbers, records, strict=True)]
+    own = ("name", "value", "error", "count")
+    numbers = [{**{k: r[k] for k in own}, "samples": r["settings"].get("samples")} for r in records]
     options = _public(config.describe(run.recipe))
     extra = {**{k: v for k, v in known.items() if k not in ("advebm", "architecture")}, "options": options}
     rounded = "" if weights == "float32" else f" Weights were rounded to {weights} after what is below was measured."
