@@ -2,13 +2,14 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from advebm import config, seeds
+from advebm import config, console, seeds, stages
 from advebm.attacks.projected import Attack
 from advebm.data.outside import Patches
 from advebm.data.sources import Digits
@@ -284,11 +285,11 @@ def test_outlier_exposure_makes_a_classifier_unsure_outside(tmp_path):
     assert logged(run, "auroc")[-1] > 0.95
 
 
-def test_dat_goes_on_from_adversarial_training_with_its_statistics(tmp_path):
+def test_dat_goes_on_from_adversarial_training_with_its_statistics(tmp_path, monkeypatch):
     """The energy learns to tell patches and what they are moved to from digits; batch norm stays that of stage one."""
-    stages = {"before.0.train.images": 1024, "before.0.objective.attack.steps": 2, "objective.attack.steps": 2}
+    early = {"before.0.train.images": 1024, "before.0.objective.attack.steps": 2, "objective.attack.steps": 2}
     second = {"objective.curriculum": {"start": 3, "steps": 3}, "train.images": 2048, "optimizer.lr": 0.1}
-    run = train(tiny("digits-dat", **SHORT, **stages, **second), tmp_path / "run", device="cpu")
+    run = train(tiny("digits-dat", **SHORT, **early, **second), tmp_path / "run", device="cpu")
     first = Run.open(run.folder / "before" / "0-digits-dat-at")
     assert isinstance(first.recipe.objective, AT)
     before, after = (load_file(r.checkpoints.path() / "model.safetensors") for r in (first, run))
@@ -299,13 +300,28 @@ def test_dat_goes_on_from_adversarial_training_with_its_statistics(tmp_path):
     assert logged(run, "binary")[-1] < 0.7 * logged(run, "binary")[0]
     assert logged(run, "energy_negative")[-1] > logged(run, "energy_data")[-1] + 1
     assert logged(run, "steps")[-1] == 3
+    assert counted(run, monkeypatch) == [(3072, 3072)]
+    shutil.rmtree(run.folder / "checkpoints")
+    assert counted(run, monkeypatch) == [(1024, 3072)], "of the first stage"
+
+
+def counted(run, monkeypatch):
+    """What the bar of a resumed run begins with, and ends with."""
+    bars, real = [], console.bar
+    monkeypatch.setattr(
+        console, "bar", lambda name, total, done: (bars.append((done, total)), real(name, total, done))[1]
+    )
+    monkeypatch.setattr(stages, "train", lambda *given, **options: run)
+    stages.fit(run.recipe, run.folder, resume=True)
+    monkeypatch.undo()
+    return bars
 
 
 def test_detectors_learn_to_refuse_what_is_moved_to_them(tmp_path):
     attack = {"objective.attack.steps": 3, "objective.attack.step_size": 0.1, "optimizer.lr": 0.1}
-    stages = {"before.0.train.images": 2048, "train.images": 3072, **attack}
+    changes = {"before.0.train.images": 2048, "train.images": 3072, **attack}
     short = {name: value for name, value in SHORT.items() if name != "outside.count"}
-    run = train(tiny("digits-gat", **short, **stages), tmp_path / "run", device="cpu")
+    run = train(tiny("digits-gat", **short, **changes), tmp_path / "run", device="cpu")
     found, loss = logged(run, "auroc"), logged(run, "loss")
     assert found[-1] > found[0] + 0.03
     assert loss[-1] < 0.93 * loss[0]

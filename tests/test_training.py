@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from advebm import recipes
+from advebm import console, recipes
 from advebm.data.files import Npz
 from advebm.errors import Diverged, Interrupted, UserError
 from advebm.models.own import Own
@@ -589,3 +590,18 @@ def test_dropout_in_ones_own_module_is_seeded_too(tmp_path, monkeypatch):
         runs.append(weights(train(own, tmp_path / str(draws), device="cpu")))
         assert torch.equal(torch.get_rng_state(), state)
     assert same(*runs)
+
+
+def test_lines_tell_the_speed_of_late(monkeypatch, capsys):
+    """A stage may be slower than the one before, and a search that grows slower than it was; the last line is of all."""
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with console.bar("long", 100_000, 10_000) as tell:
+        for done in (*range(12_000, 27_000, 2_000), *range(26_200, 28_200, 200), 100_000):
+            now[0] += 20.0
+            tell(done)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    assert lines[0] == "long 12,000/100,000 100/s, 880 s left"
+    assert lines[8] == "long 26,200/100,000 85/s, 868 s left", "five fast windows of six"
+    assert lines[-2] == "long 28,000/100,000 10/s, 7200 s left"
+    assert lines[-1] == "long 100,000/100,000 237/s, 380.0 s"

@@ -1,6 +1,7 @@
 """What people see while something runs: on stderr, with an estimate of when it ends."""
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,23 +22,24 @@ class Bar:
     def __init__(self, progress: Progress, name: str, total: int, done: int) -> None:
         self.progress, self.name, self.total = progress, name, total
         self.task = progress.add_task(name, total=total, completed=done, note="")
-        self.first = self.done = done
-        self.start = self.last = time.perf_counter()
-        self.note = ""
+        self.done, self.note = done, ""
+        self.start = time.perf_counter(), done
+        self.marks = deque([self.start], maxlen=6)  # the latest lines: speed is theirs, as stages differ in it
 
     def __call__(self, done: int, note: str = "") -> None:
         """So many are done."""
         self.progress.update(self.task, completed=min(done, self.total), note=note)
-        now = time.perf_counter()
         self.done, self.note = done, note
-        if not screen.is_terminal and now - self.last > QUIET and done < self.total:
+        now = time.perf_counter()
+        if not screen.is_terminal and now - self.marks[-1][0] > QUIET and done < self.total:
             self.say()
-            self.last = now
+            self.marks.append((now, done))
 
     def say(self) -> None:
         """Where it stands, in a line."""
-        seconds = time.perf_counter() - self.start
-        speed = (self.done - self.first) / seconds
+        began, first = self.marks[0] if self.done < self.total else self.start
+        seconds = time.perf_counter() - began
+        speed = (self.done - first) / seconds
         left = (self.total - self.done) / speed if speed > 0 else 0.0
         eta = f"{left:.0f} s left" if self.done < self.total else f"{seconds:.1f} s"
         count = f"{min(self.done, self.total):,}/{self.total:,}"

@@ -26,10 +26,9 @@ from advebm.training.run import Run
 def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
     """:func:`advebm.training.loop.train` behind a progress bar."""
     seen: dict[str, float] = {}
-    latest = Run.open(folder).checkpoints.latest() if resume else ""
-    earlier = sum(stage.train.images for stage in recipe.before)
-    done = earlier + int(latest) if latest.isdigit() else 0
-    with console.bar(recipe.name, earlier + recipe.train.images, done) as tell:
+    total = sum(stage.train.images for stage in (*recipe.before, recipe))
+    done = sum(min(run.images, run.recipe.train.images) for run in Run.open(folder).stages) if resume else 0
+    with console.bar(recipe.name, total, done) as tell:
         return train(
             recipe,
             folder,

@@ -413,8 +413,7 @@ def going_on(run: Run, again: str) -> Iterator[None]:
     try:
         yield
     except Lost as error:
-        there = int(run.checkpoints.latest() or 0)
-        raise Lost(f"{error}; the last checkpoint is of {there:,} images; {again} {run.folder}") from None
+        raise Lost(f"{error}; the last checkpoint is of {run.images:,} images; {again} {run.folder}") from None
 
 
 @contextlib.contextmanager

@@ -72,6 +72,11 @@ class Run:
         return recipes.resolve(recipes.read(self.folder / "config.yaml"))
 
     @property
+    def images(self) -> int:
+        """How many images its latest checkpoint has seen; 0 before the first."""
+        return int(self.checkpoints.latest() or 0)
+
+    @property
     def finished(self) -> bool:
         """Whether all images of the recipe have been seen."""
         return int(self.checkpoints.latest() or -1) >= self.recipe.train.images
