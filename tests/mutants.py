@@ -4810,6 +4810,20 @@ MUTANTS = [
         "for stage in run.stages[-1:]:",
         "hub",
     ),
+    Mutant(
+        "progress: a resumed run's bar without earlier stages",
+        "stages.py",
+        "for run in Run.open(folder).stages)",
+        "for run in [Run.open(folder)])",
+        "outside",
+    ),
+    Mutant(
+        "progress: the speed since the beginning",
+        "console.py",
+        "self.marks[0] if self.done < self.total else self.start",
+        "self.start",
+        "training",
+    ),
 ]
 
 
