@@ -2,12 +2,13 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import advebm
-from advebm import citations, config, recipes
+from advebm import citations, cli, config, published, recipes
 from advebm.training.recipe import resolve
 from tests.helpers import default
 
@@ -123,6 +124,11 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, small_run):
     assert scope["images"].shape == (10, 1, 8, 8)
 
 
+def test_the_layers_are_those_of_the_contributors_page():
+    rows = re.findall(r"^\| \d \|.*\| `(.*)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert [set(row.replace("/", "").split()) for row in reversed(rows)] == LAYERS
+
+
 def test_the_readme_names_what_exists():
     text = (ROOT / "README.md").read_text()
     for target in re.findall(r"`make (\w+)`", text):
@@ -131,6 +137,39 @@ def test_the_readme_names_what_exists():
         assert (ROOT / path).exists(), path
     for verb in re.findall(r"^advebm ([\w-]+)", text, re.M):
         assert f'"{verb}"' in (SOURCE / "cli.py").read_text(), verb
+
+
+def documents():
+    recipes = sorted((SOURCE / "recipes").glob("*.yaml"))
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *recipes]
+
+
+def test_the_commands_that_documents_name_are_understood(capsys):
+    """Recipes resolve with the options that stand beside them; a published table has the scale."""
+    trained, tables = [], []
+    for path in documents():
+        text = path.read_text()
+        found = re.findall(r"advebm ((?:train|run) --recipe [^#`;\n]+)", text)
+        trained += [line.split("  ")[0] for line in found if not re.search(r"RECIPE|NAME|mine:", line)]
+        tables += re.findall(r"advebm reproduce ([a-z0-9-]+) --scale ([a-z0-9-]+)", text)
+    assert len(trained) > 15
+    for line in trained:
+        assert not cli.main([*shlex.split(line), "--print_config"]), f"{line}: {capsys.readouterr().err}"
+    assert len(tables) > 10
+    for name, scale in tables:
+        assert published.find(name).share(scale) > 0
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_the_options_that_a_recipe_names_in_its_head_exist(name):
+    head = re.findall(r"^#.*", (SOURCE / "recipes" / f"{name}.yaml").read_text(), re.M)
+    plain = config.describe(resolve(recipes.find(name)))
+    blocks = "|".join(key for key, value in plain.items() if isinstance(value, dict))
+    for option in re.findall(rf"--((?:{blocks}|outside|extra)\.[\w.]*\w)", " ".join(head)):
+        at = plain
+        for key in option.split("."):
+            assert isinstance(at, dict) and key in at, f"--{option}"
+            at = at[key]
 
 
 def test_every_finding_of_the_doctor_is_documented():

@@ -34,6 +34,7 @@ class WideResNet:
     activation: Activation = "relu"
 
     cites: ClassVar[tuple[str, ...]] = ("zagoruyko2016",)
+    own: ClassVar[tuple[str, ...]] = ("depth",)  # which other residual networks count otherwise
 
     def __post_init__(self) -> None:
         check_choices(self)
