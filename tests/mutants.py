@@ -4824,6 +4824,20 @@ MUTANTS = [
         "self.start",
         "training",
     ),
+    Mutant(
+        "progress: tables measure out of sight",
+        "reproduce.py",
+        "progress=tell, bar=console.bar)",
+        "progress=tell)",
+        "results",
+    ),
+    Mutant(
+        "backbones: a wide network with the depth of another",
+        "models/wide_resnet.py",
+        'own: ClassVar[tuple[str, ...]] = ("depth",)',
+        "own: ClassVar[tuple[str, ...]] = ()",
+        "project",
+    ),
 ]
 
 

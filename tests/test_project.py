@@ -168,7 +168,7 @@ def test_the_options_that_a_recipe_names_in_its_head_exist(name):
     for option in re.findall(rf"--((?:{blocks}|outside|extra)\.[\w.]*\w)", " ".join(head)):
         at = plain
         for key in option.split("."):
-            assert isinstance(at, dict) and key in at, f"--{option}"
+            assert key in (at or {}), f"--{option}"
             at = at[key]
 
 

@@ -340,7 +340,9 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(scales.SCALES, "digits", small)
     monkeypatch.setattr(reproduce, "FEW", dataclasses.replace(reproduce.FEW, count=60, steps=(1, 2)))
     path = scales.replicate("two", "digits", tmp_path, options=[("seed", 0)])
-    plain, printed = json.loads(path.read_text()), capsys.readouterr().out
+    plain, (printed, shown) = json.loads(path.read_text()), capsys.readouterr()
+    assert "noise: SampleQuality" in shown
+    assert "C&W-50 l2 c=0.2  12/12" in shown
     rows = {row["name"]: row for row in plain["rows"]}
     assert {key: cell["n"] for key, cell in rows["A"]["ours"].items()} == {"clean": 359, "cw": 12, "is": 40, "fid": 40}
     assert [row["published"] for row in plain["rows"]] == [{"clean": 84.0}, {"clean": 90.0}]

@@ -131,9 +131,10 @@ def compared(judge: str, threat: Attack) -> Measure:
     return measure
 
 
-def measured(run: Run, wanted: Wanted) -> Records:
-    """The records that metrics give; measured unless they are there."""
-    return comparison.measure(run, wanted, device=device())
+def measured(run: Run, wanted: Wanted, features: str | Path | None = None) -> Records:
+    """The records that metrics give; measured, in sight, unless they are there."""
+    tell = lambda name: say(f"  {run.recipe.name}: {name}")
+    return comparison.measure(run, wanted, features=features, device=device(), progress=tell, bar=console.bar)
 
 
 def recipe(name: str, options: Options, **changes: Any) -> Recipe:
@@ -211,7 +212,7 @@ def jeat_figure5(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
         judge = runs["standard"].folder
         for run in runs.values():
             wanted = {**comparison.accuracies(()), **comparison.quality(run, judge)}
-            comparison.measure(run, wanted, features=judge, device=device())
+            measured(run, wanted, judge)
         return {label: evaluation.latest(run.records()) for label, run in runs.items()}
 
     return study(folder, seeds, entries, measure, per_class=20)
@@ -309,7 +310,7 @@ def digits_binary_at(folder: Path, seeds: int, options: Options) -> tuple[dict[s
             wanted: Wanted = comparison.quality(run, judge.folder)
             if "@" not in title:
                 wanted |= {("AUROC energy vs uniform", None): detection(run, 512, 1)}
-            comparison.measure(run, wanted, features=judge.folder)
+            measured(run, wanted, judge.folder)
             steps = Record("steps chosen on validation", setting.sampler.steps, 0.0, 1)
             found[title] = [dataclasses.asdict(steps), *brief(run)]
         return found
@@ -406,7 +407,7 @@ def digits_hybrids(folder: Path, seeds: int, options: Options) -> tuple[dict[str
             if not critic and title != "short-run-mle":
                 wanted |= {("accuracy", None): Accuracy(), (f"accuracy under {apgd.name}", None): RobustAccuracy(apgd)}
                 wanted |= {("AUROC of detectors", None): Detectors()}
-            comparison.measure(run, wanted, features=judge.folder)
+            measured(run, wanted, judge.folder)
             found[title] = brief(run)
         return efficiency(everyone, judge, found)
 
@@ -460,7 +461,7 @@ def digits_applications(folder: Path, seeds: int, options: Options) -> tuple[dic
                 wanted: Wanted = {("PSNR inpainting by energy", None): Restoration()}
                 if title != "binary-at":
                     wanted |= {("counterfactual reached", None): Counterfactuals(), ("accuracy", None): Accuracy()}
-                comparison.measure(run, wanted, features=judge)
+                measured(run, wanted, judge)
                 names = ("PSNR", "SSIM", "counterfactual", "accuracy")
                 found[title] = [r for r in evaluation.latest(run.records()) if r["name"].startswith(names)]
             else:

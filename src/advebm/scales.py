@@ -11,7 +11,6 @@ from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.base import Adversary
 from advebm.attacks.cw import CW
 from advebm.attacks.projected import Attack
-from advebm.checks import device
 from advebm.comparison import Records, Wanted
 from advebm.errors import UserError, unknown
 from advebm.metrics.base import label
@@ -250,7 +249,7 @@ def numbers(
         count = scale.samples // max(1, len(own.data.load().classes))
         drawn = reproduce.drawn(run, own, count, table.name)
         wanted |= {(label(measured, whose), drawn): SampleQuality() for measured in ("FD", "class score")}
-    return comparison.measure(run, wanted, features=features, device=device())
+    return reproduce.measured(run, wanted, features)
 
 
 def by_samplers(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder: Path, seeds: int) -> Found:
