@@ -4836,7 +4836,7 @@ MUTANTS = [
         "models/wide_resnet.py",
         'own: ClassVar[tuple[str, ...]] = ("depth",)',
         "own: ClassVar[tuple[str, ...]] = ()",
-        "project",
+        "backbones",
     ),
 ]
 

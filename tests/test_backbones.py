@@ -204,6 +204,14 @@ def test_options_can_be_said_as_text():
     assert config.build({"kind": "wide-resnet", "depth": "34", "widen": "2"}, "backbone") == WideResNet(34, 2)
 
 
+def test_a_wide_network_counts_its_depth_itself():
+    """No depth of a ResNet is one of WRN, and none of WRN is one of a ResNet."""
+    small = {"kind": "resnet", "depth": 8, "width": 24, "norm": "none"}
+    assert config.build(config.switch(small, "backbone", "wide-resnet"), "backbone") == WideResNet(norm="none")
+    assert config.switch({"kind": "wide-resnet", "depth": 16}, "backbone", "resnet") == {"kind": "resnet"}
+    assert config.switch(small, "backbone", "preact-resnet")["depth"] == 8
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_begin_as_documented(name, norm):
