@@ -209,7 +209,6 @@ def test_a_wide_network_counts_its_depth_itself():
     small = {"kind": "resnet", "depth": 8, "width": 24, "norm": "none"}
     assert config.build(config.switch(small, "backbone", "wide-resnet"), "backbone") == WideResNet(norm="none")
     assert config.switch({"kind": "wide-resnet", "depth": 16}, "backbone", "resnet") == {"kind": "resnet"}
-    assert config.switch(small, "backbone", "preact-resnet")["depth"] == 8
 
 
 @pytest.mark.parametrize("norm", NORMS)
