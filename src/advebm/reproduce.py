@@ -552,33 +552,33 @@ def unsupervised(label: str, folder: Path, options: Options) -> Recipe:
 
 def digits_unsupervised(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
     """Encoders by InfoNCE, standard and adversarial, beside AT on digits, l2 0.9: probes, CEM table 2 and figure 1."""
-    return encoders(folder, seeds, {label: unsupervised(label, folder, options) for label in ("standard", *TABLE2)})
-
-
-def encoders(
-    folder: Path, seeds: int, entries: Mapping[str, Recipe], **drawing: Any
-) -> tuple[dict[str, Records], list[Run]]:
-    """Probes of encoders, CEM's table 2 of all but the first entry, which judges; figure 1.
-
-    ``drawing`` are the options of :func:`table2`.
-    """
+    entries = {label: unsupervised(label, folder, options) for label in ("standard", *TABLE2)}
     threat = entries["standard"].threat
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
-        judge, probe, neighbours = runs["standard"], LinearProbe(), NearestNeighbours()
+        probe, neighbours = LinearProbe(), NearestNeighbours()
         name = "accuracy of a linear probe"
         probes: Wanted = {(name, None): probe, (f"{name} under {threat.name}", None): probe}
         probes[f"accuracy of {neighbours.k} nearest neighbours", None] = neighbours
         plain = comparison.accuracies((threat,))
         found = {t: measured(run, plain if run.recipe.objective.hidden is None else probes) for t, run in runs.items()}
-        for title, run in runs.items():
-            if rows := rows_of(title):
-                table = table2(run, rows, judge, **drawing)
-                found |= {f"{title}, {row}": records for row, records in table.items()}
-        gallery.hang(judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", "Uncurated; seeds, then a row a network.")
-        return found
+        return found | sampled(runs)
 
     return study(folder, seeds, entries, measure)
+
+
+def sampled(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Records]:
+    """CEM's table 2 of all runs but the standard classifier, which judges and gets figure 1.
+
+    ``drawing`` are the options of :func:`table2`.
+    """
+    judge, found = runs["standard"], dict[str, Records]()
+    for title, run in runs.items():
+        if rows := rows_of(title):
+            table = table2(run, rows, judge, **drawing)
+            found |= {f"{title}, {row}": records for row, records in table.items()}
+    gallery.hang(judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", "Uncurated; seeds, then a row a network.")
+    return found
 
 
 def of_kind(run: Run, kind: str, start: str) -> Recipe:

@@ -193,7 +193,8 @@ def drawing(table: Table, runs: Sequence[Run]) -> bytes | None:
     """The samples of every run side by side, four of each class; none where none are drawn."""
     if table.by == "samplers":
         return reproduce.cem_figure1({run.folder.name: run for run in runs})
-    sets = {run.recipe.name: generation.read(s[table.name]) for run in runs if table.name in (s := run.samples())}
+    stages = [stage for run in runs for stage in run.stages]
+    sets = {run.recipe.name: generation.read(s[table.name]) for run in stages if table.name in (s := run.samples())}
     panels = {name: pictures.by_class(s.x, s.y, len(runs[0].recipe.data.load().classes), 4) for name, s in sets.items()}
     return figures.grids(panels, dict.fromkeys(panels, ())) if panels else None
 
@@ -255,7 +256,7 @@ def numbers(
 def by_samplers(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder: Path, seeds: int) -> Found:
     """A row a sampler of a network and a kind of start."""
     options: dict[str, Any] = {"samples": scale.samples, "draws": scale.draws, "features": scale.features}
-    return reproduce.encoders(folder, seeds, entries, **options)
+    return reproduce.study(folder, seeds, entries, lambda runs: reproduce.sampled(runs, **options))
 
 
 def by_attacks(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder: Path, seeds: int) -> Found:
