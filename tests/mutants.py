@@ -4838,6 +4838,13 @@ MUTANTS = [
         "own: ClassVar[tuple[str, ...]] = ()",
         "backbones",
     ),
+    Mutant(
+        "compare: the first seed's sets for every seed",
+        "stages.py",
+        'of(m, f"{m}-{number}")',
+        'of(m, f"{m}-{seed}")',
+        "drawing",
+    ),
 ]
 
 

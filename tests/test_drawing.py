@@ -224,7 +224,9 @@ def test_outside_images_are_each_dealt_once_over_the_chunks(run):
 def test_methods_are_compared_from_the_same_seeds(run, capsys):
     arguments = ["--per-class", "2", "--steps", "1", "--seeds", "2", "--sampler.step_size", "1e-9", "--device", "cpu"]
     assert main(["sample", str(run.folder), "--compare", "ta,cs", *arguments]) == 0
-    assert "± " in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "± " in told.out
+    assert told.err.count("judging") == 1, "all seeds by one look at the training images"
     x = {p.name: generation.read(p).x for p in (run.folder / "comparison").iterdir() if p.is_dir()}
     assert set(x) == {"ta-0", "cs-0", "ta-1", "cs-1"}
     assert torch.equal(x["ta-0"], x["cs-0"])
@@ -232,6 +234,8 @@ def test_methods_are_compared_from_the_same_seeds(run, capsys):
     records = json.loads((run.folder / "comparison" / "comparison.json").read_text())
     assert {r["name"] for r in records["cs"]} >= {"FD (own features)", "class score (own features)"}
     assert all(r["seeds"] == 2 for r in records["cs"])
+    distance = next(r for r in records["cs"] if r["name"].startswith("FD"))
+    assert distance["error"] > 1e-3 * distance["value"], "the deviation over two sets of seeds"
     assert (run.folder / "figures" / "comparison.png").exists()
 
 

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from advebm import comparison, config, console, drawing, evaluation, files, generation, pictures, tuning
 from advebm.data.files import read_folder
 from advebm.errors import UserError
@@ -217,29 +215,22 @@ def contrast(
     about = about or {}
     own = evaluation.feature_space(evaluation.OWN, model)
     space = own if features is None else evaluation.find_space(features).load(device)
-    found: list[dict[str, comparison.Records]] = []
-    panels: dict[str, Tensor] = {}
-    for number in range(seed, seed + seeds):
-        folders = {
-            method: draw(
-                run,
-                f"{method}-{number}",
-                s,
-                per_class,
-                seed=number,
-                within="comparison",
-                about=about.get(method, {}),
-                **options,
-            )
-            for method, s in samplers.items()
-        }
-        sets = {method: generation.read(folder) for method, folder in folders.items()}
-        panels = panels or {m: pictures.by_class(s.x, s.y, len(data.classes)) for m, s in sets.items()}
-        say(f"judging {len(sets)} sets")
-        subject = Subject(model, data, data.test, recipe.threat, sets, space, together(data.shape))
-        records = [dataclasses.asdict(r) for r in evaluation.evaluate(subject, [SampleQuality()], seed=number)]
-        found.append({m: [r for r in records if r["settings"]["samples"] == m] for m in sets})
-    rows = comparison.over_seeds(found)
+    sets: dict[str, SampleSet] = {}
+    numbers = range(seed, seed + seeds)
+    for number in numbers:
+        for method, sampler in samplers.items():
+            name = f"{method}-{number}"
+            known: dict[str, Any] = {"seed": number, "within": "comparison", "about": about.get(method, {}), **options}
+            sets[name] = generation.read(draw(run, name, sampler, per_class, **known))
+    firsts = {m: sets[f"{m}-{seed}"] for m in samplers}
+    panels = {m: pictures.by_class(s.x, s.y, len(data.classes)) for m, s in firsts.items()}
+    say(f"judging {len(sets)} sets")
+    subject = Subject(model, data, data.test, recipe.threat, sets, space, together(data.shape))
+    records = [dataclasses.asdict(r) for r in evaluation.evaluate(subject, [SampleQuality()], seed=seed)]
+    of = lambda m, name: [
+        {**r, "settings": {**r["settings"], "samples": m}} for r in records if r["settings"]["samples"] == name
+    ]
+    rows = comparison.over_seeds([{m: of(m, f"{m}-{number}") for m in samplers} for number in numbers])
     shown = [label(kind, space.name) for kind in ("FD", "KID", "class score", "intended class")]
     files.write_json(run.folder / "comparison" / "comparison.json", rows)
     rows = {m: [{**r, "settings": {}} for r in rs if r["name"] in shown] for m, rs in rows.items()}
