@@ -4845,6 +4845,20 @@ MUTANTS = [
         'of(m, f"{m}-{seed}")',
         "drawing",
     ),
+    Mutant(
+        "report: a table without the paper",
+        "reporting/build.py",
+        "paper=summary and _paper(summary)",
+        "paper=None",
+        "results",
+    ),
+    Mutant(
+        "report: of the one that judges",
+        "scales.py",
+        'run.folder.name == "standard")',
+        'run.folder.name != "standard")',
+        "results",
+    ),
 ]
 
 

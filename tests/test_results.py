@@ -356,7 +356,10 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert "FID, paper" in printed
     assert f"verdict: {plain['verdict']}" in printed
     assert (tmp_path / "two-digits.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "report.html").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert f"<td>{rows['B']['published']['clean']:g}</td>" in page
+    assert f"<li>verdict: {plain['verdict']}" in page
+    assert "<p>at · 512 training images seen" in page, "who judges comes last"
     for module, name in ((reproduce, "fit"), (reproduce, "draw"), (comparison.evaluation, "evaluate_run")):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("done again"))
     for run in runs.values():  # what was measured on another day, and since then on other images, is not the table's

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from advebm import citations, comparison, config, evaluation, files, generation, pictures
+from advebm import citations, comparison, config, evaluation, files, generation, pictures, published
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
 from advebm.reporting import figures, gallery
@@ -26,6 +26,7 @@ def report(
     out: Path | None = None,
     title: str | None = None,
     shown: Mapping[str, bytes] = MappingProxyType({}),
+    summary: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one HTML file with nothing outside it, from whatever the run holds so far.
 
@@ -35,6 +36,7 @@ def report(
         out: the file; ``report.html`` in the run's folder by default.
         title: at its head; the recipe's name by default.
         shown: PNG figures by their titles, to begin with.
+        summary: a table of :func:`advebm.published.summary`; it stands at the head instead of the run's numbers.
     """
     recipe, history = run.recipe, run.history()
     data = recipe.data.load()
@@ -60,7 +62,8 @@ def report(
         title=title or recipe.name,
         subtitle=_subtitle(run, history),
         events=[line for line in history if "event" in line],
-        cards=_cards(own, recipe.threat),
+        cards=[] if summary else _cards(own, recipe.threat),
+        paper=summary and _paper(summary),
         shown=[{"title": title, "image": _uri(figure)} for title, figure in shown.items()],
         samples=samples if sets else [],
         films=films,
@@ -148,6 +151,12 @@ def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[st
         name = " · ".join(filter(None, [text["name"], text["samples"]]))
         cards.append({"value": text["value"], "name": f"{name}, n = {text['count']}"})
     return cards
+
+
+def _paper(summary: Mapping[str, Any]) -> dict[str, Any]:
+    where, verdict = published.lines(summary)
+    heads, rows = published.grid(summary)
+    return {"where": where, "verdict": verdict, "heads": heads, "rows": rows}
 
 
 def _subtitle(run: Run, history: Iterable[Mapping[str, Any]]) -> str:

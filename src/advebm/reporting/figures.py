@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 History = Sequence[Mapping[str, Any]]
 Records = Iterable[Mapping[str, Any]]
@@ -63,6 +64,7 @@ def curves(history: History) -> bytes:
                 if x:
                     axis.plot(x, y, label=label, marker="." if name.startswith("val") else None)
             axis.set(xlabel="images seen", title=title)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             if axis.lines:
                 axis.legend(frameon=False)
         axes[0].set_yscale("log")
@@ -155,6 +157,7 @@ def moves(history: History) -> bytes | None:
             for name, label in lines.items():
                 axis.plot(*series(history, name), label=label)
             axis.set(xlabel="images seen", title=title)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.legend(frameon=False)
         axes[1].set_ylim(0, 1.02)
         return png(figure)
