@@ -18,7 +18,8 @@ Written by `make results` from `results/*.json`, which `advebm reproduce TABLE -
 {scales}
 
 Half an hour is a plan from the speed of single recipes, not measured; of two cores binary-at-table4 takes rather more.
-Two hours are what `cifar10-at-2h` may take; judges (19 minutes), DAT's second stage (20) and measuring (an hour for all three tables) come on top.
+Two hours are what `cifar10-at-2h` may take; judges (19 minutes), DAT's second stage (20) and measuring (an hour
+for its three tables) come on top.
 How many of its recipe's images a row is trained on is fixed for each table and scale (`table:` in `papers.yaml`), so
 that results of different machines can be compared. Beside a number of ours stand its standard error over images and, in
 brackets, how many; `3 x` says that it is the deviation over so many seeds of training or sampling. The papers' FID
