@@ -4859,6 +4859,20 @@ MUTANTS = [
         'run.folder.name != "standard")',
         "results",
     ),
+    Mutant(
+        "progress: what was done earlier as speed",
+        "console.py",
+        "            self._begin(done)\n",
+        "",
+        "training",
+    ),
+    Mutant(
+        "progress: a judgement gone on with begins at nothing",
+        "metrics/verdicts.py",
+        "if state.run < len(runs):",
+        "if runs and state.run == 0:",
+        "adversaries",
+    ),
 ]
 
 

@@ -440,13 +440,15 @@ def test_a_stopped_judgement_goes_on_where_it_was(described, tmp_path, calls):
     def stop(done, note):
         nonlocal count
         count += 1
-        if count == calls:
+        if count == calls + 1:  # the first tells where it begins
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         judge(ZERO, POINTS, y, Halves(), batch=4, folder=tmp_path, tell=stop)
-    rest = Halves()
-    again = judge(ZERO, POINTS, y, rest, batch=4, folder=tmp_path)
+    rest, heard = Halves(), []
+    again = judge(ZERO, POINTS, y, rest, batch=4, folder=tmp_path, tell=lambda done, note: heard.append(done))
+    assert (heard[0] > 0) == (calls > 1)
+    assert len(heard) == len(rest.seen) + 2, "where it begins, each search, the end"
     assert again.broken.tolist() == whole.broken.tolist()
     assert len(rest.seen) == 5 - (calls - 1)
     done = Halves()

@@ -605,3 +605,14 @@ def test_lines_tell_the_speed_of_late(monkeypatch, capsys):
     assert lines[8] == "long 26,200/100,000 85/s, 868 s left", "five fast windows of six"
     assert lines[-2] == "long 28,000/100,000 10/s, 7200 s left"
     assert lines[-1] == "long 100,000/100,000 237/s, 380.0 s"
+
+
+def test_what_was_done_earlier_is_no_speed(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with console.bar("gone on with", 1000) as tell:
+        now[0] = 5.0
+        tell(200)
+        now[0] = 25.0
+        tell(300)
+    assert "300/1,000 5/s, 140 s left" in " ".join(capsys.readouterr().err.split())

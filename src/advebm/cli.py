@@ -787,7 +787,7 @@ def run_edit(args: argparse.Namespace, overrides: Overrides) -> None:
     for name, value in [*overrides, *amount]:
         plain = config.override(plain, name, value)
     method = config.build(plain["edit"], "edit")
-    with console.bar(args.what, len(editing.listed(order.images)) if order.images else args.count) as tell:
+    with console.bar(args.what, len(editing.listed(order.images)) if order.images else args.count, 0) as tell:
         path, numbers = editing.edit(order, method, args.out, film=args.film, progress=tell)
     numbers_table(numbers)
     print(path)

@@ -19,16 +19,23 @@ QUIET = 10.0  # seconds between lines where there is no terminal to draw a bar o
 class Bar:
     """A bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, progress: Progress, name: str, total: int, done: int) -> None:
+    def __init__(self, progress: Progress, name: str, total: int, done: int | None) -> None:
         self.progress, self.name, self.total = progress, name, total
-        self.task = progress.add_task(name, total=total, completed=done, note="")
+        self.task = progress.add_task(name, total=total, completed=done or 0, note="")
+        self.begun = done is not None
+        self._begin(done or 0)
+
+    def _begin(self, done: int) -> None:
         self.done, self.note = done, ""
         self.start = time.perf_counter(), done
         self.marks = deque([self.start], maxlen=6)  # the latest lines: speed is theirs, as stages differ in it
 
     def __call__(self, done: int, note: str = "") -> None:
-        """So many are done."""
+        """So many are done; at the first call where it was not said before, they were done earlier."""
         self.progress.update(self.task, completed=min(done, self.total), note=note)
+        if not self.begun:
+            self.begun = True
+            self._begin(done)
         self.done, self.note = done, note
         now = time.perf_counter()
         if not screen.is_terminal and now - self.marks[-1][0] > QUIET and done < self.total:
@@ -39,7 +46,7 @@ class Bar:
         """Where it stands, in a line."""
         began, first = self.marks[0] if self.done < self.total else self.start
         seconds = time.perf_counter() - began
-        speed = (self.done - first) / seconds
+        speed = (self.done - first) / seconds if seconds > 0 else 0.0
         left = (self.total - self.done) / speed if speed > 0 else 0.0
         eta = f"{left:.0f} s left" if self.done < self.total else f"{seconds:.1f} s"
         count = f"{min(self.done, self.total):,}/{self.total:,}"
@@ -47,8 +54,11 @@ class Bar:
 
 
 @contextmanager
-def bar(name: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """``with bar("train", 50_000) as tell: tell(128, "loss 2.3")``."""
+def bar(name: str, total: int, done: int | None = None) -> Iterator[Bar]:
+    """``with bar("train", 50_000, 0) as tell: tell(128, "loss 2.3")``.
+
+    ``done`` were done before; without it the first call says how many.
+    """
     columns = (
         TextColumn("  {task.description}", table_column=Column(no_wrap=True)),
         BarColumn(16),

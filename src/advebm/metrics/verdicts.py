@@ -86,6 +86,8 @@ def judge(
             raise UserError("accuracy needs a classifier, the model has one output; choose --metrics without it")
         checks.labels(y, len(x), classes)
         runs = attack.runs(classes) if attack.eps > 0 else []
+        if not runs:
+            tell(0, "")
         quick = faster(model, sample, precision=precision) if runs else raw
         used = quick.way.name if isinstance(quick, View) else "off"
         quick = two_classes(quick) if outputs == 1 else quick
@@ -110,6 +112,8 @@ def judge(
             state.save(0, 0, [])  # a folder that cannot be written is noticed now
             _check_gradient(f, sample, y[:2].to(device))
         progress = _Progress(tell, len(x), [run.passes for run in runs])
+        if state.run < len(runs):
+            progress.say(state.run, state.next / max(1, len(state.left(state.run))), "")
         for number in range(state.run, len(runs)):
             left = state.left(number)
             for first in range(state.next, len(left), batch * team.world):
@@ -174,16 +178,20 @@ class _Progress:
 
     def listen(self, f: Logits, number: int, share: float, left: float, note: str) -> Logits:
         """``f``, which says how much is done each time it is called in the run of that number, ``share`` of it done."""
-        total, before, cost = sum(self.costs), sum(self.costs[:number]), self.costs[number]
         seen = 0
 
         def heard(x: Tensor) -> Tensor:
             nonlocal seen
             seen += len(x)
-            self.tell(int(self.images * (before + min(cost * share + seen / left, cost)) / total), note)
+            self.say(number, share + seen / left / self.costs[number], note)
             return f(x)
 
         return heard
+
+    def say(self, number: int, share: float, note: str) -> None:
+        """So large a share of the run of that number is done."""
+        passes = sum(self.costs[:number]) + self.costs[number] * min(share, 1)
+        self.tell(int(self.images * passes / sum(self.costs)), note)
 
 
 class State:
