@@ -4873,6 +4873,13 @@ MUTANTS = [
         "if runs and state.run == 0:",
         "adversaries",
     ),
+    Mutant(
+        "tables: the picture without first stages",
+        "scales.py",
+        "stages = [stage for run in runs for stage in run.stages]",
+        "stages = [stage for run in runs for stage in run.stages[-1:]]",
+        "results",
+    ),
 ]
 
 

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from advebm import cli, comparison, files, published, recipes, reproduce, results, scales
-from advebm.data.sources import Part
+from advebm import cli, comparison, files, generation, published, recipes, reproduce, results, scales
+from advebm.data.sources import Digits, Part
 from advebm.errors import UserError
 from advebm.published import FAILS, HOLDS, NONE, OPEN, Table
+from advebm.reporting import figures
 from advebm.training.recipe import dump
 from advebm.training.run import Run
 from tests.helpers import few_samples, tiny
@@ -371,6 +374,21 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.setattr(published, "tables", lambda: {"two": own})
     assert results.again(plain) == plain
+
+
+def test_the_picture_of_a_table_has_first_stages(monkeypatch):
+    """Each stage that was drawn from under the table's name, beside the one it led to."""
+    stage = lambda name, *sets: SimpleNamespace(
+        recipe=SimpleNamespace(name=name, data=Digits()), samples=lambda: dict.fromkeys(sets, name)
+    )
+    first, last = stage("first", "two"), stage("last", "two", "other")
+    runs = [SimpleNamespace(**vars(run), stages=found) for run, found in ((stage("judge"), []), (last, [first, last]))]
+    monkeypatch.setattr(
+        generation, "read", lambda name: SimpleNamespace(x=torch.zeros(20, 1, 8, 8), y=torch.arange(20) % 10)
+    )
+    monkeypatch.setattr(figures, "grids", lambda panels, texts: " ".join(panels).encode())
+    assert scales.drawing(table(), runs) == b"first last"
+    assert scales.drawing(table(), runs[:1]) is None
 
 
 # The page -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from advebm import pictures
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -33,6 +34,12 @@ def series(history: History, name: str) -> tuple[list[float], list[float]]:
     """Images seen and values of one quantity."""
     points = [(line["images"], line[name]) for line in history if name in line]
     return [p[0] for p in points], [p[1] for p in points]
+
+
+def _over_images(axis: Axes, title: str) -> None:
+    """Title and abscissa of a panel against images seen, such as 200k."""
+    axis.set(xlabel="images seen", title=title)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def curves(history: History) -> bytes:
@@ -63,8 +70,7 @@ def curves(history: History) -> bytes:
                 x, y = series(history, name)
                 if x:
                     axis.plot(x, y, label=label, marker="." if name.startswith("val") else None)
-            axis.set(xlabel="images seen", title=title)
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            _over_images(axis, title)
             if axis.lines:
                 axis.legend(frameon=False)
         axes[0].set_yscale("log")
@@ -156,8 +162,7 @@ def moves(history: History) -> bytes | None:
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
             for name, label in lines.items():
                 axis.plot(*series(history, name), label=label)
-            axis.set(xlabel="images seen", title=title)
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            _over_images(axis, title)
             axis.legend(frameon=False)
         axes[1].set_ylim(0, 1.02)
         return png(figure)
