@@ -269,6 +269,23 @@ def test_the_same_generator_gives_the_same_findings(standard):
     assert look(noisy) != look(noisy, seed=1)
 
 
+def patient(model, x=X):
+    with searching(model) as f:
+        return Patient(model, f, x, Y[: len(x)], THREAT, torch.Generator().manual_seed(0), {}, False)
+
+
+def test_the_misfit_of_a_batch_norm_by_hand():
+    norm = nn.BatchNorm2d(1, eps=0.0)
+    norm.running_var.copy_(4 * X.var())
+    assert patient(nn.Sequential(norm), X[:100]).misfit == pytest.approx(4 * X.var().item() / X[:100].var().item())
+    assert patient(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))).misfit == 1
+
+
+def test_batch_norms_fit_or_not_by_a_wide_margin(standard, adversarial):
+    for model in (standard, adversarial):
+        assert patient(model).misfit < 1.25 < 2.5 < patient(untracked(model)).misfit
+
+
 def test_train_mode_is_a_warning(standard):
     """The numbers are right, since they are taken in eval mode; elsewhere they may not be."""
     model = nn.Sequential(*copy.deepcopy(standard), nn.Softmax(1)).train()

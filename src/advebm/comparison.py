@@ -15,6 +15,7 @@ from advebm.errors import UserError
 from advebm.metrics.base import Bar, Metric, label, silent
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
+from advebm.models.precision import asked_precision
 from advebm.training.cost import passes
 from advebm.training.run import Run
 
@@ -108,7 +109,8 @@ def measure(
         settings = {"samples": samples, **manifests[samples]} if samples else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
-        settings |= {name: getattr(metric, name) for name in ("images", "precision") if hasattr(metric, name)}
+        settings |= {"images": metric.images} if hasattr(metric, "images") else {}
+        asked = getattr(metric, "precision", None)
         expected = {**about, "judge": whose} if samples else about
         own = json.loads(json.dumps({k: v for k, v in config.describe(metric).items() if v is not None}))
         return [
@@ -117,6 +119,7 @@ def measure(
             if r["name"] == name
             and all(r.get(key) == value for key, value in expected.items())
             and all(r["settings"].get(key) == value for key, value in settings.items())
+            and (asked is None or asked_precision(r["settings"].get("precision", "")) == asked)
             and own.items() <= r["settings"].get("metric", own).items()  # some metrics' records say all of them
         ]
 

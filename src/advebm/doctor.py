@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from advebm import checks, energies, seeds
 from advebm.attacks.apgd import APGD
@@ -27,6 +28,7 @@ FEWEST = 50  # images; of fewer, hardly any difference exceeds them
 PART = 100  # images at a time
 DRAWS = 10  # of random noise, of which the worst counts
 LEAD = 10.0  # nats of the first logit over the next, at which 1 - p = 5e-5 is still well within float32
+MISFIT = 2.0  # between kept and seen variances; trained networks have 1.0 to 1.2, images of noise 1.6, fresh norms 2.7 to 9
 QUERIES = 300  # of the square attack: enough to be stronger than a gradient that leads nowhere
 
 
@@ -94,6 +96,32 @@ class Patient:
                 return self.outputs(self.x, f)
             except Exception:  # somebody else's code
                 return self.logits
+
+    @cached_property
+    def misfit(self) -> float:
+        """The factor between the variances that batch norms keep and those of the images: 1 where they agree.
+
+        Of a layer the root mean square over channels, on a logarithmic scale; of the model the median over layers.
+        """
+        found: dict[Any, list[Tensor]] = {}
+
+        def look(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].double()
+            found.setdefault(norm, []).append(x.var([d for d in range(x.ndim) if d != 1]))
+
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
+        handles = [norm.register_forward_pre_hook(look) for norm in norms]
+        with searching(self.model, training=True) as f:
+            try:
+                self.outputs(self.x, f)
+            except Exception:  # somebody else's code
+                return 1.0
+            finally:
+                for handle in handles:
+                    handle.remove()
+        ratios = [(torch.stack(v).mean(0) + m.eps) / (m.running_var.double() + m.eps) for m, v in found.items()]
+        layers = [ratio.log().square().mean().sqrt() for ratio in ratios]
+        return torch.stack(layers).quantile(0.5).exp().item() if layers else 1.0
 
     def accuracy_of(self, logits: Tensor) -> float:
         """Of other logits for the same images."""
@@ -339,16 +367,18 @@ def batch(p: Patient) -> Finding | None:
 
 
 def modes(p: Patient) -> Finding | None:
-    """It is as good in eval mode, in which everything is measured, as in train mode."""
+    """It is as good in eval mode, in which everything is measured, as in train mode, and its batch norms fit."""
     training = p.accuracy_of(p.trained)
     accuracies = f"accuracy {percent(p.accuracy)} in eval mode, {percent(training)} in train mode"
-    if p.above(training, p.accuracy):
+    stale = p.misfit > MISFIT and training >= p.accuracy
+    if stale or p.above(training, p.accuracy):
+        kept = f"; the variances that batch norms keep are off by a factor of {p.misfit:.3g}" if stale else ""
         fix = (
             "advebm measures in eval mode and puts the mode back: the batch norm's running statistics do not fit the "
             "images; load the buffers with the weights, pass training images through it in train mode, or prepare the "
             "images as in training"
         )
-        return fault("modes", accuracies, fix)
+        return fault("modes", accuracies + kept, fix)
     if p.training and (p.trained - p.logits).abs().max() > 0.01 * p.logits.std(0).max():
         fix = "call model.eval() before measuring elsewhere; advebm does so by itself and puts the mode back"
         return Finding("train-mode", "warning", f"the model came in train mode; {accuracies}", fix)

@@ -15,7 +15,7 @@ from advebm.config import check_choices
 from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, proportion
 from advebm.metrics.verdicts import Verdicts, judge
-from advebm.models.inference import Precision
+from advebm.models.precision import Precision, precision_label
 
 
 def measure(subject: Subject, attack: Adversary | None, generator: torch.Generator) -> tuple[float, float, int]:
@@ -85,7 +85,8 @@ class RobustAccuracy:
         """``accuracy under`` the attack; and, where it has several parts, what is left after each but the last."""
         attack = self.attack or subject.threat
         found = verdicts(some(subject, self.images), attack, generator, self.precision)
-        settings: dict[str, Any] = {"attack": config.describe(attack), "precision": self.precision}
+        computed = precision_label(self.precision, subject.device)
+        settings: dict[str, Any] = {"attack": config.describe(attack), "precision": computed}
         settings |= {"fast": found.fast, "images": self.images}
         records = [_record(f"accuracy under {attack.name}", found.standing(), settings)]
         for count, part in enumerate(found.attacks[:-1], 1):

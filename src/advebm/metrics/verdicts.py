@@ -17,7 +17,8 @@ from advebm.descent import value_and_gradient
 from advebm.energies import Logits
 from advebm.errors import UserError
 from advebm.metrics.base import Tell, as_images, device_of
-from advebm.models.inference import Precision, View, faster, float32
+from advebm.models.inference import View, faster, float32
+from advebm.models.precision import Precision
 from advebm.modes import searching
 from advebm.processes import ALONE, Team
 

@@ -15,11 +15,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from advebm.descent import value_and_gradient
 from advebm.errors import unknown
 from advebm.models.network import Network
+from advebm.models.precision import Precision, usable_precision
 from advebm.modes import DualBatchNorm2d, searching
 
 LOOKS = 8  # at a network, which may be random: tracing would keep one of its ways
 
-Precision = Literal["float32", "bfloat16"]
 Way = Literal["auto", "off", "fold", "compile", "bf16", "bf16+compile"]
 
 
@@ -68,14 +68,6 @@ def fast(way: str, precision: Precision = "float32") -> Fast:
     if way not in WAYS:
         raise unknown("fast", way, ["auto", *WAYS])
     return WAYS[way]
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 numbers itself; where it does not they are slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
 Layer = nn.Conv2d | nn.Linear
@@ -162,7 +154,7 @@ def view(model: nn.Module, x: Tensor, way: Fast, *, loud: bool = False) -> View 
         loud: warn of what does not apply.
     """
     wanted, found, reason = way, None, "there is no batch norm after a convolution"
-    if loud and way.precision == "bfloat16" and not multiplies_bfloat16(x.device):
+    if usable_precision(way.precision, x.device) != way.precision:
         way, reason = replace(way, precision="float32"), f"this {x.device.type} does not multiply in bfloat16"
     eager = replace(way, compiled=False)
     for candidate in dict.fromkeys((way, eager, replace(eager, fold=False), replace(eager, precision="float32"))):

@@ -46,6 +46,30 @@ def conv2d(inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> n
     return conv
 
 
+def avoid_wrong_gradient(module: nn.Module) -> None:
+    """Let strided 1x1 convolutions of 2 to 7 channels drop the pixels they skip first, then go over all that are left.
+
+    The same function of the input, but never the kernel of oneDNN whose weight gradient is wrong, or writes out of
+    bounds, for such convolutions in channels-last layout on CPUs without AVX-512; see docs/cpu.md.
+    """
+    for m in module.modules():
+        if type(m) is not nn.Conv2d or m.kernel_size != (1, 1) or m.padding not in ((0, 0), "valid") or m.groups > 1:
+            continue
+        if m.stride != (1, 1) and 1 < m.in_channels < 8:
+            m.register_forward_pre_hook(_Subsample(*m.stride))
+            m.stride = (1, 1)
+
+
+class _Subsample:
+    """A hook that gives a module every so many rows and columns of its input (…, H, W)."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0][..., :: self.rows, :: self.columns]
+
+
 class Staged(nn.Module):
     """``stem``, ``stages``, ``closing``, global average pooling: ``(B, C, H, W)`` -> ``(B, D)``.
 

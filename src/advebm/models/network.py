@@ -15,7 +15,7 @@ import advebm
 from advebm import config, files
 from advebm.errors import UserError
 from advebm.models import hub
-from advebm.models.layers import Staged
+from advebm.models.layers import Staged, avoid_wrong_gradient
 from advebm.modes import searching
 from advebm.seeds import derive
 
@@ -67,6 +67,7 @@ class Network(nn.Module):
     def __init__(self, normalise: nn.Module, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.normalise, self.backbone, self.head = normalise, backbone, head
+        avoid_wrong_gradient(self)
 
     @property
     def encoder(self) -> bool:

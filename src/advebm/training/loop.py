@@ -28,15 +28,16 @@ from advebm.metrics.ood import auroc
 from advebm.metrics.robustness import measure
 from advebm.models import foreign
 from advebm.models.ema import EMA
-from advebm.models.inference import View, fast, view
+from advebm.models.inference import View, Way, fast, view
 from advebm.models.layers import Staged
 from advebm.models.network import Network, transfer
+from advebm.models.precision import precision_label, usable_precision
 from advebm.modes import searching
 from advebm.objectives.base import Batch, Context
 from advebm.training.checkpoint import Progress
 from advebm.training.engine import Engine
 from advebm.training.instruments import EnergyShift
-from advebm.training.recipe import Recipe, Training, design
+from advebm.training.recipe import Recipe, design
 from advebm.training.run import Run, environment
 
 Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl, images counted over all stages
@@ -114,16 +115,17 @@ def train(
             raise UserError("recompute needs a backbone with stages (resnet, preact-resnet, wide-resnet, stargan)")
         model.backbone.recompute = True
     if not resume and engine.main:  # from here on nothing is wrong with what was asked for
-        Run.create(folder, recipe, {**environment(engine.device), "processes": engine.world})
+        Run.create(folder, recipe, {**environment(engine.device, cfg.precision), "processes": engine.world})
     engine.barrier()
     run = Run.open(folder)
     if fresh and recipe.before:
         begin(model, str(prepare(recipe, run, device, report, again).folder), data, recipe)
     model.to(engine.device)
-    if cfg.precision == "float64":
+    used = usable_precision(cfg.precision, engine.device)
+    if used == "float64":
         model.double()
     else:
-        model.precision = getattr(torch, cfg.precision)
+        model.precision = getattr(torch, used)
     engine.agree(model)
     ema = EMA(model, cfg.ema) if cfg.ema else None
     optimizer = recipe.optimizer.build(model.parameters())
@@ -158,8 +160,13 @@ def train(
         clock = Clock(progress)
         if not resumed:
             save()
+        now = precision_label(cfg.precision, engine.device)
+        if (begun_in := run.environment.get("precision", cfg.precision)) != now:
+            tell({"event": "precision", "reason": f"goes on in {now}; begun in {begun_in}"})
+            warnings.warn(f"the run goes on in {now}; it was begun in {begun_in}", RuntimeWarning, stacklevel=2)
         model.train()
-        quick = search_view(model, data.train.take(slice(len(like))).float().to(engine.device), cfg)
+        sample = data.train.take(slice(len(like))).float().to(engine.device)
+        quick = search_view(model, sample, cfg.fast, used)
 
         while progress.images < cfg.images:
             try:
@@ -275,11 +282,11 @@ def prepare(recipe: Recipe, run: Run, device: str | None, report: Report, again:
     return Run.open(folder)
 
 
-def search_view(model: Network, x: Tensor, cfg: Training) -> View | None:
+def search_view(model: Network, x: Tensor, way: Way, precision: str) -> View | None:
     """What searches call instead of the network, see ``train.fast``; ``x`` is a stream's share of a batch."""
-    if cfg.fast == "auto" and cfg.precision != "bfloat16":
+    if way == "auto" and precision != "bfloat16":
         return None
-    return view(model, x, fast(cfg.fast, "bfloat16"), loud=cfg.fast != "auto")
+    return view(model, x, fast(way, "bfloat16"), loud=way != "auto")
 
 
 class Feed:

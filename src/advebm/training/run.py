@@ -19,6 +19,7 @@ from advebm.data.sources import Data, Images
 from advebm.errors import Busy, UserError
 from advebm.models import network
 from advebm.models.network import Architecture, Network
+from advebm.models.precision import precision_label
 from advebm.training import recipe as recipes
 from advebm.training.checkpoint import Checkpoints
 from advebm.training.recipe import Recipe
@@ -97,9 +98,14 @@ class Run:
         return [*(Run(folder) for folder in self.before if (folder / "config.yaml").is_file()), self]
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """Where it was begun: hardware, versions, precision, threads."""
+        return files.read_json(self.folder / "env.json", default={})
+
+    @property
     def processes(self) -> int:
         """How many train it."""
-        return int(files.read_json(self.folder / "env.json", default={}).get("processes", 1))
+        return int(self.environment.get("processes", 1))
 
     def check_processes(self, world: int) -> None:
         """Refuse to train what is left with another number of processes than there were.
@@ -208,8 +214,11 @@ def new_folder(parent: Path, name: str) -> Path:
     return next(parent / c for c in candidates if not (parent / c).exists())
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and time: for ``env.json`` and the report."""
+def environment(device: torch.device, asked: str = "float32") -> dict[str, Any]:
+    """Hardware, versions, time, and what a network is computed in where ``asked`` is asked for.
+
+    For ``env.json`` and the report.
+    """
     return {
         "advebm": advebm.__version__,
         "python": platform.python_version(),
@@ -219,5 +228,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": precision_label(asked, device),
         "started": files.now(),
     }

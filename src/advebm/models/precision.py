@@ -1,0 +1,41 @@
+"""The precision that a network is computed in: what was asked for, or float32 where the device only emulates it."""
+
+import os
+import re
+from typing import Any, Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 numbers itself; others emulate it, ten times slower than float32.
+
+    A CPU that is told to leave such instructions alone, by ``ATEN_CPU_CAPABILITY`` or ``ONEDNN_MAX_CPU_ISA``, does not.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
+        return False
+    bound = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
+    if not re.search("BF16|FP16|AMX|AVX10|DEFAULT|ALL", bound.upper()):
+        return False
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not say
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
+def usable_precision(asked: str, device: torch.device) -> str:
+    """``asked``; or ``float32`` where that is ``bfloat16`` and the device does not multiply in it."""
+    return "float32" if asked == "bfloat16" and not multiplies_bfloat16(device) else asked
+
+
+def precision_label(asked: str, device: torch.device) -> str:
+    """As records and env.json say it: ``bfloat16``, ``float32``, or ``float32 for bfloat16``."""
+    used = usable_precision(asked, device)
+    return asked if used == asked else f"{used} for {asked}"
+
+
+def asked_precision(label: str) -> str:
+    """What was asked for, of what :func:`precision_label` says."""
+    return label.rpartition(" for ")[2]
