@@ -18,7 +18,7 @@ from advebm.errors import Interrupted, UserError
 from advebm.metrics.base import Subject
 from advebm.metrics.robustness import RobustAccuracy
 from advebm.metrics.verdicts import judge
-from advebm.models import inference
+from advebm.models import precision
 from advebm.models.inference import WAYS, Fast, View, fast, fold, view
 from advebm.models.network import Architecture
 from advebm.models.resnet import PreActResNet, ResNet
@@ -36,12 +36,18 @@ BACKBONES = {
     "small-conv": SmallConv(width=4),
     "without norm": SmallConv(width=4, norm="none"),
     "with features": SmallConv(width=4, features=16),
-    "resnet-8": ResNet(8, width=4),
+    "resnet-8": ResNet(8, width=8),
     "resnet-50": ResNet(50, width=2),
-    "group norm": ResNet(8, width=4, norm="group"),
-    "preact-resnet": PreActResNet(width=2),
+    "group norm": ResNet(8, width=8, norm="group"),
+    "preact-resnet": PreActResNet(width=8),
     "wide-resnet": WideResNet(10, 1),
 }
+
+
+@pytest.fixture(autouse=True)
+def hardware(monkeypatch):
+    """With bfloat16 arithmetic, whatever this machine has; tests/test_precision.py has what should happen without."""
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: True)
 
 
 def network(backbone, seed=0):
@@ -124,7 +130,7 @@ def test_a_folded_network_is_the_same_function(name):
 
 
 def test_a_search_sees_the_weights_as_they_are(generator):
-    model, x = network(ResNet(8, width=4)).train(), images()
+    model, x = network(ResNet(8, width=8)).train(), images()
     made = view(model, x, Fast())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
@@ -234,7 +240,7 @@ def test_low_precision_is_the_backbones_alone(name):
 
 
 def test_a_lowered_view_follows_the_weights():
-    model, x = network(ResNet(8, width=4)), images()
+    model, x = network(ResNet(8, width=8)), images()
     made = view(model, x, WAYS["bf16"])
     before = made(x)
     disturb(model, 1)
@@ -275,7 +281,7 @@ def test_what_was_asked_for_and_does_not_apply_is_one_line():
 
 
 def test_hardware_without_bfloat16_folds(monkeypatch):
-    monkeypatch.setattr(inference, "multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
     with pytest.warns(RuntimeWarning, match="this cpu does not multiply in bfloat16; searches run with fast fold"):
         made = view(network(SmallConv(width=4)), images(), WAYS["bf16"], loud=True)
     assert made.way == Fast()
@@ -307,7 +313,7 @@ def test_gradients_are_compiled_at_one_size_of_batch(monkeypatch):
         return run
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    model, x = network(ResNet(8, width=4)), images()
+    model, x = network(ResNet(8, width=8)), images()
     made = view(model, x, WAYS["compile"], loud=True)
     assert made.way.name == "compile"
     for change in (1, 2):
@@ -399,8 +405,8 @@ def test_langevin_chains_have_the_same_statistics(trained):
 def test_records_say_how_searches_ran(trained):
     model, data = trained
     subject = Subject(model, data, data.val, Attack(0.9, "l2", steps=3))
-    for precision, way in (("float32", "fold"), ("bfloat16", "bf16")):
-        (record,) = RobustAccuracy(precision=precision)(subject, seeds.generator(0))
+    for asked, way in (("float32", "fold"), ("bfloat16", "bf16")):
+        (record,) = RobustAccuracy(precision=asked)(subject, seeds.generator(0))
         assert record.settings["fast"] == way
     found = judge(Plain(model), data.val.x, data.val.y, Attack(0.9, "l2", steps=3))
     assert found.fast == "fold"

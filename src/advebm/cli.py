@@ -312,7 +312,15 @@ def build_parser() -> Parser:
     )
     sub.set_defaults(takes=("data", "threat"))
     sub.add_argument(
-        "model", metavar="MODEL", help="a run, a model's folder, hf:USER/NAME or PACKAGE.MODULE:FACTORY of your own"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a run, a model's folder, hf:USER/NAME or PACKAGE.MODULE:FACTORY of your own",
+    )
+    sub.add_argument(
+        "--machine",
+        action="store_true",
+        help="check this machine instead: its speed, and the convolutions of MODEL (of CIFAR-10 recipes) by float64",
     )
     sub.add_argument("--images", type=int, default=300, metavar="N", help="test images to try it on (300)")
     sub.add_argument("--seed", type=int, default=0)
@@ -500,8 +508,14 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
         from advebm.tables import costs_table
         from advebm.training import cost, machine
 
-        found = machine.find(args.dry_run or device(args.device).partition(":")[0])
-        costs_table(cost.estimates(recipe), found)
+        if args.dry_run:
+            found = machine.find(args.dry_run)
+            stages = cost.estimates(recipe)
+            costs_table(stages, [found] * len(stages))
+        else:
+            where = device(args.device)
+            stages = cost.estimates(recipe.computed_on(where))
+            costs_table(stages, [cost.measured_here(stage, where) for stage in stages])
         return None
     return fit(recipe, folder, resume=args.resume is not None, device=args.device).folder
 
@@ -816,6 +830,10 @@ def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     from advebm.training.recipe import resolve
     from advebm.training.run import Run
 
+    if args.machine:
+        return _doctor_machine(args, overrides)
+    if args.model is None:
+        raise UserError("doctor takes a MODEL, or --machine to check this machine")
     if (Path(args.model) / "config.yaml").is_file():
         plain = config.describe(Run.open(args.model).recipe)
     elif "data" in dict(overrides):
@@ -836,6 +854,57 @@ def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     else:
         findings_list(findings)
     return int(any(finding.severity == "fault" for finding in findings))
+
+
+def _doctor_machine(args: argparse.Namespace, overrides: Overrides) -> int:
+    """``advebm doctor --machine``: 1 where a convolution is computed wrongly."""
+    from advebm import console
+    from advebm.data.sources import outline
+    from advebm.diagnostics.kernels import KNOWN, check, convolutions
+    from advebm.evaluation import find_model
+    from advebm.models import network
+    from advebm.training import machine
+    from advebm.training.recipe import resolve
+
+    where = device(args.device)
+    print(machine.report(where))
+    if args.model is None:
+        names = ("cifar10-at-small", "cifar10-at-2h")
+        shape: tuple[int, ...] = (3, 32, 32)
+        models = {name: resolve(recipes.find(name)).backbone.build(*shape[:2])[0].eval() for name in names}
+    else:
+        models = {args.model: find_model(args.model, checkpoint=args.checkpoint)}
+        if dict(overrides).get("data"):
+            plain = {
+                "name": "doctor",
+                "backbone": "small-conv",
+                "objective": "standard",
+                "sampler": "ta",
+                "metrics": [],
+            }
+            shape = outline(resolve({**plain, "threat": {}}, overrides).data).shape
+        else:
+            architecture = network.read_architecture(*network.locate(args.model)[:1], foreign=True)
+            shape = (architecture.channels, architecture.size, architecture.size)
+    found = dict.fromkeys(c for model in models.values() for c in convolutions(model, shape, MACHINE_BATCH, "bfloat16"))
+    with console.bar("convolutions", len(found) + 1, 0) as tell:
+        known, *verdicts = check([KNOWN, *found], progress=tell)
+    wrong = [verdict for verdict in verdicts if verdict.wrong]
+    for verdict in wrong:
+        print(f"fault: {verdict}")
+    if known.wrong:
+        print(f"warning: {known}; advebm's networks avoid it, training code of your own may not: docs/cpu.md")
+    right = [max(v.errors) for v in verdicts if not v.wrong and v.convolution.dtype == "float32"]
+    print(
+        f"{len(verdicts) - len(wrong)} of {len(found)} convolutions of {', '.join(models)} agree with float64", end=""
+    )
+    print(f", in float32 to {max(right):.1g}" if right else "")
+    if len(verdicts) < len(found):
+        print(f"{len(found) - len(verdicts)} were not checked: time was up")
+    return int(bool(wrong))
+
+
+MACHINE_BATCH = 16  # images of the convolutions that are checked
 
 
 def run_report(args: argparse.Namespace, overrides: Overrides) -> None:

@@ -28,7 +28,7 @@ FEWEST = 50  # images; of fewer, hardly any difference exceeds them
 PART = 100  # images at a time
 DRAWS = 10  # of random noise, of which the worst counts
 LEAD = 10.0  # nats of the first logit over the next, at which 1 - p = 5e-5 is still well within float32
-MISFIT = 2.0  # between kept and seen variances; trained networks have 1.0 to 1.2, images of noise 1.6, fresh norms 2.7 to 9
+MISFIT = 2.0  # of kept and seen variances; trained networks have 1.0 to 1.2, images of noise 1.6, fresh norms 2.7 to 9
 QUERIES = 300  # of the square attack: enough to be stronger than a gradient that leads nowhere
 
 

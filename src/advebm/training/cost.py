@@ -19,16 +19,19 @@ from torch.utils.flop_counter import flop_registry
 
 from advebm import seeds
 from advebm.data.sources import Data, Digits, Images, Outline, outline
+from advebm.descent import value_and_gradient
 from advebm.models import network
 from advebm.models.network import Architecture, Network
 from advebm.models.small import SmallConv
-from advebm.modes import searching
+from advebm.modes import searching, through
 from advebm.objectives.base import Batch, Context, Objective
 from advebm.objectives.curriculum import Curriculum, Level
 from advebm.training.checkpoint import Progress
-from advebm.training.loop import validate
+from advebm.training.loop import search_view, validate
+from advebm.training.machine import Machine, describe, seconds
 from advebm.training.recipe import Recipe, design
 
+TIMED = 2e10  # FLOP of a batch that is timed: a tenth of a second on two cores
 CLASSES = 1000  # of a folder that is not there; a head of so many outputs hardly counts
 
 
@@ -156,6 +159,27 @@ def estimate(recipe: Recipe) -> Estimate:
     parameters, flops, memory = measured(architecture, recipe, held)
     times = (validation(recipe), validated(recipe, found))
     return Estimate(recipe, found, architecture, parameters, least, most, *times, flops, memory)
+
+
+def measured_here(stage: Estimate, device: str) -> Machine:
+    """This machine, as fast as it searches the stage's network, forward and backward to images, in its precision.
+
+    Timed on random weights and images, at most as many as a step has.  Training does a little more: it moves weights,
+    augments and validates.
+    """
+    cfg, flops = stage.recipe.train, stage.flops.forward + stage.flops.search
+    count = max(1, min(cfg.batch // cfg.streams, int(TIMED / flops)))
+    model = stage.architecture.build().to(device)
+    x = torch.rand(count, *stage.outline.shape, device=device, dtype=torch.float64).float()
+    if cfg.precision == "float64":
+        model, x = model.double(), x.double()
+    else:
+        model.precision = getattr(torch, cfg.precision)
+    quick = search_view(model, x, cfg.fast, cfg.precision)
+    with through(model, quick and quick.refresh), searching(model) as f:
+        took = seconds(lambda: value_and_gradient(lambda z: f(z).flatten(1).sum(1), x)[1], device, repeats=3)
+    memory = torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
+    return Machine(describe(device), {cfg.precision: count * flops / took}, 1.0, memory)
 
 
 def passes(recipe: Recipe) -> tuple[float, float]:

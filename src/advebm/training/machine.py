@@ -1,4 +1,4 @@
-"""How fast a machine computes: what it reaches in a matrix product, or what its maker says."""
+"""How fast a machine computes: what it reaches in matrix products and convolutions, or what its maker says."""
 
 import statistics
 import time
@@ -7,10 +7,10 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn.functional import conv2d
 
 from advebm.errors import UserError, unknown
+from advebm.models.precision import usable_precision
 
 TERA, GB = 10**12, 10**9
 
@@ -59,20 +59,38 @@ PUBLISHED: Mapping[str, Machine] = MappingProxyType(
 
 
 def find(name: str) -> Machine:
-    """A machine by name: ``a100``, ``h100``, ``h200`` or ``rtx4090`` as published; ``cpu`` or ``cuda``, measured here.
+    """A machine by name, as its maker says: ``a100``, ``h100``, ``h200`` or ``rtx4090``.
 
     Raises:
         UserError: another name.
     """
-    if name in PUBLISHED:
-        return PUBLISHED[name]
-    if name not in ("cpu", "cuda"):
-        raise unknown("machine", name, ["cpu", "cuda", *PUBLISHED])
-    found = {kind: max(rates(getattr(torch, kind), name, repeats=1).values()) for kind in ("float32", "bfloat16")}
-    if name == "cpu":
-        return Machine(f"this CPU, {torch.get_num_threads()} threads", found, 0.5)
-    about = torch.cuda.get_device_properties(0)
-    return Machine(about.name, found, 0.5, about.total_memory)
+    if name not in PUBLISHED:
+        raise unknown("machine", name, PUBLISHED)
+    return PUBLISHED[name]
+
+
+def describe(device: str) -> str:
+    """A device of this machine in a few words: ``cpu, 2 threads``."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' * (threads > 1)}"
+
+
+def report(device: str) -> str:
+    """What a device of this machine is and how fast it multiplies, for people."""
+    words = [describe(device)]
+    if torch.device(device).type == "cpu":
+        words.append(f"vectors {torch.backends.cpu.get_cpu_capability()}")
+    lines = [f"{', '.join(words)}, torch {torch.__version__}"]
+    for kind in dict.fromkeys(("float32", usable_precision("bfloat16", torch.device(device)))):
+        found = rates(getattr(torch, kind), device, repeats=1)
+        lines.append(
+            f"{kind}: {found['gemm'] / TERA:.3g} TFLOP/s in products, {found['conv'] / TERA:.3g} in convolutions"
+        )
+    if len(lines) < 3:
+        lines.append("bfloat16: not multiplied by this device; float32 is used in its place")
+    return "\n".join(lines)
 
 
 def rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> dict[str, float]:
@@ -81,18 +99,18 @@ def rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> dict[str
     x = torch.randn(64, 256, 8, 8, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     w = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     return {
-        "gemm": 2 * 2048**3 / _seconds(lambda: a @ b, device, repeats),
-        "conv": 2 * 64 * 64 * 256 * 256 * 9 / _seconds(lambda: conv2d(x, w, padding=1), device, repeats),
+        "gemm": 2 * 2048**3 / seconds(lambda: a @ b, device, repeats),
+        "conv": 2 * 64 * 64 * 256 * 256 * 9 / seconds(lambda: conv2d(x, w, padding=1), device, repeats),
     }
 
 
-def _seconds(compute: Callable[[], Tensor], device: str, repeats: int) -> float:
+def seconds(compute: Callable[[], object], device: str, repeats: int) -> float:
+    """That a call takes on a device, the median over ``repeats`` after two that do not count."""
     times = []
     for _ in range(repeats + 2):
         begun = time.perf_counter()
-        for _ in range(5):
-            compute()
-        if device == "cuda":
+        compute()
+        if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - begun) / 5)
+        times.append(time.perf_counter() - begun)
     return statistics.median(times[2:])

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from advebm import config, recipes
@@ -14,6 +15,7 @@ from advebm.errors import UserError
 from advebm.metrics.base import Metric
 from advebm.models.inference import Way
 from advebm.models.network import Architecture, Backbone
+from advebm.models.precision import usable_precision
 from advebm.objectives.base import Objective
 from advebm.samplers import Sampler
 from advebm.training.optim import SGD, Cosine, Optimizer, Schedule
@@ -154,6 +156,13 @@ class Recipe:
                 f"sampler {method} draws from classes, and objective {kind} trains a critic, which has none; "
                 "give --sampler ascent or langevin"
             )
+
+    def computed_on(self, device: str) -> "Recipe":
+        """With float32 in the place of bfloat16, in all stages, where the device does not multiply in bfloat16."""
+        used: Any = usable_precision(self.train.precision, torch.device(device))
+        train = dataclasses.replace(self.train, precision=used)
+        before = tuple(stage.computed_on(device) for stage in self.before)
+        return dataclasses.replace(self, train=train, before=before)
 
     def unlabelled(self) -> "Recipe":
         """The same on images whose labels are removed, with one Gaussian of all as the seeds instead of one a class.

@@ -1,0 +1,236 @@
+"""Whether this machine computes convolutions rightly: each shape that a network meets, against float64.
+
+Libraries choose another kernel for another CPU and another shape, and one of them may be wrong, write where it should
+not or never return.  So shapes are computed in a process of their own, which may die:
+``python -m advebm.diagnostics.kernels``.
+"""
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from advebm.models.precision import usable_precision
+
+REPEATS = 3  # of a shape: a kernel that reads what was there before may be right the first time
+PATIENCE = 8.0  # seconds for a shape before its process is given up
+FLOP = 4e9  # of a forward pass, at the most; of larger ones fewer images are taken
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}  # relative, in norm; right kernels are at 1e-6 and 0.003
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution as it was called.
+
+    Attributes:
+        input, weight: shapes (B, C, …) and (O, C / groups, …); of a transposed one the weight's first is C.
+        channels_last: whether input and weight are laid out so.
+        bias: whether there is one.
+        stride, padding, dilation, output_padding: for each direction.
+        transposed: whether it is the gradient of a convolution.
+        groups: of channels.
+        dtype: ``float32`` or ``bfloat16``.
+    """
+
+    input: tuple[int, ...]
+    weight: tuple[int, ...]
+    channels_last: tuple[bool, bool]
+    bias: bool
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        size, kernel = ("x".join(map(str, dims[2:])) for dims in (self.input, self.weight))
+        words = [f"{kernel} convolution of {self.input[1]} channels to {self.outputs}, stride {self.stride[0]}"]
+        words += [f"{self.groups} groups"] * (self.groups > 1) + ["transposed"] * self.transposed
+        words += [f"{self.input[0]} images of {size}", "channels last" if any(self.channels_last) else "plain layout"]
+        return ", ".join([*words, self.dtype])
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the output."""
+        return self.weight[1] * self.groups if self.transposed else self.weight[0]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a kernel computes.
+
+    Attributes:
+        convolution: the shape.
+        errors: of the output, of the gradient of the images and of that of the weight: ‖ours - float64's‖ over the
+            latter's norm, the largest of three calls; none where the process died.
+        died: how, ``killed by signal 11`` or ``never returned``.
+    """
+
+    convolution: Convolution
+    errors: tuple[float, ...] = ()
+    died: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether an error is beyond rounding, or there is none to look at."""
+        return bool(self.died) or not all(e < self.limit for e in self.errors)
+
+    def __str__(self) -> str:
+        names = ("output", "gradient of the images", "gradient of the weight")
+        off = [f"{name} off by {e:.2g}" for name, e in zip(names, self.errors, strict=False) if not e < self.limit]
+        return f"{self.convolution}: {self.died or ', '.join(off) or 'right'}"
+
+    @property
+    def limit(self) -> float:
+        """The error of rounding, at the most."""
+        return TOLERANCE[self.convolution.dtype]
+
+
+# What oneDNN 3.12 gets wrong on CPUs without AVX-512; no network of this package calls it so (docs/cpu.md).
+KNOWN = Convolution((8, 4, 8, 8), (8, 4, 1, 1), (True, True), False, (2, 2), (0, 0), (1, 1), False, (0, 0), 1)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every convolution that is called within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Convolution, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            x, w, bias, stride, padding, dilation, transposed, output_padding, groups = args
+            layout = (_channels_last(x), _channels_last(w))
+            dims = [tuple(v) for v in (stride, padding, dilation, output_padding)]
+            shape = (tuple(x.shape), tuple(w.shape), layout, bias is not None, *dims[:3], transposed, dims[3], groups)
+            self.found[Convolution(*shape)] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) == x.shape[1]
+
+
+def convolutions(model: nn.Module, shape: Sequence[int], batch: int, precision: str = "float32") -> list[Convolution]:
+    """Those that a model calls for ``batch`` images of ``shape (C, H, W)``, each once; in float32 and ``precision``."""
+    weight = next(iter(model.parameters()), torch.empty(0))
+    with _Recorder() as recorder, torch.no_grad():
+        model(torch.rand(batch, *shape, device=weight.device))
+    used = usable_precision(precision, weight.device)
+    kinds = dict.fromkeys(("float32", used))
+    return [replace(c, dtype=kind) for kind in kinds for c in recorder.found]
+
+
+def errors(c: Convolution) -> tuple[float, ...]:
+    """Of one call, see :class:`Verdict`; the numbers that are convolved have no more digits than ``dtype``."""
+    dtype, generator = getattr(torch, c.dtype), torch.Generator().manual_seed(0)
+    each = 2 * c.outputs
+    for n in (*c.weight[1:], *c.input[2:]):
+        each *= n
+    shapes = ((max(1, min(c.input[0], int(FLOP / each))), *c.input[1:]), c.weight)
+    x, w = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    bias = torch.randn(c.outputs, generator=generator).to(dtype) if c.bias else None
+    found: list[list[Tensor]] = []
+    upstream: Tensor | None = None
+    for kind in (torch.float64, dtype):
+        formats = [
+            torch.channels_last if last and kind == dtype else torch.contiguous_format for last in c.channels_last
+        ]
+        own = [v.to(kind).clone(memory_format=f).requires_grad_() for v, f in zip((x, w), formats, strict=True)]
+        added = None if bias is None else bias.to(kind)
+        rest = (c.stride, c.padding, c.dilation, c.transposed, c.output_padding, c.groups)
+        out = torch.convolution(own[0], own[1], added, *rest)
+        if upstream is None:
+            upstream = torch.randn(out.shape, generator=generator).to(dtype)
+        given = torch.empty_like(out).copy_(upstream)
+        found.append([v.double() for v in (out.detach(), *torch.autograd.grad(out, own, given))])
+    return tuple(((b - a).norm() / a.norm()).item() for a, b in zip(*found, strict=True))
+
+
+class _Worker:
+    """A process that computes one shape after another."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "advebm.diagnostics.kernels"]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process: Any = subprocess.Popen(command, text=True, **pipes)
+        self.lines: Queue[str] = Queue()
+        Thread(target=self._listen, daemon=True).start()
+        self.lines.get()  # it is there, or gone
+
+    def _listen(self) -> None:
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put("")
+
+    def ask(self, c: Convolution, patience: float) -> Verdict:
+        """Its verdict on a shape."""
+        calls: list[list[float]] = []
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(json.dumps(asdict(c)) + "\n")
+            self.process.stdin.flush()
+        for _ in range(REPEATS):
+            try:
+                line = self.lines.get(timeout=patience)
+            except Empty:
+                return Verdict(c, died=f"never returned in {patience:.0f} s")
+            if not line:
+                status = self.process.wait()
+                return Verdict(c, died=f"killed by signal {-status}" if status < 0 else f"ended with status {status}")
+            calls.append(json.loads(line))
+        return Verdict(c, tuple(max(errors, key=lambda e: (math.isnan(e), e)) for errors in zip(*calls, strict=True)))
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self.process.wait()
+
+
+def check(
+    convolutions: Sequence[Convolution], *, limit: float = 30.0, progress: Callable[[int], None] = lambda done: None
+) -> Iterator[Verdict]:
+    """A verdict on each, for as long as the ``limit`` in seconds allows; after that no more come."""
+    end, worker = time.monotonic() + limit, None
+    try:
+        for done, c in enumerate(convolutions):
+            progress(done)
+            if (left := end - time.monotonic()) <= 0:
+                return
+            worker = worker or _Worker()
+            verdict = worker.ask(c, min(PATIENCE, left))
+            if verdict.wrong:  # what it wrote may be anywhere
+                worker.close()
+                worker = None
+            yield verdict
+        progress(len(convolutions))
+    finally:
+        if worker is not None:
+            worker.close()
+
+
+def main() -> None:
+    """Answer each line of JSON, a :class:`Convolution`, by lines of its errors."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        plain: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
+        for _ in range(REPEATS):
+            print(json.dumps(errors(Convolution(**plain))), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path.cwd()))
+    main()
