@@ -7,13 +7,26 @@ PEERS := .venv-agreement/.ready
 RIVALS := .venv-bench/.ready
 PAGE := .venv-page/.ready
 
-.PHONY: demo test test-page lint mutants recipes agreement bench results clean
+.PHONY: demo test test-all test-cpus test-page lint mutants recipes agreement bench results clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
 
+# One process a core, with one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) $(ARGS)
+
+# The long ones too: several processes, real kills, the demo.
+test-all: $(READY)
+	$(PYTEST) -m "" $(ARGS)
+
+# What depends on the CPU's instructions, as on a CPU without AVX-512 and on one without AVX2.
+CPUS := kernels precision inference training doctor models backbones cost
+test-cpus: $(READY)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(CPUS:%=tests/test_%.py)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(CPUS:%=tests/test_%.py)
 
 # The page in a headless browser; needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).
 # ADVEBM_PICTURES=docs/pictures keeps screenshots.

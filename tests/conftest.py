@@ -5,6 +5,13 @@ from torch import nn
 from advebm.objectives.base import Batch
 
 
+def pytest_collection_modifyitems(items):
+    """What several processes worked on together took them half a minute."""
+    for item in items:
+        if "work" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)

@@ -328,6 +328,7 @@ def test_a_read_only_run_folder_is_one_line(run, capsys, monkeypatch):
     assert not list(run.folder.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @few_samples
 def test_the_demo_prints_its_table(tmp_path, capsys, monkeypatch):
     """The real demo with a fraction of the training: every stage, the table, the report."""

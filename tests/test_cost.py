@@ -15,6 +15,7 @@ from advebm.data.sources import Classes, Digits, Outline, Part, Unlabelled, outl
 from advebm.errors import UserError
 from advebm.metrics.base import Subject
 from advebm.metrics.robustness import measure
+from advebm.models import precision
 from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
 from advebm.objectives.base import Batch, Context
@@ -293,13 +294,51 @@ def test_published_machines_are_in_proportion():
         assert found.memory >= 24e9
 
 
-def test_this_machine_is_measured(monkeypatch):
-    """By the faster of a matrix product and a convolution, 17.2 and 4.8 GFLOP."""
-    monkeypatch.setattr(machine, "_seconds", lambda compute, device, repeats: 0.5 if compute().ndim == 2 else 1.0)
-    found = machine.find("cpu")
-    assert found.rates == {"float32": 4 * 2048**3, "bfloat16": 4 * 2048**3}
+def test_machines_by_name():
+    assert machine.find("h200") is PUBLISHED["h200"]
     with pytest.raises(UserError, match=r"no machine 'h20' \(did you mean 'h200'"):
         machine.find("h20")
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_this_machine_is_timed_on_the_recipes_network(monkeypatch, kind):
+    """Forward and backward to a step's images, of which as many are taken as the FLOP allow."""
+    seen = []
+
+    def clock(compute, device, repeats):
+        seen.append(compute())
+        return 0.5
+
+    monkeypatch.setattr(cost, "seconds", clock)
+    for limit, count in ((1e12, 128), (0.0, 1)):
+        monkeypatch.setattr(cost, "TIMED", limit)
+        stage = estimate(recipe("digits-at", train__precision=kind, train__batch=128))
+        found = cost.measured_here(stage, "cpu")
+        each = stage.flops.forward + stage.flops.search
+        assert found.rates == {kind: pytest.approx(count * each / 0.5)}
+        assert seen[-1].shape == (count, 1, 8, 8)
+        assert seen[-1].dtype == getattr(torch, kind)
+        assert found.hours(count * each, kind) == pytest.approx(0.5 / 3600)
+
+
+@pytest.mark.parametrize(("has", "kind"), [(True, "bfloat16"), (False, "float32")])
+def test_a_dry_run_is_of_the_precision_that_training_would_have(monkeypatch, capsys, has, kind):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: has)
+    monkeypatch.setattr(cost, "seconds", lambda compute, device, repeats: 1.0)
+    assert cli.main(["train", "--recipe", "cifar10-at-small", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"TFLOP/s in {kind}, timed" in out
+    assert "images a second" in out
+
+
+def test_the_machine_is_described(monkeypatch):
+    monkeypatch.setattr(machine, "rates", lambda dtype, device, repeats: {"gemm": 2e12, "conv": 3e12})
+    for has, line in ((True, "bfloat16: 2 TFLOP/s in products, 3 in convolutions"), (False, "float32 is used in its")):
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device, has=has: has)
+        text = machine.report("cpu")
+        assert line in text
+        assert "float32: 2 TFLOP/s" in text
+        assert f"{torch.get_num_threads()} thread" in text
 
 
 def test_sources_say_what_they_are_without_being_read(tmp_path, monkeypatch):

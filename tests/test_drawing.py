@@ -104,6 +104,7 @@ def test_chunks_of_another_plan_are_dropped(run, monkeypatch, other):
     assert done == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_killed_with_processes_it_goes_on_alone_to_the_same_bytes(run):
     options = ["--per-class", "160", "--name", "set", "--sampler.noise", "0.02", "--device", "cpu"]
     command = [sys.executable, "-m", "advebm", "sample", str(run.folder), *options]

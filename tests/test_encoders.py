@@ -533,6 +533,7 @@ def test_sets_do_not_depend_on_what_is_computed_at_once(own, method):
         assert torch.equal(sets["batch"], sets["whole"])
 
 
+@pytest.mark.slow
 def test_processes_share_a_set_of_samples_that_interact(own):
     words = ("sample", own.folder, "--per-class", 51, "--sampler.start", "class", "--sampler.steps", 1)
     assert cli(*words, "--name", "one") == 0

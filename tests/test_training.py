@@ -141,6 +141,7 @@ def wait_for(folder, images, process):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_give_the_weights_of_an_uninterrupted_run(tmp_path):
     """Adversarial training with random starts, augmentation, EMA and momentum; killed twice, at whatever moment."""
     recipe = tiny(train__images=16_000, train__checkpoint_every=1_000, data__augment__x__crop=1)
@@ -170,7 +171,7 @@ def test_kill_9_and_resume_give_the_weights_of_an_uninterrupted_run(tmp_path):
     assert images == sorted(set(images))
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_prints_the_command_that_resumes(tmp_path, sign):
     recipe = tiny(train__images=200_000, train__checkpoint_every=1_000_000, train__validate_every=1_000_000)
     folder = tmp_path / "run"

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from advebm import __version__, processes, recipes
 from advebm.allocator import tune_cpu_allocator
 from advebm.config import KINDS
 from advebm.errors import Diverged, Interrupted, Lost, UserError, suggest, unknown
+from advebm.threads import bound_waiting, use_threads
 
 Overrides = list[tuple[str, Any]]
 
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append(here)  # for package.module:Class of one's own
     warnings.showwarning = lambda message, *rest: _say(f"warning: {message}")
     tune_cpu_allocator()
+    bound_waiting()
     rank, world = processes.launched()
     with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
         return _main(sys.argv[1:] if argv is None else argv, world)
@@ -69,6 +72,8 @@ def _main(argv: Sequence[str], world: int) -> int:
         check_options(args, unexpected, overrides)
         if world > 1 and not args.shared:
             raise UserError(f"{args.verb} takes one process, and there are {world}; run it without torchrun")
+        if (threads := getattr(args, "threads", None)) is not None:
+            use_threads(threads)
         status = args.call(args, overrides) or 0
         if world > 1:
             from advebm.training.engine import leave
@@ -386,6 +391,8 @@ def build_parser() -> Parser:
     sub.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
     for name in ("sample", "tune-sampler", "diagnose", "edit", "evaluate", "probe", "doctor", "compare", "app"):
         verbs.choices[name].add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
+    for name in verbs.choices.keys() - {"report", "export", "push", "list"}:
+        verbs.choices[name].add_argument("--threads", type=int, metavar="N", help="of the CPU; all cores by default")
     return parser
 
 
@@ -421,10 +428,13 @@ def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides
 
 
 def device(name: str | None) -> str:
-    """As :func:`advebm.checks.device`; torch is imported when it is wanted."""
-    from advebm import checks
+    """As :func:`advebm.checks.device`, and said; torch is imported when it is wanted."""
+    from advebm import checks, console
+    from advebm.training.machine import describe
 
-    return checks.device(name)
+    found = checks.device(name)
+    console.computing_on(describe(found))
+    return found
 
 
 def team(name: str | None) -> tuple[processes.Team, str]:
@@ -461,7 +471,7 @@ def run_toy(args: argparse.Namespace, overrides: Overrides) -> None:
     rows: dict[str, dict[str, float]] = {}
     written: list[Path] = []
     for density in DENSITIES if args.all else [args.density or "gaussian"]:
-        console.screen.print(f"  {density}")
+        console.say(density)
         plays, paths = draw(density, args.out, method=args.method, p0=args.p0, seed=args.seed)
         rows |= {f"{play.density} {play.method} {play.p0}": toy.numbers(play, seed=args.seed) for play in plays}
         written += paths
@@ -485,7 +495,10 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
     if args.resume is not None:
         if overrides or args.out or args.init or args.model or args.fast or args.labels or args.seed is not None:
             raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
-        recipe, folder = Run.open(args.resume).recipe, args.resume
+        begun = Run.open(args.resume)
+        recipe, folder = begun.recipe, args.resume
+        if args.threads is None and 1 <= begun.environment.get("threads", 0) <= (os.cpu_count() or 1):
+            use_threads(begun.environment["threads"])  # sums are rounded in their order
     else:
         if (args.recipe or args.config) is None:
             raise UserError(
@@ -547,7 +560,7 @@ def run_run(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """``advebm sample``."""
-    from advebm.console import screen
+    from advebm import console
     from advebm.generation import set_name
     from advebm.stages import contrast, draw
     from advebm.tables import one_a_line
@@ -575,12 +588,12 @@ def run_sample(args: argparse.Namespace, overrides: Overrides) -> None:
         samplers = {method: sampler for method, (sampler, _) in chosen.items()}
         if len({sampler.start for sampler in samplers.values()}) > 1:
             starts = ", ".join(f"{method} from {sampler.start}" for method, sampler in samplers.items())
-            screen.print(f"  seeds differ: {starts}; --sampler.start sets all")
+            console.say(f"seeds differ: {starts}; --sampler.start sets all")
         if any(sampler.fit == "test" for sampler in samplers.values()):
             warnings.warn(leak, stacklevel=1)
-        seeds, say = args.seeds or 1, lambda text: screen.print(f"  {text}")
+        seeds = args.seeds or 1
         options["about"] = {method: about for method, (_, about) in chosen.items()}
-        rows, path = contrast(run, samplers, args.per_class, seeds, features=args.features, say=say, **options)
+        rows, path = contrast(run, samplers, args.per_class, seeds, features=args.features, say=console.say, **options)
         one_a_line(rows)
         print(path)
         return
@@ -634,8 +647,7 @@ def _settled(
     run: Any, method: str | None, overrides: Overrides, args: argparse.Namespace
 ) -> tuple[Any, dict[str, Any]]:
     """The same, with what ``tune-sampler`` found for that method and start; and how, where it did."""
-    from advebm import config
-    from advebm.console import screen
+    from advebm import config, console
     from advebm.training.recipe import resolve
     from advebm.tuning import tuned
 
@@ -646,7 +658,7 @@ def _settled(
     if how["checkpoint"] != run.checkpoints.path(args.checkpoint).name:
         warnings.warn(f"tune-sampler looked at checkpoint {how['checkpoint']}; its settings are left", stacklevel=1)
         return sampler, {}
-    screen.print(f"  {f'{method}: ' if args.compare else ''}settings of tune-sampler; --untuned takes the recipe's")
+    console.say(f"{f'{method}: ' if args.compare else ''}settings of tune-sampler; --untuned takes the recipe's")
     plain = {**config.describe(run.recipe), "sampler": config.describe(best)}
     return resolve(plain, overrides).sampler, {"tuned": {**how, "changed": [name for name, _ in overrides]}}
 
@@ -677,8 +689,9 @@ def run_diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     options = {"count": args.images, "along": args.along, "reach": args.reach, "steps": args.steps, "seed": args.seed}
     options |= {"checkpoint": args.checkpoint, "device": device(args.device)}
     options["sampler"] = _sampler(runs[0], args.method, overrides)
-    say = lambda name: console.screen.print(f"  {name}")
-    numbers, written = diagnose(titled(runs), args.what.split(",") if args.what else (), progress=say, **options)
+    numbers, written = diagnose(
+        titled(runs), args.what.split(",") if args.what else (), progress=console.say, **options
+    )
     figures_list(numbers)
     for path in written:
         print(path)
@@ -727,8 +740,7 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     members.share(None)  # they are there
     options = {"features": args.features, "checkpoint": args.checkpoint, "seed": args.seed}
     options |= {"device": where, "team": members}
-    say = lambda name: console.screen.print(f"  {name}")
-    records = evaluate_run(run, recipe=recipe, **options, progress=say, bar=console.bar)
+    records = evaluate_run(run, recipe=recipe, **options, progress=console.say, bar=console.bar)
     if args.json:
         for record in records:
             print(json.dumps(dataclasses.asdict(record)))
@@ -753,10 +765,9 @@ def run_probe(args: argparse.Namespace, overrides: Overrides) -> None:
     folder = args.out or run.folder.with_name(f"{run.folder.resolve().name}-probe")
     probed = probe(run, folder, by=by, overrides=overrides, **options)
     print(probed.folder)
-    say = lambda name: console.screen.print(f"  {name}")
     alone = dataclasses.replace(run.recipe, metrics=(neighbours,))
-    records = evaluate_run(probed, device=options["device"], seed=args.seed, progress=say, bar=console.bar)
-    record_table([*records, *evaluate_run(run, recipe=alone, seed=args.seed, progress=say, **options)])
+    records = evaluate_run(probed, device=options["device"], seed=args.seed, progress=console.say, bar=console.bar)
+    record_table([*records, *evaluate_run(run, recipe=alone, seed=args.seed, progress=console.say, **options)])
 
 
 def run_edit(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -845,9 +856,8 @@ def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     model = find_model(args.model, checkpoint=args.checkpoint).to(device(args.device))
     data, threat = recipe.data.load(), recipe.threat
     count = min(args.images, len(data.test))
-    console.screen.print(f"{args.model} on {count} test images of {data.name} at {radius(threat.eps, threat.norm)}")
-    say = lambda name: console.screen.print(f"  {name}")
-    findings = examine_split(model, data.test, threat=threat, count=count, seed=args.seed, progress=say)
+    console.say(f"{args.model} on {count} test images of {data.name} at {radius(threat.eps, threat.norm)}")
+    findings = examine_split(model, data.test, threat=threat, count=count, seed=args.seed, progress=console.say)
     if args.json:
         for finding in findings:
             print(json.dumps(dataclasses.asdict(finding)))
@@ -926,9 +936,8 @@ def run_compare(args: argparse.Namespace, overrides: Overrides) -> None:
 
     runs = [Run.open(path) for path in args.runs]
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
-    say = lambda text: console.screen.print(f"  {text}")
     options = {"features": args.features, "seed": args.seed, "device": device(args.device)}
-    one_a_line(compare(runs, threat=threat, **options, progress=say, bar=console.bar))
+    one_a_line(compare(runs, threat=threat, **options, progress=console.say, bar=console.bar))
     print(report(runs[0], beside=runs[1:], out=args.out))
 
 

@@ -13,15 +13,31 @@ from rich.table import Column
 from advebm.processes import launched
 
 screen = Console(stderr=True, highlight=False, quiet=launched()[0] > 0)  # of several processes the main one's
-QUIET = 10.0  # seconds between lines where there is no terminal to draw a bar on
+FIRST, QUIET = 2.0, 10.0  # seconds before the first line and between lines, where there is no terminal for a bar
+
+
+_computing_on = [""]  # what was said last, and what is to be said before anything else
+
+
+def computing_on(text: str) -> None:
+    """What the work is done on, such as ``cpu, 2 threads``: the first line of it, once something of it is done."""
+    if text != _computing_on[0]:
+        _computing_on[:] = [text, text]
+
+
+def say(*texts: str) -> None:
+    """Lines about the work."""
+    for text in (*_computing_on[1:], *texts):
+        screen.print(f"  {text}", soft_wrap=True)
+    del _computing_on[1:]
 
 
 class Bar:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """A bar on a terminal; elsewhere a line now and then.  Both name one speed, that of late, and the time left."""
 
     def __init__(self, progress: Progress, name: str, total: int, done: int | None) -> None:
         self.progress, self.name, self.total = progress, name, total
-        self.task = progress.add_task(name, total=total, completed=done or 0, note="")
+        self.task = progress.add_task(name, total=total, completed=done or 0, note="", speed="")
         self.begun = done is not None
         self._begin(done or 0)
 
@@ -32,25 +48,38 @@ class Bar:
 
     def __call__(self, done: int, note: str = "") -> None:
         """So many are done; at the first call where it was not said before, they were done earlier."""
-        self.progress.update(self.task, completed=min(done, self.total), note=note)
+        say()
         if not self.begun:
             self.begun = True
             self._begin(done)
         self.done, self.note = done, note
+        self.progress.update(self.task, completed=min(done, self.total), note=note, speed=self._speed()[0])
         now = time.perf_counter()
-        if not screen.is_terminal and now - self.marks[-1][0] > QUIET and done < self.total:
-            self.say()
+        if now - self.marks[-1][0] > (QUIET if len(self.marks) > 1 else FIRST) and done < self.total:
+            if not screen.is_terminal:
+                self.tell()
             self.marks.append((now, done))
 
-    def say(self) -> None:
-        """Where it stands, in a line."""
+    def _speed(self) -> tuple[str, str]:
+        """A speed, of late or of all where all is done, and the time left or taken; ``cached`` where none was done."""
+        if self.done >= self.total and self.done == self.start[1]:
+            return "cached", ""
         began, first = self.marks[0] if self.done < self.total else self.start
         seconds = time.perf_counter() - began
-        speed = (self.done - first) / seconds if seconds > 0 else 0.0
-        left = (self.total - self.done) / speed if speed > 0 else 0.0
-        eta = f"{left:.0f} s left" if self.done < self.total else f"{seconds:.1f} s"
+        if self.done >= self.total:
+            return f"{(self.done - first) / seconds:,.0f}/s", f", {seconds:.1f} s"
+        if self.done == first or not seconds:
+            return "", ""
+        speed = (self.done - first) / seconds
+        return (
+            f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s",
+            f", {(self.total - self.done) / speed:.0f} s left",
+        )
+
+    def tell(self) -> None:
+        """Where it stands, in a line."""
         count = f"{min(self.done, self.total):,}/{self.total:,}"
-        screen.print(f"  {self.name}  {count}  {speed:,.0f}/s, {eta}  {self.note}", soft_wrap=True)
+        say(f"{self.name}  {count}  {''.join(self._speed())}  {self.note}")
 
 
 @contextmanager
@@ -64,20 +93,21 @@ def bar(name: str, total: int, done: int | None = None) -> Iterator[Bar]:
         BarColumn(16),
         TaskProgressColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("left  {task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        TextColumn("left  {task.fields[speed]}"),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
     with Progress(*columns, console=screen, expand=True, disable=not screen.is_terminal) as progress:
         drawn = Bar(progress, name, total, done)
         yield drawn
     if not screen.is_terminal:
-        drawn.say()
+        drawn.tell()
 
 
 def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:
     """The newest numbers of a training log in a few words; ``seen`` keeps them from call to call."""
-    names = {"perf/img_per_s": "img/s", "train/loss": "loss", "val/accuracy": "clean", "val/robust_accuracy": "robust"}
+    names = {"train/loss": "loss", "val/accuracy": "clean", "val/robust_accuracy": "robust"}
     names |= {"val/auroc": "AUROC", "val/adversarial_auroc": "attacked", "train/steps": "K"}
     names |= {"val/contrastive_accuracy": "clean", "val/robust_contrastive_accuracy": "robust"}
     seen.update({k: v for k, v in line.items() if k in names})
     shown = {names[k]: seen[k] for k in names if k in seen}
-    return "  ".join(f"{v:,.0f} {k}" if k == "img/s" else f"{k} {v:.3g}" for k, v in shown.items())
+    return "  ".join(f"{k} {v:.3g}" for k, v in shown.items())

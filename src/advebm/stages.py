@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advebm import comparison, config, console, drawing, evaluation, files, generation, pictures, tuning
+import torch
+
+from advebm import checks, comparison, config, console, drawing, evaluation, files, generation, pictures, tuning
 from advebm.data.files import read_folder
 from advebm.errors import UserError
 from advebm.evaluation import is_factory
@@ -13,16 +15,21 @@ from advebm.metrics.base import SampleSet, Subject, label, together
 from advebm.metrics.probing import Probe
 from advebm.metrics.quality import SampleQuality
 from advebm.models import network
+from advebm.models.precision import precision_label
 from advebm.processes import ALONE, Team
 from advebm.reporting import figures, gallery
 from advebm.samplers import Sampler
 from advebm.training.loop import train
+from advebm.training.machine import describe
 from advebm.training.recipe import Recipe, resolve
 from advebm.training.run import Run
 
 
 def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
     """:func:`advebm.training.loop.train` behind a progress bar."""
+    where = checks.device(device)
+    kind = precision_label(recipe.train.precision, torch.device(where))
+    console.computing_on(f"{describe(where)}, {kind}")
     seen: dict[str, float] = {}
     total = sum(stage.train.images for stage in (*recipe.before, recipe))
     done = sum(min(run.images, run.recipe.train.images) for run in Run.open(folder).stages) if resume else 0
@@ -33,6 +40,7 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | Non
             resume=resume,
             device=device,
             report=lambda line: tell(line["images"], console.training_note(line, seen)),
+            tick=lambda images: tell(images, console.training_note({}, seen)),
         )
 
 

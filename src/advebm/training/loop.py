@@ -57,6 +57,7 @@ def train(
     resume: bool = False,
     device: str | None = None,
     report: Report = lambda line: None,
+    tick: Callable[[int], None] = lambda images: None,
 ) -> Run:
     """Train a recipe in a run folder.
 
@@ -68,6 +69,7 @@ def train(
             what its window held before the checkpoint.
         device: ``cpu`` or ``cuda``; None takes the best there is.
         report: called with every line of ``metrics.jsonl``.
+        tick: called with the images seen so far, over all stages, after every step.
 
     Raises:
         UserError: a bad recipe or folder.
@@ -119,7 +121,7 @@ def train(
     engine.barrier()
     run = Run.open(folder)
     if fresh and recipe.before:
-        begin(model, str(prepare(recipe, run, device, report, again).folder), data, recipe)
+        begin(model, str(prepare(recipe, run, device, report, tick, again).folder), data, recipe)
     model.to(engine.device)
     used = usable_precision(cfg.precision, engine.device)
     if used == "float64":
@@ -203,6 +205,8 @@ def train(
                     for batch, found, state, loss, ctx in done:
                         objective.after(model, batch, found, state, loss, ctx)
                 progress.images += cfg.batch
+                if engine.main:
+                    tick(earlier + progress.images)
                 if ema is not None:
                     ema.update(model, progress.images, cfg.batch)
                 for note in notes:
@@ -266,16 +270,21 @@ def begin(model: Network, init: str, data: Data, recipe: Recipe) -> None:
         warnings.warn(f"{init} has another head than {data.name} takes: {', '.join(fresh)} begin fresh", stacklevel=2)
 
 
-def prepare(recipe: Recipe, run: Run, device: str | None, report: Report, again: str) -> Run:
+def prepare(
+    recipe: Recipe, run: Run, device: str | None, report: Report, tick: Callable[[int], None], again: str
+) -> Run:
     """Train what is left of the stages before a recipe, in ``before`` of its run's folder; the last one's run."""
     init = recipe.init
     for number, (stage, folder) in enumerate(zip(recipe.before, run.before, strict=True)):
         begun = (folder / "config.yaml").exists()
         if not begun or not Run.open(folder).finished:
             offset = sum(earlier.train.images for earlier in recipe.before[:number])
-            tell = lambda line, offset=offset: report({**line, "images": offset + line["images"]})
+            hear: dict[str, Any] = {
+                "report": lambda line, offset=offset: report({**line, "images": offset + line["images"]}),
+                "tick": lambda images, offset=offset: tick(offset + images),
+            }
             try:
-                train(dataclasses.replace(stage, init=init), folder, resume=begun, device=device, report=tell)
+                train(dataclasses.replace(stage, init=init), folder, resume=begun, device=device, **hear)
             except Interrupted as stop:
                 raise Interrupted(f"{str(stop).partition(';')[0]} of {stage.name}; {again} {run.folder}") from None
         init = str(folder)
