@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from advebm.models.precision import multiplies_bfloat16, usable_precision
 from advebm.training.machine import rates
 from benchmarks import show
 from benchmarks.tasks import Setting, trained
@@ -145,14 +146,16 @@ def measure(settings: dict[str, Setting], repeats: int) -> dict[str, dict[str, A
     """Every side in a process of its own, turn by turn; a side that fails says why."""
     sides, results = {}, dict[str, dict[str, Any]]()
     for name, setting in settings.items():
+        print(f"  {name} gets ready", flush=True)
         try:
             sides[name] = Side(setting)
         except RuntimeError as error:
             results[name] = {"failed": str(error)}
             print(f"  {name} fails: {str(error).strip().splitlines()[-1]}", flush=True)
-    for _ in range(repeats):
-        for side in sides.values():
+    for turn in range(repeats):
+        for name, side in sides.items():
             side.turn()
+            print(f"  turn {turn + 1} of {repeats}: {name} {side.seconds[-1]:.3g} s", flush=True)
     return results | {name: side.end() for name, side in sides.items()}
 
 
@@ -174,6 +177,8 @@ def contestants(row: Row, cifar: str, digits: str, device: str, quick: bool) -> 
         case "pgd", "resnet-8":
             plain["run"] = cifar
     ours = [way for way in row.ours if not quick or "compile" not in way]
+    if not multiplies_bfloat16(torch.device(device)):  # emulated it shows nothing
+        ours = [way for way in ours if "bf16" not in way]
     sides = {who: Setting(who=who, **plain) for who in (*peers, *ours)}
     last = {"compile" in way: way for way in ours}
     return sides | {f"{way}, allocator": Setting(who=way, tuned=True, **plain) for way in last.values()}
@@ -221,7 +226,9 @@ def machine(device: str) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
     cpu = Path("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if "model name" in line]
-    peak = {str(t).removeprefix("torch."): rates(t, device) for t in (torch.float32, torch.bfloat16)}
+    kinds = dict.fromkeys(("float32", usable_precision("bfloat16", torch.device(device))))
+    print(f"peak in {' and '.join(kinds)}", flush=True)
+    peak = {kind: rates(getattr(torch, kind), device) for kind in kinds}
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cpu": models[0] if models else platform.processor(),
@@ -253,19 +260,21 @@ def main() -> None:
     words, repeats = args.rows.lower().split(","), 1 if args.quick else args.repeats
     if not any(word in row.name.lower() for word in words for row in ROWS):
         parser.error(f"no row holds {args.rows!r}; there is {'; '.join(row.name for row in ROWS)}")
+    print("networks that are attacked, trained where they are not there yet", flush=True)
     digits = trained("digits-at", [("train.images", 20_000)])
     narrow = [("backbone.width", 16), ("backbone.activation", "relu"), ("train.images", 100_000)]
     cifar = trained("cifar10-at-small", narrow) if os.environ.get("ADVEBM_DATA") and not args.quick else ""
     about = machine(args.device)
     print(json.dumps(about, indent=1), flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"machine": about, "quick": args.quick, "repeats": repeats, "rows": rows}
     for row in ROWS:
         if any(word in row.name.lower() for word in words):
             print(row.name, flush=True)
             sides = measure(contestants(row, cifar, digits, args.device, args.quick), min(repeats, row.repeats))
             rows.append({"name": row.name, "peer": next(iter(sides)), "sides": sides})
             print(show.row(rows[-1], about["peak"]), flush=True)
-    result = {"machine": about, "quick": args.quick, "repeats": repeats, "rows": rows}
+            show.write(args.out, result)
     if args.curves:
         result["curves"] = curves(min(repeats, 3), args.device, args.quick)
     print(*show.write(args.out, result), sep="\n")

@@ -27,6 +27,82 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
+    # precision, kernels, threads
+    Mutant("precision: emulated", "models/precision.py", "not multiplies_bfloat16(device)", "False", "precision"),
+    Mutant(
+        "precision: what oneDNN is told is not heard",
+        "models/precision.py",
+        'or "DEFAULT"',
+        'and "DEFAULT"',
+        "precision",
+    ),
+    Mutant(
+        "precision: what ATen is told is not heard", "models/precision.py", '("default", "avx2")', "()", "precision"
+    ),
+    Mutant(
+        "precision: losses in bfloat16",
+        "training/loop.py",
+        "getattr(torch, used)",
+        "getattr(torch, cfg.precision)",
+        "precision",
+    ),
+    Mutant(
+        "precision: not said on resuming",
+        "training/loop.py",
+        "cfg.precision)) != now:",
+        "cfg.precision)) is now:",
+        "precision",
+    ),
+    Mutant("kernels: stride kept", "models/layers.py", "m.stride = (1, 1)", "pass", "kernels"),
+    Mutant("kernels: pixels not skipped", "models/layers.py", ":: self.rows, :: self.columns", ":, :", "kernels"),
+    Mutant(
+        "kernels: seven channels forgotten",
+        "models/layers.py",
+        "1 < m.in_channels < 8",
+        "1 < m.in_channels < 7",
+        "kernels",
+    ),
+    Mutant("kernels: groups too", "models/layers.py", " or m.groups > 1", "", "kernels"),
+    Mutant(
+        "kernels: the best of three calls", "diagnostics/kernels.py", "tuple(max(errors", "tuple(min(errors", "kernels"
+    ),
+    Mutant(
+        "kernels: NaN is right", "diagnostics/kernels.py", "not all(e < self.limit", "any(e > self.limit", "kernels"
+    ),
+    Mutant(
+        "kernels: absolute errors", "diagnostics/kernels.py", "(b - a).norm() / a.norm()", "(b - a).norm()", "kernels"
+    ),
+    Mutant("kernels: a damaged process goes on", "diagnostics/kernels.py", "if verdict.wrong:", "if False:", "kernels"),
+    Mutant(
+        "doctor: misfit the other way",
+        "doctor.py",
+        "/ (m.running_var.double() + m.eps)",
+        "* (m.running_var.double() + m.eps)",
+        "doctor",
+    ),
+    Mutant("doctor: misfit does not count", "doctor.py", "if stale or", "if", "doctor"),
+    Mutant(
+        "threads: those of the moment",
+        "cli.py",
+        "use_threads(threads)\n            elif",
+        "pass\n            elif",
+        "threads",
+    ),
+    Mutant(
+        "threads: not for processes to come",
+        "threads.py",
+        'os.environ["OMP_NUM_THREADS"] = str(count)',
+        "pass",
+        "threads",
+    ),
+    Mutant("console: cached has a speed", "console.py", "self.done == self.start[1]", "False", "threads"),
+    Mutant(
+        "cost: forward passes are free here",
+        "training/cost.py",
+        "stage.flops.forward + stage.flops.search",
+        "stage.flops.search",
+        "cost",
+    ),
     # energies
     Mutant("joint: sign", "energies.py", "return -logits.gather", "return logits.gather", "energies"),
     Mutant("marginal: sign", "energies.py", "return -logits.logsumexp", "return logits.logsumexp", "energies"),
@@ -949,7 +1025,7 @@ MUTANTS = [
     Mutant(
         "stages: the second begins fresh",
         "training/loop.py",
-        "begin(model, str(prepare(recipe, run, device, report, again).folder), data, recipe)",
+        "begin(model, str(prepare(recipe, run, device, report, tick, again).folder), data, recipe)",
         "prepare(recipe, run, device, report, again)",
         "training",
     ),
@@ -1832,8 +1908,8 @@ MUTANTS = [
     Mutant(
         "doctor: modes: by train mode",
         "doctor.py",
-        "if p.above(training, p.accuracy):",
-        "if p.above(p.accuracy, training):",
+        "if stale or p.above(training, p.accuracy):",
+        "if stale or p.above(p.accuracy, training):",
         "doctor",
     ),
     Mutant(
@@ -2807,7 +2883,13 @@ MUTANTS = [
         "x.shape == self.shape",
         "inference",
     ),
-    Mutant("view: any hardware", "models/inference.py", "not multiplies_bfloat16(x.device)", "False", "inference"),
+    Mutant(
+        "view: any hardware",
+        "models/inference.py",
+        "if usable_precision(way.precision, x.device) != way.precision:",
+        "if False:",
+        "inference",
+    ),
     Mutant("view: silent", "models/inference.py", "if loud and used != wanted.name:", "if False:", "inference"),
     Mutant(
         "view: not in training",
@@ -2819,7 +2901,7 @@ MUTANTS = [
     Mutant(
         "view: float32 training folded",
         "training/loop.py",
-        'if cfg.fast == "auto" and cfg.precision != "bfloat16":',
+        'if way == "auto" and precision != "bfloat16":',
         "if False:",
         "inference",
     ),
@@ -4561,7 +4643,6 @@ MUTANTS = [
         "self.rates[precision]) / 60",
         "cost",
     ),
-    Mutant("machine: the slower product", "training/machine.py", "max(rates(", "min(rates(", "cost"),
     Mutant(
         "outline: the rest has the share",
         "data/sources.py",
@@ -4785,15 +4866,15 @@ MUTANTS = [
     Mutant(
         "results: other images are held",
         "comparison.py",
-        '("images", "precision") if',
-        '("precision",) if',
+        'settings |= {"images": metric.images} if hasattr(metric, "images") else {}',
+        "pass",
         "comparison",
     ),
     Mutant(
         "results: verdicts of another precision are held",
         "comparison.py",
-        '("images", "precision") if',
-        '("images",) if',
+        "asked is None or",
+        "True or",
         "comparison",
     ),
     Mutant(
@@ -4908,6 +4989,8 @@ def run(mutant: Mutant) -> tuple[Mutant, str]:
             "-q",
             "-p",
             "no:cacheprovider",
+            "-m",
+            "",
             f"tests/test_{mutant.tests}.py",
         ]
         environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from benchmarks import __main__ as benchmark
 from benchmarks import tasks
 from benchmarks.__main__ import ROWS, contestants
 from benchmarks.tasks import TASKS, Setting
@@ -58,3 +59,12 @@ def test_every_row_has_sides():
         sides = contestants(row, "CIFAR", "DIGITS", "cpu", quick=True)
         assert set(row.peers) <= set(sides)
         assert {s.run for s in sides.values()} <= {"", "CIFAR", "DIGITS"}
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_nothing_is_measured_in_emulated_bfloat16(monkeypatch, has):
+    monkeypatch.setattr(benchmark, "multiplies_bfloat16", lambda device: has)
+    for row in ROWS:
+        sides = contestants(row, "CIFAR", "DIGITS", "cpu", quick=False)
+        assert any("bf16" in name for name in sides) == (has and any("bf16" in way for way in row.ours))
+        assert any(name.startswith("advebm") for name in sides)

@@ -19,6 +19,7 @@ from advebm.metrics.base import Subject
 from advebm.metrics.ood import OutOfDistribution
 from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, measure
 from advebm.metrics.verdicts import judge
+from advebm.models.precision import asked_precision
 from advebm.objectives.at import AT
 from advebm.objectives.awp import AWP
 from advebm.objectives.free import FREE
@@ -221,7 +222,7 @@ def test_an_attack_on_other_images_is_measured_again(run):
     for precision in ("bfloat16", "float32", "bfloat16"):
         again = dataclasses.replace(attack, precision=precision)
         found = comparison.measure(run, {(f"accuracy under {attack.attack.name}", None): again})
-        assert [r["settings"]["precision"] for r in found] == [precision]
+        assert [asked_precision(r["settings"]["precision"]) for r in found] == [precision]
     assert [r["count"] for r in run.records()] == [10, 20, 20]
 
 

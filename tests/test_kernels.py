@@ -35,6 +35,7 @@ def test_a_strided_convolution_of_few_channels_is_the_same_function(channels, la
     own = nn.Sequential(conv)
     avoid_wrong_gradient(own)
     avoid_wrong_gradient(own)  # nothing is left to do
+    assert conv.stride == (1, 1)
     torch.testing.assert_close(own(x), expected)
     torch.testing.assert_close(torch.autograd.grad(own(x).square().sum(), (x, conv.weight)), wanted)
     assert list(own.state_dict()) == ["0.weight", "0.bias"]

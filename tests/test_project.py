@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "advebm"
 
 LAYERS = [
-    {"config", "errors", "seeds", "files", "citations", "recipes", "allocator", "processes"},
+    {"config", "errors", "seeds", "files", "citations", "recipes", "allocator", "threads", "processes"},
     {"energies", "descent", "starts", "modes", "checks"},
     {"models", "data", "pictures", "densities"},
     {"objectives", "samplers", "attacks", "metrics", "apps"},

@@ -497,8 +497,12 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
             raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
         begun = Run.open(args.resume)
         recipe, folder = begun.recipe, args.resume
-        if args.threads is None and 1 <= begun.environment.get("threads", 0) <= (os.cpu_count() or 1):
-            use_threads(begun.environment["threads"])  # sums are rounded in their order
+        if args.threads is None and (threads := begun.environment.get("threads")):  # sums are rounded in their order
+            if threads <= (cores := os.cpu_count() or 1):
+                use_threads(threads)
+            elif not begun.finished:
+                what = f"{args.resume} was begun with {threads} threads, and there are {cores} cores"
+                warnings.warn(f"{what}: its results will differ by rounding", stacklevel=1)
     else:
         if (args.recipe or args.config) is None:
             raise UserError(
