@@ -98,7 +98,8 @@ def test_what_is_computed_on_is_said_before_the_first_line_and_once(capsys, monk
         assert lines == (["cpu,", "one"] if name == "one" else ["two"])
 
 
-def test_cached_results_have_no_speed(capsys):
+def test_cached_results_have_no_speed(capsys, monkeypatch):
+    monkeypatch.setattr(console, "_computing_on", [""])
     with console.bar("judged", 359) as tell:
         tell(359, "71 stand")
     assert capsys.readouterr().err.split() == ["judged", "359/359", "cached", "71", "stand"]

@@ -488,6 +488,7 @@ def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
     """Train as the options say; the run's folder, or None where only the recipe was asked for."""
+    from advebm import console
     from advebm.stages import fit
     from advebm.training.recipe import dump, read, resolve
     from advebm.training.run import Run, new_folder
@@ -502,7 +503,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
                 use_threads(threads)
             elif not begun.finished:
                 what = f"{args.resume} was begun with {threads} threads, and there are {cores} cores"
-                warnings.warn(f"{what}: its results will differ by rounding", stacklevel=1)
+                console.say(f"{what}: its results will differ by rounding")
     else:
         if (args.recipe or args.config) is None:
             raise UserError(
