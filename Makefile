@@ -23,10 +23,10 @@ test-all: $(READY)
 	$(PYTEST) -m "" $(ARGS)
 
 # What depends on the CPU's instructions, as on a CPU without AVX-512 and on one without AVX2.
-CPUS := kernels precision inference training doctor models backbones cost
+CPUS_TESTS := tests/models tests/training tests/diagnostics/test_kernels.py tests/diagnostics/test_doctor.py
 test-cpus: $(READY)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(CPUS:%=tests/test_%.py)
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(CPUS:%=tests/test_%.py)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(CPUS_TESTS)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(CPUS_TESTS)
 
 # The page in a headless browser; needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).
 # ADVEBM_PICTURES=docs/pictures keeps screenshots.
@@ -55,7 +55,7 @@ bench: $(RIVALS)
 
 # docs/results.md and the README's table, from results/*.json, which advebm reproduce TABLE --scale SCALE writes.
 results: $(READY)
-	$(BIN)/python -m advebm.results
+	$(BIN)/python -m advebm.reproduction.page
 
 clean:
 	rm -rf .venv .venv-agreement .venv-bench .venv-page build dist .pytest_cache .mypy_cache .ruff_cache runs

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from advebm.models.precision import multiplies_bfloat16, usable_precision
-from advebm.training.machine import rates
+from advebm.training.hardware import rates
 from benchmarks import show
 from benchmarks.tasks import Setting, trained
 

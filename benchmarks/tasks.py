@@ -18,26 +18,28 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax
 from torch.utils.flop_counter import FlopCounterMode
 
-from advebm import energies, generation, seeds
+from advebm import energies
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
+from advebm.core import rng
 from advebm.descent import Descent, free, raw
 from advebm.metrics.distances import Moments, frechet_distance
 from advebm.metrics.verdicts import judge
 from advebm.models.inference import WAYS, Way, view
+from advebm.models.modes import searching, through
 from advebm.models.network import Architecture, Network
 from advebm.models.resnet import ResNet
 from advebm.models.small import SmallConv
 from advebm.models.wide_resnet import WideResNet
-from advebm.modes import searching, through
 from advebm.objectives.at import AT
 from advebm.objectives.base import Batch, Context, Objective
 from advebm.objectives.binary import BinaryAT
 from advebm.objectives.curriculum import Curriculum
 from advebm.objectives.langevin import JEM, SGLD
 from advebm.objectives.trades import TRADES
-from advebm.samplers import TA
-from advebm.training.run import Run
+from advebm.runs.run import Run
+from advebm.samplers.classifier import TA
+from advebm.sampling import generate
 
 NETWORKS: dict[str, Callable[[int], Any]] = {
     "digits": lambda width: SmallConv(width or 24),
@@ -131,7 +133,7 @@ def pgd(s: Setting) -> Contest:
     cost = flops(model, x)
     if s.way:
         attack, carry_out = Attack(EPS, steps=s.steps, step_size=STEP), searched(model, x, s)
-        search = lambda: carry_out(lambda f: attack(attack.harm(f, y), x, seeds.generator(0, device=x.device)))
+        search = lambda: carry_out(lambda f: attack(attack.harm(f, y), x, rng.generator(0, device=x.device)))
     elif s.who == "torchattacks":
         peer = importlib.import_module("torchattacks").PGD(model, eps=EPS, alpha=STEP, steps=s.steps)
         search = lambda: peer(x, y)
@@ -220,7 +222,7 @@ def sgld(s: Setting) -> Contest:
     if s.way:
         carry_out, chain = searched(model, x, s), Descent(s.steps, LANGEVIN["size"], raw, free, LANGEVIN["noise"])
         energy = lambda f: lambda z: energies.marginal(f(z))
-        search = lambda: carry_out(lambda f: chain(energy(f), x, generator=seeds.generator(0, device=x.device)))
+        search = lambda: carry_out(lambda f: chain(energy(f), x, generator=rng.generator(0, device=x.device)))
     elif s.who == "torchebm":
         core, samplers = importlib.import_module("torchebm.core"), importlib.import_module("torchebm.samplers")
 
@@ -273,10 +275,10 @@ def sampling(s: Setting) -> Contest:
     if s.way:
 
         def turn() -> None:
-            generation.to_bytes(generation.generate(model, sampler, data, y, way=cast(Way, s.way)).x)
+            generate.to_bytes(generate.generate(model, sampler, data, y, way=cast(Way, s.way)).x)
     else:
         model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        start, generator = sampler.prepare(data), seeds.generator(0, device=s.device)
+        start, generator = sampler.prepare(data), rng.generator(0, device=s.device)
 
         def turn() -> None:
             for labels in y.split(s.batch):
@@ -286,7 +288,7 @@ def sampling(s: Setting) -> Contest:
                     (gradient,) = torch.autograd.grad(cross_entropy(model(x), labels.to(s.device)), x)
                     length = gradient.flatten(1).norm(dim=1)[:, None, None, None] + 1e-10
                     x = (x.detach() - sampler.step_size * gradient / length).clamp(0, 1)
-                generation.to_bytes(x)
+                generate.to_bytes(x)
 
     return Contest(turn, s.size * s.steps)
 
@@ -297,12 +299,12 @@ def sampling(s: Setting) -> Contest:
 def ours_step(s: Setting, model: Network, batch: Batch, objective: Objective, optimizer: Any) -> Callable[[], None]:
     """A step of our training loop: search through the view, loss in the precision of the way, update."""
     model.train()
-    state = objective.init(batch.x, seeds.generator(0))
+    state = objective.init(batch.x, rng.generator(0))
     made = view(model, batch.x, WAYS[s.way], loud=True)
     model.precision = getattr(torch, WAYS[s.way].precision)
 
     def step() -> None:
-        ctx = Context(seeds.generator(0, device=batch.x.device))
+        ctx = Context(rng.generator(0, device=batch.x.device))
         optimizer.zero_grad(set_to_none=True)
         with through(model, made and made.refresh):
             found = objective.search(model, batch, state, ctx)
@@ -464,8 +466,8 @@ LONG = ("autoattack", "sampling")  # their turns are so long that what comes fir
 def trained(name: str, settings: list[tuple[str, Any]]) -> str:
     """The folder of a small adversarially trained network, trained by a recipe where it is not there yet."""
     from advebm.recipes import find
-    from advebm.stages import fit
-    from advebm.training.recipe import resolve
+    from advebm.runs.recipe import resolve
+    from advebm.workflows.train import fit
 
     where = Path("runs/benchmarks") / name
     if not (where / "config.yaml").exists() or not Run.open(where).finished:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from advebm.threads import SPINS
+from advebm.core.threads import SPINS
 
 LINES = 20  # of the log, of 256 images each, that are looked at; the first three are not
 PATIENCE = 60.0  # seconds for them

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from advebm.allocator import tune_cpu_allocator
+from advebm.core.allocator import tune_cpu_allocator
 from benchmarks.tasks import LONG, TASKS, Setting
 
 

@@ -4,9 +4,11 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor, nn
 
-from advebm import config, recipes
-from advebm.training.recipe import Recipe, resolve
-from advebm.training.run import Run
+from advebm import recipes
+from advebm.core import config
+from advebm.reproduction import applications, binary, experiments, study, supervised, tables, unsupervised
+from advebm.runs.recipe import Recipe, resolve
+from advebm.runs.run import Run
 
 few_samples = pytest.mark.filterwarnings(
     "ignore:F.*fewer give a larger one"
@@ -46,6 +48,13 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(x)
+
+
+def patch_experiments(monkeypatch, name, value):
+    """Put something in the place of what experiments share, in each module of them that has it."""
+    for module in (study, supervised, binary, applications, unsupervised, experiments, tables):
+        if callable(getattr(module, name, None)):  # not a module of that name
+            monkeypatch.setattr(module, name, value)
 
 
 def linked(run, folder):

@@ -7,10 +7,10 @@ estimated.
 import sys
 
 from advebm import recipes
-from advebm.errors import UserError
+from advebm.core.errors import UserError
+from advebm.runs.recipe import resolve
 from advebm.training.cost import estimates
-from advebm.training.machine import GB, PUBLISHED
-from advebm.training.recipe import resolve
+from advebm.training.hardware import GB, PUBLISHED
 
 MACHINES = ("rtx4090", "a100", "h200")
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from advebm import energies
+from advebm.core.errors import UserError
 from advebm.descent import (
     Descent,
     adam,
@@ -21,8 +22,7 @@ from advebm.descent import (
     unit,
     value_and_gradient,
 )
-from advebm.errors import UserError
-from advebm.modes import searching
+from advebm.models.modes import searching
 
 BALLS = {"linf": (linf_ball(0.1), torch.inf, 0.1), "l2": (l2_ball(0.5), 2, 0.5)}
 DIRECTIONS = {"raw": raw, "sign": sign, "unit": unit, "heavy_ball": heavy_ball(0.9), "adam": adam}

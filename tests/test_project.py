@@ -1,59 +1,57 @@
 """Properties of the code base itself: layers, citations, the README's example."""
 
 import ast
+import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import advebm
-from advebm import citations, cli, config, published, recipes
-from advebm.training.recipe import resolve
-from tests.helpers import default
+from advebm import cli, recipes
+from advebm.core import citations, config
+from advebm.papers import inventory
+from advebm.runs.recipe import resolve
+from advebm.training.loop import train
+from tests.helpers import default, tiny
+from tests.mutants import mutants
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "advebm"
 
+# Folders and the modules beside them, from the ground up: each imports only what stands above it in this list.
 LAYERS = [
-    {"config", "errors", "seeds", "files", "citations", "recipes", "allocator", "threads", "processes"},
-    {"energies", "descent", "starts", "modes", "checks"},
-    {"models", "data", "pictures", "densities"},
-    {"objectives", "samplers", "attacks", "metrics", "apps"},
-    {
-        "training",
-        "evaluation",
-        "generation",
-        "drawing",
-        "editing",
-        "chains",
-        "tuning",
-        "diagnostics",
-        "comparison",
-        "published",
-        "suites",
-        "doctor",
-        "toy",
-    },
-    {
-        "cli",
-        "api",
-        "demo",
-        "console",
-        "stages",
-        "tables",
-        "reporting",
-        "reproduce",
-        "scales",
-        "results",
-        "web",
-        "__main__",
-    },
+    "core",
+    "recipes",
+    "papers",
+    "energies",
+    "descent",
+    "starts",
+    "data",
+    "models",
+    "attacks",
+    "objectives",
+    "samplers",
+    "edits",
+    "metrics",
+    "runs",
+    "training",
+    "sampling",
+    "evaluation",
+    "diagnostics",
+    "reporting",
+    "toy",
+    "workflows",
+    "reproduction",
+    "web",
+    "cli",
+    "api",
 ]
-
-
-def layer(module: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if module in names)
+SHIMS = {"apps", "doctor"}  # old names of edits and diagnostics.doctor
+FREE = {"__main__", *SHIMS}  # which hold nothing but an import
 
 
 def imports(path: Path) -> set[str]:
@@ -72,14 +70,27 @@ MODULES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_point_downwards(path):
+    """Strictly, lazy imports included: what two folders share lies below both."""
     own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    for name in imports(path):
-        assert layer(name) <= layer(own), f"{own} (layer {layer(own)}) imports {name} (layer {layer(name)})"
+    if own in FREE:
+        return
+    for name in imports(path) - {own}:
+        assert LAYERS.index(name) < LAYERS.index(own), f"{own} imports {name}, which does not lie below it"
+
+
+def test_every_folder_says_what_lives_there_and_imports_no_torch():
+    for path in SOURCE.glob("*/__init__.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        assert path.parent.name in LAYERS
+        code = "import sys, importlib; importlib.import_module(sys.argv[1]); assert 'torch' not in sys.modules"
+        done = subprocess.run([sys.executable, "-c", code, f"advebm.{path.parent.name}"], check=False)
+        assert done.returncode == 0, path
 
 
 def test_accelerate_is_known_to_one_file():
     users = [p for p in MODULES if re.search(r"^\s*(from|import) accelerate", p.read_text(), re.M)]
-    assert users == [SOURCE / "training" / "engine.py"]
+    assert users == [SOURCE / "runs" / "engine.py"]
 
 
 def test_gradio_is_known_to_two_files():
@@ -102,7 +113,7 @@ def test_every_citation_is_in_the_bibliography():
     recipe = resolve(recipes.find("digits-at"))
     assert {"madry2018", "cem-workshop", "heusel2017", "digits1998"} <= set(citations.keys(recipe))
     assert "Madry" in citations.bibtex(recipe)
-    entries = re.findall(r"^@\w+\{([^,]+),", (SOURCE / "citations.bib").read_text(), re.M)
+    entries = re.findall(r"^@\w+\{([^,]+),", (SOURCE / "core" / "citations.bib").read_text(), re.M)
     assert len(entries) == len(set(entries))
 
 
@@ -124,9 +135,43 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, small_run):
     assert scope["images"].shape == (10, 1, 8, 8)
 
 
-def test_the_layers_are_those_of_the_contributors_page():
-    rows = re.findall(r"^\| \d \|.*\| `(.*)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
-    assert [set(row.replace("/", "").split()) for row in reversed(rows)] == LAYERS
+def test_the_map_of_the_contributors_page_is_the_tree():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == LAYERS
+    there = {p.name.removesuffix(".py") for p in SOURCE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert there - {"__init__"} == {*LAYERS, *FREE}
+
+
+def extending() -> str:
+    return (ROOT / "docs" / "extending.md").read_text()
+
+
+def test_what_extensions_import_is_there():
+    rows = re.findall(r"^\| `(advebm\.\w+)` \| (.*) \|$", extending(), re.M)
+    assert len(rows) == 10
+    for module, names in rows:
+        for name in re.match(r"`(.*?)`", names)[1].split():
+            assert getattr(importlib.import_module(module), name).__name__ == name
+    from advebm import apps, doctor
+
+    assert apps.Inpaint is importlib.import_module("advebm.edits").Inpaint
+    assert doctor.examine.__module__ == "advebm.diagnostics.doctor"
+    with pytest.raises(AttributeError, match="'advebm.samplers' has no attribute 'CT'; there is"):
+        importlib.import_module("advebm.samplers").CT  # noqa: B018
+
+
+def test_the_objective_of_the_documents_trains(tmp_path, monkeypatch):
+    (tmp_path / "halfway.py").write_text(re.search(r"```python\n(.*?)```", extending(), re.S)[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = tiny(objective="halfway:Halfway", train__images=512, train__log_every=256)
+    assert train(recipe, tmp_path / "run", device="cpu").finished
+
+
+def test_the_text_of_every_mutant_stands_once_in_its_file():
+    for mutant in mutants():
+        assert (SOURCE / mutant.file).read_text().count(mutant.text) == 1, mutant
+        assert mutant.instead != mutant.text
+        assert (ROOT / mutant.test_file).exists(), mutant
 
 
 def test_the_readme_names_what_exists():
@@ -136,7 +181,7 @@ def test_the_readme_names_what_exists():
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / path).exists(), path
     for verb in re.findall(r"^advebm ([\w-]+)", text, re.M):
-        assert f'"{verb}"' in (SOURCE / "cli.py").read_text(), verb
+        assert f'"{verb}"' in (SOURCE / "cli" / "parser.py").read_text(), verb
 
 
 def documents():
@@ -157,7 +202,7 @@ def test_the_commands_that_documents_name_are_understood(capsys):
         assert not cli.main([*shlex.split(line), "--print_config"]), f"{line}: {capsys.readouterr().err}"
     assert len(tables) > 10
     for name, scale in tables:
-        assert published.find(name).share(scale) > 0
+        assert inventory.find(name).share(scale) > 0
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -173,7 +218,7 @@ def test_the_options_that_a_recipe_names_in_its_head_exist(name):
 
 
 def test_every_finding_of_the_doctor_is_documented():
-    source, page = (SOURCE / "doctor.py").read_text(), (ROOT / "docs" / "doctor.md").read_text()
+    source, page = (SOURCE / "diagnostics" / "doctor.py").read_text(), (ROOT / "docs" / "doctor.md").read_text()
     names = set(re.findall(r'(?:fault|Finding)\(\s*"([\w-]+)"', source)) | set(
         re.findall(r'^ {8}"(.+)": \(', source, re.M)
     )

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from advebm import seeds
-from advebm.errors import UserError
+from advebm.core import rng
+from advebm.core.errors import UserError
 from advebm.starts import ClassGaussians, Gaussian, ReplayBuffer, UniformBall, clean, noise
 
 
@@ -113,8 +113,8 @@ def test_replay_buffer_resumes(generator):
 
 def test_seeds_depend_on_every_key_and_its_type():
     keys = [(0, "a"), (0, "b"), (1, "a"), ("0", "a"), (0, "a", 0), (0, 0), (0,)]
-    assert len({seeds.derive(*key) for key in keys}) == len(keys)
-    assert seeds.derive(0, "a") == seeds.derive(0, "a")
+    assert len({rng.derive(*key) for key in keys}) == len(keys)
+    assert rng.derive(0, "a") == rng.derive(0, "a")
     assert torch.equal(
-        seeds.randn(torch.empty(3), seeds.generator(1, "x")), seeds.randn(torch.empty(3), seeds.generator(1, "x"))
+        rng.randn(torch.empty(3), rng.generator(1, "x")), rng.randn(torch.empty(3), rng.generator(1, "x"))
     )

@@ -7,20 +7,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from advebm import checks, config, energies, evaluation, generation, recipes, seeds
-from advebm.allocator import tune_cpu_allocator as tune_cpu_allocator
+from advebm import energies, recipes
 from advebm.attacks.projected import Attack
+from advebm.core import checks, config, rng
+from advebm.core.allocator import tune_cpu_allocator as tune_cpu_allocator
+from advebm.core.errors import UserError
 from advebm.data.sources import Data
 from advebm.descent import Energy
-from advebm.errors import UserError
-from advebm.metrics.base import Metric, Record, SampleSet, Subject, device_of, together
+from advebm.evaluation import evaluate as evaluation
+from advebm.metrics.base import Metric, Record, SampleSet, Subject
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
+from advebm.models.batching import device_of, together
+from advebm.models.modes import searching
 from advebm.models.network import Network, Normalize
-from advebm.modes import searching
 from advebm.reporting.build import report as build_report
+from advebm.runs import locate
+from advebm.runs.recipe import Recipe, resolve
+from advebm.runs.run import Run, new_folder
+from advebm.sampling import generate
 from advebm.training import loop
-from advebm.training.recipe import Recipe, resolve
-from advebm.training.run import Run, new_folder
 
 
 def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
@@ -34,7 +39,7 @@ def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
     Raises:
         UserError: nothing there, or a damaged file.
     """
-    return evaluation.find_model(path, checkpoint=str(checkpoint))
+    return locate.find_model(path, checkpoint=str(checkpoint))
 
 
 def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float | Iterable[float] = 1.0) -> Network:
@@ -92,7 +97,7 @@ def attack(
     """
     _check_classifier(model, x, y)
     search = Attack(eps=eps, norm=norm, steps=steps, step_size=step_size, loss=loss, restarts=restarts)
-    generator = seeds.generator(seed, "attack", device=x.device)
+    generator = rng.generator(seed, "attack", device=x.device)
     with searching(model) as f:
         lowered: Energy = search.harm(f, y)
         if target is not None:
@@ -139,7 +144,7 @@ def sample(
         checks.labels(y, None, len(data.classes))
     else:
         y = torch.full_like(y, -1)
-    return generation.generate(model, sampler, data, y, outside=outside, seed=seed).x
+    return generate.generate(model, sampler, data, y, outside=outside, seed=seed).x
 
 
 def evaluate(
@@ -155,7 +160,7 @@ def evaluate(
     """Records of a model on the test split: accuracy, clean and under ``threat``, unless other metrics are given.
 
     Sample quality is measured on ``samples`` by name, in the features of the classifier ``features`` or in what
-    :func:`advebm.evaluation.find_space` reads: ``"inception"``, ``"pixels"``, a run or model.
+    :func:`advebm.evaluation.evaluate.find_space` reads: ``"inception"``, ``"pixels"``, a run or model.
     """
     data = load_data(data) if isinstance(data, str) else data
     space = None

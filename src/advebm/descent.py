@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-from advebm.errors import UserError
-from advebm.seeds import randn
+from advebm.core.errors import UserError
+from advebm.core.rng import randn
 
 Energy = Callable[[Tensor], Tensor]  # x (B, ...) -> (B,), to be lowered
 Direction = Callable[[Tensor, dict[str, Tensor]], Tensor]  # gradient, per-call memory -> direction

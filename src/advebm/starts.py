@@ -6,9 +6,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from advebm.core.errors import UserError
+from advebm.core.rng import rand, randn
 from advebm.descent import per_sample
-from advebm.errors import UserError
-from advebm.seeds import rand, randn
 
 
 class Start(Protocol):

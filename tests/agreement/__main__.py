@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from advebm.recipes import find
-from advebm.stages import fit
-from advebm.training.recipe import resolve
-from advebm.training.run import Run
+from advebm.runs.recipe import resolve
+from advebm.runs.run import Run
+from advebm.workflows.train import fit
 from tests.agreement import attacks, quality
 from tests.agreement.rows import Row
 

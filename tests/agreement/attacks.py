@@ -25,7 +25,7 @@ from advebm.attacks.fab import FAB
 from advebm.attacks.projected import Attack
 from advebm.attacks.square import Square
 from advebm.metrics.verdicts import judge
-from advebm.modes import searching
+from advebm.models.modes import searching
 from tests.agreement.rows import Row, peer
 
 NORMS = {"linf": "Linf", "l2": "L2"}

@@ -81,7 +81,7 @@ def inception(sizes: tuple[int, ...] = (32, 299), count: int = 4) -> list[Row]:
 
 @torch.no_grad()
 def made_up_features() -> tuple[list[float], list[float]]:
-    """What torch-fidelity's network gives for the image of tests/test_quality.py: some features, some logits."""
+    """What torch-fidelity's network gives for the image of tests/metrics/test_quality.py: features and logits."""
     x = torch.from_numpy(made_up.bytes_of((1, 3, 20, 26), seed=1))
     features, logits = networks()[1](x)
     return features[0, ::256].tolist(), logits[0, ::126].tolist()

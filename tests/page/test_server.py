@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import advebm
-from tests.test_web import header
+from tests.web.test_web import header
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("gradio")

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from advebm import energies
 from advebm.attacks.base import Adversary, Run, check_radius, dlr, margin, radius, ranked
-from advebm.config import check_choices
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
+from advebm.core.rng import rand, randn
 from advebm.descent import both, box, l2_ball, linf_ball, per_sample, sign, unit
 from advebm.energies import Logits
-from advebm.errors import UserError
-from advebm.seeds import rand, randn
 
 # Images and the numbers of their rows in the batch -> what is to be raised (B,), and which points are done, bool (B,).
 Outcome = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -7,7 +7,7 @@ from advebm.attacks.apgd import APGD
 from advebm.attacks.base import Adversary, Run, check_radius, radius
 from advebm.attacks.fab import FAB
 from advebm.attacks.square import Square
-from advebm.config import check_choices
+from advebm.core.config import check_choices
 
 
 @dataclass(frozen=True)

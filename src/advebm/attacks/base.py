@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from advebm.core.errors import UserError
 from advebm.energies import Logits
-from advebm.errors import UserError
 
 Search = Callable[[Logits, Tensor, Tensor, torch.Generator], Tensor]  # f, x, y, generator -> images like x
 
@@ -59,7 +59,7 @@ class Adversary:
         """Images (B, C, H, W) in [0, 1] within ``eps`` of ``x``; of points that stay right, what the last run left.
 
         Args:
-            f: logits (B, K) of images, as :func:`advebm.modes.searching` gives it.
+            f: logits (B, K) of images, as :func:`advebm.models.modes.searching` gives it.
             x, y: images and their labels, int64 (B,).
             generator: of every draw.
         """

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from advebm.attacks.base import Adversary, Run, margin
+from advebm.core.errors import UserError
 from advebm.descent import per_sample
 from advebm.energies import Logits
-from advebm.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from advebm.attacks.base import Adversary, Run, check_radius, margin, radius, ranked
-from advebm.config import check_choices
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.descent import per_sample, value_and_gradient
 from advebm.energies import Logits
-from advebm.errors import UserError
 
 FARTHEST = 0.1  # largest weight of the step from the image itself, alpha_max of the paper
 OVERSHOOT = 1.05  # eta

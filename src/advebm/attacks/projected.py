@@ -8,9 +8,9 @@ from torch import Tensor
 
 from advebm import energies
 from advebm.attacks.base import Adversary, Run, check_radius, margin, radius
-from advebm.config import check_choices
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.descent import Descent, Energy, Observer, both, box, heavy_ball, l2_ball, linf_ball, sign, unit
-from advebm.errors import UserError
 from advebm.starts import Gaussian, Start, UniformBall, clean
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from advebm.attacks.base import Adversary, Run, check_radius, margin, radius
-from advebm.config import check_choices
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.descent import per_sample
 from advebm.energies import Logits
-from advebm.errors import UserError
 
 SHARE = 0.8  # of the pixels that the first square covers, p of the paper as AutoAttack sets it
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which that share is halved

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from advebm.config import check_choices
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.data import simclr
 from advebm.data.autoaugment import autoaugment
-from advebm.errors import UserError
 
 GREY = 0.5  # of a cut-out square: the middle of the range, whatever the data's mean
 

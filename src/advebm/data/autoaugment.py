@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advebm.errors import UserError
+from advebm.core.errors import UserError
 
 GREY = 128  # what shear, translate and rotate move in from outside, the usual choice for CIFAR
 LEVELS = 10  # the paper's grid of magnitudes, 0 ... 9

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from advebm.errors import UserError, unknown
-from advebm.seeds import rand, randn
+from advebm.core.errors import UserError, unknown
+from advebm.core.rng import rand, randn
 
 # images (B, C, H, W) in [0, 1], the parameter of a severity, generator -> the same shape, perhaps outside [0, 1]
 Corruption = Callable[[Tensor, float, torch.Generator], Tensor]

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from advebm import files
-from advebm.errors import UserError
+from advebm.core import files
+from advebm.core.errors import UserError
 
 Corrupt = Literal["refuse", "skip"]
 SHOWN = 3  # names of bad images in a message

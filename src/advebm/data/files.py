@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advebm.config import check_choices
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.data.augment import Augment
 from advebm.data.decode import Corrupt, cached, decode
 from advebm.data.sources import UNLABELLED, Augmentations, Data, Images, Outline, gather, partition
-from advebm.errors import UserError
 
 NATURAL = Augmentations(x=Augment(crop=4, flip=True))
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image"), ("label", "fine_label", "labels")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from advebm import seeds
+from advebm.core import rng
 from advebm.data.augment import Augment
 from advebm.data.sources import Images, to_float
 
@@ -59,6 +59,6 @@ class Loader:
     def _positions(self, epoch: int, start: int, stop: int) -> Tensor:
         if self._epoch[0] != epoch:
             keys = ("order", self.role) if self.role else ("order",)
-            order = torch.randperm(len(self.images), generator=seeds.generator(self.seed, *keys, epoch))
+            order = torch.randperm(len(self.images), generator=rng.generator(self.seed, *keys, epoch))
             self._epoch = (epoch, order)
         return self._epoch[1][start:stop]

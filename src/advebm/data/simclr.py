@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from advebm.core.errors import UserError
+from advebm.core.rng import rand
 from advebm.data.autoaugment import brightness, color, contrast, luma
-from advebm.errors import UserError
-from advebm.seeds import rand
 
 TRIES = 10  # draws of a crop, of which the first that fits counts
 RATIO = 4 / 3  # of a crop's sides, at most

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advebm import seeds
+from advebm.core import rng
+from advebm.core.errors import UserError, unknown
 from advebm.data.augment import Augment
-from advebm.errors import UserError, unknown
 
 UNLABELLED = ("unlabelled",)  # the classes of images that have none
 
@@ -244,7 +244,7 @@ class Classes(Derived):
         data = self.source.load()
         if self.count >= len(data.classes):
             raise UserError(f"{data.name} has {len(data.classes)} classes, so count is less, got {self.count}")
-        order = torch.randperm(len(data.classes), generator=seeds.generator(self.split_seed, "classes"))
+        order = torch.randperm(len(data.classes), generator=rng.generator(self.split_seed, "classes"))
         kept = (order[self.count :] if self.rest else order[: self.count]).sort().values
         number = torch.full((len(data.classes),), -1).scatter(0, kept, torch.arange(len(kept)))
 
@@ -278,7 +278,7 @@ def partition(shards: list[Images], classes: int, shares: tuple[float, ...], see
     y = torch.cat([shard.y for shard in shards]).clamp_min(0)
     for k in range(classes):
         members = (y == k).nonzero().squeeze(1)
-        members = members[torch.randperm(len(members), generator=seeds.generator(seed, "split", k))]
+        members = members[torch.randperm(len(members), generator=rng.generator(seed, "split", k))]
         cuts = [round(len(members) * sum(shares[: i + 1])) for i in range(len(shares))]
         for part, chunk in zip(parts, members.tensor_split(cuts), strict=True):
             part.append(chunk)

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from advebm.core.errors import UserError
+from advebm.core.rng import randn
 from advebm.descent import Energy, per_sample, value_and_gradient
-from advebm.errors import UserError
-from advebm.metrics.base import together
-from advebm.seeds import randn
+from advebm.models.batching import together
 
 Along = Literal["random", "gradient", "pca"]
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from advebm import energies
+from advebm.core.errors import UserError
 from advebm.descent import value_and_gradient
-from advebm.errors import UserError
-from advebm.modes import searching
-from advebm.samplers import Sampler, marginal
+from advebm.models.modes import searching
+from advebm.samplers.base import Sampler, marginal
 
 
 class Slopes(NamedTuple):

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from advebm.descent import Descent, box, unit, value_and_gradient
-from advebm.diagnostics import joint_or_marginal
-from advebm.metrics.base import as_images, device_of
+from advebm.models.batching import as_images, device_of
+from advebm.models.modes import searching
 from advebm.models.network import Network
-from advebm.modes import searching
-from advebm.samplers import marginal
+from advebm.samplers.base import joint_or_marginal, marginal
 
 
 def saliency(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
-from advebm.data.sources import Data, Images, to_float
-from advebm.errors import UserError
-from advebm.processes import ALONE, Team
+from advebm.core.errors import UserError
+from advebm.core.processes import ALONE, Team
+from advebm.data.sources import Data, Images
+from advebm.models.batching import as_images, device_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,22 +123,6 @@ class Metric(Protocol):
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Measure."""
         ...
-
-
-def together(shape: Sequence[int]) -> int:
-    """How many images of ``shape (C, H, W)`` go through a network at once: 500 of up to 32 x 32 pixels, else fewer."""
-    return min(500, max(1, 500 * 32 * 32 // (shape[1] * shape[2])))
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are; the CPU if it has none."""
-    return next((v.device for v in model.state_dict().values()), torch.device("cpu"))
-
-
-def as_images(x: Tensor, device: torch.device) -> Tensor:
-    """Images, bytes or floating point in [0, 1], as floating point on a device."""
-    x = x.to(device)
-    return to_float(x) if x.dtype == torch.uint8 else x
 
 
 def proportion(hits: Tensor) -> tuple[float, float, int]:

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from advebm import checks, energies
+from advebm import energies
+from advebm.core import checks
+from advebm.core.errors import UserError
 from advebm.data.sources import Images
-from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, average
 from advebm.metrics.distances import jackknife
-from advebm.modes import searching
+from advebm.models.modes import searching
 
 GROUPS = 20  # of the jackknife
 RANGE = 20.0  # of the logarithms of temperatures, on both sides of 0

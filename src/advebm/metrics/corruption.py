@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from advebm import seeds
 from advebm.attacks.base import correct
+from advebm.core import rng
+from advebm.core.errors import UserError
 from advebm.data.corruptions import CORRUPTIONS, SEVERITIES, check, corrupt
-from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, average, proportion
-from advebm.modes import searching
+from advebm.models.modes import searching
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CorruptionAccuracy:
         records, everything = [], []
         for name in self.corruptions:
             for severity in self.severities:
-                own = seeds.generator(generator.initial_seed(), name, severity, device=generator.device)
+                own = rng.generator(generator.initial_seed(), name, severity, device=generator.device)
                 hits = _hits(subject, name, severity, own)
                 settings = {"corruption": name, "severity": severity, "parameters": "advebm"}
                 records.append(Record(f"accuracy under {name} {severity}", *proportion(hits), settings))

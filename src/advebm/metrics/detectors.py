@@ -7,14 +7,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from advebm import config
-from advebm.data import outliers
+from advebm.core import config
+from advebm.core.errors import UserError
+from advebm.data import ood_sets
 from advebm.energies import Logits
-from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject
 from advebm.metrics.ood import Estimate, auroc, lowest, search_name
 from advebm.models.inference import faster
-from advebm.modes import searching
+from advebm.models.modes import searching
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Detectors:
                 own, other = split.x[split.y == k], split.x[split.y != k]
                 if min(len(own), len(other)) < 2:
                     raise UserError(f"a detector takes 2 images of its class and of others, {name} has {len(own)}")
-                own, other = (outliers.choose(x, self.count, generator) for x in (own, other))
+                own, other = (ood_sets.choose(x, self.count, generator) for x in (own, other))
 
                 def score(x: Tensor, k: int = k, f: Logits = f) -> Tensor:
                     out = f(x)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from advebm.errors import UserError
+from advebm.core.errors import UserError
 
 
 def checked(features: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from advebm import energies
+from advebm.core.errors import UserError
 from advebm.energies import Logits
-from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject, average
-from advebm.modes import searching
+from advebm.models.modes import searching
 
 
 @dataclass(frozen=True)

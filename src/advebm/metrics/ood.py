@@ -14,19 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from advebm import config, energies, seeds
+from advebm import energies
 from advebm.attacks.apgd import ascend
 from advebm.attacks.base import check_radius, radius
 from advebm.attacks.projected import Attack
-from advebm.data import outliers
-from advebm.data.outliers import ClassGaussianNoise, GaussianNoise, Outlier, UniformNoise
+from advebm.core import config, rng
+from advebm.core.errors import UserError
+from advebm.data import ood_sets
+from advebm.data.ood_sets import ClassGaussianNoise, GaussianNoise, Outlier, UniformNoise
 from advebm.descent import value_and_gradient
 from advebm.energies import Logits
-from advebm.errors import UserError
 from advebm.metrics.base import Record, Subject
 from advebm.metrics.distances import jackknife
 from advebm.models.inference import faster
-from advebm.modes import searching
+from advebm.models.modes import searching
 
 BINS = 40  # of the histograms that records carry
 GROUPS = 20  # of the jackknife
@@ -279,11 +280,11 @@ class OutOfDistribution:
         seed, where = generator.initial_seed(), generator.device
         eps = self._radius(subject.threat)
         metric = config.describe(replace(self, eps=eps))
-        inside = outliers.choose(subject.split.x, self.count, generator)
+        inside = ood_sets.choose(subject.split.x, self.count, generator)
         sets: dict[str, Tensor] = {}
         for outlier in self.sets:
-            own = seeds.generator(seed, str(config.describe(outlier)), device=where)
-            name, x = outliers.draw(outlier, subject.data, self.count, own)
+            own = rng.generator(seed, str(config.describe(outlier)), device=where)
+            name, x = ood_sets.draw(outlier, subject.data, self.count, own)
             if name in sets:
                 raise UserError(f"two sets are called {name}; measure them one at a time")
             sets[name] = x
@@ -296,7 +297,7 @@ class OutOfDistribution:
                     about = {"score": score.name, "outliers": name, "metric": metric}
                     cases: dict[str | None, Tensor] = {None: _scored(score, f, x, subject)}
                     if eps > 0:
-                        own = seeds.generator(seed, "worst case", name, score.name, device=where)
+                        own = rng.generator(seed, "worst case", name, score.name, device=where)
                         worst = lambda x, s=score, g=own: lowest(
                             partial(s, f),
                             x,

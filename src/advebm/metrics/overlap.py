@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from advebm.errors import UserError
+from advebm.core.errors import UserError
 from advebm.metrics.distances import checked
 
 BLOCK = 1024

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import skip_init
 
-from advebm import config
 from advebm.attacks.base import Adversary
 from advebm.attacks.projected import Attack
+from advebm.core import config
+from advebm.core.errors import UserError
 from advebm.data.sources import Images
-from advebm.errors import UserError
-from advebm.metrics.base import Features, Record, Subject, device_of, proportion
+from advebm.metrics.base import Features, Record, Subject, proportion
 from advebm.metrics.robustness import verdicts
+from advebm.models.batching import device_of
+from advebm.models.modes import searching, settled, using
 from advebm.models.network import Network
-from advebm.modes import searching, settled, using
 
 
 def representations(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from advebm.errors import UserError
+from advebm.core.errors import UserError
 from advebm.metrics.base import INCEPTION, Features, Record, SampleSet, Subject, label, proportion
 from advebm.metrics.distances import (
     Moments,

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from advebm import config, seeds
-from advebm.apps import Counterfactual, Denoise, Edit, Inpaint, Upsample, box_hole, median
-from advebm.config import check_choices
+from advebm.core import config, rng
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
+from advebm.core.rng import rand, randn
 from advebm.descent import repeated
-from advebm.errors import UserError
+from advebm.edits.base import Edit, box_hole
+from advebm.edits.restore import Denoise, Inpaint, Upsample, median
+from advebm.edits.transform import Counterfactual
 from advebm.metrics.base import Record, Subject, average, proportion
 from advebm.metrics.robustness import check_images, some
 from advebm.metrics.similarity import paired_ssim, psnr
-from advebm.seeds import rand, randn
 
 Restore = Callable[[Tensor], Tensor]  # images as they were given -> restored ones
 PEPPER = 0.1  # share of pixels that salt and pepper fall on
@@ -126,7 +128,7 @@ class Restoration:
         seed = generator.initial_seed()
         for edit in self.edits:
             name = task(edit)
-            draw = lambda x, part, name=name, edit=edit: spoilt(edit, x, hole, seeds.generator(seed, name, part))
+            draw = lambda x, part, name=name, edit=edit: spoilt(edit, x, hole, rng.generator(seed, name, part))
             given, practice = draw(truth, "test"), draw(tuning, "validation")
             chosen, ways = self._edit(edit, subject, practice, tuning, hole), others(edit, hole)
             if isinstance(edit, Denoise):
@@ -151,7 +153,7 @@ class Restoration:
 
     @staticmethod
     def _by(edit: Edit, subject: Subject, hole: Tensor, x: Tensor) -> Tensor:
-        generator = seeds.generator(0, "restoration", device=subject.device)
+        generator = rng.generator(0, "restoration", device=subject.device)
         mask = hole if isinstance(edit, Inpaint) else None
         parts = [edit(subject.model, z, hole=mask, generator=generator, frames=2).x for z in x.split(subject.batch)]
         return torch.cat(parts)

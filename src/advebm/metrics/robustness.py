@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from advebm import config
 from advebm.attacks.base import Adversary
 from advebm.attacks.projected import Attack, Targeted
-from advebm.config import check_choices
-from advebm.errors import UserError
+from advebm.core import config
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.metrics.base import Record, Subject, proportion
 from advebm.metrics.verdicts import Verdicts, judge
 from advebm.models.precision import Precision, precision_label

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from advebm.core.errors import UserError
 from advebm.data.sources import to_float
-from advebm.errors import UserError
 
 Distances = Callable[[Tensor, Tensor], Tensor]  # (A, C, H, W) and (B, C, H, W) in [0, 1] -> (A, B), low = near
 

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import advebm
-from advebm import checks, config, energies, files, seeds
+from advebm import energies
 from advebm.attacks.base import Adversary, Run, correct, two_classes
+from advebm.core import checks, config, files, rng
+from advebm.core.errors import UserError
+from advebm.core.processes import ALONE, Team
 from advebm.descent import value_and_gradient
 from advebm.energies import Logits
-from advebm.errors import UserError
-from advebm.metrics.base import Tell, as_images, device_of
+from advebm.metrics.base import Tell
+from advebm.models.batching import as_images, device_of
 from advebm.models.inference import View, faster, float32
+from advebm.models.modes import searching
 from advebm.models.precision import Precision
-from advebm.modes import searching
-from advebm.processes import ALONE, Team
 
 STANDS, WRONG = -1, 0
 
@@ -123,7 +125,7 @@ def judge(
                     part, label = as_images(x[rows], device), y[rows].to(device)
                     note = f"{runs[number].attack}, {state.broken.count(STANDS)} stand"
                     heard = progress.listen(quick, number, first / len(left), len(left) / team.world, note)
-                    draws = seeds.generator(seed, number, start, device=device)
+                    draws = rng.generator(seed, number, start, device=device)
                     stands = _attacked(attack, runs[number], f, quick, heard, part, label, draws).tolist()
                     fallen = [row for row, stood in zip(rows, stands, strict=True) if not stood]
                 state.save(number, first + batch * team.world, list(chain(*team.share(fallen))))

@@ -19,7 +19,7 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from advebm.errors import UserError
+from advebm.core.errors import UserError
 from advebm.models.network import Network
 from advebm.models.resnet import LAYOUTS
 

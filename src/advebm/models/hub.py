@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from advebm import files
-from advebm.errors import UserError
+from advebm.core import files
+from advebm.core.errors import UserError
 
 # What a published model consists of (see network.save); nothing else travels, a checkpoint's state least of all.
 FILES = ["config.json", "model.safetensors", "ema.safetensors", "README.md"]

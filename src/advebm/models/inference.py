@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from advebm.core.errors import unknown
 from advebm.descent import value_and_gradient
-from advebm.errors import unknown
+from advebm.models.modes import DualBatchNorm2d, searching
 from advebm.models.network import Network
 from advebm.models.precision import Precision, usable_precision
-from advebm.modes import DualBatchNorm2d, searching
 
 LOOKS = 8  # at a network, which may be random: tracing would keep one of its ways
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from advebm.errors import UserError
-from advebm.modes import DualBatchNorm2d
+from advebm.core.errors import UserError
+from advebm.models.modes import DualBatchNorm2d
 
 Norm = Literal["batch", "group", "dual", "none"]
 Activation = Literal["silu", "relu", "leaky_relu"]

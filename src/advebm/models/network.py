@@ -12,12 +12,12 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 import advebm
-from advebm import config, files
-from advebm.errors import UserError
+from advebm.core import config, files
+from advebm.core.errors import UserError
+from advebm.core.rng import derive
 from advebm.models import hub
 from advebm.models.layers import Staged, avoid_wrong_gradient
-from advebm.modes import searching
-from advebm.seeds import derive
+from advebm.models.modes import searching
 
 
 class Backbone(Protocol):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from advebm.errors import UserError
+from advebm.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from advebm.config import check_choices
-from advebm.errors import UserError
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.models.layers import ACTIVATIONS, Activation, Norm, Staged, check_size, conv2d, norm2d, stages
 
 # depth -> width of the first stage, blocks a stage, outputs of a block over the channels inside it

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from advebm.config import check_choices
-from advebm.errors import UserError
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.models.layers import ACTIVATIONS, Activation, Norm, norm2d
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from advebm.config import check_choices
-from advebm.errors import UserError
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.models.layers import ACTIVATIONS, Activation, Staged, conv2d
 
 

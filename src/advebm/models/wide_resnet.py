@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from advebm.config import check_choices
-from advebm.errors import UserError
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.models.layers import Activation, Norm, check_size
 from advebm.models.resnet import preactivated
 

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
-from advebm.config import check_choices
-from advebm.errors import UserError
-from advebm.modes import searching
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
+from advebm.models.modes import searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.objectives.standard import cross_entropy
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
-from advebm.errors import UserError
-from advebm.modes import searching
+from advebm.core.errors import UserError
+from advebm.models.modes import searching
 from advebm.objectives.at import AT
 from advebm.objectives.base import Batch, Context, Loss, Objective
 

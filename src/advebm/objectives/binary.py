@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from advebm import energies
-from advebm.config import check_choices
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.descent import Constraint, Descent, Energy, both, box, l2_ball, unit
-from advebm.errors import UserError
-from advebm.modes import norms_fixed, searching
+from advebm.models.modes import norms_fixed, searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
 from advebm.objectives.curriculum import Curriculum, Level, auroc
 

@@ -15,11 +15,11 @@ from torch.nn.functional import log_softmax
 
 from advebm import energies
 from advebm.attacks.projected import Attack
-from advebm.config import check_choices
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.descent import Energy
 from advebm.energies import Logits
-from advebm.errors import UserError
-from advebm.modes import searching, using
+from advebm.models.modes import searching, using
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.trades import divergence
 

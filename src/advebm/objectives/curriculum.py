@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advebm.errors import UserError
+from advebm.core.errors import UserError
 
 
 @dataclass

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from advebm import energies
 from advebm.attacks.projected import Attack
-from advebm.config import check_choices
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
 from advebm.descent import Descent, box, unit
-from advebm.errors import UserError
-from advebm.modes import norms_fixed, searching
+from advebm.models.modes import norms_fixed, searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
 from advebm.objectives.curriculum import Curriculum, Level, auroc
 

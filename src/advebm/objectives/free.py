@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from advebm.errors import UserError
+from advebm.core.errors import UserError
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.objectives.standard import cross_entropy
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from advebm import energies
 from advebm.attacks.projected import Attack
-from advebm.modes import norms_fixed, searching
+from advebm.models.modes import norms_fixed, searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.objectives.curriculum import auroc
 

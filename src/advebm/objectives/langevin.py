@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from advebm import energies, starts
 from advebm.attacks.projected import Attack
+from advebm.core.errors import UserError
+from advebm.core.rng import randn
 from advebm.descent import Descent, box, free, raw
-from advebm.errors import UserError
-from advebm.modes import searching
+from advebm.models.modes import searching
 from advebm.objectives.at import ENERGY_STEP, check_energy, stepped
 from advebm.objectives.base import Batch, Context, Loss, Stateless
-from advebm.seeds import randn
 from advebm.starts import ReplayBuffer
 
 

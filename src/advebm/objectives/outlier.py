@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from advebm import energies
 from advebm.attacks.projected import Attack
-from advebm.errors import UserError
-from advebm.modes import searching
+from advebm.core.errors import UserError
+from advebm.models.modes import searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.objectives.curriculum import auroc
 

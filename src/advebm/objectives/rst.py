@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
-from advebm.errors import UserError
+from advebm.core.errors import UserError
 from advebm.models import network
-from advebm.modes import searching
+from advebm.models.modes import searching
 from advebm.objectives.base import Batch, Context, Loss, Objective
 from advebm.objectives.trades import TRADES
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from advebm import energies
-from advebm.errors import UserError
+from advebm.core.errors import UserError
+from advebm.core.rng import randn
 from advebm.objectives.base import Batch, Context, Loss, Stateless
-from advebm.seeds import randn
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Loss:

@@ -9,9 +9,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from advebm import energies
 from advebm.attacks.projected import Attack
-from advebm.config import check_choices
-from advebm.errors import UserError
-from advebm.modes import searching
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
+from advebm.models.modes import searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 
 INNER = Attack(eps=0.031, steps=10, step_size=0.007, start="gaussian", spread=0.001)

@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from advebm.config import merge
-from advebm.errors import unknown
+from advebm.core.config import merge
+from advebm.core.errors import unknown
 
 
 def names() -> list[str]:

@@ -11,12 +11,16 @@ from typing import Any
 
 import jinja2
 
-from advebm import citations, comparison, config, evaluation, files, generation, pictures, published
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
-from advebm.reporting import figures, gallery
-from advebm.training.recipe import dump
-from advebm.training.run import Run
+from advebm.core import citations, config, files
+from advebm.data import pictures
+from advebm.evaluation import compare, evaluate
+from advebm.papers import render
+from advebm.reporting import figure_store, figures
+from advebm.runs.recipe import dump
+from advebm.runs.run import Run
+from advebm.sampling import generate
 
 
 def report(
@@ -36,12 +40,12 @@ def report(
         out: the file; ``report.html`` in the run's folder by default.
         title: at its head; the recipe's name by default.
         shown: PNG figures by their titles, to begin with.
-        summary: a table of :func:`advebm.published.summary`; it stands at the head instead of the run's numbers.
+        summary: a table of :func:`advebm.papers.render.summary`; it stands at the head instead of the run's numbers.
     """
     recipe, history = run.recipe, run.history()
     data = recipe.data.load()
-    runs = comparison.titled([run, *beside])
-    everyone = {title: evaluation.latest(r.records()) for title, r in runs.items()}
+    runs = compare.titled([run, *beside])
+    everyone = {title: evaluate.latest(r.records()) for title, r in runs.items()}
     own = next(iter(everyone.values()))
     count = len(data.classes)
     sets = {f"{title} · {n}" if len(runs) > 1 else n: f for title, r in runs.items() for n, f in r.samples().items()}
@@ -49,7 +53,7 @@ def report(
     samples = [{"title": "training images", "text": data.name, "image": _picture(real)}]
     films = []
     for name, folder in sets.items():
-        drawn = generation.read(folder)
+        drawn = generate.read(folder)
         text = describe_sampler(drawn.manifest)
         samples.append({"title": name, "text": text, "image": _picture(pictures.by_class(drawn.x, drawn.y, count))})
         if (folder / "film.png").exists() and folder.parent.parent == run.folder:
@@ -85,7 +89,7 @@ def report(
         gallery=[
             {**f, "title": f"{title} · {f['title']}" if len(runs) > 1 else f["title"], "image": _uri(f["picture"])}
             for title, r in runs.items()
-            for f in gallery.hung(r)
+            for f in figure_store.hung(r)
         ],
         tables=[{"name": name, "rows": [row(r) for r in records]} for name, records in everyone.items() if records],
         config=dump(recipe),
@@ -154,8 +158,8 @@ def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[st
 
 
 def _paper(summary: Mapping[str, Any]) -> dict[str, Any]:
-    where, verdict = published.lines(summary)
-    heads, rows = published.grid(summary)
+    where, verdict = render.lines(summary)
+    heads, rows = render.grid(summary)
     return {"where": where, "verdict": verdict, "heads": heads, "rows": rows}
 
 

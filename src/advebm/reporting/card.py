@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from advebm import config, evaluation, files, recipes
-from advebm.errors import UserError, unknown
+from advebm import recipes
+from advebm.core import config, files
+from advebm.core.errors import UserError, unknown
+from advebm.evaluation import evaluate
 from advebm.models import network
 from advebm.models.network import Architecture, Weights
 from advebm.reporting.build import describe_sampler, row
-from advebm.tables import class_tables, markdown
-from advebm.training.recipe import Recipe, resolve
-from advebm.training.run import Run
+from advebm.reporting.terminal import class_tables, markdown
+from advebm.runs.recipe import Recipe, resolve
+from advebm.runs.run import Run
 
 
 def publish(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weights = "float32") -> Path:
@@ -39,7 +41,7 @@ def publish(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weig
     network.read_architecture(path)  # refuses what would import code
     model, architecture = run.model(checkpoint)
     known = files.read_json(path / "config.json")
-    records = evaluation.latest(r for r in run.records() if r.get("checkpoint") == path.name and _own(r, path.name))
+    records = evaluate.latest(r for r in run.records() if r.get("checkpoint") == path.name and _own(r, path.name))
     own = ("name", "value", "error", "count")
     numbers = [{**{k: r[k] for k in own}, "samples": r["settings"].get("samples")} for r in records]
     options = _public(config.describe(run.recipe))

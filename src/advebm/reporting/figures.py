@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from torch import Tensor
 
-from advebm import pictures
+from advebm.data import pictures
 
 matplotlib.use("Agg")
 

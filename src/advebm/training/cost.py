@@ -17,19 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from advebm import seeds
+from advebm.core import rng
 from advebm.data.sources import Data, Digits, Images, Outline, outline
 from advebm.descent import value_and_gradient
 from advebm.models import network
+from advebm.models.modes import searching, through
 from advebm.models.network import Architecture, Network
 from advebm.models.small import SmallConv
-from advebm.modes import searching, through
 from advebm.objectives.base import Batch, Context, Objective
 from advebm.objectives.curriculum import Curriculum, Level
-from advebm.training.checkpoint import Progress
-from advebm.training.loop import search_view, validate
-from advebm.training.machine import Machine, describe, seconds
-from advebm.training.recipe import Recipe, design
+from advebm.runs.checkpoint import Progress
+from advebm.runs.recipe import Recipe, design
+from advebm.training.hardware import Machine, describe, seconds
+from advebm.training.loop import search_view
+from advebm.training.validate import validate
 
 TIMED = 2e10  # FLOP of a batch that is timed: a tenth of a second on two cores
 CLASSES = 1000  # of a folder that is not there; a head of so many outputs hardly counts
@@ -280,7 +281,7 @@ def step(objective: Objective, seen: int, level: int | None = None) -> tuple[Pas
     """
     counts = []
     for images in (4, 8):
-        generator, model = seeds.generator(0), few(objective).build().train()
+        generator, model = rng.generator(0), few(objective).build().train()
         x = torch.rand(images, 3, 8, 8, generator=generator)
         batch = Batch(x, torch.arange(images), view=x, outside=x, extra=x)
         state = objective.init(x, generator)
@@ -328,7 +329,7 @@ def validation(recipe: Recipe) -> Passes:
     found = []
     for count in (4, 8):
         model = few(recipe.objective).build().eval()
-        x = torch.randint(256, (count, 3, 8, 8), generator=seeds.generator(0), dtype=torch.uint8)
+        x = torch.randint(256, (count, 3, 8, 8), generator=rng.generator(0), dtype=torch.uint8)
         images = Images(x, model(x.float() / 255).argmax(1))
         data = Data("noise", tuple("0123456789"), images, images, images)
         with counting(model) as tally:

@@ -1,53 +1,38 @@
 """THE training loop: step, report, validate, save, stop?; timed in images.  Methods never appear in it."""
 
-import contextlib
 import copy
 import dataclasses
-import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from advebm import config, energies, modes, processes, seeds
-from advebm.data.augment import Augment
-from advebm.data.loader import Loader
-from advebm.data.outliers import overlap
-from advebm.data.sources import Data, Images
-from advebm.descent import Energy
-from advebm.errors import Diverged, EarlyStop, Interrupted, Lost, UserError
-from advebm.evaluation import find_model
-from advebm.metrics.base import Subject, together
-from advebm.metrics.ood import auroc
-from advebm.metrics.robustness import measure
-from advebm.models import foreign
+from advebm.core import config, processes, rng
+from advebm.core.errors import Diverged, EarlyStop, Interrupted, UserError
+from advebm.data.sources import Data
+from advebm.models import foreign, modes
 from advebm.models.ema import EMA
 from advebm.models.inference import View, Way, fast, view
 from advebm.models.layers import Staged
 from advebm.models.network import Network, transfer
 from advebm.models.precision import precision_label, usable_precision
-from advebm.modes import searching
-from advebm.objectives.base import Batch, Context
-from advebm.training.checkpoint import Progress
-from advebm.training.engine import Engine
-from advebm.training.instruments import EnergyShift
-from advebm.training.recipe import Recipe, design
-from advebm.training.run import Run, environment
+from advebm.objectives.base import Context
+from advebm.runs.checkpoint import Progress
+from advebm.runs.engine import Engine
+from advebm.runs.locate import find_model
+from advebm.runs.recipe import Recipe, design
+from advebm.runs.run import Run, environment
+from advebm.training import norm_statistics
+from advebm.training.batches import Feed
+from advebm.training.energy_shift import EnergyShift
+from advebm.training.signals import going_on, stopping
+from advebm.training.validate import SELECTED, validate
 
 Report = Callable[[Mapping[str, Any]], None]  # told every line of metrics.jsonl, images counted over all stages
-TWICE = 1.0  # seconds within which a signal that comes again is the same one: torchrun passes on what a terminal sends
-# What "best" is decided by, attacked before clean: of a classifier, of a critic, and of an encoder.
-SELECTED = (
-    *("val/robust_accuracy", "val/accuracy"),
-    *("val/adversarial_auroc", "val/auroc"),
-    *("val/robust_contrastive_accuracy", "val/contrastive_accuracy"),
-)
 
 
 def train(
@@ -106,7 +91,7 @@ def train(
     else:
         judgeable = validation.labelled if objective.outputs != 1 else feed.outside is not None
     like = torch.empty(cfg.batch // cfg.streams, *data.shape)
-    states = {s: objective.init(like, seeds.generator(recipe.seed, "init", s)) for s in streams}
+    states = {s: objective.init(like, rng.generator(recipe.seed, "init", s)) for s in streams}
     fresh = not resume or not Run.open(folder).checkpoints.latest()
     if fresh and recipe.init is not None and not recipe.before:
         begin(model, recipe.init, data, recipe)
@@ -176,13 +161,13 @@ def train(
                 logging = Progress(before + cfg.batch).passed(cfg.log_every, before, cfg.images)
                 for replay in range(objective.replays):
                     optimizer.zero_grad(set_to_none=True)
-                    done, statistics = [], modes.Statistics(model if cfg.streams > 1 else None)
+                    done, statistics = [], norm_statistics.Statistics(model if cfg.streams > 1 else None)
                     for s in streams:
                         keys = (recipe.seed, progress.attempt, before, s)
                         batch = feed(before, s, keys)
-                        generator = seeds.generator(*keys, replay, device=engine.device)
+                        generator = rng.generator(*keys, replay, device=engine.device)
                         ctx = Context(generator, before, engine.mean, engine.gather, notes.append)
-                        torch.manual_seed(seeds.derive(*keys, replay, "global"))  # dropout in modules of one's own
+                        torch.manual_seed(rng.derive(*keys, replay, "global"))  # dropout in modules of one's own
                         with modes.through(model, quick and quick.refresh):
                             found = objective.search(model, batch, states[s], ctx)
                         loss = objective.loss(model, batch, found, states[s], ctx)
@@ -298,84 +283,6 @@ def search_view(model: Network, x: Tensor, way: Way, precision: str) -> View | N
     return view(model, x, fast(way, "bfloat16"), loud=way != "auto")
 
 
-class Feed:
-    """The batches of a run: what its objective needs of the data, and of other sources."""
-
-    def __init__(self, recipe: Recipe, data: Data, engine: Engine) -> None:
-        def loader(images: Images, augment: tuple[Augment, ...], role: str = "") -> Loader:
-            return Loader(images, recipe.seed, recipe.train.batch, recipe.train.streams, augment, engine.device, role)
-
-        self.device, needs, roles = engine.device, recipe.objective.needs, recipe.data.augment
-        self.labels = "labels" in needs
-        self.loader = loader(data.train, (roles.x, roles.view or roles.x) if "view" in needs else (roles.x,))
-        self.others: dict[str, Loader] = {}
-        self.outside: Images | None = None  # for validation
-        for role, source in (("outside", recipe.outside), ("extra", recipe.extra)):
-            if source is None:
-                continue
-            other = source.load()
-            if other.shape != data.shape:
-                raise UserError(f"the images of --{role} are {other.shape}, those of {data.name} {data.shape}")
-            self.others[role] = loader(other.train, (source.augment.x,), role)
-            if role == "outside":
-                self.outside = other.val.take(slice(recipe.train.validate_with))
-                if (known := overlap(other.train.x, data)) and engine.main:
-                    what = f"{known:,} of the {len(other.train):,} images of --outside are images of {data.name}"
-                    warnings.warn(f"{what} itself; the objective takes them for what is not", stacklevel=3)
-
-    def __call__(self, seen: int, stream: int, keys: tuple[int, ...]) -> Batch:
-        """A stream's share of the batch after ``seen`` images; ``keys`` seed its augmentations."""
-        views, y = self.loader(seen, stream, seeds.generator(*keys, "data", device=self.device))
-        others = {
-            role: loader(seen, stream, seeds.generator(*keys, role, device=self.device))[0][0]
-            for role, loader in self.others.items()
-        }
-        y = y if self.labels else torch.full_like(y, -1)  # nobody learns from what it does not ask for
-        return Batch(views[0], y, view=views[1] if len(views) > 1 else None, **others)
-
-
-def validate(
-    model: nn.Module,
-    data: Data,
-    split: Images,
-    recipe: Recipe,
-    outside: Images | None = None,
-    team: processes.Team = processes.ALONE,
-) -> dict[str, float]:
-    """A score, clean and under the recipe's threat, on images kept for selection; always the same attack noise.
-
-    Of a classifier the accuracy; of a critic the AUROC against images from ``outside``, which are what is attacked; of
-    an encoder what its objective says, on two augmentations of each image, always the same ones.  A ``team`` shares the
-    images of a classifier, and does the others each by itself.
-
-    Raises:
-        Diverged: a critic's energies, or an encoder's losses, are not finite.
-    """
-    subject = Subject(model, data, split, recipe.threat, batch=together(data.shape), team=team)
-    generator = seeds.generator(recipe.seed, "val", device=subject.device)
-    if (judge := recipe.objective.validate) is not None:
-        roles, x = recipe.data.augment, subject.on_device(split.x)
-        first, second = roles.x(x, generator), (roles.view or roles.x)(x, generator)
-        pair = Batch(first, torch.full((len(x),), -1), view=second)
-        found = judge(model, pair, recipe.threat, generator)
-        if not all(map(math.isfinite, found.values())):
-            raise Diverged("the loss of validation images is not finite")
-        return found
-    if recipe.objective.outputs == 1 and outside is not None:
-        with searching(model) as f:
-            energy: Energy = lambda x: energies.binary(f(x))
-            score = lambda x: torch.cat([energy(part).detach() for part in x.split(subject.batch)])
-            others = subject.on_device(outside.x)
-            moved = torch.cat([recipe.threat(energy, part, generator) for part in others.split(subject.batch)])
-            inside, *outsides = score(subject.on_device(split.x)), score(others), score(moved)
-        if not all(bool(v.isfinite().all()) for v in (inside, *outsides)):
-            raise Diverged("the energies of validation images are not finite")
-        names = ("val/auroc", "val/adversarial_auroc")
-        return {name: auroc(inside, v).value for name, v in zip(names, outsides, strict=True)}
-    scores = {"val/accuracy": None, "val/robust_accuracy": recipe.threat}
-    return {name: measure(subject, attack, generator)[0] for name, attack in scores.items()}
-
-
 class Meter:
     """Means of what objectives log, kept on the device until they are wanted; remembers a non-finite loss."""
 
@@ -421,37 +328,3 @@ class Clock:
         now, seen = time.perf_counter(), images - self.images
         elapsed, self.last, self.images = now - self.last, now, images
         return seen / elapsed
-
-
-@contextlib.contextmanager
-def going_on(run: Run, again: str) -> Iterator[None]:
-    """Where a process of the job is gone, says what there is and how to go on."""
-    try:
-        yield
-    except Lost as error:
-        raise Lost(f"{error}; the last checkpoint is of {run.images:,} images; {again} {run.folder}") from None
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a question the loop can ask; a later one acts at once."""
-    received: list[float] = []
-    old: dict[int, Any] = {}
-
-    def receive(number: int, frame: Any) -> None:
-        received.append(time.monotonic())
-        if received[-1] - received[0] > TWICE:
-            restore()
-            signal.raise_signal(number)
-
-    def restore() -> None:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-    wanted: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is threading.main_thread():
-        old.update({number: signal.signal(number, receive) for number in wanted})
-    try:
-        yield lambda: bool(received)
-    finally:
-        restore()

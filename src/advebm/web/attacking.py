@@ -14,10 +14,10 @@ from advebm.attacks.apgd import APGD
 from advebm.attacks.base import radius
 from advebm.attacks.projected import Attack
 from advebm.attacks.square import Square
-from advebm.errors import UserError, unknown
-from advebm.modes import searching
-from advebm.samplers import marginal
-from advebm.seeds import generator
+from advebm.core.errors import UserError, unknown
+from advebm.core.rng import generator
+from advebm.models.modes import searching
+from advebm.samplers.base import marginal
 from advebm.web import views
 from advebm.web.inputs import number, whole
 from advebm.web.jobs import Job

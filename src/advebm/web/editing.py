@@ -9,9 +9,9 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from advebm import apps
-from advebm.errors import UserError, unknown
-from advebm.seeds import generator, randn
+from advebm.core.errors import UserError, unknown
+from advebm.core.rng import generator, randn
+from advebm.edits import base, restore, transform
 from advebm.web import views
 from advebm.web.inputs import number, whole
 from advebm.web.jobs import Job
@@ -140,30 +140,30 @@ def edit(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: Asked, 
     with studio.search(job) as model:
         match asked.tool:
             case "inpaint":
-                found = apps.Inpaint(steps)(model, image, y, hole=hole, generator=draws, **options)
+                found = restore.Inpaint(steps)(model, image, y, hole=hole, generator=draws, **options)
             case "paint":
                 free = hole_of(where)
-                found = apps.Paint(steps, radius=values[0] or None)(model, image, y, hole=free, **options)
+                found = transform.Paint(steps, radius=values[0] or None)(model, image, y, hole=free, **options)
             case "translate":
-                found = apps.Translate(steps, amount=values[0])(model, image, y, **options)
+                found = transform.Translate(steps, amount=values[0])(model, image, y, **options)
             case "denoise":
                 noisy = (image + values[1] * randn(image, draws)).clamp(0, 1)
-                found = apps.Denoise(steps, sigma=values[0])(model, noisy, y, **options)
+                found = restore.Denoise(steps, sigma=values[0])(model, noisy, y, **options)
             case "upsample":
                 factor = int(values[0])
                 if image.shape[2] % factor or image.shape[3] % factor:
                     raise UserError(
                         f"blocks of {factor} pixels do not fill an image of {image.shape[3]}; choose another"
                     )
-                found = apps.Upsample(steps, factor=factor)(model, avg_pool2d(image, factor), y, **options)
+                found = restore.Upsample(steps, factor=factor)(model, avg_pool2d(image, factor), y, **options)
             case "interpolate":
                 ends = torch.cat([image, studio.image(asked.other)[0][None]])
-                found = apps.Interpolate(steps)(model, ends, None, observe=observe, frames=4)
+                found = transform.Interpolate(steps)(model, ends, None, observe=observe, frames=4)
             case "compose":
                 if y is None:
                     raise UserError("a composition takes two classes; choose the first, too")
                 both, weights = [int(y), studio.data.number(asked.other)], (1.0, values[0])
-                found = apps.Compose(steps, weights=weights)([model, model], image, both, **options)
+                found = transform.Compose(steps, weights=weights)([model, model], image, both, **options)
     if asked.tool == "interpolate":
         ways = found.film.transpose(0, 1)  # a row a moment
         return Edited(views.films(found.begin[None]), views.films(found.x[None]), views.films(ways), note(found))
@@ -175,7 +175,7 @@ def hole_of(where: Tensor) -> Tensor | None:
     return where if where.any() and not where.all() else None
 
 
-def note(found: apps.Edited) -> str:
+def note(found: base.Edited) -> str:
     """Numbers of an edit, in words."""
     n = {name: values.mean().item() for name, values in found.numbers.items()}
     parts = [f"energy {n['energy before']:.3g} → {n['energy after']:.3g} nats", f"l2 change {n['distance']:.2f}"]
@@ -200,7 +200,7 @@ def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job:
     """The nearest image that the model takes for ``target`` with a probability of ``level``, and the way there."""
     if studio.critic:
         raise UserError("a counterfactual takes a classifier; this model is a critic and has no classes")
-    edit_ = apps.Counterfactual(
+    edit_ = transform.Counterfactual(
         whole(steps, "the number of steps", 1, STEPS), level=number(level, "the probability to reach", 0.01, 0.99)
     )
     total, done = edit_.searches * edit_.steps, 0

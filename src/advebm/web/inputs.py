@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from advebm.core.errors import UserError
 from advebm.data.decode import FORMATS, GREY, open_image
-from advebm.errors import UserError
 
 BYTES = 10_000_000  # of an uploaded file
 PIXELS = 20_000_000  # of an uploaded picture, looked at before it is decoded

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from advebm import evaluation
+from advebm.evaluation import evaluate
 from advebm.reporting import build
 from advebm.web import views
 from advebm.web.studio import Studio
@@ -14,7 +14,7 @@ def table(studios: Sequence[Studio]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a row a quantity, a column a run; first what was measured on most of the runs."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for studio in studios:
-        for text in map(build.row, evaluation.latest(studio.run.records())):
+        for text in map(build.row, evaluate.latest(studio.run.records())):
             cells.setdefault((text["name"], text["samples"]), {})[studio.title] = text["value"]
     titles = [studio.title for studio in studios]
     shared = sorted(cells.items(), key=lambda cell: -len(cell[1]))

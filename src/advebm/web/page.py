@@ -12,8 +12,10 @@ import torch
 from gradio.components.base import server
 from torch import Tensor
 
-from advebm import config, densities, toy
-from advebm.errors import UserError, unknown
+from advebm.core import config
+from advebm.core.errors import UserError, unknown
+from advebm.toy import densities
+from advebm.toy import train as toy_training
 from advebm.web import attacking, editing, inputs, listing, planes, sampling, slicing, views
 from advebm.web.jobs import Job, Jobs, Stopped
 from advebm.web.studio import EVERY, Studio
@@ -580,8 +582,8 @@ class Page:
                     "maximum likelihood how many."
                 )
                 density = gr.Dropdown(list(densities.DENSITIES), value="moons", label="data")
-                method = gr.Radio(list(toy.METHODS), value="binary-at", label="training")
-                p0 = gr.Radio(list(toy.P0), value="uniform", label="where contrastive points begin")
+                method = gr.Radio(list(toy_training.METHODS), value="binary-at", label="training")
+                p0 = gr.Radio(list(toy_training.P0), value="uniform", label="where contrastive points begin")
                 updates = gr.Slider(10, planes.UPDATES, 300, step=10, label="updates")
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
                 go, stop = buttons("Train", "train")

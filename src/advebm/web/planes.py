@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 from matplotlib import pyplot as plt
 from PIL.Image import Image
 
-from advebm import toy
-from advebm.reporting import planes
+from advebm.toy import figures, train
 from advebm.web import views
 from advebm.web.inputs import whole
 from advebm.web.jobs import Job
@@ -39,22 +38,22 @@ def play(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) 
     """Train on a density and show it on the way."""
     total, number = whole(updates, "the number of updates", 1, UPDATES), whole(seed, "the seed", 0, 2**31)
 
-    def watch(frame: toy.Frame) -> None:
-        so_far = toy.Play(density, method, p0, (frame,), toy.grid()[..., 0] > 0)
+    def watch(frame: train.Frame) -> None:
+        so_far = train.Play(density, method, p0, (frame,), train.grid()[..., 0] > 0)
         job.tell(Played(panel(so_far), None, None, f"update {frame.update} of {total}"))
 
-    result = toy.play(density, method, p0, seed=number, updates=total, watch=watch)
-    numbers = toy.numbers(result, seed=number)
+    result = train.play(density, method, p0, seed=number, updates=total, watch=watch)
+    numbers = train.numbers(result, seed=number)
     with views.alone():
-        film = planes.film(result)
+        film = figures.film(result)
     rows = [[name, f"{value:.3f}", ABOUT[name]] for name, value in numbers.items()]
     return Played(panel(result), views.picture(film), rows, f"{total} updates of {method} from {p0} points")
 
 
-def panel(play: toy.Play) -> Image:
+def panel(play: train.Play) -> Image:
     """The last moment of a training."""
-    with views.alone(), plt.rc_context(planes.PLANE):
+    with views.alone(), plt.rc_context(figures.PLANE):
         figure, axis = plt.subplots(figsize=(4.6, 4.7))
-        planes.panel(axis, play, play.frames[-1])
+        figures.panel(axis, play, play.frames[-1])
         axis.set_title(f"{play.density}, {play.method}, update {play.frames[-1].update}")
         return views.picture(figure)

@@ -8,9 +8,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from advebm import config
-from advebm.metrics.base import together
-from advebm.samplers import Sampler
+from advebm.core import config
+from advebm.models.batching import together
+from advebm.samplers.base import Sampler
 from advebm.web import views
 from advebm.web.inputs import number, whole
 from advebm.web.jobs import Job

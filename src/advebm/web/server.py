@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advebm.comparison import titled
-from advebm.errors import UserError
-from advebm.training.run import Run
+from advebm.core.errors import UserError
+from advebm.evaluation.compare import titled
+from advebm.runs.run import Run
 from advebm.web import sampling
 from advebm.web.inputs import BYTES
 from advebm.web.jobs import Job

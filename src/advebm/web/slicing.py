@@ -8,11 +8,11 @@ from matplotlib import patheffects
 from PIL.Image import Image
 from torch import Tensor
 
-from advebm.diagnostics import joint_or_marginal, landscape
-from advebm.errors import UserError, unknown
-from advebm.modes import searching
-from advebm.samplers import Sampler
-from advebm.seeds import generator
+from advebm.core.errors import UserError, unknown
+from advebm.core.rng import generator
+from advebm.diagnostics import landscape
+from advebm.models.modes import searching
+from advebm.samplers.base import Sampler, joint_or_marginal
 from advebm.web import views
 from advebm.web.inputs import whole
 from advebm.web.jobs import Job

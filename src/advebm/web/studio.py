@@ -8,20 +8,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from advebm import config, energies
+from advebm import energies
+from advebm.core import config
+from advebm.core.errors import UserError, unknown
+from advebm.core.rng import generator
 from advebm.data.sources import to_float
-from advebm.drawing import others
-from advebm.errors import UserError, unknown
-from advebm.generation import dealt
-from advebm.metrics.base import device_of, together
+from advebm.models.batching import device_of, together
+from advebm.models.modes import searching
 from advebm.models.network import Network
-from advebm.modes import searching
-from advebm.samplers import Ascent, Sampler, marginal
-from advebm.seeds import generator
+from advebm.runs.recipe import resolve
+from advebm.runs.run import Run
+from advebm.samplers.base import Sampler, marginal
+from advebm.samplers.critic import Ascent
+from advebm.sampling.generate import dealt
+from advebm.sampling.job import others
+from advebm.sampling.tune import tuned
 from advebm.starts import Deck, Start
-from advebm.training.recipe import resolve
-from advebm.training.run import Run
-from advebm.tuning import tuned
 from advebm.web.inputs import whole
 from advebm.web.jobs import Job
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from advebm import pictures
-from advebm.generation import to_bytes
+from advebm.data import pictures
 from advebm.reporting.figures import STYLE, png
+from advebm.sampling.generate import to_bytes
 
 EDGE = 320  # of a single image on the page, about
 _drawing = threading.Lock()  # pyplot's state is one for all threads

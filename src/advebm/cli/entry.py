@@ -1,0 +1,74 @@
+"""Where the command line begins: parse, call, print mistakes.  torch is not imported before a verb needs it."""
+
+import atexit
+import contextlib
+import io
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from advebm.cli.options import check_options, split_overrides
+from advebm.cli.parser import build_parser
+from advebm.core import processes
+from advebm.core.allocator import tune_cpu_allocator
+from advebm.core.errors import Diverged, Interrupted, Lost, UserError
+from advebm.core.threads import bound_waiting, use_threads
+
+GRACE = 3.0  # seconds that other processes leave the main one to say what is wrong
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 (diverged, faults), 2 (a mistake in what was asked for), 130."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # for package.module:Class of one's own
+    warnings.showwarning = lambda message, *rest: _say(f"warning: {message}")
+    tune_cpu_allocator()
+    bound_waiting()
+    rank, world = processes.launched()
+    with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
+        return _main(sys.argv[1:] if argv is None else argv, world)
+
+
+def _main(argv: Sequence[str], world: int) -> int:
+    try:
+        plain, overrides = split_overrides(argv)
+        args, unexpected = build_parser().parse_known_args(plain)
+        check_options(args, unexpected, overrides)
+        if world > 1 and not args.shared:
+            raise UserError(f"{args.verb} takes one process, and there are {world}; run it without torchrun")
+        if (threads := getattr(args, "threads", None)) is not None:
+            use_threads(threads)
+        status = args.call(args, overrides) or 0
+        if world > 1:
+            from advebm.runs.engine import leave
+
+            atexit.register(leave)
+        return status
+    except UserError as error:
+        return _fail(error, 2)
+    except (Diverged, Lost) as error:
+        return _fail(error, 1)
+    except Interrupted as error:
+        _say(str(error))
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _fail(error: Exception, status: int) -> int:
+    text = f"error: {' '.join(str(error).split())}"
+    if rank := processes.launched()[0]:
+        time.sleep(GRACE)  # the main process says the same, and this one is ended then
+        print(f"advebm: process {rank}: {text}", file=sys.stderr)
+    _say(text)
+    return status
+
+
+def _say(text: str) -> None:
+    """To people, from the main process."""
+    if not processes.launched()[0]:
+        print(f"advebm: {text}", file=sys.stderr)

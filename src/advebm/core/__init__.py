@@ -1,0 +1,1 @@
+"""Plumbing without mathematics: configuration, errors, files, random generators, processes.  Methods live elsewhere."""

@@ -1,0 +1,62 @@
+"""Checks at the border: images, labels, outputs and devices that a caller hands in."""
+
+import torch
+from torch import Tensor, nn
+
+from advebm.core.errors import UserError
+
+
+def device(name: str | None = None) -> str:
+    """The name of a device, if it is there; the best there is by default."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"there is no device {name!r} here") from None
+    return name
+
+
+def images(x: Tensor) -> Tensor:
+    """Refuse what is not floating-point (B, C, H, W) in [0, 1]."""
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"images are a tensor (batch, channels, height, width), got {got}")
+    if not x.dtype.is_floating_point:
+        raise UserError(f"images are floating point in [0, 1], got {x.dtype}; divide bytes by 255")
+    if x.numel():
+        low, high = x.min().item(), x.max().item()
+        if not (low >= 0 and high <= 1):  # also catches NaN
+            fix = "divide by 255" if high > 2 else "undo the normalisation: it is the first layer of the model"
+            raise UserError(f"images lie in [0, 1], got [{low:.3g}, {high:.3g}]; {fix}")
+    return x
+
+
+def labels(y: Tensor, count: int | None, classes: int) -> Tensor:
+    """Refuse what is not int64 (B,) in 0 … classes - 1; with ``count``, of that length."""
+    if not isinstance(y, Tensor) or y.ndim != 1 or len(y) != (len(y) if count is None else count):
+        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+        raise UserError(f"labels are a tensor ({'B' if count is None else count},), one for each image, got {got}")
+    if y.dtype != torch.int64:
+        raise UserError(f"labels are int64, got {y.dtype}; call y.long()")
+    if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
+        raise UserError(f"labels lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
+    return y
+
+
+def no_encoder(model: nn.Module) -> None:
+    """Refuse an encoder, whose outputs are there to be compared with one another."""
+    if getattr(model, "encoder", False):
+        raise UserError("the model is an encoder, which has no logits; advebm probe makes a classifier of its run")
+
+
+def logits(out: Tensor, count: int) -> Tensor:
+    """Refuse outputs that are not (B, K) logits: probabilities among them, whose energies mean nothing."""
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != count:
+        got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise UserError(f"a classifier returns logits (batch, classes) = ({count}, K), got {got}")
+    if not torch.isfinite(out).all():
+        raise UserError("the model returns NaN or infinite logits for images in [0, 1]")
+    sums = out.sum(1)
+    if out.numel() and out.shape[1] > 1 and out.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
+        raise UserError("the model returns probabilities (each row sums to 1); return logits: remove the softmax")
+    return out

@@ -1,0 +1,25 @@
+"""BibTeX of exactly the methods that a recipe uses."""
+
+import dataclasses
+import re
+from importlib.resources import files
+from typing import Any
+
+
+def keys(thing: Any) -> list[str]:
+    """Keys cited by a method object and everything inside it, each once."""
+    found = dict.fromkeys(getattr(thing, "cites", ()))
+    if dataclasses.is_dataclass(thing):
+        for field in dataclasses.fields(thing):
+            found |= dict.fromkeys(keys(getattr(thing, field.name)))
+    if isinstance(thing, tuple):
+        for item in thing:
+            found |= dict.fromkeys(keys(item))
+    return list(found)
+
+
+def bibtex(thing: Any) -> str:
+    """BibTeX entries for :func:`keys`."""
+    text = files("advebm.core").joinpath("citations.bib").read_text()
+    entries = {key: entry for entry, key in re.findall(r"(?ms)^(@\w+\{([^,]+),.*?\n\})", text)}
+    return "\n".join(entries.get(key, f"% {key}: cited by a method that is not part of advebm") for key in keys(thing))

@@ -1,0 +1,379 @@
+"""Plain data <-> method objects, and the table of their names.
+
+A method object is a frozen dataclass of plain data (numbers, strings, None, tuples, other method objects): no
+functions, no tensors.  So :func:`describe` is its fields and :func:`build` is its constructor, and one is the inverse
+of the other.  Names exist only at the border, in YAML and on the command line.
+"""
+
+import dataclasses
+import importlib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, cast
+
+import yaml
+
+from advebm.core.errors import UserError, suggest, unknown
+
+# Static text, so that listing what there is imports nothing.  A role is the lower-case name of the protocol or base
+# class that annotates such a field; whatever is not in the table is written "package.module:Class".
+KINDS: dict[str, dict[str, str]] = {
+    "source": {
+        "digits": "advebm.data.sources:Digits",
+        "cifar10": "advebm.data.files:Cifar10",
+        "cifar100": "advebm.data.files:Cifar100",
+        "folder": "advebm.data.files:Folder",
+        "npz": "advebm.data.files:Npz",
+        "hf": "advebm.data.files:HubImages",
+        "part": "advebm.data.sources:Part",
+        "unlabelled": "advebm.data.sources:Unlabelled",
+        "classes": "advebm.data.sources:Classes",
+        "patches": "advebm.data.negatives:Patches",
+        "noise": "advebm.data.negatives:NoiseImages",
+        "mixture": "advebm.data.negatives:Mixture",
+    },
+    "backbone": {
+        "small-conv": "advebm.models.small:SmallConv",
+        "resnet": "advebm.models.resnet:ResNet",
+        "preact-resnet": "advebm.models.resnet:PreActResNet",
+        "wide-resnet": "advebm.models.wide_resnet:WideResNet",
+        "stargan": "advebm.models.stargan:StarGAN",
+        "own": "advebm.models.own:Own",
+    },
+    "objective": {
+        "standard": "advebm.objectives.standard:Standard",
+        "noise": "advebm.objectives.standard:NoiseInjection",
+        "at": "advebm.objectives.at:AT",
+        "fast": "advebm.objectives.fast:FAST",
+        "free": "advebm.objectives.free:FREE",
+        "trades": "advebm.objectives.trades:TRADES",
+        "weat": "advebm.objectives.trades:WEAT",
+        "awp": "advebm.objectives.awp:AWP",
+        "rst": "advebm.objectives.rst:RST",
+        "oe": "advebm.objectives.outlier:OE",
+        "ratio": "advebm.objectives.outlier:RATIO",
+        "gat": "advebm.objectives.gat:GAT",
+        "dat": "advebm.objectives.dat:DAT",
+        "prejeat": "advebm.objectives.at:PreJEAT",
+        "jeat": "advebm.objectives.langevin:JEAT",
+        "jem": "advebm.objectives.langevin:JEM",
+        "mle": "advebm.objectives.langevin:MLE",
+        "binary-at": "advebm.objectives.binary:BinaryAT",
+        "binary-mle": "advebm.objectives.binary:BinaryMLE",
+        "infonce": "advebm.objectives.contrastive:InfoNCE",
+        "adversarial-infonce": "advebm.objectives.contrastive:AdversarialInfoNCE",
+        "acl": "advebm.objectives.contrastive:ACL",
+    },
+    "optimizer": {
+        "sgd": "advebm.runs.optim:SGD",
+        "adam": "advebm.runs.optim:Adam",
+        "lars": "advebm.runs.optim:LARS",
+    },
+    "schedule": {
+        "cosine": "advebm.runs.optim:Cosine",
+        "cyclic": "advebm.runs.optim:Cyclic",
+        "steps": "advebm.runs.optim:Steps",
+    },
+    "sampler": {
+        "ta": "advebm.samplers.classifier:TA",
+        "cs": "advebm.samplers.classifier:CS",
+        "rcs": "advebm.samplers.classifier:RCS",
+        "langevin": "advebm.samplers.classifier:Langevin",
+        "jeat-16": "advebm.samplers.classifier:JEAT16",
+        "jeat-17": "advebm.samplers.classifier:JEAT17",
+        "sgld": "advebm.samplers.classifier:SGLD",
+        "ascent": "advebm.samplers.critic:Ascent",
+        "np-langevin": "advebm.samplers.encoder:NPLangevin",
+        "np-pgd": "advebm.samplers.encoder:NPPGD",
+        "maxent": "advebm.samplers.encoder:MaxEnt",
+    },
+    "edit": {
+        "translate": "advebm.edits.transform:Translate",
+        "inpaint": "advebm.edits.restore:Inpaint",
+        "paint": "advebm.edits.transform:Paint",
+        "denoise": "advebm.edits.restore:Denoise",
+        "upsample": "advebm.edits.restore:Upsample",
+        "compose": "advebm.edits.transform:Compose",
+        "interpolate": "advebm.edits.transform:Interpolate",
+        "counterfactual": "advebm.edits.transform:Counterfactual",
+    },
+    "adversary": {
+        "pgd": "advebm.attacks.projected:Attack",
+        "apgd": "advebm.attacks.apgd:APGD",
+        "fab": "advebm.attacks.fab:FAB",
+        "square": "advebm.attacks.square:Square",
+        "cw": "advebm.attacks.cw:CW",
+        "autoattack": "advebm.attacks.autoattack:AutoAttack",
+    },
+    "metric": {
+        "accuracy": "advebm.metrics.robustness:Accuracy",
+        "robust-accuracy": "advebm.metrics.robustness:RobustAccuracy",
+        "targeted-accuracy": "advebm.metrics.robustness:TargetedAccuracy",
+        "robustness-curve": "advebm.metrics.robustness:RobustnessCurve",
+        "sample-quality": "advebm.metrics.quality:SampleQuality",
+        "energies": "advebm.metrics.energy:Energies",
+        "ood": "advebm.metrics.ood:OutOfDistribution",
+        "detectors": "advebm.metrics.detectors:Detectors",
+        "calibration": "advebm.metrics.calibration:Calibration",
+        "corruption-accuracy": "advebm.metrics.corruption:CorruptionAccuracy",
+        "linear-probe": "advebm.metrics.probing:LinearProbe",
+        "knn": "advebm.metrics.probing:NearestNeighbours",
+        "restoration": "advebm.metrics.restoration:Restoration",
+        "counterfactuals": "advebm.metrics.restoration:Counterfactuals",
+    },
+    "space": {
+        "inception": "advebm.metrics.spaces:InceptionFeatures",
+        "pixels": "advebm.metrics.spaces:Pixels",
+    },
+    "score": {
+        "energy": "advebm.metrics.ood:EnergyScore",
+        "max-softmax": "advebm.metrics.ood:MaxSoftmax",
+        "max-logit": "advebm.metrics.ood:MaxLogit",
+        "odin": "advebm.metrics.ood:ODIN",
+    },
+}
+KINDS["outlier"] = {  # noises, and every source of other images
+    "uniform": "advebm.data.ood_sets:UniformNoise",
+    "gaussian": "advebm.data.ood_sets:GaussianNoise",
+    "class-gaussian": "advebm.data.ood_sets:ClassGaussianNoise",
+    **KINDS["source"],
+}
+
+
+def build(data: Any, role: str, *, where: str = "", foreign: bool = True) -> Any:
+    """``build({"kind": "at", "attack": {"eps": "8/255"}}, "objective")`` -> ``AT(...)``.
+
+    Args:
+        data: a mapping with a ``kind``, or a kind alone.
+        role: which part of :data:`KINDS` the kind is looked up in.
+        where: dotted path of the block, for messages.
+        foreign: whether a kind may be ``package.module:Class``, which imports that module.  Off for configurations
+            that came from somebody else.
+
+    Raises:
+        UserError: an unknown kind or option, or a value that is not of the option's type.
+    """
+    where = where or role
+    if isinstance(data, str):
+        data = short(data, role)
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} takes a block of options with a kind, got {data!r}")
+    if "kind" not in data:
+        raise UserError(f"{where} has no kind; there is {', '.join(sorted(KINDS[role]))}")
+    cls = lookup(role, data["kind"], foreign=foreign)
+    if not foreign and getattr(cls, "imports", False):
+        raise UserError(f"{where} {data['kind']!r} would import foreign code, which a model from elsewhere may not")
+    return construct(cls, {k: v for k, v in data.items() if k != "kind"}, where=where, foreign=foreign)
+
+
+def short(text: str, role: str) -> dict[str, str]:
+    """A kind alone, or a kind and a path: ``folder:PATH`` -> ``{"kind": "folder", "path": "PATH"}``."""
+    kind, colon, path = text.partition(":")
+    return {"kind": kind, "path": path} if colon and kind in KINDS[role] else {"kind": text}
+
+
+def describe(thing: Any, hint: Any = None) -> Any:
+    """The inverse of :func:`build` and :func:`construct`: what a run, a checkpoint and a report record."""
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        hints = typing.get_type_hints(type(thing))
+        plain = {f.name: describe(getattr(thing, f.name), hints[f.name]) for f in dataclasses.fields(thing) if f.init}
+        path = f"{type(thing).__module__}:{type(thing).__qualname__}"
+        kind = next((kind for kinds in KINDS.values() for kind, target in kinds.items() if target == path), None)
+        if hint is not None:  # a field of one class needs no kind
+            kind = None if role_of(hint) is None else kind or path
+        return plain if kind is None else {"kind": kind, **plain}
+    if isinstance(thing, tuple | list):
+        inner = typing.get_args(hint)[:1] or (None,)
+        return [describe(item, inner[0]) for item in thing]
+    return thing
+
+
+def role_of(hint: Any) -> str | None:
+    """The part of :data:`KINDS` that an annotation names: ``Objective`` -> ``"objective"``; else None."""
+    for part in (hint, *typing.get_args(hint)):
+        if (name := getattr(part, "__name__", "").lower()) in KINDS:
+            return name
+    return None
+
+
+def lookup(role: str, kind: Any, *, foreign: bool = True) -> type:
+    """The class behind a kind: an entry of :data:`KINDS`, or ``package.module:Class``."""
+    target = KINDS[role].get(kind) if isinstance(kind, str) else None
+    if target is None:
+        if not (isinstance(kind, str) and ":" in kind):
+            raise unknown(role, kind, KINDS[role])
+        if not foreign:
+            raise UserError(f"{role} {kind!r} would import foreign code; only {', '.join(KINDS[role])} may stand here")
+        target = kind
+    module, _, name = target.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{role} {kind!r} cannot be imported: {error}") from error
+    if not dataclasses.is_dataclass(cls):
+        raise UserError(f"{role} {kind!r} is not a dataclass; a method is a frozen dataclass of plain data")
+    return cast(type, cls)
+
+
+def check_choices(thing: Any) -> None:
+    """Refuse a value that a field's ``Literal`` annotation does not list; for ``__post_init__``."""
+    for name, hint in typing.get_type_hints(type(thing)).items():
+        if typing.get_origin(hint) is typing.Literal:
+            _convert(getattr(thing, name), hint, name, True)
+
+
+def construct(cls: type, options: Mapping[str, Any], *, where: str = "", foreign: bool = True) -> Any:
+    """Call a dataclass with plain data, converted as its annotations say.
+
+    Raises:
+        UserError: an unknown or missing option, a value of the wrong type, or what ``__post_init__`` refuses.
+    """
+    where = where or cls.__name__
+    if not isinstance(options, Mapping):
+        raise UserError(f"{where} takes a block of options, got {options!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in options:
+        if key not in fields:
+            raise UserError(
+                f"{where} has no option {key!r}{suggest(key, fields)}; it takes {', '.join(fields) or 'none'}"
+            )
+    for name, f in fields.items():
+        if name not in options and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where} needs {name!r}")
+    values = {k: _convert(v, hints[k], f"{where}.{k}", foreign) for k, v in options.items()}
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def override(data: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """``override(describe(recipe), "objective.attack.eps", "8/255")`` -> a changed copy.
+
+    Start from what :func:`describe` gave, not from a recipe's text: then every default is there to be changed.
+    Items of a list are reached by their number.
+    """
+    return _override(data, dotted.split("."), value, dotted)
+
+
+def _override(data: Any, path: list[str], value: Any, dotted: str) -> Any:
+    head, rest = path[0], path[1:]
+    if isinstance(data, list):
+        if not head.isdigit() or int(head) >= len(data):
+            raise UserError(f"--{dotted}: {head!r} is not an item of a list of {len(data)}; items count from 0")
+        changed = _override(data[int(head)], rest, value, dotted) if rest else value
+        return [changed if i == int(head) else item for i, item in enumerate(data)]
+    if not isinstance(data, Mapping):
+        raise UserError(
+            f"--{dotted}: there is nothing below {data!r} to set {head!r} in; give the whole block in a --config file"
+        )
+    if head not in data:
+        raise UserError(f"no option --{dotted}: {head!r} is unknown{suggest(head, data)}; there is {', '.join(data)}")
+    return {**data, head: _override(data[head], rest, value, dotted) if rest else value}
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Blocks of ``new`` over those of ``old``: options of a block of the same kind one by one, another kind whole."""
+    merged = {**old, **new}
+    for name, block in new.items():
+        before = old.get(name)
+        if isinstance(block, Mapping) and isinstance(before, Mapping):
+            same = "kind" not in block or block["kind"] == before.get("kind")
+            merged[name] = {**before, **block} if same else block
+    return merged
+
+
+def switch(data: Mapping[str, Any], role: str, kind: str) -> dict[str, Any]:
+    """Another kind in the same place: options that both kinds have keep their value, the others go.
+
+    ``switch({"kind": "at", "attack": {"eps": 1}}, "objective", "standard")`` -> ``{"kind": "standard"}``.  Of a block
+    whose class names ``carried`` options only those are kept: one method's attack is another's radius, not its steps.
+    A kind that wraps another one of its role takes the old one in, as ``awp`` does with ``at``.  Options that either
+    kind names its ``own`` are not carried: a step of raw gradients is no step of unit ones.
+    """
+    given = short(kind, role)
+    cls = lookup(role, given["kind"])
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    kinds = (cls, lookup(role, data["kind"])) if "kind" in data else (cls,)
+    own = {name for kind in kinds for name in getattr(kind, "own", ())} if len(set(kinds)) == 2 else set()
+    if role in fields and data and role not in data:
+        return {**given, role: dict(data)}
+    kept = {}
+    for name, value in data.items():
+        if name in fields and name != "kind" and name not in own:
+            carried = getattr(fields[name].default, "carried", None)
+            if isinstance(value, Mapping) and carried:
+                value = {
+                    **describe(fields[name].default, type(fields[name].default)),
+                    **{k: v for k, v in value.items() if k in carried},
+                }
+            kept[name] = value
+    return {**kept, **given}
+
+
+def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if type(None) in args:
+                return None
+            raise UserError(f"{where} may not be empty")
+        return _convert(value, next(a for a in args if a is not type(None)), where, foreign)
+    if origin is typing.Literal:
+        if value is False and "off" in args:
+            return "off"  # which YAML reads as false
+        if value not in args:
+            raise UserError(f"{where} is one of {', '.join(map(str, args))}, got {value!r}{suggest(value, args)}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            try:
+                value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
+            except yaml.YAMLError:
+                raise UserError(f"{where} takes a list such as 1,2,3, got {value!r}") from None
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where} takes a list, got {value!r}")
+        return tuple(_convert(v, args[0], f"{where}.{i}", foreign) for i, v in enumerate(value))
+    if (role := role_of(hint)) is not None:
+        made = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        return value if made else build(value, role, where=where, foreign=foreign)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return construct(cast(type, hint), value, where=where, foreign=foreign)
+        if not isinstance(value, cast(type, hint)):
+            raise UserError(f"{where} takes a block of options, got {value!r}")
+        return value
+    return _scalar(value, hint, where)
+
+
+def _scalar(value: Any, hint: Any, where: str) -> Any:
+    if hint is bool:
+        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "false", "no", "off"):
+            return value.lower() in ("true", "yes", "on")
+        if not isinstance(value, bool):
+            raise UserError(f"{where} is true or false, got {value!r}")
+        return value
+    if hint in (float, int):
+        what = "a number or a fraction such as 8/255" if hint is float else "a whole number"
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UserError(f"{where} takes {what}, got {value!r}")
+        try:
+            number = _fraction(value) if isinstance(value, str) else value
+            if not math.isfinite(number) or (hint is int and number != int(number)):
+                raise ValueError
+            return hint(number)
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise UserError(f"{where} takes {what}, got {value!r}") from None
+    if hint is str and not isinstance(value, str):
+        raise UserError(f"{where} takes text, got {value!r}")
+    return value
+
+
+def _fraction(text: str) -> Fraction:
+    """``8/255`` is how the field writes a radius, ``2.5/255`` a step."""
+    above, slash, below = text.partition("/")
+    return Fraction(above) / Fraction(below) if slash else Fraction(above)

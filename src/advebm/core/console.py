@@ -1,0 +1,113 @@
+"""What people see while something runs: on stderr, with an estimate of when it ends."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from advebm.core.processes import launched
+
+screen = Console(stderr=True, highlight=False, quiet=launched()[0] > 0)  # of several processes the main one's
+FIRST, QUIET = 2.0, 10.0  # seconds before the first line and between lines, where there is no terminal for a bar
+
+
+_computing_on = [""]  # what was said last, and what is to be said before anything else
+
+
+def computing_on(text: str) -> None:
+    """What the work is done on, such as ``cpu, 2 threads``: the first line of it, once something of it is done."""
+    if text != _computing_on[0]:
+        _computing_on[:] = [text, text]
+
+
+def say(*texts: str) -> None:
+    """Lines about the work."""
+    for text in (*_computing_on[1:], *texts):
+        screen.print(f"  {text}", soft_wrap=True)
+    del _computing_on[1:]
+
+
+class Bar:
+    """A bar on a terminal; elsewhere a line now and then.  Both name one speed, that of late, and the time left."""
+
+    def __init__(self, progress: Progress, name: str, total: int, done: int | None) -> None:
+        self.progress, self.name, self.total = progress, name, total
+        self.task = progress.add_task(name, total=total, completed=done or 0, note="", speed="")
+        self.begun = done is not None
+        self._begin(done or 0)
+
+    def _begin(self, done: int) -> None:
+        self.done, self.note = done, ""
+        self.start = time.perf_counter(), done
+        self.marks = deque([self.start], maxlen=6)  # the latest lines: speed is theirs, as stages differ in it
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """So many are done; at the first call where it was not said before, they were done earlier."""
+        say()
+        if not self.begun:
+            self.begun = True
+            self._begin(done)
+        self.done, self.note = done, note
+        self.progress.update(self.task, completed=min(done, self.total), note=note, speed=self._speed()[0])
+        now = time.perf_counter()
+        if now - self.marks[-1][0] > (QUIET if len(self.marks) > 1 else FIRST) and done < self.total:
+            if not screen.is_terminal:
+                self.tell()
+            self.marks.append((now, done))
+
+    def _speed(self) -> tuple[str, str]:
+        """A speed, of late or of all where all is done, and the time left or taken; ``cached`` where none was done."""
+        if self.done >= self.total and self.done == self.start[1]:
+            return "cached", ""
+        began, first = self.marks[0] if self.done < self.total else self.start
+        seconds = time.perf_counter() - began
+        if self.done >= self.total:
+            return f"{(self.done - first) / seconds:,.0f}/s", f", {seconds:.1f} s"
+        if self.done == first or not seconds:
+            return "", ""
+        speed = (self.done - first) / seconds
+        return (
+            f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s",
+            f", {(self.total - self.done) / speed:.0f} s left",
+        )
+
+    def tell(self) -> None:
+        """Where it stands, in a line."""
+        count = f"{min(self.done, self.total):,}/{self.total:,}"
+        say(f"{self.name}  {count}  {''.join(self._speed())}  {self.note}")
+
+
+@contextmanager
+def bar(name: str, total: int, done: int | None = None) -> Iterator[Bar]:
+    """``with bar("train", 50_000, 0) as tell: tell(128, "loss 2.3")``.
+
+    ``done`` were done before; without it the first call says how many.
+    """
+    columns = (
+        TextColumn("  {task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(16),
+        TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left  {task.fields[speed]}"),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+    )
+    with Progress(*columns, console=screen, expand=True, disable=not screen.is_terminal) as progress:
+        drawn = Bar(progress, name, total, done)
+        yield drawn
+    if not screen.is_terminal:
+        drawn.tell()
+
+
+def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:
+    """The newest numbers of a training log in a few words; ``seen`` keeps them from call to call."""
+    names = {"train/loss": "loss", "val/accuracy": "clean", "val/robust_accuracy": "robust"}
+    names |= {"val/auroc": "AUROC", "val/adversarial_auroc": "attacked", "train/steps": "K"}
+    names |= {"val/contrastive_accuracy": "clean", "val/robust_contrastive_accuracy": "robust"}
+    seen.update({k: v for k, v in line.items() if k in names})
+    shown = {names[k]: seen[k] for k in names if k in seen}
+    return "  ".join(f"{k} {v:.3g}" for k, v in shown.items())

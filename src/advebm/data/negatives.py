@@ -1,0 +1,166 @@
+"""Images that are not of the data, for critics and others to be trained against: p0 of binary adversarial training."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advebm.core import rng
+from advebm.core.errors import UserError
+from advebm.data.ood_sets import fit
+from advebm.data.sources import Augmentations, Data, Images, Source, to_float
+
+TRIES, ROUND = 30, 4096  # draws before squares of enough contrast are given up, and the least squares of a draw
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Random squares of scikit-learn's two photographs, resized: real images, offline.
+
+    The splits are cut from different columns of the photographs, so no pixel is in two of them.  The label is the
+    photograph.
+
+    Attributes:
+        size: edge of the images in pixels.
+        channels: 1 for grey, 3 for colour.
+        count: images in all.
+        smallest, largest: edge of the squares before they are resized, drawn uniformly.
+        contrast: least standard deviation of an image's grey levels in [0, 1]; flatter squares are drawn again, as a
+            search without noise takes all of them to the same place.
+        val, test: shares of the columns, and of the images, kept for selection and for reporting.
+        split_seed: of the squares.
+        augment: of the images where they are trained on.
+    """
+
+    size: int = 8
+    channels: int = 1
+    count: int = 10_000
+    smallest: int = 8
+    largest: int = 64
+    contrast: float = 0.1
+    val: float = 0.1
+    test: float = 0.2
+    split_seed: int = 0
+    augment: Augmentations = Augmentations()
+
+    cites: ClassVar[tuple[str, ...]] = ("pedregosa2011",)
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.channels not in (1, 3) or not 1 <= self.smallest <= self.largest:
+            got = f"{self.size}, {self.channels}, {self.smallest} and {self.largest}"
+            raise UserError(f"size is at least 1, channels 1 or 3, 1 <= smallest <= largest, got {got}")
+        if not 0 <= self.contrast < 0.5:
+            raise UserError(f"contrast is a deviation in [0, 0.5), got {self.contrast}")
+        if not (self.val > 0 and self.test > 0 and self.val + self.test < 1):
+            raise UserError(f"val and test are positive shares that leave some, got {self.val} and {self.test}")
+        if min(self.count * self.val, self.count * self.test) < 1:
+            raise UserError(f"{self.count} images are too few to split into {self.val} and {self.test}")
+
+    def load(self) -> Data:
+        """7,000 training, 1,000 validation and 2,000 test images by default."""
+        from sklearn.datasets import load_sample_images
+
+        photographs = torch.from_numpy(np.stack(load_sample_images().images)).movedim(3, 1)  # (2, 3, 427, 640)
+        shares, width, splits = (1 - self.val - self.test, self.val, self.test), photographs.shape[3], []
+        for number, (name, share) in enumerate(zip(("train", "val", "test"), shares, strict=True)):
+            left = round(sum(shares[:number]) * width)
+            columns = photographs[..., left : left + round(share * width)]
+            splits.append(self._cut(columns, round(share * self.count), rng.generator(self.split_seed, name)))
+        return Data("patches", ("china", "flower"), *splits)
+
+    def _cut(self, photographs: Tensor, count: int, generator: torch.Generator) -> Images:
+        """``count`` squares of photographs (P, 3, H, W), as bytes."""
+        height, width = photographs.shape[2:]
+        if self.largest > min(height, width):
+            raise UserError(f"largest is at most {min(height, width)}, what a split has, got {self.largest}")
+        kept: list[Images] = []
+        drawn = max(count, ROUND)
+        for _ in range(TRIES):
+            y = torch.randint(len(photographs), (drawn,), generator=generator)
+            edges = torch.randint(self.smallest, self.largest + 1, (drawn,), generator=generator)
+            across, down = torch.rand(2, drawn, generator=generator)
+            x = torch.empty(drawn, self.channels, self.size, self.size)
+            for edge in edges.unique().tolist():
+                at = (edges == edge).nonzero().squeeze(1)
+                rows = (down[at] * (height - edge + 1)).long()[:, None] + torch.arange(edge)
+                columns = (across[at] * (width - edge + 1)).long()[:, None] + torch.arange(edge)
+                squares = photographs.movedim(1, 3)[y[at, None, None], rows[:, :, None], columns[:, None, :]]
+                x[at] = fit(to_float(squares.movedim(3, 1)), (self.channels, self.size, self.size))
+            varied = x.mean(1).flatten(1).std(1, correction=0) >= self.contrast  # of grey levels: flat colour is flat
+            kept.append(Images((x[varied] * 255).round().to(torch.uint8), y[varied]))
+            if sum(map(len, kept)) >= count:
+                return Images(torch.cat([k.x for k in kept])[:count], torch.cat([k.y for k in kept])[:count])
+        raise UserError(f"too few squares have a contrast of {self.contrast}; give a lower one or larger squares")
+
+
+@dataclass(frozen=True)
+class NoiseImages:
+    """Images of uniform noise, drawn once: the p0 that is least like images.
+
+    Attributes:
+        size: edge of the images in pixels.
+        channels: 1 for grey, 3 for colour.
+        count: training images; there are a tenth as many for selection, and a fifth for reporting.
+        split_seed: of the noise.
+        augment: of the images where they are trained on.
+    """
+
+    size: int = 8
+    channels: int = 1
+    count: int = 10_000
+    split_seed: int = 0
+    augment: Augmentations = Augmentations()
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.channels not in (1, 3) or self.count < 10:
+            got = f"{self.size}, {self.channels} and {self.count}"
+            raise UserError(f"size is at least 1, channels 1 or 3 and count at least 10, got {got}")
+
+    def load(self) -> Data:
+        """10,000 training, 1,000 validation and 2,000 test images by default."""
+        splits = []
+        for name, count in (("train", self.count), ("val", self.count // 10), ("test", self.count // 5)):
+            generator = rng.generator(self.split_seed, "noise images", name)
+            shape = (count, self.channels, self.size, self.size)
+            x = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+            splits.append(Images(x, torch.zeros(count, dtype=torch.long)))
+        return Data("noise", ("noise",), *splits)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources of one shape in equal shares: as many images of each as the smallest has, split by split.
+
+    The label is the source.
+
+    Attributes:
+        sources: at least two, such as ``patches,noise``.
+        split_seed: decides which images of a larger source are taken.
+        augment: of all images, instead of the sources' own.
+    """
+
+    sources: tuple[Source, ...] = (Patches(), NoiseImages())
+    split_seed: int = 0
+    augment: Augmentations = Augmentations()
+
+    def __post_init__(self) -> None:
+        if len(self.sources) < 2:
+            raise UserError("a mixture takes at least two sources, such as patches,noise")
+
+    def load(self) -> Data:
+        """All splits."""
+        parts = [source.load() for source in self.sources]
+        if len(shapes := {data.shape for data in parts}) > 1:
+            raise UserError(f"images of a mixture have one shape, got {' and '.join(map(str, sorted(shapes)))}")
+        names = tuple(data.name for data in parts)
+        splits = [self._mix([getattr(data, name) for data in parts], name) for name in ("train", "val", "test")]
+        return Data("+".join(names), names, *splits)
+
+    def _mix(self, parts: list[Images], name: str) -> Images:
+        share, chosen = min(map(len, parts)), []
+        for number, part in enumerate(parts):
+            order = torch.randperm(len(part), generator=rng.generator(self.split_seed, "mixture", name, number))
+            chosen.append(part.x[order[:share].sort().values])
+        return Images(torch.cat(chosen), torch.arange(len(parts)).repeat_interleave(share))

@@ -1,0 +1,125 @@
+"""Images that are not of the data, to be told from it: noise, or the test split of another source."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from advebm.core.errors import UserError
+from advebm.data.sources import Data, Source, to_float
+from advebm.starts import ClassGaussians
+
+
+class Outlier(Protocol):
+    """A frozen dataclass: a :class:`Noise`, or a source of other images, whose test split is meant."""
+
+
+class Noise:
+    """Images drawn rather than read."""
+
+    name: ClassVar[str]
+
+    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:
+        """Float32 (count, C, H, W) in [0, 1], of the data's shape, on the generator's device."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class UniformNoise(Noise):
+    """Pixels uniform in [0, 1), each on its own."""
+
+    name = "uniform"
+
+    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+        return torch.rand(count, *data.shape, generator=generator, device=generator.device)
+
+
+@dataclass(frozen=True)
+class GaussianNoise(Noise):
+    """Normal pixels, each on its own, clamped to [0, 1].
+
+    Attributes:
+        mean, std: before clamping, in pixels of [0, 1].
+    """
+
+    mean: float = 0.5
+    std: float = 0.25
+
+    name = "gaussian"
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise UserError(f"std is a deviation > 0, got {self.std}")
+
+    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+        noise = torch.randn(count, *data.shape, generator=generator, device=generator.device)
+        return (self.mean + self.std * noise).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class ClassGaussianNoise(Noise):
+    """Draws from Gaussians fitted to the training images of each class, the seeds of Santurkar et al. (2019).
+
+    They share mean and covariance with the data, so they are the hardest of the noises.  Classes are drawn uniformly;
+    where images have no labels there is one Gaussian.
+    """
+
+    name = "class-gaussian"
+    cites: ClassVar[tuple[str, ...]] = ("santurkar2019",)
+
+    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+        classes, where = len(data.classes), generator.device
+        labels = data.train.y if data.train.labelled else None
+        start = ClassGaussians.fit(data.train.x, labels, classes=classes)
+        y = torch.randint(classes, (count,), generator=generator, device=where)
+        return start(torch.empty(count, *data.shape, device=where), y if labels is not None else None, generator)
+
+
+def draw(outlier: Outlier, data: Data, count: int, generator: torch.Generator) -> tuple[str, Tensor]:
+    """The name of a set and at most ``count`` of its images, float32 (M, C, H, W) in [0, 1], of the data's shape.
+
+    Of a source these are distinct images of its test split, fitted by :func:`fit`; there may be fewer than ``count``.
+
+    Raises:
+        UserError: a source most of whose images are the data's own.
+    """
+    if isinstance(outlier, Noise):
+        return outlier.name, outlier.draw(data, count, generator)
+    other = cast(Source, outlier).load()
+    x = choose(other.test.x, count, generator)
+    if (known := overlap(x, data)) > len(x) / 2:
+        raise UserError(
+            f"{known} of {len(x)} images of {other.name} are images of {data.name} itself, which is the "
+            "in-distribution data; give another source"
+        )
+    return other.name, fit(to_float(x), data.shape)
+
+
+def choose(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` distinct images in random order, or all if there are no more; files may stand class by class."""
+    return x[torch.randperm(len(x), generator=generator, device=generator.device)[:count].to(x.device)]
+
+
+def overlap(x: Tensor, data: Data) -> int:
+    """How many of the images ``x``, uint8 (N, C, H, W), are in some split of the data, byte for byte."""
+    if tuple(x.shape[1:]) != data.shape:
+        return 0
+    wanted = {image.tobytes() for image in x.numpy()}
+    splits = (data.train, data.val, data.test)
+    own = {content for split in splits for image in split.x.numpy() if (content := image.tobytes()) in wanted}
+    return sum(image.tobytes() in own for image in x.numpy())
+
+
+def fit(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] of another shape (C, H, W): resized bilinearly, with antialiasing.
+
+    Grey images are repeated over the channels; of colour images a grey one is the mean of the channels.
+    """
+    channels, *size = shape
+    if x.shape[1] != channels:
+        x = x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if list(x.shape[2:]) != size:
+        x = interpolate(x, size=size, mode="bilinear", antialias=True).clamp(0, 1)
+    return x.contiguous()

@@ -1,0 +1,600 @@
+"""What spoils a classifier's energies and the attacks on it, found by trying: each finding says what to do."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from advebm import energies
+from advebm.attacks.apgd import APGD
+from advebm.attacks.base import Adversary, correct
+from advebm.attacks.projected import Attack, fgsm
+from advebm.attacks.square import Square
+from advebm.core import checks, rng
+from advebm.core.errors import UserError
+from advebm.data.sources import Images
+from advebm.descent import per_sample
+from advebm.energies import Logits
+from advebm.models.batching import device_of
+from advebm.models.modes import searching
+
+SIGMAS = 3.0  # standard errors that a difference of two accuracies has to exceed
+FEWEST = 50  # images; of fewer, hardly any difference exceeds them
+PART = 100  # images at a time
+DRAWS = 10  # of random noise, of which the worst counts
+LEAD = 10.0  # nats of the first logit over the next, at which 1 - p = 5e-5 is still well within float32
+MISFIT = 2.0  # of kept and seen variances; trained networks have 1.0 to 1.2, images of noise 1.6, fresh norms 2.7 to 9
+QUERIES = 300  # of the square attack: enough to be stronger than a gradient that leads nowhere
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with a model.
+
+    Attributes:
+        name: of what was found: ``normalisation-missing``.
+        severity: a ``fault`` makes energies or robust accuracies wrong, a ``warning`` may; a check is ``skipped`` where
+            an earlier fault leaves nothing to be seen.
+        what: what was found, with the numbers that were measured.
+        fix: what to do.
+    """
+
+    name: str
+    severity: Literal["fault", "warning", "skipped"]
+    what: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A model and the images it is examined on; what several checks look at is computed once."""
+
+    model: nn.Module
+    f: Logits  # of the model, in eval mode, with frozen parameters
+    x: Tensor  # (N, C, H, W) in [0, 1]
+    y: Tensor  # (N,)
+    threat: Attack
+    generator: torch.Generator
+    state: dict[str, Tensor]  # parameters and buffers before the first image
+    training: bool  # the mode in which the model was handed over
+
+    def outputs(self, x: Tensor, f: Logits | None = None) -> Tensor:
+        """Logits (N, K) of images, a part at a time."""
+        with torch.no_grad():
+            return torch.cat([(f or self.f)(part) for part in x.tensor_split(self.parts)])
+
+    @property
+    def parts(self) -> int:
+        """Equal parts, so that none is a single image, which some networks refuse."""
+        return math.ceil(len(self.x) / PART)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Of the images."""
+        return self.outputs(self.x)
+
+    @cached_property
+    def right(self) -> Tensor:
+        """Which images are classified as labelled, bool (N,)."""
+        return self.logits.argmax(1) == self.y
+
+    @cached_property
+    def accuracy(self) -> float:
+        """On the clean images."""
+        return share(self.right)
+
+    @cached_property
+    def trained(self) -> Tensor:
+        """Logits in train mode, batch norm by the statistics of a part; those of eval mode if it cannot do that."""
+        with searching(self.model, training=True) as f:
+            try:
+                return self.outputs(self.x, f)
+            except Exception:  # somebody else's code
+                return self.logits
+
+    @cached_property
+    def misfit(self) -> float:
+        """The factor between the variances that batch norms keep and those of the images: 1 where they agree.
+
+        Of a layer the root mean square over channels, on a logarithmic scale; of the model the median over layers.
+        """
+        found: dict[Any, list[Tensor]] = {}
+
+        def look(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].double()
+            found.setdefault(norm, []).append(x.var([d for d in range(x.ndim) if d != 1]))
+
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
+        handles = [norm.register_forward_pre_hook(look) for norm in norms]
+        with searching(self.model, training=True) as f:
+            try:
+                self.outputs(self.x, f)
+            except Exception:  # somebody else's code
+                return 1.0
+            finally:
+                for handle in handles:
+                    handle.remove()
+        ratios = [(torch.stack(v).mean(0) + m.eps) / (m.running_var.double() + m.eps) for m, v in found.items()]
+        layers = [ratio.log().square().mean().sqrt() for ratio in ratios]
+        return torch.stack(layers).quantile(0.5).exp().item() if layers else 1.0
+
+    def accuracy_of(self, logits: Tensor) -> float:
+        """Of other logits for the same images."""
+        return share(logits.argmax(1) == self.y)
+
+    @cached_property
+    def chance(self) -> float:
+        """The best accuracy of a classifier that does not look: the share of the most frequent label."""
+        return self.y.bincount().max().item() / len(self.y)
+
+    @cached_property
+    def many(self) -> Attack:
+        """Projected gradient descent at the threat's radius: of 20 steps at least, whatever else the threat says."""
+        return Attack(eps=self.threat.eps, norm=self.threat.norm, steps=max(self.threat.steps, 20))
+
+    @cached_property
+    def under_many(self) -> float:
+        """Accuracy under it."""
+        return self.under(self.many)
+
+    def under(self, attack: Adversary, f: Logits | None = None) -> float:
+        """Share of images that are classified right, and still so under an attack on the model or on ``f``."""
+        left = []
+        for x, y in zip(self.x.tensor_split(self.parts), self.y.tensor_split(self.parts), strict=True):
+            found = attack.find(f or self.f, x, y, self.generator)
+            left.append(correct(self.f, found, y))  # what was wrong before, find leaves as it is
+        return share(torch.cat(left))
+
+    def above(self, a: float, b: float) -> bool:
+        """Whether a share of the images is above another beyond their errors, see :func:`exceeds`."""
+        return exceeds(a, b, len(self.x))
+
+    def learnt(self, accuracy: float) -> bool:
+        """Whether it takes training to reach an accuracy: untrained networks reach twice that of chance by luck."""
+        return accuracy > min(0.5, 4 * self.chance)
+
+
+Check = Callable[[Patient], Finding | None]
+
+
+def examine(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: Attack,
+    generator: torch.Generator,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Finding]:
+    """Try a classifier on labelled images: an empty list where nothing is wrong.
+
+    A check that an earlier fault makes meaningless is skipped, and listed as such: mend the fault and examine again.
+    The model is left as it was, even where it changes itself.
+
+    Args:
+        model: images (B, C, H, W) in [0, 1] -> logits (B, K), on any device.
+        x, y: images in [0, 1] that are not trained on, at least 50, and their labels, int64 (N,).
+        threat: its radius and norm are attacked in; its other settings are not, so that a weak attack is not taken for
+            a strong model.
+        generator: of every draw, on the model's device.
+        progress: told the name of each check.
+
+    Raises:
+        UserError: images outside [0, 1], labels that do not fit them, a radius of zero.
+    """
+    checks.images(x)
+    checks.no_encoder(model)
+    checks.labels(y, len(x), torch.iinfo(torch.int32).max)
+    if len(x) < FEWEST:
+        raise UserError(f"a model is examined on at least {FEWEST} images, got {len(x)}")
+    if not threat.eps > 0:
+        raise UserError(f"a model is examined at a radius above 0, got eps {threat.eps}; give --threat.eps")
+    device, training = device_of(model), model.training
+    findings: list[Finding] = []
+    faults: dict[Check, str] = {}
+    with preserved(model, generator) as state, searching(model) as f:
+        patient = Patient(model, f, x.float().to(device), y.to(device), threat, generator, state, training)
+        for check, needs in CHECKS.items():
+            progress(title(check))
+            if (first := next((faults[need] for need in needs if need in faults), None)) is not None:
+                findings.append(Finding(title(check), "skipped", f"not checked: {first}", f"mend {first} first"))
+                continue
+            try:
+                found = check(patient)
+            except Exception as error:  # somebody else's code
+                found = fault(title(check), f"the model fails: {described(error)}", "mend what the message says")
+            if found is not None:
+                findings.append(found)
+            if found is not None and found.severity == "fault":
+                faults[check] = found.name
+    return findings
+
+
+def examine_split(
+    model: nn.Module,
+    split: Images,
+    *,
+    threat: Attack,
+    count: int = 300,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Finding]:
+    """:func:`examine` on ``count`` images drawn from a split, or on all if there are fewer."""
+    if not split.labelled:
+        raise UserError("a model is examined on labelled images, these have none")
+    rows = torch.randperm(len(split), generator=rng.generator(seed, "doctor", "images"))[: max(count, 0)]
+    drawn, generator = split.take(rows), rng.generator(seed, "doctor", device=device_of(model))
+    return examine(model, drawn.float(), drawn.y, threat=threat, generator=generator, progress=progress)
+
+
+@contextmanager
+def preserved(model: nn.Module, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Yields a copy of parameters and buffers, and puts it back; the global random state is derived and put back."""
+    state = {name: v.detach().clone() for name, v in tensors(model)}
+    devices = [generator.device] if generator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+        try:
+            yield state
+        finally:
+            with torch.no_grad():
+                for name, v in tensors(model):
+                    if name in state and v.shape == state[name].shape:
+                        v.copy_(state[name])
+
+
+def tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and all buffers, those that are not saved included."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def exceeds(a: float, b: float, count: int) -> bool:
+    """Whether ``a`` is above ``b`` by more than 3 standard errors of two independent proportions of ``count`` images.
+
+    The pooled error √(2 p(1-p)/n).  Both are of the same images, whose difference has a smaller error: on purpose, as
+    of two good attacks one always breaks a few images more.
+    """
+    pooled = (a + b) / 2
+    return a - b > SIGMAS * math.sqrt(2 * pooled * (1 - pooled) / count)
+
+
+def title(check: Check) -> str:
+    """As people read it: ``flat-loss``."""
+    return check.__name__.replace("_", "-")
+
+
+def about(check: Check) -> str:
+    """What it looks at."""
+    return (check.__doc__ or "").splitlines()[0].rstrip(".")
+
+
+def fault(name: str, what: str, fix: str) -> Finding:
+    """A finding that makes numbers wrong."""
+    return Finding(name, "fault", what, fix)
+
+
+def described(error: Exception) -> str:
+    """An exception on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def share(hits: Tensor) -> float:
+    """Of true values."""
+    return hits.double().mean().item()
+
+
+def percent(value: float) -> str:
+    """As texts write it."""
+    return f"{100 * value:.1f} %"
+
+
+# What the model returns ----------------------------------------------------------------------------------------------
+
+
+def outputs(p: Patient) -> Finding | None:
+    """It takes images in [0, 1] and returns finite logits (batch, classes), at least one for each label."""
+    shape = " x ".join(map(str, p.x.shape[1:]))
+    x = p.x[:PART]
+    try:
+        with torch.no_grad():
+            out = p.f(x)
+    except Exception as error:  # somebody else's code
+        fix = f"it has to take float32 images (batch, {', '.join(map(str, x.shape[1:]))}) on {x.device}"
+        return fault("forward", f"the model fails on images of {shape}: {described(error)}", fix)
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x) or not out.dtype.is_floating_point:
+        got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        fix = "return the logits alone, a floating-point tensor of a row an image and a column a class"
+        return fault("shape", f"the model returns {got} for {len(x)} images, not ({len(x)}, classes)", fix)
+    if out.shape[1] == 1:
+        what = "the model returns one output an image: a critic, which has an energy but no classes"
+        return fault("shape", what, "examine a classifier; of a critic, look at its energies (metric energies)")
+    if len(bad := (~p.logits.isfinite()).any(1).nonzero()):
+        fix = "look for a division by zero, a logarithm or root of zero, an overflow, or weights that diverged"
+        return fault("not-finite", f"NaN or infinite logits for {len(bad)} of {len(p.x)} images", fix)
+    if (most := int(p.y.max())) >= out.shape[1]:
+        fix = "take a head with an output for each class, or the images that it was trained on"
+        return fault("classes", f"the model has {out.shape[1]} outputs, the labels go up to {most}", fix)
+    return None
+
+
+def state(p: Patient) -> Finding | None:
+    """Its parameters and buffers stay as they are in eval mode."""
+    p.outputs(p.x)
+    changed = [name for name, v in tensors(p.model) if name not in p.state or not torch.equal(v, p.state[name])]
+    if not changed:
+        return None
+    what = f"classifying images in eval mode changes the model's own {', '.join(changed[:5])}"
+    fix = "update it only if self.training: what the model says must not depend on what it was asked before"
+    return fault("state", what, fix)
+
+
+def randomness(p: Patient) -> Finding | None:
+    """It gives the same images the same logits twice."""
+    again = p.outputs(p.x)
+    gap = (again - p.logits).abs().max().item()
+    if gap <= 1e-4 * p.logits.abs().max().item():  # float32 summed in another order differs by about 1e-6 of it
+        return None
+    turned = share(again.argmax(1) != p.logits.argmax(1))
+    what = (
+        f"two passes over the same images differ by up to {gap:.3g} in the logits, in the class for {percent(turned)}"
+    )
+    fix = (
+        "switch dropout and noise off in eval mode; where randomness is the defence, attack its expectation: average "
+        "gradients over passes (APGD samples, AutoAttack version rand)"
+    )
+    return fault("randomness", what, fix)
+
+
+def batch(p: Patient) -> Finding | None:
+    """It gives an image the same logits alone as among others."""
+    fix = "batch norm by running statistics and no statistic over the batch in eval mode"
+    try:
+        with torch.no_grad():
+            alone = torch.cat([p.f(x) for x in p.x[:8].split(1)])
+    except Exception as error:  # somebody else's code
+        return fault("batch", f"the model fails on one image alone: {described(error)}", fix)
+    gap, spread = (alone - p.logits[:8]).abs().max().item(), p.logits.std(0).max().item()
+    if gap <= 0.01 * spread:  # kernels chosen by the size of the batch stay below, in half precision too
+        return None
+    what = f"an image alone and in a batch of {len(p.x) // p.parts} differ by up to {gap:.3g} in the logits"
+    return fault("batch", f"{what}, which have a deviation of {spread:.3g} over images", fix)
+
+
+def modes(p: Patient) -> Finding | None:
+    """It is as good in eval mode, in which everything is measured, as in train mode, and its batch norms fit."""
+    training = p.accuracy_of(p.trained)
+    accuracies = f"accuracy {percent(p.accuracy)} in eval mode, {percent(training)} in train mode"
+    stale = p.misfit > MISFIT and training >= p.accuracy
+    if stale or p.above(training, p.accuracy):
+        kept = f"; the variances that batch norms keep are off by a factor of {p.misfit:.3g}" if stale else ""
+        fix = (
+            "advebm measures in eval mode and puts the mode back: the batch norm's running statistics do not fit the "
+            "images; load the buffers with the weights, pass training images through it in train mode, or prepare the "
+            "images as in training"
+        )
+        return fault("modes", accuracies + kept, fix)
+    if p.training and (p.trained - p.logits).abs().max() > 0.01 * p.logits.std(0).max():
+        fix = "call model.eval() before measuring elsewhere; advebm does so by itself and puts the mode back"
+        return Finding("train-mode", "warning", f"the model came in train mode; {accuracies}", fix)
+    return None
+
+
+def logits(p: Patient) -> Finding | None:
+    """Its outputs are logits, not probabilities or their logarithms."""
+    sums, normalisers = p.logits.float().sum(1), p.logits.float().logsumexp(1)
+    if p.logits.min() >= 0 and p.logits.max() <= 1:
+        each = ", each row sums to 1" if (sums - 1).abs().max() < 1e-3 else ""
+        what = f"all outputs lie in [0, 1]{each}: probabilities, whose E(x) = -logsumexp is next to constant"
+        return fault("probabilities", what, "return logits: remove the softmax or sigmoid at the end")
+    if normalisers.abs().max() < 1e-3:
+        what = "logsumexp of the outputs is 0 for every image: log-probabilities, so that E(x) is the same everywhere"
+        fix = "return logits: remove the log_softmax at the end; accuracies stay, E(x) and samples need them"
+        return fault("log-probabilities", what, fix)
+    return None
+
+
+def precision(p: Patient) -> Finding | None:
+    """Its logits have at least float32's precision."""
+    if p.logits.dtype in (torch.float32, torch.float64):
+        return None
+    step = p.logits.abs().max().item() * torch.finfo(p.logits.dtype).eps
+    what = f"the logits are {p.logits.dtype}, in steps of up to {step:.2g}: energies and gradients are as coarse"
+    return fault("precision", what, "compute the last layer in float32, or autocast around the network: out.float()")
+
+
+# What it makes of the images -----------------------------------------------------------------------------------------
+
+
+def inputs(p: Patient) -> Finding | None:
+    """It wants images in [0, 1], and normalises them once."""
+    mean, std = (v[None, :, None, None] for v in (p.x.mean((0, 2, 3)), p.x.std((0, 2, 3)).clamp_min(1e-6)))
+    numbers = " and ".join("(" + ", ".join(f"{k:.3g}" for k in v.flatten().tolist()) + ")" for v in (mean, std))
+    first = "let the first layer normalise, by the constants of training: advebm.wrap(module, mean=..., std=...)"
+    once = "normalise once: the model's first layer does it, so hand it images in [0, 1]; or take that layer out"
+    others = {
+        "normalisation-missing": ((p.x - mean) / std, f"normalised by mean and deviation {numbers}", first),
+        "normalisation-twice": (p.x * std + mean, f"scaled back by mean and deviation {numbers}", once),
+        "range-255": (255 * p.x, "as 0 to 255", "multiply by 255 in the first layer (wrap: std=1/255)"),
+        "range-symmetric": (2 * p.x - 1, "in [-1, 1]", "take 2 x - 1 in the first layer (wrap: mean=0.5, std=0.5)"),
+    }
+    better: dict[str, tuple[float, float]] = {}
+    for name, (x, _, _) in others.items():
+        try:
+            out = p.outputs(x)
+        except Exception:  # one that refuses other ranges has said what it wants
+            continue
+        accuracy = p.accuracy_of(out)
+        if p.above(accuracy, p.accuracy) and p.learnt(accuracy):
+            better[name] = (energies.conditional(out, p.y).mean().item(), accuracy)
+    if not better:
+        return None
+    name = min(better, key=lambda name: better[name][0])
+    if p.above(p.accuracy_of(p.trained), better[name][1]):  # then it is the batch norm's statistics
+        return None
+    _, how, fix = others[name]
+    what = f"accuracy {percent(p.accuracy)} on images in [0, 1], {percent(better[name][1])} on images {how}"
+    return fault(name, what, fix)
+
+
+def labels(p: Patient) -> Finding | None:
+    """It is better than chance, and its classes are in the order of the labels."""
+    classes = p.logits.shape[1]
+    told = p.logits.argmax(1)
+    pairs = (p.y[0::2] * classes + told[0::2]).bincount(minlength=classes**2).view(classes, classes)
+    renamed = (pairs + 0.5 * torch.eye(classes, device=p.x.device)).argmax(1)  # as it is where nothing was seen
+    held, hits = share(told[1::2] == p.y[1::2]), share(told[1::2] == renamed[p.y[1::2]])
+    if exceeds(hits, held, len(p.y[1::2])) and len(renamed.unique()) == classes:  # untrained heads confuse classes
+        moved = [f"{k} -> {renamed[k]}" for k in range(classes) if renamed[k] != k]
+        shown = ", ".join(moved[:10]) + ", …" * (len(moved) > 10)
+        what = f"accuracy {percent(held)}, {percent(hits)} if classes are renamed ({shown}), on images held out"
+        return fault("labels-permuted", what, "bring labels and outputs into one order: often folders sorted as text")
+    if not p.above(p.accuracy, p.chance):
+        what = f"accuracy {percent(p.accuracy)} on {len(p.x)} images, of the most frequent label {percent(p.chance)}"
+        return fault(
+            "chance", what, "check weights, images and preprocessing: is it the model, and what it was trained on?"
+        )
+    return None
+
+
+# What gradients and attacks find -------------------------------------------------------------------------------------
+
+
+def gradient(p: Patient) -> Finding | None:
+    """Its logits have a gradient in the images that is neither zero nor NaN."""
+    found = []
+    for part in p.x.tensor_split(p.parts):
+        with torch.enable_grad():
+            x = part.detach().requires_grad_()
+            out = p.f(x)
+            top = out.topk(2, 1).values
+            lead = (top[:, 0] - top[:, 1]).sum()
+            found.append(torch.autograd.grad(lead, x, allow_unused=True)[0] if out.requires_grad else None)
+    gradients = [g for g in found if g is not None]
+    if len(gradients) < len(found):
+        fix = "remove torch.no_grad, .detach, .item and numpy between images and logits, or attack by Square alone"
+        return fault("no-gradient", "the logits do not depend on the images as far as autograd knows", fix)
+    flat = torch.cat(gradients).flatten(1)
+    nan, zero = share(~flat.isfinite().all(1)), share((flat == 0).all(1))
+    if not p.above(nan + zero, 0.0):
+        return None
+    what = f"the gradient of the leading logit over the next is zero for {percent(zero)} of the images"
+    fix = (
+        "look for rounding, thresholds, clamps and .detach (zero), roots and norms at zero (NaN); or attack with Square"
+    )
+    return fault("zero-gradient", f"{what}, NaN or infinite for {percent(nan)}", fix)
+
+
+def flat_loss(p: Patient) -> Finding | None:
+    """Attacks on its cross-entropy are as strong as on that of logits scaled down."""
+    top = p.logits.float().topk(2, 1).values
+    lead = (top[:, 0] - top[:, 1]).median().item()
+    if lead <= LEAD:
+        return None
+    scaled = p.under(p.many, lambda x: p.f(x) * (LEAD / lead))
+    if not p.above(p.under_many, scaled):
+        return None
+    none = share(energies.conditional(p.logits, p.y) == 0)
+    what = (
+        f"accuracy {percent(p.under_many)} under {p.many.name}, {percent(scaled)} with logits divided by "
+        f"{lead / LEAD:.3g}; the first logit leads by {lead:.3g} (median), the cross-entropy is exactly 0 for "
+        f"{percent(none)} of the images"
+    )
+    fix = (
+        "scale the logits down, or judge by losses that no scale flattens: AutoAttack, APGD with dlr, PGD on the margin"
+    )
+    return fault("flat-loss", what, fix)
+
+
+def one_step(p: Patient) -> Finding | None:
+    """An attack of many steps is at least as strong as one step."""
+    once = fgsm(p.many.eps, p.many.norm)
+    single = p.under(once)
+    if not p.above(p.under_many, single):
+        return None
+    what = f"accuracy {percent(p.under_many)} under {p.many.name}, {percent(single)} under {once.name}"
+    fix = (
+        "gradients off the images mislead (masking, or catastrophic overfitting of one-step training): judge by "
+        "AutoAttack, and train with more steps or from random starts"
+    )
+    return fault("one-step", what, fix)
+
+
+def noise(p: Patient) -> Finding | None:
+    """The gradient does more harm than random noise of the same radius."""
+    standing = p.right.clone()
+    for _ in range(DRAWS):
+        drawn = rng.randn(p.x, p.generator)
+        if p.many.norm == "linf":
+            drawn = drawn.sign()
+        else:
+            drawn = drawn / per_sample(drawn.flatten(1).norm(dim=1), drawn)
+        standing &= p.outputs((p.x + p.many.eps * drawn).clamp(0, 1)).argmax(1) == p.y
+    if not p.above(p.under_many, share(standing)):
+        return None
+    worst = f"{percent(share(standing))} under the worst of {DRAWS} draws of noise of that radius"
+    return fault("weaker-than-noise", f"accuracy {percent(p.under_many)} under {p.many.name}, {worst}", MASKED)
+
+
+def square(p: Patient) -> Finding | None:
+    """The gradient does more harm than a search that sees outputs alone."""
+    search = Square(p.many.eps, p.many.norm, QUERIES)
+    searched = p.under(search)
+    if not p.above(p.under_many, searched):
+        return None
+    what = f"accuracy {percent(p.under_many)} under {p.many.name}, {percent(searched)} under {search.name}"
+    return fault("weaker-than-square", f"{what}, which sees no gradient", MASKED)
+
+
+def autoattack(p: Patient) -> Finding | None:
+    """AutoAttack's first attack is at least as strong as plain projected gradient descent."""
+    first = APGD(p.many.eps, p.many.norm, p.many.steps)
+    adaptive = p.under(first)
+    if not p.above(adaptive, p.under_many):
+        return None
+    what = f"accuracy {percent(adaptive)} under {first.name}, {percent(p.under_many)} under {p.many.name}"
+    fix = "APGD sets its steps by the loss, which does not follow its gradient: report the worst case, look for masking"
+    return fault("weaker-autoattack", what, fix)
+
+
+def radius(p: Patient) -> Finding | None:
+    """Accuracy falls to chance where the ball holds every image."""
+    attacks = [Attack(eps=eps, norm="linf", steps=p.many.steps) for eps in (0.5, 1.0)]
+    left = [p.under(attack) for attack in attacks]
+    if not p.above(min(left), p.chance):
+        return None
+    each = ", ".join(f"{percent(value)} under {a.name}" for value, a in zip(left, attacks, strict=True))
+    what = (
+        f"accuracy {each}, where every ball holds the grey image: nobody can be right on more than {percent(p.chance)}"
+    )
+    return fault("large-radius", what, MASKED)
+
+
+MASKED = (
+    "the gradient is masked, so that robust accuracy by PGD means nothing here: look for steps that are not "
+    "differentiable or replaced in the backward pass, attack through them (BPDA, EOT) or without gradients, and report "
+    "AutoAttack"
+)
+
+BASIS = (outputs, state, randomness, batch, logits, precision, inputs, modes, labels)
+ATTACKS = (gradient, flat_loss, one_step, noise, square, autoattack, radius)
+
+# Each check, and those whose fault would leave it without meaning.  Every attack needs all that comes before it.
+CHECKS: dict[Check, tuple[Check, ...]] = {
+    outputs: (),
+    state: (outputs,),
+    randomness: (outputs, state),
+    batch: (outputs, state, randomness),
+    logits: (outputs,),
+    precision: (outputs,),
+    inputs: (outputs,),
+    modes: (outputs, state, randomness, inputs),
+    labels: (outputs, inputs, modes),
+    **{check: (*BASIS, *ATTACKS[:i]) for i, check in enumerate(ATTACKS)},
+}

@@ -1,0 +1,5 @@
+"""Edits of images by a model's energy.  The command is in sampling."""
+
+from advebm.core.lazy import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, "edit", Edit="base", Edited="base", Problem="base", box_hole="base")

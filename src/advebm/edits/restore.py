@@ -1,0 +1,146 @@
+"""Edits that restore an image of which a part is known: inpaint, denoise, upsample."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, pad
+
+from advebm.core.errors import UserError
+from advebm.core.rng import rand
+from advebm.descent import Constraint, Descent, Energy, hold, means, raw, repeated
+from advebm.edits.base import Edit, Problem, held
+from advebm.energies import Logits
+from advebm.samplers.base import geometric
+
+
+@dataclass(frozen=True)
+class Inpaint(Edit):
+    """A hole filled so that the whole has low energy; known pixels stay as they are, to the bit.
+
+    Attributes:
+        fill: what the hole begins with: ``smooth`` (each pixel the mean of its neighbours), ``mean`` (of the known
+            pixels, a value a channel) or ``noise`` (uniform).
+    """
+
+    fill: Literal["smooth", "mean", "noise"] = "smooth"
+
+    stride: ClassVar[float] = 0.003
+
+    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+        """From the filled image, with known pixels held."""
+        if hole is None:
+            raise UserError("inpainting takes a hole: a mask, true or white where pixels are to be made")
+        known = ~hole
+        average = (x * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
+        filling = rand(x, generator) if self.fill == "noise" else average.expand_as(x)
+        start = torch.where(hole, filling, x)
+        if self.fill == "smooth":
+            start = smooth(start, hole)
+        return held(start, hole, self.within(hold(known)))
+
+
+def smooth(x: Tensor, hole: Tensor) -> Tensor:
+    """Filled from the means of known pixels at half the size, and so on, then each pixel the mean of its 4 neighbours.
+
+    The last by 50 sweeps, near the harmonic filling.
+    """
+    if not hole.any():
+        return x
+    half = (-(-x.shape[2] // 2), -(-x.shape[3] // 2))
+    share = adaptive_avg_pool2d((~hole).to(x.dtype), half)
+    coarse = smooth(adaptive_avg_pool2d(x * ~hole, half) / share.clamp_min(1e-12), share == 0)
+    x = torch.where(hole, interpolate(coarse, x.shape[2:], mode="bilinear", align_corners=False), x)
+    for _ in range(50):
+        near = pad(x, (1, 1, 1, 1), mode="replicate")
+        mean = (near[..., :-2, 1:-1] + near[..., 2:, 1:-1] + near[..., 1:-1, :-2] + near[..., 1:-1, 2:]) / 4
+        x = torch.where(hole, mean, x)
+    return x
+
+
+@dataclass(frozen=True)
+class Denoise(Edit):
+    """Noise taken out: by ``gaussian`` noise of deviation σ, the x of least ``λ E(x) + ‖x - b‖² / 2σ²`` for an image b.
+
+    Steps of σ²/2 lead to where ``x = b - λ σ² ∇E(x)``, with the gradient at x: for λ = 1 and the energy of clean images
+    the most likely x given b.  The posterior mean (Miyasawa, 1961) is another image, ``b - σ² ∇E(b)`` with the energy
+    of noisy ones.  ``salt-and-pepper`` noise leaves most pixels as they were: those that are black or white in all
+    channels, and off the median of the 3 x 3 pixels around by more than ``off``, are made anew from that median by
+    unit steps, the others held.
+
+    Attributes:
+        noise: which.
+        sigma: σ, pixels of [0, 1]; of gaussian noise.
+        prior: λ; 0 leaves the image as it is.
+        off: as above; of salt and pepper.
+    """
+
+    steps: int = 20
+    noise: Literal["gaussian", "salt-and-pepper"] = "gaussian"
+    sigma: float = 0.1
+    prior: float = 4.0
+    off: float = 0.2
+
+    cites: ClassVar[tuple[str, ...]] = ("binary-at",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sigma > 0 or not self.prior >= 0 or not 0 <= self.off < 1:
+            got = f"{self.sigma}, {self.prior} and {self.off}"
+            raise UserError(f"sigma is > 0, prior >= 0 and off lies in [0, 1), got {got}")
+
+    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+        """From the noisy image."""
+        if self.noise == "gaussian":
+            data: Energy = lambda z: (z - x).square().flatten(1).sum(1) / (2 * self.sigma**2)
+            return Problem(x, self.within(), x, data=data)
+        near = median(x)
+        extreme = ((x == 0) | (x == 1)).all(1, keepdim=True) & ((x - near).abs().amax(1, keepdim=True) > self.off)
+        start = torch.where(extreme, near, x)
+        return held(start, extreme, self.within(hold(~extreme)))
+
+    def lowered(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
+        """λ times the energy."""
+        energy = super().lowered(f, x, y)
+        return lambda z: self.prior * energy(z)
+
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
+        """Raw steps where there is a data term."""
+        if self.noise == "gaussian":
+            size = self.step_size or self.sigma**2 / 2
+            return Descent(self.steps, geometric(size, self.step_decay), raw, constraint)
+        return super().descent(constraint, values)
+
+
+def median(x: Tensor) -> Tensor:
+    """Of the 3 x 3 pixels around each, channel by channel."""
+    count, channels, height, width = x.shape
+    near = pad(x, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
+    return near.reshape(count, channels, height, width, 9).median(-1).values
+
+
+@dataclass(frozen=True)
+class Upsample(Edit):
+    """A larger image of low energy whose means over blocks are the small image, within 1e-6.
+
+    Attributes:
+        factor: edge of a block.
+    """
+
+    factor: int = 2
+
+    stride: ClassVar[float] = 0.002
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factor < 2:
+            raise UserError(f"factor is at least 2, got {self.factor}")
+
+    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+        """From the bicubic enlargement, as near as it obeys the constraint."""
+        blocks = repeated(x, self.factor)
+        keep = means(self.factor)
+        start = keep(interpolate(x, scale_factor=self.factor, mode="bicubic", align_corners=False), blocks)
+        fixed = lambda z: z + repeated(x - avg_pool2d(z, self.factor), self.factor)
+        return Problem(start, self.within(keep), blocks, fixed, share=1 - 1 / self.factor**2)

@@ -1,0 +1,262 @@
+"""Edits that change an image: translate, paint, compose, interpolate, counterfactual."""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from advebm.core.errors import UserError
+from advebm.descent import (
+    Constraint,
+    Descent,
+    Direction,
+    both,
+    box,
+    hold,
+    l2_ball,
+    per_sample,
+    unit,
+)
+from advebm.edits.base import Edit, Edited, Problem, confidence, held, length, outputs, taken
+from advebm.models.modes import searching
+from advebm.samplers.base import geometric
+
+
+@dataclass(frozen=True)
+class Translate(Edit):
+    """An image of one kind made into one of another, Yin et al. (2022), figure 7: descent on the other's energy.
+
+    The other kind is a class of a classifier, or whatever a critic was trained on; the image's own kind need not be
+    known to it.  How far it goes is how many steps are taken.
+
+    Attributes:
+        amount: share of ``steps`` that is taken: 0 leaves the image as it is, 1 is all of it, 2 twice as much.
+    """
+
+    amount: float = 1.0
+
+    cites: ClassVar[tuple[str, ...]] = ("binary-at", "santurkar2019")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.amount >= 0:
+            raise UserError(f"amount is >= 0, got {self.amount}")
+
+    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+        """From the image, in the box."""
+        return Problem(x, self.within(), x)
+
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
+        """With ``amount`` of the steps."""
+        return replace(super().descent(constraint, values), steps=round(self.amount * self.steps))
+
+
+@dataclass(frozen=True)
+class Paint(Edit):
+    """A sketch, or an image with strokes painted over, made real: descent from it, near it, by the class it shall be.
+
+    With a hole, that is where it was painted, only these pixels move and the others stay as they are, to the bit.
+    """
+
+    energy: Literal["joint", "conditional"] = "conditional"
+
+    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+        """From the image as painted."""
+        if hole is None:
+            return Problem(x, self.within(), x)
+        return held(x, hole, self.within(hold(~hole)))
+
+
+@dataclass(frozen=True)
+class Compose(Edit):
+    """Images of low ``Σ w_i E_i``, of several networks or classes, Du et al. (2020): w > 0 asks for, w < 0 refuses.
+
+    Energies of different networks have different scales; weights have to make up for that.  Of a class that is refused
+    the conditional energy is the one to take: E(x, y) has no ceiling.
+
+    Attributes:
+        weights: w_i; none for 1 each.
+    """
+
+    weights: tuple[float, ...] | None = None
+    energy: Literal["joint", "conditional"] = "conditional"
+
+    cites: ClassVar[tuple[str, ...]] = ("binary-at", "du2020")
+
+    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+        """From the seeds."""
+        return Problem(x, self.within(), x)
+
+    def __call__(  # type: ignore[override]
+        self,
+        models: Sequence[nn.Module],
+        x: Tensor,
+        classes: Sequence[int | None],
+        **options: Any,
+    ) -> Edited:
+        """Move seeds ``x (B, C, H, W)``; each network has a class, or none for its E(x)."""
+        weights = (1.0,) * len(models) if self.weights is None else self.weights
+        if not models or not len(models) == len(classes) == len(weights):
+            got = f"{len(models)}, {len(classes)} and {len(weights)}"
+            raise UserError(f"a composition takes as many models as classes and weights, got {got}")
+        x = taken(x, *models)
+        problem, observe, frames = self.pose(x, None, None), options.get("observe"), options.get("frames", 7)
+        with ExitStack() as stack:
+            parts = []
+            for model, k in zip(models, classes, strict=True):
+                y = None if k is None else torch.full((len(x),), k, device=x.device)
+                parts.append(self.lowered(stack.enter_context(searching(model)), x, y))
+            energy = lambda z: torch.stack([w * part(z) for w, part in zip(weights, parts, strict=True)]).sum(0)
+            return self.follow(problem, energy, None, None, observe, frames)
+
+
+@dataclass(frozen=True)
+class Interpolate(Edit):
+    """Images on the way from each image to the next, moved to low energy; the given ones stay as they are.
+
+    At t of a way between images that are held steps are sin(πt) as long, so that nothing leaps next to the ends.
+
+    Attributes:
+        count: images of a way, both ends among them.
+        way: ``spherical``, about mid grey, which keeps the contrast, or ``linear``.
+        ends: ``held``, or ``moved`` where they are seeds like all others.
+    """
+
+    count: int = 9
+    way: Literal["spherical", "linear"] = "spherical"
+    ends: Literal["held", "moved"] = "held"
+
+    stride: ClassVar[float] = 0.002
+    cites: ClassVar[tuple[str, ...]] = ("binary-at",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count < 2:
+            raise UserError(f"an interpolation has at least its 2 ends, got count {self.count}")
+
+    def descent(self, constraint: Constraint, values: Tensor) -> Descent:
+        """With steps by the place on the way."""
+        search = super().descent(constraint, values)
+        if self.ends == "moved":
+            return search
+        share = (math.pi * torch.linspace(0, 1, self.count)).sin().repeat(len(values) // self.count).to(values)
+        direction: Direction = lambda gradient, memory: per_sample(share, gradient) * search.direction(gradient, memory)
+        return replace(search, direction=direction)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None = None, **options: Any) -> Edited:
+        """Of images (B, C, H, W), ((B - 1) · count, C, H, W): way after way.
+
+        With classes ``y (B,)`` what is lowered goes from the energy of one class to that of the next.
+        """
+        if len(x) < 2:
+            raise UserError(f"an interpolation takes at least 2 images, got {len(x)}")
+        x = taken(x, model)
+        t = torch.linspace(0, 1, self.count, dtype=x.dtype, device=x.device).repeat(len(x) - 1)
+        first, second = x[:-1].repeat_interleave(self.count, 0), x[1:].repeat_interleave(self.count, 0)
+        path = spherical(first, second, t) if self.way == "spherical" else torch.lerp(first, second, per_sample(t, x))
+        path = torch.where(per_sample(t == 0, x), first, torch.where(per_sample(t == 1, x), second, path.clamp(0, 1)))
+        end = per_sample((t == 0) | (t == 1), x) & (self.ends == "held")
+        problem = Problem(path, self.within(hold(end)), path)
+        with searching(model) as f:
+            energy = self.lowered(f, path, None)
+            if y is not None:
+                ends = [
+                    y.to(x.device)[part].repeat_interleave(self.count) for part in (slice(None, -1), slice(1, None))
+                ]
+                a, b = (self.lowered(f, path, goal) for goal in ends)
+                energy = lambda z: (1 - t) * a(z) + t * b(z)
+            return self.follow(problem, energy, f, None, options.get("observe"), options.get("frames", 7))
+
+
+def spherical(a: Tensor, b: Tensor, t: Tensor, centre: float = 0.5) -> Tensor:
+    """From ``a`` at t = 0 to ``b`` at 1, (B, C, H, W), t (B,): directions from ``centre`` turn evenly (Shoemake, 1985).
+
+    Distances from ``centre`` go evenly, too.  Where the ends have one direction or opposite ones the way is straight.
+    """
+    u, v, share = (a - centre).flatten(1), (b - centre).flatten(1), t[:, None]
+    first, second = (z.norm(dim=1, keepdim=True) for z in (u, v))
+    angle = ((u * v).sum(1, keepdim=True) / (first * second).clamp_min(1e-12)).clamp(-1, 1).arccos()
+    sine = angle.sin().clamp_min(1e-12)
+    turned = ((1 - share) * angle).sin() / sine * u / first.clamp_min(1e-12)
+    turned = turned + (share * angle).sin() / sine * v / second.clamp_min(1e-12)
+    turns = (angle.sin() > 1e-4) & (first > 0) & (second > 0)
+    way = torch.where(turns, torch.lerp(first, second, share) * turned, torch.lerp(u, v, share))
+    return centre + way.view_as(a)
+
+
+@dataclass(frozen=True)
+class Counterfactual(Edit):
+    """The nearest image that is taken for another class, with ``p(y|x)`` of at least ``level``, within a ball.
+
+    As in RATIO (Augustin et al., 2020), descent on the cross-entropy of the class in l2 balls; here the radius is
+    halved between the largest that failed and the smallest that succeeded, for each image.  Distances are upper
+    bounds, as another search might find something nearer.
+
+    Attributes:
+        steps: of each search, of length ``2.5 r / steps`` in a ball of radius r unless ``step_size`` says otherwise.
+        radius: of the largest ball; none takes 0.25 √D, a root mean square of 0.25.
+        level: ``p(y|x)`` that counts as reached.
+        searches: number of balls.
+    """
+
+    energy: Literal["joint", "conditional"] = "conditional"
+    level: float = 0.8
+    searches: int = 8
+
+    cites: ClassVar[tuple[str, ...]] = ("augustin2020",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.level < 1 or self.searches < 1:
+            raise UserError(f"level lies in (0, 1) and searches is at least 1, got {self.level} and {self.searches}")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None = None, **options: Any) -> Edited:
+        """Counterfactuals of images for classes ``y (B,)``; without, of the second most likely class of each.
+
+        ``numbers`` also hold ``reached``, 1 or 0, and ``from`` and ``to``, the classes; an image that is of its class
+        already stays.  The film goes straight from image to result in hundredths, its ``series`` hold ``confidence`` in
+        the new class, ``confidence in the old class`` and ``distance``.
+        """
+        x, frames = taken(x, model), max(options.get("frames", 7), 2)
+        with searching(model) as f, torch.no_grad():
+            if outputs(f, x).shape[1] < 2:
+                raise UserError("a counterfactual takes a classifier; a critic has no classes")
+            top = f(x).topk(2, 1).indices
+            y = top[:, 1] if y is None else y.to(x.device)
+            energy = self.lowered(f, x, y)
+            search = lambda radius: self._within(radius)(energy, x, observe=options.get("observe"))
+            high = x.new_full((len(x),), 0.25 * x[0].numel() ** 0.5 if self.radius is None else self.radius)
+            there = confidence(f, x, y) >= self.level
+            best = torch.where(per_sample(there, x), x, search(high))
+            reached = confidence(f, best, y) >= self.level
+            low, high = torch.zeros_like(high), length(best - x)
+            for _ in range(self.searches - 1):
+                radius = (low + high) / 2
+                found = search(radius)
+                hit = reached & ~there & (confidence(f, found, y) >= self.level)
+                best = torch.where(per_sample(hit, x), found, best)
+                low, high = torch.where(hit, low, radius), torch.where(hit, length(found - x), high)
+            way = torch.linspace(0, 1, frames, dtype=x.dtype, device=x.device)
+            film = torch.stack([torch.lerp(x, best, share) for share in way.tolist()], 1)
+            along = lambda goal: torch.stack([confidence(f, z, goal) for z in film.unbind(1)], 1)
+            series = {"confidence": along(y), "confidence in the old class": along(top[:, 0])}
+            series["distance"] = (film - x[:, None]).flatten(2).norm(dim=2)
+            numbers = {"energy before": energy(x), "energy after": energy(best), "distance": series["distance"][:, -1]}
+            numbers |= {
+                "confidence before": series["confidence"][:, 0],
+                "confidence after": series["confidence"][:, -1],
+            }
+            numbers |= {"reached": reached, "from": top[:, 0], "to": y}
+        told, shown = ({k: v.double().cpu() for k, v in named.items()} for named in (numbers, series))
+        moments = [round(100 * share) for share in way.tolist()]
+        return Edited(best.cpu(), x.cpu(), film.cpu(), moments, told, shown)
+
+    def _within(self, radius: Tensor) -> Descent:
+        """In a ball for each image."""
+        size = 2.5 * radius / max(self.steps, 1) if self.step_size is None else torch.full_like(radius, self.step_size)
+        direction: Direction = lambda gradient, memory: per_sample(size, gradient) * unit(gradient, memory)
+        return Descent(self.steps, geometric(1.0, self.step_decay), direction, both(l2_ball(radius), box()))

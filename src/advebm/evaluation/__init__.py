@@ -1,0 +1,1 @@
+"""Metrics on runs, suites of them, and runs side by side.  The metrics themselves are in metrics."""

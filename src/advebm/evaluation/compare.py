@@ -1,0 +1,187 @@
+"""Several runs by the same measure: one table, one report."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from advebm.attacks.projected import Attack
+from advebm.core import config, files
+from advebm.core.errors import UserError
+from advebm.evaluation import evaluate
+from advebm.metrics.base import Bar, Metric, label, silent
+from advebm.metrics.quality import SampleQuality
+from advebm.metrics.robustness import Accuracy, RobustAccuracy
+from advebm.models.precision import asked_precision
+from advebm.runs.run import Run
+from advebm.sampling import generate
+from advebm.training.cost import passes
+
+Records = list[dict[str, Any]]
+Wanted = dict[tuple[str, str | None], Metric]  # by the name of the record, and the samples, that a metric gives
+
+
+def attacks(threat: Attack) -> tuple[Attack, ...]:
+    """PGD of 10 and 50 steps and the energy attack, within the threat's ball and with its steps, JEAT section 4.1."""
+    one = dataclasses.replace(threat, loss="cross-entropy", restarts=1)
+    sized = [dataclasses.replace(one, steps=steps) for steps in (10, 50)]
+    return (*sized, dataclasses.replace(one, loss="energy"))
+
+
+def compare(
+    runs: Sequence[Run],
+    *,
+    threat: Attack | None = None,
+    features: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda text: None,
+    bar: Bar = silent,
+) -> dict[str, Records]:
+    """Measure runs alike: clean, PGD-10, PGD-50 and energy-attack accuracy, sample quality, what training costs.
+
+    What a run's ``metrics.json`` holds already for its latest checkpoint is not measured again; what is new is
+    appended there.  Returns the records of each run by its title.
+
+    Args:
+        runs: trained ones, with samples drawn where their quality is to be compared.
+        threat: for all; the first run's by default.
+        features: the feature space of sample quality, as for :func:`advebm.evaluation.evaluate.evaluate_run`.
+        seed: of the attacks.
+        device: where to compute.
+        progress: told what is being done.
+        bar: what shows how far an attack is.
+    """
+    tests = {run.folder: run.recipe.data.load().test for run in runs}
+    if any(not torch.equal(test.x, tests[runs[0].folder].x) for test in tests.values()):
+        raise UserError("the runs have different test images; compare runs on the same data")
+    judged_by = attacks(threat or runs[0].recipe.threat)
+    used = (None, *map(config.describe, judged_by))
+    judges = (None, judge(features))
+    found = {}
+    for title, run in titled(runs).items():
+        wanted = {**accuracies(judged_by), **quality(run, features)}
+        tell = lambda name, title=title: progress(f"{title}: {name}")
+        measure(run, wanted, features=features, seed=seed, device=device, progress=tell, bar=bar)
+        if not any(r["name"] == COSTS[0] for r in run.records()):
+            run.append(costs(run))
+        names = {*(name for name, _ in wanted), *COSTS}
+        names |= {label(kind, space(features)) for kind in ("KID", "class score", "intended class")}
+        found[title] = [
+            r
+            for r in evaluate.latest(run.records())
+            if r["name"] in names and r.get("judge") in judges and r["settings"].get("attack") in used
+        ]
+    return found
+
+
+def accuracies(attacks: Iterable[Attack]) -> Wanted:
+    """Clean accuracy, and accuracy under each attack."""
+    clean: Wanted = {("accuracy", None): Accuracy()}
+    return clean | {(f"accuracy under {a.name}", None): RobustAccuracy(a) for a in attacks}
+
+
+def quality(run: Run, features: str | Path | None) -> Wanted:
+    """The quality of every set of samples of a run."""
+    return {(label("FD", space(features)), name): SampleQuality() for name in run.samples()}
+
+
+def measure(
+    run: Run,
+    wanted: Wanted,
+    *,
+    features: str | Path | None = None,
+    seed: int = 0,
+    **rest: Any,
+) -> Records:
+    """Measure, by metrics, what the run does not hold yet; the newest record of each wanted name and set of samples.
+
+    A record is held if it is of the latest checkpoint, the same seed, the very same attack, the set of samples as it
+    is now, and the same judge.
+    """
+    about = {"checkpoint": run.checkpoints.path().name, "seed": seed}
+    whose = judge(features)
+    manifests = {name: generate.read(folder).manifest for name, folder in run.samples().items()}
+
+    def held(records: Records, name: str, samples: str | None, metric: Metric) -> Records:
+        settings = {"samples": samples, **manifests[samples]} if samples else {}
+        if (attack := getattr(metric, "attack", None)) is not None:
+            settings["attack"] = config.describe(attack)
+        settings |= {"images": metric.images} if hasattr(metric, "images") else {}
+        asked = getattr(metric, "precision", None)
+        expected = {**about, "judge": whose} if samples else about
+        own = json.loads(json.dumps({k: v for k, v in config.describe(metric).items() if v is not None}))
+        return [
+            r
+            for r in records
+            if r["name"] == name
+            and all(r.get(key) == value for key, value in expected.items())
+            and all(r["settings"].get(key) == value for key, value in settings.items())
+            and (asked is None or asked_precision(r["settings"].get("precision", "")) == asked)
+            and own.items() <= r["settings"].get("metric", own).items()  # some metrics' records say all of them
+        ]
+
+    records = run.records()
+    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not held(records, *key, metric)))
+    if missing:
+        recipe = dataclasses.replace(run.recipe, metrics=missing)
+        evaluate.evaluate_run(run, recipe=recipe, features=features, seed=seed, **rest)
+        records = run.records()
+    return [found[-1] for key, metric in wanted.items() if (found := held(records, *key, metric))]
+
+
+COSTS = ("forward passes an image", "backward passes an image", "training images a second")
+
+
+def costs(run: Run) -> Records:
+    """Passes through the network that training on an image takes, counted on a step, and the speed that was logged."""
+    speeds = [line["perf/img_per_s"] for line in run.history() if "perf/img_per_s" in line]
+    values = (*passes(run.recipe), statistics.median(speeds) if speeds else 0.0)
+    about = {"error": 0.0, "settings": {}, "series": {}, "time": files.now()}
+    counts = (1, 1, len(speeds))
+    return [{"name": n, "value": v, "count": c, **about} for n, v, c in zip(COSTS, values, counts, strict=True)]
+
+
+def titled(runs: Iterable[Run]) -> dict[str, Run]:
+    """Runs by their recipe's name, or by their folder where two have one recipe."""
+    runs = list(runs)
+    names = [run.recipe.name for run in runs]
+    return {str(run.folder) if names.count(name) > 1 else name: run for name, run in zip(names, runs, strict=True)}
+
+
+def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
+    """Mean and deviation over seeds of what was measured for each title; the error is the deviation then."""
+    if len(records) == 1:
+        return dict(records[0])
+    merged: dict[str, Records] = {}
+    for title in records[0]:
+        groups: dict[tuple[str, Any], Records] = {}
+        for seed in records:
+            for r in seed[title]:
+                groups.setdefault((r["name"], r["settings"].get("samples")), []).append(r)
+        merged[title] = [
+            {
+                **group[0],
+                "value": statistics.fmean(r["value"] for r in group),
+                "error": statistics.stdev(r["value"] for r in group),
+                "seeds": len(group),
+                **({"time": max(r["time"] for r in group)} if "time" in group[0] else {}),
+            }
+            for group in groups.values()
+            if len(group) > 1
+        ]
+    return merged
+
+
+def space(features: str | Path | None) -> str:
+    """The name of a feature space, as it stands in records."""
+    return evaluate.OWN if features is None else evaluate.find_space(features).name
+
+
+def judge(features: str | Path | None) -> str | None:
+    """Which weights features are of; None for the run's own."""
+    return None if features is None else evaluate.find_space(features).judge

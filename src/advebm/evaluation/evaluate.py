@@ -1,0 +1,153 @@
+"""Metrics on a subject, and on a run: appends to its ``metrics.json``."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advebm.core import config, files, rng
+from advebm.core.errors import UserError
+from advebm.core.processes import ALONE, Team
+from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent
+from advebm.metrics.spaces import Space
+from advebm.models.batching import together
+from advebm.models.modes import searching
+from advebm.models.network import Network
+from advebm.runs.locate import find_model, is_factory
+from advebm.runs.recipe import Recipe
+from advebm.runs.run import Run
+from advebm.sampling import generate
+
+OWN = "own features"  # the space of the run's own classifier
+
+
+def evaluate(
+    subject: Subject,
+    metrics: Iterable[Metric],
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Record]:
+    """The records of several metrics.  Each draws from its own generator, so that their order does not matter."""
+    records = []
+    for metric in metrics:
+        name = type(metric).__name__
+        if getattr(subject.model, "encoder", False) and not getattr(metric, "encoders", False):
+            fix = "choose --metrics linear-probe,knn,sample-quality, or make a classifier of it by advebm probe"
+            raise UserError(f"{name} reads logits, and the model is an encoder; {fix}")
+        progress(name)
+        records += metric(subject, rng.generator(seed, "evaluate", name, device=subject.device))
+    return records
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    recipe: Recipe | None = None,
+    features: str | Path | None = None,
+    checkpoint: str = "latest",
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda name: None,
+    bar: Bar = silent,
+    team: Team = ALONE,
+) -> list[Record]:
+    """The recipe's metrics on a checkpoint and on all samples of a run; appended to the run's ``metrics.json``.
+
+    Args:
+        run: a trained run.
+        recipe: the run's own by default; another threat or other metrics may be asked for.
+        features: the feature space of sample quality, as :func:`find_space` reads it; none takes the run's own
+            model, which says so in the metric's name and flatters its own samples.
+        checkpoint: ``latest``, ``best`` or a number of images.
+        seed: of the attacks.
+        device: where to compute.
+        progress: told the name of each metric.
+        bar: what shows how far a long attack is; it can be stopped, and goes on in the run's ``verdicts``.
+        team: processes that all call this: they share the images of attacks, and compute the rest each by itself; the
+            main one writes.
+    """
+    recipe = recipe or run.recipe
+    run.records()  # a damaged file is noticed now rather than after minutes
+    path = run.checkpoints.path(checkpoint)
+    model = run.model(path.name)[0].to(device)
+    data = recipe.data.load()
+    samples = {name: generate.read(folder) for name, folder in run.samples().items()}
+    judge = None if features is None else find_space(features)
+    space = feature_space(OWN, model) if judge is None else judge.load(device)
+    beside: dict[str, Any] = {"batch": together(data.shape), "folder": run.folder / "verdicts", "bar": bar}
+    beside["team"] = team
+    subject = Subject(model, data, data.test, recipe.threat, samples, space, **beside)
+    for name, drawn in samples.items():
+        if (other := drawn.manifest.get("checkpoint", path.name)) != path.name:
+            warnings.warn(f"samples {name} were drawn from checkpoint {other}, not {path.name}", stacklevel=2)
+    records = []
+    for metric in recipe.metrics:
+        new = evaluate(subject, [metric], seed=seed, progress=progress)
+        about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": files.now()}
+        whose = {"judge": None if judge is None else judge.judge}
+        if team.main:
+            run.append([{**dataclasses.asdict(r), **about, **(whose if "space" in r.settings else {})} for r in new])
+        records += new
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """The penultimate features of the classifier of a run or model.
+
+    Attributes:
+        where: what :func:`find_model` takes.
+    """
+
+    where: str
+
+    @property
+    def name(self) -> str:
+        """``features of`` the run or model."""
+        path = Path(self.where).resolve()
+        return f"features of {path.parents[1].name if path.parent.name == 'checkpoints' else path.name}"
+
+    @property
+    def judge(self) -> str:
+        """A folder and its latest checkpoint, a model on the Hub, or a module of one's own."""
+        if self.where.startswith("hf:") or is_factory(self.where):
+            return self.where
+        pointer = Path(self.where) / "checkpoints" / "LATEST"
+        latest = f"@{pointer.read_text().strip()}" if pointer.is_file() else ""
+        return f"{Path(self.where).resolve()}{latest}"
+
+    def load(self, device: torch.device | str) -> Features:
+        """Its latest checkpoint."""
+        return feature_space(self.name, find_model(self.where).to(device))
+
+
+def find_space(features: str | Path) -> Space:
+    """What ``--features`` names: ``inception``, ``inception:PATH`` with one's own copy of its weights, ``pixels``, or a
+    run or model as :func:`find_model` takes it.  A folder that is called like a kind is ``./pixels``.
+    """
+    text = str(features)
+    return config.build(text, "space") if text.partition(":")[0] in config.KINDS["space"] else Classifier(text)
+
+
+def feature_space(name: str, model: Network) -> Features:
+    """A network's penultimate features under a name that says whose they are."""
+
+    def extract(x: Tensor) -> Tensor:
+        with searching(model):
+            return model.features(x)
+
+    return Features(name, extract, None if model.encoder else model.head)
+
+
+def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The newest record of each name, set of samples, attack and number of images, in the order of first appearance."""
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for record in records:
+        key = (record["name"], *(str(record["settings"].get(k)) for k in ("samples", "attack", "images")))
+        newest[key] = record
+    return list(newest.values())

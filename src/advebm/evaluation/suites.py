@@ -1,0 +1,102 @@
+"""Metrics that belong together: what a paper or a benchmark reports, at three lengths."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+from advebm.attacks.autoattack import AutoAttack
+from advebm.attacks.cw import CW
+from advebm.attacks.projected import Attack
+from advebm.core.errors import unknown
+from advebm.metrics.base import Metric
+from advebm.metrics.calibration import Calibration
+from advebm.metrics.corruption import CorruptionAccuracy
+from advebm.metrics.detectors import Detectors
+from advebm.metrics.energy import Energies
+from advebm.metrics.ood import OutOfDistribution
+from advebm.metrics.quality import SampleQuality
+from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
+
+Tier = Literal["quick", "standard", "full"]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How long an evaluation is.
+
+    Attributes:
+        version: of AutoAttack.
+        images: that the attacks are run on; none for all.
+        outliers: of each set, and of the data, in detection.
+        restarts: of projected attacks, and of the worst case of detection.
+    """
+
+    version: Literal["quick", "standard", "full"]
+    images: int | None
+    outliers: int
+    restarts: int
+
+
+TIERS: Mapping[str, Extent] = MappingProxyType(
+    {
+        "quick": Extent("quick", 512, 256, 1),
+        "standard": Extent("standard", None, 1024, 5),
+        "full": Extent("full", None, 1024, 10),
+    }
+)
+
+
+def robustbench(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
+    """Clean accuracy and AutoAttack, as the RobustBench leaderboard reports them."""
+    return Accuracy(), _under(AutoAttack(threat.eps, threat.norm, extent.version), extent)
+
+
+def jeat(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
+    """PGD-50, the energy attack, C&W with c = 0.2, AutoAttack, and the quality of samples, JEAT section 4.1."""
+    pgd = replace(threat, loss="cross-entropy", steps=50, step_size=threat.eps / 4 or None, restarts=extent.restarts)
+    cross = RobustAccuracy(CW(c=0.2), images=extent.images)  # finds the nearest, so restarts change nothing
+    attacks = (_under(pgd, extent), _under(replace(pgd, loss="energy"), extent), cross)
+    clean, auto = robustbench(threat, extent)
+    return (clean, *attacks, auto, SampleQuality(), Energies())
+
+
+def cem(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
+    """Clean accuracy, the threat untargeted and targeted, energies, and the quality of samples, CEM section 4."""
+    return Accuracy(), _under(threat, extent), TargetedAccuracy(images=extent.images), SampleQuality(), Energies()
+
+
+def binary_at(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
+    """Quality of samples, and detection, standard and worst case, as Binary-AT reports it."""
+    return SampleQuality(), OutOfDistribution(count=extent.outliers, restarts=extent.restarts)
+
+
+def everything(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
+    """All of these, with calibration and corruptions."""
+    suites = (jeat, cem, binary_at)
+    found = [metric for suite in suites for metric in suite(threat, extent)]
+    return (*dict.fromkeys(found), Detectors(count=extent.outliers), Calibration(), CorruptionAccuracy())
+
+
+SUITES: Mapping[str, Callable[[Attack, Extent], tuple[Metric, ...]]] = MappingProxyType(
+    {"robustbench": robustbench, "jeat": jeat, "cem": cem, "binary-at": binary_at, "all": everything}
+)
+
+
+def suite(name: str, threat: Attack, tier: str = "standard") -> tuple[Metric, ...]:
+    """The metrics of a suite.
+
+    Args:
+        name: ``robustbench``, ``jeat``, ``cem``, ``binary-at`` or ``all``.
+        threat: whose ball the attacks stay in.
+        tier: ``quick`` (512 images, AutoAttack's first two attacks), ``standard``, or ``full`` (more restarts).
+    """
+    if name not in SUITES:
+        raise unknown("suite", name, SUITES)
+    if tier not in TIERS:
+        raise unknown("tier", tier, TIERS)
+    return SUITES[name](threat, TIERS[tier])
+
+
+def _under(attack: Attack | AutoAttack, extent: Extent) -> RobustAccuracy:
+    return RobustAccuracy(attack, images=extent.images)

@@ -1,0 +1,33 @@
+"""How unusual images are to a model, beside images that it knows."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advebm.core import checks
+from advebm.edits.base import outputs
+from advebm.metrics.ood import EnergyScore, Score
+from advebm.models.batching import as_images, device_of
+from advebm.models.modes import searching
+
+
+class Unusual(NamedTuple):
+    """Scores (B,), high where an image looks less like the data, and the share of known images that score lower."""
+
+    score: Tensor
+    share: Tensor
+
+
+def unusual(model: nn.Module, x: Tensor, known: Tensor, score: Score | None = None, *, batch: int = 500) -> Unusual:
+    """How unusual images ``x`` are beside ``known (N, C, H, W)``, of the data but not trained on; by energy."""
+    checks.no_encoder(model)
+    device, score = device_of(model), score or EnergyScore()
+    with searching(model) as f:
+        outputs(f, as_images(x[:1], device))
+        ours, theirs = (
+            torch.cat([score(f, as_images(part, device)).detach().cpu() for part in images.split(batch)])
+            for images in (x, known)
+        )
+    share = torch.searchsorted(theirs.sort().values, ours).double() / len(theirs)
+    return Unusual(ours, share)

@@ -1,0 +1,1 @@
+"""What the papers publish, and whether our numbers agree.  What carries tables out is in reproduction."""

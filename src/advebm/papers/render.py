@@ -1,0 +1,88 @@
+"""A table beside the paper's, as rows of text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from advebm.papers.inventory import Cell, Cells, Table, heading, printed
+from advebm.papers.verdicts import judged, row_verdict, table_verdict
+
+
+def summary(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``results/NAME-SCALE.json`` holds, all that the page needs.
+
+    ``table paper item what scale``; ``about``: ``command seeds date hardware settings`` (of the scale) and ``trained``
+    (each run's training images, seen and there are); ``columns`` (published key -> heading); ``rows``: each with ``name
+    status note``, ``published`` (key -> number), ``code`` (what reference code gives, where that is known), ``ours``
+    (key -> ``value error n seeds measured``; ``error`` is a standard error over the n images, or with several training
+    or sampling ``seeds`` the deviation over them) and ``verdict``; ``claims``: each with ``claim rows doubtful
+    verdict`` and, where it was measured, ``difference error``; ``verdict``; ``why``.
+    """
+    claims = judged(table, found)
+    rows = []
+    for name in table.names():
+        row = table.row(name)
+        plain: dict[str, Any] = {"name": name, "status": row["status"], "note": row.get("note", "")}
+        plain |= {"published": printed(table, row), "code": row.get("code", {}), "ours": found.get(name, {})}
+        rows.append({**plain, "verdict": row_verdict(table, name, scale, found, claims)})
+    return {
+        "table": table.name,
+        "paper": table.paper,
+        "item": table.item,
+        "what": table.what,
+        "scale": scale,
+        "about": dict(about),
+        "columns": {key: f"{title} %" if title else heading(key).heading for key, title in table.columns.items()},
+        "rows": rows,
+        "claims": claims,
+        "verdict": table_verdict(table, scale, found, claims),
+        "why": table.why.get(scale, ""),
+    }
+
+
+def grid(plain: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A summary as text: headings, and a line a row that has numbers of ours, each right of the paper's.
+
+    Ours are headed by what was measured, so that a distance in other features does not stand below the name FID.
+    """
+    rows = [row for row in plain["rows"] if row["ours"]]
+    coded = any(row["code"] for row in rows)
+    heads = ["", "status"]
+    for key, head in plain["columns"].items():
+        measured = {row["ours"][key]["measured"] for row in rows if key in row["ours"]}
+        own = f"{measured.pop()}{' %' * (heading(key).scale == 100)}" if len(measured) == 1 else head
+        heads += [f"{head}, paper", f"{own}, ours (n)"]
+    lines = []
+    for row in rows:
+        line = [row["name"], "" if row["status"] == "runnable" else row["status"]]
+        for key in plain["columns"]:
+            line += [f"{row['published'][key]:g}" if key in row["published"] else "", _shown(row["ours"].get(key))]
+        line += [", ".join(f"{plain['columns'][k]} {v:g}" for k, v in row["code"].items())] * coded
+        lines.append([*line, row["verdict"]])
+    return [*heads, *["reference code"] * coded, "verdict"], lines
+
+
+def _shown(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    times = f"{cell['seeds']} x " if cell["seeds"] > 1 else ""
+    return f"{cell['value']:.2f} ± {cell['error']:.2f} ({times}{cell['n']:,})"
+
+
+def lines(plain: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Where, when and how it was measured; then the claims, the verdict, and what it leaves out."""
+    about, rows = plain["about"], plain["rows"]
+    told = [
+        f"scale {plain['scale']}: {about['settings']}",
+        f"{about['seeds']} training seed{'s' * (about['seeds'] > 1)}",
+    ]
+    claims = []
+    for claim in plain["claims"]:
+        by = f" by {claim['difference']:.2f} ± {claim['error']:.2f}" if "difference" in claim else ""
+        doubt = " (on a doubtful number: does not count)" if claim["doubtful"] else ""
+        claims.append(f"{claim['claim']}{by}: {claim['verdict']}{doubt}")
+    if left := sum(not row["ours"] for row in rows):
+        claims.append(
+            f"{left} of the paper's {sum(row['status'] != 'unpublished' for row in rows)} rows have no number here"
+        )
+    verdict = ". ".join(filter(None, [plain["verdict"], plain["why"]]))
+    return "; ".join([*told, about["hardware"], about["date"]]), [*claims, f"verdict: {verdict}"]

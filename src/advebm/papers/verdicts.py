@@ -1,0 +1,112 @@
+"""Our numbers beside the published ones, and whether they agree."""
+
+import math
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from advebm.papers.inventory import COLUMNS, Cell, Cells, Records, Table, heading, printed
+
+
+def cells(table: Table, results: Mapping[str, Records]) -> Cells:
+    """The numbers of the results, by title, that stand where the table has its own."""
+    found: Cells = {}
+    for name in table.names():
+        for key, title in table.columns.items():
+            patterns = table.ours.get(name, ()) if title else COLUMNS[key].records
+            records = results.get(title or (name if name in results else table.of(name)["method"]), [])
+            matching = (r for pattern in patterns for r in records if fnmatchcase(r["name"], pattern))
+            if (record := next(matching, None)) is not None:
+                scale = heading(key).scale
+                value, error = scale * record["value"], scale * record["error"]
+                about = {"n": record["count"], "seeds": record.get("seeds", 1), "measured": record["name"]}
+                found.setdefault(name, {})[key] = {"value": value, "error": error, **about}
+    return found
+
+
+HOLDS, FAILS, OPEN = "holds", "fails", "within errors"
+SAME, SHAPE, PART = "reproduced", "reproduced in shape", "reproduced in part"
+NOT, NONE = "not reproduced", "not measured"
+
+
+def standard_error(cell: Cell) -> float:
+    """Of a number: of one seed its error over images, of several their deviation over the root of how many."""
+    return float(cell["error"]) / math.sqrt(cell["seeds"])
+
+
+def close(row: Mapping[str, Any], key: str, cell: Cell) -> bool:
+    """Whether a number is the published one, within two joint standard errors or the column's tolerance."""
+    values = row["values"]
+    joint = math.hypot(standard_error(cell), values.get(f"{key}_sd", 0.0))
+    return abs(cell["value"] - values[key]) <= max(2 * joint, heading(key).tolerance)
+
+
+def parts(table: Table, claim: str) -> list[tuple[str, str]]:
+    """The row and the column of both sides of a claim, the larger first."""
+    place, _, sides = claim.partition(": ")
+    both = [side.strip() for side in sides.split(" > ")]
+    if len(both) != 2:
+        raise ValueError(f"a claim is IN: MORE > LESS, got {claim!r}")
+    return [(side, place) if place in table.columns else (place, side) for side in both]
+
+
+def judged(table: Table, found: Cells) -> Records:
+    """What became of every claim: the difference with its joint standard error, and whether it has the stated sign.
+
+    It holds, or fails, where the difference is more than two standard errors.  A claim on a published number that is in
+    doubt is ``doubtful``: it does not count for the table.
+    """
+    judgements = []
+    for claim in table.claims:
+        places = parts(table, claim)
+        more, less = (found.get(row, {}).get(key) for row, key in places)
+        doubtful = any(table.row(row)["status"] == "doubtful" for row, _ in places)
+        judgement: dict[str, Any] = {"claim": claim, "rows": [row for row, _ in places], "doubtful": doubtful}
+        if more is None or less is None:
+            judgements.append({**judgement, "verdict": NONE})
+            continue
+        difference, error = more["value"] - less["value"], math.hypot(standard_error(more), standard_error(less))
+        verdict = OPEN if abs(difference) <= 2 * error else HOLDS if difference > 0 else FAILS
+        judgements.append({**judgement, "difference": difference, "error": error, "verdict": verdict})
+    return judgements
+
+
+def row_verdict(table: Table, name: str, scale: str, found: Cells, claims: Records) -> str:
+    """Of a row: its numbers at full scale, else how many of the claims that name it hold."""
+    row = table.row(name)
+    if scale == "full" and (met := {k: v for k, v in _targets(table, row, found).items() if v is not None}):
+        far = [heading(key).heading for key, same in met.items() if not same]
+        return f"{NOT}: {', '.join(far)}" if far else SAME
+    own = [c["verdict"] for c in claims if name in c["rows"] and c["doubtful"] == (row["status"] == "doubtful")]
+    return _counted(own)
+
+
+def table_verdict(table: Table, scale: str, found: Cells, claims: Records) -> str:
+    """Of a table: all its numbers at full scale, else, or where these differ, its claims on numbers not in doubt.
+
+    What was not measured keeps a table from being more than reproduced in part.
+    """
+    if scale == "full":
+        met = [same for row in table.rows for same in _targets(table, row, found).values()]
+        if met and all(met):
+            return SAME
+    verdicts = [claim["verdict"] for claim in claims if not claim["doubtful"]]
+    if not (count := _counted(verdicts)):
+        return NONE
+    missing = f", {n} {NONE}" if (n := verdicts.count(NONE)) else ""
+    return f"{NOT if {FAILS, OPEN} & set(verdicts) else PART if missing else SHAPE}: {count}{missing}"
+
+
+def _targets(table: Table, row: Mapping[str, Any], found: Cells) -> dict[str, bool | None]:
+    """Whether each number of a row that is a target was met; None where it was not measured."""
+    here = found.get(row["name"], {})
+    keys = printed(table, row) if row["status"] == "runnable" else ()
+    return {key: close(row, key, here[key]) if key in here else None for key in keys}
+
+
+def _counted(verdicts: Iterable[str]) -> str:
+    """How many of the claims that were measured hold; what became of the others."""
+    measured = [verdict for verdict in verdicts if verdict != NONE]
+    others = [f"{n} {words}" for what, words in ((FAILS, "fail"), (OPEN, OPEN)) if (n := measured.count(what))]
+    count = f"{measured.count(HOLDS)} of {len(measured)} claims hold"
+    return ", ".join([count, *others]) if measured else ""

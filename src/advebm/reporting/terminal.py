@@ -1,0 +1,194 @@
+"""Tables for people: on standard output, and for pages."""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from advebm.diagnostics import doctor
+from advebm.metrics.base import Record
+from advebm.papers import render
+from advebm.reporting.build import by_class, row
+from advebm.training.cost import Estimate
+from advebm.training.hardware import GB, TERA, Machine
+
+
+def record_table(records: Iterable[Record]) -> None:
+    """One row a record; then, of samples, what share of each class is taken for it."""
+    plain = [asdict(record) for record in records]
+    table = Table("measured", "samples", "value", "n", box=None, pad_edge=False)
+    for text in map(row, plain):
+        table.add_row(text["name"], text["samples"], text["value"], text["count"])
+    _print(table)
+    for heads, lines in class_tables(plain):
+        table = Table(*heads, box=None, pad_edge=False)
+        for line in lines:
+            table.add_row(*line)
+        print()
+        _print(table)
+
+
+def class_tables(records: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
+    """The heads and rows of a table for each judge: a class, and what share of its samples is taken for it."""
+    tables = []
+    for name, sets in by_class(records).items():
+        classes = dict.fromkeys(k for shares in sets.values() for k in shares)
+        rows = [[k, *(f"{shares[k]:.0f} %" if k in shares else "" for shares in sets.values())] for k in classes]
+        tables.append(([name, *sets], rows))
+    return tables
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for a page."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+ABREAST = 8  # columns
+
+
+def side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """A column a run, a row a quantity."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for title, records in runs.items():
+        for text in map(row, records):
+            cells.setdefault((text["name"], text["samples"]), {})[title] = text["value"]
+    table = Table("measured", "samples", *runs, box=None, pad_edge=False)
+    for (name, samples), values in cells.items():
+        table.add_row(name, samples, *(values.get(run, "") for run in runs))
+    _print(table)
+
+
+def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """A row a run, a column a quantity, a few of these a table: for many runs."""
+    cells = {title: {(r["name"], r["samples"]): r["value"] for r in map(row, rs)} for title, rs in runs.items()}
+    columns = list(dict.fromkeys(key for values in cells.values() for key in values))
+    for first in range(0, len(columns), ABREAST):
+        some = columns[first : first + ABREAST]
+        table = Table("run", *(" · ".join(filter(None, key)) for key in some), box=None, pad_edge=False)
+        for title, values in cells.items():
+            if any(key in values for key in some):
+                table.add_row(title, *(values.get(key, "") for key in some))
+        _print(table, 60 + 14 * len(some))
+        print()
+
+
+def beside(summary: Mapping[str, Any]) -> None:
+    """The paper's numbers and ours side by side, a row a row; above, where and how; below, the claims and verdict."""
+    where, verdict = render.lines(summary)
+    heads, rows = render.grid(summary)
+    print(f"{summary['table']} ({summary['paper']}, {summary['item']}): {where}")
+    table = Table(*heads, box=None, pad_edge=False)
+    for line in rows:
+        table.add_row(*line)
+    _print(table, 40 + 17 * len(heads))
+    print("\n".join(verdict))
+
+
+def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
+    """A row a thing, a column a number; numbers that a thing has not are left out."""
+    columns = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
+    table = Table("", *columns, box=None, pad_edge=False)
+    for title, numbers in rows.items():
+        table.add_row(title, *(f"{numbers[name]:.3f}" if name in numbers else "" for name in columns))
+    _print(table, 150)
+
+
+def figures_list(figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """The numbers of figures: a block a figure, a row a number, a column a model where there are several."""
+    for name, numbers in figures.items():
+        models = numbers if all(isinstance(v, Mapping) for v in numbers.values()) else {"": numbers}
+        table = Table(name, *models, box=None, pad_edge=False)
+        for quantity in dict.fromkeys(q for values in models.values() for q in values):
+            table.add_row(quantity, *(_number(values.get(quantity)) for values in models.values()))
+        _print(table)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value[0]:.3g} ± {value[1]:.2g}" if isinstance(value, list) else f"{value:.3g}"
+
+
+def findings_list(findings: Iterable[doctor.Finding]) -> None:
+    """A block a finding, then what was skipped; where there is none, what was looked at."""
+    findings = list(findings)
+    shown = [f for f in findings if f.severity != "skipped"]
+    for finding in shown:
+        print(f"{finding.severity}: {finding.name}")
+        for line in (f"found: {finding.what}", f"to do: {finding.fix}"):
+            print(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="         "))
+    if skipped := [f.name for f in findings if f.severity == "skipped"]:
+        print(textwrap.fill(f"skipped until that is mended: {', '.join(skipped)}", 100, subsequent_indent="  "))
+    faults = sum(f.severity == "fault" for f in shown)
+    if not faults:
+        print("no faults found; checked:")
+        for check in doctor.CHECKS:
+            print(f"  {doctor.title(check):12}{doctor.about(check)}")
+    else:
+        print(f"{faults} fault{'s' * (faults > 1)}")
+
+
+def costs_table(stages: Sequence[Estimate], machines: Sequence[Machine]) -> None:
+    """A column a stage, a row a quantity; then what the hours rest on, a machine a stage."""
+    pairs = list(zip(stages, machines, strict=True))
+    columns = {stage.recipe.name: _costs(stage, machine) for stage, machine in pairs}
+    table = Table("", *columns, box=None, pad_edge=False)
+    for quantity in dict.fromkeys(q for column in columns.values() for q in column):
+        table.add_row(quantity, *(column.get(quantity, "") for column in columns.values()))
+    _print(table)
+    for text in dict.fromkeys(_rate(stage, machine) for stage, machine in pairs):
+        print(f"hours: on {text}")
+    memory, most = machines[0].memory, max(sum(stage.memory) for stage in stages)
+    if memory is not None and most > memory:
+        print(f"memory: {most / GB:.3g} GB are more than the {memory / GB:.3g} there are")
+    for stage in stages:
+        if stage.outline.classes is None and stage.recipe.objective.outputs is None:
+            print(f"{stage.recipe.name}: the images are not there; {stage.architecture.outputs:,} classes are assumed")
+
+
+def _rate(stage: Estimate, machine: Machine) -> str:
+    """What hours rest on: ``H100, 25% of 989 TFLOP/s in bfloat16``; ``cpu, 2 threads: 0.12 TFLOP/s in float32``."""
+    precision = stage.recipe.train.precision
+    rate = f"{machine.rates[precision] / TERA:.3g} TFLOP/s in {precision}"
+    return f"{machine.name}, {machine.share:.0%} of {rate}" if machine.share < 1 else f"{machine.name}: {rate}, timed"
+
+
+def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
+    """What :func:`costs_table` prints of a stage."""
+    cfg, bounds = stage.recipe.train, (stage.least, stage.most)
+    epochs = f" ({stage.images / stage.outline.train:.3g} epochs)" if stage.outline.train else ""
+    validated = f"{stage.validated:,} x {stage.validation.forward:.3g} + {stage.validation.backward:.3g}"
+    rows = {
+        "parameters": f"{stage.parameters:,}",
+        "images": f"{stage.images:,}{epochs}",
+        "optimiser steps": f"{stage.images // cfg.batch * stage.recipe.objective.replays:,}",
+        "forward passes, an image": _span(passes.forward for passes in bounds),
+        "backward passes, an image": _span(passes.backward for passes in bounds),
+        "  of searches": _span(passes.search for passes in bounds),
+        "teacher's passes, an image": _span(passes.teacher for passes in bounds) if stage.most.teacher else "",
+        "validation, forward + backward": validated if stage.validated else "none",
+        "GFLOP, a forward pass": f"{stage.flops.forward / 1e9:.3g}",
+        "PFLOP, in all": _span(flops / 1e15 for flops in stage.total),
+    }
+    names = ("GB: weights", "  optimiser", "  averaged weights", "  activations, gradients")
+    rows |= {name: f"{part / GB:.3g}" for name, part in zip(names, stage.memory, strict=True)}
+    hours = [machine.hours(flops, cfg.precision) for flops in stage.total]
+    if stage.images:
+        rows["images a second"] = _span(stage.images / 3600 / each for each in reversed(hours))
+    rows["hours"] = _span(hours)
+    return {name: text for name, text in rows.items() if text}
+
+
+def _span(values: Iterable[float]) -> str:
+    """One number, or the least and the most."""
+    return " to ".join(dict.fromkeys(f"{value:.3g}" for value in values))
+
+
+def _print(table: Table, width: int = 120) -> None:
+    console = Console(highlight=False)
+    console.width = max(console.width, width)  # a pipe has no width of its own
+    console.print(table)

@@ -1,0 +1,107 @@
+"""Experiments on edits: translation, restoration, counterfactuals."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from advebm.core import config
+from advebm.data import pictures
+from advebm.data.sources import Data
+from advebm.edits.transform import Translate
+from advebm.evaluation import compare, evaluate
+from advebm.evaluation.compare import Records, Wanted
+from advebm.metrics.base import Record, proportion
+from advebm.metrics.restoration import Counterfactuals, Restoration
+from advebm.metrics.robustness import Accuracy
+from advebm.reporting import figure_store, figures
+from advebm.reproduction.study import L2, Options, measured, recipe, study
+from advebm.runs.recipe import resolve
+from advebm.runs.run import Run
+from advebm.sampling import generate
+from advebm.workflows.sample import draw
+
+HALVES = [{"kind": "classes", "source": "digits", "count": 5, "rest": rest} for rest in (False, True)]
+AMOUNTS = (0.0, 0.25, 0.5, 1.0, 2.0)
+
+
+def digits_applications(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Restoration and counterfactuals on digits beside other ways; translation by critics of half of the classes each.
+
+    Of each half two critics, which begin training from patches of photographs, or from these and the other half.
+    """
+    entries = {m: recipe(f"digits-{m}", options, **L2) for m in ("standard", "at", "binary-at")}
+    for half, (own, other) in {"first": HALVES, "second": HALVES[::-1]}.items():
+        for p0, outside in {"patches": "patches", "both": {"kind": "mixture", "sources": ["patches", other]}}.items():
+            change = {"data": own, "outside": outside, "train__images": 24_000, **L2}
+            entries[f"{half}-{p0}"] = recipe("digits-binary-at", options, **change)
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        judge, found = runs["standard"].folder, {}
+        for title, run in runs.items():
+            if title in ("standard", "at", "binary-at"):
+                wanted: Wanted = {("PSNR inpainting by energy", None): Restoration()}
+                if title != "binary-at":
+                    wanted |= {("counterfactual reached", None): Counterfactuals(), ("accuracy", None): Accuracy()}
+                measured(run, wanted, judge)
+                names = ("PSNR", "SSIM", "counterfactual", "accuracy")
+                found[title] = [r for r in evaluate.latest(run.records()) if r["name"].startswith(names)]
+            else:
+                other = HALVES[0] if title.startswith("second") else HALVES[1]
+                found[title] = translated(run, config.build(other, "source").load(), judge)
+        return found
+
+    return study(folder, seeds, entries, measure)
+
+
+def translated(run: Run, source: Data, judge: Path) -> Records:
+    """How many of the test images of another kind a judge takes for a critic's kind, by the amount of translation.
+
+    A figure shows some on their way, Binary-AT figure 7.
+    """
+    classes = tuple(int(name) for name in run.recipe.data.load().classes)
+    space, sampler, records = evaluate.find_space(judge).load("cpu"), run.recipe.sampler, []
+    assert space.logits is not None
+    model, films = run.model()[0], torch.empty(0)
+    for amount in AMOUNTS:
+        method = Translate(steps=sampler.steps, step_size=sampler.step_size, amount=amount)
+        found = method(model, source.test.x)
+        named = space.logits(space.of(found.x, torch.device("cpu"))).argmax(1)
+        hits = torch.isin(named, torch.tensor(classes))
+        records.append(Record(f"named as the target, amount {amount:g}", *proportion(hits)))
+        films = found.film[:: len(found.x) // 10][:10] if amount == 1 else films
+    text = (
+        f"from {source.name}, a row an image, from left to right; the critic's own kind: {', '.join(map(str, classes))}"
+    )
+    figure_store.hang(run, "translation", pictures.png(pictures.grid(films, tile=48)), "Translation", text)
+    return [dataclasses.asdict(record) for record in records]
+
+
+FIGURE4 = (("at", "jeat-16"), ("at", "jeat-17"), ("prejeat", "jeat-17"))  # from left to right
+
+
+def jeat_figure4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Ten ships by equations 16 and 17 from AT and by 17 from PreJEAT, from the same seeds: the shape of JEAT figure 4.
+
+    The paper states neither steps nor step size; at temperature 1, as printed, images drown in noise.
+    """
+    entries = {"at": recipe("cifar10-at-small", options), "prejeat": recipe("cifar10-prejeat-small", options)}
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        classes = runs["at"].recipe.data.load().classes
+        ships = (classes.index("ship"),) if "ship" in classes else None
+        panels, texts = {}, {}
+        for title, kind in FIGURE4:
+            settings = [("steps", 100), ("step_size", 0.05), ("temperature", 1e-4), ("start", "class")]
+            chosen = [("sampler", kind), *((f"sampler.{name}", value) for name, value in settings)]
+            sampler = resolve(config.describe(runs[title].recipe), chosen).sampler
+            where = draw(runs[title], kind, sampler, 10, classes=ships)
+            x = generate.read(where).x
+            panels[f"{title}, {kind}"] = x[:10].view(2, 5, *x.shape[1:])
+            texts[f"{title}, {kind}"] = ["the same seeds"]
+        text = "Equation 16 descends E(x, y) - E(x), 17 descends E(x, y); 100 steps of 0.05 at temperature 1e-4."
+        figure_store.hang(runs["at"], "jeat-figure4", figures.grids(panels, texts), "JEAT figure 4", text)
+        return {title: measured(run, compare.accuracies(())) for title, run in runs.items()}
+
+    return study(folder, seeds, entries, measure)

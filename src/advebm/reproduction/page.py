@@ -1,0 +1,103 @@
+"""``python -m advebm.reproduction.page`` writes docs/results.md and the README's table from results/*.json."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from advebm.core import files
+from advebm.core.errors import UserError
+from advebm.papers import inventory, render
+from advebm.reporting.terminal import markdown
+from advebm.reproduction.tables import SCALES
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+HEAD = """# Results
+
+Written by `make results` from `results/*.json`, which `advebm reproduce TABLE --scale SCALE` wrote; not by hand.
+
+{scales}
+
+Half an hour is a plan from the speed of single recipes, not measured; of two cores binary-at-table4 takes rather more.
+Two hours are what `cifar10-at-2h` may take; judges (19 minutes), DAT's second stage (20) and measuring (an hour
+for its three tables) come on top.
+How many of its recipe's images a row is trained on is fixed for each table and scale (`table:` in `papers.yaml`), so
+that results of different machines can be compared. Beside a number of ours stand its standard error over images and, in
+brackets, how many; `3 x` says that it is the deviation over so many seeds of training or sampling. The papers' FID
+and IS are of Inception features, ours at scale `full` alone: elsewhere they are FD and class score in the features
+of a small classifier, which compare within a column and never with the paper's.
+
+Verdicts are computed. At scale `full` a table is *reproduced* where every number is within two joint standard errors of
+the paper's, or within {tolerances}.
+At every other scale, and where that fails, it is *reproduced in shape* if each inequality that it is about holds by
+more than two joint standard errors, *in part* if those that were measured do, else *not reproduced*. The standard error
+of a mean over seeds is its deviation over the root of their number. `doubtful` numbers contradict other sources: claims
+on them are listed and do not count. `quoted` ones are other papers', `unpublished` rows are ours alone.
+"""
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The summaries of a folder by the names of their files, as today's inventory judges what was measured then."""
+    found = {path.stem: files.read_json(path) for path in folder.glob("*.json")}
+    order = [f"{table}-{scale}" for table in inventory.tables() for scale in SCALES]
+    if strange := found.keys() - set(order):
+        raise UserError(f"{folder / sorted(strange)[0]}.json is not named TABLE-SCALE.json")
+    return {name: again(found[name]) for name in order if name in found}
+
+
+def again(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary of the same measurements."""
+    found = {row["name"]: row["ours"] for row in plain["rows"] if row["ours"]}
+    table = inventory.find(plain["table"])
+    if lost := found.keys() - set(table.names()):
+        raise UserError(f"{table.name} was measured with a row {sorted(lost)[0]!r}, which papers.yaml has no more")
+    return render.summary(table, plain["scale"], found, plain["about"])
+
+
+def short(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a table, for the README."""
+    rows = [
+        [f"[{plain['table']}](docs/results.md#{name})", plain["what"], plain["scale"], plain["verdict"]]
+        for name, plain in found.items()
+    ]
+    return markdown(["table", "what", "scale", "verdict"], rows)
+
+
+def page(found: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) -> str:
+    """The whole page; ``pictures`` are names of those that have one."""
+    scales = "\n".join(f"- `{name}`: {scale.about}." for name, scale in SCALES.items())
+    tolerances = ", ".join(f"{c.tolerance:g} ({c.heading})" for c in inventory.COLUMNS.values())
+    parts = [HEAD.format(scales=scales, tolerances=tolerances), short(found).replace("docs/results.md#", "#")]
+    for name, plain in found.items():
+        where, verdict = render.lines(plain)
+        parts += [
+            f"## {name}",
+            f"{plain['what']} ({plain['paper']}, {plain['item']})",
+            f"`{plain['about']['command']}`",
+        ]
+        parts += [where + ".", markdown(*render.grid(plain)), "\n".join(f"- {line}" for line in verdict)]
+        notes = [f"{row['name']}: {row['note']}" for row in plain["rows"] if row["ours"] and row["note"]]
+        trained = (f"{run} {images}" for run, images in plain["about"]["trained"].items())
+        parts += [f"Notes. {'. '.join(notes)}."] * bool(notes) + [f"Trained on: {'; '.join(trained)}."]
+        parts += [f"![Samples, {name}](../results/{name}.png)"] * (name in set(pictures))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def within(text: str, table: str) -> str:
+    """The README with its table."""
+    if not 0 <= text.find(BEGIN) < text.find(END):
+        raise UserError(f"README.md has no place for the table: put {BEGIN} and {END} on lines of their own")
+    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{table}\n" + text[text.index(END) :]
+
+
+def write(root: Path) -> None:
+    """The page, the README's table and the summaries, in a checkout."""
+    found = load(root / "results")
+    for name, plain in found.items():
+        files.write_json(root / "results" / f"{name}.json", plain)
+    files.write(root / "docs" / "results.md", page(found, [path.stem for path in (root / "results").glob("*.png")]))
+    files.write(root / "README.md", within((root / "README.md").read_text(), short(found)))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1] if len(sys.argv) > 1 else "."))

@@ -1,0 +1,121 @@
+"""Experiments on classifiers: JEAT's tables and figures, CEM's claims."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from advebm.core import config
+from advebm.evaluation import compare, evaluate
+from advebm.evaluation.compare import Records, Wanted
+from advebm.metrics.base import Record
+from advebm.metrics.energy import Energies
+from advebm.metrics.robustness import TargetedAccuracy
+from advebm.reproduction.study import Options, carry, compared, drawn, measured, recipe, study
+from advebm.runs.recipe import Recipe, resolve
+from advebm.runs.run import Run
+
+LINF = {"threat__norm": "linf", "threat__eps": 0.2, "threat__step_size": 0.025, "sampler__start": "global"}
+ADVERSARIAL = ("fast", "free", "trades", "weat", "at-awp", "trades-awp", "prejeat", "jeat")
+SUPERVISED = ("standard", "at", "noise", *ADVERSARIAL, "jem", "persistent-mle", "short-run-mle", "rst-awp")
+
+
+def supervised(method: str, folder: Path, options: Options) -> Recipe:
+    """The recipe of a supervised method on digits, linf 0.2."""
+    attack = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
+    changes = {"standard": LINF, "at": {**attack, **LINF}, "rst-awp": taught(folder)}
+    return recipe(f"digits-{method}", options, **changes.get(method, {}))
+
+
+def taught(folder: Path) -> dict[str, Any]:
+    """The option of RST that names its teacher; see :func:`teach`."""
+    return {"objective__objective__teacher": str(folder / "teacher")}
+
+
+def teach(entries: Mapping[str, Recipe], folder: Path) -> None:
+    """Train the teacher of ``rst-awp``, where that is among the entries: ``standard`` on the same labels."""
+    if "rst-awp" in entries:
+        data = entries["rst-awp"].data
+        carry(dataclasses.replace(entries["standard"], name="teacher", data=data), folder / "teacher")
+
+
+def digits_supervised(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Every supervised method on 8x8 digits, linf 0.2: the shape of JEAT tables 2 and 3 and figure 6."""
+    entries = {method: supervised(method, folder, options) for method in SUPERVISED}
+    teach(entries, folder)
+    return study(folder, seeds, entries, compared("standard", entries["standard"].threat), per_class=50)
+
+
+def jeat_table1(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Standard classifiers under the normal and the energy attack, one step and 20: the shape of JEAT table 1."""
+    entries = {
+        "cifar10": recipe("cifar10-standard-small", options),
+        "cifar100-20k": recipe("cifar100-standard-small", options),
+    }
+    return attacked(folder, seeds, entries)
+
+
+def attacked(folder: Path, seeds: int, entries: Mapping[str, Recipe]) -> tuple[dict[str, Records], list[Run]]:
+    """The normal and the energy attack, by one step and by the steps of the first recipe's threat."""
+    threat = next(iter(entries.values())).threat
+    one = [
+        dataclasses.replace(threat, steps=1, step_size=threat.eps, start="clean", loss=loss)
+        for loss in ("cross-entropy", "energy")
+    ]
+    many = [dataclasses.replace(threat, loss=loss) for loss in ("cross-entropy", "energy")]
+
+    wanted = compare.accuracies((*one, *many))
+    measure = lambda runs: {label: measured(run, wanted) for label, run in runs.items()}
+    return study(folder, seeds, entries, measure)
+
+
+def jeat_figure5(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Noise injection at 8, 16 and 24/255, read as deviation and as variance: the shape of JEAT figure 5."""
+    entries = {}
+    for level in (8, 16, 24):
+        for reading, std in (("deviation", level / 255), ("variance", (level / 255) ** 0.5)):
+            entries[f"{reading}-{level}"] = recipe("cifar10-noise-small", options, objective__std=std)
+    entries = {"standard": recipe("cifar10-standard-small", options), **entries}
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        judge = runs["standard"].folder
+        for run in runs.values():
+            wanted = {**compare.accuracies(()), **compare.quality(run, judge)}
+            measured(run, wanted, judge)
+        return {label: evaluate.latest(run.records()) for label, run in runs.items()}
+
+    return study(folder, seeds, entries, measure, per_class=20)
+
+
+def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """CEM sections 3 and 4.1 on digits: how often P-CEM by Langevin diverges, and what targets do to an attack."""
+    common = {"threat__norm": "linf", "threat__eps": 0.2, "threat__step_size": 0.025, "train__rollbacks": 20}
+    at = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
+    langevin = {"objective": {"kind": "jeat", "attack": {"eps": 0.0, "steps": 1, "loss": "energy"}}}
+    langevin["objective"]["negatives"] = {"buffer": 2000}
+    # same network, optimiser and rate, so that only the negatives differ
+    shared = {"backbone__norm": "none", "train__images": 40_000, "optimizer__lr": 0.1}
+    entries = {
+        "at": recipe("digits-at", options, **at, **common, **shared),
+        "p-cem-langevin": recipe("digits-at", options, **langevin, **common, **shared),
+    }
+
+    threat = entries["at"].threat
+    towards: Wanted = {(f"accuracy under targeted {threat.name}", None): TargetedAccuracy(threat)}
+
+    def stability(run: Run) -> Records:
+        events = [line["attempt"] for line in run.history() if line.get("event") == "rollback"]
+        count = Record("rollbacks", max(events, default=0), 0.0, 1)
+        return [dataclasses.asdict(count), *measured(run, towards)]
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        for kind in ("ta", "cs"):
+            drawn(runs["at"], resolve(config.describe(runs["at"].recipe), [("sampler", kind)]), 100)
+        records = compared("at", threat)(runs)
+        found = {label: [*records[label], *stability(run)] for label, run in runs.items()}
+        # section 4.1: TA pushes up E(x), CS does not
+        of = ("test images", "samples ta-class", "samples cs-class")
+        found["at"] += measured(runs["at"], {(f"E(x) of {what}", None): Energies() for what in of})
+        return found
+
+    return study(folder, seeds, entries, measure)

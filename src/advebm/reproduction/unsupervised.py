@@ -1,0 +1,169 @@
+"""Experiments on encoders and their samplers: CEM's table 2 and figure 1."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from advebm.core import config, files
+from advebm.core.checks import device
+from advebm.data import pictures
+from advebm.evaluation import compare
+from advebm.evaluation.compare import Records, Wanted
+from advebm.metrics.base import Record
+from advebm.metrics.probing import LinearProbe, NearestNeighbours
+from advebm.reporting import figure_store, figures
+from advebm.reproduction.binary import chosen
+from advebm.reproduction.study import L2, Options, measured, recipe, say, study
+from advebm.runs.recipe import Recipe, resolve
+from advebm.runs.run import Run
+from advebm.sampling import generate
+from advebm.sampling.step_curve import Chains
+from advebm.workflows.sample import contrast
+
+ALONE = "no steps"  # the row of seeds as they are
+SEEDS = {f"{given}, {ALONE}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
+SUPERVISED_ROWS = {f"cond, {name}": (name.lower(), "class") for name in ("TA", "Langevin", "CS", "RCS")}
+UNSUPERVISED = {
+    f"{given}, {name}": (kind, start)
+    for given, start in (("uncond", "global"), ("cond", "class"))
+    for name, kind in (("PGD", "np-pgd"), ("Langevin", "np-langevin"), ("MaxEnt", "maxent"))
+}
+TABLE2 = {
+    "at": SEEDS | SUPERVISED_ROWS,
+    "infonce": UNSUPERVISED,
+    "acl": UNSUPERVISED,
+}  # each run's rows: kind and start
+
+
+def rows_of(label: str) -> dict[str, tuple[str, str]]:
+    """The rows of CEM's tables that a run of this label has."""
+    everyone = {**TABLE2, "jem": {"SGLD": ("sgld", "noise")}}
+    return next((rows for name, rows in everyone.items() if label.startswith(name)), {})
+
+
+def unsupervised(label: str, folder: Path, options: Options) -> Recipe:
+    """The recipe of an encoder, or of a classifier beside it, on digits, l2 0.9."""
+    return recipe(f"digits-{label}", options, **L2)
+
+
+def digits_unsupervised(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+    """Encoders by InfoNCE, standard and adversarial, beside AT on digits, l2 0.9: probes, CEM table 2 and figure 1."""
+    entries = {label: unsupervised(label, folder, options) for label in ("standard", *TABLE2)}
+    threat = entries["standard"].threat
+
+    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+        probe, neighbours = LinearProbe(), NearestNeighbours()
+        name = "accuracy of a linear probe"
+        probes: Wanted = {(name, None): probe, (f"{name} under {threat.name}", None): probe}
+        probes[f"accuracy of {neighbours.k} nearest neighbours", None] = neighbours
+        plain = compare.accuracies((threat,))
+        found = {t: measured(run, plain if run.recipe.objective.hidden is None else probes) for t, run in runs.items()}
+        return found | sampled(runs)
+
+    return study(folder, seeds, entries, measure)
+
+
+def sampled(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Records]:
+    """CEM's table 2 of all runs but the standard classifier, which judges and gets figure 1.
+
+    ``drawing`` are the options of :func:`table2`.
+    """
+    judge, found = runs["standard"], dict[str, Records]()
+    for title, run in runs.items():
+        if rows := rows_of(title):
+            table = table2(run, rows, judge, **drawing)
+            found |= {f"{title}, {row}": records for row, records in table.items()}
+    figure_store.hang(
+        judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", "Uncurated; seeds, then a row a network."
+    )
+    return found
+
+
+def of_kind(run: Run, kind: str, start: str) -> Recipe:
+    """A run's recipe with another sampler."""
+    return resolve(config.describe(run.recipe), [("sampler", kind), ("sampler.start", start)])
+
+
+FEW = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64))  # what steps are chosen from
+
+
+def table2(
+    run: Run,
+    rows: Mapping[str, tuple[str, str]],
+    judge: Run,
+    *,
+    samples: int = 1000,
+    draws: int = 3,
+    features: str | Path | None = None,
+) -> dict[str, Records]:
+    """Samplers of a run beside each other over sampling seeds, each with as many steps as validation likes best.
+
+    Drawn and measured unless it is there; in the features of the judge unless others are given.
+    """
+    samplers = {}
+    for row, (kind, start) in rows.items():
+        other = of_kind(run, kind, start)
+        name = f"-{generate.set_name(other.sampler)}"
+        count = 0 if ALONE in row else chosen(run, other, judge, FEW, name).sampler.steps
+        samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=count)
+    about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
+    features = features or judge.folder
+    about |= {"features": compare.judge(features), "checkpoint": run.checkpoints.path().name}
+    about |= {"samples": samples, "draws": draws}
+    file = run.folder / "table2.json"
+    known = files.read_json(file, default={})
+    if known.get("about") != about:
+        tell = lambda text: say(f"  {run.recipe.name}: {text}")
+        count = samples // len(run.recipe.data.load().classes)
+        found, _ = contrast(run, samplers, count, draws, features=features, say=tell, device=device())
+        known = {"about": about, "found": found, "time": files.now()}
+        files.write_json(file, known)
+    taken = {name: Record("steps chosen on validation", sampler.steps, 0.0, 1) for name, sampler in samplers.items()}
+    names = {row: folder_of(row) for row in rows}
+    day = {"time": known.get("time", files.now())}
+    found = {name: [dataclasses.asdict(taken[name]), *known["found"][name]] for name in names.values()}
+    return {row: [{**record, **day} for record in found[name]] for row, name in names.items()}
+
+
+def folder_of(row: str) -> str:
+    """What the samples of a row are called."""
+    return row.lower().replace(",", "").replace(" ", "-")
+
+
+def cem_figure1(runs: Mapping[str, Run]) -> bytes:
+    """Samples of the first sampling seed: what chains began from, then a row a network; four of each class."""
+    drawn = {
+        f"{title}, {row}": generate.read(run.folder / "comparison" / f"{folder_of(row)}-0")
+        for title, run in runs.items()
+        for row in rows_of(title)
+    }
+    panels = {title: pictures.by_class(some.x, some.y, 10, 4) for title, some in drawn.items()}
+    strips = [{t.partition(", ")[2]: x for t, x in panels.items() if ALONE in t}]
+    strips += [{t: x for t, x in panels.items() if t.startswith(f"{run}, ") and ALONE not in t} for run in runs]
+    return pictures.stacked([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips if strip])
+
+
+def distances(results: Mapping[str, Records]) -> dict[str, tuple[float, float]]:
+    """FD and its error of each row that has one."""
+    return {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if r["name"].startswith("FD")}
+
+
+def winners(results: Mapping[str, Records]) -> list[str]:
+    """For each network and kind of start, which sampler is nearest to the data, and by how much; in FD."""
+    fd = distances(results)
+    lines = []
+    for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd if ALONE not in title):
+        rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and ALONE not in t}
+        (name, first), (other, second), *_ = sorted(rows.items(), key=lambda row: row[1][0])
+        margin, error = second[0] - first[0], (first[1] ** 2 + second[1] ** 2) ** 0.5
+        seeds = fd[f"at, {group.rpartition(', ')[2]}, {ALONE}"][0]
+        line = f"{group}: {name} ({first[0]:.1f}) before {other} by {margin:.1f} ± {error:.1f} in FD"
+        lines.append(f"{line}; its seeds have {seeds:.1f}")
+    return lines
+
+
+def unsupervised_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
+    """FD of every row of the table, and what follows from it."""
+    fd = distances(results)
+    return {". ".join(winners(results)): figures.bars(fd, "FD in the features of a standard classifier")}

@@ -1,0 +1,188 @@
+"""Optimisers and learning-rate schedules as plain data; time is counted in images."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from advebm.core.errors import UserError
+
+
+class Optimizer(Protocol):
+    """Builds a torch optimiser; ``lr`` is the peak that a schedule scales."""
+
+    @property
+    def lr(self) -> float:
+        """The peak rate."""
+        ...
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of some parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with (Nesterov) momentum."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _check_rates(self.lr, self.weight_decay)
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum lies in [0, 1), got {self.momentum}")
+        if self.nesterov and not self.momentum > 0:
+            raise UserError("nesterov needs momentum > 0; set nesterov to false")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """``torch.optim.SGD``."""
+        return torch.optim.SGD(
+            parameters, self.lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay
+        )
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with decoupled weight decay (AdamW); without decay it is Adam."""
+
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rates(self.lr, self.weight_decay)
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"betas are two numbers in [0, 1), got {self.betas}")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """``torch.optim.AdamW``."""
+        first, second = self.betas
+        return torch.optim.AdamW(parameters, self.lr, betas=(first, second), weight_decay=self.weight_decay)
+
+
+class LayerwiseSGD(torch.optim.Optimizer):
+    """``v ← m v + γ r (g + d w)``, ``w ← w - v`` with a rate for each tensor, ``r = η ‖w‖ / (‖g‖ + d ‖w‖)``.
+
+    You et al. (2017, algorithm 1).  Biases and norms, which have one dimension, take r = 1 and d = 0, as in SimCLR; r
+    is 1 where it would be 0 or 0 / 0, too.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, trust: float
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for w in (p for p in group["params"] if p.grad is not None):
+                update, rate = w.grad, w.new_ones(())
+                if w.ndim > 1:
+                    length, slope = w.norm(), update.norm() + group["weight_decay"] * w.norm()
+                    rate = torch.where((length > 0) & (slope > 0), group["trust"] * length / slope, rate)
+                    update = update + group["weight_decay"] * w
+                state = self.state[w]
+                if not state:
+                    state["velocity"] = torch.zeros_like(w)
+                velocity = state["velocity"]
+                w -= velocity.mul_(group["momentum"]).add_(group["lr"] * rate * update)
+
+
+@dataclass(frozen=True)
+class LARS:
+    """Layer-wise adaptive rates for large batches, You et al. (2017), see :class:`LayerwiseSGD`.
+
+    Attributes:
+        lr: γ, at its peak; ACL takes 5 for 512 images.
+        momentum: m.
+        weight_decay: d.
+        trust: η, the length of a step over that of the weights it changes, at γ = 1.
+    """
+
+    lr: float = 5.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-6
+    trust: float = 1e-3
+
+    cites: ClassVar[tuple[str, ...]] = ("you2017",)
+
+    def __post_init__(self) -> None:
+        _check_rates(self.lr, self.weight_decay)
+        if not 0 <= self.momentum < 1 or not self.trust > 0:
+            raise UserError(f"momentum lies in [0, 1) and trust is > 0, got {self.momentum} and {self.trust}")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The package's own."""
+        return LayerwiseSGD(parameters, self.lr, self.momentum, self.weight_decay, self.trust)
+
+
+def _check_rates(lr: float, weight_decay: float) -> None:
+    if not lr > 0 or not weight_decay >= 0:
+        raise UserError(f"lr is > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
+
+
+class Schedule(Protocol):
+    """``schedule(images, total)``: the factor on the peak learning rate."""
+
+    def __call__(self, images: int, total: int) -> float:
+        """After ``images`` of ``total``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up over a share of the images, then half a cosine to zero."""
+
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"warmup is a share in [0, 1) of all images, got {self.warmup}")
+
+    def __call__(self, images: int, total: int) -> float:  # noqa: D102
+        share = min(images / total, 1.0)  # the last batch may reach beyond the end
+        if share < self.warmup:
+            return share / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (share - self.warmup) / (1 - self.warmup)))
+
+
+@dataclass(frozen=True)
+class Cyclic:
+    """Linear from zero to the peak rate at a share of the way, and linear back to zero."""
+
+    peak: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < 1:
+            raise UserError(f"peak is a share in (0, 1) of all images, got {self.peak}")
+
+    def __call__(self, images: int, total: int) -> float:  # noqa: D102
+        share = min(images / total, 1.0)
+        return share / self.peak if share < self.peak else (1 - share) / (1 - self.peak)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The rate times ``factor`` at each of some shares of the way; ``at=()`` keeps it constant."""
+
+    at: tuple[float, ...] = ()
+    factor: float = 0.1
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (all(0 < at < 1 for at in self.at) and 0 <= self.warmup < 1 and self.factor > 0):
+            got = f"{self.at}, {self.warmup}, {self.factor}"
+            raise UserError(f"at are shares in (0, 1), warmup is one in [0, 1) and factor is > 0, got {got}")
+
+    def __call__(self, images: int, total: int) -> float:  # noqa: D102
+        share = images / total
+        if share < self.warmup:
+            return share / self.warmup
+        return self.factor ** sum(share >= at for at in self.at)

@@ -1,0 +1,274 @@
+"""A recipe: everything that decides what a run computes, as plain data."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from advebm import recipes
+from advebm.attacks.projected import Attack
+from advebm.core import config
+from advebm.core.errors import UserError
+from advebm.data.sources import Data, Source, Unlabelled
+from advebm.metrics.base import Metric
+from advebm.models.inference import Way
+from advebm.models.network import Architecture, Backbone
+from advebm.models.precision import usable_precision
+from advebm.objectives.base import Objective
+from advebm.runs.optim import SGD, Cosine, Optimizer, Schedule
+from advebm.samplers.base import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How long, how often.  All periods are in images.
+
+    Attributes:
+        images: seen in all, rounded up to whole batches; 0 takes over the weights of ``init`` as they are.
+        batch: images of an optimiser's step, over all streams and processes.
+        streams: equal shares of a batch, each with its own random numbers, chains and batch-norm statistics.  Processes
+            own streams, so results do not depend on how many processes there are; one process takes them in turn.
+            Running statistics move once a batch, by the mean over its streams.
+            Encoders, which tell images of all streams apart, take a stream a process and no more.
+        ema: half-life of the weight average, 0 for none.
+        precision: of the network in searches and losses, ``float32`` or ``bfloat16`` (autocast); weights, images,
+            updates and everything measured stay float32.  ``float64`` is that of weights and losses, in checkpoints
+            too, to compare runs closely; images and whatever is made of the run stay float32.
+        fast: how searches in eval mode compute the network, see :class:`advebm.models.inference.Fast`: ``off`` (as
+            losses do), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` where ``precision`` is
+            bfloat16, else ``off``, which keeps every bit.
+        recompute: whether losses keep only what goes into each block of the backbone and compute the rest again for the
+            gradient (activation checkpointing): less memory, one more forward pass, the same numbers.
+        clip: largest norm of the gradient; none for no limit.
+        log_every, validate_every, checkpoint_every: periods.
+        validate_with: images of the validation split used each time; none for all.
+        rollbacks: how many times a non-finite loss may go back to the last checkpoint, with the learning rate times
+            ``backoff`` and other random numbers, before the run stops.
+    """
+
+    images: int = 100_000
+    batch: int = 128
+    streams: int = 1
+    ema: int = 5_000
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    fast: Way = "auto"
+    recompute: bool = False
+    clip: float | None = 1.0
+    log_every: int = 2_000
+    validate_every: int = 10_000
+    validate_with: int | None = None
+    checkpoint_every: int = 20_000
+    rollbacks: int = 3
+    backoff: float = 0.5
+
+    def __post_init__(self) -> None:
+        config.check_choices(self)
+        if self.images < 0:
+            raise UserError(f"images is at least 0, got {self.images}")
+        for name in ("batch", "streams", "log_every", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is at least 1, got {getattr(self, name)}")
+        if self.batch % self.streams:
+            raise UserError(f"batch {self.batch} cannot be cut into {self.streams} equal streams")
+        if min(self.ema, self.rollbacks) < 0 or not 0 < self.backoff <= 1:
+            got = f"{self.ema}, {self.rollbacks}, {self.backoff}"
+            raise UserError(f"ema and rollbacks are >= 0 and backoff lies in (0, 1], got {got}")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip is > 0 or none, got {self.clip}")
+        if self.validate_with is not None and self.validate_with < 1:
+            raise UserError(f"validate_with is at least 1 or none, got {self.validate_with}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """The network's first layer, ``(x - mean) / std``: one value for all channels or a value a channel.
+
+    Attributes:
+        mean, std: on the scale of [0, 1]; none takes the training split's.  (0.5 and 0.5 feed [-1, 1], 0 and 1 nothing
+            but the images.)
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run, before it has run.
+
+    Attributes:
+        name: of the recipe; runs are named after it.
+        data: the images.
+        backbone: the network between normalisation and head.
+        objective: the training method.
+        threat: the threat model and the attack that judges by it, in validation and evaluation.
+        sampler: default sampling; other algorithms take its settings over.  Of an encoder it compares by the
+            objective's temperature, and by direction or not as that does, unless it says otherwise.
+        metrics: what ``evaluate`` measures.
+        optimizer, schedule, train: how the objective is minimised.
+        seed: of everything random except the split of the data.
+        init: whose weights training begins with: a run, a published model (a folder or ``hf:USER/NAME``), or a file of
+            weights.  A head for other classes begins fresh.
+        outside: images that are not of the data, for objectives that need them.
+        extra: more images, whose labels are not used, for objectives that need them.
+        normalise: the network's first layer.
+        before: stages trained before this one, each beginning with the weights of the one before.  What a stage leaves
+            out is as here.
+    """
+
+    name: str
+    data: Source
+    backbone: Backbone
+    objective: Objective
+    threat: Attack
+    sampler: Sampler
+    metrics: tuple[Metric, ...]
+    optimizer: Optimizer = SGD()
+    schedule: Schedule = Cosine()
+    train: Training = Training()
+    seed: int = 0
+    init: str | None = None
+    outside: Source | None = None
+    extra: Source | None = None
+    normalise: Normalisation = Normalisation()
+    before: tuple["Recipe", ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise UserError(f"a name is part of a folder's, without /, got {self.name!r}")
+        needs = self.objective.needs
+        for role in ("outside", "extra"):
+            given, needed = getattr(self, role) is not None, role in needs
+            if given != needed:
+                kind = type(self.objective).__name__
+                fix = f"give them with --{role} KIND" if needed else f"leave {role} out"
+                raise UserError(f"objective {kind} {'needs' if needed else 'takes no'} {role} images; {fix}")
+        object.__setattr__(self, "sampler", self.sampler.trained_by(self.objective))
+        kind, method = type(self.objective).__name__, type(self.sampler).__name__
+        if (encoder := self.objective.hidden is not None) != self.sampler.encoder:
+            of, trains = ("logits", "an encoder") if encoder else ("an encoder", "none")
+            fix = "np-langevin, np-pgd or maxent" if encoder else "cs, or langevin for a critic"
+            raise UserError(f"sampler {method} draws from {of}, and objective {kind} trains {trains}; --sampler {fix}")
+        if self.objective.outputs == 1 and self.sampler.conditional:
+            raise UserError(
+                f"sampler {method} draws from classes, and objective {kind} trains a critic, which has none; "
+                "give --sampler ascent or langevin"
+            )
+
+    def computed_on(self, device: str) -> "Recipe":
+        """With float32 in the place of bfloat16, in all stages, where the device does not multiply in bfloat16."""
+        used: Any = usable_precision(self.train.precision, torch.device(device))
+        train = dataclasses.replace(self.train, precision=used)
+        before = tuple(stage.computed_on(device) for stage in self.before)
+        return dataclasses.replace(self, train=train, before=before)
+
+    def unlabelled(self) -> "Recipe":
+        """The same on images whose labels are removed, with one Gaussian of all as the seeds instead of one a class.
+
+        Raises:
+            UserError: the objective needs labels.
+        """
+        if "labels" in self.objective.needs:
+            raise UserError(f"objective {type(self.objective).__name__} needs labels; leave --labels out")
+        start = "global" if self.sampler.start == "class" else self.sampler.start
+        sampler = dataclasses.replace(self.sampler, start=start)
+        before = tuple(stage.unlabelled() for stage in self.before)
+        return dataclasses.replace(self, data=Unlabelled(self.data), sampler=sampler, before=before)
+
+
+def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
+    """Plain data plus ``("objective.attack.eps", "8/255")`` pairs -> a recipe.
+
+    A pair that names a kind (``objective.kind`` or ``objective``) comes first and keeps the options that both kinds
+    have; a mapping replaces the block.  The others are applied to the fully described recipe, so that they reach every
+    default: a whole list first, then options inside it.  Stages in ``before`` are completed after that from the recipe
+    itself, and changed by ``before.0.…``.
+
+    Raises:
+        UserError: an unknown name or option, or a value that is not of the option's type.
+    """
+    roles = {
+        f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type)) and f.name != "metrics"
+    }
+    plain, rest, overrides = _loose(plain), [], list(overrides)
+    before = plain.pop("before", None) or ()
+    if not isinstance(before, list | tuple):
+        raise UserError(f"recipe.before takes a list of stages, got {before!r}")
+    for dotted, value in [pair for pair in overrides if not pair[0].startswith("before")]:
+        block = dotted.removesuffix(".kind")
+        if block in roles and isinstance(value, Mapping):
+            plain[block] = value
+        elif block in roles and str(value).lower() in ("none", "null"):
+            plain[block] = None
+        elif block in roles:
+            old = plain.get(block)
+            plain[block] = config.switch(old if isinstance(old, Mapping) else {}, roles[block], value)
+        else:
+            rest.append((dotted, value))
+    described = _described(plain)
+    for dotted, value in sorted(rest, key=lambda pair: pair[0].count(".")):
+        described = config.override(described, dotted, value)
+        if any(other.startswith(f"{dotted}.") for other, _ in rest):
+            described = _described(described)
+    described["before"] = [_stage(stage, described, f"before.{i}") for i, stage in enumerate(before)]
+    for dotted, value in [pair for pair in overrides if pair[0].startswith("before")]:
+        described = config.override(described, dotted, value)
+    return config.construct(Recipe, described, where="recipe")
+
+
+def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A stage, with what it leaves out as in the final one; an option left out of a block of the same kind too."""
+    if not isinstance(stage, Mapping) or "name" not in stage:
+        raise UserError(f"recipe.{where} takes a block with a name and the options that differ, got {stage!r}")
+    if stage.get("before") or stage.get("init"):
+        raise UserError(f"recipe.{where} is a stage: it begins with the stage before it and has no init or before")
+    inherited = {k: v for k, v in final.items() if k not in ("before", "init", "outside", "extra")}
+    merged = config.merge(inherited, stage)
+    return _described(merged, f"recipe.{where}")
+
+
+def _described(plain: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
+    """With every default, but for what the sampler has from the objective."""
+    return _loose(config.describe(config.construct(Recipe, plain, where=where)))
+
+
+def _loose(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data in which the sampler goes on having from the objective what it has in common with it now."""
+    sampler, objective = plain.get("sampler"), plain.get("objective")
+    if not (isinstance(sampler, Mapping) and isinstance(objective, Mapping)):
+        return dict(plain)
+    pairs = (("tau", "temperature"), ("cosine", "cosine"))
+    shared = [ours for ours, theirs in pairs if ours in sampler and sampler[ours] == objective.get(theirs)]
+    return {**plain, "sampler": {**sampler, **dict.fromkeys(shared)}}
+
+
+def design(recipe: Recipe, data: Data) -> Architecture:
+    """The recipe's backbone and the head that its objective wants, for these images, normalised as it says."""
+    channels, height, width = data.shape
+    if height != width:
+        raise UserError(f"networks take square images, {data.name} has {height} x {width}")
+    own, wanted = data.statistics(), (recipe.normalise.mean, recipe.normalise.std)
+    mean, std = (a if b is None else b * channels if len(b) == 1 else b for a, b in zip(own, wanted, strict=True))
+    outputs = recipe.objective.outputs or len(data.classes)
+    return Architecture(recipe.backbone, outputs, channels, height, mean, std, recipe.objective.hidden)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The plain data of a YAML file."""
+    try:
+        plain = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path} holds no options; a recipe is a block such as data:, objective:, train:")
+    return recipes.complete(plain)
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML that :func:`read` and :func:`resolve` turn into the same recipe."""
+    return yaml.safe_dump(config.describe(recipe), sort_keys=False, allow_unicode=True)

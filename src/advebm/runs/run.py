@@ -1,0 +1,233 @@
+"""A run's folder: what every stage reads and writes."""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import advebm
+from advebm.core import files, processes
+from advebm.core.errors import Busy, UserError
+from advebm.data.sources import Data, Images
+from advebm.models import network
+from advebm.models.network import Architecture, Network
+from advebm.models.precision import precision_label
+from advebm.runs import recipe as recipes
+from advebm.runs.checkpoint import Checkpoints
+from advebm.runs.recipe import Recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None  # type: ignore[assignment]
+
+
+class Run:
+    """``config.yaml env.json metrics.jsonl checkpoints/ samples/ metrics.json report.html`` in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+
+    @classmethod
+    def create(cls, folder: Path, recipe: Recipe, environment: Mapping[str, Any]) -> "Run":
+        """A new run in an empty or new folder.
+
+        Raises:
+            UserError: the folder holds something already or cannot be written; nothing is left behind.
+        """
+        try:
+            empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        except OSError as error:
+            raise files.unwritable(folder, error) from None
+        if not empty and folder.is_dir():
+            hint = f"; to go on with it: advebm train --resume {folder}" if (folder / "config.yaml").exists() else ""
+            raise UserError(f"{folder} is not empty{hint}")
+        if not empty:
+            raise UserError(f"{folder} is a file; --out takes a folder")
+        files.write(folder / "config.yaml", recipes.dump(recipe))
+        files.write_json(folder / "env.json", dict(environment))
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Run":
+        """A run that is there."""
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            near = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml")) if folder.parent.is_dir() else []
+            there = f"; in {folder.parent} there is {', '.join(near)}" if near else ""
+            raise UserError(f"there is no run at {folder} (no config.yaml){there}")
+        return cls(folder)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return recipes.resolve(recipes.read(self.folder / "config.yaml"))
+
+    @property
+    def images(self) -> int:
+        """How many images its latest checkpoint has seen; 0 before the first."""
+        return int(self.checkpoints.latest() or 0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all images of the recipe have been seen."""
+        return int(self.checkpoints.latest() or -1) >= self.recipe.train.images
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether its objective ended it."""
+        return any(line.get("event") == "early stop" for line in self.history())
+
+    @property
+    def before(self) -> list[Path]:
+        """The folders of the stages before it, in their order."""
+        return [self.folder / "before" / f"{i}-{stage.name}" for i, stage in enumerate(self.recipe.before)]
+
+    @property
+    def stages(self) -> "list[Run]":
+        """The runs of these, as far as they are there, and itself."""
+        return [*(Run(folder) for folder in self.before if (folder / "config.yaml").is_file()), self]
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Where it was begun: hardware, versions, precision, threads."""
+        return files.read_json(self.folder / "env.json", default={})
+
+    @property
+    def processes(self) -> int:
+        """How many train it."""
+        return int(self.environment.get("processes", 1))
+
+    def check_processes(self, world: int) -> None:
+        """Refuse to train what is left with another number of processes than there were.
+
+        Raises:
+            UserError: that.
+        """
+        if (kept := self.processes) != world and not self.finished and not self.stopped_early:
+            raise UserError(
+                f"{self.folder} was trained by {kept} process{'es' * (kept > 1)} so far, and there "
+                f"{'is' if world == 1 else 'are'} {world}; with another number its results would not be what they are: "
+                f"{processes.command(kept)} train --resume {self.folder}"
+            )
+
+    def model(self, which: str = "latest") -> tuple[Network, Architecture]:
+        """The network of a checkpoint (averaged weights, eval mode)."""
+        return network.load(self.checkpoints.path(which), foreign=True)
+
+    def chains(self, which: str = "latest") -> Data:
+        """The replay chains of a checkpoint, over all streams, as images without labels; clamped to [0, 1]."""
+        states = sorted((self.checkpoints.path(which) / "state").glob("stream-*.pt"))
+        loaded = [torch.load(path, weights_only=True, map_location="cpu") for path in states]
+        chains = [state["chains"].clamp(0, 1) for state in loaded if "chains" in state]
+        if not chains:
+            raise UserError(f"{self.folder} keeps no replay buffer; runs of jeat, jem and mle with a buffer do")
+        images = Images(x := torch.cat(chains), torch.full((len(x),), -1))
+        return Data("replay buffer", (), images, images, images)
+
+    def samples(self) -> dict[str, Path]:
+        """The folder of each whole set of samples, by name."""
+        return {path.parent.name: path.parent for path in sorted(self.folder.glob("samples/*/manifest.json"))}
+
+    @contextlib.contextmanager
+    def locked(self, main: bool = True) -> Iterator[None]:
+        """Refuse a second training of the same run; the lock goes with the process, however it ends."""
+        with sole(self.folder / ".lock", f"another process is training {self.folder}") if main else nullcontext():
+            yield
+
+    # metrics.jsonl: one line an event of training -------------------------------------------------------------------
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        try:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise files.unwritable(self.folder / "metrics.jsonl", error) from None
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; what is not whole, such as a line that a kill cut short, is left out."""
+        path, lines = self.folder / "metrics.jsonl", []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                line = json.loads(text)
+                if isinstance(line, dict) and "images" in line:
+                    lines.append(line)
+        return lines
+
+    def rewind(self, images: int, attempt: int, main: bool = True) -> None:
+        """Forget what was logged after ``images`` and by later attempts: it is about to be computed again."""
+        if not main:
+            return
+        kept = [line for line in self.history() if line["images"] <= images and line.get("attempt", 0) <= attempt]
+        files.write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    # metrics.json: evaluation records ---------------------------------------------------------------------------------
+
+    def records(self) -> list[dict[str, Any]]:
+        """All evaluation records, oldest first."""
+        records = files.read_json(self.folder / "metrics.json", default=[])
+        whole = {"name", "value", "error", "count", "settings", "series"}
+        if not isinstance(records, list) or not all(isinstance(r, dict) and whole <= r.keys() for r in records):
+            raise UserError(f"{self.folder / 'metrics.json'} is damaged: it is not a list of records")
+        return records
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Add evaluation records; none is ever changed or removed."""
+        with (self.folder / ".records.lock").open("w") as handle:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)  # another evaluation may be appending; released with the handle
+            files.write_json(self.folder / "metrics.json", [*self.records(), *records])
+
+
+@contextlib.contextmanager
+def sole(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock ``path``, or say that somebody is ``busy`` with it."""
+    if fcntl is None:
+        yield
+        return
+    try:
+        handle = path.open("w")
+    except OSError as error:
+        raise files.unwritable(path, error) from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Busy(busy) from None
+        yield
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """``parent/name-20261120-161200``, with a counter if two runs start in one second."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    candidates = [f"{name}-{stamp}", *(f"{name}-{stamp}-{i}" for i in range(2, 100))]
+    return next(parent / c for c in candidates if not (parent / c).exists())
+
+
+def environment(device: torch.device, asked: str = "float32") -> dict[str, Any]:
+    """Hardware, versions, time, and what a network is computed in where ``asked`` is asked for.
+
+    For ``env.json`` and the report.
+    """
+    return {
+        "advebm": advebm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": precision_label(asked, device),
+        "started": files.now(),
+    }

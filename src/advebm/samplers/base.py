@@ -1,0 +1,215 @@
+"""What all samplers share: a search downhill on an energy, from a start, that keeps images in a box."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from advebm import energies, starts
+from advebm.core.config import check_choices
+from advebm.core.errors import UserError
+from advebm.data.sources import Data
+from advebm.descent import (
+    Constraint,
+    Descent,
+    Direction,
+    Energy,
+    Observer,
+    Schedule,
+    adam,
+    at,
+    both,
+    box,
+    heavy_ball,
+    in_parts,
+    l2_ball,
+    raw,
+    sign,
+    unit,
+)
+from advebm.energies import Logits
+from advebm.models.modes import searching
+from advebm.starts import ClassGaussians, Deck, Start
+
+LARGE = 1e30  # beyond any step: twice as much would be infinite in float32 before long
+DIRECTIONS: dict[str, Direction] = {"unit": unit, "raw": raw, "sign": sign, "adam": adam}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """CEM's protocol (Wang et al., 2021, appendix B): ``x ← Π_{‖x - x_0‖ ≤ β} [x + α g + η ε]``, K times.
+
+    Abstract: each algorithm is an energy whose descent is ``g``.  The papers do not give α, β, η, K; the recipes do.
+
+    Attributes:
+        steps: K, the number of updates (CEM counts k = 0, …, K, one more); 0 leaves the seeds as they are.
+        step_size: α, in pixels of [0, 1] with ``unit`` directions, a factor on the gradient with ``raw`` ones.
+        radius: β, of the l2 ball around the seed; none for no ball.  Images stay in [0, 1] in any case.
+        noise: η, deviation of the Gaussian added at each step.
+        direction: ``unit`` (gradients of length 1, as the checkpoints of the papers were used), ``raw``, ``sign`` or
+            ``adam``.
+        momentum: decay of a heavy ball on the direction; 0 for none.
+        temperature: T in nats: ``η = √(2 α T)``, Langevin dynamics, whose law tends to ``p(x) ∝ exp(-E(x) / T)`` for
+            small steps; takes raw directions.  None leaves η to ``noise``.
+        step_decay, noise_decay: what α and η have shrunk to after K steps, as a share, geometrically; 1 for no
+            annealing.  With a temperature η follows α too.
+        start: seeds: ``class`` (a Gaussian a class), ``global`` (one Gaussian for all: no class shape), ``noise``
+            (uniform), ``outside`` (test images of the recipe's outside source) or ``buffer`` (the replay chains of the
+            checkpoint).
+        fit: the split that Gaussians are fitted on.  CEM and Santurkar et al. took ``test``, which leaks: what is
+            measured against test images afterwards is flattered.
+        shrinkage: share of white noise in a seed's covariance.
+    """
+
+    steps: int = 40
+    step_size: float = 0.25
+    radius: float | None = None
+    noise: float = 0.0
+    direction: Literal["unit", "raw", "sign", "adam"] = "unit"
+    momentum: float = 0.0
+    temperature: float | None = None
+    step_decay: float = 1.0
+    noise_decay: float = 1.0
+    start: Literal["class", "global", "noise", "outside", "buffer"] = "class"
+    fit: Literal["train", "test"] = "train"
+    shrinkage: float = 0.01
+
+    conditional: ClassVar[bool] = True  # whether its energy is of a class
+    encoder: ClassVar[bool] = False  # whether it draws from an encoder, rather than from logits
+    cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "santurkar2019")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.steps < 0 or not 0 < self.step_size < LARGE or not 0 <= self.noise < LARGE:
+            got = f"{self.steps}, {self.step_size}, {self.noise}"
+            raise UserError(f"a sampler takes steps >= 0, finite step_size > 0 and noise >= 0, got {got}")
+        if self.radius is not None and not self.radius > 0:
+            raise UserError(f"radius is > 0 or none, got {self.radius}")
+        if not 0 <= self.momentum < 1 or not 0 <= self.shrinkage <= 1:
+            got = f"{self.momentum}, {self.shrinkage}"
+            raise UserError(f"momentum lies in [0, 1) and shrinkage lies in [0, 1], got {got}")
+        if not (0 < self.step_decay <= 1 and 0 < self.noise_decay <= 1):
+            got = f"{self.step_decay}, {self.noise_decay}"
+            raise UserError(f"step_decay and noise_decay are shares in (0, 1], got {got}")
+        if self.temperature is not None:
+            if not self.temperature >= 0:
+                raise UserError(f"temperature is >= 0 or none, got {self.temperature}")
+            if self.direction != "raw" or self.momentum or self.noise:
+                raise UserError(
+                    "a temperature is of Langevin dynamics: raw directions, no momentum, and no other noise; set "
+                    "direction to raw, momentum and noise to 0, or temperature to none"
+                )
+
+    def trained_by(self, objective: Any) -> "Sampler":
+        """With what the objective decides, where it is not given: nothing of a sampler of logits."""
+        return self
+
+    def energy(self, f: Logits, y: Tensor) -> Energy:
+        """What the algorithm descends for classes ``y (B,)``."""
+        raise NotImplementedError("Sampler is abstract; use TA, CS, RCS, Langevin or another of its kinds")
+
+    def prepare(self, data: Data, outside: Data | None = None) -> Start:
+        """Where chains begin: Gaussians fitted on a split of ``data``, or test images of ``outside``.
+
+        With ``start: buffer`` the replay chains stand in for outside images.
+        """
+        if self.start in ("outside", "buffer"):
+            if outside is None:
+                what = "outside images" if self.start == "outside" else "a replay buffer"
+                raise UserError(f"chains start from {what}, and there are none; set start to global or noise")
+            if outside.shape != data.shape:
+                raise UserError(f"the {self.start} images are {outside.shape}, those of {data.name} {data.shape}")
+            return Deck(outside.test.x)
+        if self.start == "noise":
+            return starts.noise
+        split = data.train if self.fit == "train" else data.test
+        if self.start == "global":
+            return ClassGaussians.fit(split.x, shrinkage=self.shrinkage)
+        if not split.labelled:
+            raise UserError(f"{data.name} has no labels to fit a Gaussian a class on; set start to global or noise")
+        return ClassGaussians.fit(split.x, split.y, classes=len(data.classes), shrinkage=self.shrinkage)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether samples interact, within groups that do not depend on what is computed at once."""
+        return False
+
+    def bank(self, data: Data) -> Tensor | None:
+        """Training images that samples are contrasted with, as in ``data``; None where the energy looks at none."""
+        return None
+
+    def contrast(
+        self, f: Logits, bank: Tensor | None, like: Tensor, generator: torch.Generator | None, batch: int
+    ) -> Tensor | None:
+        """Features of images of the bank, for each step or for all of them: (S or 1, K, D)."""
+        return None
+
+    def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
+        """What chains from ``seeds`` descend: the energy of their classes, unless it looks at more than classes."""
+        return self.energy(f, y)
+
+    def parts(self, count: int, batch: int | None) -> list[slice]:
+        """Which of ``count`` images go through the network together, ``batch`` at most."""
+        if batch is None or batch >= count:
+            return [slice(None)]
+        return [slice(first, first + batch) for first in range(0, count, batch)]
+
+    def descent(self) -> Descent:
+        """The search it runs."""
+        constraint: Constraint = box() if self.radius is None else both(l2_ball(self.radius), box())
+        size, direction = geometric(self.step_size, self.step_decay), DIRECTIONS[self.direction]
+        noise = geometric(self.noise, self.noise_decay)
+        if (nats := self.temperature) is not None:
+            fading = geometric(1.0, self.noise_decay)
+            noise = lambda share: (2 * at(size, share) * nats) ** 0.5 * at(fading, share)
+        if self.momentum:
+            direction = heavy_ball(self.momentum, direction)
+        return Descent(self.steps, size, direction, constraint, noise)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        y: Tensor,
+        seeds: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        observe: Observer | None = None,
+        batch: int | None = None,
+        bank: Tensor | None = None,
+    ) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] of classes ``y (B,)``, from ``seeds`` of the same shape.
+
+        ``batch`` images at most go through the network at once; noise does not depend on it.  ``bank`` is what
+        :meth:`bank` gave.
+        """
+        with searching(model) as f:
+            parts = self.parts(len(y), batch)
+            negatives = self.contrast(f, bank, seeds, generator, batch or len(y))
+            each = [self.begun(f, y[part], seeds[part], negatives) for part in parts]
+            energy = each[0] if len(parts) == 1 else in_parts(each, parts)
+            return self.descent()(energy, seeds, generator=generator, observe=observe)
+
+
+def geometric(first: float, decay: float) -> float | Schedule:
+    """``first`` at the beginning, ``first · decay`` at the end, ``first · decay^share`` between."""
+    return first if decay == 1 else lambda share: first * decay**share
+
+
+def marginal(f: Logits) -> Energy:
+    """``E(x)`` of a classifier (B, K), or of a critic (B,) or (B, 1), whose log-sum of one term is ``f``."""
+    return lambda x: energies.marginal(f(x).reshape(len(x), -1))
+
+
+def in_turn(negatives: Tensor | None) -> Iterator[Tensor | None]:
+    """A set of negatives for each step, over and over; None for ever where there are none."""
+    return itertools.cycle([None] if negatives is None else negatives)
+
+
+def joint_or_marginal(f: Logits, x: Tensor, y: Tensor) -> Energy:
+    """``E(x, y)`` of a classifier, ``E(x)`` of a critic, which has no classes; ``x (B, C, H, W)`` tells which it is."""
+    if f(x[:1]).numel() == 1:
+        return marginal(f)
+    return lambda v: energies.joint(f(v), y)

@@ -1,0 +1,28 @@
+"""The sampler of critics: uphill on the critic, Binary-AT."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from advebm.core.errors import UserError
+from advebm.samplers.classifier import Langevin
+
+
+@dataclass(frozen=True)
+class Ascent(Langevin):
+    """Ascent on a critic's f from outside images, Binary-AT eq. 8: descends ``E(x) = -f(x)`` in unit steps.
+
+    The authors take 32 steps of 0.2 from test images of their p0 for CIFAR-10.  Of a classifier, E(x).
+    """
+
+    steps: int = 32
+    step_size: float = 0.2
+    noise: float = 0.0
+    start: Literal["class", "global", "noise", "outside", "buffer"] = "outside"
+
+    own: ClassVar[tuple[str, ...]] = ("noise", "start")
+    cites: ClassVar[tuple[str, ...]] = ("binary-at",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start == "class":
+            raise UserError("a critic has no classes; start from outside, global or noise")

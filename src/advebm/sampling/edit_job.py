@@ -1,0 +1,322 @@
+"""Edits with a run's model, of images that somebody hands in or of its data, and a folder with what came of them."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advebm.core import config, files, rng
+from advebm.core.errors import UserError
+from advebm.data import pictures
+from advebm.data.decode import open_image, open_mask
+from advebm.data.files import picture_files
+from advebm.data.sources import Data
+from advebm.descent import repeated
+from advebm.edits.base import Edit, Edited, box_hole, joined
+from advebm.edits.restore import Inpaint, Upsample
+from advebm.edits.transform import Compose, Interpolate
+from advebm.metrics.restoration import fidelity, middle, spoilt
+from advebm.metrics.unusual import unusual
+from advebm.models.batching import device_of, together
+from advebm.runs import checkpoint
+from advebm.runs.run import Run
+from advebm.sampling.generate import to_bytes
+from advebm.sampling.job import others
+
+TILE = 96  # pixels of an image in the picture that an edit leaves
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to edit, and with what.
+
+    Attributes:
+        run: whose model edits.
+        others: further ones, of a composition.
+        source: whose data ``split`` is of; the run's own by default.
+        images: files and folders.
+        split: where there are no files: ``test`` or ``val`` images; none takes ``val``, or seeds for what needs them.
+        count: of those.
+        fit: whether to make files fit the model.
+        goal: the class to move to, by name or number.
+        classes: one a model, of a composition.
+        mask: a file.
+        box: ``left,top,right,bottom``.
+        seed, checkpoint, device: as elsewhere; the checkpoint is that of every run.
+    """
+
+    run: Run
+    others: tuple[Run, ...] = ()
+    source: Run | None = None
+    images: tuple[Path, ...] = ()
+    split: str | None = None
+    count: int = 8
+    fit: bool = False
+    goal: str | None = None
+    classes: tuple[str, ...] = ()
+    mask: Path | None = None
+    box: str | None = None
+    seed: int = 0
+    checkpoint: str = "latest"
+    device: str = "cpu"
+
+    def hole(self, method: Edit, size: tuple[int, int]) -> Tensor | None:
+        """The mask (H, W); of inpainting, where none is given, the middle half of the edges."""
+        if self.mask is not None and self.box is not None:
+            raise UserError("--mask or --box, not both")
+        if self.mask is not None:
+            return open_mask(self.mask, size, fit=self.fit)
+        if self.box is not None:
+            try:
+                left, top, right, bottom = (int(word) for word in self.box.split(","))
+            except ValueError:
+                raise UserError(f"a box is left,top,right,bottom such as 8,8,24,24, got {self.box!r}") from None
+            return box_hole(size, left, top, right, bottom)
+        return middle(size) if isinstance(method, Inpaint) else None
+
+    def models(self) -> list[tuple[Run, str]]:
+        """Runs and their checkpoints."""
+        return [(run, self.checkpoint) for run in (self.run, *self.others)]
+
+    def own(self, shape: Sequence[int]) -> Tensor:
+        """Some images of a run's data, float32 (count, C, H, W), class after class."""
+        data = (self.source or self.run).recipe.data.load()
+        if data.shape != tuple(shape):
+            raise UserError(f"images of {data.name} are {data.shape}, the model takes {tuple(shape)}")
+        split = data.test if self.split == "test" else data.val
+        members = [(split.y == k).nonzero().squeeze(1) for k in split.y.unique()]
+        turns = torch.cat([torch.arange(len(rows)) for rows in members])  # the first of each class, the second, …
+        return split.take(torch.cat(members)[turns.argsort(stable=True)][: self.count]).float()
+
+    def begin(self, data: Data) -> Tensor:
+        """Seeds of the run's sampler, of no class in particular (count, C, H, W)."""
+        sampler = self.run.recipe.sampler
+        sampler = replace(sampler, start="global") if sampler.start == "class" else sampler
+        begin = sampler.prepare(data, others(self.run, sampler, self.checkpoint))
+        return begin(torch.empty(self.count, *data.shape), None, rng.generator(self.seed, "seeds"))
+
+
+def score(order: Order) -> dict[str, dict[str, float]]:
+    """How unusual images are to a run's model: their energies, and the share of validation images of lower energy."""
+    data = order.run.recipe.data.load()
+    x, names = _given(order, data.shape)
+    found = unusual(order.run.model(order.checkpoint)[0].to(order.device), x, data.val.x, batch=together(data.shape))
+    return {
+        name: {"energy": found.score[i].item(), "share of validation images below": found.share[i].item()}
+        for i, name in enumerate(names)
+    }
+
+
+def edit(
+    order: Order,
+    method: Edit,
+    out: Path | None = None,
+    *,
+    film: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Path, dict[str, dict[str, float]]]:
+    """Carry an edit out and publish it; the picture, and numbers of each image.
+
+    Raises:
+        UserError: images, a mask or a class that the model does not take, or a folder that is not an edit's.
+    """
+    run, kind = order.run, config.describe(method)["kind"]
+    folder = run.folder / "edits" / kind if out is None else out
+    check_folder(folder)
+    data = run.recipe.data.load()
+    channels, height, width = data.shape
+    models = [r.model(which)[0].to(order.device) for r, which in order.models()]
+    hole, truth = order.hole(method, (height, width)), None
+    if not order.images and order.split is None and isinstance(method, Compose | Interpolate):
+        given, names = order.begin(data), [f"seed-{i}" for i in range(order.count)]
+        method = replace(method, ends="moved") if isinstance(method, Interpolate) else method
+    elif order.images:
+        small = method.factor if isinstance(method, Upsample) else 1
+        given, names = _given(order, (channels, height // small, width // small))
+    else:
+        truth, names = _given(order, data.shape)
+        given = spoilt(method, truth, hole, rng.generator(order.seed, "spoil"))
+        truth = None if given is truth else truth
+    goal = None if order.goal is None else find_class(data, order.goal)
+    y = None if goal is None else torch.full((len(given),), goal)
+    classes: list[int | None] = [find_class(data, text) for text in order.classes] or [None] * len(models)
+    if len(models) == 1:
+        models = models * len(classes)
+    options: dict[str, Any] = {"hole": hole, "seed": order.seed, "frames": 13, "progress": progress}
+    edited = carry_out(method, models, given, y, classes=classes, **options)
+    if isinstance(method, Interpolate):
+        pairs = itertools.pairwise(names)
+        names = [f"{a}-{b}-{i}" for a, b in pairs for i in range(method.count)]
+    elif truth is not None:
+        better: dict[str, Tensor] = {}
+        for when, z in (("before", edited.begin), ("after", edited.x)):
+            better |= {f"{name} {when}": v for name, v in fidelity(truth, z).items()}
+        edited = edited._replace(numbers={**edited.numbers, **better})
+    manifest = {"models": [weights_of(*pair) for pair in order.models()], "seed": order.seed}
+    manifest |= {"class": goal, "classes": classes if isinstance(method, Compose) else None}
+    path = publish(folder, method, given, edited, names, manifest, film=film)
+    return path, {name: {k: v[i].item() for k, v in edited.numbers.items()} for i, name in enumerate(names)}
+
+
+def _given(order: Order, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
+    """The images of an order, and what they are called."""
+    if order.images:
+        return read_images(order.images, shape, fit=order.fit)
+    x = order.own(shape)
+    return x, [f"{order.split or 'val'}-{i}" for i in range(len(x))]
+
+
+def carry_out(
+    method: Edit,
+    models: Sequence[nn.Module],
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    classes: Sequence[int | None] = (None,),
+    hole: Tensor | None = None,
+    seed: int = 0,
+    frames: int = 7,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Edited:
+    """Edit images (N, C, H, W), as many at once as their size allows.
+
+    Args:
+        method: the edit.
+        models: one, or several for a composition.
+        x: the images; for :class:`Interpolate` the ends, for :class:`Compose` the seeds.
+        y: classes (N,), of one model.
+        classes: a class a model, of a composition.
+        hole: see :class:`Edit`.
+        seed: of every draw.
+        frames: pictures of the film.
+        progress: told how many images are done.
+    """
+    if isinstance(method, Interpolate):
+        edited = method(models[0], x, y, frames=frames)
+        progress(len(x))
+        return edited
+    size, device, parts = together(x.shape[1:]), device_of(models[0]), []
+    for first in range(0, len(x), size):
+        some = slice(first, first + size)
+        if isinstance(method, Compose):
+            parts.append(method(models, x[some], classes, frames=frames))
+        else:
+            generator = rng.generator(seed, "edit", first, device=device)
+            mask = hole if hole is None or hole.ndim < 4 or len(hole) == 1 else hole[some]
+            goal = None if y is None else y[some]
+            parts.append(method(models[0], x[some], goal, hole=mask, generator=generator, frames=frames))
+        progress(min(first + size, len(x)))
+    return joined(parts)
+
+
+def read_images(paths: Sequence[Path], shape: Sequence[int], *, fit: bool = False) -> tuple[Tensor, list[str]]:
+    """Images of files and of all files in folders, float32 (N, C, H, W) in [0, 1], and what each is called."""
+    found = listed(paths)
+    names = [p.stem for p in found]
+    names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+    return torch.stack([open_image(p, shape, fit=fit) for p in found]), names
+
+
+def listed(paths: Sequence[Path]) -> list[Path]:
+    """The files, and all pictures in the folders."""
+    found = [p for path in paths for p in (picture_files(path) if path.is_dir() else [path])]
+    if not found:
+        raise UserError(f"there is no image in {', '.join(map(str, paths)) or 'nothing'}")
+    return found
+
+
+def find_class(data: Data, text: str) -> int | None:
+    """The number of a class; None for ``none``, unless a class is called so."""
+    return None if text.lower() == "none" and text not in data.classes else data.number(text)
+
+
+def weights_of(run: Run, which: str) -> dict[str, str]:
+    """A run's checkpoint and the sha256 of the weights that are used."""
+    path = run.checkpoints.path(which)
+    return {"run": str(run.folder.resolve()), "checkpoint": path.name, "weights": checkpoint.weights(path)}
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The manifest of the edit that a folder holds, {} of a new or empty one; whatever else is there is left alone."""
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is a run; --out takes a folder for this edit")
+    try:
+        if not folder.exists() or not any(folder.iterdir()):
+            return {}
+    except OSError as error:
+        raise files.unwritable(folder, error) from None
+    manifest = files.read_json(folder / "manifest.json", default={})
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("edit"), dict):
+        raise UserError(f"{folder} holds something that is not an edit; --out takes a new folder, or an edit's")
+    return manifest
+
+
+def publish(
+    folder: Path,
+    method: Edit,
+    given: Tensor,
+    edited: Edited,
+    names: Sequence[str],
+    manifest: Mapping[str, Any],
+    *,
+    film: bool = False,
+) -> Path:
+    """``edit.png``, ``images.npz``, ``results/NAME.png``, ``film.png`` and perhaps ``film.gif``; then the manifest.
+
+    ``edit.png`` has a row an image: what was given, the result, and half their difference around mid grey.
+
+    Args:
+        folder: of the edit.
+        method: it.
+        given: images as they were given, (N, C, h, w).
+        edited: what came of them.
+        names: of the images.
+        manifest: how it was made.
+        film: whether to make an animation.
+
+    Returns:
+        The path of ``edit.png``.
+    """
+    before, about = check_folder(folder), {"edit": config.describe(method)}
+    files.write_json(folder / "manifest.json", about)  # an edit's folder, and no images yet
+    try:
+        (folder / "results").mkdir(exist_ok=True)
+        (folder / "film.gif").unlink(missing_ok=True)
+        for name in before.get("images", {}):
+            (folder / "results" / f"{Path(name).name}.png").unlink(missing_ok=True)
+    except OSError as error:
+        raise files.unwritable(folder, error) from None
+    pictures.save(pictures.grid(panel(method, given, edited), tile=TILE), folder / "edit.png")
+    pictures.save(pictures.grid(edited.film[:20], tile=TILE), folder / "film.png")
+    if film:
+        files.write(folder / "film.gif", pictures.animated(edited.film[:20], tile=TILE))
+    results = to_bytes(edited.x)
+    for name, x in zip(names, results, strict=True):
+        pictures.save(pictures.plain(x), folder / "results" / f"{name}.png")
+    with files.replacing(folder / "images.npz") as file:
+        np.savez_compressed(
+            file, x=results.numpy(), given=to_bytes(given).numpy(), begin=to_bytes(edited.begin).numpy()
+        )
+    plain = lambda value: value if math.isfinite(value) else None  # JSON has no infinity, the PSNR of what is equal
+    numbers = {name: {k: plain(v[i].item()) for k, v in edited.numbers.items()} for i, name in enumerate(names)}
+    series = {name: {k: v[i].tolist() for k, v in edited.series.items()} for i, name in enumerate(names)}
+    record = {**manifest, **about, "film": edited.moments, "images": numbers}
+    files.write_json(folder / "manifest.json", record | ({"series": series} if edited.series else {}))
+    return folder / "edit.png"
+
+
+def panel(method: Edit, given: Tensor, edited: Edited) -> Tensor:
+    """The images of ``edit.png``, (rows, columns, C, H, W): for an interpolation a row a way, else a row an image."""
+    if isinstance(method, Interpolate):
+        return edited.x.view(-1, method.count, *edited.x.shape[1:])
+    shown = given
+    if given.shape != edited.x.shape:
+        shown = repeated(given, edited.x.shape[-1] // given.shape[-1])
+    begun = edited.begin if isinstance(method, Upsample) else shown
+    return torch.stack([shown, edited.x, 0.5 + (edited.x - begun) / 2], 1)[:20]

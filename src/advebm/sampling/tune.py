@@ -1,0 +1,166 @@
+"""A search over a sampler's settings on the validation split, shared by whatever processes run the same call.
+
+Each setting is a trial: a file in ``RUN/tuning``, whole or absent, claimed by a lock while somebody works on it.  Test
+images are never looked at.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from advebm.core import config, files
+from advebm.core.errors import Busy, UserError
+from advebm.data.sources import Data
+from advebm.metrics.base import Features, label
+from advebm.metrics.distances import Moments, frechet_distance, kernel_distance
+from advebm.models.batching import device_of
+from advebm.runs.run import Run, sole
+from advebm.samplers.base import Sampler
+from advebm.sampling import generate
+from advebm.sampling.job import others
+
+Quantity = Literal["KID", "FD"]
+SETTINGS = ("step_size", "radius", "noise", "steps")  # α, β, η, K
+FACTORS = (0.5, 1.0, 2.0)  # of the sampler's own α and K, unless values are given
+
+
+def grid(sampler: Sampler, values: Mapping[str, Sequence[Any]]) -> list[Sampler]:
+    """All combinations of values of α, β, η and K.
+
+    Without values α and K take half, once and twice the sampler's own (K is whole and at least 1), β and η keep it.
+    """
+    for name in values:
+        if name not in SETTINGS:
+            raise UserError(f"tuning searches {', '.join(SETTINGS)}, got {name!r}")
+    halved: dict[str, list[Any]] = {name: [getattr(sampler, name)] for name in SETTINGS}
+    halved["step_size"] = [sampler.step_size * factor for factor in FACTORS]
+    halved["steps"] = [max(1, round(sampler.steps * factor)) for factor in FACTORS]
+    choices = {name: values.get(name, halved[name]) for name in SETTINGS}
+    found = (dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values()))
+    return list(dict.fromkeys(dataclasses.replace(sampler, **settings) for settings in found))
+
+
+def tune(
+    run: Run,
+    samplers: Sequence[Sampler],
+    space: Features,
+    *,
+    judge: str | None = None,
+    by: Quantity = "KID",
+    per_class: int = 20,
+    seed: int = 0,
+    checkpoint: str = "latest",
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Try every sampler and keep the best in the run's ``tuned/METHOD-START.json``; all trials, the best first.
+
+    Trials that are there already are not repeated; those that another process is at are waited for by leaving them to
+    it: whoever comes last writes the result.
+
+    Args:
+        run: a trained run.
+        samplers: what to try, see :func:`grid`; all of one kind.
+        space: features that the distance is taken in.
+        judge: which weights they are of.
+        by: ``KID``, unbiased at few images, or ``FD``.
+        per_class: images a trial draws of each class.
+        seed: of every trial alike.
+        checkpoint: of the run.
+        device: where to compute.
+        progress: told how many trials are done.
+    """
+    number = run.checkpoints.path(checkpoint).name
+    data, model = run.recipe.data.load(), run.model(number)[0].to(device)
+    about = {"by": by, "space": space.name, "judge": judge, "per_class": per_class, "seed": seed, "checkpoint": number}
+    about |= {"split": "val", "reference_count": len(data.val)}
+    if any(sampler.fit == "test" for sampler in samplers):
+        raise UserError("tuning never looks at test images; set fit to train")
+    real, outside = space.of(data.val.x, torch.device(device)), others(run, samplers[0], number)
+    if outside is not None and samplers[0].start == "outside":
+        outside = outside._replace(test=outside.val)
+    trials: dict[Path, Sampler] = {_file(run, sampler, about): sampler for sampler in samplers}
+    for path, sampler in trials.items():
+        if not path.exists():
+            _try(path, sampler, model, data, outside, real, space, about)
+        progress(sum(other.exists() for other in trials))
+    done = [files.read_json(path) for path in trials if path.exists()]
+    done.sort(key=lambda trial: trial["value"])
+    if len(done) == len(trials):
+        files.write_json(result(run, samplers[0]), {**done[0], "trials": len(done)})
+    return done
+
+
+def result(run: Run, like: Sampler) -> Path:
+    """Where the best setting of a method and start is kept."""
+    return run.folder / "tuned" / f"{generate.set_name(like)}.json"
+
+
+def tuned(run: Run, like: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
+    """The best setting of a method and start that :func:`tune` wrote into a run, and how it was found; None if none."""
+    if not (path := result(run, like)).exists():
+        return None
+    best = files.read_json(path)
+    try:
+        sampler = config.build(best["sampler"], "sampler")
+        return sampler, {name: value for name, value in best.items() if name != "sampler"}
+    except (AttributeError, KeyError, TypeError, UserError) as error:
+        raise UserError(f"{path} is damaged ({error}); tune again or remove it") from None
+
+
+def curves(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float, float]]]:
+    """For each setting that varies: its values, and the best and the median of the trials that have it."""
+    found = {}
+    for name in SETTINGS:
+        groups: dict[Any, list[float]] = {}
+        for trial in trials:
+            groups.setdefault(trial["sampler"][name], []).append(trial["value"])
+        if len(groups) > 1:
+            order = sorted(groups, key=lambda value: float("inf") if value is None else value)
+            found[name] = [(v, min(groups[v]), torch.tensor(groups[v]).double().quantile(0.5).item()) for v in order]
+    return found
+
+
+def _file(run: Run, sampler: Sampler, about: Mapping[str, Any]) -> Path:
+    text = json.dumps({"sampler": config.describe(sampler), **about}, sort_keys=True)
+    return run.folder / "tuning" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def _try(
+    path: Path,
+    sampler: Sampler,
+    model: nn.Module,
+    data: Data,
+    outside: Data | None,
+    real: torch.Tensor,
+    space: Features,
+    about: Mapping[str, Any],
+) -> None:
+    """A trial, unless somebody else is at it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.unwritable(path.parent, error) from None
+    lock = path.with_suffix(".lock")
+    with contextlib.suppress(Busy):  # then it is theirs
+        with sole(lock, f"another process is at {path}"):
+            if path.exists():  # by now
+                return
+            y = generate.wanted(sampler, data, about["per_class"])
+            x = generate.generate(model, sampler, data, y, outside=outside, seed=about["seed"]).x
+            drawn = space.of(x, device_of(model))
+            if about["by"] == "FD":
+                value = frechet_distance(Moments.of(drawn), Moments.of(real))
+            else:
+                value = kernel_distance(drawn, real)
+            name = f"{label(about['by'], space.name)} on validation images"
+            files.write_json(path, {"sampler": config.describe(sampler), "name": name, "value": value, **about})
+        lock.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Energies in the plane: densities, training on them, their pictures."""

@@ -1,0 +1,124 @@
+"""Densities of the plane, drawn from exactly and known in closed form: what an energy learnt there is held against."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from advebm.core.errors import unknown
+
+
+class Density(Protocol):
+    """A distribution of points (N, 2)."""
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` points, (count, 2) float32."""
+        ...
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """``log p(x)``, normalised, in nats.  (N, 2) -> (N,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Round Gaussians of one deviation and equal weight; with many means on a curve, the curve blurred.
+
+    Attributes:
+        means: (K, 2) as numbers.
+        spread: the deviation.
+    """
+
+    means: tuple[tuple[float, float], ...]
+    spread: float
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+        means = torch.tensor(self.means)[_choose(len(self.means), count, generator)]
+        return means + self.spread * torch.randn(count, 2, generator=generator)
+
+    def log_density(self, x: Tensor) -> Tensor:  # noqa: D102
+        offset = (x[:, None] - x.new_tensor(self.means)) / self.spread
+        return (_normal(offset).sum(2) - 2 * math.log(self.spread)).logsumexp(1) - math.log(len(self.means))
+
+
+@dataclass(frozen=True)
+class Pinwheel:
+    """Arms of equal weight: a Gaussian along and across each, turned by an angle that grows with the radius.
+
+    A turn that depends on the radius alone keeps areas, so the density is that of the straight arms, turned back.
+
+    Attributes:
+        arms: how many.
+        reach: mean distance from the origin along an arm.
+        along, across: deviations.
+        twist: radians a unit of radius.
+    """
+
+    arms: int = 4
+    reach: float = 2.2
+    along: float = 0.5
+    across: float = 0.25
+    twist: float = 0.6
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+        arm = _choose(self.arms, count, generator)
+        along, across = torch.randn(2, count, generator=generator)
+        straight = torch.stack([self.reach + self.along * along, self.across * across], 1)
+        return _turn(straight, 2 * math.pi * arm / self.arms + self.twist * straight.norm(dim=1))
+
+    def log_density(self, x: Tensor) -> Tensor:  # noqa: D102
+        parts = []
+        for arm in range(self.arms):
+            along, across = _turn(x, -2 * math.pi * arm / self.arms - self.twist * x.norm(dim=1)).unbind(1)
+            parts.append(_normal((along - self.reach) / self.along) + _normal(across / self.across))
+        return torch.stack(parts).logsumexp(0) - math.log(self.arms * self.along * self.across)
+
+
+def _choose(options: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(options, (count,), generator=generator)
+
+
+def _normal(z: Tensor) -> Tensor:
+    """Log-density of the standard normal."""
+    return -0.5 * (z.square() + math.log(2 * math.pi))
+
+
+def _turn(x: Tensor, angle: Tensor) -> Tensor:
+    """Points (N, 2) turned around the origin, each by its angle in radians."""
+    c, s = angle.cos(), angle.sin()
+    return torch.stack([c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]], 1)
+
+
+def _circle(count: int, radius: float) -> tuple[tuple[float, float], ...]:
+    """Points at equal distances on a circle around the origin."""
+    angles = [2 * math.pi * k / count for k in range(count)]
+    return tuple((radius * math.cos(a), radius * math.sin(a)) for a in angles)
+
+
+def _moons() -> tuple[tuple[float, float], ...]:
+    from sklearn.datasets import make_moons
+
+    return tuple((1.7 * (x - 0.5), 1.7 * (y - 0.25)) for x, y in make_moons(200, shuffle=False)[0].tolist())
+
+
+DENSITIES: dict[str, Callable[[], Density]] = {
+    "gaussian": lambda: Mixture(((0.0, 0.0),), 0.6),
+    "eight-gaussians": lambda: Mixture(_circle(8, 2.2), 0.25),
+    "rings": lambda: Mixture(_circle(100, 1.0) + _circle(100, 2.6), 0.25),
+    "moons": lambda: Mixture(_moons(), 0.25),
+    "pinwheel": Pinwheel,
+}
+
+
+def find(name: str) -> Density:
+    """A density by its name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in DENSITIES:
+        raise unknown("density", name, DENSITIES)
+    return DENSITIES[name]()

@@ -1,0 +1,51 @@
+"""The batches of a run: what its objective needs of the data, and of other sources."""
+
+import warnings
+
+import torch
+
+from advebm.core import rng
+from advebm.core.errors import UserError
+from advebm.data.augment import Augment
+from advebm.data.loader import Loader
+from advebm.data.ood_sets import overlap
+from advebm.data.sources import Data, Images
+from advebm.objectives.base import Batch
+from advebm.runs.engine import Engine
+from advebm.runs.recipe import Recipe
+
+
+class Feed:
+    """The batches of a run: what its objective needs of the data, and of other sources."""
+
+    def __init__(self, recipe: Recipe, data: Data, engine: Engine) -> None:
+        def loader(images: Images, augment: tuple[Augment, ...], role: str = "") -> Loader:
+            return Loader(images, recipe.seed, recipe.train.batch, recipe.train.streams, augment, engine.device, role)
+
+        self.device, needs, roles = engine.device, recipe.objective.needs, recipe.data.augment
+        self.labels = "labels" in needs
+        self.loader = loader(data.train, (roles.x, roles.view or roles.x) if "view" in needs else (roles.x,))
+        self.others: dict[str, Loader] = {}
+        self.outside: Images | None = None  # for validation
+        for role, source in (("outside", recipe.outside), ("extra", recipe.extra)):
+            if source is None:
+                continue
+            other = source.load()
+            if other.shape != data.shape:
+                raise UserError(f"the images of --{role} are {other.shape}, those of {data.name} {data.shape}")
+            self.others[role] = loader(other.train, (source.augment.x,), role)
+            if role == "outside":
+                self.outside = other.val.take(slice(recipe.train.validate_with))
+                if (known := overlap(other.train.x, data)) and engine.main:
+                    what = f"{known:,} of the {len(other.train):,} images of --outside are images of {data.name}"
+                    warnings.warn(f"{what} itself; the objective takes them for what is not", stacklevel=3)
+
+    def __call__(self, seen: int, stream: int, keys: tuple[int, ...]) -> Batch:
+        """A stream's share of the batch after ``seen`` images; ``keys`` seed its augmentations."""
+        views, y = self.loader(seen, stream, rng.generator(*keys, "data", device=self.device))
+        others = {
+            role: loader(seen, stream, rng.generator(*keys, role, device=self.device))[0][0]
+            for role, loader in self.others.items()
+        }
+        y = y if self.labels else torch.full_like(y, -1)  # nobody learns from what it does not ask for
+        return Batch(views[0], y, view=views[1] if len(views) > 1 else None, **others)

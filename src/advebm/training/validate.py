@@ -1,0 +1,68 @@
+"""Scores on images kept for selection, clean and attacked."""
+
+import math
+
+import torch
+from torch import nn
+
+from advebm import energies
+from advebm.core import processes, rng
+from advebm.core.errors import Diverged
+from advebm.data.sources import Data, Images
+from advebm.descent import Energy
+from advebm.metrics.base import Subject
+from advebm.metrics.ood import auroc
+from advebm.metrics.robustness import measure
+from advebm.models.batching import together
+from advebm.models.modes import searching
+from advebm.objectives.base import Batch
+from advebm.runs.recipe import Recipe
+
+# What "best" is decided by, attacked before clean: of a classifier, of a critic, and of an encoder.
+SELECTED = (
+    *("val/robust_accuracy", "val/accuracy"),
+    *("val/adversarial_auroc", "val/auroc"),
+    *("val/robust_contrastive_accuracy", "val/contrastive_accuracy"),
+)
+
+
+def validate(
+    model: nn.Module,
+    data: Data,
+    split: Images,
+    recipe: Recipe,
+    outside: Images | None = None,
+    team: processes.Team = processes.ALONE,
+) -> dict[str, float]:
+    """A score, clean and under the recipe's threat, on images kept for selection; always the same attack noise.
+
+    Of a classifier the accuracy; of a critic the AUROC against images from ``outside``, which are what is attacked; of
+    an encoder what its objective says, on two augmentations of each image, always the same ones.  A ``team`` shares the
+    images of a classifier, and does the others each by itself.
+
+    Raises:
+        Diverged: a critic's energies, or an encoder's losses, are not finite.
+    """
+    subject = Subject(model, data, split, recipe.threat, batch=together(data.shape), team=team)
+    generator = rng.generator(recipe.seed, "val", device=subject.device)
+    if (judge := recipe.objective.validate) is not None:
+        roles, x = recipe.data.augment, subject.on_device(split.x)
+        first, second = roles.x(x, generator), (roles.view or roles.x)(x, generator)
+        pair = Batch(first, torch.full((len(x),), -1), view=second)
+        found = judge(model, pair, recipe.threat, generator)
+        if not all(map(math.isfinite, found.values())):
+            raise Diverged("the loss of validation images is not finite")
+        return found
+    if recipe.objective.outputs == 1 and outside is not None:
+        with searching(model) as f:
+            energy: Energy = lambda x: energies.binary(f(x))
+            score = lambda x: torch.cat([energy(part).detach() for part in x.split(subject.batch)])
+            others = subject.on_device(outside.x)
+            moved = torch.cat([recipe.threat(energy, part, generator) for part in others.split(subject.batch)])
+            inside, *outsides = score(subject.on_device(split.x)), score(others), score(moved)
+        if not all(bool(v.isfinite().all()) for v in (inside, *outsides)):
+            raise Diverged("the energies of validation images are not finite")
+        names = ("val/auroc", "val/adversarial_auroc")
+        return {name: auroc(inside, v).value for name, v in zip(names, outsides, strict=True)}
+    scores = {"val/accuracy": None, "val/robust_accuracy": recipe.threat}
+    return {name: measure(subject, attack, generator)[0] for name, attack in scores.items()}

@@ -1,0 +1,1 @@
+"""What commands and experiments share: train, draw, adopt, behind progress bars."""

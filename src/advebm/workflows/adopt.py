@@ -1,0 +1,109 @@
+"""Runs around models that are trained already: adopted ones, and linear probes."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from advebm.core import config
+from advebm.core.errors import UserError
+from advebm.metrics.probing import Probe
+from advebm.models import network
+from advebm.models.batching import together
+from advebm.runs.locate import is_factory
+from advebm.runs.recipe import Recipe, resolve
+from advebm.runs.run import Run
+from advebm.workflows.train import fit
+
+
+def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run:
+    """A run around a model that is there already: nothing is trained, everything else works on it.
+
+    A folder that holds it from an earlier call is opened as it is.
+
+    Args:
+        where: ``PACKAGE.MODULE:FACTORY``, a model's or run's folder, or ``hf:USER/NAME``.
+        folder: of the new run.
+        overrides: ``data``, and other options of a recipe.
+
+    Raises:
+        UserError: no model there, no data, data of other classes or another shape, or a folder that holds another run.
+    """
+    overrides = list(overrides)
+    if not any(name.partition(".")[0] == "data" for name, _ in overrides):
+        raise UserError("a model of its own needs --data NAME, and --data.path where that takes one")
+    architecture = None
+    if is_factory(where):
+        plain = {"backbone": {"kind": "own", "path": where}, "normalise": {"mean": [0.0], "std": [1.0]}}
+    else:
+        at, foreign = network.locate(where)
+        architecture = network.read_architecture(at, foreign=foreign)
+        if architecture.hidden is not None:
+            raise UserError(f"{where} is an encoder, which has no logits; advebm probe makes a classifier of its run")
+        plain = {"backbone": config.describe(architecture.backbone), "init": where}
+        plain |= {"normalise": {"mean": list(architecture.mean), "std": list(architecture.std)}}
+    recipe = _adopting(folder.name, plain, overrides)
+    if architecture is not None:
+        data = recipe.data.load()
+        ours = (architecture.outputs, architecture.channels, architecture.size)
+        if ours != (theirs := (len(data.classes), *data.shape[:2])):
+            words = "{} classes of {} x {} x {}".format
+            raise UserError(
+                f"{where} is for {words(*ours, ours[-1])}, {data.name} has {words(*theirs, theirs[-1])}; "
+                "evaluate it on data like its own"
+            )
+    if (folder / "config.yaml").is_file():
+        run = Run.open(folder)
+        same = [getattr(run.recipe, n) == getattr(recipe, n) for n in ("data", "backbone", "init", "normalise")]
+        if not all(same):
+            raise UserError(f"{folder} holds another model or other data; choose another --out")
+        return run
+    return fit(recipe, folder)
+
+
+def _adopting(name: str, plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Recipe:
+    """The recipe of a run of a classifier that is there already, of which ``plain`` says which."""
+    rest: dict[str, Any] = {"name": name, "objective": "standard", "threat": {}, "sampler": "cs", "data": "digits"}
+    rest |= {"metrics": ["accuracy", "robust-accuracy"], "train": {"images": 0}}
+    return resolve({**rest, **plain}, overrides)
+
+
+def probe(
+    run: Run,
+    folder: Path,
+    *,
+    by: Probe,
+    overrides: Iterable[tuple[str, Any]] = (),
+    checkpoint: str = "latest",
+    device: str = "cpu",
+) -> Run:
+    """A linear classifier on a run's frozen features, published in ``RUN/probe``, as a run of its own in ``folder``.
+
+    Args:
+        run: of any network with features: an encoder above all.
+        folder: of the new run.
+        by: how the classifier is fitted, on the training split.
+        overrides: options of the new run's recipe, such as another threat.
+        checkpoint: of the run.
+        device: where to compute.
+
+    Raises:
+        UserError: data without labels, a network without features, a wrong option, or a folder that holds something.
+    """
+    recipe, data = run.recipe, run.recipe.data.load()
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another --out")
+    if not data.train.labelled:
+        raise UserError(f"a probe is fitted on labels, and {data.name} has none")
+    model, architecture = run.model(checkpoint)
+    described, title = config.describe(recipe), f"{recipe.name}-probe"
+    options: dict[str, Any] = {name: described[name] for name in ("data", "threat")}
+    options["sampler"] = config.switch(described["sampler"], "sampler", "cs")
+    pairs = [("name", title), *options.items(), *overrides]
+    _adopting(title, {"backbone": described["backbone"]}, pairs)  # a wrong option is noticed before anything is fitted
+    classifier = by.classifier(model.to(device), data.train, len(data.classes), together(data.shape))
+    plain = dataclasses.replace(architecture, outputs=len(data.classes), hidden=None)
+    about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
+    where = run.folder / "probe"
+    network.save(where, classifier, plain, title=title, summary=f"A linear probe of {recipe.name}.", extra=about)
+    return adopt(str(where), folder, pairs)

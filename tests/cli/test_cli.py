@@ -1,0 +1,431 @@
+"""The command line as people use it, in this process where that is the same and in a fresh one where it is not."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from advebm import cli, recipes
+from advebm.runs.recipe import dump
+from advebm.runs.run import Run
+from tests.helpers import few_samples, tiny
+
+
+def call(*arguments, capsys):
+    status = cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def refused(*arguments, capsys):
+    status, out, err = call(*arguments, capsys=capsys)
+    assert status == 2
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("advebm: error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def run(small_run, tmp_path):
+    import shutil
+
+    return Run(Path(shutil.copytree(small_run.folder, tmp_path / "run")))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["train", "--help"], ["list", "sampler"], ["--version"]])
+def test_help_and_list_are_quick_and_import_no_torch(arguments):
+    code = (
+        "import sys, time; begun = time.perf_counter(); from advebm.cli import main\n"
+        f"try: status = main({arguments!r})\n"
+        "except SystemExit as done: status = done.code\n"
+        "heavy = {'torch', 'numpy', 'sklearn', 'matplotlib', 'accelerate'} & set(sys.modules)\n"
+        "print(f'{status} {heavy} {time.perf_counter() - begun}', file=sys.stderr)"
+    )
+    fastest = 9.0
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        status, heavy, seconds = re.fullmatch(r"(\w+) (.*) ([\d.e-]+)", done.stderr.strip()).groups()
+        assert (status, heavy) == ("0", "set()")
+        assert len(done.stdout) > 5
+        fastest = min(fastest, float(seconds))
+    assert fastest < 1
+
+
+def test_list_shows_every_recipe_and_method_with_a_line(capsys):
+    from advebm.core.config import KINDS
+
+    status, out, _ = call("list", capsys=capsys)
+    assert status == 0
+    for name in [*recipes.names(), *(kind for kinds in KINDS.values() for kind in kinds)]:
+        assert re.search(rf"^  {name} +\S.{{10}}", out, re.M), name
+    status, out, _ = call("list", "objectives", capsys=capsys)
+    assert out.startswith("objective\n")
+    assert "digits-at" not in out
+
+
+@few_samples
+def test_train_sample_evaluate_report(tmp_path, capsys):
+    """All four stages by hand, each from the files of the one before."""
+    config = tmp_path / "c.yaml"
+    config.write_text(dump(tiny()))
+    folder = tmp_path / "run"
+    status, out, err = call(
+        "train", "--config", config, "--out", folder, "--train.images", 3000, "--device", "cpu", capsys=capsys
+    )
+    assert (status, out.strip()) == (0, str(folder))
+    assert "left" in err or "3,000/3,000" in err
+    assert Run.open(folder).recipe.train.images == 3000
+    status, out, _ = call("sample", folder, "--method", "ta", "--per-class", 4, "--sampler.steps=3", capsys=capsys)
+    assert (status, out.strip()) == (0, str(folder / "samples" / "ta-class" / "grid.png"))
+    manifest = json.loads((folder / "samples" / "ta-class" / "manifest.json").read_text())
+    assert manifest["sampler"] == {**manifest["sampler"], "kind": "ta", "steps": 3, "step_size": 0.1, "start": "class"}
+    assert manifest["count"] == 40
+    with np.load(folder / "samples" / "ta-class" / "images.npz") as arrays:
+        assert arrays["x"].shape == (40, 1, 8, 8)
+        assert arrays["x"].dtype == np.uint8
+        assert arrays["y"].tolist() == [k for k in range(10) for _ in range(4)]
+    with Image.open(folder / "samples" / "ta-class" / "grid.png") as grid:
+        assert grid.width == grid.height > 300
+    status, out, _ = call("evaluate", folder, "--threat.steps", 2, capsys=capsys)
+    assert status == 0
+    assert re.search(r"accuracy under PGD-2 l2 0\.9 .*%.*359", out)
+    assert "FD (own features)" in out
+    table, classes = out.strip().split("\n\n")
+    assert len(Run.open(folder).records()) == len(table.splitlines()) - 1
+    assert classes.split()[:5] == ["intended", "class", "(own", "features)", "ta-class"]
+    assert len(classes.splitlines()) == 1 + 10
+    status, out, _ = call("evaluate", folder, "--json", "--features", folder, capsys=capsys)
+    printed = [json.loads(line) for line in out.splitlines()]
+    records = Run.open(folder).records()
+    assert [r["value"] for r in records[-len(printed) :]] == [r["value"] for r in printed]
+    assert all(r["count"] > 0 and r["error"] >= 0 for r in records)
+    assert records[-1]["checkpoint"] == "3072"
+    status, out, _ = call("report", folder, capsys=capsys)
+    page = (folder / "report.html").read_text()
+    assert out.strip() == str(folder / "report.html")
+    assert page.count("data:image/png;base64,") >= 6
+    assert not re.search(r"(src|href)=.https?:", page)
+
+
+MINE = """
+from torch import nn
+
+def classifier():
+    layers = [nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(16, 2))
+
+def ten(): return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+def small(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+def text(): return "no module"
+def asks(width): return ten()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of one's own, and 200 mixed images of two classes in different sizes, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADVEBM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text(MINE)
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        kind = ("red", "blue")[i % 2]
+        pixels = rng.integers(0, 120, (16 + i % 7, 16 + i % 5, 3), dtype=np.uint8)
+        pixels[..., 2 * (i % 2)] += 100
+        path = tmp_path / "pictures" / kind / f"{i}.{('png', 'jpg')[i % 3 == 0]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return ["--recipe", "digits-at", "--data", "folder:pictures", "--data.size", "16"]
+
+
+def test_ones_own_module_and_folder_from_nothing_to_a_report(mine, tmp_path, capsys):
+    """The commands of the README: everything in one, and a trained module taken over as it is."""
+    short = ["--train.images", "2560", "--train.batch", "64", "--train.ema", "0", "--device", "cpu"]
+    folder = tmp_path / "runs" / "mine"
+    status, out, err = call("run", *mine, "--model", "mine:classifier", *short, "--out", folder, capsys=capsys)
+    assert status == 0, err
+    assert re.search(r"^accuracy +(100|9\d)\.\d ± ", out, re.M), out
+    assert "FD (own features)" in out
+    assert out.strip().endswith(str(folder / "report.html"))
+    assert (folder / "samples" / "cs-class" / "grid.png").exists()
+    assert Run.open(folder).recipe.backbone.path == "mine:classifier"
+    taken = ["train", *mine, "--model", "mine:classifier", "--init", folder, "--train.images", 0, "--train.batch", 64]
+    status, out, err = call(*taken, "--device", "cpu", "--out", "taken", capsys=capsys)
+    assert (status, out) == (0, "taken\n"), err
+    one, two = (Run.open(Path(r)).model()[0].state_dict() for r in (folder, "taken"))
+    assert all((one[name] == two[name]).all() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("mine:ten", r"returns \(2, 10\) for 2 images, there have to be 2 logits an image"),
+        ("mine:small", "does not take images of 3 x 16 x 16"),
+        ("mine:text", "mine:text returns a str, not a torch module"),
+        ("mine:asks", "mine:asks is called without arguments: missing a required argument: 'width'"),
+        ("mine:nothing", "'mine:nothing' cannot be imported"),
+        ("nobody:here", "'nobody:here' cannot be imported"),
+        ("mine", "is package.module:factory, got 'mine'"),
+    ],
+)
+def test_modules_that_do_not_fit_are_one_line(mine, tmp_path, capsys, factory, message):
+    train = ["train", *mine, "--train.batch", 64, "--device", "cpu", "--out", "out", "--model", factory]
+    assert re.search(message, refused(*train, capsys=capsys))
+    assert not (tmp_path / "out").exists()
+
+
+def test_print_config_is_a_config(tmp_path, capsys):
+    status, out, _ = call(
+        "train", "--recipe", "digits-at", "--objective", "noise", "--seed", 4, "--print_config", capsys=capsys
+    )
+    assert status == 0
+    plain = yaml.safe_load(out)
+    assert plain["objective"] == {"kind": "noise", "std": 24 / 255}
+    assert plain["seed"] == 4
+    config = tmp_path / "c.yaml"
+    config.write_text(out)
+    assert call("train", "--config", config, "--print-config", capsys=capsys)[1] == out
+
+
+def test_resume_goes_on(run, capsys):
+    latest = run.checkpoints.path().name
+    status, out, _ = call("train", "--resume", run.folder, "--device", "cpu", capsys=capsys)
+    assert (status, out.strip()) == (0, str(run.folder))
+    assert run.checkpoints.path().name == latest
+
+
+AT = ["train", "--recipe", "digits-at"]
+MISTAKES = {
+    "misspelt option": (
+        [*AT, "--objective.attack.epz", "0.1"],
+        r"'epz' is unknown \(did you mean 'eps'\?\); there is eps,",
+    ),
+    "unknown recipe": (
+        ["train", "--recipe", "digits-att"],
+        r"no recipe 'digits-att' \(did you mean 'digits-at'\?\); there is",
+    ),
+    "no recipe": (["train"], "train takes --recipe NAME, --config FILE or --resume RUN"),
+    "two recipes": ([*AT, "--config", "x.yaml"], "not allowed with argument"),
+    "negative eps": ([*AT, "--objective.attack.eps", "-0.1"], "eps is a radius >= 0 .* got -0.1"),
+    "eps in bytes": ([*AT, "--threat.norm", "linf", "--threat.eps", "8"], "write 8/255, not 8"),
+    "unknown kind": (
+        [*AT, "--objective", "trade"],
+        "no objective 'trade'.*there is acl, .*at, awp, .*fast, .*standard, trades",
+    ),
+    "unknown command": (["trian"], r"no command 'trian' \(did you mean 'train'\?\)"),
+    "no command": ([], "the following arguments are required: COMMAND"),
+    "unknown flag": ([*AT, "--epochs", "3"], "unexpected '--epochs'; options of a recipe have a dot, as in --data"),
+    "flag without value": ([*AT, "--train.images"], "--train.images needs a value"),
+    "missing config": (["train", "--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+    "missing run": (["sample", "nowhere"], "there is no run at nowhere"),
+    "missing run to resume": (["train", "--resume", "nowhere"], "there is no run at nowhere"),
+    "missing run to report": (["report", "nowhere"], "there is no run at nowhere"),
+    "options on resume": (["train", "--resume", "nowhere", "--train.images", "5"], "keeps its own recipe"),
+    "options that do not apply": (["report", "x", "--train.images", "5"], "takes no options of a recipe"),
+    "unknown device": ([*AT, "--device", "gpu7"], "there is no device 'gpu7'"),
+    "seed that is no number": ([*AT, "--seed", "x"], "invalid int value: 'x'"),
+    "unknown list": (["list", "objectivs"], "did you mean"),
+    "misspelt plain option": (["train", "--recip", "digits-at"], r"unexpected '--recip' \(did you mean '--recipe'\?\)"),
+    "option of another command": (["demo", "--seeds", "1"], r"unexpected '--seeds' \(did you mean '--seed'\?\)"),
+    "validation split too small": (
+        [*AT, "--data.val", "0.0001"],
+        "1797 images are too few to cut shares of 0.2, 0.0001",
+    ),
+    "momentum": ([*AT, "--optimizer.momentum", "-1", "--optimizer.nesterov", "no"], r"momentum lies in \[0, 1\)"),
+    "list that is none": ([*AT, "--optimizer", "adam", "--optimizer.betas", "[0.9, {"], "takes a list such as 1,2,3"),
+    "empty module": ([*AT, "--data", ":"], "cannot be imported"),
+    "shrinkage": ([*AT, "--sampler.shrinkage", "7"], "shrinkage lies in"),
+    "long name": ([*AT, "--device", "cpu", "--out", "x" * 300], "cannot write"),
+    "infinite rate": ([*AT, "--optimizer.lr", "inf"], "takes a number"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_leave_nothing(mistake, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = MISTAKES[mistake]
+    assert re.search(message, refused(*arguments, capsys=capsys))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_about_a_run_are_one_line(run, tmp_path, capsys):
+    cases = [
+        (["sample", run.folder, "--sampler.stepz", 1], r"'stepz' is unknown \(did you mean 'steps'\?\)"),
+        (["sample", run.folder, "--method", "css"], r"no sampler 'css' \(did you mean 'cs'\?\)"),
+        (["sample", run.folder, "--per-class", 0], "at least 1, got 0"),
+        (["sample", run.folder, "--checkpoint", "77"], "there is no checkpoint '77' in .*; there is [0-9, ]+$"),
+        (["sample", run.folder, "--train.images", "5"], "this command takes --sampler"),
+        (["evaluate", run.folder, "--features", tmp_path / "no"], "there is no run or model at"),
+        (["evaluate", run.folder, "--metrics.7.bins", 3], "not an item of a list of 5"),
+        (["report", run.folder, "--beside", tmp_path], "there is no run at"),
+        (["train", "--recipe", "digits-at", "--out", run.folder], "is not empty; to go on with it"),
+        (["train", "--recipe", "digits-at", "--out", run.folder / "config.yaml"], "is a file"),
+    ]
+    for arguments, message in cases:
+        assert re.search(message, refused(*arguments, capsys=capsys)), arguments
+    assert not (run.folder / "samples").exists()
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [1,\n", "objective: {kind: at}\n", "\x00"])
+def test_files_that_are_no_recipe_are_one_line(text, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    refused("train", "--config", config, "--out", tmp_path / "run", capsys=capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "999999", "../../etc"])
+def test_a_damaged_pointer_is_one_line(text, run, capsys):
+    (run.folder / "checkpoints" / "LATEST").write_text(text)
+    for arguments in (["sample", run.folder], ["train", "--resume", run.folder], ["evaluate", run.folder]):
+        assert "checkpoint" in refused(*arguments, capsys=capsys)
+
+
+def test_a_damaged_checkpoint_is_one_line(run, capsys):
+    path = run.checkpoints.path() / "ema.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    for arguments in (["sample", run.folder], ["train", "--resume", run.folder], ["evaluate", run.folder]):
+        assert "is damaged: ema.safetensors" in refused(*arguments, capsys=capsys)
+
+
+def test_damaged_samples_are_one_line(run, capsys):
+    assert call("sample", run.folder, "--per-class", 2, "--sampler.steps", 1, capsys=capsys)[0] == 0
+    images = run.folder / "samples" / "cs-class" / "images.npz"
+    images.write_bytes(images.read_bytes()[:100])
+    assert "images.npz is damaged" in refused("report", run.folder, capsys=capsys)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(capsys):
+    if not Path("/proc/version").exists():
+        pytest.skip("needs a folder that nobody can write to, such as /proc")
+    message = refused("train", "--recipe", "digits-standard", "--out", "/proc/advebm", "--device", "cpu", capsys=capsys)
+    assert "cannot write /proc/advebm" in message
+
+
+def test_a_read_only_run_folder_is_one_line(run, capsys, monkeypatch):
+    """Permissions do not stop root, so the system call is made to fail instead."""
+    from advebm.core import files
+
+    def read_only(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.os, "fsync", read_only)
+    assert "cannot write" in refused("report", run.folder, capsys=capsys)
+    status, out, err = call("evaluate", run.folder, "--threat.steps", 1, capsys=capsys)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"advebm: error: cannot write .*metrics.json: Permission denied; .*", err.splitlines()[-1])
+    assert not (run.folder / "report.html").exists()
+    assert not list(run.folder.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+@few_samples
+def test_the_demo_prints_its_table(tmp_path, capsys, monkeypatch):
+    """The real demo with a fraction of the training: every stage, the table, the report."""
+    from advebm.cli import demo
+
+    monkeypatch.setattr(recipes, "find", lambda name, find=recipes.find: {**find(name), "train": {"images": 2000}})
+    monkeypatch.setattr(demo, "PER_CLASS", 5)
+    status, out, err = call("demo", "--out", tmp_path, capsys=capsys)
+    assert status == 0, err
+    assert re.search(r"accuracy under PGD-20 l2 0\.9 +[\d.]+ ± [\d.]+ % +[\d.]+ ± [\d.]+ %", out)
+    for name in demo.SETS:
+        assert name in out
+    (report,) = tmp_path.glob("demo-*/report.html")
+    assert str(report) in out
+    assert "[5/5] report" in err
+
+
+def test_options_may_stand_anywhere(run, capsys):
+    arguments = ["sample", "--sampler.steps", 1, run.folder, "--per-class", 1, "--sampler.start=global"]
+    assert call(*arguments, capsys=capsys)[0] == 0
+    assert (run.folder / "samples" / "cs-global" / "grid.png").exists()
+
+
+@few_samples
+def test_few_samples_do_not_cost_the_other_records(run, capsys):
+    call("sample", run.folder, "--per-class", 1, "--sampler.steps", 1, "--name", "few", capsys=capsys)
+    status, out, _ = call(
+        "evaluate", run.folder, "--threat.steps", 1, "--metrics", "accuracy,sample-quality", capsys=capsys
+    )
+    assert status == 0
+    assert "accuracy" in out
+    assert len([r for r in run.records() if r["settings"].get("samples") == "few"]) == 8
+    call("sample", run.folder, "--checkpoint", "best", "--per-class", 1, "--sampler.steps", 1, capsys=capsys)
+    manifest = json.loads((run.folder / "samples" / "cs-class" / "manifest.json").read_text())
+    assert manifest["checkpoint"] == run.checkpoints.path("best").name
+
+
+def test_samples_of_another_checkpoint_are_noticed(run):
+    from advebm.evaluation.evaluate import evaluate_run
+    from advebm.workflows.sample import draw
+
+    other = run.checkpoints.names()[0]
+    draw(run, "old", run.recipe.sampler, 1, checkpoint=other)
+    recipe = __import__("dataclasses").replace(run.recipe, metrics=())
+    with pytest.warns(UserWarning, match=f"samples old were drawn from checkpoint {other}, not 6016"):
+        assert evaluate_run(run, recipe=recipe) == []
+
+
+def test_metrics_can_be_chosen(capsys):
+    _, out, _ = call(
+        "train", "--recipe", "digits-at", "--metrics", "accuracy,energies", "--print_config", capsys=capsys
+    )
+    assert [m["kind"] for m in yaml.safe_load(out)["metrics"]] == ["accuracy", "energies"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metrics.json", "[1]"),
+        ("metrics.json", "{}"),
+        ("metrics.json", "[{}]"),
+        ("samples/cs-class/manifest.json", "{}"),
+        ("samples/cs-class/manifest.json", "[]"),
+        ("samples/cs-class/images.npz", "not an archive"),
+        ("config.yaml", "data: 5"),
+        ("config.yaml", "\x00"),
+    ],
+)
+def test_damaged_files_of_a_run_are_one_line(run, capsys, file, text):
+    call("sample", run.folder, "--per-class", 1, "--sampler.steps", 1, capsys=capsys)
+    (run.folder / file).write_text(text)
+    refused("report", run.folder, capsys=capsys)
+
+
+def test_damaged_lines_of_the_log_are_left_out(run, capsys):
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"a": 1}\n{"images": 9, "tr')
+    assert call("report", run.folder, capsys=capsys)[0] == 0
+    assert call("train", "--resume", run.folder, "--device", "cpu", capsys=capsys)[0] == 0
+
+
+def test_two_runs_of_one_recipe_keep_their_own_numbers(run, small_run, tmp_path, capsys):
+    for folder, value in ((run.folder, 0.25), (tmp_path / "other", 0.75)):
+        if folder != run.folder:
+            __import__("shutil").copytree(small_run.folder, folder)
+        record = {"name": "accuracy", "value": value, "error": 0.0, "count": 4, "settings": {}, "series": {}}
+        (folder / "metrics.json").write_text(json.dumps([record]))
+    call("report", run.folder, "--beside", tmp_path / "other", capsys=capsys)
+    page = (run.folder / "report.html").read_text()
+    cards = re.findall(r'class="card"><b>([^<]*)</b>', page)
+    assert cards == ["25.0 ± 0.0 %"]
+    assert "75.0 ± 0.0 %" in page
+    assert page.count("<h3>") == 2
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".", ""])
+def test_samples_stay_in_the_run(run, capsys, name):
+    if name:
+        assert "--name is the name of a folder" in refused("sample", run.folder, "--name", name, capsys=capsys)
+    assert not (run.folder / "samples").exists()

@@ -1,0 +1,112 @@
+"""Threads: how many, said and kept; and how long idle ones wait."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from advebm import cli
+from advebm.core import console, threads
+from advebm.core.errors import UserError
+from advebm.runs.run import Run
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Without what says how threads wait, and with the number of threads put back."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    before = torch.get_num_threads()
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+def test_waiting_is_bounded_before_torch_is_there(environment):
+    threads.bound_waiting()
+    assert "GOMP_SPINCOUNT" not in os.environ, "torch has read it by now"
+    environment.delitem(sys.modules, "torch")
+    threads.bound_waiting()
+    assert os.environ["GOMP_SPINCOUNT"] == threads.SPINS
+
+
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_what_the_environment_says_is_left(environment, name):
+    environment.setenv(name, "active")
+    environment.delitem(sys.modules, "torch")
+    before = dict(os.environ)
+    threads.bound_waiting()
+    assert dict(os.environ) == before
+
+
+def test_so_many_threads_here_and_in_processes_to_come(environment):
+    threads.use_threads(1)
+    assert torch.get_num_threads() == 1
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    with pytest.raises(UserError, match="--threads is at least 1, got 0"):
+        threads.use_threads(0)
+
+
+def command(*words, **environment):
+    start = [sys.executable, "-m", "advebm", *map(str, words)]
+    done = subprocess.run(start, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_the_number_is_said_kept_and_taken_again(tmp_path):
+    """A resumed run has the threads that it was begun with: with others its sums are rounded in another order."""
+    run, options = tmp_path / "run", ["--train.images", 256, "--train.validate_every", 256]
+    first = command("train", "--recipe", "digits-standard", *options, "--threads", 1, "--device", "cpu", "--out", run)
+    assert first.splitlines()[0] == "  cpu, 1 thread, float32"
+    assert json.loads((run / "env.json").read_text())["threads"] == 1
+    shutil.rmtree(run / "checkpoints" / "256")
+    (run / "checkpoints" / "LATEST").write_text("0\n")
+    cores = os.cpu_count() or 1
+    again = command("train", "--resume", run, "--device", "cpu", OMP_NUM_THREADS=str(cores))
+    assert again.splitlines()[0] == "  cpu, 1 thread, float32"
+
+
+def test_threads_that_a_smaller_machine_does_not_have_are_not_taken(
+    environment, monkeypatch, tmp_path, small_run, capsys
+):
+    shutil.copytree(small_run.folder, tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "env.json").read_text())
+    (tmp_path / "run" / "env.json").write_text(json.dumps({**kept, "threads": 10_000}))
+    before = torch.get_num_threads()
+    monkeypatch.setattr(Run, "finished", False)
+    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--print_config"]) == 0
+    assert "was begun with 10000 threads, and there are" in capsys.readouterr().err
+    assert torch.get_num_threads() == before
+
+
+# Progress -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_computed_on_is_said_before_the_first_line_and_once(capsys, monkeypatch):
+    monkeypatch.setattr(console, "_computing_on", [""])
+    for name in ("one", "two"):
+        console.computing_on("cpu, 3 threads")
+        assert capsys.readouterr().err == "", "nothing is done yet"
+        with console.bar(name, 10) as tell:
+            tell(0)
+            tell(10)
+        lines = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+        assert lines == (["cpu,", "one"] if name == "one" else ["two"])
+
+
+def test_cached_results_have_no_speed(capsys, monkeypatch):
+    monkeypatch.setattr(console, "_computing_on", [""])
+    with console.bar("judged", 359) as tell:
+        tell(359, "71 stand")
+    assert capsys.readouterr().err.split() == ["judged", "359/359", "cached", "71", "stand"]
+
+
+def test_a_line_has_one_speed(capsys):
+    """The bar's, which is of late; the log has its own."""
+    note = console.training_note({"perf/img_per_s": 39.0, "train/loss": 2.0, "val/accuracy": 0.5}, {})
+    assert note == "loss 2  clean 0.5"

@@ -1,0 +1,141 @@
+"""bfloat16 where the device multiplies in it, float32 elsewhere: in training, searches, sampling and evaluation."""
+
+import shutil
+
+import pytest
+import torch
+
+from advebm.attacks.projected import Attack
+from advebm.core import rng
+from advebm.core.errors import Interrupted
+from advebm.evaluation import compare
+from advebm.metrics.base import Subject
+from advebm.metrics.robustness import RobustAccuracy
+from advebm.models import precision
+from advebm.models.inference import faster
+from advebm.models.precision import asked_precision, multiplies_bfloat16, precision_label, usable_precision
+from advebm.runs.run import Run
+from advebm.training.loop import train
+from tests.helpers import tiny
+
+CPU = torch.device("cpu")
+OPTIONS = {"train__images": 2_000, "train__checkpoint_every": 1_000}
+
+
+@pytest.fixture
+def hardware(monkeypatch):
+    """A function that gives this machine bfloat16 arithmetic, or takes it away."""
+    return lambda has: monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: has)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "has"),
+    [
+        ("ATEN_CPU_CAPABILITY", "avx2", False),
+        ("ATEN_CPU_CAPABILITY", "default", False),
+        ("ATEN_CPU_CAPABILITY", "avx512", True),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", False),
+        ("ONEDNN_MAX_CPU_ISA", "avx512_core", False),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16", True),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX", True),
+        ("ONEDNN_MAX_CPU_ISA", "DEFAULT", True),
+        ("DNNL_MAX_CPU_ISA", "AVX2", False),
+        ("OTHER", "avx2", True),
+    ],
+)
+@pytest.mark.parametrize("capable", [True, False])
+def test_the_hardware_and_what_it_is_told_to_leave_alone(monkeypatch, variable, value, has, capable):
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": capable}, raising=False)
+    assert multiplies_bfloat16(CPU) is (has and capable)
+
+
+def test_what_is_asked_for_and_what_is_computed(hardware):
+    hardware(True)
+    assert [usable_precision(p, CPU) for p in ("float32", "bfloat16", "float64")] == ["float32", "bfloat16", "float64"]
+    assert precision_label("bfloat16", CPU) == "bfloat16"
+    hardware(False)
+    assert [usable_precision(p, CPU) for p in ("float32", "bfloat16", "float64")] == ["float32", "float32", "float64"]
+    assert precision_label("bfloat16", CPU) == "float32 for bfloat16"
+    assert precision_label("float32", CPU) == "float32"
+    assert [asked_precision(p) for p in ("float32", "bfloat16", "float32 for bfloat16")] == [
+        "float32",
+        "bfloat16",
+        "bfloat16",
+    ]
+
+
+def weights(run):
+    return run.model()[0].state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_training_without_bfloat16_is_training_in_float32(hardware, tmp_path):
+    hardware(False)
+    low, full = (
+        train(tiny(train__precision=p, **OPTIONS), tmp_path / p, device="cpu") for p in ("bfloat16", "float32")
+    )
+    assert same(weights(low), weights(full))
+    assert [run.environment["precision"] for run in (low, full)] == ["float32 for bfloat16", "float32"]
+    assert {line["perf/fast"] for line in low.history() if "train/loss" in line} == {"off"}
+    hardware(True)
+    real = train(tiny(train__precision="bfloat16", **OPTIONS), tmp_path / "real", device="cpu")
+    assert real.environment["precision"] == "bfloat16"
+    assert {line["perf/fast"] for line in real.history() if "train/loss" in line} == {"bf16"}
+    assert not same(weights(real), weights(full))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_goes_on_on_the_other_kind_of_machine_and_says_so(hardware, tmp_path, begun):
+    recipe = tiny(train__precision="bfloat16", **OPTIONS)
+
+    def stop(line):
+        if line["images"] >= 1_000:
+            raise KeyboardInterrupt
+
+    hardware(begun)
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        train(recipe, tmp_path / "run", device="cpu", report=stop)
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    again = train(recipe, tmp_path / "same", resume=True, device="cpu")
+    assert not [line for line in again.history() if line.get("event") == "precision"]
+    hardware(not begun)
+    words = ["bfloat16", "float32 for bfloat16"]
+    now, then = words if not begun else words[::-1]
+    with pytest.warns(RuntimeWarning, match=f"the run goes on in {now}; it was begun in {then}"):
+        run = train(recipe, tmp_path / "run", resume=True, device="cpu")
+    assert run.finished
+    (event,) = [line for line in run.history() if line.get("event") == "precision"]
+    assert event["reason"] == f"goes on in {now}; begun in {then}"
+
+
+def test_searches_of_evaluation_and_sampling_fold_instead(hardware, small_run):
+    model, data = small_run.model()[0], small_run.recipe.data.load()
+    x = data.val.float()[:4]
+    subject = Subject(model, data, data.val.take(slice(50)), Attack(0.9, "l2", steps=3))
+    for has, label, way in ((True, "bfloat16", "bf16"), (False, "float32 for bfloat16", "fold")):
+        hardware(has)
+        assert faster(model, x, precision="bfloat16").way.name == way
+        (record,) = RobustAccuracy(precision="bfloat16")(subject, rng.generator(0))
+        assert (record.settings["precision"], record.settings["fast"]) == (label, way)
+
+
+def test_a_record_of_either_kind_of_machine_is_held(hardware, small_run, tmp_path, monkeypatch):
+    shutil.copytree(small_run.folder, tmp_path / "run")
+    run, threat = Run.open(tmp_path / "run"), Attack(0.5, "l2", steps=1)
+    metric = RobustAccuracy(threat, precision="bfloat16", images=50)
+    wanted = {(f"accuracy under {threat.name}", None): metric}
+    hardware(False)
+    (record,) = compare.measure(run, wanted)
+    assert record["settings"]["precision"] == "float32 for bfloat16"
+    for has in (False, True):
+        hardware(has)
+        assert compare.measure(run, wanted) == [record]
+    assert len(run.records()) == 1
+    other = {(f"accuracy under {threat.name}", None): RobustAccuracy(threat, images=50)}
+    assert compare.measure(run, other)[0]["settings"]["precision"] == "float32"

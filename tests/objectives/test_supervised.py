@@ -1,0 +1,473 @@
+"""Every supervised method against an independent re-derivation, on one small network in float64."""
+
+import copy
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from advebm import recipes
+from advebm.attacks.projected import Attack
+from advebm.core import config, rng
+from advebm.core.errors import EarlyStop, Interrupted, UserError
+from advebm.data.sources import Digits
+from advebm.evaluation.evaluate import evaluate_run
+from advebm.objectives.at import AT, PreJEAT
+from advebm.objectives.awp import AWP
+from advebm.objectives.base import Batch, Context, Loss
+from advebm.objectives.fast import FAST, Watch
+from advebm.objectives.free import FREE
+from advebm.objectives.langevin import JEAT, JEM, MLE, SGLD
+from advebm.objectives.rst import RST
+from advebm.objectives.standard import Standard
+from advebm.objectives.trades import TRADES, WEAT
+from advebm.reporting.build import report
+from advebm.runs.recipe import resolve
+from advebm.runs.run import Run
+from advebm.training.energy_shift import EnergyShift
+from advebm.training.loop import train
+from tests.helpers import tiny
+from tests.references import objectives as reference
+
+SHORT = SGLD(steps=4, step_size=0.3, noise=0.02, buffer=0)
+
+
+@pytest.fixture
+def inside(batch):
+    """Images away from the borders of the box, where clamping a start would change it."""
+    return Batch(0.2 + 0.6 * batch.x, batch.y)
+
+
+def gradients(net, total):
+    return list(torch.autograd.grad(total, list(net.parameters()), allow_unused=True))
+
+
+def step(objective, net, batch, seed=0, state=None):
+    """What was found, the loss, and its parameter gradients, as the loop would get them; running statistics stay."""
+    ctx, before = Context(rng.generator(seed)), copy.deepcopy(net.state_dict())
+    found = objective.search(net, batch, state, ctx)
+    loss = objective.loss(net, batch, found, state, ctx)
+    ours = gradients(net, loss.total)
+    net.load_state_dict(before)
+    return found, loss, ours
+
+
+def close(ours, theirs, tolerance=1e-6):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("norm", "eps", "size"), [("linf", 0.05, 0.02), ("l2", 0.6, 0.25)])
+def test_trades(net, inside, norm, eps, size):
+    attack = Attack(eps=eps, norm=norm, steps=4, step_size=size, start="gaussian", spread=0.01)
+    found, loss, ours = step(TRADES(attack, beta=3.0), net, inside)
+    noise = 0.01 * torch.randn(inside.x.shape, generator=rng.generator(0), dtype=torch.float64)
+    quiet = copy.deepcopy(net).eval()
+    close(found, reference.trades_search(quiet, inside.x, noise, eps, size, 4, norm, box_first=False))
+    expected = reference.trades_loss(net, inside.x, found, inside.y, 3.0)
+    close(loss.total, expected)
+    close(ours, gradients(net, expected))
+    assert (found - inside.x).abs().max() > 0.01
+
+
+def test_trades_gradient_flows_through_both_branches(net, inside):
+    """Without it on one side, the parameter gradient is another."""
+    found, _, ours = step(TRADES(beta=50.0), net, inside)
+    clean, moved = net(inside.x), net(found)
+    for a, b in ((clean.detach(), moved), (clean, moved.detach())):
+        gap = (a.softmax(1) * (a.log_softmax(1) - b.log_softmax(1))).sum(1).mean()
+        total = nn.functional.cross_entropy(clean, inside.y) + 50 * gap
+        other = torch.autograd.grad(total, list(net.parameters()), retain_graph=True)
+        assert any((x - y).abs().max() > 1e-4 for x, y in zip(ours, other, strict=True))
+
+
+@pytest.mark.parametrize("on", ["clean", "adversarial"])
+def test_weat(net, inside, on):
+    found, loss, ours = step(WEAT(beta=4.0, on=on), net, inside)
+    expected = reference.weat_loss(net, inside.x, found, inside.y, 4.0, on)
+    close(loss.total, expected)
+    close(ours, gradients(net, expected))
+
+
+def test_fast_is_one_step_in_train_mode(net, batch):
+    objective = FAST(Attack(eps=0.06, steps=1, step_size=0.075))
+    found, _, ours = step(objective, net, batch)
+    start = 0.06 * (2 * torch.rand(batch.x.shape, generator=rng.generator(0), dtype=torch.float64) - 1)
+    close(found, reference.fast_search(copy.deepcopy(net), batch.x, batch.y, start, 0.06, 0.075))
+    close(ours, gradients(net, reference.at_loss(net, found, batch.y)))
+
+
+def test_steps_follow_the_radius(net, inside):
+    """Without a step of its own: eps for the energy attack, 1.25 eps for FAST; a start at rest shows it."""
+    clean = {"eps": 0.05, "steps": 1, "start": "clean"}
+    for objective, moved in (
+        (FAST(Attack(**clean)), 0.05),  # 1.25 eps, cut to the ball
+        (PreJEAT(Attack(**clean, loss="energy")), 0.05),
+    ):
+        found = objective.search(net, inside, None, Context(rng.generator(0)))
+        assert (found - inside.x).abs().max().item() == pytest.approx(moved)
+    assert FAST(Attack(eps=0.08, steps=1)).inner().step_size == pytest.approx(0.1)
+    assert PreJEAT(Attack(eps=0.08, steps=1, loss="energy")).inner().step_size == pytest.approx(0.08)
+    assert FAST(Attack(eps=0.08, steps=1, step_size=0.01)).inner().step_size == 0.01
+
+
+def test_another_method_takes_the_radius_over_and_not_the_steps():
+    for kind, steps, loss in (("prejeat", 1, "energy"), ("jeat", 1, "energy"), ("fast", 1, "cross-entropy")):
+        attack = resolve(recipes.find("digits-at"), [("objective", kind)]).objective.attack
+        assert (attack.eps, attack.norm, attack.steps, attack.loss) == (0.9, "l2", steps, loss), kind
+    change = lambda *pairs: resolve(recipes.find("digits-at"), pairs)
+    assert change(("objective", "trades")).objective.attack.start == "gaussian"
+    wrapped = change(("objective", "awp"), ("objective.gamma", 0.02)).objective
+    assert (wrapped.gamma, wrapped.objective) == (0.02, AT(Attack(norm="l2", eps=0.9, steps=7)))
+    part = change(("data", "part"), ("data.share", 0.25)).data
+    assert (part.source, part.share) == (Digits(), 0.25)
+
+
+def test_fast_stops_when_robustness_falls(net, batch):
+    objective, state = FAST(watch_every=100, fall=0.2), Watch()
+    looks = []
+    for images, accuracy in ((50, None), (100, 0.9), (150, None), (200, 0.75), (300, 0.5)):
+        ctx = Context(rng.generator(0), images, mean=lambda x, a=accuracy: looks.append(x) or torch.tensor(a))
+        if accuracy == 0.5:
+            with pytest.raises(EarlyStop, match="PGD-5 fell from 75% to 50%"):
+                objective.after(net, batch, batch.x, state, Loss(torch.tensor(0.0), {}), ctx)
+        else:
+            objective.after(net, batch, batch.x, state, Loss(torch.tensor(0.0), {}), ctx)
+    assert len(looks) == 3
+
+
+def test_free_replays_a_batch_and_keeps_its_perturbation(net, batch):
+    objective = FREE(eps=0.05, replays=3, step_size=0.02)
+    theirs_net = copy.deepcopy(net)
+    state, ctx = objective.init(batch.x, rng.generator(0)), Context(rng.generator(0))
+    ours, theirs = (torch.optim.SGD(n.parameters(), 0.1, momentum=0.9) for n in (net, theirs_net))
+    delta = torch.zeros_like(batch.x)
+    for x in (batch.x, batch.x.flip(0)):  # two batches: the perturbation outlives the first
+        for _ in range(objective.replays):
+            found = objective.search(net, Batch(x, batch.y), state, ctx)
+            loss = objective.loss(net, Batch(x, batch.y), found, state, ctx)
+            ours.zero_grad()
+            loss.total.backward()
+            ours.step()
+            objective.after(net, Batch(x, batch.y), found, state, loss, ctx)
+        delta, losses = reference.free_steps(theirs_net, theirs, x, batch.y, delta, 0.05, 0.02, 3)
+        close(state.delta, delta)
+        close(loss.total.item(), losses[-1])
+    close(list(net.parameters()), list(theirs_net.parameters()))
+    assert delta.abs().max() <= 0.05 + 1e-12
+
+
+@pytest.mark.parametrize("inner", [AT(Attack(eps=0.05, steps=2)), TRADES(Attack(eps=0.05, steps=2, start="uniform"))])
+def test_awp(net, inside, inner):
+    """Direction and gradient; the search moves neither weights nor running statistics."""
+    before = copy.deepcopy(net.state_dict())
+    objective, ctx = AWP(inner, gamma=0.1), Context(rng.generator(0))
+    found = objective.search(net, inside, None, ctx)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    total = objective.loss(net, inside, found, None, ctx).total
+    if isinstance(inner, TRADES):
+        expected = reference.trades_awp(net, inside.x, found.inner, inside.y, inner.beta, 0.1)
+    else:
+        expected = reference.at_awp(net, found.inner, inside.y, 0.1)
+    close(gradients(net, total), expected)
+    assert set(found.moves) == {"0.weight", "4.weight"}
+    plain = gradients(net, inner.loss(net, inside, found.inner, None, ctx).total)
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(plain, expected, strict=True))
+    early = dataclasses.replace(objective, warmup=1000).search(net, inside, None, ctx)
+    assert early.moves == {}
+
+
+def test_negatives_from_noise(net, batch):
+    """x ← x - step ∇E + noise ε with the very same draws; in eval mode; not clamped."""
+    generator = rng.generator(0)
+    objective = MLE(SHORT, data_noise=0.1)
+    found = objective.search(net, batch, None, Context(rng.generator(0)))
+    draw = lambda kind: kind(batch.x.shape, generator=generator, dtype=torch.float64)
+    noisy, start = batch.x + 0.1 * draw(torch.randn), draw(torch.rand)
+    noises = [draw(torch.randn) for _ in range(4)]
+    quiet = copy.deepcopy(net).eval()
+    energy = lambda x: reference.marginal_energy(quiet, x)
+    close(found.positive, noisy)
+    close(found.negative, reference.sgld(energy, start, noises, 0.3, 0.02))
+    assert found.negative.min() < 0
+    boxed = dataclasses.replace(objective, negatives=dataclasses.replace(SHORT, clamp=True))
+    found = boxed.search(net, batch, None, Context(rng.generator(0)))
+    close(found.negative, reference.sgld(energy, start, noises, 0.3, 0.02, box=True))
+
+
+def test_chains_go_on_where_they_were(net, batch):
+    negatives = dataclasses.replace(SHORT, buffer=20, restart=0.3, noise=0.0)
+    objective = JEM(negatives, data_noise=0.0)
+    state = objective.init(batch.x.float(), rng.generator(5))
+    buffer = state.chains.clone()
+    ctx = Context(rng.generator(0))
+    found = objective.search(net, batch, state, ctx)
+    assert torch.equal(state.chains, buffer), "only after the step"
+    slots, start = type(state)(buffer.clone()).draw(6, 0.3, rng.generator(0))
+    quiet = copy.deepcopy(net).eval()
+    energy = lambda x: reference.marginal_energy(quiet, x)
+    close(found.negative, reference.sgld(energy, start.double(), torch.zeros(4, *batch.x.shape), 0.3, 0.0))
+    objective.after(net, batch, found, state, None, ctx)
+    close(state.chains, reference.replay_store(buffer, slots, found.negative.float()))
+
+
+def test_jem_at_the_scale_of_its_code(net, batch):
+    """Step 1 and noise 0.01 in [-1, 1] are a quarter and a half of that in [0, 1]: the default."""
+    draw = rng.generator(3)
+    start = torch.rand(batch.x.shape, generator=draw, dtype=torch.float64)
+    noises = torch.randn(20, *batch.x.shape, generator=draw, dtype=torch.float64)
+    quiet = copy.deepcopy(net).eval()
+    wide = reference.jem_sgld(lambda v: reference.marginal_energy(quiet, (v + 1) / 2), 2 * start - 1, noises)
+    own = SGLD()
+    ours = reference.sgld(lambda x: reference.marginal_energy(quiet, x), start, noises, own.step_size, own.noise)
+    close(ours, (wide + 1) / 2)
+    assert (own.steps, own.buffer, own.restart, JEM().data_noise) == (20, 10_000, 0.05, 0.03 / 2)
+
+
+@pytest.mark.parametrize("objective", [MLE(SHORT), JEM(SHORT), JEM(SHORT, weight=0.3)])
+def test_likelihood_losses(net, batch, objective):
+    found, loss, ours = step(objective, net, batch)
+    if isinstance(objective, MLE):
+        expected = reference.mle_loss(net, found.positive, found.negative)
+    else:
+        full = reference.jem_loss(net, found.positive, found.negative, found.positive, batch.y)
+        likelihood = reference.mle_loss(net, found.positive, found.negative)
+        expected = full - (1 - objective.weight) * likelihood
+    close(loss.total, expected)
+    close(ours, gradients(net, expected))
+
+
+def test_jeat(net, inside):
+    """Search and loss of algorithm 1; its sum is the cancelled form; the printed eq. 20 is not."""
+    attack = Attack(eps=0.05, steps=1, step_size=0.05, loss="energy")
+    found, loss, ours = step(JEAT(SHORT, attack=attack), net, inside)
+    generator, quiet = rng.generator(0), copy.deepcopy(net).eval()
+    draw = lambda kind: kind(inside.x.shape, generator=generator, dtype=torch.float64)
+    start, noises = draw(torch.rand), [draw(torch.randn) for _ in range(4)]
+    close(found.negative, reference.sgld(lambda x: reference.marginal_energy(quiet, x), start, noises, 0.3, 0.02))
+    shift = 0.05 * (2 * draw(torch.rand) - 1)
+    close(found.positive, reference.prejeat_search(quiet, inside.x, inside.y, shift, 0.05, box=True))
+    for form in (reference.jeat_loss, reference.jeat_loss_cancelled):
+        expected = form(net, found.positive, inside.y, found.negative)
+        close(loss.total, expected)
+        close(ours, gradients(net, expected))
+    joint = reference.joint_energy(net, found.positive, inside.y).mean()
+    printed = joint + reference.marginal_energy(net, found.negative).mean()
+    assert any((a - b).abs().max() > 1e-2 for a, b in zip(ours, gradients(net, printed), strict=True))
+
+
+def test_prejeat(net, inside):
+    objective = PreJEAT(Attack(eps=0.05, steps=1, step_size=0.05, loss="energy"))
+    found, _, ours = step(objective, net, inside)
+    start = 0.05 * (2 * torch.rand(inside.x.shape, generator=rng.generator(0), dtype=torch.float64) - 1)
+    close(found, reference.prejeat_search(copy.deepcopy(net).eval(), inside.x, inside.y, start, 0.05, box=True))
+    close(ours, gradients(net, reference.at_loss(net, found, inside.y)))
+    assert PreJEAT().attack.loss == "energy"
+
+
+@pytest.mark.parametrize("objective", [MLE(SHORT), JEM(SHORT), JEAT(SHORT)])
+def test_squared_energies_hold_the_scale(net, batch, objective):
+    found, plain, _ = step(objective, net, batch)
+    held = dataclasses.replace(objective, energy_l2=0.1)
+    total = held.loss(net, batch, found, None, Context(rng.generator(0))).total
+    squares = sum(reference.marginal_energy(net, x).square().mean() for x in (found.positive, found.negative))
+    close(total - plain.total, 0.1 * squares)
+
+
+def test_rst_trains_on_the_joint_batch(net, inside, small_run):
+    """Pseudo-labels are the teacher's; the loss is the inner one of one batch with one mean."""
+    teacher = small_run.model()[0]
+    objective = RST(str(small_run.folder), Standard())
+    x, extra = (torch.rand(6, 1, 8, 8, generator=rng.generator(i)) for i in (1, 2))
+    model = copy.deepcopy(teacher).train()
+    batch = Batch(x, torch.arange(6), extra=extra)
+    _, loss, ours = step(objective, model, batch)
+    labels = teacher(extra).argmax(1)
+    expected = reference.rst_loss(model, x, batch.y, extra, labels, 1.0)
+    close(loss.total, expected)
+    close(ours, gradients(model, expected), 1e-5)
+    assert objective.needs == {"labels", "extra"}
+    with pytest.raises(UserError, match="there is no run or model at nowhere"):
+        RST("nowhere").init(x, rng.generator(0))
+    with pytest.raises(UserError, match="does not take images of 3 x 8 x 8"):
+        objective.init(torch.zeros(6, 3, 8, 8), rng.generator(0))
+    with pytest.raises(UserError, match="on labelled images, not RST"):
+        RST("nowhere", RST("nowhere"))
+
+
+def test_energy_changes_of_attack_and_update(net, inside):
+    """JEAT eq. 15, across a real update."""
+    found, _, direction = step(AT(Attack(eps=0.1, steps=3)), net, inside)
+    before = copy.deepcopy(net).eval()
+    shift = EnergyShift(net, inside, found)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for p, g in zip(net.parameters(), direction, strict=True):
+        p.grad = g
+    optimizer.step()
+    terms = shift.terms()
+    changes = reference.jeat_eq15(before, copy.deepcopy(net).eval(), inside.x, found, inside.y)
+    names = ("attack_joint", "attack_marginal", "update_joint", "update_marginal")
+    for name, change in zip(names, changes, strict=True):
+        assert terms[f"shift/{name}"] == pytest.approx(change.mean().item(), abs=1e-9)
+        assert terms[f"shift/{name}_sd"] == pytest.approx(change.std(correction=0).item(), abs=1e-9)
+    assert terms["shift/attack_joint"] > 0
+    assert net.training
+
+
+# CEM's identities -------------------------------------------------------------------------------------------------
+
+
+def test_the_contrastive_gradient_is_that_of_adversarial_training(net, inside):
+    """CEM eq. 16: E[∇f(x̂, y) - ∇f(x̂, ŷ)] = -∇CE(x̂, y)."""
+    net.eval()
+    found, _, ours = step(AT(Attack(eps=0.1, steps=3)), net, inside)
+    close([-g for g in ours], reference.cem_contrastive(net, found, inside.y))
+
+
+def test_the_likelihood_gradient_falls_into_two(net, inside):
+    """CEM section 3 (its second equation of the minimisation process, corrected): consistency + contrastive."""
+    net.eval()
+    moved = inside.x + 0.1 * torch.randn(inside.x.shape, generator=rng.generator(0), dtype=torch.float64)
+    parts = reference.cem_consistency(net, inside.x, moved, inside.y), reference.cem_contrastive(net, moved, inside.y)
+    whole = reference.cem_likelihood(net, inside.x, inside.y, moved)
+    close([a + b for a, b in zip(*parts, strict=True)], whole)
+    _, _, standard = step(Standard(), net, inside)
+    close(reference.cem_likelihood(net, inside.x, inside.y, inside.x), [-g for g in standard])
+
+
+def test_jeat_ascends_the_likelihood_gradient(net, inside):
+    """With clean images for x̂ it is CEM's likelihood gradient with SGLD negatives, exactly."""
+    net.eval()
+    objective = JEAT(SHORT, attack=Attack(eps=0.0, steps=1, loss="energy"))
+    found, _, ours = step(objective, net, inside)
+    close([-g for g in ours], reference.cem_likelihood(net, inside.x, inside.y, found.negative))
+
+
+# In the loop ------------------------------------------------------------------------------------------------------
+
+LOOPED = {
+    "fast": {"objective.watch_every": 256},
+    "free": {"objective.replays": 2, "objective.eps": "0.1"},
+    "awp": {},
+    "jem": {"objective.negatives.buffer": 150, "objective.negatives.steps": 3},
+    "jeat": {"objective.negatives.buffer": 150, "objective.negatives.steps": 3},
+    "dat": {
+        "outside": {"kind": "patches", "count": 400},
+        "objective.attack.steps": 2,
+        "objective.curriculum": {"steps": 9, "gate": 0.1, "window": 200, "images_per_step": 500},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LOOPED)
+def test_states_survive_an_interruption(tmp_path, kind):
+    """Chains, perturbations and watches come back: a resumed run ends with the weights of an uninterrupted one."""
+    short = {
+        "train.images": 1024,
+        "train.checkpoint_every": 512,
+        "train.validate_every": 1024,
+        "backbone.norm": "group",
+    }
+    options = {"objective": {"kind": kind}, **LOOPED[kind], **short, "train.log_every": 128}
+    recipe = tiny("digits-standard", **options)
+
+    def interrupt(line):
+        if line["images"] == 384:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(recipe, tmp_path / "cut", device="cpu", report=interrupt)
+    cut = train(recipe, tmp_path / "cut", resume=True, device="cpu")
+    whole = train(recipe, tmp_path / "whole", device="cpu")
+    one, two = (load_file(r.checkpoints.path() / "model.safetensors") for r in (cut, whole))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    if kind != "awp":  # what outlives a step, too
+        states = [torch.load(r.checkpoints.path() / "state" / "stream-0.pt", weights_only=True) for r in (cut, whole)]
+        assert states[0].keys() == states[1].keys()
+        assert all(bool(torch.all(torch.as_tensor(v) == torch.as_tensor(states[1][k]))) for k, v in states[0].items())
+        assert kind != "fast" or states[0]["images"] > 0
+        assert kind != "dat" or (states[0]["steps"] > 2 and len(states[0]["seen"]) > 0)
+    lines = [line for line in whole.history() if "train/loss" in line]
+    assert lines
+    assert all(("shift/attack_joint" in line) == (kind != "jem") for line in lines)
+    assert kind == "jem" or lines[-1]["shift/attack_joint"] > 0
+
+
+def test_a_collapse_ends_training_at_the_checkpoint_before(tmp_path, monkeypatch):
+    def fall(self, model, batch, found, state, loss, ctx):
+        if ctx.images >= 1280:
+            raise EarlyStop("accuracy fell")
+
+    monkeypatch.setattr(FAST, "after", fall)
+    recipe = tiny("digits-standard", objective="fast", train__checkpoint_every=512)
+    with pytest.warns(RuntimeWarning, match="accuracy fell: stopped at 1,024 images"):
+        run = train(recipe, tmp_path / "run", device="cpu")
+    assert run.checkpoints.path().name == "1024"
+    assert max(line["images"] for line in run.history()) == 1024
+    assert run.history()[-1]["event"] == "early stop"
+    before = run.history()
+    assert train(run.recipe, run.folder, resume=True, device="cpu").history() == before  # it has ended
+    assert "Early stop" in report(run).read_text()
+
+
+def test_bad_settings_are_refused(tmp_path, batch):
+    for make, message in (
+        (lambda: TRADES(Attack(start="clean")), "the KL is flat"),
+        (lambda: TRADES(beta=-1), "beta is a weight >= 0"),
+        (lambda: FAST(fall=0), "fall in"),
+        (lambda: FAST(Attack(steps=4)), "training by one step, got attack.steps 4"),
+        (lambda: PreJEAT(Attack(steps=1)), "attack.loss is energy, got cross-entropy"),
+        (lambda: JEAT(attack=Attack(steps=1)), "attack.loss is energy, got cross-entropy"),
+        (lambda: JEM(weight=-1), "weight is >= 0"),
+        (lambda: FREE(eps=8), "write 8/255, not 8"),
+        (lambda: FREE(replays=0), "replays is at least 1"),
+        (lambda: AWP(FREE()), "without replays, not FREE"),
+        (lambda: AWP(gamma=-1), "gamma and warmup are >= 0"),
+        (lambda: SGLD(restart=2), "restart in"),
+        (lambda: SGLD(step_size=0), "step_size is > 0"),
+        (lambda: JEM(SGLD(buffer=4)).init(batch.x, rng.generator(0)), "4 chains is smaller than the 6 images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+
+
+def test_a_buffer_that_is_too_small_leaves_no_run_behind(tmp_path):
+    recipe = tiny("digits-standard", objective="jem", **{"objective.negatives.buffer": 50})
+    with pytest.raises(UserError, match="50 chains is smaller than the 128 images of a step"):
+        train(recipe, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unlabelled_images_are_for_objectives_without_labels(tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 256, (400, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "bare.npz", x=x)
+    options = {"data": f"npz:{tmp_path / 'bare.npz'}", "backbone.norm": "group", "train.images": 256}
+    with pytest.raises(UserError, match="objective Standard needs labels, bare has none"):
+        train(tiny("digits-standard", **options), tmp_path / "no", device="cpu")
+    assert not (tmp_path / "no").exists()
+    short = {"objective.negatives.steps": 2, "objective.negatives.buffer": 150, "train.validate_every": 128}
+    run = train(tiny("digits-standard", objective="mle", **options, **short), tmp_path / "run", device="cpu")
+    assert run.model()[0](torch.rand(2, 1, 8, 8)).shape == (2, 1)
+    assert all("val/accuracy" not in line for line in run.history())
+    with pytest.raises(UserError, match="accuracy needs labels"):
+        evaluate_run(run)
+
+
+def test_a_resumed_run_with_another_buffer_is_refused(tmp_path):
+    recipe = tiny("digits-standard", objective="mle", **{"objective.negatives.buffer": 150, "train.images": 128})
+    run = train(recipe, tmp_path / "run", device="cpu")
+    text = (run.folder / "config.yaml").read_text()
+    assert text.count("buffer: 150") == 1
+    (run.folder / "config.yaml").write_text(text.replace("buffer: 150", "buffer: 160"))
+    changed = Run.open(run.folder).recipe
+    with pytest.raises(UserError, match=r"holds \(150, 1, 8, 8\) chains, this run expects \(160, 1, 8, 8\)"):
+        train(changed, run.folder, resume=True, device="cpu")
+
+
+def test_objectives_round_trip():
+    for objective in (AWP(TRADES(beta=2.0), gamma=0.005), RST("x", AWP(TRADES())), JEAT(SHORT)):
+        assert config.build(config.describe(objective), "objective") == objective

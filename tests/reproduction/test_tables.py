@@ -1,0 +1,476 @@
+"""The papers' tables beside ours: what stands where, verdicts, scales, and the page that is made of them."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from advebm import cli, recipes
+from advebm.core import files
+from advebm.core.errors import UserError
+from advebm.data.sources import Digits, Part
+from advebm.evaluation import compare
+from advebm.papers import inventory, render
+from advebm.papers import verdicts as paper_verdicts
+from advebm.papers.inventory import Table
+from advebm.papers.verdicts import FAILS, HOLDS, NONE, OPEN
+from advebm.reporting import figures
+from advebm.reproduction import binary, supervised, tables, unsupervised
+from advebm.reproduction import page as results_page
+from advebm.reproduction import study as studies
+from advebm.runs.recipe import dump
+from advebm.runs.run import Run
+from advebm.sampling import generate
+from tests.helpers import few_samples, patch_experiments, tiny
+
+ROOT = Path(__file__).parents[2]
+TABLES = inventory.tables()
+LARGE = {"acl-resnet50", "dat-t50", "ratio-resnet50"}  # the papers' size alone
+LACKING = {"full": set(), "cpu-2h": LARGE | {"acl", "ratio", "jem"}}  # methods that have no recipe at a scale
+
+
+def record(name, value, error=0.01, count=100, **settings):
+    return {"name": name, "value": value, "error": error, "count": count, "settings": settings}
+
+
+def table(**changes):
+    """Two methods, of which A is to be the more robust, and the less accurate."""
+    rows = (
+        {"name": "A", "values": {"clean": 84.0, "aa": 50.0, "aa_sd": 1.0}, "status": "runnable"},
+        {"name": "B", "values": {"clean": 90.0, "aa": 20.0}, "status": "runnable"},
+    )
+    about = {"paper": "p", "item": "table-1", "what": "Two.", "name": "two", "by": "methods", "digits": "tiny"}
+    columns, ours = {"clean": "", "aa": ""}, {"A": "at", "B": "noise"}
+    claims = ("aa: A > B", "clean: B > A")
+    about |= {"rows": rows, "scales": {"digits": 1}, "columns": columns, "ours": ours, "claims": claims}
+    return Table(**{**about, **changes})
+
+
+def numbers(**values):
+    """Cells by row, of ``A=(clean, aa)``; with an error of 1."""
+    cell = lambda value: {"value": value, "error": 1.0, "n": 100, "seeds": 1, "measured": "m"}
+    return {row: dict(zip(("clean", "aa"), map(cell, of), strict=True)) for row, of in values.items()}
+
+
+# Verdicts over seeds, and of what is missing -------------------------------------------------------------------------
+
+
+def test_a_mean_over_seeds_is_surer_than_its_deviation():
+    """54 against 51, each with a deviation of 2: within errors of one seed, apart where they are means of nine."""
+    found = numbers(A=(84.0, 54.0), B=(90.0, 51.0))
+    for cells in found.values():
+        cells["aa"]["error"] = 2.0
+    assert paper_verdicts.judged(table(), found)[0]["verdict"] == OPEN
+    for cells in found.values():
+        cells["aa"]["seeds"] = 9
+    judgement = paper_verdicts.judged(table(), found)[0]
+    assert judgement["verdict"] == HOLDS
+    assert judgement["error"] == pytest.approx((2 * (2 / 3) ** 2) ** 0.5)
+    row = table().row("B")
+    assert paper_verdicts.close(row, "aa", {**found["B"]["aa"], "value": 23.5, "seeds": 1})
+    assert not paper_verdicts.close(row, "aa", {**found["B"]["aa"], "value": 23.5})
+
+
+def test_what_is_not_measured_is_not_reproduced():
+    whole, part = numbers(A=(84.0, 50.0), B=(90.0, 20.0)), numbers(A=(84.0, 50.0))
+    claims = paper_verdicts.judged(table(), whole)
+    assert paper_verdicts.table_verdict(table(), "full", whole, claims) == "reproduced"
+    claims = paper_verdicts.judged(table(), part)
+    assert paper_verdicts.table_verdict(table(), "full", part, claims) == NONE
+    del whole["B"]["clean"]
+    claims = paper_verdicts.judged(table(), whole)
+    for scale in ("full", "digits"):
+        verdict = paper_verdicts.table_verdict(table(), scale, whole, claims)
+        assert verdict == "reproduced in part: 1 of 1 claims hold, 1 not measured"
+
+
+def test_a_renamed_row_does_not_lose_its_numbers(monkeypatch):
+    plain = render.summary(table(), "digits", numbers(A=(84.0, 50.0)), {})
+    monkeypatch.setattr(inventory, "find", lambda name: table(rows=(table().row("B"),), ours={"B": "noise"}, claims=()))
+    with pytest.raises(UserError, match=r"two was measured with a row 'A', which papers\.yaml has no more"):
+        results_page.again(plain)
+
+
+def test_images_that_are_asked_for_are_not_shortened(tmp_path):
+    options = [("train.images", 1000)]
+    assert tables.chosen(TABLES["jeat-table2"], "cpu-30min", tmp_path, options)["TRADES".lower()].train.images == 1000
+
+
+def test_stages_have_the_seed_of_their_run(tmp_path, monkeypatch):
+    seen = []
+    patch_experiments(monkeypatch, "carry", lambda recipe, folder: seen.append(recipe))
+    studies.study(tmp_path, 2, {"dat": studies.recipe("digits-dat", ())}, lambda runs: {})
+    assert [(recipe.seed, recipe.before[0].seed) for recipe in seen] == [(0, 0), (1, 1)]
+
+
+def test_a_scale_is_of_a_table(capsys):
+    assert cli.main(["reproduce", "--scale", "digits"]) == 2
+    assert "--scale is of a table; name one of" in capsys.readouterr().err
+
+
+# The inventory's tables -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_claims_are_about_what_is_there_and_hold_in_the_paper(name):
+    """Each side is a row and a column; where both are published, the stated one is the larger."""
+    own = TABLES[name]
+    assert own.scales.keys() <= tables.SCALES.keys()
+    assert own.by in tables.COMPUTATIONS
+    assert all(title or key in inventory.COLUMNS for key, title in own.columns.items())
+    assert own.claims
+    for claim in own.claims:
+        sides = paper_verdicts.parts(own, claim)
+        assert all(row in own.names() and key in own.columns for row, key in sides), claim
+        more, less = (own.row(row).get("values", {}).get(key) for row, key in sides)
+        assert more is None or less is None or more > less, claim
+
+
+@pytest.mark.parametrize(("name", "scale"), [(t.name, scale) for t in TABLES.values() for scale in t.scales])
+def test_every_table_is_made_of_recipes_that_resolve(name, scale, tmp_path, monkeypatch):
+    """At every scale, all but training: the same threat for all, and what its computation needs."""
+    seen = {}
+
+    def study(folder, seeds, entries, measure, per_class=0):
+        seen.update(entries)
+        return {}, []
+
+    patch_experiments(monkeypatch, "study", study)
+    own = TABLES[name]
+    entries = tables.chosen(own, scale, tmp_path, [])
+    tables.COMPUTATIONS[own.by](own, tables.SCALES[scale], entries, tmp_path, 1)
+    assert seen.keys() == entries.keys()
+    assert set(own.methods()) - entries.keys() <= LACKING.get(scale, LARGE)
+    assert entries
+    if own.by == "samplers":
+        titles = {f"{method}, {row}" for method in own.methods() for row in unsupervised.rows_of(method)}
+        assert {own.of(name)["method"] for name in (*own.ours, *own.beside)} <= titles
+    assert own.ours.keys() <= {row["name"] for row in own.rows}
+    assert all(entry.train.images > 0 for entry in entries.values())
+
+
+def test_the_numbers_of_one_row_stand_in_their_columns():
+    """In percent; AutoAttack's last, not what stood after its parts; another row's results are not taken."""
+    own = TABLES["jeat-table2"]
+    found = [record("accuracy", 0.9), record("accuracy under PGD-50 linf 8/255", 0.5, 0.02, 359)]
+    found += [record("accuracy under AutoAttack linf 8/255", 0.4), record("accuracy under PGD-10 linf 8/255", 0.6)]
+    found += [record("accuracy under AutoAttack linf 8/255, after APGD-CE", 0.45)]
+    found += [{**record("accuracy under C&W-50 l2 c=0.2", 0.8), "seeds": 3}]
+    cells = paper_verdicts.cells(own, {"TRADES": found, "standard": found[:1], "nobody": found})
+    assert cells.keys() == {"TRADES", "standard"}
+    assert {key: cell["value"] for key, cell in cells["TRADES"].items()} == {
+        "clean": 90,
+        "pgd50": 50,
+        "cw": 80,
+        "aa": 40,
+    }
+    about = {"value": 50.0, "error": 2.0, "n": 359, "seeds": 1, "measured": "accuracy under PGD-50 linf 8/255"}
+    assert cells["TRADES"]["pgd50"] == about
+    assert cells["TRADES"]["cw"]["seeds"] == 3
+    assert cells["standard"].keys() == {"clean"}
+
+
+def test_a_table_may_have_a_method_a_column():
+    """Of table 4 a column is a run and a row a set of images, at a small scale the classes that p0 has not."""
+    own = TABLES["binary-at-table4"]
+    names = ("cifar100, 80 classes", "cifar100, 20 other classes", "cifar100, 20 other classes, APGD-100 l2 1")
+    run = lambda base: [record(f"AUROC vs {name}", base + i / 10) for i, name in enumerate(names)]
+    cells = paper_verdicts.cells(own, {"oe": run(0.1), "binary-at": run(0.5)})
+    assert {key: cell["value"] for key, cell in cells["CIFAR-100, standard"].items()} == {"oe": 20, "ours": 60}
+    assert cells["CIFAR-100, worst case"]["ours"]["value"] == 70
+    assert cells.keys() == {"CIFAR-100, standard", "CIFAR-100, worst case"}
+    assert (
+        paper_verdicts.cells(own, {"oe": [record("AUROC vs cifar100", 0.3)]})["CIFAR-100, standard"]["oe"]["value"]
+        == 30
+    )
+
+
+def test_a_table_may_have_a_sampler_a_row():
+    own = TABLES["cem-table2"]
+    found = {"at, cond, TA": [record("FD (features of x)", 7.0), record("class score (features of x)", 8.0)]}
+    (name,) = paper_verdicts.cells(own, found)
+    assert name == "supervised, cond, TA"
+    plain = render.summary(own, "digits", paper_verdicts.cells(own, found), {})
+    row = next(row for row in plain["rows"] if row["ours"])
+    assert row["published"] == {"is": 9.26, "fid": 56.72}
+    heads, (line,) = render.grid(plain)
+    assert heads[2:6] == [
+        "IS, paper",
+        "class score (features of x), ours (n)",
+        "FID, paper",
+        "FD (features of x), ours (n)",
+    ]
+    assert line[2:6] == ["9.26", "8.00 ± 0.01 (100)", "56.72", "7.00 ± 0.01 (100)"]
+
+
+# Verdicts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "verdicts", "whole"),
+    [
+        (numbers(A=(80.0, 50.0), B=(90.0, 20.0)), [HOLDS, HOLDS], "reproduced in shape: 2 of 2 claims hold"),
+        (numbers(A=(95.0, 50.0), B=(90.0, 20.0)), [HOLDS, FAILS], "not reproduced: 1 of 2 claims hold, 1 fail"),
+        (numbers(A=(88.0, 50.0), B=(90.0, 20.0)), [HOLDS, OPEN], "not reproduced: 1 of 2 claims hold, 1 within errors"),
+        (numbers(A=(95.0, 50.0)), [NONE, NONE], "not measured"),
+    ],
+)
+def test_shape_is_that_each_claim_holds_beyond_two_errors(found, verdicts, whole):
+    """The joint error is √2, so a difference of 2 is within two of it, and one of 5 is not."""
+    plain = render.summary(table(), "digits", found, {})
+    assert [claim["verdict"] for claim in plain["claims"]] == verdicts
+    assert plain["verdict"] == whole
+    if verdicts[0] == HOLDS:
+        assert plain["claims"][0]["difference"] == 30
+        assert plain["claims"][0]["error"] == pytest.approx(2**0.5)
+        assert plain["rows"][0]["verdict"] == whole.partition(": ")[2]
+
+
+def test_claims_on_doubtful_numbers_are_told_and_do_not_count():
+    rows = tuple({**row, "status": "doubtful" if row["name"] == "B" else "runnable"} for row in table().rows)
+    rows += ({"name": "C", "values": {"aa": 10.0}, "status": "quoted"},)
+    own = table(rows=rows, claims=("clean: B > A", "aa: A > C"))
+    found = {**numbers(A=(95.0, 50.0), B=(90.0, 20.0), C=(10.0, 10.0))}
+    plain = render.summary(own, "digits", found, {})
+    assert [(c["verdict"], c["doubtful"]) for c in plain["claims"]] == [(FAILS, True), (HOLDS, False)]
+    assert plain["verdict"] == "reproduced in shape: 1 of 1 claims hold"
+    assert [row["verdict"] for row in plain["rows"]] == [
+        "1 of 1 claims hold",
+        "0 of 1 claims hold, 1 fail",
+        plain["rows"][0]["verdict"],
+    ]
+    assert render.lines({**plain, "about": ABOUT})[1][0].endswith("fails (on a doubtful number: does not count)")
+
+
+def test_numbers_are_compared_with_the_papers_at_full_scale_alone():
+    """Within two joint errors (the paper's deviation counts) or the tolerance; else the claims decide."""
+    same = numbers(A=(85.9, 47.3), B=(90.0, 18.1))
+    of = lambda found, scale="full": render.summary(table(), scale, found, {})
+    assert of(same)["verdict"] == "reproduced"
+    assert [row["verdict"] for row in of(same)["rows"]] == ["reproduced", "reproduced"]
+    assert of(same, "digits")["verdict"] == "reproduced in shape: 2 of 2 claims hold"
+    far = numbers(A=(86.1, 46.9), B=(90.0, 18.1))
+    assert of(far)["verdict"] == "reproduced in shape: 2 of 2 claims hold"
+    assert of(far)["rows"][0]["verdict"] == "not reproduced: clean %, AutoAttack %"
+    precise = {row: {key: {**cell, "error": 0.01} for key, cell in cells.items()} for row, cells in same.items()}
+    assert of(precise)["rows"][1]["verdict"] == "not reproduced: AutoAttack %"
+    precise["B"]["aa"]["value"] = 19.1  # within the tolerance of a point
+    assert of(precise)["rows"][1]["verdict"] == "reproduced"
+
+
+# Scales ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scale_takes_its_share_of_its_own_recipe(tmp_path):
+    """In every stage; on a GPU with a larger network; options that a recipe has no use for are left out."""
+    own, options = TABLES["dat"], [("outside.count", 70), ("optimizer.lr", 0.5)]
+    small = studies.recipe("cifar10-dat-small", ())
+    dat = tables.sized(own, "cpu-30min", "dat", tmp_path, options)
+    assert dat.train.images == round(0.3 * small.train.images)
+    assert dat.before[0].train.images == round(0.3 * small.before[0].train.images)
+    assert (dat.outside.count, dat.optimizer.lr) == (70, 0.5)
+    jem = tables.sized(own, "cpu-30min", "jem", tmp_path, options)
+    assert (jem.outside, jem.optimizer.lr) == (None, 0.5)
+    large = tables.sized(own, "gpu-30min", "dat", tmp_path, ())
+    assert (large.backbone.depth, large.backbone.width, large.train) == (18, 64, small.train)
+    long = tables.sized(own, "cpu-2h", "dat", tmp_path, ())
+    assert (long.backbone.depth, long.backbone.width, long.before[0].train.images) == (18, 32, 1_200_000)
+    assert tables.sized(own, "cpu-2h", "ratio", tmp_path, ()) is None
+    assert tables.sized(own, "full", "dat", tmp_path, ()) == studies.recipe("cifar10-dat", ())
+    assert tables.sized(own, "digits", "dat", tmp_path, ()) == binary.hybrid("dat", tmp_path, ())
+    assert tables.sized(own, "cpu-30min", "acl-resnet50", tmp_path, ()) is None
+
+
+def test_the_teacher_has_the_labels_of_its_pupil(tmp_path, monkeypatch):
+    trained = {}
+    patch_experiments(monkeypatch, "carry", lambda recipe, folder: trained.update({folder: recipe}))
+    for scale in ("digits", "cpu-30min"):
+        entries = tables.chosen(TABLES["jeat-table2"], scale, tmp_path, [])
+        assert entries["rst-awp"].objective.objective.teacher == str(tmp_path / "teacher")
+        supervised.teach(entries, tmp_path)
+        teacher = trained[tmp_path / "teacher"]
+        assert isinstance(teacher.data, Part)
+        assert not teacher.data.rest
+        assert (
+            dataclasses.replace(teacher, data=entries["standard"].data, name=entries["standard"].name)
+            == entries["standard"]
+        )
+
+
+def test_all_rows_are_measured_under_the_threat_of_the_first(tmp_path, monkeypatch):
+    """And a row may be what a run was before its last stage."""
+    seen = {}
+    own = TABLES["dat"]
+    entries = tables.chosen(own, "cpu-30min", tmp_path, [])
+    for folder in ("dat", "dat/before/0-at", "ratio", "jem"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.yaml").touch()
+    stage = dataclasses.replace(entries["dat"].before[0], name="at")
+    (tmp_path / "dat" / "config.yaml").write_text(dump(dataclasses.replace(entries["dat"], before=(stage,))))
+    runs = {method: Run(tmp_path / method) for method in ("dat", "ratio", "jem")}
+
+    def numbers(table, scale, run, threat, judge, kind):
+        seen[str(run.folder.relative_to(tmp_path))] = threat
+        return []
+
+    monkeypatch.setattr(tables, "numbers", numbers)
+    patch_experiments(monkeypatch, "study", lambda folder, seeds, entries, measure: (measure(runs), []))
+    found, _ = tables.by_methods(own, tables.SCALES["cpu-30min"], entries, tmp_path, 1)
+    assert list(found) == ["DAT", "adversarial training (stage 1)", "RATIO", "JEM"]
+    assert list(seen) == ["dat", "dat/before/0-at", "ratio", "jem"]
+    assert set(seen.values()) == {entries["dat"].threat} != {entries["jem"].threat}
+
+
+def test_what_cannot_be_carried_out_is_refused(tmp_path, capsys):
+    def refused(*words):
+        assert cli.main(["reproduce", *words, "--out", str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err
+
+    assert "no table 'jeat-tabel2' (did you mean 'jeat-table2'?)" in refused("jeat-tabel2", "--scale", "digits")
+    assert "no scale 'tiny'; there is cpu-2h, cpu-30min, digits, full, gpu-30min" in refused("dat", "--scale", "tiny")
+    assert "binary-at-table3 has no scale 'digits'; it has full" in refused("binary-at-table3", "--scale", "digits")
+    assert "say how large with --scale, one of full, gpu-30min, cpu-30min, digits" in refused("jeat-table2")
+    assert "--quick is of experiments" in refused("dat", "--scale", "digits", "--quick")
+    assert "no option --metrics" in refused("dat", "--scale", "digits", "--metrics", "accuracy")
+    assert "seeds is at least 1" in refused("dat", "--scale", "digits", "--seeds", "0")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").touch()
+    assert "is a run; --out takes a folder for the whole table" in refused("dat", "--scale", "digits")
+
+
+@few_samples
+def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """Two small networks: trained, attacked, drawn from, judged and printed once; then nothing is done again."""
+    short = {"train__images": 512, "train__validate_every": 512, "sampler__steps": 2}
+    families = {"tiny": lambda method, folder, options: tiny(f"digits-{method}", **short)}
+    own = table(columns=dict.fromkeys(("clean", "cw", "is", "fid"), ""), claims=("clean: B > A",))
+    small = tables.Scale("a test", images=12, samples=40, version="quick")
+    monkeypatch.setattr(inventory, "tables", lambda: {"two": own})
+    monkeypatch.setattr(tables, "FAMILIES", families)
+    monkeypatch.setitem(tables.SCALES, "digits", small)
+    monkeypatch.setattr(unsupervised, "FEW", dataclasses.replace(unsupervised.FEW, count=60, steps=(1, 2)))
+    path = tables.replicate("two", "digits", tmp_path, options=[("seed", 0)])
+    plain, (printed, shown) = json.loads(path.read_text()), capsys.readouterr()
+    assert "noise: SampleQuality" in shown
+    assert "C&W-50 l2 c=0.2  12/12" in shown
+    rows = {row["name"]: row for row in plain["rows"]}
+    assert {key: cell["n"] for key, cell in rows["A"]["ours"].items()} == {"clean": 359, "cw": 12, "is": 40, "fid": 40}
+    assert [row["published"] for row in plain["rows"]] == [{"clean": 84.0}, {"clean": 90.0}]
+    runs = {name: Run.open(tmp_path / "seed-0" / name) for name in ("at", "noise", "standard")}
+    accuracy = next(r for r in runs["noise"].records() if r["name"] == "accuracy")
+    assert rows["B"]["ours"]["clean"]["value"] == 100 * accuracy["value"]
+    assert rows["B"]["ours"]["fid"]["measured"] == "FD (features of standard)"
+    assert plain["about"]["command"] == "advebm reproduce two --scale digits --seed 0"
+    assert plain["about"]["trained"]["at"] == f"512 images of {len(runs['at'].recipe.data.load().train):,}"
+    assert plain["about"]["hardware"].startswith("cpu, ")
+    assert "FID, paper" in printed
+    assert f"verdict: {plain['verdict']}" in printed
+    assert (tmp_path / "two-digits.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert f"<td>{rows['B']['published']['clean']:g}</td>" in page
+    assert f"<li>verdict: {plain['verdict']}" in page
+    assert "<p>at · 512 training images seen" in page, "who judges comes last"
+    again = lambda *a, **k: pytest.fail("done again")
+    for name in ("fit", "draw"):
+        patch_experiments(monkeypatch, name, again)
+    monkeypatch.setattr(compare.evaluate, "evaluate_run", again)
+    for run in runs.values():  # what was measured on another day, and since then on other images, is not the table's
+        before = [{**r, "time": r["time"].replace(r["time"][:10], "2026-01-01")} for r in run.records()]
+        others = [{**r, "value": 0.123, "settings": {**r["settings"], "images": 99}} for r in before]
+        files.write_json(run.folder / "metrics.json", [*before, *(r for r in others if "attack" in r["settings"])])
+    plain["about"]["date"] = "2026-01-01"
+    assert json.loads(tables.replicate("two", "digits", tmp_path, options=[("seed", 0)]).read_text()) == plain
+    monkeypatch.undo()
+    monkeypatch.setattr(inventory, "tables", lambda: {"two": own})
+    assert results_page.again(plain) == plain
+
+
+def test_the_picture_of_a_table_has_first_stages(monkeypatch):
+    """Each stage that was drawn from under the table's name, beside the one it led to."""
+    stage = lambda name, *sets: SimpleNamespace(
+        recipe=SimpleNamespace(name=name, data=Digits()), samples=lambda: dict.fromkeys(sets, name)
+    )
+    first, last = stage("first", "two"), stage("last", "two", "other")
+    runs = [SimpleNamespace(**vars(run), stages=found) for run, found in ((stage("judge"), []), (last, [first, last]))]
+    monkeypatch.setattr(
+        generate, "read", lambda name: SimpleNamespace(x=torch.zeros(20, 1, 8, 8), y=torch.arange(20) % 10)
+    )
+    monkeypatch.setattr(figures, "grids", lambda panels, texts: " ".join(panels).encode())
+    assert tables.drawing(table(), runs) == b"first last"
+    assert tables.drawing(table(), runs[:1]) is None
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+ABOUT = {
+    "settings": "small",
+    "seeds": 2,
+    "hardware": "a machine",
+    "date": "2026-01-01",
+    "command": "advebm x",
+    "trained": {},
+}
+
+in_a_checkout = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="there are no documents beside the tests")
+
+
+@in_a_checkout
+def test_the_page_is_what_the_files_give():
+    """make results has been run since they, or what the papers publish, changed."""
+    found = results_page.load(ROOT / "results")
+    assert found
+    for name, plain in found.items():
+        assert files.read_json(ROOT / "results" / f"{name}.json") == plain, name
+        assert plain["about"]["command"].startswith(f"advebm reproduce {plain['table']} --scale {plain['scale']}")
+    pictures = [path.stem for path in (ROOT / "results").glob("*.png")]
+    assert set(pictures) <= found.keys()
+    page, readme = (ROOT / "docs" / "results.md").read_text(), (ROOT / "README.md").read_text()
+    assert page == results_page.page(found, pictures)
+    assert results_page.within(readme, results_page.short(found)) == readme
+    for path in re.findall(r"\]\((\.\./[^)]+)\)", page):
+        assert (ROOT / "docs" / path).exists(), path
+
+
+def test_the_page_has_the_papers_numbers_ours_and_the_verdict(tmp_path, monkeypatch):
+    rows = tuple({**row, "note": "a note", "code": {"aa": 21.0}} if row["name"] == "B" else row for row in table().rows)
+    rows += ({"name": "Quoted", "values": {"clean": 1.0}, "status": "quoted"},)
+    own = table(rows=rows, why={"digits": "A fact"})
+    monkeypatch.setattr(inventory, "tables", lambda: {"two": own})
+    plain = render.summary(own, "digits", numbers(A=(95.0, 50.0), B=(90.0, 20.0)), ABOUT)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs").mkdir()
+    files.write_json(tmp_path / "results" / "two-digits.json", {**plain, "verdict": "of another day"})
+    (tmp_path / "results" / "two-digits.png").touch()
+    (tmp_path / "README.md").write_text("before\n")
+    with pytest.raises(UserError, match=r"README.md has no place for the table"):
+        results_page.write(tmp_path)
+    (tmp_path / "README.md").write_text(f"before\n{results_page.BEGIN}\nstale\n{results_page.END}\nafter\n")
+    results_page.write(tmp_path)
+    page, readme = (tmp_path / "docs" / "results.md").read_text(), (tmp_path / "README.md").read_text()
+    heads = "| clean %, paper | m %, ours (n) | AutoAttack %, paper | m %, ours (n) | reference code | verdict |"
+    line = "| B |  | 90 | 90.00 ± 1.00 (100) | 20 | 20.00 ± 1.00 (100) | AutoAttack % 21 | 1 of 2 claims hold, 1 fail |"
+    for text in (heads, line, "- clean: B > A by -5.00 ± 1.41: fails", "1 of the paper's 3 rows have no number here"):
+        assert text in page
+    assert "- verdict: not reproduced: 1 of 2 claims hold, 1 fail. A fact" in page
+    assert "scale digits: small; 2 training seeds; a machine; 2026-01-01." in page
+    assert "B: a note" in page
+    assert "](../results/two-digits.png)" in page
+    assert "Quoted" not in page
+    assert readme.startswith(f"before\n{results_page.BEGIN}\n| table |")
+    assert readme.endswith(f"{results_page.END}\nafter\n")
+    assert "stale" not in readme
+    assert files.read_json(tmp_path / "results" / "two-digits.json") == plain
+    (tmp_path / "results" / "two-digits.json").rename(tmp_path / "results" / "three.json")
+    with pytest.raises(UserError, match=r"three.json is not named TABLE-SCALE"):
+        results_page.load(tmp_path / "results")
+
+
+def test_every_scale_says_what_was_never_run():
+    assert "never run" in tables.SCALES["gpu-30min"].about
+    assert "not run here" in tables.SCALES["full"].about
+    assert all(re.fullmatch(r"[\w-]+", name) for name in recipes.names())
