@@ -156,7 +156,7 @@ def test_what_extensions_import_is_there():
 
     assert apps.Inpaint is importlib.import_module("advebm.edits").Inpaint
     assert doctor.examine.__module__ == "advebm.diagnostics.doctor"
-    with pytest.raises(AttributeError, match="'advebm.samplers' has no attribute 'CT'; there is"):
+    with pytest.raises(AttributeError, match=r"'advebm.samplers' has no attribute 'CT'; there is"):
         importlib.import_module("advebm.samplers").CT  # noqa: B018
 
 
