@@ -21,7 +21,7 @@ from advebm.models.batching import device_of, together
 from advebm.models.modes import searching
 from advebm.models.network import Network, Normalize
 from advebm.reporting.build import report as build_report
-from advebm.runs import locate
+from advebm.runs import find_model
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run, new_folder
 from advebm.sampling import generate
@@ -39,7 +39,7 @@ def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
     Raises:
         UserError: nothing there, or a damaged file.
     """
-    return locate.find_model(path, checkpoint=str(checkpoint))
+    return find_model.find_model(path, checkpoint=str(checkpoint))
 
 
 def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float | Iterable[float] = 1.0) -> Network:

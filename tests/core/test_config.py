@@ -79,7 +79,7 @@ def test_another_kind_keeps_the_options_both_have():
     assert resolve(base, [("objective", "noise"), ("objective.std", "0.2")]).objective.std == 0.2
 
 
-def test_foreign_classes_are_named_by_module_and_kept(monkeypatch):
+def test_public_weights_classes_are_named_by_module_and_kept(monkeypatch):
     plain = {"kind": "tests.core.test_config:Foreign", "width": "3"}
     thing = config.build(plain, "objective")
     assert thing == Foreign(width=3)

@@ -30,7 +30,7 @@ from advebm.objectives.contrastive import ACL, AdversarialInfoNCE, InfoNCE, Nega
 from advebm.objectives.rst import RST
 from advebm.objectives.standard import Standard
 from advebm.runs.engine import Engine
-from advebm.runs.locate import find_model
+from advebm.runs.find_model import find_model
 from advebm.runs.recipe import design, resolve
 from advebm.runs.run import Run
 from advebm.training.cost import passes

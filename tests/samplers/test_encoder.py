@@ -24,7 +24,7 @@ from advebm.metrics.robustness import RobustAccuracy
 from advebm.models.modes import DualBatchNorm2d, using
 from advebm.reporting import figures
 from advebm.reproduction import unsupervised
-from advebm.runs.locate import find_model
+from advebm.runs.find_model import find_model
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.samplers.encoder import NPPGD, MaxEnt, NPLangevin

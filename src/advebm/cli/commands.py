@@ -442,7 +442,7 @@ def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     from advebm.core import config, console
     from advebm.diagnostics.doctor import examine_split
     from advebm.reporting.terminal import findings_list
-    from advebm.runs.locate import find_model
+    from advebm.runs.find_model import find_model
     from advebm.runs.recipe import resolve
     from advebm.runs.run import Run
 
@@ -477,7 +477,7 @@ def _doctor_machine(args: argparse.Namespace, overrides: Overrides) -> int:
     from advebm.data.sources import outline
     from advebm.diagnostics.kernels import KNOWN, check, convolutions
     from advebm.models import network
-    from advebm.runs.locate import find_model
+    from advebm.runs.find_model import find_model
     from advebm.runs.recipe import resolve
     from advebm.training import hardware
 
@@ -568,7 +568,7 @@ def run_reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
                     print(f"  {'':28} {row['status']:9} {row['name']}: {values}")
         return
     if args.scale is not None:
-        from advebm.reproduction.tables import replicate
+        from advebm.reproduction.replicate import replicate
 
         if args.quick:
             raise UserError("--quick is of experiments; a table has --scale alone")

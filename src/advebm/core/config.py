@@ -23,11 +23,11 @@ from advebm.core.errors import UserError, suggest, unknown
 KINDS: dict[str, dict[str, str]] = {
     "source": {
         "digits": "advebm.data.sources:Digits",
-        "cifar10": "advebm.data.files:Cifar10",
-        "cifar100": "advebm.data.files:Cifar100",
-        "folder": "advebm.data.files:Folder",
-        "npz": "advebm.data.files:Npz",
-        "hf": "advebm.data.files:HubImages",
+        "cifar10": "advebm.data.readers:Cifar10",
+        "cifar100": "advebm.data.readers:Cifar100",
+        "folder": "advebm.data.readers:Folder",
+        "npz": "advebm.data.readers:Npz",
+        "hf": "advebm.data.readers:HubImages",
         "part": "advebm.data.sources:Part",
         "unlabelled": "advebm.data.sources:Unlabelled",
         "classes": "advebm.data.sources:Classes",
@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, str]] = {
         "preact-resnet": "advebm.models.resnet:PreActResNet",
         "wide-resnet": "advebm.models.wide_resnet:WideResNet",
         "stargan": "advebm.models.stargan:StarGAN",
-        "own": "advebm.models.own:Own",
+        "own": "advebm.models.factory:Own",
     },
     "objective": {
         "standard": "advebm.objectives.standard:Standard",

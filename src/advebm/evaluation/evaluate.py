@@ -17,7 +17,7 @@ from advebm.metrics.spaces import Space
 from advebm.models.batching import together
 from advebm.models.modes import searching
 from advebm.models.network import Network
-from advebm.runs.locate import find_model, is_factory
+from advebm.runs.find_model import find_model, is_factory
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
 from advebm.sampling import generate

@@ -1,4 +1,4 @@
-"""Metrics: pure functions on features and scores, and the records that evaluations write."""
+"""Metrics: functions of features and scores, measurements on models and samples, and their records."""
 
 from advebm.core.lazy import exports
 

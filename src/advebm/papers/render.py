@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from advebm.papers.agreement import judged, row_verdict, table_verdict
 from advebm.papers.inventory import Cell, Cells, Table, heading, printed
-from advebm.papers.verdicts import judged, row_verdict, table_verdict
 
 
 def summary(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) -> dict[str, Any]:

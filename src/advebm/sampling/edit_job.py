@@ -15,7 +15,7 @@ from advebm.core import config, files, rng
 from advebm.core.errors import UserError
 from advebm.data import pictures
 from advebm.data.decode import open_image, open_mask
-from advebm.data.files import picture_files
+from advebm.data.readers import picture_files
 from advebm.data.sources import Data
 from advebm.descent import repeated
 from advebm.edits.base import Edit, Edited, box_hole, joined

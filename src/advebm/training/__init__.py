@@ -1,1 +1,1 @@
-"""Training: recipes, the loop, the engine, checkpoints, run folders."""
+"""Training: the loop, its batches and validation, and what a recipe costs.  Recipes and checkpoints are in runs."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from advebm.core import config, processes, rng
 from advebm.core.errors import Diverged, EarlyStop, Interrupted, UserError
 from advebm.data.sources import Data
-from advebm.models import foreign, modes
+from advebm.models import modes, public_weights
 from advebm.models.ema import EMA
 from advebm.models.inference import View, Way, fast, view
 from advebm.models.layers import Staged
@@ -23,7 +23,7 @@ from advebm.models.precision import precision_label, usable_precision
 from advebm.objectives.base import Context
 from advebm.runs.checkpoint import Progress
 from advebm.runs.engine import Engine
-from advebm.runs.locate import find_model
+from advebm.runs.find_model import find_model
 from advebm.runs.recipe import Recipe, design
 from advebm.runs.run import Run, environment
 from advebm.training import norm_statistics
@@ -247,7 +247,7 @@ def begin(model: Network, init: str, data: Data, recipe: Recipe) -> None:
     Its normalisation comes with them, unless the recipe gives one.
     """
     path, own = Path(init), copy.deepcopy(model.normalise.state_dict())
-    fresh = foreign.load(model, path) if path.is_file() else transfer(find_model(init), model)
+    fresh = public_weights.load(model, path) if path.is_file() else transfer(find_model(init), model)
     for name in ("mean", "std"):
         if getattr(recipe.normalise, name) is not None:
             model.normalise.load_state_dict({**model.normalise.state_dict(), name: own[name]})

@@ -10,7 +10,7 @@ from advebm.core.errors import UserError
 from advebm.metrics.probing import Probe
 from advebm.models import network
 from advebm.models.batching import together
-from advebm.runs.locate import is_factory
+from advebm.runs.find_model import is_factory
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.workflows.train import fit

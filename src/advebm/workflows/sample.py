@@ -9,7 +9,7 @@ from advebm.core import console, files
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
 from advebm.data import pictures
-from advebm.data.files import read_folder
+from advebm.data.readers import read_folder
 from advebm.evaluation import compare, evaluate
 from advebm.metrics.base import SampleSet, Subject, label
 from advebm.metrics.quality import SampleQuality

@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import nn
 
 from advebm.models import network
+from advebm.models.factory import Own
 from advebm.models.network import Network, Normalize
-from advebm.models.own import Own
 from advebm.runs.run import Run
 
 

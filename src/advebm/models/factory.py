@@ -1,4 +1,4 @@
-"""Networks that are not ours."""
+"""A module of the user's, named ``PACKAGE.MODULE:FACTORY``, as a backbone."""
 
 import inspect
 from dataclasses import dataclass

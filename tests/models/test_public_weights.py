@@ -8,7 +8,7 @@ from safetensors import torch as safetensors
 from torch import nn
 
 from advebm.core.errors import UserError
-from advebm.models import foreign, network
+from advebm.models import network, public_weights
 from advebm.models.network import Architecture, Network, Normalize
 from advebm.models.resnet import PreActResNet, ResNet
 from advebm.models.small import SmallConv
@@ -63,7 +63,7 @@ def normalised(net, x, mean=MEAN, std=STD):
 def test_logits_are_those_of_the_foreign_network(name, tmp_path, generator):
     net, model = foreign_net(name, generator), ours(PAIRS[name][1])
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    assert foreign.load(model, tmp_path / "net.pt") == []
+    assert public_weights.load(model, tmp_path / "net.pt") == []
     agree(model, lambda x: normalised(net, x), images(generator))
     counters = {v.item() for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
     assert counters == ({1} if name.startswith("preact") else {7})
@@ -96,7 +96,7 @@ NORMALISED = {
 def test_constants_of_a_normalisation_in_the_file_replace_ours(wrapping, name, tmp_path, generator):
     net, model = foreign_net(name, generator), ours(PAIRS[name][1])
     torch.save(NORMALISED[wrapping](net), tmp_path / "net.pt")
-    assert foreign.load(model, tmp_path / "net.pt") == []
+    assert public_weights.load(model, tmp_path / "net.pt") == []
     agree(model, lambda x: normalised(net, x, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), images(generator))
     assert model.normalise.mean.shape == (1, 3, 1, 1)
 
@@ -104,7 +104,7 @@ def test_constants_of_a_normalisation_in_the_file_replace_ours(wrapping, name, t
 def test_one_constant_for_all_channels(tmp_path, generator):
     net, model = foreign_net("resnet-8", generator), ours(PAIRS["resnet-8"][1])
     torch.save({**net.state_dict(), "mean": torch.tensor(0.5), "std": torch.tensor([0.25])}, tmp_path / "net.pt")
-    foreign.load(model, tmp_path / "net.pt")
+    public_weights.load(model, tmp_path / "net.pt")
     agree(model, lambda x: net((x - 0.5) / 0.25), images(generator))
 
 
@@ -127,7 +127,7 @@ WRAPPINGS = {
 def test_wrappings(wrapping, tmp_path, generator):
     net, model = foreign_net("resnet-8", generator), ours(PAIRS["resnet-8"][1])
     torch.save(WRAPPINGS[wrapping](net.state_dict()), tmp_path / "net.pth")
-    assert foreign.load(model, tmp_path / "net.pth") == []
+    assert public_weights.load(model, tmp_path / "net.pth") == []
     if wrapping == "half":
         net.load_state_dict(net.half().state_dict())
         net.float()
@@ -140,7 +140,7 @@ def test_other_names_of_a_shortcut(name, tmp_path, generator):
     net, model = foreign_net("preact-resnet", generator), ours(PAIRS["preact-resnet"][1])
     state = {key.replace("shortcut.0", name): value for key, value in net.state_dict().items()}
     torch.save(state, tmp_path / "net.pt")
-    foreign.load(model, tmp_path / "net.pt")
+    public_weights.load(model, tmp_path / "net.pt")
     agree(model, lambda x: normalised(net, x), images(generator))
 
 
@@ -151,7 +151,7 @@ def test_safetensors_and_old_torch_files(name, tmp_path, generator):
     torch.save(net.state_dict(), tmp_path / "net.t7", _use_new_zipfile_serialization=False)
     for file in ("net.safetensors", "net.t7"):
         model = ours(PAIRS[name][1])
-        foreign.load(model, tmp_path / file)
+        public_weights.load(model, tmp_path / file)
         agree(model, lambda x: normalised(net, x), images(generator))
 
 
@@ -164,7 +164,7 @@ def test_our_own_names(options, tmp_path, generator):
     torch.save({"model": with_prefix("module.", net.state_dict())}, tmp_path / "net.pt")
     for file in ("model.safetensors", "net.pt"):
         model = arch.build(2).eval()
-        assert foreign.load(model, tmp_path / file) == []
+        assert public_weights.load(model, tmp_path / file) == []
         agree(model, net, images(generator))
 
 
@@ -175,18 +175,18 @@ def test_names_of_a_module_of_ones_own(prefix, tmp_path, generator):
     module = theirs.randomise(make(), generator)
     torch.save(with_prefix(prefix, module.state_dict()), tmp_path / "net.pt")
     model = Network(Normalize((0.0,), (1.0,)), theirs.randomise(make(), generator), nn.Identity()).eval()
-    assert foreign.load(model, tmp_path / "net.pt") == []
+    assert public_weights.load(model, tmp_path / "net.pt") == []
     agree(model, module, images(generator))
     assert model.normalise.std.item() == 1
     torch.save(model.state_dict(), tmp_path / "net.pt")
-    assert foreign.load(model, tmp_path / "net.pt") == []
+    assert public_weights.load(model, tmp_path / "net.pt") == []
 
 
 def test_a_file_in_a_files_own_names_for_the_small_network(tmp_path, generator):
     arch = Architecture(SmallConv(width=4), 10, 3, 8, MEAN, STD)
     net, model = arch.build(1).eval(), arch.build(2).eval()
     torch.save({"state_dict": with_prefix("module.", net.state_dict())}, tmp_path / "net.pt")
-    foreign.load(model, tmp_path / "net.pt")
+    public_weights.load(model, tmp_path / "net.pt")
     agree(model, net, images(generator, 8))
 
 
@@ -195,7 +195,7 @@ def test_a_head_for_other_classes_stays_fresh(name, tmp_path, generator):
     net, model = foreign_net(name, generator, classes=100), ours(PAIRS[name][1])
     head, x = model.head.weight.clone(), images(generator)
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    assert foreign.load(model, tmp_path / "net.pt") == ["head.bias", "head.weight"]
+    assert public_weights.load(model, tmp_path / "net.pt") == ["head.bias", "head.weight"]
     assert torch.equal(model.head.weight, head)
     last = net.fc if name == "wide-resnet" else net.linear
     last.weight, last.bias = model.head.weight, model.head.bias
@@ -208,7 +208,7 @@ def test_blocks_that_no_output_depends_on_are_left_out_and_told(tmp_path, genera
     torch.save(with_prefix("module.", net.state_dict()), tmp_path / "net.pt")
     count = sum("sub_block1" in name for name in net.state_dict())
     with pytest.warns(UserWarning, match=f"left out {count} entries of sub_block1, which no output uses"):
-        foreign.load(model, tmp_path / "net.pt")
+        public_weights.load(model, tmp_path / "net.pt")
     agree(model, lambda x: normalised(net, x), images(generator))
 
 
@@ -216,7 +216,7 @@ def refused(model, path, message):
     """The message of the error, one line; the model is as it was."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(UserError, match=message) as error:
-        foreign.load(model, path)
+        public_weights.load(model, path)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -303,19 +303,19 @@ def test_running_means_tell_what_a_shortcut_takes(bare, size, generator):
     net = theirs.randomise(theirs.PreActResNet(EIGHTEEN, 8, bare=bare), generator)
     state = theirs.settle(net, torch.rand(16, 3, size, size, generator=generator)).state_dict()
     for names in (list(state), sorted(state), sorted(state, reverse=True)):
-        named, _ = foreign._rename({name: state[name] for name in names}, foreign.PREACT)
-        assert foreign._bare_shortcuts(named) == bare
+        named, _ = public_weights._rename({name: state[name] for name in names}, public_weights.PREACT)
+        assert public_weights._bare_shortcuts(named) == bare
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fresh, _ = foreign._rename(theirs.PreActResNet(EIGHTEEN, 8).state_dict(), foreign.PREACT)
-    assert not foreign._bare_shortcuts(fresh), "statistics that nothing has moved tell nothing"
+        fresh, _ = public_weights._rename(theirs.PreActResNet(EIGHTEEN, 8).state_dict(), public_weights.PREACT)
+    assert not public_weights._bare_shortcuts(fresh), "statistics that nothing has moved tell nothing"
 
 
 def test_mean_of_an_activation_by_sampling(generator):
     norm = {"n.bias": torch.tensor([-1.0, 0.0, 2.0, 0.5]), "n.weight": torch.tensor([1.0, 2.0, 0.5, -1.5])}
     z = torch.randn(1_000_000, 4, generator=generator, dtype=torch.float64)
     expected = (norm["n.bias"] + norm["n.weight"] * z).relu().mean(0)
-    torch.testing.assert_close(foreign._mean_activation(norm, "n"), expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(public_weights._mean_activation(norm, "n"), expected, rtol=0, atol=0.01)
 
 
 CONSTANTS = [
@@ -348,7 +348,7 @@ def test_no_code_of_a_file_is_run(tmp_path):
     assert not (tmp_path / "evil").exists()
     torch.save({"state_dict": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "args.pt")
     with pytest.raises(UserError, match=r"holds argparse.Namespace, which only"):
-        foreign.read(tmp_path / "args.pt")
+        public_weights.read(tmp_path / "args.pt")
 
 
 def test_files_that_are_no_state_dict(tmp_path, generator):
@@ -381,10 +381,10 @@ def test_files_that_are_no_state_dict(tmp_path, generator):
 def test_read_takes_off_what_wraps_a_state_dict(tmp_path, generator):
     net = foreign_net("resnet-8", generator)
     torch.save({"model": with_prefix("module.", wrapped("robustness")(net))}, tmp_path / "net.pt")
-    names = set(foreign.read(tmp_path / "net.pt"))
+    names = set(public_weights.read(tmp_path / "net.pt"))
     constants = {f"{owner}.new_{kind}" for owner in ("normalizer", "attacker.normalize") for kind in ("mean", "std")}
     assert names == {*net.state_dict(), *constants}
     other = wrapped("robustness")(net)
     other["attacker.model.conv1.weight"] = other["model.conv1.weight"] + 1
     torch.save(other, tmp_path / "net.pt")
-    assert "attacker.model.conv1.weight" in foreign.read(tmp_path / "net.pt")
+    assert "attacker.model.conv1.weight" in public_weights.read(tmp_path / "net.pt")

@@ -19,7 +19,7 @@ from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import label
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
-from advebm.papers import inventory, render, verdicts
+from advebm.papers import agreement, inventory, render
 from advebm.papers.inventory import Table
 from advebm.reporting import figures
 from advebm.reporting.build import report
@@ -137,7 +137,7 @@ def replicate(name: str, scale: str, folder: Path, *, seeds: int = 1, options: O
     command = [f"advebm reproduce {name} --scale {scale}", f"--seeds {seeds}" * (seeds > 1)]
     command += [f"--{key} {value}" for key, value in options]
     about = {"command": " ".join(filter(None, command)), "seeds": seeds, **setting(SCALES[scale], results, runs)}
-    plain = render.summary(table, scale, verdicts.cells(table, results), about)
+    plain = render.summary(table, scale, agreement.cells(table, results), about)
     path = folder / f"{name}-{scale}.json"
     files.write_json(path, plain)
     if (picture := drawing(table, runs)) is not None:
