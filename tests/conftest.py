@@ -6,7 +6,7 @@ from advebm.objectives.base import Batch
 
 
 def pytest_collection_modifyitems(items):
-    """What several processes worked on together took them half a minute."""
+    """Tests that look at the work of several processes are slow: the processes need half a minute for it."""
     for item in items:
         if "work" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)

@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from advebm import cli
 from advebm.core import console, threads
 from advebm.core.errors import UserError
-from advebm.runs.run import Run
 
 
 @pytest.fixture
@@ -21,6 +20,7 @@ def environment(monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setattr(threads, "_given", [])
     before = torch.get_num_threads()
     yield monkeypatch
     torch.set_num_threads(before)
@@ -71,24 +71,24 @@ def test_the_number_is_said_kept_and_taken_again(tmp_path):
     assert again.splitlines()[0] == "  cpu, 1 thread, float32"
 
 
-def test_threads_that_a_smaller_machine_does_not_have_are_not_taken(
-    environment, monkeypatch, tmp_path, small_run, capsys
-):
-    shutil.copytree(small_run.folder, tmp_path / "run")
-    kept = json.loads((tmp_path / "run" / "env.json").read_text())
-    (tmp_path / "run" / "env.json").write_text(json.dumps({**kept, "threads": 10_000}))
-    before = torch.get_num_threads()
-    monkeypatch.setattr(Run, "finished", False)
-    assert cli.main(["train", "--resume", str(tmp_path / "run"), "--print_config"]) == 0
-    assert "was begun with 10000 threads, and there are" in capsys.readouterr().err
-    assert torch.get_num_threads() == before
+def test_threads_are_taken_over_where_they_are_there_and_nobody_said_otherwise(environment):
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    assert threads.take_over_threads(None) == ""
+    assert "begun with 10000 threads, and there are" in threads.take_over_threads(10_000)
+    assert torch.get_num_threads() == cores
+    assert threads.take_over_threads(1) == ""
+    assert torch.get_num_threads() == 1
+    threads.use_threads(cores)
+    assert threads.take_over_threads(1) == ""
+    assert torch.get_num_threads() == cores
 
 
 # Progress -------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_computed_on_is_said_before_the_first_line_and_once(capsys, monkeypatch):
-    monkeypatch.setattr(console, "_computing_on", [""])
+    monkeypatch.setattr(console, "_ComputingOn", SimpleNamespace(said="", pending=""))
     for name in ("one", "two"):
         console.computing_on("cpu, 3 threads")
         assert capsys.readouterr().err == "", "nothing is done yet"
@@ -100,7 +100,7 @@ def test_what_is_computed_on_is_said_before_the_first_line_and_once(capsys, monk
 
 
 def test_cached_results_have_no_speed(capsys, monkeypatch):
-    monkeypatch.setattr(console, "_computing_on", [""])
+    monkeypatch.setattr(console, "_ComputingOn", SimpleNamespace(said="", pending=""))
     with console.bar("judged", 359) as tell:
         tell(359, "71 stand")
     assert capsys.readouterr().err.split() == ["judged", "359/359", "cached", "71", "stand"]
@@ -110,3 +110,17 @@ def test_a_line_has_one_speed(capsys):
     """The bar's, which is of late; the log has its own."""
     note = console.training_note({"perf/img_per_s": 39.0, "train/loss": 2.0, "val/accuracy": 0.5}, {})
     assert note == "loss 2  clean 0.5"
+
+
+def test_a_run_that_goes_back_to_a_checkpoint_has_no_negative_speed(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(console, "_ComputingOn", SimpleNamespace(said="", pending=""))
+    monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with console.bar("train", 1000, 0) as tell:
+        for done in (200, 400, 100, 100, 200):
+            now[0] += 20.0
+            tell(done)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    assert lines[:2] == ["train 200/1,000 10/s, 40 s left".replace("40", "80"), "train 400/1,000 10/s, 60 s left"]
+    assert lines[-1] == "train 200/1,000 2.5/s, 320 s left"
+    assert not any("-" in line for line in lines)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import conv2d, cross_entropy
 
 from advebm import cli
+from advebm.core.errors import UserError
 from advebm.diagnostics import kernels
 from advebm.diagnostics.kernels import Convolution, Verdict, check, convolutions, errors
 from advebm.models.layers import avoid_wrong_gradient
@@ -74,6 +75,11 @@ def test_no_network_calls_the_wrong_kernel(backbone):
         assert (found[1][name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-6, name
 
 
+def small():
+    """A module of one's own; only evaluated, it keeps its stride."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 10))
+
+
 # Found ----------------------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +129,7 @@ def test_a_wrong_gradient_shows(monkeypatch):
 
 FAKE = """
 import os, sys, time, json
+print("a library says something")
 print("ready", flush=True)
 for line in sys.stdin:
     channels = json.loads(line)["input"][1]
@@ -148,6 +155,13 @@ def test_a_process_that_dies_or_hangs_costs_its_shape_alone(monkeypatch, tmp_pat
     assert verdicts[3].errors == (0.5,) * 3, "the worst of three calls"
     assert seen == [0, 1, 2, 3, 4, 5]
     assert list(check(shapes, limit=0.0)) == []
+    assert [v.wrong for v in check(shapes[::2], limit=0.5)] == [False], "too little time is no verdict"
+
+
+def test_a_process_that_does_not_start_is_no_wrong_convolution(monkeypatch):
+    monkeypatch.setattr(kernels, "COMMAND", (sys.executable, "-c", "raise SystemExit('no torch here')"))
+    with pytest.raises(UserError, match=r"does not start: no torch here"):
+        list(check([PLAIN]))
 
 
 def test_the_command_checks_a_model(small_run, capsys):
@@ -155,6 +169,16 @@ def test_the_command_checks_a_model(small_run, capsys):
     out = capsys.readouterr().out
     assert "TFLOP/s in products" in out
     assert "agree with float64, in float32 to" in out
+    assert cli.main(["doctor", "--machine", str(small_run.folder), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["wrong"] for row in rows[1:]] == [False] * (len(rows) - 1)
+    assert len(rows) > 2
+    assert cli.main(["doctor", "--machine", "tests.diagnostics.test_kernels:small"]) == 2
+    assert "give --data NAME" in capsys.readouterr().err
+    assert cli.main(["doctor", "--machine", "tests.diagnostics.test_kernels:small", "--data", "digits"]) == 0
+    assert "1 of 1 convolutions" in capsys.readouterr().out.replace("2 of 2", "1 of 1")
+    assert cli.main(["doctor", "--machine", "--device", "cuda"]) == 2
+    assert "--machine checks the CPU" in capsys.readouterr().err
     assert cli.main(["doctor"]) == 2
     assert "doctor takes a MODEL, or --machine" in capsys.readouterr().err
 

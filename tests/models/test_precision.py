@@ -52,6 +52,15 @@ def test_the_hardware_and_what_it_is_told_to_leave_alone(monkeypatch, variable, 
     assert multiplies_bfloat16(CPU) is (has and capable)
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_older_versions_of_torch_are_asked_otherwise(monkeypatch, has):
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    assert multiplies_bfloat16(CPU) is has
+
+
 def test_what_is_asked_for_and_what_is_computed(hardware):
     hardware(True)
     assert [usable_precision(p, CPU) for p in ("float32", "bfloat16", "float64")] == ["float32", "bfloat16", "float64"]
@@ -112,6 +121,8 @@ def test_a_run_goes_on_on_the_other_kind_of_machine_and_says_so(hardware, tmp_pa
     assert run.finished
     (event,) = [line for line in run.history() if line.get("event") == "precision"]
     assert event["reason"] == f"goes on in {now}; begun in {then}"
+    train(recipe, tmp_path / "run", resume=True, device="cpu")
+    assert len([line for line in run.history() if line.get("event") == "precision"]) == 1, "nothing went on"
 
 
 def test_searches_of_evaluation_and_sampling_fold_instead(hardware, small_run):

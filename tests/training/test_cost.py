@@ -306,26 +306,34 @@ def test_this_machine_is_timed_on_the_recipes_network(monkeypatch, kind):
     """Forward and backward to a step's images, of which as many are taken as the FLOP allow."""
     seen = []
 
-    def clock(compute, device, repeats):
-        seen.append(compute())
-        return 0.5
+    def clock(compute, device):
+        seen.append(compute()[1])
+        if len(seen[-1]) > room[0]:
+            raise torch.OutOfMemoryError
+        return 0.01 * len(seen[-1])
 
     monkeypatch.setattr(cost, "seconds", clock)
-    for limit, count in ((1e12, 128), (0.0, 1)):
+    for limit, fit, count in ((0.1, 1000, 16), (9.9, 1000, 100), (0.0, 1000, 1), (9.9, 50, 32)):
+        room = [fit]
         monkeypatch.setattr(cost, "TIMED", limit)
-        stage = estimate(recipe("digits-at", train__precision=kind, train__batch=128))
+        stage = estimate(recipe("digits-at", train__precision=kind, train__batch=100))
         found = cost.measured_here(stage, "cpu")
         each = stage.flops.forward + stage.flops.search
-        assert found.rates == {kind: pytest.approx(count * each / 0.5)}
-        assert seen[-1].shape == (count, 1, 8, 8)
+        assert found.rates == {kind: pytest.approx(each / 0.01)}
+        assert max(len(x) for x in seen if len(x) <= fit) == count
+        assert seen[-1].shape[1:] == (1, 8, 8)
         assert seen[-1].dtype == getattr(torch, kind)
-        assert found.hours(count * each, kind) == pytest.approx(0.5 / 3600)
+        assert found.hours(each, kind) == pytest.approx(0.01 / 3600)
+        seen.clear()
+    room = [0]
+    with pytest.raises(UserError, match="not even one image"):
+        cost.measured_here(stage, "cpu")
 
 
 @pytest.mark.parametrize(("has", "kind"), [(True, "bfloat16"), (False, "float32")])
 def test_a_dry_run_is_of_the_precision_that_training_would_have(monkeypatch, capsys, has, kind):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: has)
-    monkeypatch.setattr(cost, "seconds", lambda compute, device, repeats: 1.0)
+    monkeypatch.setattr(cost, "seconds", lambda compute, device: 1.0)
     assert cli.main(["train", "--recipe", "cifar10-at-small", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert f"TFLOP/s in {kind}, timed" in out

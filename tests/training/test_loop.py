@@ -604,7 +604,7 @@ def test_dropout_in_ones_own_module_is_seeded_too(tmp_path, monkeypatch):
 
 def test_lines_tell_the_speed_of_late(monkeypatch, capsys):
     """A stage may be slower than the one before, a search that grows than it was; the last line is of all."""
-    monkeypatch.setattr(console, "_computing_on", [""])
+    monkeypatch.setattr(console, "_ComputingOn", SimpleNamespace(said="", pending=""))
     now = [0.0]
     monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     with console.bar("long", 100_000, 10_000) as tell:
@@ -619,7 +619,7 @@ def test_lines_tell_the_speed_of_late(monkeypatch, capsys):
 
 
 def test_what_was_done_earlier_is_no_speed(monkeypatch, capsys):
-    monkeypatch.setattr(console, "_computing_on", [""])
+    monkeypatch.setattr(console, "_ComputingOn", SimpleNamespace(said="", pending=""))
     now = [0.0]
     monkeypatch.setattr(console, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     with console.bar("gone on with", 1000) as tell:

@@ -5,7 +5,6 @@ import ast
 import functools
 import importlib.util
 import json
-import os
 import tempfile
 import time
 import warnings
@@ -17,7 +16,6 @@ from advebm.cli.options import Overrides
 from advebm.core import processes
 from advebm.core.config import KINDS
 from advebm.core.errors import UserError, unknown
-from advebm.core.threads import use_threads
 
 
 def device(name: str | None) -> str:
@@ -84,7 +82,6 @@ def run_train(args: argparse.Namespace, overrides: Overrides) -> None:
 
 def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
     """Train as the options say; the run's folder, or None where only the recipe was asked for."""
-    from advebm.core import console
     from advebm.runs.recipe import dump, read, resolve
     from advebm.runs.run import Run, new_folder
     from advebm.workflows.train import fit
@@ -92,14 +89,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> Path | None:
     if args.resume is not None:
         if overrides or args.out or args.init or args.model or args.fast or args.labels or args.seed is not None:
             raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
-        begun = Run.open(args.resume)
-        recipe, folder = begun.recipe, args.resume
-        if args.threads is None and (threads := begun.environment.get("threads")):  # sums are rounded in their order
-            if threads <= (cores := os.cpu_count() or 1):
-                use_threads(threads)
-            elif not begun.finished:
-                what = f"{args.resume} was begun with {threads} threads, and there are {cores} cores"
-                console.say(f"{what}: its results will differ by rounding")
+        recipe, folder = Run.open(args.resume).recipe, args.resume
     else:
         if (args.recipe or args.config) is None:
             raise UserError(
@@ -333,7 +323,7 @@ def run_evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.model is None:
         run = Run.open(args.run)
     else:
-        run = adopt(args.model, args.out or new_folder(Path("runs"), "model"), overrides)
+        run = adopt(args.model, args.out or new_folder(Path("runs"), "model"), overrides, device=args.device)
         print(run.folder)
     recipe = resolve(config.describe(run.recipe), measured)
     if args.suite:
@@ -434,6 +424,11 @@ EDITS = {  # options that only some take
 }
 
 
+# A recipe of which only images and threat are looked at.
+IMAGES_ALONE: dict[str, Any] = {"name": "doctor", "threat": {}, "backbone": "small-conv", "objective": "standard"}
+IMAGES_ALONE |= {"sampler": "ta", "metrics": []}
+
+
 def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     """``advebm doctor``: 1 where there are faults."""
     import dataclasses
@@ -453,8 +448,7 @@ def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     if (Path(args.model) / "config.yaml").is_file():
         plain = config.describe(Run.open(args.model).recipe)
     elif "data" in dict(overrides):
-        rest = {"backbone": "small-conv", "objective": "standard", "sampler": "ta", "metrics": []}
-        plain = {"name": "doctor", "threat": {}, **rest}  # of which only images and threat are looked at
+        plain = IMAGES_ALONE
     else:
         raise UserError(f"{args.model} is not a run, which knows its images: give --data NAME, as in --data cifar10")
     recipe = resolve(plain, overrides)
@@ -473,31 +467,30 @@ def run_doctor(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def _doctor_machine(args: argparse.Namespace, overrides: Overrides) -> int:
     """``advebm doctor --machine``: 1 where a convolution is computed wrongly."""
+    import dataclasses
+
     from advebm.core import console
     from advebm.data.sources import outline
     from advebm.diagnostics.kernels import KNOWN, check, convolutions
     from advebm.models import network
-    from advebm.runs.find_model import find_model
+    from advebm.runs.find_model import find_model, is_factory
     from advebm.runs.recipe import resolve
     from advebm.training import hardware
 
-    where = device(args.device)
-    print(hardware.report(where))
+    if args.device not in (None, "cpu"):
+        raise UserError(f"--machine checks the CPU, got --device {args.device}")
+    if not args.json:
+        print(hardware.report("cpu"))
     if args.model is None:
         names = ("cifar10-at-small", "cifar10-at-2h")
         shape: tuple[int, ...] = (3, 32, 32)
         models = {name: resolve(recipes.find(name)).backbone.build(*shape[:2])[0].eval() for name in names}
     else:
         models = {args.model: find_model(args.model, checkpoint=args.checkpoint)}
-        if dict(overrides).get("data"):
-            plain = {
-                "name": "doctor",
-                "backbone": "small-conv",
-                "objective": "standard",
-                "sampler": "ta",
-                "metrics": [],
-            }
-            shape = outline(resolve({**plain, "threat": {}}, overrides).data).shape
+        if "data" in dict(overrides):
+            shape = outline(resolve(IMAGES_ALONE, overrides).data).shape
+        elif is_factory(args.model):
+            raise UserError(f"{args.model} says nothing of its images: give --data NAME, as in --data cifar10")
         else:
             architecture = network.read_architecture(*network.locate(args.model)[:1], foreign=True)
             shape = (architecture.channels, architecture.size, architecture.size)
@@ -505,6 +498,10 @@ def _doctor_machine(args: argparse.Namespace, overrides: Overrides) -> int:
     with console.bar("convolutions", len(found) + 1, 0) as tell:
         known, *verdicts = check([KNOWN, *found], progress=tell)
     wrong = [verdict for verdict in verdicts if verdict.wrong]
+    if args.json:
+        for verdict in (known, *verdicts):
+            print(json.dumps({**dataclasses.asdict(verdict), "wrong": verdict.wrong}))
+        return int(bool(wrong))
     for verdict in wrong:
         print(f"fault: {verdict}")
     if known.wrong:

@@ -16,20 +16,25 @@ screen = Console(stderr=True, highlight=False, quiet=launched()[0] > 0)  # of se
 FIRST, QUIET = 2.0, 10.0  # seconds before the first line and between lines, where there is no terminal for a bar
 
 
-_computing_on = [""]  # what was said last, and what is to be said before anything else
+class _ComputingOn:
+    """What the work is done on: to be said before its first line, and once."""
+
+    said = pending = ""
 
 
 def computing_on(text: str) -> None:
-    """What the work is done on, such as ``cpu, 2 threads``: the first line of it, once something of it is done."""
-    if text != _computing_on[0]:
-        _computing_on[:] = [text, text]
+    """Say ``text``, such as ``cpu, 2 threads``, before the first line about the work; not where it has been said."""
+    if not _ComputingOn.said.startswith(text):
+        _ComputingOn.pending = text
 
 
 def say(*texts: str) -> None:
     """Lines about the work."""
-    for text in (*_computing_on[1:], *texts):
+    if pending := _ComputingOn.pending:
+        _ComputingOn.said, _ComputingOn.pending = pending, ""
+        texts = (pending, *texts)
+    for text in texts:
         screen.print(f"  {text}", soft_wrap=True)
-    del _computing_on[1:]
 
 
 class Bar:
@@ -49,7 +54,7 @@ class Bar:
     def __call__(self, done: int, note: str = "") -> None:
         """So many are done; at the first call where it was not said before, they were done earlier."""
         say()
-        if not self.begun:
+        if not self.begun or done < self.done:  # for the first time, or gone back to a checkpoint
             self.begun = True
             self._begin(done)
         self.done, self.note = done, note
@@ -66,10 +71,10 @@ class Bar:
             return "cached", ""
         began, first = self.marks[0] if self.done < self.total else self.start
         seconds = time.perf_counter() - began
+        if self.done <= first or seconds <= 0:
+            return "", ""
         if self.done >= self.total:
             return f"{(self.done - first) / seconds:,.0f}/s", f", {seconds:.1f} s"
-        if self.done == first or not seconds:
-            return "", ""
         speed = (self.done - first) / seconds
         return (
             f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s",

@@ -19,11 +19,31 @@ def bound_waiting() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
+_given: list[int] = []  # by the user
+
+
 def use_threads(count: int) -> None:
     """Compute with so many threads from now on, in this process and those that it starts."""
     if count < 1:
         raise UserError(f"--threads is at least 1, got {count}")
     import torch
 
+    _given[:] = [count]
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
+
+
+def take_over_threads(count: int | None) -> str:
+    """Compute with the threads of an earlier session, where they are known, unless :func:`use_threads` said how many.
+
+    Sums are rounded in the order that threads add them.  Returns what keeps this from being so, or the empty string.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if count is None or _given or count == torch.get_num_threads():
+        return ""
+    if count > cores:
+        return f"it was begun with {count} threads, and there are {cores} cores: results will differ by rounding"
+    torch.set_num_threads(count)
+    return ""

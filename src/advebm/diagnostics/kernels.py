@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from advebm.core.errors import UserError
 from advebm.models.precision import usable_precision
 
 COMMAND = (sys.executable, "-m", "advebm.diagnostics.kernels")
 REPEATS = 3  # of a shape: a kernel that reads what was there before may be right the first time
+START = 60.0  # seconds for a process to import torch
 PATIENCE = 8.0  # seconds for a shape before its process is given up
 FLOP = 4e9  # of a forward pass, at the most; of larger ones fewer images are taken
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}  # relative, in norm; right kernels are at 1e-6 and 0.003
@@ -166,28 +167,32 @@ class _Worker:
     """A process that computes one shape after another."""
 
     def __init__(self) -> None:
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process: Any = subprocess.Popen(COMMAND, text=True, **pipes)
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process: Any = subprocess.Popen(COMMAND, text=True, **pipes)
+        self.process = process
         self.lines: Queue[str] = Queue()
         Thread(target=self._listen, daemon=True).start()
-        self.lines.get()  # it is there, or gone
+        while (line := self.lines.get(timeout=START)) != "ready\n":  # libraries may say something first
+            if not line:
+                raise UserError(f"{' '.join(COMMAND)} does not start: {process.communicate()[1][-500:].strip()}")
 
     def _listen(self) -> None:
         for line in self.process.stdout:
-            self.lines.put(line)
+            if line.startswith(("ready", "[")):
+                self.lines.put(line)
         self.lines.put("")
 
-    def ask(self, c: Convolution, patience: float) -> Verdict:
-        """Its verdict on a shape."""
-        calls: list[list[float]] = []
+    def ask(self, c: Convolution, patience: float) -> Verdict | None:
+        """Its verdict on a shape; None where it takes longer, which may be too little to say so."""
+        end, calls = time.monotonic() + patience, list[list[float]]()
         with contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps(asdict(c)) + "\n")
             self.process.stdin.flush()
         for _ in range(REPEATS + 1):
             try:
-                line = self.lines.get(timeout=patience)
+                line = self.lines.get(timeout=max(0.0, end - time.monotonic()))
             except Empty:
-                return Verdict(c, died=f"never returned in {patience:.0f} s")
+                return None
             if not line:
                 status = self.process.wait()
                 return Verdict(c, died=f"killed by signal {-status}" if status < 0 else f"ended with status {status}")
@@ -204,15 +209,23 @@ class _Worker:
 def check(
     convolutions: Sequence[Convolution], *, limit: float = 30.0, progress: Callable[[int], None] = lambda done: None
 ) -> Iterator[Verdict]:
-    """A verdict on each, for as long as the ``limit`` in seconds allows; after that no more come."""
+    """A verdict on each, for as long as the ``limit`` in seconds allows, beside starting processes; then no more come.
+
+    Raises:
+        UserError: the process that computes does not start.
+    """
     end, worker = time.monotonic() + limit, None
     try:
         for done, c in enumerate(convolutions):
             progress(done)
-            if (left := end - time.monotonic()) <= 0:
+            if time.monotonic() >= end:
                 return
             worker = worker or _Worker()
+            left = end - time.monotonic()
             verdict = worker.ask(c, min(PATIENCE, left))
+            if verdict is None and left < PATIENCE:
+                return
+            verdict = verdict or Verdict(c, died=f"never returned in {PATIENCE:.0f} s")
             if verdict.wrong:  # what it wrote may be anywhere
                 worker.close()
                 worker = None
@@ -235,5 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path.cwd()))
     main()

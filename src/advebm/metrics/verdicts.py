@@ -22,7 +22,7 @@ from advebm.metrics.base import Tell
 from advebm.models.batching import as_images, device_of
 from advebm.models.inference import View, faster, float32
 from advebm.models.modes import searching
-from advebm.models.precision import Precision
+from advebm.models.precision import Precision, precision_label
 
 STANDS, WRONG = -1, 0
 
@@ -99,7 +99,8 @@ def judge(
         right = team.share(right)[0]  # where rounding differs, all go by one
         about: dict[str, Any] = {}
         if folder is not None:
-            about = {"attack": config.describe(attack), "seed": seed, "batch": batch, "precision": precision}
+            about = {"attack": config.describe(attack), "seed": seed, "batch": batch}
+            about["precision"] = precision_label(precision, device)
             outputs_of_sample = [round(v, 2) for v in f(sample).flatten().tolist()]
             about |= {"right": _digest({"right": right}), "outputs": outputs_of_sample}
             about |= {

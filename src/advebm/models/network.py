@@ -67,7 +67,6 @@ class Network(nn.Module):
     def __init__(self, normalise: nn.Module, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.normalise, self.backbone, self.head = normalise, backbone, head
-        avoid_wrong_gradient(self)
 
     @property
     def encoder(self) -> bool:
@@ -130,6 +129,7 @@ class Architecture:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "weights"))
             backbone, width = self.backbone.build(self.channels, self.size)
+            avoid_wrong_gradient(backbone)
             if width is None and self.hidden is not None:
                 raise UserError("an encoder takes a backbone with features, and this one has outputs of its own")
             model = Network(Normalize(self.mean, self.std), backbone, self._head(width))

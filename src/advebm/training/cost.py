@@ -1,7 +1,9 @@
 """What a recipe costs before it has run: passes through the network, FLOP, memory."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import tempfile
 import weakref
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from advebm.core import rng
+from advebm.core.errors import UserError
 from advebm.data.sources import Data, Digits, Images, Outline, outline
 from advebm.descent import value_and_gradient
 from advebm.models import network
@@ -32,7 +35,7 @@ from advebm.training.hardware import Machine, describe, seconds
 from advebm.training.loop import search_view
 from advebm.training.validate import validate
 
-TIMED = 2e10  # FLOP of a batch that is timed: a tenth of a second on two cores
+TIMED = 0.1  # seconds that a batch which is timed takes at least, if a step has so many images
 CLASSES = 1000  # of a folder that is not there; a head of so many outputs hardly counts
 
 
@@ -165,20 +168,26 @@ def estimate(recipe: Recipe) -> Estimate:
 def measured_here(stage: Estimate, device: str) -> Machine:
     """This machine, as fast as it searches the stage's network, forward and backward to images, in its precision.
 
-    Timed on random weights and images, at most as many as a step has.  Training does a little more: it moves weights,
-    augments and validates.
+    Timed on random weights and images, which get twice as many until they take long enough to be timed, or are as many
+    as a step has, or fill the memory.  Training does a little more: it moves weights, augments and validates.
     """
     cfg, flops = stage.recipe.train, stage.flops.forward + stage.flops.search
-    count = max(1, min(cfg.batch // cfg.streams, int(TIMED / flops)))
+    most, count, took = max(1, cfg.batch // cfg.streams), 0, 0.0
     model = stage.architecture.build().to(device)
-    x = torch.rand(count, *stage.outline.shape, device=device, dtype=torch.float64).float()
+    x = torch.rand(most, *stage.outline.shape, device=device)
     if cfg.precision == "float64":
         model, x = model.double(), x.double()
     else:
         model.precision = getattr(torch, cfg.precision)
     quick = search_view(model, x, cfg.fast, cfg.precision)
-    with through(model, quick and quick.refresh), searching(model) as f:
-        took = seconds(lambda: value_and_gradient(lambda z: f(z).flatten(1).sum(1), x)[1], device, repeats=3)
+    with through(model, quick and quick.refresh), searching(model) as f, contextlib.suppress(torch.OutOfMemoryError):
+        for images in (*itertools.takewhile(most.__gt__, (2**k for k in itertools.count())), most):
+            search = functools.partial(value_and_gradient, lambda z: f(z).flatten(1).sum(1), x[:images])
+            took, count = seconds(search, device), images
+            if took >= TIMED:
+                break
+    if not took:
+        raise UserError(f"not even one image of the recipe's size fits into the memory of {device}")
     memory = torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
     return Machine(describe(device), {cfg.precision: count * flops / took}, 1.0, memory)
 

@@ -104,7 +104,7 @@ def rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> dict[str
     }
 
 
-def seconds(compute: Callable[[], object], device: str, repeats: int) -> float:
+def seconds(compute: Callable[[], object], device: str, repeats: int = 3) -> float:
     """That a call takes on a device, the median over ``repeats`` after two that do not count."""
     times = []
     for _ in range(repeats + 2):

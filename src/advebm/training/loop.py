@@ -147,8 +147,8 @@ def train(
         clock = Clock(progress)
         if not resumed:
             save()
-        now = precision_label(cfg.precision, engine.device)
-        if (begun_in := run.environment.get("precision", cfg.precision)) != now:
+        now, begun_in = precision_label(cfg.precision, engine.device), run.environment.get("precision", cfg.precision)
+        if begun_in != now and progress.images < cfg.images:
             tell({"event": "precision", "reason": f"goes on in {now}; begun in {begun_in}"})
             warnings.warn(f"the run goes on in {now}; it was begun in {begun_in}", RuntimeWarning, stacklevel=2)
         model.train()

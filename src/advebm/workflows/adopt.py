@@ -16,7 +16,7 @@ from advebm.runs.run import Run
 from advebm.workflows.train import fit
 
 
-def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run:
+def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]], *, device: str | None = None) -> Run:
     """A run around a model that is there already: nothing is trained, everything else works on it.
 
     A folder that holds it from an earlier call is opened as it is.
@@ -25,6 +25,7 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run
         where: ``PACKAGE.MODULE:FACTORY``, a model's or run's folder, or ``hf:USER/NAME``.
         folder: of the new run.
         overrides: ``data``, and other options of a recipe.
+        device: of the commands that follow; nothing is computed here.
 
     Raises:
         UserError: no model there, no data, data of other classes or another shape, or a folder that holds another run.
@@ -58,7 +59,7 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]]) -> Run
         if not all(same):
             raise UserError(f"{folder} holds another model or other data; choose another --out")
         return run
-    return fit(recipe, folder)
+    return fit(recipe, folder, device=device)
 
 
 def _adopting(name: str, plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Recipe:
@@ -106,4 +107,4 @@ def probe(
     about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
     where = run.folder / "probe"
     network.save(where, classifier, plain, title=title, summary=f"A linear probe of {recipe.name}.", extra=about)
-    return adopt(str(where), folder, pairs)
+    return adopt(str(where), folder, pairs, device=device)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from advebm.core import checks, console
+from advebm.core.threads import take_over_threads
 from advebm.models.precision import precision_label
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
@@ -15,6 +16,9 @@ from advebm.training.loop import train
 def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
     """:func:`advebm.training.loop.train` behind a progress bar."""
     where = checks.device(device)
+    going_on = Run.open(folder) if resume and where == "cpu" else None
+    if going_on and not going_on.finished and (reason := take_over_threads(going_on.environment.get("threads"))):
+        console.say(f"{folder}: {reason}")
     kind = precision_label(recipe.train.precision, torch.device(where))
     console.computing_on(f"{describe(where)}, {kind}")
     seen: dict[str, float] = {}
