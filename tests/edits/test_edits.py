@@ -215,12 +215,13 @@ class TestInterpolate:
         torch.testing.assert_close(seeds.x[[0, -1]], Translate(steps=3, step_size=step)(net, batch.x[:2]).x)
 
     def test_classes_go_from_one_to_the_next(self, net, batch):
-        found = Interpolate(steps=2, count=3, way="linear", ends="moved")(net, batch.x[:2], torch.tensor([1, 4]))
-        middle = torch.lerp(batch.x[0], batch.x[1], 0.5)[None]
+        found = Interpolate(steps=2, count=5, way="linear", ends="moved")(net, batch.x[:2], torch.tensor([1, 4]))
         net.eval()
-        energy = lambda x: -0.5 * net(x)[:, 1] - 0.5 * net(x)[:, 4]
-        size = 0.002 * middle.numel() ** 0.5
-        torch.testing.assert_close(found.x[1:2], Descent(2, size, unit, box())(energy, middle))
+        for at, t in ((1, 0.25), (2, 0.5), (4, 1.0)):
+            begin = torch.lerp(batch.x[0], batch.x[1], t)[None]
+            energy = lambda x, t=t: (t - 1) * net(x)[:, 1] - t * net(x)[:, 4]
+            size = 0.002 * begin.numel() ** 0.5
+            torch.testing.assert_close(found.x[at : at + 1], Descent(2, size, unit, box())(energy, begin))
 
 
 class TestDenoise:
