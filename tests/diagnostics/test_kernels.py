@@ -187,7 +187,7 @@ def test_the_command_checks_a_model(small_run, capsys):
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="docs/cpu.md is about torch 2.13")
 def test_the_kernel_of_the_docs_is_still_wrong():
     """In a process that may use AVX2 and no more; the day this fails, :func:`avoid_wrong_gradient` can go."""
-    code = "import json; from advebm.diagnostics.kernels import *; print(json.dumps([v.wrong for v in check([KNOWN])]))"
+    code = "from advebm.diagnostics.kernels import *; print(any(v.wrong for _ in range(3) for v in check([KNOWN])))"
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [True]
+    assert done.stdout.strip() == "True"

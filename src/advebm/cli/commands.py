@@ -495,8 +495,9 @@ def _doctor_machine(args: argparse.Namespace, overrides: Overrides) -> int:
             architecture = network.read_architecture(*network.locate(args.model)[:1], foreign=True)
             shape = (architecture.channels, architecture.size, architecture.size)
     found = dict.fromkeys(c for model in models.values() for c in convolutions(model, shape, MACHINE_BATCH, "bfloat16"))
-    with console.bar("convolutions", len(found) + 1, 0) as tell:
-        known, *verdicts = check([KNOWN, *found], progress=tell)
+    with console.bar("convolutions", len(found), 0) as tell:
+        verdicts = list(check(list(found), progress=tell))
+    (known,) = check([KNOWN])  # in a process of its own: it may damage what comes after it, even where it is right
     wrong = [verdict for verdict in verdicts if verdict.wrong]
     if args.json:
         for verdict in (known, *verdicts):
