@@ -16,14 +16,16 @@ from advebm.training.loop import train
 def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
     """:func:`advebm.training.loop.train` behind a progress bar."""
     where = checks.device(device)
-    going_on = Run.open(folder) if resume and where == "cpu" else None
-    if going_on and not going_on.finished and (reason := take_over_threads(going_on.environment.get("threads"))):
-        console.say(f"{folder}: {reason}")
+    begun = Run.open(folder) if resume else None
+    if begun and where == "cpu" and not begun.finished:
+        reason = take_over_threads(begun.environment.get("threads"))
+        if reason:
+            console.say(f"{folder}: {reason}")
     kind = precision_label(recipe.train.precision, torch.device(where))
     console.computing_on(f"{describe(where)}, {kind}")
     seen: dict[str, float] = {}
     total = sum(stage.train.images for stage in (*recipe.before, recipe))
-    done = sum(min(run.images, run.recipe.train.images) for run in Run.open(folder).stages) if resume else 0
+    done = sum(min(run.images, run.recipe.train.images) for run in begun.stages) if begun else 0
     with console.bar(recipe.name, total, done) as tell:
         return train(
             recipe,
