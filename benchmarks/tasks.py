@@ -25,8 +25,8 @@ from advebm.core import rng
 from advebm.descent import Descent, free, raw
 from advebm.metrics.distances import Moments, frechet_distance
 from advebm.metrics.verdicts import judge
-from advebm.models.inference import WAYS, Way, view
-from advebm.models.modes import searching, through
+from advebm.models.inference import WAYS, Way, make_view
+from advebm.models.modes import searching
 from advebm.models.network import Architecture, Network
 from advebm.models.resnet import ResNet
 from advebm.models.small import SmallConv
@@ -113,10 +113,10 @@ def flops(model: nn.Module, x: Tensor) -> float:
 
 def searched(model: nn.Module, x: Tensor, s: Setting) -> Callable[[Callable[[Callable[[Tensor], Tensor]], Any]], Any]:
     """Carries a search out in our way: ``searched(model, x, s)(lambda f: ...)``."""
-    made = view(model, x, WAYS[s.way], loud=True)
+    made = make_view(model, x, WAYS[s.way], loud=True)
 
     def carry_out(search: Callable[[Callable[[Tensor], Tensor]], Any]) -> Any:
-        with through(model, made and made.refresh), searching(model) as f:
+        with searching(model, view=made) as f:
             return search(f)
 
     return carry_out
@@ -300,14 +300,13 @@ def ours_step(s: Setting, model: Network, batch: Batch, objective: Objective, op
     """A step of our training loop: search through the view, loss in the precision of the way, update."""
     model.train()
     state = objective.init(batch.x, rng.generator(0))
-    made = view(model, batch.x, WAYS[s.way], loud=True)
+    made = make_view(model, batch.x, WAYS[s.way], loud=True)
     model.precision = getattr(torch, WAYS[s.way].precision)
 
     def step() -> None:
-        ctx = Context(rng.generator(0, device=batch.x.device))
+        ctx = Context(rng.generator(0, device=batch.x.device), view=made)
         optimizer.zero_grad(set_to_none=True)
-        with through(model, made and made.refresh):
-            found = objective.search(model, batch, state, ctx)
+        found = objective.search(model, batch, state, ctx)
         objective.loss(model, batch, found, state, ctx).total.backward()
         optimizer.step()
 

@@ -5,6 +5,7 @@ import functools
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from advebm.metrics.base import Subject
 from advebm.metrics.robustness import RobustAccuracy
 from advebm.metrics.verdicts import judge
 from advebm.models import precision
-from advebm.models.inference import WAYS, Fast, View, fast, fold, view
-from advebm.models.modes import searching, through
+from advebm.models.inference import WAYS, Fast, View, fast, fold, make_view
+from advebm.models.modes import searching
 from advebm.models.network import Architecture
 from advebm.models.resnet import PreActResNet, ResNet
 from advebm.models.small import SmallConv
@@ -116,7 +117,7 @@ def test_a_folded_convolution_by_hand():
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_folded_network_is_the_same_function(name):
     model, x = network(BACKBONES[name]), images()
-    made = view(model, x, Fast())
+    made = make_view(model, x, Fast())
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert (made is None) == (not norms)
     if made is None:
@@ -133,36 +134,30 @@ def test_a_folded_network_is_the_same_function(name):
 
 def test_a_search_sees_the_weights_as_they_are(generator):
     model, x = network(ResNet(8, width=8)).train(), images()
-    made = view(model, x, Fast())
+    made = make_view(model, x, Fast())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
         optimizer.zero_grad()
         model(x).square().mean().backward()  # running statistics move, too
         optimizer.step()
-        with through(model, made.refresh), searching(model) as f:
+        with searching(model, view=made) as f:
             assert f is made
             torch.testing.assert_close(f(x), model(x), rtol=1e-4, atol=1e-5)
         assert model.training
         assert all(p.requires_grad for p in model.parameters())
 
 
-def test_only_searches_in_eval_mode_of_this_network_go_through_its_view():
-    model, other = network(SmallConv(width=4)), network(SmallConv(width=4), 1)
-    made = view(model, images(), Fast())
-    with through(model, made.refresh):
-        with searching(model, training=True) as f:
-            assert f is model
-        with searching(other) as f:
-            assert f is other
-        with searching(model) as f:
-            assert f is made
-    with pytest.raises(ZeroDivisionError), through(model, made.refresh):
-        raise ZeroDivisionError
-    for _ in range(2):
-        with searching(model) as f:
-            assert f is model
-        with through(model, None), searching(model) as f:
-            assert f is model
+def test_only_searches_in_eval_mode_that_are_given_a_view_call_it():
+    model = network(SmallConv(width=4))
+    made = make_view(model, images(), Fast())
+    with searching(model, view=made, training=True) as f:
+        assert f is model
+    with searching(model, view=made) as f:
+        assert f is made
+    with searching(model, view=None) as f:
+        assert f is model
+    with searching(model) as f:
+        assert f is model
 
 
 class Twice(nn.Module):
@@ -208,13 +203,13 @@ def test_norms_that_are_not_the_convolutions_own_stay(make):
     folded, copies = fold(model)
     assert copies == []
     torch.testing.assert_close(folded(x), model(x))
-    assert view(model, x, Fast()) is None
+    assert make_view(model, x, Fast()) is None
 
 
 def test_a_norm_with_branches_is_not_folded():
     model = network(SmallConv(width=4, norm="dual"))
-    assert view(model, images(), Fast()) is None
-    assert view(model, images(), WAYS["bf16"]).way == Fast(fold=False, precision="bfloat16")
+    assert make_view(model, images(), Fast()) is None
+    assert make_view(model, images(), WAYS["bf16"]).way == Fast(fold=False, precision="bfloat16")
 
 
 # Low precision --------------------------------------------------------------------------------------------------------
@@ -223,7 +218,7 @@ def test_a_norm_with_branches_is_not_folded():
 @pytest.mark.parametrize("name", BACKBONES)
 def test_low_precision_is_the_backbones_alone(name):
     model, x = network(BACKBONES[name]), images()
-    made, full = view(model, x, WAYS["bf16"]), {k: v.clone() for k, v in model.state_dict().items()}
+    made, full = make_view(model, x, WAYS["bf16"]), {k: v.clone() for k, v in model.state_dict().items()}
     assert {c.layer.weight.dtype for c in made.copies} == {torch.bfloat16}
     assert len(made.copies) == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.backbone.modules())
     seen = []
@@ -243,13 +238,13 @@ def test_low_precision_is_the_backbones_alone(name):
 
 def test_a_lowered_view_follows_the_weights():
     model, x = network(ResNet(8, width=8)), images()
-    made = view(model, x, WAYS["bf16"])
+    made = make_view(model, x, WAYS["bf16"])
     before = made(x)
     disturb(model, 1)
     assert torch.equal(made(x), before)
-    with through(model, made.refresh), searching(model) as f:
+    with searching(model, view=made) as f:
         again = f(x)
-    fresh = view(model, x, WAYS["bf16"])(x)
+    fresh = make_view(model, x, WAYS["bf16"])(x)
     assert torch.equal(again, fresh)
     assert not torch.equal(again, before)
 
@@ -273,19 +268,19 @@ def test_what_was_asked_for_and_does_not_apply_is_one_line():
     with pytest.warns(
         RuntimeWarning, match=r"fast fold does not apply: .*control flow.*; searches run with fast off"
     ) as said:
-        assert view(Branching(), x, WAYS["fold"], loud=True) is None
+        assert make_view(Branching(), x, WAYS["fold"], loud=True) is None
     assert len(said) == 1
     with pytest.warns(RuntimeWarning, match="there is no batch norm after a convolution"):
-        assert view(network(SmallConv(width=4, norm="none")), x, WAYS["fold"], loud=True) is None
-    assert view(Branching(), x, WAYS["bf16"], loud=True).way == Fast(fold=False, precision="bfloat16")
-    assert view(Branching(), x, WAYS["off"], loud=True) is None
-    assert view(Branching(), x, WAYS["fold"]) is None
+        assert make_view(network(SmallConv(width=4, norm="none")), x, WAYS["fold"], loud=True) is None
+    assert make_view(Branching(), x, WAYS["bf16"], loud=True).way == Fast(fold=False, precision="bfloat16")
+    assert make_view(Branching(), x, WAYS["off"], loud=True) is None
+    assert make_view(Branching(), x, WAYS["fold"]) is None
 
 
 def test_hardware_without_bfloat16_folds(monkeypatch):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
     with pytest.warns(RuntimeWarning, match="this cpu does not multiply in bfloat16; searches run with fast fold"):
-        made = view(network(SmallConv(width=4)), images(), WAYS["bf16"], loud=True)
+        made = make_view(network(SmallConv(width=4)), images(), WAYS["bf16"], loud=True)
     assert made.way == Fast()
 
 
@@ -296,7 +291,7 @@ def test_what_has_no_gradient_to_try_is_only_folded():
 
     model = Steps(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)).eval()
     with pytest.warns(RuntimeWarning, match="fast bf16 does not apply: .* does not require grad.* with fast fold"):
-        made = view(model, images(), WAYS["bf16"], loud=True)
+        made = make_view(model, images(), WAYS["bf16"], loud=True)
     assert made.way == Fast()
 
 
@@ -316,12 +311,12 @@ def test_gradients_are_compiled_at_one_size_of_batch(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     model, x = network(ResNet(8, width=8)), images()
-    made = view(model, x, WAYS["compile"], loud=True)
+    made = make_view(model, x, WAYS["compile"], loud=True)
     assert made.way.name == "compile"
     for change in (1, 2):
         seen.clear()
         disturb(model, change)
-        with through(model, made.refresh), searching(model) as f:
+        with searching(model, view=made) as f:
             torch.testing.assert_close(gradient(f, x), gradient(model, x), rtol=1e-3, atol=1e-5)
             assert len(seen) == 1
             with torch.no_grad():
@@ -339,7 +334,7 @@ def test_without_a_compiler_it_runs_as_it_is(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     with pytest.warns(RuntimeWarning, match=r"fast bf16\+compile .*: no C\+\+ compiler; searches run with fast bf16$"):
-        made = view(network(SmallConv(width=4)), images(), WAYS["bf16+compile"], loud=True)
+        made = make_view(network(SmallConv(width=4)), images(), WAYS["bf16+compile"], loud=True)
     assert made.way == WAYS["bf16"]
 
 
@@ -358,8 +353,8 @@ def test_robust_accuracy_and_attained_loss_agree_with_float32(trained, way):
     x, y = data.test.float(), data.test.y
     attack, found = Attack(0.9, "l2", steps=20), {}
     for name in ("off", way):
-        made = view(model, x, WAYS[name])
-        with through(model, made and made.refresh), searching(model) as f:
+        made = make_view(model, x, WAYS[name])
+        with searching(model, view=made) as f:
             moved = attack(attack.harm(f, y), x, rng.generator(0))
         with searching(model) as f, torch.no_grad():
             out = f(moved)
@@ -395,8 +390,8 @@ def test_langevin_chains_have_the_same_statistics(trained):
     model, data = trained
     chains, found = SGLD(steps=20, step_size=0.05, noise=0.01, buffer=0), []
     for name in ("off", "bf16"):
-        made = view(model, data.test.float()[:200], WAYS[name])
-        with through(model, made and made.refresh), searching(model) as f:
+        made = make_view(model, data.test.float()[:200], WAYS[name])
+        with searching(model, view=made) as f:
             _, x = chains(lambda z: energies.marginal(f(z)), data.test.float()[:200], None, rng.generator(0))
         with searching(model) as f, torch.no_grad():
             found.append(energies.marginal(f(x)))
@@ -431,16 +426,15 @@ def test_every_inner_loop_goes_through_the_view(kind, net, batch, generator):
     if isinstance(getattr(objective, "negatives", None), SGLD):
         objective = type(objective)(negatives=SGLD(steps=2, buffer=8))
     calls, found = [], []
-    made = view(net, batch.x, Fast())
+    made = make_view(net, batch.x, Fast())
 
     def watched():
         quick = made.refresh()
         return lambda x: calls.append(1) or quick(x)
 
-    for refresh in (None, watched):
+    for seen in (None, SimpleNamespace(refresh=watched)):
         state = objective.init(batch.x, rng.generator(0))
-        with through(net, refresh):
-            found.append(objective.search(net, batch, state, Context(rng.generator(1))))
+        found.append(objective.search(net, batch, state, Context(rng.generator(1), view=seen)))
     assert calls or getattr(objective, "search_mode", "") == "train"
     for one, two in zip(*map(flat, found), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
@@ -533,7 +527,7 @@ def test_elsewhere_than_on_glibc_nothing_is_tuned(monkeypatch):
 def test_a_view_is_not_part_of_the_network():
     model = network(SmallConv(width=4))
     names = set(model.state_dict())
-    made = view(model, images(), WAYS["bf16"])
+    made = make_view(model, images(), WAYS["bf16"])
     assert isinstance(made, View)
     assert set(model.state_dict()) == names
     assert all(p.requires_grad for p in model.parameters())

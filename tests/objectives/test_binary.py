@@ -36,7 +36,7 @@ from advebm.samplers.critic import Ascent
 from advebm.sampling import generate
 from advebm.sampling.tune import tune
 from advebm.starts import Deck
-from advebm.training.batches import Feed
+from advebm.training.batches import BatchSource
 from advebm.training.loop import train
 from advebm.training.validate import validate
 from advebm.workflows.sample import draw
@@ -526,7 +526,7 @@ def test_data_among_the_outside_images_is_noticed(tmp_path):
     data, known = recipe.data.load(), recipe.outside.load().train.x
     count = sum(bool((own == x).flatten(1).all(1).any()) for x in known)
     with pytest.warns(UserWarning, match=f"{count} of the 700 images of --outside are images of digits itself"):
-        Feed(recipe, data, Engine("cpu"))
+        BatchSource(recipe, data, Engine("cpu"))
     assert 300 < count < 400
 
 

@@ -22,7 +22,7 @@ from advebm.models.small import SmallConv
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.curriculum import Curriculum
 from advebm.runs.recipe import design, resolve
-from advebm.training import cost, hardware, loop
+from advebm.training import cost, hardware, loop, trainer
 from advebm.training.cost import Held, Passes, blank, estimate, estimates
 from advebm.training.hardware import PUBLISHED, Machine
 
@@ -103,8 +103,8 @@ def trained(tmp_path, monkeypatch):
     """Train, and say which passes the network has counted; what looks at it from outside is left out."""
 
     def count(short):
-        monkeypatch.setattr(loop, "validate", lambda *a, **k: {"val/robust_accuracy": 0.0, "val/accuracy": 0.0})
-        monkeypatch.setattr(loop, "EnergyShift", lambda *a: SimpleNamespace(terms=dict))
+        monkeypatch.setattr(trainer, "validate", lambda *a, **k: {"val/robust_accuracy": 0.0, "val/accuracy": 0.0})
+        monkeypatch.setattr(trainer, "EnergyShift", lambda *a: SimpleNamespace(terms=dict))
         COUNTS.update(forward=0, backward=0)
         loop.train(short, tmp_path / "run", device="cpu")
         return dict(COUNTS)

@@ -31,7 +31,7 @@ from advebm.runs.checkpoint import Progress
 from advebm.runs.optim import SGD, Cosine, Cyclic, Steps
 from advebm.runs.recipe import dump, resolve
 from advebm.runs.run import Run
-from advebm.training import loop, validate
+from advebm.training import trainer, validate
 from advebm.training.loop import train
 from tests.helpers import tiny
 
@@ -351,7 +351,7 @@ def test_schedules_by_hand():
 
 
 def test_a_period_is_passed_once():
-    passed = [Progress(images=i + 30).passed(100, i, 240) for i in range(0, 240, 30)]
+    passed = [Progress(i).due_after(30, 240)(100) for i in range(0, 240, 30)]
     assert passed == [False, False, False, True, False, False, True, True]
 
 
@@ -407,7 +407,7 @@ def test_rewinding_forgets_later_images_and_later_attempts(tmp_path):
 def test_equal_robustness_is_decided_by_clean_accuracy(tmp_path, monkeypatch):
     scores = iter([(0.5, 0.8), (0.5, 0.9), (0.5, 0.7), (0.4, 1.0), (0.1, 1.0)])
     named = lambda *_: dict(zip(("val/robust_accuracy", "val/accuracy"), next(scores), strict=True))
-    monkeypatch.setattr(loop, "validate", named)
+    monkeypatch.setattr(trainer, "validate", named)
     recipe = tiny("digits-standard", train__images=640, train__validate_every=128, train__checkpoint_every=128)
     run = train(recipe, tmp_path / "run", device="cpu")
     assert run.checkpoints.path("best").name == "256"

@@ -141,7 +141,7 @@ class View(nn.Module):
         return self.head(features.to(x.dtype))
 
 
-def view(model: nn.Module, x: Tensor, way: Fast, *, loud: bool = False) -> View | None:
+def make_view(model: nn.Module, x: Tensor, way: Fast, *, loud: bool = False) -> View | None:
     """The model for searches in eval mode, as far as ``way`` applies to it; None where nothing of it does.
 
     Outputs differ from the model's by rounding only; whoever judges asks the model itself.  What cannot be traced, or
@@ -192,7 +192,7 @@ def _made(model: nn.Module, x: Tensor, way: Fast) -> View:
 
 def faster(model: nn.Module, x: Tensor, *, precision: Precision = "float32") -> nn.Module:
     """The model folded, in ``precision``, as far as that applies, for searches inside ``searching``."""
-    made = view(model, x, Fast(precision=precision))
+    made = make_view(model, x, Fast(precision=precision))
     return model if made is None else made
 
 

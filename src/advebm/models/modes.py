@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,22 +11,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Module = TypeVar("Module", bound=nn.Module)
 
-VIEWS: dict[nn.Module, Callable[[], Callable[[Tensor], Tensor]]] = {}  # filled by :func:`through`
+
+class SearchView(Protocol):
+    """The same function as a network in eval mode, computed faster; :func:`advebm.models.inference.make_view`."""
+
+    def refresh(self) -> Callable[[Tensor], Tensor]:
+        """The function (B, C, H, W) -> outputs, by the weights and statistics that the network has now."""
+        ...
 
 
 @contextmanager
-def searching(model: nn.Module, *, training: bool = False) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields the function to search: the network with frozen parameters, in a fixed mode.
+def searching(
+    model: nn.Module, *, view: SearchView | None = None, training: bool = False
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yields the function to search: the network with frozen parameters, in a fixed mode, or its ``view``.
 
-    A search calls only what this yields, never ``model`` itself: in eval mode inside :func:`through` that is a view,
-    folded, in low precision or compiled.  Modes and ``requires_grad`` are restored exactly, running statistics stay
-    put.
+    A search calls only what this yields, never ``model`` itself.  Modes and ``requires_grad`` are restored exactly,
+    running statistics stay put.
 
     Freezing spares the activations that only weight gradients need, and a compiled backward would compute those
     gradients and throw them away.
 
     Args:
         model: any module that maps images (B, C, H, W) to outputs.
+        view: of this model, refreshed and called in its place; none calls the model.  Training hands one to objectives
+            as ``ctx.view``.  It is of eval mode: with ``training`` the model is called.
         training: whether batch norm uses the batch's statistics (FAST does) instead of the running ones.
     """
     modes = {m: m.training for m in model.modules()}
@@ -38,8 +47,7 @@ def searching(model: nn.Module, *, training: bool = False) -> Iterator[Callable[
             norm.track_running_stats = False  # in train mode: use the batch's statistics, move nothing
         for p in trainable:
             p.requires_grad_(False)
-        refresh = None if training else VIEWS.get(model)
-        yield model if refresh is None else refresh()
+        yield model if view is None or training else view.refresh()
     finally:
         for p in trainable:
             p.requires_grad_(True)
@@ -47,19 +55,6 @@ def searching(model: nn.Module, *, training: bool = False) -> Iterator[Callable[
             norm.track_running_stats = tracked
         for m, was in modes.items():
             m.training = was
-
-
-@contextmanager
-def through(model: nn.Module, view: Callable[[], Callable[[Tensor], Tensor]] | None) -> Iterator[None]:
-    """Searches of ``model`` in eval mode call what ``view()`` returns, once a search, when weights may have changed."""
-    if view is None:
-        yield
-        return
-    VIEWS[model] = view
-    try:
-        yield
-    finally:
-        del VIEWS[model]
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class AT(Stateless):
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
         """Adversarial images (B, C, H, W)."""
         attack = self.inner()
-        with searching(model, training=self.search_mode == "train") as f:
+        with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
             return attack(attack.harm(f, batch.y), batch.x, ctx.generator)
 
     def inner(self) -> Attack:

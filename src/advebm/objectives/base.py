@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
 from advebm.descent import Energy
+from advebm.models.modes import SearchView
 
 
 class Batch(NamedTuple):
@@ -33,6 +34,7 @@ class Context(NamedTuple):
     mean: Callable[[Tensor], Tensor] = lambda x: x  # over processes
     gather: Callable[[Tensor], Tensor] = lambda x: x  # rows of all processes, one's own first; differentiable
     note: Callable[[str], None] = lambda text: None  # warn, and say so in metrics.jsonl
+    view: SearchView | None = None  # of the network, for ``searching(model, view=ctx.view)``
 
 
 class Loss(NamedTuple):

@@ -81,7 +81,7 @@ class BinaryAT(Stateless):
         """Negatives of ever lower energy, after a look at whether K grows; data of higher energy where asked for."""
         assert batch.outside is not None
         self.curriculum.advance(state, ctx.images)
-        with searching(model) as f:
+        with searching(model, view=ctx.view) as f:
             critic: Energy = lambda x: energies.binary(f(x))
             outside = self._descend(state.steps, self.radius, critic, batch.outside)
             inside = self._descend(self.inside_steps, self.inside_radius, lambda x: -critic(x), batch.x)

@@ -285,7 +285,7 @@ class AdversarialInfoNCE(InfoNCE):
     def search(self, model: nn.Module, batch: Batch, state: Queue | None, ctx: Context) -> Views:
         """Attacked views, or where Langevin dynamics led them."""
         images = views(batch)
-        with searching(model) as f, using(model, self.branch):
+        with searching(model, view=ctx.view) as f, using(model, self.branch):
             if self.langevin is None:
                 found = self.attack(self.harm(f, images, state, ctx.gather), self.moving(images), ctx.generator)
             else:

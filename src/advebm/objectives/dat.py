@@ -67,7 +67,7 @@ class DAT(Stateless):
         assert batch.outside is not None
         self.curriculum.advance(state, ctx.images)
         descent = Descent(state.steps, self.step_size, unit, box())
-        with searching(model) as f:
+        with searching(model, view=ctx.view) as f:
             moved = self.attack(self.attack.harm(f, batch.y), batch.x, ctx.generator)
             return Found(moved, descent(lambda x: self._energy(f(x), batch.y), batch.outside))
 

@@ -45,7 +45,7 @@ class GAT(Stateless):
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Found:
         """Another class for each image, and the image moved towards it."""
-        with searching(model) as f:
+        with searching(model, view=ctx.view) as f:
             with torch.no_grad():
                 classes = f(batch.x[:1]).shape[1]
             shift = torch.randint(1, classes, batch.y.shape, generator=ctx.generator, device=batch.y.device)

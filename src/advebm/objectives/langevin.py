@@ -114,7 +114,7 @@ class _Sampled(Stateless):
     def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> Found:
         """Noisy data, and negatives in eval mode."""
         positive = batch.x + self.data_noise * randn(batch.x, ctx.generator) if self.data_noise else batch.x
-        with searching(model) as f:
+        with searching(model, view=ctx.view) as f:
             slots, negative = self.negatives(lambda x: energies.marginal(f(x)), batch.x, state, ctx.generator)
         return Found(positive, negative, slots)
 
@@ -202,7 +202,7 @@ class JEAT(_Sampled):
         """Adversarial images from the (noisy) data, and negatives."""
         found = super().search(model, batch, state, ctx)
         attack = stepped(self.attack, 1.0)
-        with searching(model) as f:
+        with searching(model, view=ctx.view) as f:
             moved = attack(attack.harm(f, batch.y), found.positive.clamp(0, 1), ctx.generator)
         return found._replace(positive=moved, adversarial=moved)
 

@@ -108,7 +108,7 @@ class RATIO(Stateless):
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Pair:
         """Adversarial images of the data, and outside images that the classifier is sure about."""
         assert batch.outside is not None
-        with searching(model) as f:
+        with searching(model, view=ctx.view) as f:
             inside = self.attack(self.attack.harm(f, batch.y), batch.x, ctx.generator)
             return Pair(inside, self.outside_attack(lambda x: doubt(f(x)), batch.outside, ctx.generator))
 

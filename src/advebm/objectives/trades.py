@@ -48,7 +48,7 @@ class TRADES(Stateless):
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
         """Adversarial images (B, C, H, W)."""
-        with searching(model) as f:
+        with searching(model, view=ctx.view) as f:
             with torch.no_grad():
                 target = log_softmax(f(batch.x), 1)
             return self.attack(lambda x: -divergence(target, log_softmax(f(x), 1)), batch.x, ctx.generator)

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import io
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,15 @@ class Progress:
     best_images: int = 0
     seconds: float = 0.0
 
-    def passed(self, every: int, before: int, total: int) -> bool:
-        """Whether a multiple of ``every`` images, or the end, lies between ``before`` and now."""
-        return before // every != self.images // every or self.images >= total
+    @property
+    def at_best(self) -> bool:
+        """Whether the highest scores were reached just now."""
+        return self.best_images == self.images
+
+    def due_after(self, batch: int, total: int) -> Callable[[int], bool]:
+        """Whether a multiple of so many images, or the end of ``total``, comes within the next ``batch``."""
+        before, after = self.images, self.images + batch
+        return lambda every: before // every != after // every or after >= total
 
 
 class Checkpoints:

@@ -31,7 +31,7 @@ from advebm.descent import (
     unit,
 )
 from advebm.energies import Logits
-from advebm.models.modes import searching
+from advebm.models.modes import SearchView, searching
 from advebm.starts import ClassGaussians, Deck, Start
 
 LARGE = 1e30  # beyond any step: twice as much would be infinite in float32 before long
@@ -179,13 +179,14 @@ class Sampler:
         observe: Observer | None = None,
         batch: int | None = None,
         bank: Tensor | None = None,
+        view: SearchView | None = None,
     ) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of classes ``y (B,)``, from ``seeds`` of the same shape.
 
         ``batch`` images at most go through the network at once; noise does not depend on it.  ``bank`` is what
-        :meth:`bank` gave.
+        :meth:`bank` gave, ``view`` the network as it is searched.
         """
-        with searching(model) as f:
+        with searching(model, view=view) as f:
             parts = self.parts(len(y), batch)
             negatives = self.contrast(f, bank, seeds, generator, batch or len(y))
             each = [self.begun(f, y[part], seeds[part], negatives) for part in parts]

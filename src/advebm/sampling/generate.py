@@ -17,8 +17,7 @@ from advebm.data import pictures
 from advebm.data.sources import Data, to_float
 from advebm.metrics.base import SampleSet
 from advebm.models.batching import as_images, device_of, together
-from advebm.models.inference import View, Way, fast, view
-from advebm.models.modes import through
+from advebm.models.inference import View, Way, fast, make_view
 from advebm.samplers.base import Sampler
 from advebm.starts import Deck, Start
 
@@ -67,7 +66,7 @@ def check_groups(sampler: Sampler, count: int, batch: int | None = None) -> None
 def quickly(model: nn.Module, data: Data, count: int, way: Way) -> View | None:
     """The network for searches, as ``way`` asks, where that applies; for ``count`` images, in chunks."""
     example = as_images(data.train.x[: min(count, CHUNK, together(data.shape))], device_of(model))
-    return view(model, example, fast(way), loud=way != "auto") if len(example) else None
+    return make_view(model, example, fast(way), loud=way != "auto") if len(example) else None
 
 
 def chunk(
@@ -95,8 +94,7 @@ def chunk(
     if isinstance(start, Deck):
         start = dataclasses.replace(start, order=dealt(len(start.x), first, len(classes), seed))
     begin = start(torch.empty(len(classes), *shape, device=device), classes, generator)
-    with through(model, quick and quick.refresh):
-        return sampler(model, classes, begin, generator=generator, batch=batch, bank=bank).cpu()
+    return sampler(model, classes, begin, generator=generator, batch=batch, bank=bank, view=quick).cpu()
 
 
 def dealt(total: int, first: int, count: int, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ from advebm.runs.engine import Engine
 from advebm.runs.recipe import Recipe
 
 
-class Feed:
+class BatchSource:
     """The batches of a run: what its objective needs of the data, and of other sources."""
 
     def __init__(self, recipe: Recipe, data: Data, engine: Engine) -> None:

@@ -24,7 +24,7 @@ from advebm.core.errors import UserError
 from advebm.data.sources import Data, Digits, Images, Outline, outline
 from advebm.descent import value_and_gradient
 from advebm.models import network
-from advebm.models.modes import searching, through
+from advebm.models.modes import searching
 from advebm.models.network import Architecture, Network
 from advebm.models.small import SmallConv
 from advebm.objectives.base import Batch, Context, Objective
@@ -32,7 +32,7 @@ from advebm.objectives.curriculum import Curriculum, Level
 from advebm.runs.checkpoint import Progress
 from advebm.runs.recipe import Recipe, design
 from advebm.training.hardware import Machine, describe, seconds
-from advebm.training.loop import search_view
+from advebm.training.setup import search_view
 from advebm.training.validate import validate
 
 TIMED = 0.1  # seconds that a batch which is timed takes at least, if a step has so many images
@@ -180,7 +180,7 @@ def measured_here(stage: Estimate, device: str) -> Machine:
     else:
         model.precision = getattr(torch, cfg.precision)
     quick = search_view(model, x, cfg.fast, cfg.precision)
-    with through(model, quick and quick.refresh), searching(model) as f, contextlib.suppress(torch.OutOfMemoryError):
+    with searching(model, view=quick) as f, contextlib.suppress(torch.OutOfMemoryError):
         for images in (*itertools.takewhile(most.__gt__, (2**k for k in itertools.count())), most):
             search = functools.partial(value_and_gradient, lambda z: f(z).flatten(1).sum(1), x[:images])
             took, count = seconds(search, device), images
@@ -354,8 +354,8 @@ def validated(recipe: Recipe, found: Outline) -> int:
         judged = objective.validate is not None
     else:
         judged = found.classes != 1 if objective.outputs != 1 else recipe.outside is not None  # one class: no labels
-    steps = range(cfg.batch, whole(recipe) + 1, cfg.batch)
-    times = sum(Progress(now).passed(cfg.validate_every, now - cfg.batch, cfg.images) for now in steps)
+    steps = range(0, whole(recipe), cfg.batch)
+    times = sum(Progress(seen).due_after(cfg.batch, cfg.images)(cfg.validate_every) for seen in steps)
     return times * judged * min((n for n in (found.val, cfg.validate_with) if n is not None), default=0)
 
 

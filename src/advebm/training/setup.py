@@ -1,0 +1,125 @@
+"""What a run is trained with, made and checked before anything is written."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from advebm.core import rng
+from advebm.core.errors import UserError
+from advebm.data.sources import Data, Images
+from advebm.models import public_weights
+from advebm.models.inference import View, Way, fast, make_view
+from advebm.models.layers import Staged
+from advebm.models.network import Architecture, Network, transfer
+from advebm.models.precision import usable_precision
+from advebm.runs.engine import Engine
+from advebm.runs.find_model import find_model
+from advebm.runs.recipe import Recipe, design
+from advebm.training.batches import BatchSource
+
+
+class Setup(NamedTuple):
+    """What a run is trained with.
+
+    Attributes:
+        recipe: what to compute.
+        engine: this process, its device and the others.
+        data: the images.
+        validation: those that decide which checkpoint is best.
+        batches: what objective and loss are computed on.
+        architecture: what the network is built from.
+        model: the network, on the CPU, in float32.
+        states: the objective's state for each stream of this process.
+        validates: whether there is something to validate by.
+    """
+
+    recipe: Recipe
+    engine: Engine
+    data: Data
+    validation: Images
+    batches: BatchSource
+    architecture: Architecture
+    model: Network
+    states: dict[int, Any]
+    validates: bool
+
+
+def set_up(recipe: Recipe, engine: Engine) -> Setup:
+    """Load the images and build the network of a recipe.
+
+    Raises:
+        UserError: the recipe asks for what its data, its objective or the number of processes does not allow.
+    """
+    cfg, objective = recipe.train, recipe.objective
+    streams = engine.owned(cfg.streams)
+    data = recipe.data.load()
+    if "labels" in objective.needs and not data.train.labelled:
+        raise UserError(f"objective {type(objective).__name__} needs labels, {data.name} has none")
+    if cfg.batch > len(data.train):
+        raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
+    if objective.hidden is not None and cfg.streams != engine.world:
+        raise UserError(
+            f"train.streams is {cfg.streams}, and there are {engine.world} processes: an encoder, which tells images "
+            f"of all streams apart, takes a stream a process; set --train.streams {engine.world}"
+        )
+    objective.check(len(data.train), recipe.threat)
+    validation = data.val.take(slice(cfg.validate_with))
+    architecture = design(recipe, data)
+    model = architecture.build(recipe.seed)
+    batches = BatchSource(recipe, data, engine)
+    if objective.hidden is not None:
+        validates = objective.validate is not None and len(validation) > 1
+    else:
+        validates = validation.labelled if objective.outputs != 1 else batches.outside is not None
+    like = torch.empty(cfg.batch // cfg.streams, *data.shape)
+    states = {s: objective.init(like, rng.generator(recipe.seed, "init", s)) for s in streams}
+    return Setup(recipe, engine, data, validation, batches, architecture, model, states, validates)
+
+
+def check_trainable(model: Network, recipe: Recipe) -> None:
+    """Refuse a network that cannot be trained as the recipe says; switch its recomputation on where that is asked for.
+
+    Raises:
+        UserError: no parameters, or ``recompute`` of a backbone without stages.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("the network has no parameters to train")
+    if recipe.train.recompute:
+        if not isinstance(model.backbone, Staged):
+            raise UserError("recompute needs a backbone with stages (resnet, preact-resnet, wide-resnet, stargan)")
+        model.backbone.recompute = True
+
+
+def load_initial_weights(model: Network, init: str, data: Data, recipe: Recipe) -> None:
+    """Put the weights of a run, a published model or a file into a network that has not been trained.
+
+    Its normalisation comes with them, unless the recipe gives one.
+    """
+    path, own = Path(init), copy.deepcopy(model.normalise.state_dict())
+    fresh = public_weights.load(model, path) if path.is_file() else transfer(find_model(init), model)
+    for name in ("mean", "std"):
+        if getattr(recipe.normalise, name) is not None:
+            model.normalise.load_state_dict({**model.normalise.state_dict(), name: own[name]})
+    if fresh:
+        warnings.warn(f"{init} has another head than {data.name} takes: {', '.join(fresh)} begin fresh", stacklevel=2)
+
+
+def set_precision(model: Network, asked: str, device: torch.device) -> str:
+    """Compute a network in the precision that is asked for, or in what the device offers in its place; its name."""
+    used = usable_precision(asked, device)
+    if used == "float64":
+        model.double()
+    else:
+        model.precision = getattr(torch, used)
+    return used
+
+
+def search_view(model: Network, x: Tensor, way: Way, precision: str) -> View | None:
+    """What searches call instead of the network, see ``train.fast``; ``x`` is a stream's share of a batch."""
+    if way == "auto" and precision != "bfloat16":
+        return None
+    return make_view(model, x, fast(way, "bfloat16"), loud=way != "auto")

@@ -1,0 +1,272 @@
+"""What is done with a run in training: a step, and what comes between steps."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advebm.core import config, rng
+from advebm.core.errors import Diverged
+from advebm.models import modes
+from advebm.models.ema import EMA
+from advebm.models.inference import View
+from advebm.models.precision import precision_label
+from advebm.objectives.base import Batch, Context, Loss
+from advebm.runs.checkpoint import Progress
+from advebm.runs.engine import Engine
+from advebm.runs.run import Run
+from advebm.training import norm_statistics
+from advebm.training.energy_shift import EnergyShift
+from advebm.training.setup import Setup, search_view, set_precision
+from advebm.training.validate import SELECTED, validate
+
+Report = Callable[[Mapping[str, Any]], None]  # called with every line of metrics.jsonl, images counted over all stages
+
+
+class Share(NamedTuple):
+    """A stream's share of a step, whose gradients are taken."""
+
+    batch: Batch
+    found: Any
+    state: Any
+    loss: Loss
+    ctx: Context
+
+
+class Trainer:
+    """A run in training.
+
+    Attributes:
+        run: where everything is written.
+        model: the network that is trained.
+        ema: its running average, which is validated and published in its place; None where the recipe has none.
+        optimizer: of the network.
+        progress: images seen, rollbacks, best scores.
+        means: running means of what is logged, and whether every loss was finite.
+        clock: seconds of training.
+        view: what searches call instead of the network; None for the network.
+    """
+
+    def __init__(self, run: Run, setup: Setup, report: Report) -> None:
+        """Put the network on its device, in its precision, with the same weights in all processes."""
+        self.run, self.setup, self.report = run, setup, report
+        self.recipe, self.engine, self.states = setup.recipe, setup.engine, setup.states
+        self.cfg, self.objective = setup.recipe.train, setup.recipe.objective
+        self.seen_before = sum(stage.train.images for stage in setup.recipe.before)
+        self.model = setup.model.to(self.engine.device)
+        self.precision = set_precision(self.model, self.cfg.precision, self.engine.device)
+        self.engine.agree(self.model)
+        self.ema = EMA(self.model, self.cfg.ema) if self.cfg.ema else None
+        self.optimizer = self.recipe.optimizer.build(self.model.parameters())
+        self.progress, self.means = Progress(), RunningMeans(self.engine)
+        self.clock = Clock(self.progress)
+        self.view: View | None = None
+        self.notes: list[str] = []
+        self.shifts: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Go on from the latest checkpoint, or write the first one; make the view."""
+        if self.run.checkpoints.latest():
+            self.load()
+        else:
+            self.save()
+        now = precision_label(self.cfg.precision, self.engine.device)
+        before = self.run.environment.get("precision", self.cfg.precision)
+        if before != now and self.progress.images < self.cfg.images:
+            self.write({"event": "precision", "reason": f"goes on in {now}; begun in {before}"})
+            warnings.warn(f"the run goes on in {now}; it was begun in {before}", RuntimeWarning, stacklevel=2)
+        self.model.train()
+        share = self.setup.data.train.take(slice(self.cfg.batch // self.cfg.streams))
+        self.view = search_view(self.model, share.float().to(self.engine.device), self.cfg.fast, self.precision)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all images of the recipe have been seen."""
+        return self.progress.images >= self.cfg.images
+
+    def step(self, *, measure_shift: bool = False) -> None:
+        """Search, loss and update on the next batch, as often as the objective replays it.
+
+        Args:
+            measure_shift: compare energies before and after the attack and the last update, for :meth:`log`.
+        """
+        seen, self.shifts = self.progress.images, {}
+        for replay in range(self.objective.replays):
+            shares = self._take_gradients(seen, replay)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip or torch.inf)
+            self.means.add(norm, {"grad_norm": norm})
+            factor = self.recipe.schedule(seen + self.cfg.batch // 2, self.cfg.images)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.optimizer.lr * self.progress.rate * factor
+            batch, found, *_ = shares[0]
+            looking = measure_shift and replay == self.objective.replays - 1
+            moved = self.objective.adversarial(batch, found) if looking else None
+            shift = EnergyShift(self.model, batch, moved) if moved is not None else None
+            self.optimizer.step()
+            self.shifts = shift.terms() if shift is not None else {}
+            for batch, found, state, loss, ctx in shares:
+                self.objective.after(self.model, batch, found, state, loss, ctx)
+        self.progress.images += self.cfg.batch
+        if self.ema is not None:
+            self.ema.update(self.model, self.progress.images, self.cfg.batch)
+
+    def _take_gradients(self, seen: int, replay: int) -> list[Share]:
+        """Gradients of the mean loss over all streams, and what this process's streams found."""
+        self.optimizer.zero_grad(set_to_none=True)
+        shares, engine = list[Share](), self.engine
+        statistics = norm_statistics.Statistics(self.model if self.cfg.streams > 1 else None)
+        for stream, state in self.states.items():
+            keys = (self.recipe.seed, self.progress.attempt, seen, stream)
+            batch = self.setup.batches(seen, stream, keys)
+            generator = rng.generator(*keys, replay, device=engine.device)
+            ctx = Context(generator, seen, engine.mean, engine.gather, self.notes.append, self.view)
+            torch.manual_seed(rng.derive(*keys, replay, "global"))  # dropout in modules of one's own
+            found = self.objective.search(self.model, batch, state, ctx)
+            loss = self.objective.loss(self.model, batch, found, state, ctx)
+            (loss.total / len(self.states)).backward()
+            statistics.next()
+            self.means.add(loss.total, loss.terms)
+            shares.append(Share(batch, found, state, loss, ctx))
+        engine.average_gradients(self.model.parameters())
+        statistics.settle(engine.average)
+        return shares
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line to ``metrics.jsonl``, and report it."""
+        if self.engine.main:
+            self.run.log({"images": self.progress.images, **line})
+            self.report({"images": self.seen_before + self.progress.images, **line})
+
+    def warn(self) -> None:
+        """Pass on what the objective noted in the last step."""
+        for note in self.notes:
+            self.write({"event": "warning", "reason": note})
+            warnings.warn(f"after {self.progress.images:,} images {note}", RuntimeWarning, stacklevel=2)
+        self.notes.clear()
+
+    def log(self) -> None:
+        """Write the means since the last time, and the speed.
+
+        Raises:
+            Diverged: a loss was not finite.
+        """
+        speed, rate = self.clock.speed(self.progress.images), self.optimizer.param_groups[0]["lr"]
+        way = self.view.way.name if self.view is not None and self.view.searches else "off"  # train mode: the network
+        self.write({**self.means.take(), **self.shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": way})
+
+    def validate(self) -> None:
+        """Score the network, or its average, on validation images, and remember when it was best.
+
+        Raises:
+            Diverged: energies or losses are not finite.
+        """
+        model, setup = self.model if self.ema is None else self.ema.module, self.setup
+        scores = validate(model, setup.data, setup.validation, self.recipe, setup.batches.outside, self.engine)
+        scores = self.engine.share(scores)[0]
+        attacked, clean = (scores[name] for name in SELECTED if name in scores)
+        if (attacked, clean) > self.progress.best:
+            self.progress.best, self.progress.best_images = (attacked, clean), self.progress.images
+        self.write(scores)
+        self.clock.speed(self.progress.images)  # so that the next reading leaves this time out
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            Diverged: a loss since the last log, or a weight, is not finite.
+        """
+        self.means.check()
+        if self.engine.any(not modes.all_finite(self.model)):
+            raise Diverged(f"weights are not finite after {self.progress.images:,} images")
+        self.progress.seconds = self.clock.seconds()
+        data, recipe = self.setup.data, self.recipe
+        known = {"data": data.name, "classes": data.classes, "threat": config.describe(recipe.threat)}
+        known |= {"recipe": recipe.name, "images": self.progress.images}
+        parts = (self.model, self.ema, self.setup.architecture, self.optimizer, self.states, self.progress)
+        self.run.checkpoints.save(self.engine, *parts, title=recipe.name, extra=known)
+
+    def load(self, *, attempt: int | None = None) -> None:
+        """Put everything back as it was at the latest checkpoint, and forget what was logged since.
+
+        Args:
+            attempt: of which all that was logged up to there is kept; the checkpoint's where it is not given.
+        """
+        self.progress = self.run.checkpoints.load(self.model, self.ema, self.optimizer, self.states)
+        self.means, self.clock = RunningMeans(self.engine), Clock(self.progress)
+        self.notes.clear()
+        self.run.rewind(self.progress.images, self.progress.attempt if attempt is None else attempt, self.engine.main)
+
+    def stop_early(self, reason: Exception) -> None:
+        """Back to the latest checkpoint, where the objective wants the run to end."""
+        self.load()
+        self.write({"event": "early stop", "reason": str(reason)})
+        warnings.warn(f"{reason}: stopped at {self.progress.images:,} images", RuntimeWarning, stacklevel=2)
+
+    def rollback(self, failure: Diverged) -> None:
+        """Back to the latest checkpoint, with other random numbers and a lower learning rate.
+
+        Raises:
+            Diverged: that has been done ``rollbacks`` times already.
+        """
+        cfg = self.cfg
+        if self.progress.attempt >= cfg.rollbacks:
+            raise Diverged(
+                f"{failure}; stopped after {cfg.rollbacks} rollbacks; last good checkpoint: "
+                f"{self.run.checkpoints.path()}; try a new run with a lower --optimizer.lr"
+            ) from None
+        attempt, rate = self.progress.attempt + 1, self.progress.rate * cfg.backoff
+        self.load(attempt=attempt)
+        self.progress.attempt, self.progress.rate = attempt, rate
+        self.write({"event": "rollback", "attempt": attempt, "reason": str(failure), "rate": rate})
+        where = f"rollback {attempt} of {cfg.rollbacks} to {self.progress.images:,} images, learning rate x {rate:g}"
+        warnings.warn(f"{failure}: {where}", RuntimeWarning, stacklevel=2)
+
+
+class RunningMeans:
+    """Means of what objectives log, kept on the device until they are wanted; remembers a non-finite loss."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.sums: dict[str, list[Tensor]] = {}
+        self.finite: Tensor | None = None
+
+    def add(self, total: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """One loss; looking at it is left for later, as it would make the device wait."""
+        for name, value in terms.items():
+            self.sums.setdefault(name, []).append(value.detach())
+        finite = total.detach().isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
+
+    def check(self) -> None:
+        """Raise :class:`Diverged` if any total since the last look was not finite, in any process."""
+        if self.finite is not None and self.engine.any(not bool(self.finite)):
+            latest = {name: round(values[-1].item(), 4) for name, values in self.sums.items() if values}
+            raise Diverged(f"the loss is not finite: {latest}")
+
+    def take(self) -> dict[str, float]:
+        """The means since the last time, over processes, after a check."""
+        self.check()
+        means = {f"train/{k}": self.engine.mean(torch.stack(v).mean()).item() for k, v in self.sums.items()}
+        self.sums, self.finite = {}, None
+        return means
+
+
+class Clock:
+    """Seconds of training over all sessions, and images a second since the last look."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.offset, self.images = progress.seconds, progress.images
+        self.start = self.last = time.perf_counter()
+
+    def seconds(self) -> float:
+        """In all sessions so far."""
+        return self.offset + time.perf_counter() - self.start
+
+    def speed(self, images: int) -> float:
+        """Images a second since the last call."""
+        now, seen = time.perf_counter(), images - self.images
+        elapsed, self.last, self.images = now - self.last, now, images
+        return seen / elapsed
