@@ -133,7 +133,7 @@ def pgd(s: Setting) -> Contest:
     cost = flops(model, x)
     if s.way:
         attack, carry_out = Attack(EPS, steps=s.steps, step_size=STEP), searched(model, x, s)
-        search = lambda: carry_out(lambda f: attack(attack.harm(f, y), x, rng.generator(0, device=x.device)))
+        search = lambda: carry_out(lambda f: attack.minimize(attack.harm(f, y), x, rng.generator(0, device=x.device)))
     elif s.who == "torchattacks":
         peer = importlib.import_module("torchattacks").PGD(model, eps=EPS, alpha=STEP, steps=s.steps)
         search = lambda: peer(x, y)

@@ -104,7 +104,7 @@ def attack(
             goal = checks.labels(target, len(x), f(x[:1]).shape[1])
             read = energies.joint if loss == "energy" else energies.conditional
             lowered = lambda v: read(f(v), goal)
-        return search(lowered, x, generator)
+        return search.minimize(lowered, x, generator)
 
 
 def sample(

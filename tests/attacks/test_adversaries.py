@@ -13,7 +13,7 @@ from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.base import Adversary, Run, correct, dlr, margin, two_classes
 from advebm.attacks.cw import CW
 from advebm.attacks.fab import FAB, onto_plane
-from advebm.attacks.projected import Attack
+from advebm.attacks.projected import Attack, Targeted
 from advebm.attacks.square import HALVINGS, Square, _square, _stripes, _tiles, _two_windows, bump, side
 from advebm.core.errors import UserError
 from advebm.descent import unit
@@ -37,6 +37,34 @@ def seeded(seed=0):
 def linear(w, b=0.0):
     """Two classes; class 1 wins where w·x + b > 0."""
     return lambda x: torch.stack([torch.zeros(len(x), dtype=x.dtype), x.flatten(1) @ w + b], 1)
+
+
+ADVERSARIES = [Attack(eps=0.1, steps=3), Targeted(Attack(eps=0.1, steps=3)), APGD(0.1, steps=5), CW(steps=5)]
+ADVERSARIES += [FAB(0.1, steps=5, targets=2), Square(0.1, queries=10), AutoAttack(0.1, version="quick")]
+
+
+@pytest.mark.parametrize("attack", ADVERSARIES, ids=lambda attack: type(attack).__name__)
+def test_an_attack_takes_a_model_images_and_labels(net, batch, attack):
+    net.train()
+    found = attack(net, batch.x, batch.y)
+    assert torch.equal(found, attack(net, batch.x, batch.y))  # without a generator the same numbers are drawn
+    assert net.training
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    with searching(net) as f:
+        assert torch.equal(attack(net, batch.x, batch.y, seeded(3)), attack.find(f, batch.x, batch.y, seeded(3)))
+        right = correct(f, batch.x, batch.y)
+        assert right.any()
+        assert correct(f, found, batch.y).sum() < right.sum() or attack.norm == "linf"
+    assert not torch.equal(found, batch.x)
+    assert ((found >= 0) & (found <= 1)).all()
+    if attack.eps < 1:
+        assert (found - batch.x).abs().max() <= attack.eps + 1e-6
+
+
+def test_an_attack_on_a_function_is_told_what_to_call(batch):
+    for wrong in ((lambda x: x.sum(), batch.x, None), (nn.Identity(), batch.x, seeded())):
+        with pytest.raises(UserError, match=r"attack\.minimize\(energy, x, generator\)"):
+            Attack()(*wrong)
 
 
 # Losses ---------------------------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ def test_fgsm_is_one_full_sign_step(model, batch):
     x = reference.input_gradient(model, batch.x, batch.y)
     expected = (batch.x + 0.03 * x.sign()).clamp(0, 1)
     attack = fgsm(0.03)
-    torch.testing.assert_close(attack(attack.harm(model, batch.y), batch.x, None), expected)
+    torch.testing.assert_close(attack.minimize(attack.harm(model, batch.y), batch.x, None), expected)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_pgd_agrees_with_a_reference(model, batch, norm):
     eps, step = (0.05, 0.02) if norm == "linf" else (0.6, 0.25)
     attack = Attack(eps=eps, norm=norm, steps=6, step_size=step, start="clean")
-    ours = attack(attack.harm(model, batch.y), batch.x, None)
+    ours = attack.minimize(attack.harm(model, batch.y), batch.x, None)
     theirs = getattr(reference, f"pgd_{norm}")(model, batch.x, batch.y, eps, step, 6)
     torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, batch.x)
@@ -35,7 +35,7 @@ def test_pgd_agrees_with_a_reference(model, batch, norm):
 
 def test_energy_attack_agrees_with_a_reference(model, batch):
     attack = dataclasses.replace(fgsm(0.03), loss="energy")
-    ours = attack(attack.harm(model, batch.y), batch.x, None)
+    ours = attack.minimize(attack.harm(model, batch.y), batch.x, None)
     torch.testing.assert_close(ours, reference.energy_fgsm(model, batch.x, batch.y, 0.03))
 
 
@@ -46,14 +46,14 @@ def test_an_attack_beats_a_random_corner_of_its_ball(model, batch, generator, lo
     energy = energies.conditional if loss == "cross-entropy" else energies.joint
     measure = lambda x: (energy(model(x), batch.y) - energy(model(batch.x), batch.y)).mean()
     corner = (batch.x + 8 / 255 * torch.randn(batch.x.shape, generator=generator).sign()).clamp(0, 1)
-    found = attack(attack.harm(model, batch.y), batch.x, generator)
+    found = attack.minimize(attack.harm(model, batch.y), batch.x, generator)
     assert measure(found) > 2 * measure(corner).abs()
 
 
 def test_a_targeted_attack_raises_the_target(model, batch, generator):
     target = (batch.y + 1) % 5
     attack = Attack(eps=0.5, norm="l2", steps=10)
-    found = attack(lambda x: energies.conditional(model(x), target), batch.x, generator)
+    found = attack.minimize(lambda x: energies.conditional(model(x), target), batch.x, generator)
     before, after = (model(x).softmax(1).gather(1, target[:, None]) for x in (batch.x, found))
     assert (after > before).all()
 
@@ -62,7 +62,7 @@ def test_a_targeted_attack_raises_the_target(model, batch, generator):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_every_start_stays_in_ball_and_box(model, batch, generator, start, norm):
     attack = Attack(eps=0.1, norm=norm, steps=3, start=start, spread=1.0)
-    found = attack(attack.harm(model, batch.y), batch.x, generator)
+    found = attack.minimize(attack.harm(model, batch.y), batch.x, generator)
     length = (found - batch.x).flatten(1).norm(p=torch.inf if norm == "linf" else 2, dim=1)
     assert (length <= 0.1 + 1e-9).all()
     assert found.min() >= 0
@@ -70,7 +70,7 @@ def test_every_start_stays_in_ball_and_box(model, batch, generator, start, norm)
 
 
 def test_the_start_counts(model, batch):
-    run = lambda start: Attack(eps=0.1, steps=1, step_size=1e-9, start=start, spread=0.05)(
+    run = lambda start: Attack(eps=0.1, steps=1, step_size=1e-9, start=start, spread=0.05).minimize(
         lambda x: x.flatten(1).sum(1), batch.x, torch.Generator().manual_seed(0)
     )
     spread = {start: (run(start) - batch.x).abs().mean().item() for start in ("clean", "gaussian", "uniform")}
@@ -88,8 +88,8 @@ def test_restarts_keep_the_lowest_energy_of_each_image(model, batch):
     once = dataclasses.replace(attack, restarts=1)
     energy = attack.harm(model, batch.y)
     g = torch.Generator().manual_seed(0)
-    singles = torch.stack([energy(once(energy, batch.x, g)) for _ in range(8)]).detach()
-    best = energy(attack(energy, batch.x, torch.Generator().manual_seed(0))).detach()
+    singles = torch.stack([energy(once.minimize(energy, batch.x, g)) for _ in range(8)]).detach()
+    best = energy(attack.minimize(energy, batch.x, torch.Generator().manual_seed(0))).detach()
     torch.testing.assert_close(best, singles.min(0).values)
     assert (best < singles.mean(0)).all()
 

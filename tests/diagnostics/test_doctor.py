@@ -50,7 +50,7 @@ def fit(model, *, eps=0.0, epochs=12):
             if eps:
                 with searching(model) as f:
                     attack = Attack(eps=eps * min(1, epoch / 5), norm="l2", steps=3)
-                    moved = attack(attack.harm(f, y[rows]), moved, generator) if epoch else moved
+                    moved = attack.minimize(attack.harm(f, y[rows]), moved, generator) if epoch else moved
             loss = nn.functional.cross_entropy(model.train()(moved), y[rows])
             optimizer.zero_grad()
             loss.backward()

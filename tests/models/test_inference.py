@@ -355,7 +355,7 @@ def test_robust_accuracy_and_attained_loss_agree_with_float32(trained, way):
     for name in ("off", way):
         made = make_view(model, x, WAYS[name])
         with searching(model, view=made) as f:
-            moved = attack(attack.harm(f, y), x, rng.generator(0))
+            moved = attack.minimize(attack.harm(f, y), x, rng.generator(0))
         with searching(model) as f, torch.no_grad():
             out = f(moved)
         found[name] = ((out.argmax(1) == y).sum().item(), energies.conditional(out, y).mean().item())

@@ -120,7 +120,7 @@ def test_momentum_is_that_of_the_loop(net, batch):
     f = quiet(net)
     plain = Attack(eps=0.5, norm="l2", steps=4, step_size=0.2, start="clean")
     raised = lambda x: nn.functional.cross_entropy(f(x), batch.y, reduction="none")
-    close(plain(plain.harm(f, batch.y), batch.x, None), reference.momentum_ascent(raised, batch.x, 0.5, 0.2, 4, 0.0))
+    close(plain.raise_loss(f, batch.x, batch.y, None), reference.momentum_ascent(raised, batch.x, 0.5, 0.2, 4, 0.0))
     for options in ({"momentum": 0.9}, {"norm": "l2", "momentum": 1.0}, {"norm": "l2", "momentum": -0.1}):
         with pytest.raises(UserError, match=r"momentum lies in \[0, 1\) and is for norm l2"):
             Attack(**options)

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.energies import Logits
+from advebm.models.modes import searching
 
 Search = Callable[[Logits, Tensor, Tensor, torch.Generator], Tensor]  # f, x, y, generator -> images like x
 
@@ -54,6 +56,25 @@ class Adversary:
             UserError: a loss that this number of classes has not got.
         """
         raise NotImplementedError
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Attack a classifier: images (B, C, H, W) in [0, 1] within ``eps`` of ``x``, as :meth:`find` gives them.
+
+        Args:
+            model: images (B, C, H, W) in [0, 1] -> logits (B, K); searched in eval mode, with frozen weights.
+            x, y: images and their labels, int64 (B,).
+            generator: of every draw; without one the same numbers are drawn at each call.
+
+        Raises:
+            UserError: no module, or no labels.
+        """
+        if not isinstance(model, nn.Module) or not isinstance(y, Tensor):
+            raise UserError(
+                "an attack takes a module, images and labels; a function is attacked by attack.find(f, x, y, "
+                "generator), and an energy lowered by attack.minimize(energy, x, generator)"
+            )
+        with searching(model) as f:
+            return self.find(f, x, y, rng.generator("attack", device=x.device) if generator is None else generator)
 
     def find(self, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Images (B, C, H, W) in [0, 1] within ``eps`` of ``x``; of points that stay right, what the last run left.

@@ -18,8 +18,8 @@ from advebm.starts import Gaussian, Start, UniformBall, clean
 class Attack(Adversary):
     """Projected gradient descent in an eps-ball, Madry et al. (2018); with one step from ``clean``, FGSM.
 
-    It lowers whatever energy it is given: ``attack(attack.harm(f, y), x, generator)`` is untargeted,
-    ``attack(lambda x: energies.conditional(f(x), target), x, generator)`` targeted.
+    ``attack(model, x, y)`` is untargeted.  :meth:`minimize` lowers any energy within the ball: targeted, it is that of
+    ``lambda x: energies.conditional(f(x), target)``.
 
     Attributes:
         eps: radius in pixels of [0, 1].
@@ -60,7 +60,11 @@ class Attack(Adversary):
         if not 0 <= self.momentum < 1 or (self.momentum and self.norm == "linf"):
             raise UserError(f"momentum lies in [0, 1) and is for norm l2, got {self.momentum} with {self.norm}")
 
-    def __call__(
+    def raise_loss(self, f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] within eps of ``x``, of high ``loss``; also where ``f`` is wrong already."""
+        return self.minimize(self.harm(f, y), x, generator)
+
+    def minimize(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None, *, observe: Observer | None = None
     ) -> Tensor:
         """Images (B, C, H, W) in [0, 1] within eps of ``x``, of low energy."""
@@ -103,9 +107,7 @@ class Attack(Adversary):
     def runs(self, classes: int) -> list[Run]:
         """A run a restart."""
         once = replace(self, restarts=1)
-        return [
-            Run(self.name, lambda f, x, y, generator: once(once.harm(f, y), x, generator), self.steps)
-        ] * self.restarts
+        return [Run(self.name, once.raise_loss, self.steps)] * self.restarts
 
     @property
     def name(self) -> str:
@@ -153,6 +155,6 @@ class Targeted(Adversary):
 
         def search(f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
             goal = (y + torch.randint(1, classes, y.shape, generator=generator, device=y.device)) % classes
-            return once(lambda z: energies.conditional(f(z), goal), x, generator)
+            return once.minimize(lambda z: energies.conditional(f(z), goal), x, generator)
 
         return [Run(self.name, search, self.attack.steps)] * self.attack.restarts

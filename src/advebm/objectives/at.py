@@ -48,7 +48,7 @@ class AT(Stateless):
         """Adversarial images (B, C, H, W)."""
         attack = self.inner()
         with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
-            return attack(attack.harm(f, batch.y), batch.x, ctx.generator)
+            return attack.raise_loss(f, batch.x, batch.y, ctx.generator)
 
     def inner(self) -> Attack:
         """The attack that is run."""

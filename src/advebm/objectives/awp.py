@@ -6,11 +6,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from advebm.attacks.projected import Attack
 from advebm.core.errors import UserError
 from advebm.models.modes import searching
 from advebm.objectives.at import AT
 from advebm.objectives.base import Batch, Context, Loss, Objective
+from advebm.objectives.wrapper import Wrapper
 
 
 class Found(NamedTuple):
@@ -35,7 +35,7 @@ class _Loss(nn.Module):
 
 
 @dataclass(frozen=True)
-class AWP:
+class AWP(Wrapper):
     """The loss of another objective at ``w + v``, ``v`` raising it: Wu et al. (2020), as in their code.
 
     ``v = gamma ‖w‖ g / ‖g‖`` for each weight of a convolution or linear layer (no biases, no norms), g the gradient of
@@ -53,7 +53,6 @@ class AWP:
     warmup: int = 0
 
     cites: ClassVar[tuple[str, ...]] = ("wu2020",)
-    validate: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not self.gamma >= 0 or self.warmup < 0:
@@ -65,33 +64,9 @@ class AWP:
         if self.objective.replays != 1:
             raise UserError(f"awp goes around an objective without replays, not {type(self.objective).__name__}")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the inner objective needs."""
-        return self.objective.needs
-
-    @property
-    def outputs(self) -> int | None:
-        """The inner objective's."""
-        return self.objective.outputs
-
-    @property
-    def hidden(self) -> None:
-        """It goes around classifiers and critics."""
-        return
-
-    @property
-    def replays(self) -> int:
-        """One."""
-        return 1
-
-    def check(self, images: int, threat: Attack) -> None:
-        """What the inner objective refuses."""
-        self.objective.check(images, threat)
-
-    def init(self, like: Tensor, generator: torch.Generator) -> Any:
-        """The inner objective's state."""
-        return self.objective.init(like, generator)
+    def inner(self, batch: Batch, found: Found) -> tuple[Batch, Any]:
+        """What the inner objective found."""
+        return batch, found.inner
 
     def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> Found:
         """The inner search, then the direction in which the weights hurt most."""
@@ -114,11 +89,3 @@ class AWP:
         """The inner loss at the moved weights, whose gradient reaches the weights."""
         moved = {name: p + found.moves[name] for name, p in model.named_parameters() if name in found.moves}
         return _Loss(model, self.objective).at(moved, batch, found.inner, state, ctx)
-
-    def adversarial(self, batch: Batch, found: Found) -> Tensor | None:
-        """The inner objective's."""
-        return self.objective.adversarial(batch, found.inner)
-
-    def after(self, model: nn.Module, batch: Batch, found: Found, state: Any, loss: Loss, ctx: Context) -> None:
-        """What the inner objective does."""
-        self.objective.after(model, batch, found.inner, state, loss, ctx)

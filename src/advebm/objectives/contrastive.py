@@ -242,7 +242,7 @@ class InfoNCE:
         for clean in map(Views, images.x.tensor_split(parts), images.view.tensor_split(parts)):
             with searching(model) as f:
                 with using(model, self.branch):
-                    attacked = self.moved(clean, threat(self.harm(f, clean), self.moving(clean), generator))
+                    attacked = self.moved(clean, threat.minimize(self.harm(f, clean), self.moving(clean), generator))
                 for name, pair, branch in (("", clean, "clean"), ("robust_", attacked, self.branch)):
                     with using(model, branch), torch.no_grad():
                         anchors, references = self.encode(f, pair)
@@ -287,7 +287,9 @@ class AdversarialInfoNCE(InfoNCE):
         images = views(batch)
         with searching(model, view=ctx.view) as f, using(model, self.branch):
             if self.langevin is None:
-                found = self.attack(self.harm(f, images, state, ctx.gather), self.moving(images), ctx.generator)
+                found = self.attack.minimize(
+                    self.harm(f, images, state, ctx.gather), self.moving(images), ctx.generator
+                )
             else:
                 drift = self.drift(f, images, state, ctx.gather)
                 found = self._diffuse(drift, self.moving(images), self.langevin, ctx.generator)

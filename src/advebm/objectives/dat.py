@@ -68,7 +68,7 @@ class DAT(Stateless):
         self.curriculum.advance(state, ctx.images)
         descent = Descent(state.steps, self.step_size, unit, box())
         with searching(model, view=ctx.view) as f:
-            moved = self.attack(self.attack.harm(f, batch.y), batch.x, ctx.generator)
+            moved = self.attack.raise_loss(f, batch.x, batch.y, ctx.generator)
             return Found(moved, descent(lambda x: self._energy(f(x), batch.y), batch.outside))
 
     def loss(self, model: nn.Module, batch: Batch, found: Found, state: Level, ctx: Context) -> Loss:

@@ -72,7 +72,7 @@ class FAST(AT):
             return
         pgd = replace(self.attack, steps=5, step_size=self.attack.eps / 4)
         with searching(model) as f:
-            moved = pgd(pgd.harm(f, batch.y), batch.x, ctx.generator)
+            moved = pgd.raise_loss(f, batch.x, batch.y, ctx.generator)
             with torch.no_grad():
                 accuracy = ctx.mean((f(moved).argmax(1) == batch.y).float().mean()).item()
         previous, state.images, state.accuracy = state.accuracy, ctx.images, accuracy

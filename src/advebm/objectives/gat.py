@@ -50,7 +50,7 @@ class GAT(Stateless):
                 classes = f(batch.x[:1]).shape[1]
             shift = torch.randint(1, classes, batch.y.shape, generator=ctx.generator, device=batch.y.device)
             target = (batch.y + shift) % classes
-            moved = self.attack(lambda x: energies.joint(f(x), target), batch.x, ctx.generator)
+            moved = self.attack.minimize(lambda x: energies.joint(f(x), target), batch.x, ctx.generator)
         return Found(moved, target)
 
     def loss(self, model: nn.Module, batch: Batch, found: Found, state: None, ctx: Context) -> Loss:

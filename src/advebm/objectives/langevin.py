@@ -203,7 +203,7 @@ class JEAT(_Sampled):
         found = super().search(model, batch, state, ctx)
         attack = stepped(self.attack, 1.0)
         with searching(model, view=ctx.view) as f:
-            moved = attack(attack.harm(f, batch.y), found.positive.clamp(0, 1), ctx.generator)
+            moved = attack.raise_loss(f, found.positive.clamp(0, 1), batch.y, ctx.generator)
         return found._replace(positive=moved, adversarial=moved)
 
     def loss(self, model: nn.Module, batch: Batch, found: Found, state: ReplayBuffer | None, ctx: Context) -> Loss:

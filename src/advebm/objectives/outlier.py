@@ -109,8 +109,8 @@ class RATIO(Stateless):
         """Adversarial images of the data, and outside images that the classifier is sure about."""
         assert batch.outside is not None
         with searching(model, view=ctx.view) as f:
-            inside = self.attack(self.attack.harm(f, batch.y), batch.x, ctx.generator)
-            return Pair(inside, self.outside_attack(lambda x: doubt(f(x)), batch.outside, ctx.generator))
+            inside = self.attack.raise_loss(f, batch.x, batch.y, ctx.generator)
+            return Pair(inside, self.outside_attack.minimize(lambda x: doubt(f(x)), batch.outside, ctx.generator))
 
     def loss(self, model: nn.Module, batch: Batch, found: Pair, state: None, ctx: Context) -> Loss:
         """The sum of both terms."""

@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from advebm.attacks.projected import Attack
 from advebm.core.errors import UserError
 from advebm.models import network
 from advebm.models.modes import searching
-from advebm.objectives.base import Batch, Context, Loss, Objective
+from advebm.objectives.base import Batch, Context, Objective
 from advebm.objectives.trades import TRADES
+from advebm.objectives.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class RST:
+class RST(Wrapper):
     """Another objective on batches that are half pseudo-labelled, Carmon et al. (2019).
 
     Each step's images and as many ``extra`` ones are one batch, with one mean over it, as in the authors' code (there:
@@ -31,7 +31,6 @@ class RST:
     objective: Objective = TRADES()
 
     cites: ClassVar[tuple[str, ...]] = ("carmon2019",)
-    validate: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.objective.needs - {"labels"}:
@@ -42,24 +41,9 @@ class RST:
         """Extra images."""
         return self.objective.needs | {"extra"}
 
-    @property
-    def outputs(self) -> int | None:
-        """The inner objective's."""
-        return self.objective.outputs
-
-    @property
-    def hidden(self) -> int | None:
-        """The inner objective's."""
-        return self.objective.hidden
-
-    @property
-    def replays(self) -> int:
-        """The inner objective's."""
-        return self.objective.replays
-
-    def check(self, images: int, threat: Attack) -> None:
-        """What the inner objective refuses."""
-        self.objective.check(images, threat)
+    def inner(self, batch: Batch, found: tuple[Batch, Any]) -> tuple[Batch, Any]:
+        """The joint batch, and what was found on it."""
+        return found
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
         """The inner objective's state, for batches of twice the size."""
@@ -79,20 +63,10 @@ class RST:
         whole = Batch(torch.cat([batch.x, batch.extra]), torch.cat([batch.y, labels]))
         return whole, self.objective.search(model, whole, state, ctx)
 
-    def loss(self, model: nn.Module, batch: Batch, found: tuple[Batch, Any], state: Any, ctx: Context) -> Loss:
-        """The inner loss of the joint batch."""
-        return self.objective.loss(model, *found, state, ctx)
-
     def adversarial(self, batch: Batch, found: tuple[Batch, Any]) -> Tensor | None:
         """The attacked images with true labels."""
-        moved = self.objective.adversarial(*found)
+        moved = super().adversarial(batch, found)
         return None if moved is None else moved[: len(batch.x)]
-
-    def after(
-        self, model: nn.Module, batch: Batch, found: tuple[Batch, Any], state: Any, loss: Loss, ctx: Context
-    ) -> None:
-        """What the inner objective does."""
-        self.objective.after(model, *found, state, loss, ctx)
 
 
 @functools.lru_cache(maxsize=1)

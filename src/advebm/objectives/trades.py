@@ -51,7 +51,7 @@ class TRADES(Stateless):
         with searching(model, view=ctx.view) as f:
             with torch.no_grad():
                 target = log_softmax(f(batch.x), 1)
-            return self.attack(lambda x: -divergence(target, log_softmax(f(x), 1)), batch.x, ctx.generator)
+            return self.attack.minimize(lambda x: -divergence(target, log_softmax(f(x), 1)), batch.x, ctx.generator)
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
         """The sum of both terms."""

@@ -193,7 +193,7 @@ def populations(s: Sitting) -> Portrait:
             }
             with searching(model) as f:
                 if f(x[:1]).numel() > 1:
-                    sets["adversarial"] = s.threat(s.threat.harm(f, y), x, s.random("adversarial"))
+                    sets["adversarial"] = s.threat.raise_loss(f, x, y, s.random("adversarial"))
             for noise in (ood_sets.UniformNoise(), ood_sets.ClassGaussianNoise()):
                 sets[noise.name] = noise.draw(s.data, len(x), s.random(noise.name))
             if s.others is not None and s.others.shape == s.data.shape:

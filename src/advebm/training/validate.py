@@ -58,7 +58,7 @@ def validate(
             energy: Energy = lambda x: energies.binary(f(x))
             score = lambda x: torch.cat([energy(part).detach() for part in x.split(subject.batch)])
             others = subject.on_device(outside.x)
-            moved = torch.cat([recipe.threat(energy, part, generator) for part in others.split(subject.batch)])
+            moved = torch.cat([recipe.threat.minimize(energy, part, generator) for part in others.split(subject.batch)])
             inside, *outsides = score(subject.on_device(split.x)), score(others), score(moved)
         if not all(bool(v.isfinite().all()) for v in (inside, *outsides)):
             raise Diverged("the energies of validation images are not finite")

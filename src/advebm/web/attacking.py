@@ -70,14 +70,14 @@ def attack(
     with studio.search(job) as model, searching(model) as f:
         image = x[None].to(studio.device)
         if studio.critic:
-            found = pgd(lambda z: -marginal(f)(z), image, draws)
+            found = pgd.minimize(lambda z: -marginal(f)(z), image, draws)
         else:
             y = torch.tensor([label if label >= 0 else int(f(image).argmax())], device=studio.device)
             if name == TO_TARGET:
                 goal = torch.tensor([studio.data.number(target)], device=studio.device)
                 if goal == y:
                     raise UserError(f"the image is of class {target} already; choose another class to attack towards")
-                found = pgd(lambda z: energies.conditional(f(z), goal), image, draws)
+                found = pgd.minimize(lambda z: energies.conditional(f(z), goal), image, draws)
             else:
                 found = ATTACKS[name](*ball).find(f, image, y, draws)
         return _shown(studio, image, found, None if studio.critic else y, ball)
