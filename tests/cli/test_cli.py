@@ -332,7 +332,7 @@ def test_a_read_only_run_folder_is_one_line(run, capsys, monkeypatch):
 @few_samples
 def test_the_demo_prints_its_table(tmp_path, capsys, monkeypatch):
     """The real demo with a fraction of the training: every stage, the table, the report."""
-    from advebm.cli import demo
+    from advebm.workflows import demo
 
     monkeypatch.setattr(recipes, "find", lambda name, find=recipes.find: {**find(name), "train": {"images": 2000}})
     monkeypatch.setattr(demo, "PER_CLASS", 5)

@@ -21,7 +21,7 @@ from advebm.models import network
 from advebm.runs.run import Run
 from advebm.sampling import generate
 from advebm.workflows.adopt import adopt
-from advebm.workflows.sample import take_in
+from advebm.workflows.evaluate import import_samples
 from tests.helpers import few_samples
 
 
@@ -145,12 +145,12 @@ def test_images_from_a_folder_are_judged_as_samples(run, tmp_path, capsys):
     assert cli.main(["report", str(run.folder)]) == 0
     other = pictures(tmp_path / "elsewhere" / "mine", ["."])
     with pytest.raises(UserError, match="has samples called mine already"):
-        take_in(run, other)
+        import_samples(run, other)
 
 
 def test_images_of_another_size_are_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"are 9x9, those of the data 8x8; resize them first"):
-        take_in(run, pictures(tmp_path / "large", ["."], size=9))
+        import_samples(run, pictures(tmp_path / "large", ["."], size=9))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no image"):
         read_folder(tmp_path / "empty", ("0",), (1, 8, 8))

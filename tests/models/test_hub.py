@@ -422,7 +422,7 @@ def test_a_recipe_without_options_of_its_own_is_not_said_to_have_them(measured_r
     own = resolve(recipes.find("cifar10-at-small"), [("objective.attack.steps", 3)])
     for number, recipe in enumerate((plain, own)):
         (measured_run.folder / "config.yaml").write_text(dump(recipe))
-        publish_run(measured_run, tmp_path / str(number))
+        publish_run(Run.open(measured_run.folder), tmp_path / str(number))
     first, second = ((tmp_path / str(n) / "README.md").read_text() for n in range(2))
     assert "options in" not in first
     assert "options in" in second
@@ -468,6 +468,7 @@ def test_the_card_says_what_every_stage_took(measured_run, tmp_path):
     recipe = dataclasses.replace(measured_run.recipe, init=None)
     first = dataclasses.replace(recipe, name="first")
     (measured_run.folder / "config.yaml").write_text(dump(dataclasses.replace(recipe, before=(first,))))
+    measured_run = Run.open(measured_run.folder)
     shutil.copytree(measured_run.folder, measured_run.before[0])
     (measured_run.before[0] / "config.yaml").write_text(dump(first))
     path = measured_run.before[0] / "checkpoints" / measured_run.checkpoints.latest() / "state"

@@ -393,7 +393,7 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 def test_the_picture_of_a_table_has_first_stages(monkeypatch):
     """Each stage that was drawn from under the table's name, beside the one it led to."""
     stage = lambda name, *sets: SimpleNamespace(
-        recipe=SimpleNamespace(name=name, data=Digits()), samples=lambda: dict.fromkeys(sets, name)
+        recipe=SimpleNamespace(name=name), data=Digits().load(), samples=lambda: dict.fromkeys(sets, name)
     )
     first, last = stage("first", "two"), stage("last", "two", "other")
     runs = [SimpleNamespace(**vars(run), stages=found) for run, found in ((stage("judge"), []), (last, [first, last]))]

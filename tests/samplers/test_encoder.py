@@ -32,7 +32,7 @@ from advebm.sampling import generate
 from advebm.sampling.step_curve import Chains, Point
 from advebm.training.loop import train
 from advebm.web.server import open_studios
-from advebm.workflows import adopt
+from advebm.workflows import probe
 from tests.helpers import few_samples, linked
 from tests.references import encoders as reference
 
@@ -507,9 +507,9 @@ def test_a_probe_is_refused_before_anything_is_fitted(own, monkeypatch, capsys):
 
 def test_a_probe_computes_as_many_images_at_once_as_their_size_allows(own, tmp_path, monkeypatch):
     seen, classifier = [], Probe.classifier
-    monkeypatch.setattr(adopt, "together", lambda shape: 123)
+    monkeypatch.setattr(probe, "together", lambda shape: 123)
     monkeypatch.setattr(Probe, "classifier", lambda *a: seen.append(a[-1]) or classifier(*a))
-    adopt.probe(own, tmp_path / "probed", by=Probe(c=0.1))
+    probe.probe(own, tmp_path / "probed", by=Probe(c=0.1))
     assert seen == [123]
 
 

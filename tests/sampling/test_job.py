@@ -33,9 +33,7 @@ def run(small_run, tmp_path):
 
 def wanted(run, **options):
     number = run.checkpoints.path().name
-    return Drawing(
-        **{"run": run.folder, "name": "set", "sampler": QUICK, "per_class": 110, "checkpoint": number, **options}
-    )
+    return Drawing(**{"run": run, "name": "set", "sampler": QUICK, "per_class": 110, "checkpoint": number, **options})
 
 
 def content(folder):

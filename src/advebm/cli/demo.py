@@ -1,38 +1,69 @@
-"""From nothing to a report: two classifiers of digits, one adversarially trained, and images drawn from it."""
+"""demo and toy: first looks, without any data to bring."""
 
-import dataclasses
+import argparse
+import time
 from pathlib import Path
-from typing import Any
 
-from advebm import recipes
-from advebm.core import config, console
-from advebm.evaluation import evaluate
-from advebm.reporting.build import report
-from advebm.runs.recipe import resolve
-from advebm.workflows.sample import draw
-from advebm.workflows.train import fit
-
-PER_CLASS = 150
-SETS = {f"{kind}-{start}": (kind, start) for start in ("class", "global") for kind in ("ta", "cs")}
+from advebm.cli.options import Overrides, Verbs
+from advebm.core import console
+from advebm.core.errors import UserError
 
 
-def demo(folder: Path, *, seed: int = 0) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """Train, sample, evaluate and report in ``folder``; the report's path and the records of both runs."""
-    say = console.screen.print
-    runs = {}
-    for number, name in enumerate(("digits-standard", "digits-at"), 1):
-        say(f"[{number}/5] train {name}")
-        recipe = resolve({**recipes.find(name), "seed": seed})
-        runs[name] = fit(recipe, folder / name)
-    robust = runs["digits-at"]
-    say(f"[3/5] sample {PER_CLASS * 10:,} images each by {', '.join(SETS)}")
-    for name, (kind, start) in SETS.items():
-        recipe = resolve(config.describe(robust.recipe), [("sampler", kind), ("sampler.start", start)])
-        draw(robust, name, recipe.sampler, PER_CLASS, seed=seed)
-    say("[4/5] evaluate both; sample quality in the features of digits-standard")
-    records = {}
-    for name, run in runs.items():
-        found = evaluate.evaluate_run(run, features=runs["digits-standard"].folder, seed=seed)
-        records[name] = [dataclasses.asdict(record) for record in found]
-    say("[5/5] report")
-    return report(robust, beside=[runs["digits-standard"]], out=folder / "report.html"), records
+def add_demo(verbs: Verbs) -> None:
+    """``advebm demo``."""
+    parser = verbs.add("demo", demo, "Train on digits, draw images, evaluate and report: a minute on a laptop.")
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the runs go (runs)")
+    parser.add_seed()
+    parser.add_threads()
+
+
+def demo(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Carry the demo out, print the records of its runs side by side."""
+    from advebm.reporting.terminal import side_by_side
+    from advebm.runs.run import new_folder
+    from advebm.workflows import demo as workflow
+
+    begun = time.perf_counter()
+    path, records = workflow.demo(new_folder(args.out, "demo"), seed=args.seed)
+    side_by_side(records)
+    print(f"{time.perf_counter() - begun:.0f} s; report: {path}")
+
+
+def add_toy(verbs: Verbs) -> None:
+    """``advebm toy``."""
+    parser = verbs.add(
+        "toy",
+        toy,
+        "Train on densities of the plane and draw what is learnt: a density or its support.",
+        "Binary adversarial training from both p0 and maximum likelihood; with --method or --p0 that one alone.",
+    )
+    parser.add_argument(
+        "density", nargs="?", metavar="DENSITY", help="gaussian (default), eight-gaussians, rings, moons or pinwheel"
+    )
+    parser.add_argument("--all", action="store_true", help="every density")
+    parser.add_argument("--method", metavar="NAME", help="binary-at or mle")
+    parser.add_argument("--p0", metavar="NAME", help="where contrastive points begin: uniform or concentrated")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/toy"), metavar="DIR", help="where pictures go (runs/toy)"
+    )
+    parser.add_seed()
+    parser.add_threads()
+
+
+def toy(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Draw the pictures, print the numbers and where the pictures are."""
+    from advebm.reporting.terminal import numbers_table
+    from advebm.toy import densities, figures, train
+
+    if args.all and args.density:
+        raise UserError("--all is every density; leave out the name or --all")
+    rows: dict[str, dict[str, float]] = {}
+    written: list[Path] = []
+    for density in densities.DENSITIES if args.all else [args.density or "gaussian"]:
+        console.say(density)
+        plays, paths = figures.draw(density, args.out, method=args.method, p0=args.p0, seed=args.seed)
+        rows |= {f"{play.density} {play.method} {play.p0}": train.numbers(play, seed=args.seed) for play in plays}
+        written += paths
+    numbers_table(rows)
+    for path in written:
+        print(path)

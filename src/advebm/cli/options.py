@@ -2,19 +2,27 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from advebm.core.errors import UserError, suggest
 
 Overrides = list[tuple[str, Any]]
+Call = Callable[[argparse.Namespace, Overrides], int | None]
 # Blocks of a recipe that a kind can be given for, as in --objective at; any other option has a dot in its name.
 BLOCKS = {"data": "source", "backbone": "backbone", "objective": "objective", "sampler": "sampler"}
 BLOCKS |= {"optimizer": "optimizer", "schedule": "schedule", "outside": "source", "extra": "source"}
 
+FEATURES = (
+    "what judges the samples: the classifier of a run or model (its own by default), pixels, inception (downloads its "
+    "weights once), or inception:PATH of torch-fidelity's weight file"
+)
+WAYS = "auto, off, fold, compile, bf16 or bf16+compile"  # of --fast
+
 
 class Parser(argparse.ArgumentParser):
-    """One-line errors, no abbreviations."""
+    """One-line errors, no abbreviations; and the options that many verbs have."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
@@ -25,6 +33,61 @@ class Parser(argparse.ArgumentParser):
             known = [word.strip(" '") for word in bad[2].split(",")]
             raise UserError(f"no command {bad[1]!r}{suggest(bad[1], known)}; there is {', '.join(known)}")
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def add_run(self, *, several: bool = False) -> None:
+        """The run's folder, or the folders of several."""
+        if several:
+            self.add_argument("runs", type=Path, metavar="RUN", nargs="+")
+        else:
+            self.add_argument("run", type=Path, metavar="RUN")
+
+    def add_seed(self, about: str | None = None) -> None:
+        """--seed, 0 by default."""
+        self.add_argument("--seed", type=int, default=0, help=about)
+
+    def add_checkpoint(self) -> None:
+        """--checkpoint, the latest by default."""
+        self.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
+
+    def add_device(self) -> None:
+        """--device."""
+        self.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
+
+    def add_threads(self) -> None:
+        """--threads, which :func:`advebm.cli.entry.main` sets."""
+        self.add_argument("--threads", type=int, metavar="N", help="of the CPU; all cores by default")
+
+
+class Verbs:
+    """The verbs of the command line, to which each group adds its own."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        self,
+        name: str,
+        call: Call,
+        about: str,
+        more: str = "",
+        *,
+        takes: Sequence[str] = (),
+        shared: bool = False,
+    ) -> Parser:
+        """Add a verb.
+
+        Args:
+            name: what people write.
+            call: what it runs; it returns the exit status, None for 0.
+            about: what it does, in a line.
+            more: further lines of its help.
+            takes: blocks of a recipe whose options it takes.
+            shared: whether several processes may share it.
+        """
+        parser: Parser = self.subparsers.add_parser(name, help=about, description=f"{about} {more}".strip())
+        known = parser._option_string_actions
+        parser.set_defaults(verb=name, call=call, takes=tuple(takes), options=known, shared=shared)
+        return parser
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
@@ -56,3 +119,10 @@ def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides
         if block not in args.takes:
             what = f"this command takes {allowed}" if allowed else "this command takes no options of a recipe"
             raise UserError(f"no option --{name}{suggest(block, args.takes)}; {what}")
+
+
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Refuse numbers below ``least``; None is none."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is at least {least}, got {value}")

@@ -56,7 +56,7 @@ def compare(
         progress: told what is being done.
         bar: what shows how far an attack is.
     """
-    tests = {run.folder: run.recipe.data.load().test for run in runs}
+    tests = {run.folder: run.data.test for run in runs}
     if any(not torch.equal(test.x, tests[runs[0].folder].x) for test in tests.values()):
         raise UserError("the runs have different test images; compare runs on the same data")
     judged_by = attacks(threat or runs[0].recipe.threat)

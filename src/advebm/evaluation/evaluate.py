@@ -75,7 +75,7 @@ def evaluate_run(
     run.records()  # a damaged file is noticed now rather than after minutes
     path = run.checkpoints.path(checkpoint)
     model = run.model(path.name)[0].to(device)
-    data = recipe.data.load()
+    data = run.data
     samples = {name: generate.read(folder) for name, folder in run.samples().items()}
     judge = None if features is None else find_space(features)
     space = feature_space(OWN, model) if judge is None else judge.load(device)

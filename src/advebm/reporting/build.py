@@ -43,7 +43,7 @@ def report(
         summary: a table of :func:`advebm.papers.render.summary`; it stands at the head instead of the run's numbers.
     """
     recipe, history = run.recipe, run.history()
-    data = recipe.data.load()
+    data = run.data
     runs = compare.titled([run, *beside])
     everyone = {title: evaluate.latest(r.records()) for title, r in runs.items()}
     own = next(iter(everyone.values()))

@@ -410,9 +410,9 @@ def diagnose(
         if name not in PORTRAITS:
             raise unknown("diagnostic", name, PORTRAITS)
     first = next(iter(runs.values()))
-    recipe, data = first.recipe, first.recipe.data.load()
+    recipe, data = first.recipe, first.data
     for title, run in runs.items():
-        other = run.recipe.data.load()
+        other = run.data
         if other.shape != data.shape or other.classes != data.classes:
             raise UserError(f"{title} is of {other.name}, {recipe.name} of {data.name}; diagnose runs on the same data")
     models = {title: run.model(checkpoint)[0].to(device) for title, run in runs.items()}

@@ -60,7 +60,7 @@ def translated(run: Run, source: Data, judge: Path) -> Records:
 
     A figure shows some on their way, Binary-AT figure 7.
     """
-    classes = tuple(int(name) for name in run.recipe.data.load().classes)
+    classes = tuple(int(name) for name in run.data.classes)
     space, sampler, records = evaluate.find_space(judge).load("cpu"), run.recipe.sampler, []
     assert space.logits is not None
     model, films = run.model()[0], torch.empty(0)
@@ -89,7 +89,7 @@ def jeat_figure4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
     entries = {"at": recipe("cifar10-at-small", options), "prejeat": recipe("cifar10-prejeat-small", options)}
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
-        classes = runs["at"].recipe.data.load().classes
+        classes = runs["at"].data.classes
         ships = (classes.index("ship"),) if "ship" in classes else None
         panels, texts = {}, {}
         for title, kind in FIGURE4:

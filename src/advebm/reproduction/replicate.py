@@ -203,7 +203,7 @@ def drawing(table: Table, runs: Sequence[Run]) -> bytes | None:
         return unsupervised.cem_figure1({run.folder.name: run for run in runs})
     stages = [stage for run in runs for stage in run.stages]
     sets = {run.recipe.name: generate.read(s[table.name]) for run in stages if table.name in (s := run.samples())}
-    panels = {name: pictures.by_class(s.x, s.y, len(runs[0].recipe.data.load().classes), 4) for name, s in sets.items()}
+    panels = {name: pictures.by_class(s.x, s.y, len(runs[0].data.classes), 4) for name, s in sets.items()}
     return figures.grids(panels, dict.fromkeys(panels, ())) if panels else None
 
 

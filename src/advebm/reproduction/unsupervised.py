@@ -115,7 +115,7 @@ def table2(
     known = files.read_json(file, default={})
     if known.get("about") != about:
         tell = lambda text: say(f"  {run.recipe.name}: {text}")
-        count = samples // len(run.recipe.data.load().classes)
+        count = samples // len(run.data.classes)
         found, _ = contrast(run, samplers, count, draws, features=features, say=tell, device=device())
         known = {"about": about, "found": found, "time": files.now()}
         files.write_json(file, known)

@@ -1,6 +1,7 @@
 """A run's folder: what every stage reads and writes."""
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -37,6 +38,10 @@ class Run:
         self.folder = folder
         self.checkpoints = Checkpoints(folder / "checkpoints")
 
+    def __reduce__(self) -> tuple[type["Run"], tuple[Path]]:
+        """Another process is told the folder, not the images."""
+        return Run, (self.folder,)
+
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, environment: Mapping[str, Any]) -> "Run":
         """A new run in an empty or new folder.
@@ -67,10 +72,15 @@ class Run:
             raise UserError(f"there is no run at {folder} (no config.yaml){there}")
         return cls(folder)
 
-    @property
+    @functools.cached_property
     def recipe(self) -> Recipe:
         """The resolved recipe."""
         return recipes.resolve(recipes.read(self.folder / "config.yaml"))
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """The recipe's images, loaded once."""
+        return self.recipe.data.load()
 
     @property
     def images(self) -> int:

@@ -86,7 +86,7 @@ class Order:
 
     def own(self, shape: Sequence[int]) -> Tensor:
         """Some images of a run's data, float32 (count, C, H, W), class after class."""
-        data = (self.source or self.run).recipe.data.load()
+        data = (self.source or self.run).data
         if data.shape != tuple(shape):
             raise UserError(f"images of {data.name} are {data.shape}, the model takes {tuple(shape)}")
         split = data.test if self.split == "test" else data.val
@@ -104,7 +104,7 @@ class Order:
 
 def score(order: Order) -> dict[str, dict[str, float]]:
     """How unusual images are to a run's model: their energies, and the share of validation images of lower energy."""
-    data = order.run.recipe.data.load()
+    data = order.run.data
     x, names = _given(order, data.shape)
     found = unusual(order.run.model(order.checkpoint)[0].to(order.device), x, data.val.x, batch=together(data.shape))
     return {
@@ -129,7 +129,7 @@ def edit(
     run, kind = order.run, config.describe(method)["kind"]
     folder = run.folder / "edits" / kind if out is None else out
     check_folder(folder)
-    data = run.recipe.data.load()
+    data = run.data
     channels, height, width = data.shape
     models = [r.model(which)[0].to(order.device) for r, which in order.models()]
     hole, truth = order.hole(method, (height, width)), None

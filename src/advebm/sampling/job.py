@@ -41,7 +41,7 @@ class Drawing:
     """What to draw from a run.
 
     Attributes:
-        run: its folder.
+        run: whose model draws.
         name: of the set, a folder in the run's ``samples`` or in what ``within`` names.
         sampler: the algorithm.
         per_class: images of each class.
@@ -54,7 +54,7 @@ class Drawing:
         about: what else the manifest says.
     """
 
-    run: Path
+    run: Run
     name: str
     sampler: Sampler
     per_class: int
@@ -70,7 +70,7 @@ class Drawing:
     @property
     def folder(self) -> Path:
         """Of the set."""
-        return self.run / self.within / self.name
+        return self.run.folder / self.within / self.name
 
     def plan(self) -> dict[str, Any]:
         """Everything that decides the images."""
@@ -78,7 +78,7 @@ class Drawing:
             "sampler": config.describe(self.sampler),
             "seed": self.seed,
             "checkpoint": self.checkpoint,
-            "weights": checkpoint.weights(Run.open(self.run).checkpoints.path(self.checkpoint)),
+            "weights": checkpoint.weights(self.run.checkpoints.path(self.checkpoint)),
             "per_class": self.per_class,
             "classes": None if self.classes is None else list(self.classes),
             "chunk": CHUNK,
@@ -109,9 +109,7 @@ class Desk:
     @classmethod
     def open(cls, drawing: Drawing) -> "Desk":
         """Load the network and the images; seeds that cannot be drawn are noticed here."""
-        run, sampler = Run.open(drawing.run), drawing.sampler
-        recipe = run.recipe
-        data = recipe.data.load()
+        run, sampler, data = drawing.run, drawing.sampler, drawing.run.data
         if any(not 0 <= k < len(data.classes) for k in drawing.classes or ()):
             got = ", ".join(map(str, drawing.classes or ()))
             raise UserError(f"{data.name} has classes 0 to {len(data.classes) - 1}, got {got}")

@@ -79,7 +79,7 @@ def tune(
         progress: told how many trials are done.
     """
     number = run.checkpoints.path(checkpoint).name
-    data, model = run.recipe.data.load(), run.model(number)[0].to(device)
+    data, model = run.data, run.model(number)[0].to(device)
     about = {"by": by, "space": space.name, "judge": judge, "per_class": per_class, "seed": seed, "checkpoint": number}
     about |= {"split": "val", "reference_count": len(data.val)}
     if any(sampler.fit == "test" for sampler in samplers):

@@ -67,6 +67,7 @@ def train(
         Run.create(folder, recipe, {**environment(engine.device, cfg.precision), "processes": engine.world})
     engine.barrier()
     run = Run.open(folder)
+    run.data = setup.data  # what follows does not load it again
     if fresh and recipe.before:
         last = train_stages_before(recipe, run, device, report, tick, again)
         load_initial_weights(setup.model, str(last.folder), setup.data, recipe)

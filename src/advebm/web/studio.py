@@ -47,7 +47,7 @@ class Studio:
             raise UserError(
                 f"{run.folder} is an encoder, which has no logits; probe it first: advebm probe {run.folder}"
             )
-        self.title, self.run, self.data = title, run, run.recipe.data.load()
+        self.title, self.run, self.data = title, run, run.data
         with searching(self.model) as f, torch.no_grad():
             self.critic = f(torch.rand(2, *self.data.shape, device=device)).numel() == 2
         self._checkpoint = run.checkpoints.path(checkpoint).name

@@ -1,1 +1,1 @@
-"""What commands and experiments share: train, draw, adopt, behind progress bars."""
+"""What commands and experiments share: train, draw, measure, adopt, behind progress bars."""

@@ -1,15 +1,12 @@
-"""Runs around models that are trained already: adopted ones, and linear probes."""
+"""Runs around models that are trained already."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from advebm.core import config
 from advebm.core.errors import UserError
-from advebm.metrics.probing import Probe
 from advebm.models import network
-from advebm.models.batching import together
 from advebm.runs.find_model import is_factory
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
@@ -43,7 +40,7 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]], *, dev
             raise UserError(f"{where} is an encoder, which has no logits; advebm probe makes a classifier of its run")
         plain = {"backbone": config.describe(architecture.backbone), "init": where}
         plain |= {"normalise": {"mean": list(architecture.mean), "std": list(architecture.std)}}
-    recipe = _adopting(folder.name, plain, overrides)
+    recipe = untrained_recipe(folder.name, plain, overrides)
     if architecture is not None:
         data = recipe.data.load()
         ours = (architecture.outputs, architecture.channels, architecture.size)
@@ -62,49 +59,8 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]], *, dev
     return fit(recipe, folder, device=device)
 
 
-def _adopting(name: str, plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Recipe:
+def untrained_recipe(name: str, plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Recipe:
     """The recipe of a run of a classifier that is there already, of which ``plain`` says which."""
     rest: dict[str, Any] = {"name": name, "objective": "standard", "threat": {}, "sampler": "cs", "data": "digits"}
     rest |= {"metrics": ["accuracy", "robust-accuracy"], "train": {"images": 0}}
     return resolve({**rest, **plain}, overrides)
-
-
-def probe(
-    run: Run,
-    folder: Path,
-    *,
-    by: Probe,
-    overrides: Iterable[tuple[str, Any]] = (),
-    checkpoint: str = "latest",
-    device: str = "cpu",
-) -> Run:
-    """A linear classifier on a run's frozen features, published in ``RUN/probe``, as a run of its own in ``folder``.
-
-    Args:
-        run: of any network with features: an encoder above all.
-        folder: of the new run.
-        by: how the classifier is fitted, on the training split.
-        overrides: options of the new run's recipe, such as another threat.
-        checkpoint: of the run.
-        device: where to compute.
-
-    Raises:
-        UserError: data without labels, a network without features, a wrong option, or a folder that holds something.
-    """
-    recipe, data = run.recipe, run.recipe.data.load()
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; choose another --out")
-    if not data.train.labelled:
-        raise UserError(f"a probe is fitted on labels, and {data.name} has none")
-    model, architecture = run.model(checkpoint)
-    described, title = config.describe(recipe), f"{recipe.name}-probe"
-    options: dict[str, Any] = {name: described[name] for name in ("data", "threat")}
-    options["sampler"] = config.switch(described["sampler"], "sampler", "cs")
-    pairs = [("name", title), *options.items(), *overrides]
-    _adopting(title, {"backbone": described["backbone"]}, pairs)  # a wrong option is noticed before anything is fitted
-    classifier = by.classifier(model.to(device), data.train, len(data.classes), together(data.shape))
-    plain = dataclasses.replace(architecture, outputs=len(data.classes), hidden=None)
-    about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
-    where = run.folder / "probe"
-    network.save(where, classifier, plain, title=title, summary=f"A linear probe of {recipe.name}.", extra=about)
-    return adopt(str(where), folder, pairs, device=device)

@@ -1,34 +1,138 @@
-"""Drawing, tuning and comparing samples behind a progress bar."""
+"""Drawing, tuning and comparing samples, behind progress bars."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advebm.core import console, files
+from advebm.core import config, console, files
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
 from advebm.data import pictures
-from advebm.data.readers import read_folder
 from advebm.evaluation import compare, evaluate
 from advebm.metrics.base import SampleSet, Subject, label
 from advebm.metrics.quality import SampleQuality
 from advebm.models.batching import together
 from advebm.reporting import figure_store, figures
+from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate, job, tune
+from advebm.workflows.devices import choose_device, join_team
+
+Overrides = Iterable[tuple[str, Any]]
+LEAK = "seeds are fitted on test images: what is measured against them is flattered"
 
 
-def take_in(run: Run, folder: Path) -> str:
-    """Images from a folder as a set of samples of a run, under the folder's name, which is returned."""
-    data, name = run.recipe.data.load(), folder.resolve().name
-    images = read_folder(folder, data.classes, data.shape)
-    about = {"images": str(folder.resolve())}
-    if name in run.samples() and generate.read(run.samples()[name]).manifest.get("images") != about["images"]:
-        raise UserError(f"{run.folder} has samples called {name} already; rename {folder}")
-    generate.write(run.folder / "samples" / name, SampleSet(images.float(), images.y, about), len(data.classes))
-    return name
+def sample(
+    run: Run,
+    method: str | None = None,
+    overrides: Overrides = (),
+    *,
+    name: str | None = None,
+    per_class: int = 10,
+    checkpoint: str = "latest",
+    untuned: bool = False,
+    device: str | None = None,
+    **options: Any,
+) -> Path:
+    """Draw images of every class by one method; the folder of the set.
+
+    Args:
+        run: a trained run.
+        method: of a sampler; the recipe's by default.
+        overrides: options of the sampler.
+        name: of the set, ``METHOD-START`` by default.
+        per_class: images of each class.
+        checkpoint: ``latest``, ``best`` or a number of images.
+        untuned: whether to take the recipe's settings although ``tune-sampler`` found others.
+        device: None takes the best there is.
+        options: of :func:`draw`.
+    """
+    team, where = join_team(device)
+    sampler, about = choose_settings(run, method, overrides, checkpoint=checkpoint, untuned=untuned)
+    if sampler.fit == "test":
+        warnings.warn(LEAK, stacklevel=2)
+    options |= {"checkpoint": checkpoint, "device": where, "team": team, "about": about}
+    return draw(run, name or generate.set_name(sampler), sampler, per_class, **options)
+
+
+def compare_methods(
+    run: Run,
+    methods: Sequence[str],
+    overrides: Overrides,
+    *,
+    per_class: int,
+    seeds: int,
+    checkpoint: str,
+    untuned: bool,
+    device: str | None,
+    **options: Any,
+) -> tuple[dict[str, compare.Records], Path]:
+    """Draw by several methods from the same seeds and judge them: see :func:`contrast`."""
+    where = choose_device(device)
+    settings: dict[str, Any] = {"checkpoint": checkpoint, "untuned": untuned}
+    chosen = {m: choose_settings(run, m, overrides, **settings, label=f"{m}: ") for m in methods}
+    samplers = {method: sampler for method, (sampler, _) in chosen.items()}
+    if len({sampler.start for sampler in samplers.values()}) > 1:
+        starts = ", ".join(f"{method} from {sampler.start}" for method, sampler in samplers.items())
+        console.say(f"seeds differ: {starts}; --sampler.start sets all")
+    if any(sampler.fit == "test" for sampler in samplers.values()):
+        warnings.warn(LEAK, stacklevel=2)
+    options |= {"checkpoint": checkpoint, "device": where, "about": {m: about for m, (_, about) in chosen.items()}}
+    return contrast(run, samplers, per_class, seeds, say=console.say, **options)
+
+
+def tune_sampler(
+    run: Run,
+    method: str | None,
+    overrides: Overrides,
+    values: Mapping[str, str],
+    *,
+    device: str | None,
+    **options: Any,
+) -> tuple[list[dict[str, Any]], Path, Path]:
+    """Search a sampler's settings; all trials, the best first, where the best is kept, and a figure.
+
+    Args:
+        run: a trained run.
+        method: of a sampler; the recipe's by default.
+        overrides: options of the sampler.
+        values: of each setting that is searched, as ``0.05,0.1``.
+        device: None takes the best there is.
+        options: of :func:`search`.
+    """
+    sampler = choose_sampler(run, method, overrides)
+    plain = config.describe(sampler)
+    listed = {
+        name: [getattr(config.build({**plain, name: v}, "sampler"), name) for v in text.split(",")]
+        for name, text in values.items()
+    }
+    trials, figure = search(run, tune.grid(sampler, listed), device=choose_device(device), **options)
+    return trials, tune.result(run, sampler), figure
+
+
+def choose_sampler(run: Run, method: str | None, overrides: Overrides = ()) -> Sampler:
+    """The run's sampler, or another with its settings, with options changed."""
+    return resolve(config.describe(run.recipe), [*([("sampler", method)] if method else []), *overrides]).sampler
+
+
+def choose_settings(
+    run: Run, method: str | None, overrides: Overrides, *, checkpoint: str, untuned: bool, label: str = ""
+) -> tuple[Sampler, dict[str, Any]]:
+    """The same, with what ``tune-sampler`` found for that method and start; and how it was found, where it was."""
+    overrides = list(overrides)
+    sampler = choose_sampler(run, method, overrides)
+    if untuned or (found := tune.tuned(run, sampler)) is None:
+        return sampler, {}
+    best, how = found
+    if how["checkpoint"] != run.checkpoints.path(checkpoint).name:
+        warnings.warn(f"tune-sampler looked at checkpoint {how['checkpoint']}; its settings are left", stacklevel=2)
+        return sampler, {}
+    console.say(f"{label}settings of tune-sampler; --untuned takes the recipe's")
+    plain = {**config.describe(run.recipe), "sampler": config.describe(best)}
+    return resolve(plain, overrides).sampler, {"tuned": {**how, "changed": [name for name, _ in overrides]}}
 
 
 def draw(
@@ -51,8 +155,8 @@ def draw(
     if Path(name).name != name or name in (".", ".."):
         raise UserError(f"--name is the name of a folder in {run.folder / 'samples'}, got {name!r}")
     number = run.checkpoints.path(checkpoint).name
-    wanted = job.Drawing(run.folder, name, sampler, per_class, checkpoint=number, **options)
-    with console.bar(name, per_class * len(wanted.classes or run.recipe.data.load().classes)) as tell:
+    wanted = job.Drawing(run, name, sampler, per_class, checkpoint=number, **options)
+    with console.bar(name, per_class * len(wanted.classes or run.data.classes)) as tell:
         return job.draw(wanted, processes=processes, team=team, trajectory=trajectory, progress=tell)
 
 
@@ -101,7 +205,7 @@ def contrast(
     ``seeds``, where there are several, and the picture's path.
     """
     recipe, device = run.recipe, str(options.get("device", "cpu"))
-    data = recipe.data.load()
+    data = run.data
     model = run.model(str(options.get("checkpoint", "latest")))[0].to(device)
     about = about or {}
     own = evaluate.feature_space(evaluate.OWN, model)

@@ -1,16 +1,55 @@
-"""Training behind a progress bar."""
+"""Training from what a command asks for, behind a progress bar."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from advebm import recipes
 from advebm.core import checks, console
 from advebm.core.threads import take_over_threads
 from advebm.models.precision import precision_label
-from advebm.runs.recipe import Recipe
-from advebm.runs.run import Run
+from advebm.runs.recipe import Recipe, read, resolve
+from advebm.runs.run import Run, new_folder
 from advebm.training.hardware import describe
 from advebm.training.loop import train
+
+
+def find_recipe(
+    source: str | Path,
+    overrides: Iterable[tuple[str, Any]] = (),
+    *,
+    seed: int | None = None,
+    init: str | None = None,
+    labels: str | None = None,
+) -> Recipe:
+    """A recipe of the package by its name, or one of a file by its path, with options changed.
+
+    Args:
+        source: the name, or the path.
+        overrides: options, such as ``("train.images", 6000)``.
+        seed: in the place of the recipe's.
+        init: run, model or file that training begins from.
+        labels: ``none`` for a recipe that does without them.
+
+    Raises:
+        UserError: no such recipe, or an option that is not there.
+    """
+    plain = read(source) if isinstance(source, Path) else recipes.find(source)
+    given = {name: value for name, value in (("seed", seed), ("init", init)) if value is not None}
+    recipe = resolve({**plain, **given}, overrides)
+    return recipe.unlabelled() if labels == "none" else recipe
+
+
+def train_new(recipe: Recipe, folder: Path | None, *, device: str | None = None) -> Run:
+    """Train a recipe in ``folder``, or in a new one of ``runs``."""
+    return fit(recipe, folder or new_folder(Path("runs"), recipe.name), device=device)
+
+
+def resume(folder: Path, *, device: str | None = None) -> Run:
+    """Go on with a run where its last checkpoint is."""
+    return fit(Run.open(folder).recipe, folder, resume=True, device=device)
 
 
 def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:

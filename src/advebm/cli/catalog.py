@@ -1,0 +1,49 @@
+"""list: what there is, from static text and source files; no method is imported."""
+
+import argparse
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+
+from advebm import recipes
+from advebm.cli.options import Overrides, Verbs
+from advebm.core.config import KINDS
+from advebm.core.errors import unknown
+
+
+def add_list(verbs: Verbs) -> None:
+    """``advebm list``."""
+    parser = verbs.add("list", print_list, "What there is: recipes, objectives, samplers, metrics, …")
+    parser.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
+
+
+def print_list(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Print a line a recipe and a line a kind."""
+    what = None if args.what is None else args.what.rstrip("s")
+    if what is not None and what not in ("recipe", *KINDS):
+        raise unknown("kind of thing", args.what, ["recipe", *KINDS])
+    if what in (None, "recipe"):
+        print("recipe (advebm train --recipe NAME)")
+        width = max(map(len, recipes.names()))
+        for name in recipes.names():
+            print(f"  {name:{width}} {recipes.header(name)[0]}")
+    for role, kinds in KINDS.items():
+        if what in (None, role):
+            print(role)
+            for kind, target in kinds.items():
+                print(f"  {kind:20} {_summary(target)}")
+
+
+def _summary(target: str) -> str:
+    """The first line of a class's docstring, without importing its module."""
+    module, _, name = target.partition(":")
+    tree = _parsed(module)
+    node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    return (ast.get_docstring(node) or "").splitlines()[0].replace("``", "") if node else ""
+
+
+@functools.cache
+def _parsed(module: str) -> ast.Module:
+    spec = importlib.util.find_spec(module)
+    return ast.Module([], []) if spec is None or spec.origin is None else ast.parse(Path(spec.origin).read_text())

@@ -1,0 +1,135 @@
+"""diagnose and doctor: why a model generates or does not, and what spoils its numbers."""
+
+import argparse
+import dataclasses
+import json
+
+from advebm.cli.options import Overrides, Verbs, check_at_least
+from advebm.core import console
+from advebm.core.errors import UserError
+
+
+def add_diagnose(verbs: Verbs) -> None:
+    """``advebm diagnose``."""
+    parser = verbs.add(
+        "diagnose",
+        diagnose,
+        "Why a model generates, or does not: figures and numbers, side by side for several runs.",
+        "They go into the first RUN's figures and its report. Takes --sampler.option VALUE.",
+        takes=("sampler",),
+    )
+    parser.add_run(several=True)
+    parser.add_argument(
+        "--what",
+        metavar="A,B",
+        help="landscape, gradients, energies, neighbours, interpolation, chains, saliency, inversion; all by default",
+    )
+    parser.add_argument("--method", metavar="NAME", help="of the chains; the first run's sampler by default")
+    parser.add_argument("--images", type=int, default=100, metavar="N", help="test images behind the numbers (100)")
+    parser.add_argument(
+        "--along", choices=("random", "gradient", "pca"), default="random", help="of landscapes (random)"
+    )
+    parser.add_argument("--reach", type=float, default=2.0, metavar="R", help="of landscapes, pixels of [0, 1], l2 (2)")
+    parser.add_argument("--steps", type=int, default=1000, metavar="K", help="of long chains (1000)")
+    parser.add_seed()
+    parser.add_checkpoint()
+    parser.add_device()
+    parser.add_threads()
+
+
+def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Print the numbers of the figures, and where the figures are."""
+    from advebm.evaluation.compare import titled
+    from advebm.reporting.diagnostics import diagnose
+    from advebm.reporting.terminal import figures_list
+    from advebm.runs.run import Run
+    from advebm.workflows.devices import choose_device
+    from advebm.workflows.sample import choose_sampler
+
+    check_at_least(args, 2, "images", "steps")
+    if not args.reach > 0:
+        raise UserError(f"--reach is > 0, got {args.reach}")
+    runs = [Run.open(path) for path in args.runs]
+    options = {"count": args.images, "along": args.along, "reach": args.reach, "steps": args.steps, "seed": args.seed}
+    options |= {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
+    options["sampler"] = choose_sampler(runs[0], args.method, overrides)
+    what = args.what.split(",") if args.what else ()
+    numbers, written = diagnose(titled(runs), what, progress=console.say, **options)
+    figures_list(numbers)
+    for path in written:
+        print(path)
+
+
+def add_doctor(verbs: Verbs) -> None:
+    """``advebm doctor``."""
+    parser = verbs.add(
+        "doctor",
+        doctor,
+        "Look for what spoils a model's energies and the attacks on it; say what to do.",
+        "Exit status 1 where there are faults. A run has its images and its threat; any other model takes --data NAME. "
+        "Takes --data.option VALUE and --threat.option VALUE.",
+        takes=("data", "threat"),
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a run, a model's folder, hf:USER/NAME or PACKAGE.MODULE:FACTORY of your own",
+    )
+    parser.add_argument(
+        "--machine",
+        action="store_true",
+        help="check this machine instead: its speed, and the convolutions of MODEL (of CIFAR-10 recipes) by float64",
+    )
+    parser.add_argument("--images", type=int, default=300, metavar="N", help="test images to try it on (300)")
+    parser.add_seed()
+    parser.add_checkpoint()
+    parser.add_argument("--json", action="store_true", help="print findings as JSON, one a line")
+    parser.add_device()
+    parser.add_threads()
+
+
+def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Print what was found; 1 where there are faults."""
+    from advebm.reporting.terminal import findings_list
+    from advebm.workflows.devices import choose_device
+    from advebm.workflows.doctor import examine_model
+
+    if args.machine:
+        return _machine(args, overrides)
+    if args.model is None:
+        raise UserError("doctor takes a MODEL, or --machine to check this machine")
+    options = {"images": args.images, "checkpoint": args.checkpoint, "seed": args.seed}
+    findings = examine_model(args.model, overrides, **options, device=choose_device(args.device))
+    if args.json:
+        for finding in findings:
+            print(json.dumps(dataclasses.asdict(finding)))
+    else:
+        findings_list(findings)
+    return int(any(finding.severity == "fault" for finding in findings))
+
+
+def _machine(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Print what came of checking this machine; 1 where a convolution is computed wrongly."""
+    from advebm.training import hardware
+    from advebm.workflows.doctor import check_machine
+
+    if args.device not in (None, "cpu"):
+        raise UserError(f"--machine checks the CPU, got --device {args.device}")
+    if not args.json:
+        print(hardware.report("cpu"))
+    done = check_machine(args.model, overrides, checkpoint=args.checkpoint)
+    if args.json:
+        for verdict in (done.known, *done.verdicts):
+            print(json.dumps({**dataclasses.asdict(verdict), "wrong": verdict.wrong}))
+        return int(bool(done.wrong))
+    for verdict in done.wrong:
+        print(f"fault: {verdict}")
+    if done.known.wrong:
+        print(f"warning: {done.known}; advebm's networks avoid it, training code of your own may not: docs/cpu.md")
+    right = len(done.verdicts) - len(done.wrong)
+    error = "" if done.error is None else f", in float32 to {done.error:.1g}"
+    print(f"{right} of {done.convolutions} convolutions of {', '.join(done.models)} agree with float64{error}")
+    if len(done.verdicts) < done.convolutions:
+        print(f"{done.convolutions - len(done.verdicts)} were not checked: time was up")
+    return int(bool(done.wrong))

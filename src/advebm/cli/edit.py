@@ -1,0 +1,109 @@
+"""edit: images changed by a run's model."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from advebm.cli.options import Overrides, Verbs
+from advebm.core import config, console
+from advebm.core.config import KINDS
+from advebm.core.errors import UserError, unknown
+
+# Options that only some edits take.
+TAKERS = {
+    "mask": ("inpaint", "paint"),
+    "box": ("inpaint", "paint"),
+    "others": ("compose",),
+    "classes": ("compose",),
+    "amount": ("translate",),
+    "source": ("translate", "counterfactual", "score"),
+    "goal": ("translate", "inpaint", "paint", "denoise", "upsample", "counterfactual"),
+}
+
+
+def add_edit(verbs: Verbs) -> None:
+    """``advebm edit``."""
+    parser = verbs.add(
+        "edit",
+        edit,
+        "Edit images with a run's model, or say how unusual they are.",
+        "WHAT is translate, inpaint, paint, denoise, upsample, compose, interpolate, counterfactual or score; takes "
+        "--edit.option VALUE. Without --image the images are the run's own: spoilt first for what restores them, and "
+        "results are then compared with them; seeds, for compose and interpolate.",
+        takes=("edit",),
+    )
+    parser.add_argument("what", metavar="WHAT")
+    parser.add_run()
+    parser.add_argument("--image", type=Path, nargs="+", metavar="PATH", help="files, and folders of them")
+    parser.add_argument("--fit", action="store_true", help="cut, scale and convert images that the model does not take")
+    parser.add_argument("--split", choices=("test", "val"), help="images of the run's data, one class after the other")
+    parser.add_argument("--from", dest="source", metavar="RUN", help="with --split: another run's data, to translate")
+    parser.add_argument("--count", type=int, default=8, metavar="N", help="of --split, or of seeds (8)")
+    parser.add_argument("--class", dest="goal", metavar="K", help="the class to move to, by name or number; none: E(x)")
+    parser.add_argument("--mask", type=Path, metavar="FILE", help="white where pixels are to be made: inpaint, paint")
+    parser.add_argument("--box", metavar="L,T,R,B", help="a rectangle as the mask; the middle half for inpaint")
+    parser.add_argument(
+        "--with", dest="others", type=Path, action="append", default=[], metavar="RUN", help="compose: too"
+    )
+    parser.add_argument("--classes", metavar="K,K", help="compose: a class a model, or several of the one")
+    parser.add_argument("--amount", metavar="A", help="translate: short for --edit.amount; 0 nothing, 1 all steps")
+    parser.add_argument("--film", action="store_true", help="also film.gif")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (RUN/edits/WHAT)")
+    parser.add_seed()
+    parser.add_checkpoint()
+    parser.add_device()
+    parser.add_threads()
+
+
+def edit(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Print numbers of each image, and where the picture is."""
+    from advebm.reporting.terminal import numbers_table
+    from advebm.runs.run import Run
+    from advebm.sampling import edit_job
+    from advebm.workflows.devices import choose_device
+
+    _check(args)
+    order = edit_job.Order(
+        run=Run.open(args.run),
+        others=tuple(Run.open(path) for path in args.others),
+        source=Run.open(args.source) if args.source else None,
+        images=tuple(args.image or ()),
+        split=args.split,
+        count=args.count,
+        fit=args.fit,
+        goal=args.goal,
+        classes=tuple(args.classes.split(",")) if args.classes else (),
+        mask=args.mask,
+        box=args.box,
+        seed=args.seed,
+        checkpoint=args.checkpoint,
+        device=choose_device(args.device),
+    )
+    if args.what == "score":
+        if overrides:
+            raise UserError("score takes no --edit options")
+        numbers_table(edit_job.score(order))
+        return
+    amount = [("edit.amount", args.amount)] if args.amount else []
+    plain: Any = {"edit": config.describe(config.build(args.what, "edit"))}
+    for name, value in [*overrides, *amount]:
+        plain = config.override(plain, name, value)
+    method = config.build(plain["edit"], "edit")
+    with console.bar(args.what, len(edit_job.listed(order.images)) if order.images else args.count, 0) as tell:
+        path, numbers = edit_job.edit(order, method, args.out, film=args.film, progress=tell)
+    numbers_table(numbers)
+    print(path)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse an edit that there is not, and options that it does not take."""
+    if args.what not in ("score", *KINDS["edit"]):
+        raise unknown("edit", args.what, ["score", *KINDS["edit"]])
+    for name, takers in TAKERS.items():
+        if getattr(args, name) not in (None, []) and args.what not in takers:
+            flag = {"goal": "class", "others": "with", "source": "from"}.get(name, name)
+            raise UserError(f"--{flag} is for {', '.join(takers)}; {args.what} takes none")
+    if args.count < 1:
+        raise UserError(f"--count is at least 1, got {args.count}")
+    if args.image and (args.split or args.source):
+        raise UserError("--image or --split, not both; --from goes with --split")

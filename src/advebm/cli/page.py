@@ -1,0 +1,30 @@
+"""app: the page for the browser."""
+
+import argparse
+
+from advebm.cli.options import Overrides, Verbs
+
+
+def add_app(verbs: Verbs) -> None:
+    """``advebm app``."""
+    parser = verbs.add(
+        "app",
+        app,
+        "Serve a page for the browser: draw, edit, explain, attack, look at energies and reports.",
+        "On this machine alone unless --host says otherwise; needs pip install 'advebm[app]'.",
+    )
+    parser.add_run(several=True)
+    parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="the address to answer at (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="the port to answer at (7860)")
+    parser.add_checkpoint()
+    parser.add_device()
+    parser.add_threads()
+
+
+def app(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Serve until it is stopped."""
+    from advebm.web.server import serve
+    from advebm.workflows.devices import choose_device
+
+    where = {"host": args.host, "port": args.port}
+    serve(args.runs, **where, checkpoint=args.checkpoint, device=choose_device(args.device), say=print)

@@ -1,0 +1,63 @@
+"""report, export and push: what others get to see of a run."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from advebm.cli.options import Overrides, Parser, Verbs
+
+
+def add_report(verbs: Verbs) -> None:
+    """``advebm report``."""
+    parser = verbs.add("report", report, "Write RUN/report.html.")
+    parser.add_run()
+    parser.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="compare with a run")
+
+
+def report(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Print where the report is."""
+    from advebm.reporting.build import report
+    from advebm.runs.run import Run
+
+    print(report(Run.open(args.run), beside=[Run.open(path) for path in args.beside]))
+
+
+def add_export(verbs: Verbs) -> None:
+    """``advebm export``."""
+    about = "Write the model of a run by itself: its weights, and a card with what was measured."
+    parser = verbs.add("export", export, about)
+    _add_model_options(parser)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new or empty one")
+
+
+def export(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Print where the model is."""
+    from advebm.reporting.card import publish
+    from advebm.runs.run import Run
+
+    print(publish(Run.open(args.run), args.folder, checkpoint=args.checkpoint, weights=args.weights))
+
+
+def add_push(verbs: Verbs) -> None:
+    """``advebm push``."""
+    parser = verbs.add("push", push, "Publish what export writes on the Hub, where hf:USER/NAME finds it.")
+    _add_model_options(parser)
+    parser.add_argument("name", metavar="USER/NAME")
+    parser.add_argument("--private", action="store_true", help="for those with access only")
+
+
+def push(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Print where the model is."""
+    from advebm.models import hub
+    from advebm.reporting.card import publish
+    from advebm.runs.run import Run
+
+    with tempfile.TemporaryDirectory() as folder:
+        publish(Run.open(args.run), Path(folder), checkpoint=args.checkpoint, weights=args.weights)
+        print(hub.push(Path(folder), args.name, private=args.private))
+
+
+def _add_model_options(parser: Parser) -> None:
+    parser.add_run()
+    parser.add_argument("--weights", default="float32", metavar="KIND", help="float32, float16 or bfloat16 (float32)")
+    parser.add_checkpoint()

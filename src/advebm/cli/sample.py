@@ -1,0 +1,124 @@
+"""sample and tune-sampler: images from a run."""
+
+import argparse
+
+from advebm.cli.options import FEATURES, WAYS, Overrides, Verbs, check_at_least
+from advebm.core import processes
+from advebm.core.config import KINDS
+from advebm.core.errors import UserError
+
+
+def add_sample(verbs: Verbs) -> None:
+    """``advebm sample``."""
+    parser = verbs.add(
+        "sample",
+        sample,
+        "Draw images from a run into RUN/samples.",
+        "Takes --sampler.option VALUE. Stopped, the same command goes on and ends with the same bytes.",
+        takes=("sampler",),
+        shared=True,
+    )
+    parser.add_run()
+    parser.add_argument("--method", metavar="NAME", help=f"{', '.join(KINDS['sampler'])}; the recipe's by default")
+    parser.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
+    parser.add_argument("--steps", type=int, metavar="K", help="short for --sampler.steps, at least 1")
+    parser.add_argument("--untuned", action="store_true", help="the recipe's settings, whatever tune-sampler found")
+    parser.add_argument("--classes", metavar="K,K", help="their numbers; all by default")
+    parser.add_argument("--fast", default="auto", metavar="WAY", help=f"how the network is computed: {WAYS}")
+    parser.add_argument("--name", help="of the set, METHOD-START by default; replaces a set of that name")
+    parser.add_seed()
+    parser.add_checkpoint()
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share the work; the same bytes (1)")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="images the network sees at once (500); changes rounding"
+    )
+    parser.add_argument("--trajectory", action="store_true", help="also film.gif, a chain a class")
+    parser.add_argument("--compare", metavar="A,B", help="draw by several methods from the same seeds and judge them")
+    parser.add_argument("--seeds", type=int, metavar="N", help="with --compare: sampling seeds; mean and deviation (1)")
+    parser.add_argument("--features", metavar="RUN", help=f"with --compare: {FEATURES}")
+    parser.add_device()
+    parser.add_threads()
+
+
+def sample(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Draw a set and print where its grid is; or compare methods, print their records and where the picture is."""
+    from advebm.reporting.terminal import one_a_line
+    from advebm.runs.run import Run
+    from advebm.workflows import sample as workflow
+
+    check_at_least(args, 1, "per_class", "steps", "processes", "batch", "seeds")
+    if (args.seeds or args.features) and not args.compare:
+        raise UserError("--seeds and --features go with --compare")
+    if args.compare and (args.method or args.name):
+        raise UserError("--compare names the methods, and each set after its own; leave --method and --name out")
+    if processes.launched()[1] > 1 and (args.compare or args.processes > 1):
+        raise UserError("--compare and --processes take one process; leave them out, or run it without torchrun")
+    run = Run.open(args.run)
+    if args.steps:
+        overrides = [*overrides, ("sampler.steps", args.steps)]
+    options = {"per_class": args.per_class, "seed": args.seed, "checkpoint": args.checkpoint, "batch": args.batch}
+    options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _numbers(args.classes)}
+    options |= {"way": args.fast, "untuned": args.untuned, "device": args.device}
+    if args.compare:
+        methods, features = args.compare.split(","), args.features
+        rows, path = workflow.compare_methods(
+            run, methods, overrides, seeds=args.seeds or 1, features=features, **options
+        )
+        one_a_line(rows)
+        print(path)
+    else:
+        print(workflow.sample(run, args.method, overrides, name=args.name, **options) / "grid.png")
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--classes takes numbers such as 0,3,7, got {text!r}") from None
+
+
+def add_tune_sampler(verbs: Verbs) -> None:
+    """``advebm tune-sampler``."""
+    parser = verbs.add(
+        "tune-sampler",
+        tune_sampler,
+        "Search step size, ball, noise and steps by a distance to validation images; sample then takes the best.",
+        "Lists are such as 0.05,0.1 and none,2; without them step size and steps are halved and doubled. Takes "
+        "--sampler.option VALUE. Several processes may share one search; stopped, the same command goes on.",
+        takes=("sampler",),
+    )
+    parser.add_run()
+    parser.add_argument("--method", metavar="NAME", help="as for sample; the recipe's by default")
+    for name in ("step-size", "radius", "noise", "steps"):
+        parser.add_argument(f"--{name}", metavar="LIST")
+    parser.add_argument("--by", choices=("KID", "FD"), default="KID", help="the distance; KID is unbiased (KID)")
+    parser.add_argument("--features", metavar="RUN", help=FEATURES)
+    parser.add_argument("--per-class", type=int, default=20, metavar="N", help="images of each class in a trial (20)")
+    parser.add_seed()
+    parser.add_checkpoint()
+    parser.add_device()
+    parser.add_threads()
+
+
+def tune_sampler(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Print the ten best trials, where the best is kept, and where the figure is."""
+    from advebm.reporting.terminal import numbers_table
+    from advebm.runs.run import Run
+    from advebm.sampling.tune import SETTINGS
+    from advebm.workflows import sample as workflow
+
+    check_at_least(args, 1, "per_class")
+    values = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    options = {"by": args.by, "features": args.features, "per_class": args.per_class, "seed": args.seed}
+    options |= {"checkpoint": args.checkpoint, "device": args.device}
+    trials, best, figure = workflow.tune_sampler(Run.open(args.run), args.method, overrides, values, **options)
+    rows = {}
+    for number, trial in enumerate(trials[:10], 1):
+        settings = {name: trial["sampler"][name] for name in SETTINGS}
+        rows[str(number)] = {trial["name"]: trial["value"], **{k: v for k, v in settings.items() if v is not None}}
+    numbers_table(rows)
+    if best.exists():
+        print(best)
+    print(figure)

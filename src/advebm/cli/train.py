@@ -1,0 +1,118 @@
+"""train and run: from a recipe to a trained run, or to its report."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from advebm import recipes
+from advebm.cli.options import BLOCKS, FEATURES, WAYS, Overrides, Parser, Verbs, check_at_least
+from advebm.core import processes
+from advebm.core.errors import UserError
+
+if TYPE_CHECKING:
+    from advebm.runs.run import Run
+
+TAKES = (*BLOCKS, "train", "threat", "metrics", "normalise", "before")
+OPTIONS = (
+    "Any option of a recipe can be given as --block.option VALUE, as in --objective.attack.eps 8/255; --print_config "
+    "shows them all."
+)
+
+
+def add_train(verbs: Verbs) -> None:
+    """``advebm train``."""
+    parser = verbs.add("train", train, "Train a recipe, or go on with a run.", OPTIONS, takes=TAKES, shared=True)
+    _add_training_options(parser)
+    parser.add_argument("--labels", choices=("none",), help="none: train an encoder or a critic on the images alone")
+    parser.add_threads()
+
+
+def train(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Train and print the run's folder."""
+    if (run := _train(args, overrides)) is not None:
+        print(run.folder)
+
+
+def add_run(verbs: Verbs) -> None:
+    """``advebm run``."""
+    about = "Train, sample, evaluate and report, in one command."
+    parser = verbs.add("run", run, about, OPTIONS, takes=TAKES, shared=True)
+    _add_training_options(parser)
+    parser.set_defaults(labels=None)  # what it measures needs them
+    parser.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
+    parser.add_argument("--features", metavar="RUN", help=FEATURES)
+    parser.add_threads()
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> None:
+    """Train, draw, measure and report; print where the grid is, the records, and where the report is."""
+    from advebm.reporting.build import report
+    from advebm.reporting.terminal import record_table
+    from advebm.workflows import evaluate, sample
+
+    check_at_least(args, 1, "per_class")
+    if args.features:
+        evaluate.check_features(args.features)  # rather now than after training
+    run = _train(args, overrides)
+    if run is None:
+        return
+    drawn = sample.sample(run, per_class=args.per_class, device=args.device, way=args.fast or "auto")
+    print(drawn / "grid.png")
+    record_table(evaluate.measure(run, features=args.features, device=args.device))
+    if not processes.launched()[0]:
+        print(report(run))
+
+
+def _add_training_options(parser: Parser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--recipe", metavar="NAME", help="a recipe of the package; see advebm list")
+    source.add_argument("--config", type=Path, metavar="FILE", help="a recipe as YAML, such as a run's config.yaml")
+    source.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where its last checkpoint is")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/NAME-TIME)")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="train a torch module of your own")
+    parser.add_argument(
+        "--init", metavar="RUN", help="begin with the weights of a run, a model or a file; other classes: new head"
+    )
+    parser.add_argument("--seed", type=int)
+    parser.add_device()
+    parser.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {WAYS}; --train.fast")
+    parser.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
+    parser.add_argument(
+        "--dry-run",
+        nargs="?",
+        const="",
+        metavar="MACHINE",
+        help="print passes, FLOP, memory and hours of training: here (default), or on a100, h100, h200, rtx4090",
+    )
+
+
+def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
+    """Train as the options say; None where only the recipe or its cost was asked for."""
+    from advebm.runs.recipe import dump
+    from advebm.runs.run import Run, new_folder
+    from advebm.workflows.train import find_recipe, fit
+
+    if args.resume is not None:
+        if overrides or args.out or args.init or args.model or args.fast or args.labels or args.seed is not None:
+            raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
+        recipe = Run.open(args.resume).recipe
+    else:
+        if (args.recipe or args.config) is None:
+            raise UserError(
+                f"train takes --recipe NAME, --config FILE or --resume RUN; recipes: {', '.join(recipes.names())}"
+            )
+        if args.model:
+            overrides = [*overrides, ("backbone", {"kind": "own", "path": args.model})]
+        if args.fast:
+            overrides = [*overrides, ("train.fast", args.fast)]
+        recipe = find_recipe(args.recipe or args.config, overrides, seed=args.seed, init=args.init, labels=args.labels)
+    if args.print_config:
+        print(dump(recipe), end="")
+        return None
+    if args.dry_run is not None:
+        from advebm.workflows.cost import print_costs
+
+        print_costs(recipe, args.dry_run, args.device)
+        return None
+    folder = args.resume or args.out or new_folder(Path("runs"), recipe.name)
+    return fit(recipe, folder, resume=args.resume is not None, device=args.device)

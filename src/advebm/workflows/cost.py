@@ -1,0 +1,17 @@
+"""What a recipe costs, printed."""
+
+from advebm.reporting.terminal import costs_table
+from advebm.runs.recipe import Recipe
+from advebm.training import cost, hardware
+from advebm.workflows.devices import choose_device
+
+
+def print_costs(recipe: Recipe, machine: str, device: str | None) -> None:
+    """Passes, FLOP, memory and hours of a recipe, on a machine of that name; on this one where the name is empty."""
+    if machine:
+        stages = cost.estimates(recipe)
+        costs_table(stages, [hardware.find(machine)] * len(stages))
+    else:
+        where = choose_device(device)
+        stages = cost.estimates(recipe.computed_on(where))
+        costs_table(stages, [cost.measured_here(stage, where) for stage in stages])

@@ -1,0 +1,38 @@
+"""From nothing to a report: two classifiers of digits, one adversarially trained, and images drawn from it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from advebm import recipes
+from advebm.core import config, console
+from advebm.evaluation import evaluate
+from advebm.reporting.build import report
+from advebm.runs.recipe import resolve
+from advebm.workflows.sample import draw
+from advebm.workflows.train import fit
+
+PER_CLASS = 150
+SETS = {f"{kind}-{start}": (kind, start) for start in ("class", "global") for kind in ("ta", "cs")}
+
+
+def demo(folder: Path, *, seed: int = 0) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """Train, sample, evaluate and report in ``folder``; the report's path and the records of both runs."""
+    say = console.screen.print
+    runs = {}
+    for number, name in enumerate(("digits-standard", "digits-at"), 1):
+        say(f"[{number}/5] train {name}")
+        recipe = resolve({**recipes.find(name), "seed": seed})
+        runs[name] = fit(recipe, folder / name)
+    robust = runs["digits-at"]
+    say(f"[3/5] sample {PER_CLASS * 10:,} images each by {', '.join(SETS)}")
+    for name, (kind, start) in SETS.items():
+        recipe = resolve(config.describe(robust.recipe), [("sampler", kind), ("sampler.start", start)])
+        draw(robust, name, recipe.sampler, PER_CLASS, seed=seed)
+    say("[4/5] evaluate both; sample quality in the features of digits-standard")
+    records = {}
+    for name, run in runs.items():
+        found = evaluate.evaluate_run(run, features=runs["digits-standard"].folder, seed=seed)
+        records[name] = [dataclasses.asdict(record) for record in found]
+    say("[5/5] report")
+    return report(robust, beside=[runs["digits-standard"]], out=folder / "report.html"), records

@@ -1,0 +1,78 @@
+"""Measurements of runs and models, behind progress bars."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from advebm.attacks.projected import Attack
+from advebm.core import config, console
+from advebm.core.errors import UserError
+from advebm.data.readers import read_folder
+from advebm.evaluation import evaluate
+from advebm.evaluation.suites import suite
+from advebm.metrics.base import Record, SampleSet
+from advebm.runs.recipe import resolve
+from advebm.runs.run import Run, new_folder
+from advebm.sampling import generate
+from advebm.workflows.adopt import adopt
+from advebm.workflows.devices import join_team
+
+
+def check_suite(name: str, tier: str) -> None:
+    """Refuse a suite or a tier that there is not."""
+    suite(name, Attack(), tier)
+
+
+def check_features(features: str) -> None:
+    """Refuse features that cannot be loaded."""
+    evaluate.find_space(features).load("cpu")
+
+
+def adopt_model(model: str, folder: Path | None, overrides: Iterable[tuple[str, Any]], device: str | None) -> Run:
+    """A run around a model that is there already, in ``folder`` or in a new one of ``runs``."""
+    return adopt(model, folder or new_folder(Path("runs"), "model"), overrides, device=device)
+
+
+def measure(
+    run: Run,
+    overrides: Iterable[tuple[str, Any]] = (),
+    *,
+    suite_name: str | None = None,
+    tier: str = "standard",
+    samples: Sequence[Path] = (),
+    features: str | Path | None = None,
+    checkpoint: str = "latest",
+    seed: int = 0,
+    device: str | None = None,
+) -> list[Record]:
+    """The records of a run and its samples, which are also appended to its ``metrics.json``.
+
+    Args:
+        run: a trained run.
+        overrides: ``threat`` and ``metrics`` in the place of the recipe's.
+        suite_name: of a suite, which says the metrics.
+        tier: of the suite.
+        samples: folders of images to judge as samples too.
+        features, checkpoint, seed, device: as for :func:`advebm.evaluation.evaluate.evaluate_run`.
+    """
+    recipe = resolve(config.describe(run.recipe), overrides)
+    if suite_name:
+        recipe = dataclasses.replace(recipe, metrics=suite(suite_name, recipe.threat, tier))
+    team, where = join_team(device)
+    for folder in samples if team.main else ():
+        import_samples(run, folder)
+    team.share(None)  # they are there
+    options: dict[str, Any] = {"features": features, "checkpoint": checkpoint, "seed": seed, "device": where}
+    return evaluate.evaluate_run(run, recipe=recipe, team=team, **options, progress=console.say, bar=console.bar)
+
+
+def import_samples(run: Run, folder: Path) -> str:
+    """Images from a folder as a set of samples of a run, under the folder's name, which is returned."""
+    data, name = run.data, folder.resolve().name
+    images = read_folder(folder, data.classes, data.shape)
+    about = {"images": str(folder.resolve())}
+    if name in run.samples() and generate.read(run.samples()[name]).manifest.get("images") != about["images"]:
+        raise UserError(f"{run.folder} has samples called {name} already; rename {folder}")
+    generate.write(run.folder / "samples" / name, SampleSet(images.float(), images.y, about), len(data.classes))
+    return name

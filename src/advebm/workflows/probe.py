@@ -1,0 +1,75 @@
+"""Linear probes, as runs of their own."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from advebm.core import config, console
+from advebm.core.errors import UserError
+from advebm.evaluation.evaluate import evaluate_run
+from advebm.metrics.base import Record
+from advebm.metrics.probing import NearestNeighbours, Probe
+from advebm.models import network
+from advebm.models.batching import together
+from advebm.runs.run import Run
+from advebm.workflows.adopt import adopt, untrained_recipe
+
+
+def probe(
+    run: Run,
+    folder: Path,
+    *,
+    by: Probe,
+    overrides: Iterable[tuple[str, Any]] = (),
+    checkpoint: str = "latest",
+    device: str = "cpu",
+) -> Run:
+    """A linear classifier on a run's frozen features, published in ``RUN/probe``, as a run of its own in ``folder``.
+
+    Args:
+        run: of any network with features: an encoder above all.
+        folder: of the new run.
+        by: how the classifier is fitted, on the training split.
+        overrides: options of the new run's recipe, such as another threat.
+        checkpoint: of the run.
+        device: where to compute.
+
+    Raises:
+        UserError: data without labels, a network without features, a wrong option, or a folder that holds something.
+    """
+    recipe, data = run.recipe, run.data
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another --out")
+    if not data.train.labelled:
+        raise UserError(f"a probe is fitted on labels, and {data.name} has none")
+    model, architecture = run.model(checkpoint)
+    described, title = config.describe(recipe), f"{recipe.name}-probe"
+    options: dict[str, Any] = {name: described[name] for name in ("data", "threat")}
+    options["sampler"] = config.switch(described["sampler"], "sampler", "cs")
+    pairs = [("name", title), *options.items(), *overrides]
+    untrained_recipe(
+        title, {"backbone": described["backbone"]}, pairs
+    )  # a wrong option is noticed before anything is fitted
+    classifier = by.classifier(model.to(device), data.train, len(data.classes), together(data.shape))
+    plain = dataclasses.replace(architecture, outputs=len(data.classes), hidden=None)
+    about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
+    where = run.folder / "probe"
+    network.save(where, classifier, plain, title=title, summary=f"A linear probe of {recipe.name}.", extra=about)
+    return adopt(str(where), folder, pairs, device=device)
+
+
+def measure_probe(
+    run: Run,
+    probed: Run,
+    neighbours: NearestNeighbours,
+    *,
+    checkpoint: str = "latest",
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[Record]:
+    """The records of a probe's run, and of nearest neighbours in the features of the run it was fitted on."""
+    options: dict[str, Any] = {"seed": seed, "device": device, "progress": console.say}
+    records = evaluate_run(probed, bar=console.bar, **options)
+    alone = dataclasses.replace(run.recipe, metrics=(neighbours,))
+    return [*records, *evaluate_run(run, recipe=alone, checkpoint=checkpoint, **options)]
