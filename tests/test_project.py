@@ -27,7 +27,6 @@ SOURCE = ROOT / "src" / "advebm"
 LAYERS = [
     "core",
     "recipes",
-    "papers",
     "energies",
     "descent",
     "starts",
@@ -38,6 +37,7 @@ LAYERS = [
     "samplers",
     "edits",
     "metrics",
+    "papers",
     "runs",
     "training",
     "sampling",

@@ -18,8 +18,9 @@ from advebm.data.sources import Data, Images
 from advebm.evaluation import compare
 from advebm.evaluation.evaluate import Classifier, evaluate_run, feature_space, find_space
 from advebm.metrics import overlap
-from advebm.metrics.base import Features, SampleSet, Subject, label
+from advebm.metrics.base import Features, SampleSet, Subject
 from advebm.metrics.distances import Moments, inception_score, kernel_distance
+from advebm.metrics.keys import label
 from advebm.metrics.overlap import Balls, density_coverage, hits, precision_recall
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.spaces import InceptionFeatures, Pixels

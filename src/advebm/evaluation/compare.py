@@ -13,7 +13,8 @@ from advebm.attacks.projected import Attack
 from advebm.core import config, files
 from advebm.core.errors import UserError
 from advebm.evaluation import evaluate
-from advebm.metrics.base import Bar, Metric, label, silent
+from advebm.metrics.base import Bar, Metric, silent
+from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.models.precision import asked_precision
@@ -22,7 +23,7 @@ from advebm.sampling import generate
 from advebm.training.cost import passes
 
 Records = list[dict[str, Any]]
-Wanted = dict[tuple[str, str | None], Metric]  # by the name of the record, and the samples, that a metric gives
+Wanted = dict[Key, Metric]  # the metric that gives a record of this key
 
 
 def attacks(threat: Attack) -> tuple[Attack, ...]:
@@ -69,25 +70,24 @@ def compare(
         measure(run, wanted, features=features, seed=seed, device=device, progress=tell, bar=bar)
         if not any(r["name"] == COSTS[0] for r in run.records()):
             run.append(costs(run))
-        names = {*(name for name, _ in wanted), *COSTS}
-        names |= {label(kind, space(features)) for kind in ("KID", "class score", "intended class")}
+        keys = {*wanted, *map(Key, COSTS)}
+        keys |= {k._replace(quantity=q) for k in wanted if k.samples for q in ("KID", "class score", "intended class")}
         found[title] = [
             r
             for r in evaluate.latest(run.records())
-            if r["name"] in names and r.get("judge") in judges and r["settings"].get("attack") in used
+            if key_of(r) in keys and r.get("judge") in judges and r["settings"].get("attack") in used
         ]
     return found
 
 
 def accuracies(attacks: Iterable[Attack]) -> Wanted:
     """Clean accuracy, and accuracy under each attack."""
-    clean: Wanted = {("accuracy", None): Accuracy()}
-    return clean | {(f"accuracy under {a.name}", None): RobustAccuracy(a) for a in attacks}
+    return {Key("accuracy"): Accuracy()} | {Key("accuracy", key_of_attack(a)): RobustAccuracy(a) for a in attacks}
 
 
 def quality(run: Run, features: str | Path | None) -> Wanted:
     """The quality of every set of samples of a run."""
-    return {(label("FD", space(features)), name): SampleQuality() for name in run.samples()}
+    return {Key("FD", samples=name, space=space(features)): SampleQuality() for name in run.samples()}
 
 
 def measure(
@@ -98,7 +98,7 @@ def measure(
     seed: int = 0,
     **rest: Any,
 ) -> Records:
-    """Measure, by metrics, what the run does not hold yet; the newest record of each wanted name and set of samples.
+    """Measure, by metrics, what the run does not hold yet; the newest record of each wanted key.
 
     A record is held if it is of the latest checkpoint, the same seed, the very same attack, the set of samples as it
     is now, and the same judge.
@@ -107,31 +107,31 @@ def measure(
     whose = judge(features)
     manifests = {name: generate.read(folder).manifest for name, folder in run.samples().items()}
 
-    def held(records: Records, name: str, samples: str | None, metric: Metric) -> Records:
-        settings = {"samples": samples, **manifests[samples]} if samples else {}
+    def held(records: Records, key: Key, metric: Metric) -> Records:
+        settings = dict(manifests[key.samples]) if key.samples else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
         settings |= {"images": metric.images} if hasattr(metric, "images") else {}
         asked = getattr(metric, "precision", None)
-        expected = {**about, "judge": whose} if samples else about
+        expected = {**about, "judge": whose} if key.samples else about
         own = json.loads(json.dumps({k: v for k, v in config.describe(metric).items() if v is not None}))
         return [
             r
             for r in records
-            if r["name"] == name
-            and all(r.get(key) == value for key, value in expected.items())
-            and all(r["settings"].get(key) == value for key, value in settings.items())
+            if key_of(r) == key
+            and all(r.get(name) == value for name, value in expected.items())
+            and all(r["settings"].get(name) == value for name, value in settings.items())
             and (asked is None or asked_precision(r["settings"].get("precision", "")) == asked)
             and own.items() <= r["settings"].get("metric", own).items()  # some metrics' records say all of them
         ]
 
     records = run.records()
-    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not held(records, *key, metric)))
+    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not held(records, key, metric)))
     if missing:
         recipe = dataclasses.replace(run.recipe, metrics=missing)
         evaluate.evaluate_run(run, recipe=recipe, features=features, seed=seed, **rest)
         records = run.records()
-    return [found[-1] for key, metric in wanted.items() if (found := held(records, *key, metric))]
+    return [found[-1] for key, metric in wanted.items() if (found := held(records, key, metric))]
 
 
 COSTS = ("forward passes an image", "backward passes an image", "training images a second")
@@ -159,10 +159,10 @@ def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
         return dict(records[0])
     merged: dict[str, Records] = {}
     for title in records[0]:
-        groups: dict[tuple[str, Any], Records] = {}
+        groups: dict[Key, Records] = {}
         for seed in records:
             for r in seed[title]:
-                groups.setdefault((r["name"], r["settings"].get("samples")), []).append(r)
+                groups.setdefault(key_of(r), []).append(r)
         merged[title] = [
             {
                 **group[0],

@@ -64,15 +64,6 @@ class Features(NamedTuple):
         return torch.cat([self.extract(part).flatten(1).cpu() for part in parts])
 
 
-INCEPTION = "inception"  # the one space whose quantities have names of their own
-
-
-def label(quantity: str, space: str) -> str:
-    """What a quantity is called in a feature space: FID, KID and IS are Inception's, elsewhere the space is named."""
-    plain = {"FD": "FID", "KID": "KID", "class score": "IS"} if space == INCEPTION else {}
-    return plain.get(quantity, f"{quantity} ({space})")
-
-
 Tell = Callable[[int, str], None]  # how much is done, and a note
 Bar = Callable[[str, int], AbstractContextManager[Tell]]  # what, and how much there is to do
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from advebm.core.errors import UserError
-from advebm.metrics.base import INCEPTION, Features, Record, SampleSet, Subject, label, proportion
+from advebm.metrics.base import Features, Record, SampleSet, Subject, proportion
 from advebm.metrics.distances import (
     Moments,
     frechet_distance,
@@ -21,6 +21,7 @@ from advebm.metrics.distances import (
     kernel_sum,
     unbiased_mmd,
 )
+from advebm.metrics.keys import INCEPTION, label
 from advebm.metrics.overlap import Balls, hits, share
 
 PUBLISHED = 10_000  # images, the fewest that FID is published from

@@ -6,7 +6,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from advebm.metrics.base import INCEPTION, Features
+from advebm.metrics.base import Features
+from advebm.metrics.keys import INCEPTION
 from advebm.models import inception
 
 

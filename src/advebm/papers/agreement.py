@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
+from advebm.metrics.keys import first_match
 from advebm.papers.inventory import COLUMNS, Cell, Cells, Records, Table, heading, printed
 
 
@@ -13,10 +13,9 @@ def cells(table: Table, results: Mapping[str, Records]) -> Cells:
     found: Cells = {}
     for name in table.names():
         for key, title in table.columns.items():
-            patterns = table.ours.get(name, ()) if title else COLUMNS[key].records
+            wanted = table.ours.get(name, ()) if title else COLUMNS[key].records
             records = results.get(title or (name if name in results else table.of(name)["method"]), [])
-            matching = (r for pattern in patterns for r in records if fnmatchcase(r["name"], pattern))
-            if (record := next(matching, None)) is not None:
+            if (record := first_match(records, wanted)) is not None:
                 scale = heading(key).scale
                 value, error = scale * record["value"], scale * record["error"]
                 about = {"n": record["count"], "seeds": record.get("seeds", 1), "measured": record["name"]}

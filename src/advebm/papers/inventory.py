@@ -26,24 +26,29 @@ class Column(NamedTuple):
 
     Attributes:
         heading: what the papers call it.
-        records: what our records of it are called, as patterns, the best first.
+        records: which records are of it, as :func:`advebm.metrics.keys.matches` takes them, the best first.
         scale: from a record's value to the published one's.
         tolerance: how far apart two full measurements may be whatever their errors say, in the published unit.
     """
 
     heading: str
-    records: tuple[str, ...]
+    records: tuple[Mapping[str, Any], ...]
     scale: float = 100.0
     tolerance: float = 1.0
 
 
+def _in_features(quantity: str) -> tuple[Mapping[str, Any], ...]:
+    """In Inception's, as published, or else in any."""
+    return {"quantity": quantity, "space": "inception"}, {"quantity": quantity}
+
+
 COLUMNS = {
-    "clean": Column("clean %", ("accuracy",)),
-    "pgd50": Column("PGD-50 %", ("accuracy under PGD-50 *",)),
-    "cw": Column("C&W %", ("accuracy under C&W-*",)),
-    "aa": Column("AutoAttack %", ("accuracy under AutoAttack*",)),
-    "is": Column("IS", ("IS", "class score (*"), 1.0, 0.2),
-    "fid": Column("FID", ("FID", "FD (*"), 1.0, 2.0),
+    "clean": Column("clean %", ({"quantity": "accuracy"},)),
+    "pgd50": Column("PGD-50 %", ({"quantity": "accuracy", "attack": "PGD", "steps": 50},)),
+    "cw": Column("C&W %", ({"quantity": "accuracy", "attack": "C&W"},)),
+    "aa": Column("AutoAttack %", ({"quantity": "accuracy", "attack": "AutoAttack"},)),
+    "is": Column("IS", _in_features("class score"), 1.0, 0.2),
+    "fid": Column("FID", _in_features("FD"), 1.0, 2.0),
 }
 
 
@@ -60,7 +65,7 @@ class Table:
         columns: keys of published values: those of :data:`COLUMNS`, or each with the title of its results.
         ours: what stands beside a row: a method, by the stem of its recipes, alone or as ``{method, sampler, stage}``
             (a sampler from class Gaussians rather than the recipe's; ``first``, what it was before its last stage); the
-            title of its results; or, where columns have titles, patterns of its records.
+            title of its results; or, where columns have titles, which records are of it, as in :class:`Column`.
         claims: what the table is about, ``IN: MORE > LESS``: IN is a column and the others are rows, or vice versa.
         data: whose recipes, ``DATA-METHOD``.
         digits: whose recipes at the scale of that name.

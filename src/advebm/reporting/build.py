@@ -16,8 +16,10 @@ from advebm.attacks.projected import Attack
 from advebm.core import citations, config, files
 from advebm.data import pictures
 from advebm.evaluation import compare, evaluate
+from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.papers import render
 from advebm.reporting import figure_store, figures
+from advebm.reporting.records import as_text
 from advebm.runs.recipe import dump
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -91,7 +93,7 @@ def report(
             for title, r in runs.items()
             for f in figure_store.hung(r)
         ],
-        tables=[{"name": name, "rows": [row(r) for r in records]} for name, records in everyone.items() if records],
+        tables=[{"name": name, "rows": [as_text(r) for r in records]} for name, records in everyone.items() if records],
         config=dump(recipe),
         environment=json.dumps(files.read_json(run.folder / "env.json", default={}), indent=2),
         citations=citations.bibtex(recipe),
@@ -99,33 +101,6 @@ def report(
     path = out or run.folder / "report.html"
     files.write(path, page)
     return path
-
-
-def row(record: Mapping[str, Any]) -> dict[str, str]:
-    """A record as text: shares in percent, everything else to four digits."""
-    share = record["name"].startswith(("accuracy", "intended class"))
-    scale, unit = (100, " %") if share else (1, "")
-    value, error = record["value"] * scale, record["error"] * scale
-    digits = 1 if share else 3
-    exact = f"{value:,.0f}" if value == round(value) or value > 100 else f"{value:.1f}"  # counts have no error
-    return {
-        "name": record["name"],
-        "value": exact
-        if error == 0 and not share and not record["settings"]
-        else f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
-        "count": f"{record['count']:,}",
-        "samples": str(record["settings"].get("samples", "")),
-    }
-
-
-def by_class(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """How many of the samples of each class are taken for it, in percent: by the record's name, samples and class."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for record in records:
-        if record["name"].startswith("intended class"):
-            shares = {name: 100 * values[0] for name, values in record["series"].items()}
-            found.setdefault(record["name"], {})[record["settings"].get("samples", "")] = shares
-    return found
 
 
 def describe_sampler(manifest: Mapping[str, Any]) -> str:
@@ -145,13 +120,13 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
 
 def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[str, str]]:
     """Clean accuracy, accuracy under the threat and under AutoAttack, and the best distance of a set of samples."""
-    records = list(records)
+    keyed = [(key_of(record), record) for record in records]
     attacks = (threat, AutoAttack(threat.eps, threat.norm))
-    names = ("accuracy", *(f"accuracy under {attack.name}" for attack in attacks))
-    shown = [r for name in names for r in records if r["name"] == name]
-    shown += sorted((r for r in records if r["name"].startswith(("FD", "FID"))), key=lambda r: r["value"])[:1]
+    wanted = (Key("accuracy"), *(Key("accuracy", key_of_attack(attack)) for attack in attacks))
+    shown = [record for key in wanted for k, record in keyed if k == key]
+    shown += sorted((record for k, record in keyed if k.quantity == "FD"), key=lambda r: r["value"])[:1]
     cards = []
-    for text in map(row, shown):
+    for text in map(as_text, shown):
         name = " · ".join(filter(None, [text["name"], text["samples"]]))
         cards.append({"value": text["value"], "name": f"{name}, n = {text['count']}"})
     return cards

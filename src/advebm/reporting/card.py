@@ -11,8 +11,8 @@ from advebm.core.errors import UserError, unknown
 from advebm.evaluation import evaluate
 from advebm.models import network
 from advebm.models.network import Architecture, Weights
-from advebm.reporting.build import describe_sampler, row
-from advebm.reporting.terminal import class_tables, markdown
+from advebm.reporting.build import describe_sampler
+from advebm.reporting.records import as_text, class_tables, markdown
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 
@@ -113,7 +113,7 @@ def _measured(records: Sequence[Mapping[str, Any]]) -> str:
     """Evaluation records: a table, how samples were drawn, and what classes they are taken for."""
     if not records:
         return ""
-    texts = [row(record) for record in records]
+    texts = [as_text(record) for record in records]
     keys = {"name": "measured", "samples": "samples", "value": "value", "count": "n"}
     parts = ["## Measured", "± standard error.", markdown([*keys.values()], [[t[k] for k in keys] for t in texts])]
     drawn = {t["samples"]: r["settings"] for t, r in zip(texts, records, strict=True) if t["samples"]}

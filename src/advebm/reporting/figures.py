@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from advebm.data import pictures
+from advebm.metrics.keys import Key, key_of
 
 matplotlib.use("Agg")
 
@@ -94,12 +95,9 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
             points = {}
             for r in records:
                 attack = r["settings"].get("attack", {**threat, "eps": 0.0})
-                plain = not {"targeted", "corruption"} & r["settings"].keys()
-                if (
-                    f"{r['name']} ".startswith(("accuracy  ", "accuracy under "))
-                    and plain
-                    and others(attack) == others(threat)
-                ):
+                key = key_of(r)
+                plain = key._replace(attack=None) == Key("accuracy") and not r["settings"].get("targeted")
+                if plain and others(attack) == others(threat):
                     points[attack["eps"]] = (r["value"], r["error"])
             if len(points) > 1:
                 x = sorted(points)
@@ -213,7 +211,7 @@ def energies(records: Records) -> bytes | None:
 
 def reliability(records: Records) -> bytes | None:
     """Accuracy against confidence, and the share of predictions in each bin; None if there are no such records."""
-    chosen = [r for r in records if r["name"].startswith("ECE") and r["series"]]
+    chosen = [r for r in records if key_of(r).quantity.startswith("ECE") and r["series"]]
     if not chosen:
         return None
     with plt.rc_context(STYLE):
@@ -236,7 +234,7 @@ def detection(records: Records) -> bytes | None:
     """
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for r in records:
-        if r["name"].startswith("AUROC") and "outliers" in r["settings"] and r["series"]:
+        if key_of(r).quantity == "AUROC" and r["series"]:
             panels.setdefault((r["settings"]["outliers"], r["settings"]["score"]), []).append(r)
     if not panels:
         return None

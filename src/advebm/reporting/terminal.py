@@ -11,7 +11,7 @@ from rich.table import Table
 from advebm.diagnostics import doctor
 from advebm.metrics.base import Record
 from advebm.papers import render
-from advebm.reporting.build import by_class, row
+from advebm.reporting.records import as_text, class_tables, pivot
 from advebm.training.cost import Estimate
 from advebm.training.hardware import GB, TERA, Machine
 
@@ -20,31 +20,12 @@ def record_table(records: Iterable[Record]) -> None:
     """One row a record; then, of samples, what share of each class is taken for it."""
     plain = [asdict(record) for record in records]
     table = Table("measured", "samples", "value", "n", box=None, pad_edge=False)
-    for text in map(row, plain):
+    for text in map(as_text, plain):
         table.add_row(text["name"], text["samples"], text["value"], text["count"])
     _print(table)
-    for heads, lines in class_tables(plain):
-        table = Table(*heads, box=None, pad_edge=False)
-        for line in lines:
-            table.add_row(*line)
+    for heads, rows in class_tables(plain):
         print()
-        _print(table)
-
-
-def class_tables(records: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
-    """The heads and rows of a table for each judge: a class, and what share of its samples is taken for it."""
-    tables = []
-    for name, sets in by_class(records).items():
-        classes = dict.fromkeys(k for shares in sets.values() for k in shares)
-        rows = [[k, *(f"{shares[k]:.0f} %" if k in shares else "" for shares in sets.values())] for k in classes]
-        tables.append(([name, *sets], rows))
-    return tables
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for a page."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+        _print_rows(heads, rows)
 
 
 ABREAST = 8  # columns
@@ -52,27 +33,16 @@ ABREAST = 8  # columns
 
 def side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """A column a run, a row a quantity."""
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for title, records in runs.items():
-        for text in map(row, records):
-            cells.setdefault((text["name"], text["samples"]), {})[title] = text["value"]
-    table = Table("measured", "samples", *runs, box=None, pad_edge=False)
-    for (name, samples), values in cells.items():
-        table.add_row(name, samples, *(values.get(run, "") for run in runs))
-    _print(table)
+    _print_rows(*pivot(runs).quantities_down())
 
 
 def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """A row a run, a column a quantity, a few of these a table: for many runs."""
-    cells = {title: {(r["name"], r["samples"]): r["value"] for r in map(row, rs)} for title, rs in runs.items()}
-    columns = list(dict.fromkeys(key for values in cells.values() for key in values))
-    for first in range(0, len(columns), ABREAST):
-        some = columns[first : first + ABREAST]
-        table = Table("run", *(" · ".join(filter(None, key)) for key in some), box=None, pad_edge=False)
-        for title, values in cells.items():
-            if any(key in values for key in some):
-                table.add_row(title, *(values.get(key, "") for key in some))
-        _print(table, 60 + 14 * len(some))
+    table = pivot(runs)
+    quantities = list(table.cells)
+    for first in range(0, len(quantities), ABREAST):
+        some = quantities[first : first + ABREAST]
+        _print_rows(*table.runs_down(some), width=60 + 14 * len(some))
         print()
 
 
@@ -81,10 +51,7 @@ def beside(summary: Mapping[str, Any]) -> None:
     where, verdict = render.lines(summary)
     heads, rows = render.grid(summary)
     print(f"{summary['table']} ({summary['paper']}, {summary['item']}): {where}")
-    table = Table(*heads, box=None, pad_edge=False)
-    for line in rows:
-        table.add_row(*line)
-    _print(table, 40 + 17 * len(heads))
+    _print_rows(heads, rows, width=40 + 17 * len(heads))
     print("\n".join(verdict))
 
 
@@ -186,6 +153,13 @@ def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
 def _span(values: Iterable[float]) -> str:
     """One number, or the least and the most."""
     return " to ".join(dict.fromkeys(f"{value:.3g}" for value in values))
+
+
+def _print_rows(heads: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120) -> None:
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    _print(table, width)
 
 
 def _print(table: Table, width: int = 120) -> None:

@@ -13,6 +13,7 @@ from advebm.edits.transform import Translate
 from advebm.evaluation import compare, evaluate
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record, proportion
+from advebm.metrics.keys import Key, key_of
 from advebm.metrics.restoration import Counterfactuals, Restoration
 from advebm.metrics.robustness import Accuracy
 from advebm.reporting import figure_store, figures
@@ -41,12 +42,13 @@ def digits_applications(folder: Path, seeds: int, options: Options) -> tuple[dic
         judge, found = runs["standard"].folder, {}
         for title, run in runs.items():
             if title in ("standard", "at", "binary-at"):
-                wanted: Wanted = {("PSNR inpainting by energy", None): Restoration()}
+                wanted: Wanted = {Key("PSNR", set="inpainting", by="energy"): Restoration()}
                 if title != "binary-at":
-                    wanted |= {("counterfactual reached", None): Counterfactuals(), ("accuracy", None): Accuracy()}
+                    wanted |= {Key("counterfactual reached"): Counterfactuals(), Key("accuracy"): Accuracy()}
                 measured(run, wanted, judge)
-                names = ("PSNR", "SSIM", "counterfactual", "accuracy")
-                found[title] = [r for r in evaluate.latest(run.records()) if r["name"].startswith(names)]
+                far = tuple(f"counterfactual {what}" for what in ("reached", "distance", "named so"))
+                shown = ("PSNR", "SSIM", "accuracy", *far)
+                found[title] = [r for r in evaluate.latest(run.records()) if key_of(r).quantity in shown]
             else:
                 other = HALVES[0] if title.startswith("second") else HALVES[1]
                 found[title] = translated(run, config.build(other, "source").load(), judge)

@@ -13,6 +13,7 @@ from advebm.evaluation import compare, evaluate
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
 from advebm.metrics.detectors import Detectors
+from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.reporting import figures
@@ -47,6 +48,9 @@ def chosen(run: Run, recipe: Recipe, judge: Run, chains: Chains = LONG, name: st
     return dataclasses.replace(recipe, sampler=dataclasses.replace(recipe.sampler, steps=steps))
 
 
+DETECTION = Key("AUROC", set="uniform", by="energy")  # a record that shows that detection was measured
+
+
 def detection(run: Run, count: int, restarts: int) -> OutOfDistribution:
     """Standard and worst case against noises and the test images of p0."""
     outside = () if run.recipe.outside is None else (run.recipe.outside,)
@@ -79,7 +83,7 @@ def digits_binary_at(folder: Path, seeds: int, options: Options) -> tuple[dict[s
             drawn(run, setting, 100)
             wanted: Wanted = compare.quality(run, judge.folder)
             if "@" not in title:
-                wanted |= {("AUROC energy vs uniform", None): detection(run, 512, 1)}
+                wanted |= {DETECTION: detection(run, 512, 1)}
             measured(run, wanted, judge.folder)
             steps = Record("steps chosen on validation", setting.sampler.steps, 0.0, 1)
             found[title] = [dataclasses.asdict(steps), *brief(run)]
@@ -111,7 +115,7 @@ def detecting(
             # as the papers of these methods score: by confidence, or by log p(x)
             score = MaxSoftmax() if method in ("oe", "ratio") else EnergyScore()
             metric = OutOfDistribution((score,), sets, eps=1.0, restarts=restarts)
-            first = measured(run, {(f"AUROC {score.name} vs uniform", None): metric})[0]
+            first = measured(run, {DETECTION._replace(by=score.name): metric})[0]
             own = [r for r in run.records() if r["time"] == first["time"] and r["settings"].get("metric")]  # with it
             found[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in own]
         return found
@@ -121,13 +125,13 @@ def detecting(
 
 def brief(run: Run) -> Records:
     """The latest records of a run that a table has room for."""
-    names = ("accuracy", "FD", "KID", "AUROC", "fpr95_id")
-    return [r for r in evaluate.latest(run.records()) if r["name"].startswith(names)]
+    shown = ("accuracy", "FD", "KID", "AUROC", "AUROC of detectors", "fpr95_id")
+    return [r for r in evaluate.latest(run.records()) if key_of(r).quantity in shown]
 
 
 def binary_at_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
     """FD against K, against images, and for each p0: figures 4, 5 and 3 of Binary-AT."""
-    fd = {t: next((r["value"], r["error"]) for r in rs if r["name"].startswith("FD")) for t, rs in results.items()}
+    fd = {t: next((r["value"], r["error"]) for r in rs if key_of(r).quantity == "FD") for t, rs in results.items()}
     fixed = {float(t[2:]): v for t, v in fd.items() if t[2:].isdigit()}
     during: dict[str, dict[float, tuple[float, float]]] = {}
     for title, value in fd.items():
@@ -172,10 +176,10 @@ def digits_hybrids(folder: Path, seeds: int, options: Options) -> tuple[dict[str
             setting = chosen(run, run.recipe, judge) if critic else run.recipe
             drawn(run, setting, 50)
             wanted: Wanted = compare.quality(run, judge.folder)
-            wanted |= {("AUROC energy vs uniform", None): detection(run, 512, 1)}
+            wanted |= {DETECTION: detection(run, 512, 1)}
             if not critic and title != "short-run-mle":
-                wanted |= {("accuracy", None): Accuracy(), (f"accuracy under {apgd.name}", None): RobustAccuracy(apgd)}
-                wanted |= {("AUROC of detectors", None): Detectors()}
+                wanted |= {Key("accuracy"): Accuracy(), Key("accuracy", key_of_attack(apgd)): RobustAccuracy(apgd)}
+                wanted |= {Key("AUROC of detectors"): Detectors()}
             measured(run, wanted, judge.folder)
             found[title] = brief(run)
         return efficiency(everyone, judge, found)

@@ -8,7 +8,7 @@ from typing import Any
 from advebm.core import files
 from advebm.core.errors import UserError
 from advebm.papers import inventory, render
-from advebm.reporting.terminal import markdown
+from advebm.reporting.records import markdown
 from advebm.reproduction.replicate import SCALES
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

@@ -16,7 +16,7 @@ from advebm.core.errors import UserError, unknown
 from advebm.data import pictures
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
-from advebm.metrics.base import label
+from advebm.metrics.keys import Key, key_of_attack
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.papers import agreement, inventory, render
@@ -246,9 +246,9 @@ def numbers(
         "cw": CW(c=0.2),
         "aa": AutoAttack(threat.eps, threat.norm, scale.version),
     }
-    wanted: Wanted = {("accuracy", None): Accuracy()} if "clean" in table.columns else {}
+    wanted: Wanted = {Key("accuracy"): Accuracy()} if "clean" in table.columns else {}
     for key in attacks.keys() & table.columns.keys():
-        wanted[f"accuracy under {attacks[key].name}", None] = RobustAccuracy(attacks[key], images=scale.images)
+        wanted[Key("accuracy", key_of_attack(attacks[key]))] = RobustAccuracy(attacks[key], images=scale.images)
     features = scale.features or (judge.folder if judge else None)
     whose = compare.space(features)
     if "fid" in table.columns:
@@ -257,7 +257,7 @@ def numbers(
             own = binary.chosen(run, own, judge, unsupervised.FEW, f"-{generate.set_name(own.sampler)}")
         count = scale.samples // max(1, len(own.data.load().classes))
         drawn = study.drawn(run, own, count, table.name)
-        wanted |= {(label(measured, whose), drawn): SampleQuality() for measured in ("FD", "class score")}
+        wanted |= {Key(q, samples=drawn, space=whose): SampleQuality() for q in ("FD", "class score")}
     return study.measured(run, wanted, features)
 
 

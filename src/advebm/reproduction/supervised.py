@@ -10,6 +10,7 @@ from advebm.evaluation import compare, evaluate
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
 from advebm.metrics.energy import Energies
+from advebm.metrics.keys import Key, key_of_attack
 from advebm.metrics.robustness import TargetedAccuracy
 from advebm.reproduction.study import Options, carry, compared, drawn, measured, recipe, study
 from advebm.runs.recipe import Recipe, resolve
@@ -101,7 +102,7 @@ def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Re
     }
 
     threat = entries["at"].threat
-    towards: Wanted = {(f"accuracy under targeted {threat.name}", None): TargetedAccuracy(threat)}
+    towards: Wanted = {Key("accuracy", key_of_attack(threat, targeted=True)): TargetedAccuracy(threat)}
 
     def stability(run: Run) -> Records:
         events = [line["attempt"] for line in run.history() if line.get("event") == "rollback"]
@@ -114,8 +115,8 @@ def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Re
         records = compared("at", threat)(runs)
         found = {label: [*records[label], *stability(run)] for label, run in runs.items()}
         # section 4.1: TA pushes up E(x), CS does not
-        of = ("test images", "samples ta-class", "samples cs-class")
-        found["at"] += measured(runs["at"], {(f"E(x) of {what}", None): Energies() for what in of})
+        wanted = [Key("E(x)", set="test images"), *(Key("E(x)", samples=name) for name in ("ta-class", "cs-class"))]
+        found["at"] += measured(runs["at"], dict.fromkeys(wanted, Energies()))
         return found
 
     return study(folder, seeds, entries, measure)

@@ -11,6 +11,7 @@ from advebm.data import pictures
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
+from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.metrics.probing import LinearProbe, NearestNeighbours
 from advebm.reporting import figure_store, figures
 from advebm.reproduction.binary import chosen
@@ -54,9 +55,9 @@ def digits_unsupervised(folder: Path, seeds: int, options: Options) -> tuple[dic
 
     def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
         probe, neighbours = LinearProbe(), NearestNeighbours()
-        name = "accuracy of a linear probe"
-        probes: Wanted = {(name, None): probe, (f"{name} under {threat.name}", None): probe}
-        probes[f"accuracy of {neighbours.k} nearest neighbours", None] = neighbours
+        linear = Key("accuracy", by=probe.probe.name)
+        probes: Wanted = {linear: probe, linear._replace(attack=key_of_attack(threat)): probe}
+        probes[Key("accuracy", by=f"{neighbours.k} nearest neighbours")] = neighbours
         plain = compare.accuracies((threat,))
         found = {t: measured(run, plain if run.recipe.objective.hidden is None else probes) for t, run in runs.items()}
         return found | sampled(runs)
@@ -146,7 +147,7 @@ def cem_figure1(runs: Mapping[str, Run]) -> bytes:
 
 def distances(results: Mapping[str, Records]) -> dict[str, tuple[float, float]]:
     """FD and its error of each row that has one."""
-    return {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if r["name"].startswith("FD")}
+    return {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if key_of(r).quantity == "FD"}
 
 
 def winners(results: Mapping[str, Records]) -> list[str]:

@@ -19,8 +19,9 @@ from torch import nn
 from advebm.core import config, files
 from advebm.core.errors import Busy, UserError
 from advebm.data.sources import Data
-from advebm.metrics.base import Features, label
+from advebm.metrics.base import Features
 from advebm.metrics.distances import Moments, frechet_distance, kernel_distance
+from advebm.metrics.keys import label
 from advebm.models.batching import device_of
 from advebm.runs.run import Run, sole
 from advebm.samplers.base import Sampler

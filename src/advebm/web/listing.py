@@ -6,19 +6,15 @@ from pathlib import Path
 
 from advebm.evaluation import evaluate
 from advebm.reporting import build
+from advebm.reporting.records import pivot
 from advebm.web import views
 from advebm.web.studio import Studio
 
 
 def table(studios: Sequence[Studio]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: a row a quantity, a column a run; first what was measured on most of the runs."""
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for studio in studios:
-        for text in map(build.row, evaluate.latest(studio.run.records())):
-            cells.setdefault((text["name"], text["samples"]), {})[studio.title] = text["value"]
-    titles = [studio.title for studio in studios]
-    shared = sorted(cells.items(), key=lambda cell: -len(cell[1]))
-    return ["measured", "samples", *titles], [[*key, *(v.get(t, "") for t in titles)] for key, v in shared]
+    records = {studio.title: evaluate.latest(studio.run.records()) for studio in studios}
+    return pivot(records).quantities_down(widest_first=True)
 
 
 def report(studio: Studio, folder: Path) -> Path:

@@ -11,7 +11,8 @@ from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
 from advebm.data import pictures
 from advebm.evaluation import compare, evaluate
-from advebm.metrics.base import SampleSet, Subject, label
+from advebm.metrics.base import SampleSet, Subject
+from advebm.metrics.keys import key_of
 from advebm.metrics.quality import SampleQuality
 from advebm.models.batching import together
 from advebm.reporting import figure_store, figures
@@ -226,9 +227,9 @@ def contrast(
         {**r, "settings": {**r["settings"], "samples": m}} for r in records if r["settings"]["samples"] == name
     ]
     rows = compare.over_seeds([{m: of(m, f"{m}-{number}") for m in samplers} for number in numbers])
-    shown = [label(kind, space.name) for kind in ("FD", "KID", "class score", "intended class")]
+    shown = ("FD", "KID", "class score", "intended class")
     files.write_json(run.folder / "comparison" / "comparison.json", rows)
-    rows = {m: [{**r, "settings": {}} for r in rs if r["name"] in shown] for m, rs in rows.items()}
+    rows = {m: [{**r, "settings": {}} for r in rs if key_of(r).quantity in shown] for m, rs in rows.items()}
     texts = {m: [f"{r['name'].split(' (')[0]} {r['value']:.3g} ± {r['error']:.2g}" for r in rows[m]] for m in panels}
     text = f"{per_class * len(data.classes):,} images each, the first of them shown; in {space.name}; ± "
     text += "deviation over sampling seeds" if seeds > 1 else "standard error"

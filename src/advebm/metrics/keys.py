@@ -1,0 +1,137 @@
+"""What a record is about, read from its settings and its name: this is matched, compared and formatted by.
+
+Names are for people.  This is the one place that takes them apart.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from advebm.core import config
+
+INCEPTION = "inception"  # the one space whose quantities have names of their own
+NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}  # those
+
+
+class Attacked(NamedTuple):
+    """An attack that images were under.
+
+    Attributes:
+        kind: ``PGD``, ``FGSM``, ``energy attack``, ``C&W-PGD``, ``APGD``, ``FAB``, ``Square``, ``C&W``, ``AutoAttack``;
+            ``targeted`` before it where it went towards classes.
+        steps: of a run; None where it has no such number.
+        text: as tables write it, ``PGD-20 l2 0.75``.
+        part: of an attack of several, the last one that counts; None counts all.
+    """
+
+    kind: str
+    steps: int | None
+    text: str
+    part: str | None = None
+
+
+class Key(NamedTuple):
+    """What a record is about.
+
+    Attributes:
+        quantity: ``accuracy``, ``AUROC``, ``FD``, ``class score``, ``E(x)``, ``PSNR`` and so on.
+        attack: that the images were under; None where they were not attacked.
+        samples: the set of samples that was measured; None where it was not samples.
+        space: the feature space; None where there is none.
+        set: the images measured on, where they are not the data's: outliers, corrupted ones, a task of restoration.
+        by: what gave the answer, where it was not the model itself: a detection score, a probe, a way to restore.
+    """
+
+    quantity: str
+    attack: Attacked | None = None
+    samples: str | None = None
+    space: str | None = None
+    set: str | None = None
+    by: str | None = None
+
+    @property
+    def is_share(self) -> bool:
+        """Whether people read it in percent."""
+        return self.quantity in ("accuracy", "intended class")
+
+
+def label(quantity: str, space: str) -> str:
+    """What a quantity is called in a feature space: FID, KID and IS are Inception's, elsewhere the space is named."""
+    return NAMES[quantity] if space == INCEPTION and quantity in NAMES else f"{quantity} ({space})"
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """The key of a record, as a metric gives it or as ``metrics.json`` keeps it."""
+    name, settings = record["name"], record["settings"]
+    samples, space = settings.get("samples"), settings.get("space")
+    attack = _attacked(settings.get("attack"), name, settings)
+    if space is not None:
+        plain = {shown: quantity for quantity, shown in NAMES.items()} if space == INCEPTION else {}
+        return Key(plain.get(name, name.removesuffix(f" ({space})")), attack, samples, space)
+    if "outliers" in settings:
+        return Key(name.partition(" ")[0], attack, samples, set=settings["outliers"], by=settings["score"])
+    if "corruption" in settings:
+        return Key("accuracy", set=name.removeprefix("accuracy under "))
+    if "way" in settings:
+        quantity, _, task = name.partition(" ")
+        return Key(quantity, set=task.removesuffix(f" by {settings['way']}"), by=settings["way"])
+    if name.startswith("E(x) of "):
+        kind, _, which = (of := name.removeprefix("E(x) of ")).partition(" ")
+        return Key("E(x)", samples=which) if kind == "samples" else Key("E(x)", set=of)
+    if name.startswith("accuracy of "):
+        return Key("accuracy", attack, samples, by=name.removeprefix("accuracy of ").partition(" under ")[0])
+    quantity = name if attack is None else name.partition(" under ")[0].partition(", ")[0]
+    return Key(quantity, attack, samples)
+
+
+def key_of_attack(attack: Any, *, targeted: bool = False) -> Attacked:
+    """The key of an attack of :mod:`advebm.attacks`; or of the same towards classes, as ``targeted-accuracy`` does."""
+    plain, words = config.describe(attack), "targeted " * targeted
+    return Attacked(words + _kind(plain), plain.get("steps"), words + attack.name)
+
+
+def matches(key: Key, wanted: Mapping[str, Any]) -> bool:
+    """Whether a key is what a table asks for.
+
+    Args:
+        key: of a record.
+        wanted: ``quantity``; ``attack``, its kind, without which the images were not attacked; ``steps`` of the attack,
+            or ``least_steps``; ``set``, a name or several; ``space``, any if it is left out.
+    """
+    attack, sets = key.attack, wanted.get("set")
+    if key.quantity != wanted["quantity"] or (attack and attack.kind) != wanted.get("attack"):
+        return False
+    if attack is not None and (attack.part is not None or not _many_enough(attack.steps, wanted)):
+        return False
+    among = [sets] if sets is None or isinstance(sets, str) else sets
+    return key.set in among and wanted.get("space", key.space) == key.space
+
+
+def first_match(records: Iterable[Mapping[str, Any]], wanted: Iterable[Mapping[str, Any]]) -> Any:
+    """The first record that is what a table asks for, the best pattern first; None without any."""
+    keyed = [(key_of(record), record) for record in records]
+    return next((r for pattern in wanted for k, r in keyed if matches(k, pattern)), None)
+
+
+def _many_enough(steps: int | None, wanted: Mapping[str, Any]) -> bool:
+    return wanted.get("steps", steps) == steps and wanted.get("least_steps", 0) <= (steps or 0)
+
+
+def _attacked(plain: Any, name: str, settings: Mapping[str, Any]) -> Attacked | None:
+    """From the description of an attack, or from the words of detection's search."""
+    if plain is None:
+        return None
+    if isinstance(plain, str):  # of Auto-PGD on a score
+        return Attacked("APGD", settings.get("metric", {}).get("steps"), plain)
+    text = name.partition(" under ")[2]
+    part, targeted = settings.get("part"), "targeted " * bool(settings.get("targeted"))
+    text = text.removesuffix(f", after {part}")
+    return Attacked(targeted + _kind(plain), plain.get("steps"), text, part)
+
+
+def _kind(plain: Mapping[str, Any]) -> str:
+    """The word of an attack's kind."""
+    words = {"apgd": "APGD", "fab": "FAB", "square": "Square", "cw": "C&W", "autoattack": "AutoAttack"}
+    if plain["kind"] != "pgd":
+        return words.get(plain["kind"], plain["kind"])
+    kind = {"energy": "energy attack", "margin": "C&W-PGD"}.get(plain.get("loss", ""), "PGD")
+    return "FGSM" if kind == "PGD" and plain.get("start") == "clean" and plain.get("steps") == 1 else kind

@@ -1,0 +1,81 @@
+"""Records as text: for the terminal, reports, cards and pages."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from advebm.metrics.keys import key_of
+
+Quantity = tuple[str, str]  # a record's name, and the samples that it is of
+
+
+def as_text(record: Mapping[str, Any]) -> dict[str, str]:
+    """A record as text, ``name samples value count``: shares in percent, everything else to three digits."""
+    share = key_of(record).is_share
+    scale, unit = (100, " %") if share else (1, "")
+    value, error = record["value"] * scale, record["error"] * scale
+    digits = 1 if share else 3
+    exact = f"{value:,.0f}" if value == round(value) or value > 100 else f"{value:.1f}"  # counts have no error
+    return {
+        "name": record["name"],
+        "value": exact
+        if error == 0 and not share and not record["settings"]
+        else f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
+        "count": f"{record['count']:,}",
+        "samples": str(record["settings"].get("samples", "")),
+    }
+
+
+class Pivot(NamedTuple):
+    """Records of several runs as a table.
+
+    Attributes:
+        titles: of the runs.
+        cells: by quantity, in the order of first appearance, and run.
+    """
+
+    titles: list[str]
+    cells: dict[Quantity, dict[str, str]]
+
+    def quantities_down(self, *, widest_first: bool = False) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows, a quantity a row and a run a column; first what most runs have, where that is wanted."""
+        rows = list(self.cells.items())
+        if widest_first:
+            rows.sort(key=lambda row: -len(row[1]))
+        lines = [[*quantity, *(values.get(title, "") for title in self.titles)] for quantity, values in rows]
+        return ["measured", "samples", *self.titles], lines
+
+    def runs_down(self, columns: Sequence[Quantity]) -> tuple[list[str], list[list[str]]]:
+        """Heads and rows, a run a row and some quantities the columns; runs that have none of these are left out."""
+        heads = ["run", *(" · ".join(filter(None, quantity)) for quantity in columns)]
+        texts = {title: [self.cells[quantity].get(title, "") for quantity in columns] for title in self.titles}
+        return heads, [[title, *line] for title, line in texts.items() if any(line)]
+
+
+def pivot(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> Pivot:
+    """Records by the title of their run, as a table; of several of one quantity, the last."""
+    cells: dict[Quantity, dict[str, str]] = {}
+    for title, records in runs.items():
+        for text in map(as_text, records):
+            cells.setdefault((text["name"], text["samples"]), {})[title] = text["value"]
+    return Pivot(list(runs), cells)
+
+
+def class_tables(records: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
+    """The heads and rows of a table for each judge: a class, and what share of its samples is taken for it."""
+    shares: dict[str, dict[str, dict[str, float]]] = {}  # by the record's name, the samples and the class, in percent
+    for record in records:
+        if (key := key_of(record)).quantity == "intended class":
+            of = {name: 100 * values[0] for name, values in record["series"].items()}
+            shares.setdefault(record["name"], {})[key.samples or ""] = of
+    tables = []
+    for name, sets in shares.items():
+        classes = dict.fromkeys(k for of in sets.values() for k in of)
+        rows = [[k, *(f"{of[k]:.0f} %" if k in of else "" for of in sets.values())] for k in classes]
+        tables.append(([name, *sets], rows))
+    return tables
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for a page."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
