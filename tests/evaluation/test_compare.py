@@ -20,6 +20,7 @@ from advebm.data.sources import Classes, Digits, Part
 from advebm.evaluation import compare
 from advebm.evaluation.suites import SUITES
 from advebm.metrics.base import Subject
+from advebm.metrics.keys import Key, key_of_attack
 from advebm.metrics.ood import OutOfDistribution
 from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, measure
 from advebm.metrics.verdicts import judge
@@ -218,18 +219,18 @@ def test_metrics_that_say_all_of_themselves_are_held_by_all_of_it(run, monkeypat
     monkeypatch.setattr(compare.evaluate, "evaluate_run", look)
     small = OutOfDistribution(sets=(UniformNoise(),), count=20, eps=0.0)
     for metric in (small, small, dataclasses.replace(small, count=30), dataclasses.replace(small, count=30)):
-        compare.measure(run, {("AUROC energy vs uniform", None): metric})
+        compare.measure(run, {Key("AUROC", set="uniform", by="energy"): metric})
     assert [m[0].count for m in measured] == [20, 30]
 
 
 def test_an_attack_on_other_images_is_measured_again(run):
     for images in (10, 10, 20):
         attack = RobustAccuracy(Attack(eps=0.5, norm="l2", steps=1), images=images)
-        compare.measure(run, {(f"accuracy under {attack.attack.name}", None): attack})
+        compare.measure(run, {Key("accuracy", key_of_attack(attack.attack)): attack})
     assert [r["count"] for r in run.records()] == [10, 20]
     for precision in ("bfloat16", "float32", "bfloat16"):
         again = dataclasses.replace(attack, precision=precision)
-        found = compare.measure(run, {(f"accuracy under {attack.attack.name}", None): again})
+        found = compare.measure(run, {Key("accuracy", key_of_attack(attack.attack)): again})
         assert [asked_precision(r["settings"]["precision"]) for r in found] == [precision]
     assert [r["count"] for r in run.records()] == [10, 20, 20]
 
@@ -346,7 +347,7 @@ def test_efficiency_is_the_cost_of_equally_good_samples(monkeypatch):
 
 def test_figures_of_binary_at(monkeypatch):
     """Fixed K, what belongs to one run's course, and the p0s, each in its own figure."""
-    fd = lambda value: [{"name": "FD (x)", "value": value, "error": 0.1, "settings": {}}]
+    fd = lambda value: [{"name": "FD (x)", "value": value, "error": 0.1, "settings": {"space": "x"}}]
     results = {"k-grows": fd(3.0), "k-5": fd(5.0), "k-25": fd(4.0), "k-grows@100": fd(9.0), "k-grows@200": fd(6.0)}
     results |= {"k-25@100": fd(8.0), "k-25@200": fd(7.0), "no-r1": fd(11.0), "p0-noise": fd(2.0)}
     drawn = []

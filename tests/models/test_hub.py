@@ -375,7 +375,7 @@ def measured_run(small_run, tmp_path):
         [
             {**about, "name": "accuracy", "value": 0.125},
             {**about, "name": "accuracy", "value": 0.5, "checkpoint": "0"},
-            *({**judged, "settings": settings} for settings in (manifest, *others)),
+            *({**judged, "settings": {**settings, "space": "features of judge"}} for settings in (manifest, *others)),
         ]
     )
     text = (run.folder / "config.yaml").read_text()

@@ -10,6 +10,7 @@ from advebm.core import rng
 from advebm.core.errors import Interrupted
 from advebm.evaluation import compare
 from advebm.metrics.base import Subject
+from advebm.metrics.keys import Key, key_of_attack
 from advebm.metrics.robustness import RobustAccuracy
 from advebm.models import precision
 from advebm.models.inference import faster
@@ -140,7 +141,7 @@ def test_a_record_of_either_kind_of_machine_is_held(hardware, small_run, tmp_pat
     shutil.copytree(small_run.folder, tmp_path / "run")
     run, threat = Run.open(tmp_path / "run"), Attack(0.5, "l2", steps=1)
     metric = RobustAccuracy(threat, precision="bfloat16", images=50)
-    wanted = {(f"accuracy under {threat.name}", None): metric}
+    wanted = {Key("accuracy", key_of_attack(threat)): metric}
     hardware(False)
     (record,) = compare.measure(run, wanted)
     assert record["settings"]["precision"] == "float32 for bfloat16"
@@ -148,5 +149,5 @@ def test_a_record_of_either_kind_of_machine_is_held(hardware, small_run, tmp_pat
         hardware(has)
         assert compare.measure(run, wanted) == [record]
     assert len(run.records()) == 1
-    other = {(f"accuracy under {threat.name}", None): RobustAccuracy(threat, images=50)}
+    other = {Key("accuracy", key_of_attack(threat)): RobustAccuracy(threat, images=50)}
     assert compare.measure(run, other)[0]["settings"]["precision"] == "float32"

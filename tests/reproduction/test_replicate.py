@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from advebm import cli, recipes
-from advebm.core import files
+from advebm.attacks.autoattack import AutoAttack
+from advebm.attacks.cw import CW
+from advebm.attacks.projected import Attack
+from advebm.core import config, files
 from advebm.core.errors import UserError
 from advebm.data.sources import Digits, Part
 from advebm.evaluation import compare
@@ -156,10 +159,14 @@ def test_every_table_is_made_of_recipes_that_resolve(name, scale, tmp_path, monk
 def test_the_numbers_of_one_row_stand_in_their_columns():
     """In percent; AutoAttack's last, not what stood after its parts; another row's results are not taken."""
     own = TABLES["jeat-table2"]
-    found = [record("accuracy", 0.9), record("accuracy under PGD-50 linf 8/255", 0.5, 0.02, 359)]
-    found += [record("accuracy under AutoAttack linf 8/255", 0.4), record("accuracy under PGD-10 linf 8/255", 0.6)]
-    found += [record("accuracy under AutoAttack linf 8/255, after APGD-CE", 0.45)]
-    found += [{**record("accuracy under C&W-50 l2 c=0.2", 0.8), "seeds": 3}]
+    under = lambda attack, *numbers, **more: record(
+        f"accuracy under {attack.name}", *numbers, attack=config.describe(attack), **more
+    )
+    found = [record("accuracy", 0.9), under(Attack(steps=50), 0.5, 0.02, 359)]
+    part = under(AutoAttack(), 0.45, part="APGD-CE")
+    found += [{**part, "name": f"{part['name']}, after APGD-CE"}]
+    found += [under(AutoAttack(), 0.4), under(Attack(steps=10), 0.6), under(Attack(steps=50, loss="energy"), 0.7)]
+    found += [{**under(CW(c=0.2), 0.8), "seeds": 3}]
     cells = paper_verdicts.cells(own, {"TRADES": found, "standard": found[:1], "nobody": found})
     assert cells.keys() == {"TRADES", "standard"}
     assert {key: cell["value"] for key, cell in cells["TRADES"].items()} == {
@@ -178,20 +185,21 @@ def test_a_table_may_have_a_method_a_column():
     """Of table 4 a column is a run and a row a set of images, at a small scale the classes that p0 has not."""
     own = TABLES["binary-at-table4"]
     names = ("cifar100, 80 classes", "cifar100, 20 other classes", "cifar100, 20 other classes, APGD-100 l2 1")
-    run = lambda base: [record(f"AUROC vs {name}", base + i / 10) for i, name in enumerate(names)]
+    about = [{"outliers": name.partition(", APGD")[0], "score": "energy"} for name in names]
+    about[2]["attack"] = "APGD-100 l2 1"
+    run = lambda base: [record(f"AUROC vs {n}", base + i / 10, **about[i]) for i, n in enumerate(names)]
     cells = paper_verdicts.cells(own, {"oe": run(0.1), "binary-at": run(0.5)})
     assert {key: cell["value"] for key, cell in cells["CIFAR-100, standard"].items()} == {"oe": 20, "ours": 60}
     assert cells["CIFAR-100, worst case"]["ours"]["value"] == 70
     assert cells.keys() == {"CIFAR-100, standard", "CIFAR-100, worst case"}
-    assert (
-        paper_verdicts.cells(own, {"oe": [record("AUROC vs cifar100", 0.3)]})["CIFAR-100, standard"]["oe"]["value"]
-        == 30
-    )
+    whole = [record("AUROC vs cifar100", 0.3, outliers="cifar100", score="energy")]
+    assert paper_verdicts.cells(own, {"oe": whole})["CIFAR-100, standard"]["oe"]["value"] == 30
 
 
 def test_a_table_may_have_a_sampler_a_row():
     own = TABLES["cem-table2"]
-    found = {"at, cond, TA": [record("FD (features of x)", 7.0), record("class score (features of x)", 8.0)]}
+    values, space = {"FD": 7.0, "class score": 8.0}, "features of x"
+    found = {"at, cond, TA": [record(f"{q} ({space})", v, space=space) for q, v in values.items()]}
     (name,) = paper_verdicts.cells(own, found)
     assert name == "supervised, cond, TA"
     plain = render.summary(own, "digits", paper_verdicts.cells(own, found), {})

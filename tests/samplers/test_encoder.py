@@ -680,7 +680,7 @@ def test_each_row_of_the_table_takes_the_steps_of_validation(run, tmp_path, monk
 
 
 def test_it_says_which_sampler_wins_and_by_how_much(monkeypatch):
-    fd = lambda value, error: [{"name": "FD (x)", "value": value, "error": error, "settings": {}}]
+    fd = lambda value, error: [{"name": "FD (x)", "value": value, "error": error, "settings": {"space": "x"}}]
     accuracy = [{"name": "accuracy", "value": 1.0, "error": 0.0, "settings": {}}]
     results = {"at": accuracy, "at, cond, TA": fd(9.0, 0.3), "at, cond, CS": fd(7.0, 0.4), "at, cond, RCS": fd(12.0, 1)}
     results |= {"acl, uncond, PGD": fd(50.0, 0.0), "acl, uncond, MaxEnt": fd(40.5, 0.0)}

@@ -701,8 +701,8 @@ def test_runs_are_listed_and_reported_without_being_touched(studio, tmp_path):
     run.append([record])
     one = Studio("one", run)
     before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
-    head, rows = listing.table([one, one])
-    assert head == ["measured", "samples", "one", "one"]
+    head, rows = listing.table([one, Studio("two", run)])
+    assert head == ["measured", "samples", "one", "two"]
     assert rows == [["accuracy", "", "87.5 ± 1.0 %", "87.5 ± 1.0 %"]]
     other = Studio("other", studio.run)
     (tmp_path / "other").mkdir()

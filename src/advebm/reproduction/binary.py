@@ -125,7 +125,7 @@ def detecting(
 
 def brief(run: Run) -> Records:
     """The latest records of a run that a table has room for."""
-    shown = ("accuracy", "FD", "KID", "AUROC", "AUROC of detectors", "fpr95_id")
+    shown = ("accuracy", "FD", "KID", "AUROC", "AUROC of detectors", "fpr95_id_recall")
     return [r for r in evaluate.latest(run.records()) if key_of(r).quantity in shown]
 
 
