@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from advebm import recipes
 from advebm.core import config
-from advebm.reproduction import applications, binary, experiments, replicate, study, supervised, unsupervised
+from advebm.reproduction import applications, binary, experiment, experiments, study, supervised, tables, unsupervised
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 
@@ -52,7 +52,7 @@ class Plain(nn.Module):
 
 def patch_experiments(monkeypatch, name, value):
     """Put something in the place of what experiments share, in each module of them that has it."""
-    for module in (study, supervised, binary, applications, unsupervised, experiments, replicate):
+    for module in (study, experiment, supervised, binary, applications, unsupervised, experiments, tables):
         if callable(getattr(module, name, None)):  # not a module of that name
             monkeypatch.setattr(module, name, value)
 

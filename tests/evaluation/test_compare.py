@@ -35,6 +35,7 @@ from advebm.papers import inventory
 from advebm.reporting import figures
 from advebm.reproduction import binary, experiments
 from advebm.reproduction import study as studies
+from advebm.reproduction.experiment import Experiment
 from advebm.runs.optim import Cyclic
 from advebm.runs.recipe import read, resolve
 from advebm.runs.run import Run
@@ -239,14 +240,11 @@ def test_an_attack_on_other_images_is_measured_again(run):
 def test_an_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """Two methods, two seeds; a second call trains, draws and measures nothing; another recipe is refused."""
 
-    def small(folder, seeds, options):
+    def small(folder, options):
         short = {"backbone__width": 8, "train__images": 512, "train__validate_every": 512, "threat__steps": 2}
-        entries = {
-            "standard": studies.recipe("digits-standard", options, **short),
-            "noise": studies.recipe("digits-noise", options, **short),
-        }
-        measure = studies.compared("standard", entries["standard"].threat)
-        return studies.study(folder, seeds, entries, measure, per_class=4)
+        entries = {name: studies.find_recipe(f"digits-{name}", options, **short) for name in ("standard", "noise")}
+        measure = lambda runs: studies.compare_all(runs, "standard", entries["standard"].threat)
+        return Experiment(entries, measure, per_class=4)
 
     monkeypatch.setitem(experiments.EXPERIMENTS, "small", small)
     page = experiments.reproduce("small", tmp_path / "out", seeds=2, options=[("sampler.steps", 2)])
@@ -265,21 +263,23 @@ def test_an_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 
 
 def test_bad_experiments_are_refused(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"no experiment 'jeat-tabel1' .did you mean 'jeat-table1'"):
-        experiments.reproduce("jeat-tabel1", tmp_path)
+    with pytest.raises(UserError, match=r"no experiment 'jeat-figur5' .did you mean 'jeat-figure5'"):
+        experiments.reproduce("jeat-figur5", tmp_path)
+    with pytest.raises(UserError, match="jeat-table1 is a table; say how large with --scale, one of full"):
+        experiments.reproduce("jeat-table1", tmp_path)
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").touch()
     with pytest.raises(UserError, match="is a run; --out takes a folder for the whole experiment"):
-        experiments.reproduce("jeat-table1", run)
+        experiments.reproduce("jeat-figure5", run)
     shutil.rmtree(run)
     with pytest.raises(UserError, match="seeds is at least 1"):
-        experiments.reproduce("jeat-table1", tmp_path, seeds=0)
+        experiments.reproduce("jeat-figure5", tmp_path, seeds=0)
     with pytest.raises(
         UserError,
-        match="jeat-table1 has no quick form; digits-binary-at, digits-hybrids, digits-unsupervised, digits-applic",
+        match="jeat-figure5 has no quick form; digits-binary-at, digits-hybrids, digits-unsupervised, digits-applic",
     ):
-        experiments.reproduce("jeat-table1", tmp_path, quick=True)
+        experiments.reproduce("jeat-figure5", tmp_path, quick=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -287,13 +287,14 @@ def test_bad_experiments_are_refused(tmp_path, capsys):
 def test_the_quick_form_is_shorter_and_says_so(name, tmp_path, monkeypatch):
     lengths, titles = {}, []
 
-    def study(folder, seeds, entries, measure, per_class=0):
-        lengths[folder.name] = {title: entry.train.images for title, entry in entries.items() if "@" not in title}
+    def look(experiment, folder, seeds):
+        lengths[folder.name] = {t: entry.train.images for t, entry in experiment.recipes.items() if "@" not in t}
         return {"a": []}, ["run"]
 
-    patch_experiments(monkeypatch, "study", study)
-    patch_experiments(monkeypatch, "carry", lambda recipe, folder: Run(folder))
-    monkeypatch.setattr(experiments, "FIGURES", {})
+    patch_experiments(monkeypatch, "carry_out", look)
+    make, plain = experiments.EXPERIMENTS[name], {"figures": lambda results: {}, "conclude": lambda results: []}
+    without = lambda folder, options: dataclasses.replace(make(folder, options), **plain)
+    monkeypatch.setitem(experiments.EXPERIMENTS, name, without)
     monkeypatch.setattr(experiments, "report", lambda *runs, title, **rest: titles.append(title))
     for quick in (False, True):
         (tmp_path / str(quick)).mkdir()
@@ -314,10 +315,10 @@ def test_steps_are_chosen_once_and_on_validation(critic, monkeypatch):
 
     monkeypatch.setattr(Chains, "__call__", look)
     for _ in range(2):
-        assert binary.chosen(critic, critic.recipe, critic).sampler.steps == 6
+        assert studies.with_best_steps(critic, critic.recipe, critic).sampler.steps == 6
     assert asked == [("val", critic.recipe.sampler.steps)]
     changed = dataclasses.replace(critic.recipe, sampler=dataclasses.replace(critic.recipe.sampler, step_size=0.7))
-    binary.chosen(critic, changed, critic)
+    studies.with_best_steps(critic, changed, critic)
     assert len(asked) == 2
 
 
@@ -333,7 +334,7 @@ def test_efficiency_is_the_cost_of_equally_good_samples(monkeypatch):
     class Named(str):
         recipe = resolve(recipes.find("digits-jem"))
 
-    patch_experiments(monkeypatch, "along", along)
+    patch_experiments(monkeypatch, "measure_steps", along)
     found = binary.efficiency({t: Named(t) for t in fds}, "judge", {t: [] for t in fds})
     values = {t: {r["name"]: r["value"] for r in records} for t, records in found.items()}
     assert values["jem"] == {"gradients an image to equal FD": 8, "milliseconds an image to equal FD": 80}
@@ -361,21 +362,14 @@ def test_figures_of_binary_at(monkeypatch):
 
 
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
-def test_every_experiment_is_made_of_recipes_that_resolve(name, tmp_path, monkeypatch):
-    """All but the training: entries, options and judges fit together."""
-    seen = {}
-
-    def study(folder, seeds, entries, measure, per_class=0):
-        seen.update(entries)
-        return {}, []
-
-    patch_experiments(monkeypatch, "study", study)
-    patch_experiments(monkeypatch, "carry", lambda recipe, folder: Run(folder))
-    experiments.EXPERIMENTS[name](tmp_path, 1, [("train.images", 1234)])
+def test_every_experiment_is_made_of_recipes_that_resolve(name, tmp_path):
+    """All but the training: entries and options fit together."""
+    seen = experiments.EXPERIMENTS[name](tmp_path, [("train.images", 1234)]).recipes
     assert len(seen) >= 2
     shorter = {title: 1234 if "@" not in title else int(title.partition("@")[2]) for title in seen}
     assert all(recipe.train.images == shorter[title] <= 1234 for title, recipe in seen.items())
     assert len({recipe.threat for recipe in seen.values()}) == 1
+    assert not list(tmp_path.iterdir()), "nothing is trained before it is carried out"
 
 
 # The inventory ------------------------------------------------------------------------------------------------------

@@ -168,6 +168,13 @@ def test_the_best_pattern_comes_first():
     assert first_match(records, ({"quantity": "KID"},)) is None
 
 
+def test_records_of_comparisons_are_known_by_their_names():
+    """Which have no settings, as they are of several sets of samples."""
+    for quantity in ("FD", "class score", "recall"):
+        assert key_of({"name": f"{quantity} (features of a)", "settings": {}}) == Key(quantity, space="features of a")
+    assert key_of({"name": "IS", "settings": {}}) == Key("class score", space="inception")
+
+
 @pytest.mark.parametrize(
     ("name", "text"), [("accuracy", "50.0 ± 1.0 %"), ("accuracy of x", "50.0 ± 1.0 %"), ("ECE", "0.500 ± 0.010")]
 )

@@ -34,13 +34,13 @@ def add_reproduce(verbs: Verbs) -> None:
 def reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
     """Print where the report is, or what can be reproduced."""
     from advebm.papers.inventory import papers, tables
-    from advebm.reproduction.experiments import EXPERIMENTS, reproduce
+    from advebm.reproduction import experiments
 
     name = args.experiment
     if name is None and args.scale is not None:
         raise UserError(f"--scale is of a table; name one of {', '.join(tables())}")
     if args.list or name is None:
-        for experiment, call in EXPERIMENTS.items():
+        for experiment, call in experiments.EXPERIMENTS.items():
             print(f"{experiment:20} {(call.__doc__ or '').splitlines()[0]}")
         for table in tables().values():
             print(f"{table.name:20} --scale {', '.join(table.scales)}: {table.what}")
@@ -53,15 +53,9 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
                     print(f"  {'':28} {row['status']:9} {row['name']}: {values}")
         return
     if args.scale is not None:
-        from advebm.reproduction.replicate import replicate
-
-        if args.quick:
-            raise UserError("--quick is of experiments; a table has --scale alone")
         runs = tables()[name].runs if name in tables() else ""
         folder = args.out or Path("runs") / f"{runs or name}-{args.scale}"
-        print(replicate(name, args.scale, folder, seeds=args.seeds, options=overrides))
-        return
-    if name in tables() and name not in EXPERIMENTS:
-        raise UserError(f"{name} is a table; say how large with --scale, one of {', '.join(tables()[name].scales)}")
-    folder = args.out or Path("runs") / f"{name}{'-quick' * args.quick}"
-    print(reproduce(name, folder, seeds=args.seeds, quick=args.quick, options=overrides))
+    else:
+        folder = args.out or Path("runs") / f"{name}{'-quick' * args.quick}"
+    options = {"seeds": args.seeds, "quick": args.quick, "options": overrides}
+    print(experiments.reproduce(name, folder, scale=args.scale, **options))

@@ -10,6 +10,7 @@ from advebm.core import config
 
 INCEPTION = "inception"  # the one space whose quantities have names of their own
 NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}  # those
+IN_FEATURES = ("precision", "recall", "density", "coverage", "intended class", "counterfactual named so", *NAMES)
 
 
 class Attacked(NamedTuple):
@@ -62,11 +63,10 @@ def label(quantity: str, space: str) -> str:
 def key_of(record: Mapping[str, Any]) -> Key:
     """The key of a record, as a metric gives it or as ``metrics.json`` keeps it."""
     name, settings = record["name"], record["settings"]
-    samples, space = settings.get("samples"), settings.get("space")
-    attack = _attacked(settings.get("attack"), name, settings)
-    if space is not None:
-        plain = {shown: quantity for quantity, shown in NAMES.items()} if space == INCEPTION else {}
-        return Key(plain.get(name, name.removesuffix(f" ({space})")), attack, samples, space)
+    samples, attack = settings.get("samples"), _attacked(settings.get("attack"), name, settings)
+    if (measured := _in_features(name)) is not None:
+        quantity, space = measured
+        return Key(quantity, attack, samples, space)
     if "outliers" in settings:
         return Key(name.partition(" ")[0], attack, samples, set=settings["outliers"], by=settings["score"])
     if "corruption" in settings:
@@ -110,6 +110,15 @@ def first_match(records: Iterable[Mapping[str, Any]], wanted: Iterable[Mapping[s
     """The first record that is what a table asks for, the best pattern first; None without any."""
     keyed = [(key_of(record), record) for record in records]
     return next((r for pattern in wanted for k, r in keyed if matches(k, pattern)), None)
+
+
+def _in_features(name: str) -> tuple[str, str] | None:
+    """The quantity and the space of a name that :func:`label` made; records of comparisons have no settings."""
+    inception = next((quantity for quantity, shown in NAMES.items() if shown == name), None)
+    if inception is not None:
+        return inception, INCEPTION
+    quantity, _, space = name.partition(" (")
+    return (quantity, space.removesuffix(")")) if quantity in IN_FEATURES else None
 
 
 def _many_enough(steps: int | None, wanted: Mapping[str, Any]) -> bool:

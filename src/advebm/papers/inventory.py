@@ -60,8 +60,8 @@ class Table:
         paper, item, what: of the inventory.
         rows: of the inventory.
         name: of the table.
-        by: what its computation is, of :data:`advebm.reproduction.replicate.COMPUTATIONS`.
-        scales: of :data:`advebm.reproduction.replicate.SCALES`, each with the share of the recipes' training images.
+        by: what its computation is, of :data:`advebm.reproduction.tables.COMPUTATIONS`.
+        scales: of :data:`advebm.reproduction.scales.SCALES`, each with the share of the recipes' training images.
         columns: keys of published values: those of :data:`COLUMNS`, or each with the title of its results.
         ours: what stands beside a row: a method, by the stem of its recipes, alone or as ``{method, sampler, stage}``
             (a sampler from class Gaussians rather than the recipe's; ``first``, what it was before its last stage); the

@@ -17,7 +17,8 @@ from advebm.metrics.keys import Key, key_of
 from advebm.metrics.restoration import Counterfactuals, Restoration
 from advebm.metrics.robustness import Accuracy
 from advebm.reporting import figure_store, figures
-from advebm.reproduction.study import L2, Options, measured, recipe, study
+from advebm.reproduction.experiment import Experiment, Options, Results
+from advebm.reproduction.study import L2, find_recipe, measure_missing
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -27,25 +28,25 @@ HALVES = [{"kind": "classes", "source": "digits", "count": 5, "rest": rest} for 
 AMOUNTS = (0.0, 0.25, 0.5, 1.0, 2.0)
 
 
-def digits_applications(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+def digits_applications(folder: Path, options: Options) -> Experiment:
     """Restoration and counterfactuals on digits beside other ways; translation by critics of half of the classes each.
 
     Of each half two critics, which begin training from patches of photographs, or from these and the other half.
     """
-    entries = {m: recipe(f"digits-{m}", options, **L2) for m in ("standard", "at", "binary-at")}
+    recipes = {m: find_recipe(f"digits-{m}", options, **L2) for m in ("standard", "at", "binary-at")}
     for half, (own, other) in {"first": HALVES, "second": HALVES[::-1]}.items():
         for p0, outside in {"patches": "patches", "both": {"kind": "mixture", "sources": ["patches", other]}}.items():
             change = {"data": own, "outside": outside, "train__images": 24_000, **L2}
-            entries[f"{half}-{p0}"] = recipe("digits-binary-at", options, **change)
+            recipes[f"{half}-{p0}"] = find_recipe("digits-binary-at", options, **change)
 
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+    def measure(runs: Mapping[str, Run]) -> Results:
         judge, found = runs["standard"].folder, {}
         for title, run in runs.items():
             if title in ("standard", "at", "binary-at"):
                 wanted: Wanted = {Key("PSNR", set="inpainting", by="energy"): Restoration()}
                 if title != "binary-at":
                     wanted |= {Key("counterfactual reached"): Counterfactuals(), Key("accuracy"): Accuracy()}
-                measured(run, wanted, judge)
+                measure_missing(run, wanted, judge)
                 far = tuple(f"counterfactual {what}" for what in ("reached", "distance", "named so"))
                 shown = ("PSNR", "SSIM", "accuracy", *far)
                 found[title] = [r for r in evaluate.latest(run.records()) if key_of(r).quantity in shown]
@@ -54,7 +55,7 @@ def digits_applications(folder: Path, seeds: int, options: Options) -> tuple[dic
                 found[title] = translated(run, config.build(other, "source").load(), judge)
         return found
 
-    return study(folder, seeds, entries, measure)
+    return Experiment(recipes, measure)
 
 
 def translated(run: Run, source: Data, judge: Path) -> Records:
@@ -83,14 +84,14 @@ def translated(run: Run, source: Data, judge: Path) -> Records:
 FIGURE4 = (("at", "jeat-16"), ("at", "jeat-17"), ("prejeat", "jeat-17"))  # from left to right
 
 
-def jeat_figure4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+def jeat_figure4(folder: Path, options: Options) -> Experiment:
     """Ten ships by equations 16 and 17 from AT and by 17 from PreJEAT, from the same seeds: the shape of JEAT figure 4.
 
     The paper states neither steps nor step size; at temperature 1, as printed, images drown in noise.
     """
-    entries = {"at": recipe("cifar10-at-small", options), "prejeat": recipe("cifar10-prejeat-small", options)}
+    recipes = {"at": find_recipe("cifar10-at-small", options), "prejeat": find_recipe("cifar10-prejeat-small", options)}
 
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+    def measure(runs: Mapping[str, Run]) -> Results:
         classes = runs["at"].data.classes
         ships = (classes.index("ship"),) if "ship" in classes else None
         panels, texts = {}, {}
@@ -104,6 +105,6 @@ def jeat_figure4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, 
             texts[f"{title}, {kind}"] = ["the same seeds"]
         text = "Equation 16 descends E(x, y) - E(x), 17 descends E(x, y); 100 steps of 0.05 at temperature 1e-4."
         figure_store.hang(runs["at"], "jeat-figure4", figures.grids(panels, texts), "JEAT figure 4", text)
-        return {title: measured(run, compare.accuracies(())) for title, run in runs.items()}
+        return {title: measure_missing(run, compare.accuracies(())) for title, run in runs.items()}
 
-    return study(folder, seeds, entries, measure)
+    return Experiment(recipes, measure)

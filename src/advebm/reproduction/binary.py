@@ -7,8 +7,7 @@ from typing import Any
 
 from advebm.attacks.apgd import APGD
 from advebm.attacks.projected import Attack
-from advebm.core import config, files
-from advebm.core.checks import device
+from advebm.core import config
 from advebm.evaluation import compare, evaluate
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
@@ -17,36 +16,19 @@ from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.reporting import figures
-from advebm.reproduction.study import L2, Options, carry, drawn, measured, recipe, say, study
+from advebm.reproduction.experiment import Experiment, Options, Results
+from advebm.reproduction.study import (
+    L2,
+    draw_if_missing,
+    find_recipe,
+    measure_missing,
+    measure_steps,
+    train_or_resume,
+    with_best_steps,
+)
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
-from advebm.sampling.step_curve import Chains, Point, best, reached
-
-
-def along(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: str = "") -> list[Point]:
-    """What the samples of a run are worth after each number of steps; measured unless it is there, under the name."""
-    about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
-    about |= {"features": str(compare.judge(judge.folder)), "checkpoint": run.checkpoints.path().name}
-    file = run.folder / f"chains-{chains.split}{name}.json"
-    known = files.read_json(file, default={})
-    if {k: known.get(k) for k in about} != about:
-        say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
-        outside = recipe.outside.load() if recipe.outside is not None else None
-        space = evaluate.find_space(judge.folder).load(device())
-        points = chains(run.model()[0].to(device()), recipe.sampler, recipe.data.load(), space, outside=outside)
-        known = {**about, "points": [point._asdict() for point in points]}
-        files.write_json(file, known)
-    return [Point(**point) for point in known["points"]]
-
-
-LONG = Chains()
-
-
-def chosen(run: Run, recipe: Recipe, judge: Run, chains: Chains = LONG, name: str = "") -> Recipe:
-    """The recipe with as many steps of sampling as validation images like best."""
-    steps = best(along(run, recipe, judge, chains, name)).steps
-    return dataclasses.replace(recipe, sampler=dataclasses.replace(recipe.sampler, steps=steps))
-
+from advebm.sampling.step_curve import Chains, reached
 
 DETECTION = Key("AUROC", set="uniform", by="energy")  # a record that shows that detection was measured
 
@@ -58,69 +40,58 @@ def detection(run: Run, count: int, restarts: int) -> OutOfDistribution:
     return OutOfDistribution(sets=sets, count=count, eps=run.recipe.threat.eps, restarts=restarts)
 
 
-def digits_binary_at(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+def digits_binary_at(folder: Path, options: Options) -> Experiment:
     """Binary AT on digits from patches of photographs: steps K, fixed or growing, three other p0, no R1, detection."""
-    judge = carry(recipe("digits-standard", ()), folder / "judge")
-    critic = lambda **changes: recipe("digits-binary-at", options, **changes)
-    entries = {"k-grows": critic()}
-    schedule = config.describe(entries["k-grows"].objective)["curriculum"]
-    images, largest = entries["k-grows"].train.images, schedule["steps"]
+    judging = find_recipe("digits-standard", ())
+    critic = lambda **changes: find_recipe("digits-binary-at", options, **changes)
+    recipes = {"k-grows": critic()}
+    schedule = config.describe(recipes["k-grows"].objective)["curriculum"]
+    images, largest = recipes["k-grows"].train.images, schedule["steps"]
     for k in sorted({1, largest // 4, largest // 2, largest}):
-        entries[f"k-{k}"] = critic(objective__curriculum={**schedule, "start": k, "steps": k})
+        recipes[f"k-{k}"] = critic(objective__curriculum={**schedule, "start": k, "steps": k})
     for of in ("k-grows", f"k-{largest // 4}", f"k-{largest}"):  # the rate is constant, so these are its beginning
         for count in (images // 4, images // 2):
-            short = dataclasses.replace(entries[of].train, images=count)
-            entries[f"{of}@{count}"] = dataclasses.replace(entries[of], train=short)
-    entries["no-r1"] = critic(objective__r1=0.0)
+            short = dataclasses.replace(recipes[of].train, images=count)
+            recipes[f"{of}@{count}"] = dataclasses.replace(recipes[of], train=short)
+    recipes["no-r1"] = critic(objective__r1=0.0)
     few = {"kind": "part", "source": {"kind": "patches"}, "share": 0.01}
     for name, outside in (("70-patches", few), ("noise", "noise"), ("patches-and-noise", "mixture")):
-        entries[f"p0-{name}"] = critic(outside=outside)
+        recipes[f"p0-{name}"] = critic(outside=outside)
 
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
-        found = {}
+    def measure(runs: Mapping[str, Run]) -> Results:
+        found, judge = {}, Run.open(folder / "judge")
         for title, run in runs.items():
-            setting = chosen(run, run.recipe, judge)
-            drawn(run, setting, 100)
+            setting = with_best_steps(run, run.recipe, judge)
+            draw_if_missing(run, setting, 100)
             wanted: Wanted = compare.quality(run, judge.folder)
             if "@" not in title:
                 wanted |= {DETECTION: detection(run, 512, 1)}
-            measured(run, wanted, judge.folder)
+            measure_missing(run, wanted, judge.folder)
             steps = Record("steps chosen on validation", setting.sampler.steps, 0.0, 1)
             found[title] = [dataclasses.asdict(steps), *brief(run)]
         return found
 
-    return study(folder, seeds, entries, measure)
+    prepare = lambda: train_or_resume(judging, folder / "judge")
+    return Experiment(recipes, measure, prepare=prepare, figures=binary_at_figures)
 
 
-def binary_at_table4(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
-    """OE, JEM, RATIO and Binary AT on CIFAR-10, p0 80 classes of CIFAR-100: detection, Binary-AT table 4's form."""
-    entries = {m: recipe(f"cifar10-{m}-small", options) for m in ("oe", "jem", "ratio", "binary-at")}
-    return detecting(folder, seeds, entries, OUTLIERS)
-
-
-P0 = {"kind": "classes", "source": "cifar100", "count": 80}
-OUTLIERS = (P0, {**P0, "rest": True}, "digits", "uniform", "gaussian")
-
-
-def detecting(
-    folder: Path, seeds: int, entries: Mapping[str, Recipe], outliers: Sequence[Any], restarts: int = 1
-) -> tuple[dict[str, Records], list[Run]]:
+def detection_by(recipes: Mapping[str, Recipe], outliers: Sequence[Any], restarts: int = 1) -> Experiment:
     """Detection of sets of images as they are and attacked within l2 1, by the scores of the methods' papers."""
-    entries = {m: dataclasses.replace(e, threat=Attack(1.0, "l2", 20)) for m, e in entries.items()}
+    recipes = {m: dataclasses.replace(e, threat=Attack(1.0, "l2", 20)) for m, e in recipes.items()}
     sets = tuple(config.build(s, "outlier") for s in outliers)
 
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+    def measure(runs: Mapping[str, Run]) -> Results:
         found = {}
         for method, run in runs.items():
             # as the papers of these methods score: by confidence, or by log p(x)
             score = MaxSoftmax() if method in ("oe", "ratio") else EnergyScore()
             metric = OutOfDistribution((score,), sets, eps=1.0, restarts=restarts)
-            first = measured(run, {DETECTION._replace(by=score.name): metric})[0]
+            first = measure_missing(run, {DETECTION._replace(by=score.name): metric})[0]
             own = [r for r in run.records() if r["time"] == first["time"] and r["settings"].get("metric")]  # with it
             found[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in own]
         return found
 
-    return study(folder, seeds, entries, measure)
+    return Experiment(recipes, measure)
 
 
 def brief(run: Run) -> Records:
@@ -157,15 +128,15 @@ def hybrid(method: str, folder: Path, options: Options) -> Recipe:
     changes: dict[str, dict[str, Any]] = {method: {"sampler__start": "global"} for method in ("standard", "at")}
     changes["gat"] = {"objective__attack": {"norm": "l2", "eps": 0.9, "steps": 10, "step_size": 0.225}}
     changes["short-run-mle"] = {"sampler": SHORT_RUN}
-    return recipe(f"digits-{method}", options, **L2, **changes.get(method, {}))
+    return find_recipe(f"digits-{method}", options, **L2, **changes.get(method, {}))
 
 
-def digits_hybrids(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+def digits_hybrids(folder: Path, options: Options) -> Experiment:
     """Classifiers and critics trained with outside data beside AT and JEM, l2 0.9: accuracy, samples, detection."""
-    entries = {method: hybrid(method, folder, options) for method in HYBRIDS}
+    recipes = {method: hybrid(method, folder, options) for method in HYBRIDS}
     apgd = APGD(eps=0.9, norm="l2")
 
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+    def measure(runs: Mapping[str, Run]) -> Results:
         judge = runs["standard"]
         stage = Run.open(runs["dat"].before[0])
         everyone = {title: run for title, run in runs.items() if title != "dat"}
@@ -173,18 +144,18 @@ def digits_hybrids(folder: Path, seeds: int, options: Options) -> tuple[dict[str
         found = {}
         for title, run in everyone.items():
             critic = run.recipe.objective.outputs == 1
-            setting = chosen(run, run.recipe, judge) if critic else run.recipe
-            drawn(run, setting, 50)
+            setting = with_best_steps(run, run.recipe, judge) if critic else run.recipe
+            draw_if_missing(run, setting, 50)
             wanted: Wanted = compare.quality(run, judge.folder)
             wanted |= {DETECTION: detection(run, 512, 1)}
             if not critic and title != "short-run-mle":
                 wanted |= {Key("accuracy"): Accuracy(), Key("accuracy", key_of_attack(apgd)): RobustAccuracy(apgd)}
                 wanted |= {Key("AUROC of detectors"): Detectors()}
-            measured(run, wanted, judge.folder)
+            measure_missing(run, wanted, judge.folder)
             found[title] = brief(run)
         return efficiency(everyone, judge, found)
 
-    return study(folder, seeds, entries, measure)
+    return Experiment(recipes, measure)
 
 
 SHORT_RUN = {"kind": "sgld", "steps": 40, "step_size": 0.1, "noise": 0.01}  # as the recipe trains
@@ -200,7 +171,7 @@ def efficiency(runs: Mapping[str, Run], judge: Run, found: dict[str, Records]) -
             if title != "jem"
             else dataclasses.replace(run.recipe, sampler=config.build(SHORT_RUN, "sampler"))
         )
-        points[title] = along(run, own, judge, Chains("train"))
+        points[title] = measure_steps(run, own, judge, Chains("train"))
     level = max(min(p.fd for p in of) for of in points.values())
     for title, of in points.items():
         point = reached(of, level)

@@ -9,7 +9,7 @@ from advebm.core import files
 from advebm.core.errors import UserError
 from advebm.papers import inventory, render
 from advebm.reporting.records import markdown
-from advebm.reproduction.replicate import SCALES
+from advebm.reproduction.scales import SCALES
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 HEAD = """# Results

@@ -1,29 +1,35 @@
-"""What all experiments share: train, draw and measure what is missing, over training seeds."""
+"""Steps of experiments: train, draw and measure what is missing, choose a number of sampling steps."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from advebm import recipes
 from advebm.attacks.projected import Attack
-from advebm.core import console, files
+from advebm.core import config, console, files
 from advebm.core.checks import device
 from advebm.core.errors import Diverged, UserError
-from advebm.evaluation import compare
+from advebm.evaluation import compare, evaluate
 from advebm.evaluation.compare import Records, Wanted
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
+from advebm.sampling.step_curve import Chains, Point, best
 from advebm.workflows.sample import draw
 from advebm.workflows.train import fit
 
-Measure = Callable[[Mapping[str, Run]], dict[str, Records]]
-Options = Sequence[tuple[str, Any]]  # of the command line: what every recipe of the experiment takes over
 say = console.screen.print
+L2 = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}  # of digits
 
 
-def carry(recipe: Recipe, folder: Path) -> Run:
+def find_recipe(name: str, options: Sequence[tuple[str, Any]], **changes: Any) -> Recipe:
+    """A recipe of the package with changes, then the options of the command line; ``__`` in a change is a dot."""
+    pairs = [(key.replace("__", "."), value) for key, value in changes.items()]
+    return resolve(recipes.find(name), [*pairs, *options])
+
+
+def train_or_resume(recipe: Recipe, folder: Path) -> Run:
     """Train a recipe in a folder: from the beginning, from where it was, or not at all."""
     if not (folder / "config.yaml").is_file():
         return _fit(recipe, folder)
@@ -43,7 +49,7 @@ def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
         return Run.open(folder)
 
 
-def drawn(run: Run, recipe: Recipe, per_class: int, name: str | None = None) -> str:
+def draw_if_missing(run: Run, recipe: Recipe, per_class: int, name: str | None = None) -> str:
     """Draw a set of samples by the recipe's sampler, unless it is there; its name."""
     name = name or generate.set_name(recipe.sampler)
     if name not in run.samples():
@@ -51,47 +57,36 @@ def drawn(run: Run, recipe: Recipe, per_class: int, name: str | None = None) -> 
     return name
 
 
-def study(
-    folder: Path, seeds: int, entries: Mapping[str, Recipe], measure: Measure, *, per_class: int = 0
-) -> tuple[dict[str, Records], list[Run]]:
-    """Train recipes by label, draw from them and measure, for each seed; the records, and the first seed's runs."""
-    found: list[dict[str, Records]] = []
-    first: list[Run] = []
-    for seed in range(seeds):
-        runs = {}
-        for number, (label, entry) in enumerate(entries.items(), 1):
-            say(f"[{number}/{len(entries)}] {label}, seed {seed}")
-            before = tuple(dataclasses.replace(stage, seed=seed) for stage in entry.before)
-            seeded = dataclasses.replace(entry, name=label, seed=seed, before=before)
-            runs[label] = carry(seeded, folder / f"seed-{seed}" / label)
-            if per_class:
-                drawn(runs[label], seeded, per_class)
-        found.append(measure(runs))
-        first = first or list(runs.values())
-    return compare.over_seeds(found), first
-
-
-def compared(judge: str, threat: Attack) -> Measure:
-    """The comparison of all runs, in the features of one of them."""
-
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
-        tell = lambda text: say(f"  {text}")
-        options: dict[str, Any] = {"features": runs[judge].folder, "device": device(), "progress": tell}
-        return compare.compare(list(runs.values()), threat=threat, **options)
-
-    return measure
-
-
-def measured(run: Run, wanted: Wanted, features: str | Path | None = None) -> Records:
-    """The records that metrics give; measured, in sight, unless they are there."""
+def measure_missing(run: Run, wanted: Wanted, features: str | Path | None = None) -> Records:
+    """The records that metrics give; measured, behind a progress bar, unless they are there."""
     tell = lambda name: say(f"  {run.recipe.name}: {name}")
     return compare.measure(run, wanted, features=features, device=device(), progress=tell, bar=console.bar)
 
 
-def recipe(name: str, options: Options, **changes: Any) -> Recipe:
-    """A recipe of the package with changes, then the options of the command line."""
-    pairs = [(key.replace("__", "."), value) for key, value in changes.items()]
-    return resolve(recipes.find(name), [*pairs, *options])
+def compare_all(runs: Mapping[str, Run], judge: str, threat: Attack) -> dict[str, Records]:
+    """The comparison of all runs under a threat, in the features of the one that is called ``judge``."""
+    tell = lambda text: say(f"  {text}")
+    options: dict[str, Any] = {"features": runs[judge].folder, "device": device(), "progress": tell}
+    return compare.compare(list(runs.values()), threat=threat, **options)
 
 
-L2 = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}
+def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: str = "") -> list[Point]:
+    """What the samples of a run are worth after each number of steps; measured unless it is there, under the name."""
+    about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
+    about |= {"features": str(compare.judge(judge.folder)), "checkpoint": run.checkpoints.path().name}
+    file = run.folder / f"chains-{chains.split}{name}.json"
+    known = files.read_json(file, default={})
+    if {k: known.get(k) for k in about} != about:
+        say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
+        outside = recipe.outside.load() if recipe.outside is not None else None
+        space = evaluate.find_space(judge.folder).load(device())
+        points = chains(run.model()[0].to(device()), recipe.sampler, recipe.data.load(), space, outside=outside)
+        known = {**about, "points": [point._asdict() for point in points]}
+        files.write_json(file, known)
+    return [Point(**point) for point in known["points"]]
+
+
+def with_best_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains | None = None, name: str = "") -> Recipe:
+    """The recipe with as many steps of sampling as validation images like best."""
+    steps = best(measure_steps(run, recipe, judge, chains or Chains(), name)).steps
+    return dataclasses.replace(recipe, sampler=dataclasses.replace(recipe.sampler, steps=steps))

@@ -12,7 +12,8 @@ from advebm.metrics.base import Record
 from advebm.metrics.energy import Energies
 from advebm.metrics.keys import Key, key_of_attack
 from advebm.metrics.robustness import TargetedAccuracy
-from advebm.reproduction.study import Options, carry, compared, drawn, measured, recipe, study
+from advebm.reproduction.experiment import Experiment, Options, Results
+from advebm.reproduction.study import compare_all, draw_if_missing, find_recipe, measure_missing, train_or_resume
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 
@@ -24,41 +25,32 @@ SUPERVISED = ("standard", "at", "noise", *ADVERSARIAL, "jem", "persistent-mle", 
 def supervised(method: str, folder: Path, options: Options) -> Recipe:
     """The recipe of a supervised method on digits, linf 0.2."""
     attack = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
-    changes = {"standard": LINF, "at": {**attack, **LINF}, "rst-awp": taught(folder)}
-    return recipe(f"digits-{method}", options, **changes.get(method, {}))
+    changes = {"standard": LINF, "at": {**attack, **LINF}, "rst-awp": teacher_option(folder)}
+    return find_recipe(f"digits-{method}", options, **changes.get(method, {}))
 
 
-def taught(folder: Path) -> dict[str, Any]:
-    """The option of RST that names its teacher; see :func:`teach`."""
+def teacher_option(folder: Path) -> dict[str, Any]:
+    """The option of RST that names its teacher; see :func:`train_teacher`."""
     return {"objective__objective__teacher": str(folder / "teacher")}
 
 
-def teach(entries: Mapping[str, Recipe], folder: Path) -> None:
-    """Train the teacher of ``rst-awp``, where that is among the entries: ``standard`` on the same labels."""
-    if "rst-awp" in entries:
-        data = entries["rst-awp"].data
-        carry(dataclasses.replace(entries["standard"], name="teacher", data=data), folder / "teacher")
+def train_teacher(recipes: Mapping[str, Recipe], folder: Path) -> None:
+    """Train the teacher of ``rst-awp``, where that is among the recipes: ``standard`` on the same labels."""
+    if "rst-awp" in recipes:
+        data = recipes["rst-awp"].data
+        train_or_resume(dataclasses.replace(recipes["standard"], name="teacher", data=data), folder / "teacher")
 
 
-def digits_supervised(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+def digits_supervised(folder: Path, options: Options) -> Experiment:
     """Every supervised method on 8x8 digits, linf 0.2: the shape of JEAT tables 2 and 3 and figure 6."""
-    entries = {method: supervised(method, folder, options) for method in SUPERVISED}
-    teach(entries, folder)
-    return study(folder, seeds, entries, compared("standard", entries["standard"].threat), per_class=50)
+    recipes = {method: supervised(method, folder, options) for method in SUPERVISED}
+    measure = lambda runs: compare_all(runs, "standard", recipes["standard"].threat)
+    return Experiment(recipes, measure, per_class=50, prepare=lambda: train_teacher(recipes, folder))
 
 
-def jeat_table1(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
-    """Standard classifiers under the normal and the energy attack, one step and 20: the shape of JEAT table 1."""
-    entries = {
-        "cifar10": recipe("cifar10-standard-small", options),
-        "cifar100-20k": recipe("cifar100-standard-small", options),
-    }
-    return attacked(folder, seeds, entries)
-
-
-def attacked(folder: Path, seeds: int, entries: Mapping[str, Recipe]) -> tuple[dict[str, Records], list[Run]]:
+def attacks_on(recipes: Mapping[str, Recipe]) -> Experiment:
     """The normal and the energy attack, by one step and by the steps of the first recipe's threat."""
-    threat = next(iter(entries.values())).threat
+    threat = next(iter(recipes.values())).threat
     one = [
         dataclasses.replace(threat, steps=1, step_size=threat.eps, start="clean", loss=loss)
         for loss in ("cross-entropy", "energy")
@@ -66,29 +58,28 @@ def attacked(folder: Path, seeds: int, entries: Mapping[str, Recipe]) -> tuple[d
     many = [dataclasses.replace(threat, loss=loss) for loss in ("cross-entropy", "energy")]
 
     wanted = compare.accuracies((*one, *many))
-    measure = lambda runs: {label: measured(run, wanted) for label, run in runs.items()}
-    return study(folder, seeds, entries, measure)
+    return Experiment(recipes, lambda runs: {label: measure_missing(run, wanted) for label, run in runs.items()})
 
 
-def jeat_figure5(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+def jeat_figure5(folder: Path, options: Options) -> Experiment:
     """Noise injection at 8, 16 and 24/255, read as deviation and as variance: the shape of JEAT figure 5."""
-    entries = {}
+    recipes = {}
     for level in (8, 16, 24):
         for reading, std in (("deviation", level / 255), ("variance", (level / 255) ** 0.5)):
-            entries[f"{reading}-{level}"] = recipe("cifar10-noise-small", options, objective__std=std)
-    entries = {"standard": recipe("cifar10-standard-small", options), **entries}
+            recipes[f"{reading}-{level}"] = find_recipe("cifar10-noise-small", options, objective__std=std)
+    recipes = {"standard": find_recipe("cifar10-standard-small", options), **recipes}
 
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+    def measure(runs: Mapping[str, Run]) -> Results:
         judge = runs["standard"].folder
         for run in runs.values():
             wanted = {**compare.accuracies(()), **compare.quality(run, judge)}
-            measured(run, wanted, judge)
+            measure_missing(run, wanted, judge)
         return {label: evaluate.latest(run.records()) for label, run in runs.items()}
 
-    return study(folder, seeds, entries, measure, per_class=20)
+    return Experiment(recipes, measure, per_class=20)
 
 
-def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+def cem_claims(folder: Path, options: Options) -> Experiment:
     """CEM sections 3 and 4.1 on digits: how often P-CEM by Langevin diverges, and what targets do to an attack."""
     common = {"threat__norm": "linf", "threat__eps": 0.2, "threat__step_size": 0.025, "train__rollbacks": 20}
     at = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
@@ -96,27 +87,27 @@ def cem_claims(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Re
     langevin["objective"]["negatives"] = {"buffer": 2000}
     # same network, optimiser and rate, so that only the negatives differ
     shared = {"backbone__norm": "none", "train__images": 40_000, "optimizer__lr": 0.1}
-    entries = {
-        "at": recipe("digits-at", options, **at, **common, **shared),
-        "p-cem-langevin": recipe("digits-at", options, **langevin, **common, **shared),
+    recipes = {
+        "at": find_recipe("digits-at", options, **at, **common, **shared),
+        "p-cem-langevin": find_recipe("digits-at", options, **langevin, **common, **shared),
     }
 
-    threat = entries["at"].threat
+    threat = recipes["at"].threat
     towards: Wanted = {Key("accuracy", key_of_attack(threat, targeted=True)): TargetedAccuracy(threat)}
 
     def stability(run: Run) -> Records:
         events = [line["attempt"] for line in run.history() if line.get("event") == "rollback"]
         count = Record("rollbacks", max(events, default=0), 0.0, 1)
-        return [dataclasses.asdict(count), *measured(run, towards)]
+        return [dataclasses.asdict(count), *measure_missing(run, towards)]
 
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+    def measure(runs: Mapping[str, Run]) -> Results:
         for kind in ("ta", "cs"):
-            drawn(runs["at"], resolve(config.describe(runs["at"].recipe), [("sampler", kind)]), 100)
-        records = compared("at", threat)(runs)
+            draw_if_missing(runs["at"], resolve(config.describe(runs["at"].recipe), [("sampler", kind)]), 100)
+        records = compare_all(runs, "at", threat)
         found = {label: [*records[label], *stability(run)] for label, run in runs.items()}
         # section 4.1: TA pushes up E(x), CS does not
         wanted = [Key("E(x)", set="test images"), *(Key("E(x)", samples=name) for name in ("ta-class", "cs-class"))]
-        found["at"] += measured(runs["at"], dict.fromkeys(wanted, Energies()))
+        found["at"] += measure_missing(runs["at"], dict.fromkeys(wanted, Energies()))
         return found
 
-    return study(folder, seeds, entries, measure)
+    return Experiment(recipes, measure)

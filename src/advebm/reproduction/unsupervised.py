@@ -14,8 +14,8 @@ from advebm.metrics.base import Record
 from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.metrics.probing import LinearProbe, NearestNeighbours
 from advebm.reporting import figure_store, figures
-from advebm.reproduction.binary import chosen
-from advebm.reproduction.study import L2, Options, measured, recipe, say, study
+from advebm.reproduction.experiment import Experiment, Options, Results
+from advebm.reproduction.study import L2, find_recipe, measure_missing, say, with_best_steps
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -45,27 +45,29 @@ def rows_of(label: str) -> dict[str, tuple[str, str]]:
 
 def unsupervised(label: str, folder: Path, options: Options) -> Recipe:
     """The recipe of an encoder, or of a classifier beside it, on digits, l2 0.9."""
-    return recipe(f"digits-{label}", options, **L2)
+    return find_recipe(f"digits-{label}", options, **L2)
 
 
-def digits_unsupervised(folder: Path, seeds: int, options: Options) -> tuple[dict[str, Records], list[Run]]:
+def digits_unsupervised(folder: Path, options: Options) -> Experiment:
     """Encoders by InfoNCE, standard and adversarial, beside AT on digits, l2 0.9: probes, CEM table 2 and figure 1."""
-    entries = {label: unsupervised(label, folder, options) for label in ("standard", *TABLE2)}
-    threat = entries["standard"].threat
+    recipes = {label: unsupervised(label, folder, options) for label in ("standard", *TABLE2)}
+    threat = recipes["standard"].threat
 
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+    def measure(runs: Mapping[str, Run]) -> Results:
         probe, neighbours = LinearProbe(), NearestNeighbours()
         linear = Key("accuracy", by=probe.probe.name)
         probes: Wanted = {linear: probe, linear._replace(attack=key_of_attack(threat)): probe}
         probes[Key("accuracy", by=f"{neighbours.k} nearest neighbours")] = neighbours
         plain = compare.accuracies((threat,))
-        found = {t: measured(run, plain if run.recipe.objective.hidden is None else probes) for t, run in runs.items()}
-        return found | sampled(runs)
+        found = {
+            t: measure_missing(run, plain if run.recipe.objective.hidden is None else probes) for t, run in runs.items()
+        }
+        return found | compare_samplers(runs)
 
-    return study(folder, seeds, entries, measure)
+    return Experiment(recipes, measure, figures=unsupervised_figures, conclude=winners)
 
 
-def sampled(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Records]:
+def compare_samplers(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Records]:
     """CEM's table 2 of all runs but the standard classifier, which judges and gets figure 1.
 
     ``drawing`` are the options of :func:`table2`.
@@ -81,7 +83,7 @@ def sampled(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Records]:
     return found
 
 
-def of_kind(run: Run, kind: str, start: str) -> Recipe:
+def with_sampler(run: Run, kind: str, start: str) -> Recipe:
     """A run's recipe with another sampler."""
     return resolve(config.describe(run.recipe), [("sampler", kind), ("sampler.start", start)])
 
@@ -104,9 +106,9 @@ def table2(
     """
     samplers = {}
     for row, (kind, start) in rows.items():
-        other = of_kind(run, kind, start)
+        other = with_sampler(run, kind, start)
         name = f"-{generate.set_name(other.sampler)}"
-        count = 0 if ALONE in row else chosen(run, other, judge, FEW, name).sampler.steps
+        count = 0 if ALONE in row else with_best_steps(run, other, judge, FEW, name).sampler.steps
         samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=count)
     about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
     features = features or judge.folder

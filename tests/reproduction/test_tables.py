@@ -22,9 +22,11 @@ from advebm.papers import inventory, render
 from advebm.papers.agreement import FAILS, HOLDS, NONE, OPEN
 from advebm.papers.inventory import Table
 from advebm.reporting import figures
-from advebm.reproduction import binary, replicate, supervised, unsupervised
+from advebm.reproduction import binary, experiments, supervised, tables, unsupervised
 from advebm.reproduction import page as results_page
 from advebm.reproduction import study as studies
+from advebm.reproduction.experiment import Experiment, carry_out
+from advebm.reproduction.scales import SCALES, Scale
 from advebm.runs.recipe import dump
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -100,13 +102,13 @@ def test_a_renamed_row_does_not_lose_its_numbers(monkeypatch):
 
 def test_images_that_are_asked_for_are_not_shortened(tmp_path):
     options = [("train.images", 1000)]
-    assert replicate.chosen(TABLES["jeat-table2"], "cpu-30min", tmp_path, options)["trades"].train.images == 1000
+    assert tables.recipes_of(TABLES["jeat-table2"], "cpu-30min", tmp_path, options)["trades"].train.images == 1000
 
 
 def test_stages_have_the_seed_of_their_run(tmp_path, monkeypatch):
     seen = []
-    patch_experiments(monkeypatch, "carry", lambda recipe, folder: seen.append(recipe))
-    studies.study(tmp_path, 2, {"dat": studies.recipe("digits-dat", ())}, lambda runs: {})
+    patch_experiments(monkeypatch, "train_or_resume", lambda recipe, folder: seen.append(recipe))
+    carry_out(Experiment({"dat": studies.find_recipe("digits-dat", ())}, lambda runs: {}), tmp_path, 2)
     assert [(recipe.seed, recipe.before[0].seed) for recipe in seen] == [(0, 0), (1, 1)]
 
 
@@ -122,8 +124,8 @@ def test_a_scale_is_of_a_table(capsys):
 def test_claims_are_about_what_is_there_and_hold_in_the_paper(name):
     """Each side is a row and a column; where both are published, the stated one is the larger."""
     own = TABLES[name]
-    assert own.scales.keys() <= replicate.SCALES.keys()
-    assert own.by in replicate.COMPUTATIONS
+    assert own.scales.keys() <= SCALES.keys()
+    assert own.by in tables.COMPUTATIONS
     assert all(title or key in inventory.COLUMNS for key, title in own.columns.items())
     assert own.claims
     for claim in own.claims:
@@ -134,19 +136,10 @@ def test_claims_are_about_what_is_there_and_hold_in_the_paper(name):
 
 
 @pytest.mark.parametrize(("name", "scale"), [(t.name, scale) for t in TABLES.values() for scale in t.scales])
-def test_every_table_is_made_of_recipes_that_resolve(name, scale, tmp_path, monkeypatch):
+def test_every_table_is_made_of_recipes_that_resolve(name, scale, tmp_path):
     """At every scale, all but training: the same threat for all, and what its computation needs."""
-    seen = {}
-
-    def study(folder, seeds, entries, measure, per_class=0):
-        seen.update(entries)
-        return {}, []
-
-    patch_experiments(monkeypatch, "study", study)
     own = TABLES[name]
-    entries = replicate.chosen(own, scale, tmp_path, [])
-    replicate.COMPUTATIONS[own.by](own, replicate.SCALES[scale], entries, tmp_path, 1)
-    assert seen.keys() == entries.keys()
+    entries = tables.at_scale(name, scale, tmp_path).recipes
     assert set(own.methods()) - entries.keys() <= LACKING.get(scale, LARGE)
     assert entries
     if own.by == "samplers":
@@ -276,30 +269,30 @@ def test_numbers_are_compared_with_the_papers_at_full_scale_alone():
 def test_a_scale_takes_its_share_of_its_own_recipe(tmp_path):
     """In every stage; on a GPU with a larger network; options that a recipe has no use for are left out."""
     own, options = TABLES["dat"], [("outside.count", 70), ("optimizer.lr", 0.5)]
-    small = studies.recipe("cifar10-dat-small", ())
-    dat = replicate.sized(own, "cpu-30min", "dat", tmp_path, options)
+    small = studies.find_recipe("cifar10-dat-small", ())
+    dat = tables.recipe_of(own, "cpu-30min", "dat", tmp_path, options)
     assert dat.train.images == round(0.3 * small.train.images)
     assert dat.before[0].train.images == round(0.3 * small.before[0].train.images)
     assert (dat.outside.count, dat.optimizer.lr) == (70, 0.5)
-    jem = replicate.sized(own, "cpu-30min", "jem", tmp_path, options)
+    jem = tables.recipe_of(own, "cpu-30min", "jem", tmp_path, options)
     assert (jem.outside, jem.optimizer.lr) == (None, 0.5)
-    large = replicate.sized(own, "gpu-30min", "dat", tmp_path, ())
+    large = tables.recipe_of(own, "gpu-30min", "dat", tmp_path, ())
     assert (large.backbone.depth, large.backbone.width, large.train) == (18, 64, small.train)
-    long = replicate.sized(own, "cpu-2h", "dat", tmp_path, ())
+    long = tables.recipe_of(own, "cpu-2h", "dat", tmp_path, ())
     assert (long.backbone.depth, long.backbone.width, long.before[0].train.images) == (18, 32, 1_200_000)
-    assert replicate.sized(own, "cpu-2h", "ratio", tmp_path, ()) is None
-    assert replicate.sized(own, "full", "dat", tmp_path, ()) == studies.recipe("cifar10-dat", ())
-    assert replicate.sized(own, "digits", "dat", tmp_path, ()) == binary.hybrid("dat", tmp_path, ())
-    assert replicate.sized(own, "cpu-30min", "acl-resnet50", tmp_path, ()) is None
+    assert tables.recipe_of(own, "cpu-2h", "ratio", tmp_path, ()) is None
+    assert tables.recipe_of(own, "full", "dat", tmp_path, ()) == studies.find_recipe("cifar10-dat", ())
+    assert tables.recipe_of(own, "digits", "dat", tmp_path, ()) == binary.hybrid("dat", tmp_path, ())
+    assert tables.recipe_of(own, "cpu-30min", "acl-resnet50", tmp_path, ()) is None
 
 
 def test_the_teacher_has_the_labels_of_its_pupil(tmp_path, monkeypatch):
     trained = {}
-    patch_experiments(monkeypatch, "carry", lambda recipe, folder: trained.update({folder: recipe}))
+    patch_experiments(monkeypatch, "train_or_resume", lambda recipe, folder: trained.update({folder: recipe}))
     for scale in ("digits", "cpu-30min"):
-        entries = replicate.chosen(TABLES["jeat-table2"], scale, tmp_path, [])
+        entries = tables.recipes_of(TABLES["jeat-table2"], scale, tmp_path, [])
         assert entries["rst-awp"].objective.objective.teacher == str(tmp_path / "teacher")
-        supervised.teach(entries, tmp_path)
+        supervised.train_teacher(entries, tmp_path)
         teacher = trained[tmp_path / "teacher"]
         assert isinstance(teacher.data, Part)
         assert not teacher.data.rest
@@ -313,7 +306,7 @@ def test_all_rows_are_measured_under_the_threat_of_the_first(tmp_path, monkeypat
     """And a row may be what a run was before its last stage."""
     seen = {}
     own = TABLES["dat"]
-    entries = replicate.chosen(own, "cpu-30min", tmp_path, [])
+    entries = tables.recipes_of(own, "cpu-30min", tmp_path, [])
     for folder in ("dat", "dat/before/0-at", "ratio", "jem"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.yaml").touch()
@@ -325,9 +318,8 @@ def test_all_rows_are_measured_under_the_threat_of_the_first(tmp_path, monkeypat
         seen[str(run.folder.relative_to(tmp_path))] = threat
         return []
 
-    monkeypatch.setattr(replicate, "numbers", numbers)
-    patch_experiments(monkeypatch, "study", lambda folder, seeds, entries, measure: (measure(runs), []))
-    found, _ = replicate.by_methods(own, replicate.SCALES["cpu-30min"], entries, tmp_path, 1)
+    monkeypatch.setattr(tables, "numbers", numbers)
+    found = tables.by_methods(own, SCALES["cpu-30min"], entries).measure(runs)
     assert list(found) == ["DAT", "adversarial training (stage 1)", "RATIO", "JEM"]
     assert list(seen) == ["dat", "dat/before/0-at", "ratio", "jem"]
     assert set(seen.values()) == {entries["dat"].threat} != {entries["jem"].threat}
@@ -357,12 +349,12 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     short = {"train__images": 512, "train__validate_every": 512, "sampler__steps": 2}
     families = {"tiny": lambda method, folder, options: tiny(f"digits-{method}", **short)}
     own = table(columns=dict.fromkeys(("clean", "cw", "is", "fid"), ""), claims=("clean: B > A",))
-    small = replicate.Scale("a test", images=12, samples=40, version="quick")
+    small = Scale("a test", images=12, samples=40, version="quick")
     monkeypatch.setattr(inventory, "tables", lambda: {"two": own})
-    monkeypatch.setattr(replicate, "FAMILIES", families)
-    monkeypatch.setitem(replicate.SCALES, "digits", small)
+    monkeypatch.setattr(tables, "FAMILIES", families)
+    monkeypatch.setitem(SCALES, "digits", small)
     monkeypatch.setattr(unsupervised, "FEW", dataclasses.replace(unsupervised.FEW, count=60, steps=(1, 2)))
-    path = replicate.replicate("two", "digits", tmp_path, options=[("seed", 0)])
+    path = experiments.reproduce("two", tmp_path, scale="digits", options=[("seed", 0)])
     plain, (printed, shown) = json.loads(path.read_text()), capsys.readouterr()
     assert "noise: SampleQuality" in shown
     assert "C&W-50 l2 c=0.2  12/12" in shown
@@ -392,7 +384,9 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         others = [{**r, "value": 0.123, "settings": {**r["settings"], "images": 99}} for r in before]
         files.write_json(run.folder / "metrics.json", [*before, *(r for r in others if "attack" in r["settings"])])
     plain["about"]["date"] = "2026-01-01"
-    assert json.loads(replicate.replicate("two", "digits", tmp_path, options=[("seed", 0)]).read_text()) == plain
+    assert (
+        json.loads(experiments.reproduce("two", tmp_path, scale="digits", options=[("seed", 0)]).read_text()) == plain
+    )
     monkeypatch.undo()
     monkeypatch.setattr(inventory, "tables", lambda: {"two": own})
     assert results_page.again(plain) == plain
@@ -409,8 +403,8 @@ def test_the_picture_of_a_table_has_first_stages(monkeypatch):
         generate, "read", lambda name: SimpleNamespace(x=torch.zeros(20, 1, 8, 8), y=torch.arange(20) % 10)
     )
     monkeypatch.setattr(figures, "grids", lambda panels, texts: " ".join(panels).encode())
-    assert replicate.drawing(table(), runs) == b"first last"
-    assert replicate.drawing(table(), runs[:1]) is None
+    assert tables.drawing(table(), runs) == b"first last"
+    assert tables.drawing(table(), runs[:1]) is None
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -479,6 +473,6 @@ def test_the_page_has_the_papers_numbers_ours_and_the_verdict(tmp_path, monkeypa
 
 
 def test_every_scale_says_what_was_never_run():
-    assert "never run" in replicate.SCALES["gpu-30min"].about
-    assert "not run here" in replicate.SCALES["full"].about
+    assert "never run" in SCALES["gpu-30min"].about
+    assert "not run here" in SCALES["full"].about
     assert all(re.fullmatch(r"[\w-]+", name) for name in recipes.names())

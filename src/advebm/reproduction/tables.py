@@ -1,10 +1,10 @@
-"""The papers' tables at several scales: recipes trained, drawn from and measured, the papers' numbers beside ours."""
+"""The papers' tables as experiments, and the papers' numbers beside ours."""
 
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from advebm import recipes
 from advebm.attacks.autoattack import AutoAttack
@@ -12,7 +12,6 @@ from advebm.attacks.base import Adversary
 from advebm.attacks.cw import CW
 from advebm.attacks.projected import Attack
 from advebm.core import files
-from advebm.core.errors import UserError, unknown
 from advebm.data import pictures
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
@@ -25,78 +24,12 @@ from advebm.reporting import figures
 from advebm.reporting.build import report
 from advebm.reporting.terminal import beside
 from advebm.reproduction import binary, study, supervised, unsupervised
-from advebm.reproduction.study import Options
+from advebm.reproduction.experiment import Experiment, Options, Results
+from advebm.reproduction.scales import SCALES, Scale
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
 from advebm.sampling import generate
 
-Found = tuple[dict[str, Records], list[Run]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """How large everything is.  What a row trains on is the share that its table names, of its recipe's images.
-
-    Attributes:
-        about: in words.
-        size: of the networks: ``full`` is the papers', ``DATA-METHOD``; otherwise recipes are ``DATA-METHOD-SIZE``.
-        images: test images that attacks are run on; none for all.
-        samples: drawn of each set.
-        draws: sampling seeds, where samplers are compared.
-        version: of AutoAttack.
-        changes: of every recipe.
-        features: that samples are judged in; none takes the standard classifier's of the same table.
-        outliers: sets that detection is of.
-        restarts: of its worst case.
-    """
-
-    about: str
-    size: str = "small"
-    images: int | None = None
-    samples: int = 1000
-    draws: int = 3
-    version: Literal["quick", "standard"] = "standard"
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    features: str | None = None
-    outliers: tuple[Any, ...] = binary.OUTLIERS
-    restarts: int = 1
-
-
-SVHN = {"kind": "hf", "path": "ufldl-stanford/svhn", "subset": "cropped_digits"}
-IMAGENET = {"kind": "hf", "path": "benjamin-paine/imagenet-1k-32x32"}
-SCALES = {
-    "full": Scale(
-        "the papers' networks and lengths, all test images, 50,000 samples; days of GPUs; not run here",
-        size="full",
-        samples=50_000,
-        draws=1,
-        features="inception",
-        outliers=(SVHN, "cifar100", IMAGENET, "uniform"),
-        restarts=5,
-    ),
-    "gpu-30min": Scale(
-        "ResNet-18s, PGD-50, C&W, AutoAttack of 1,000 images, 5,000 samples; for half an hour of an H200, never run",
-        images=1000,
-        samples=5_000,
-        changes={"backbone__depth": 18, "backbone__width": 64},
-    ),
-    "cpu-2h": Scale(
-        "ResNet-18s of width 32 for two hours of two cores, AutoAttack's APGDs on 1,000 images, 1,000 samples",
-        size="2h",
-        images=1000,
-        version="quick",
-    ),
-    "cpu-30min": Scale(
-        "ResNet-8s, PGD-50, C&W, AutoAttack's APGDs on 500 images, 1,000 samples; for half an hour of two cores",
-        images=500,
-        version="quick",
-    ),
-    "digits": Scale(
-        "8x8 digits, a network of four convolutions, AutoAttack's APGDs, all 359 test images, 1,000 samples",
-        version="quick",
-        outliers=("uniform", "gaussian"),
-    ),
-}
 FAMILIES: dict[str, Callable[[str, Path, Options], Recipe]] = {
     "digits-supervised": supervised.supervised,
     "digits-hybrids": binary.hybrid,
@@ -104,36 +37,29 @@ FAMILIES: dict[str, Callable[[str, Path, Options], Recipe]] = {
 }
 
 
-def replicate(name: str, scale: str, folder: Path, *, seeds: int = 1, options: Options = ()) -> Path:
-    """Carry a table out at a scale, or on where it was, and print it beside the paper's.
+def at_scale(name: str, scale: str, folder: Path, options: Options = ()) -> Experiment:
+    """A table of the papers as an experiment.
 
     Args:
         name: of :func:`advebm.papers.inventory.tables`.
-        scale: of :data:`SCALES`.
-        folder: gets a run's folder for each recipe and seed, ``results.json``, ``report.html``, ``NAME-SCALE.json``
-            (:func:`advebm.papers.render.summary`) and, where samples are drawn, ``NAME-SCALE.png``.
-        seeds: how many training seeds; errors are then deviations over them.
+        scale: of :data:`advebm.reproduction.scales.SCALES`, one that the table has.
+        folder: of the experiment, where teachers are.
         options: as on the command line of ``train``, for every recipe; of ``outside`` and ``extra`` where it has these.
-
-    Returns:
-        ``NAME-SCALE.json``.
-
-    Raises:
-        UserError: an unknown name or scale, or one that the table has not.
     """
     table = inventory.find(name)
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
-    table.share(scale)
-    if seeds < 1:
-        raise UserError(f"seeds is at least 1, got {seeds}")
-    if (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is a run; --out takes a folder for the whole table")
-    study.say(f"{name}, scale {scale}: {SCALES[scale].about}")
-    entries = chosen(table, scale, folder, options)
-    supervised.teach(entries, folder)
-    results, runs = COMPUTATIONS[table.by](table, SCALES[scale], entries, folder, seeds)
-    files.write_json(folder / "results.json", results)
+    by_method = recipes_of(table, scale, folder, options)
+    experiment = COMPUTATIONS[table.by](table, SCALES[scale], by_method)
+    return dataclasses.replace(experiment, prepare=lambda: supervised.train_teacher(by_method, folder))
+
+
+def publish(
+    name: str, scale: str, folder: Path, results: Results, runs: Sequence[Run], *, seeds: int = 1, options: Options = ()
+) -> Path:
+    """Print a table beside the paper's, and write it: ``NAME-SCALE.json``, which is returned, and the report.
+
+    ``NAME-SCALE.json`` is a :func:`advebm.papers.render.summary`; where samples are drawn there is ``NAME-SCALE.png``.
+    """
+    table = inventory.find(name)
     command = [f"advebm reproduce {name} --scale {scale}", f"--seeds {seeds}" * (seeds > 1)]
     command += [f"--{key} {value}" for key, value in options]
     about = {"command": " ".join(filter(None, command)), "seeds": seeds, **setting(SCALES[scale], results, runs)}
@@ -149,14 +75,14 @@ def replicate(name: str, scale: str, folder: Path, *, seeds: int = 1, options: O
     return path
 
 
-def chosen(table: Table, scale: str, folder: Path, options: Options) -> dict[str, Recipe]:
+def recipes_of(table: Table, scale: str, folder: Path, options: Options) -> dict[str, Recipe]:
     """The recipe of each method that the table has at a scale, the judge of samples first; some have no such recipe."""
     judge = ["standard"] * ("fid" in table.columns and bool(table.data))
-    found = {method: sized(table, scale, method, folder, options) for method in (*judge, *table.methods())}
-    return {method: entry for method, entry in found.items() if entry is not None}
+    found = {method: recipe_of(table, scale, method, folder, options) for method in (*judge, *table.methods())}
+    return {method: recipe for method, recipe in found.items() if recipe is not None}
 
 
-def sized(table: Table, scale: str, method: str, folder: Path, options: Options) -> Recipe | None:
+def recipe_of(table: Table, scale: str, method: str, folder: Path, options: Options) -> Recipe | None:
     """A method's recipe at a scale; none where there is no such recipe."""
     stem = "-".join(filter(None, (table.data, method)))
     size = SCALES[scale].size
@@ -169,8 +95,8 @@ def sized(table: Table, scale: str, method: str, folder: Path, options: Options)
     share = 1.0 if "train.images" in dict(own) else table.share(scale)
     if scale == "digits":
         return shortened(FAMILIES[table.digits](method, folder, own), share)
-    taught = supervised.taught(folder) if method == "rst-awp" else {}
-    return shortened(study.recipe(name, own, **SCALES[scale].changes, **taught), share)
+    taught = supervised.teacher_option(folder) if method == "rst-awp" else {}
+    return shortened(study.find_recipe(name, own, **SCALES[scale].changes, **taught), share)
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:
@@ -186,7 +112,7 @@ def setting(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -
     trained = {}
     for stage in (stage for run in runs for stage in run.stages):
         recipe = stage.recipe
-        trained[recipe.name] = f"{recipe.train.images:,} images of {len(recipe.data.load().train):,}"
+        trained[recipe.name] = f"{recipe.train.images:,} images of {len(stage.data.train):,}"
     hardware = f"{where}, {machine.get('system')}, torch {machine.get('torch')}"
     days = [record["time"][:10] for records in results.values() for record in records if "time" in record]
     return {
@@ -207,14 +133,14 @@ def drawing(table: Table, runs: Sequence[Run]) -> bytes | None:
     return figures.grids(panels, dict.fromkeys(panels, ())) if panels else None
 
 
-# Computations: a table, a scale, recipes, a folder, seeds -> results by title, and the first seed's runs -------------
+# Computations: a table, a scale, recipes -> an experiment -----------------------------------------------------------
 
 
-def by_methods(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder: Path, seeds: int) -> Found:
-    """A row a method, under one threat."""
-    threat = entries[table.methods()[0]].threat
+def by_methods(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
+    """A row a method, under the threat of the first."""
+    threat = by_method[table.methods()[0]].threat
 
-    def measure(runs: Mapping[str, Run]) -> dict[str, Records]:
+    def measure(runs: Mapping[str, Run]) -> Results:
         found = {}
         for name in table.names():
             of = table.of(name)
@@ -224,7 +150,7 @@ def by_methods(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder
                 found[name] = numbers(table, scale, run, threat, runs.get("standard"), of.get("sampler"))
         return found
 
-    return study.study(folder, seeds, entries, measure)
+    return Experiment(by_method, measure)
 
 
 def numbers(
@@ -252,32 +178,32 @@ def numbers(
     features = scale.features or (judge.folder if judge else None)
     whose = compare.space(features)
     if "fid" in table.columns:
-        own = run.recipe if kind is None else unsupervised.of_kind(run, kind, "class")
+        own = run.recipe if kind is None else unsupervised.with_sampler(run, kind, "class")
         if judge is not None:
-            own = binary.chosen(run, own, judge, unsupervised.FEW, f"-{generate.set_name(own.sampler)}")
-        count = scale.samples // max(1, len(own.data.load().classes))
-        drawn = study.drawn(run, own, count, table.name)
+            own = study.with_best_steps(run, own, judge, unsupervised.FEW, f"-{generate.set_name(own.sampler)}")
+        count = scale.samples // max(1, len(run.data.classes))
+        drawn = study.draw_if_missing(run, own, count, table.name)
         wanted |= {Key(q, samples=drawn, space=whose): SampleQuality() for q in ("FD", "class score")}
-    return study.measured(run, wanted, features)
+    return study.measure_missing(run, wanted, features)
 
 
-def by_samplers(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder: Path, seeds: int) -> Found:
+def by_samplers(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
     """A row a sampler of a network and a kind of start."""
     options: dict[str, Any] = {"samples": scale.samples, "draws": scale.draws, "features": scale.features}
-    return study.study(folder, seeds, entries, lambda runs: unsupervised.sampled(runs, **options))
+    return Experiment(by_method, lambda runs: unsupervised.compare_samplers(runs, **options))
 
 
-def by_attacks(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder: Path, seeds: int) -> Found:
+def by_attacks(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
     """A row an attack, a column a set of images; on all test images."""
-    return supervised.attacked(folder, seeds, entries)
+    return supervised.attacks_on(by_method)
 
 
-def by_detection(table: Table, scale: Scale, entries: Mapping[str, Recipe], folder: Path, seeds: int) -> Found:
+def by_detection(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
     """A row a set of other images, a column a method."""
-    return binary.detecting(folder, seeds, entries, scale.outliers, scale.restarts)
+    return binary.detection_by(by_method, scale.outliers, scale.restarts)
 
 
-COMPUTATIONS: dict[str, Callable[[Table, Scale, Mapping[str, Recipe], Path, int], Found]] = {
+COMPUTATIONS: dict[str, Callable[[Table, Scale, Mapping[str, Recipe]], Experiment]] = {
     "methods": by_methods,
     "samplers": by_samplers,
     "attacks": by_attacks,

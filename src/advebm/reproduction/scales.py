@@ -1,0 +1,80 @@
+"""How large tables are made."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large everything is.  What a row trains on is the share that its table names, of its recipe's images.
+
+    Attributes:
+        about: in words.
+        size: of the networks: ``full`` is the papers', ``DATA-METHOD``; otherwise recipes are ``DATA-METHOD-SIZE``.
+        images: test images that attacks are run on; none for all.
+        samples: drawn of each set.
+        draws: sampling seeds, where samplers are compared.
+        version: of AutoAttack.
+        changes: of every recipe.
+        features: that samples are judged in; none takes the standard classifier's of the same table.
+        outliers: sets that detection is of.
+        restarts: of its worst case.
+    """
+
+    about: str
+    size: str = "small"
+    images: int | None = None
+    samples: int = 1000
+    draws: int = 3
+    version: Literal["quick", "standard"] = "standard"
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    features: str | None = None
+    outliers: tuple[Any, ...] = ()
+    restarts: int = 1
+
+
+P0 = {
+    "kind": "classes",
+    "source": "cifar100",
+    "count": 80,
+}  # what critics and detectors of CIFAR-10 are trained against
+SVHN = {"kind": "hf", "path": "ufldl-stanford/svhn", "subset": "cropped_digits"}
+IMAGENET = {"kind": "hf", "path": "benjamin-paine/imagenet-1k-32x32"}
+OUTLIERS = (P0, {**P0, "rest": True}, "digits", "uniform", "gaussian")
+SCALES = {
+    "full": Scale(
+        "the papers' networks and lengths, all test images, 50,000 samples; days of GPUs; not run here",
+        size="full",
+        samples=50_000,
+        draws=1,
+        features="inception",
+        outliers=(SVHN, "cifar100", IMAGENET, "uniform"),
+        restarts=5,
+    ),
+    "gpu-30min": Scale(
+        "ResNet-18s, PGD-50, C&W, AutoAttack of 1,000 images, 5,000 samples; for half an hour of an H200, never run",
+        images=1000,
+        samples=5_000,
+        changes={"backbone__depth": 18, "backbone__width": 64},
+        outliers=OUTLIERS,
+    ),
+    "cpu-2h": Scale(
+        "ResNet-18s of width 32 for two hours of two cores, AutoAttack's APGDs on 1,000 images, 1,000 samples",
+        size="2h",
+        images=1000,
+        version="quick",
+        outliers=OUTLIERS,
+    ),
+    "cpu-30min": Scale(
+        "ResNet-8s, PGD-50, C&W, AutoAttack's APGDs on 500 images, 1,000 samples; for half an hour of two cores",
+        images=500,
+        version="quick",
+        outliers=OUTLIERS,
+    ),
+    "digits": Scale(
+        "8x8 digits, a network of four convolutions, AutoAttack's APGDs, all 359 test images, 1,000 samples",
+        version="quick",
+        outliers=("uniform", "gaussian"),
+    ),
+}
