@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from advebm.cli import main
+from advebm.core import files
 from advebm.core.errors import UserError
-from advebm.runs.run import sole
 from advebm.samplers.classifier import CS, TA, Langevin
 from advebm.sampling import generate, job
 from advebm.sampling.job import Drawing, draw
@@ -153,7 +153,7 @@ def test_only_one_draws_a_set_at_a_time(run):
     folder = run.folder / "samples" / "set"
     folder.mkdir(parents=True)
     with (
-        sole(folder / ".lock", "busy"),
+        files.locked(folder / ".lock", "busy"),
         pytest.raises(UserError, match=r"another process is drawing .*set"),
     ):
         draw(wanted(run))

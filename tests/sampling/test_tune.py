@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from advebm.cli import main
+from advebm.core import files
 from advebm.core.errors import UserError
 from advebm.evaluation import evaluate
-from advebm.runs.run import sole
 from advebm.samplers.classifier import CS, JEAT17, TA, Langevin
 from advebm.sampling import generate
 from advebm.sampling import tune as tuning
@@ -66,7 +66,7 @@ def test_trials_are_done_once_and_shared(run, space, monkeypatch):
     begun = first.read_text()
     tuning.result(run, SETTINGS[0]).unlink()
     other = tuning._file(run, SETTINGS[1], {k: v for k, v in json.loads(begun).items() if k not in NOT_ASKED})
-    with sole(other.with_suffix(".lock"), "busy"):  # somebody else is at the second
+    with files.locked(other.with_suffix(".lock"), "busy"):  # somebody else is at the second
         assert len(tune(run, SETTINGS, space, per_class=3)) == 2
     assert tuned(run, CS()) is None
     drawn = []

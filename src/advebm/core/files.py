@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from advebm.core.errors import UserError
+import filelock
+
+from advebm.core.errors import Busy, UserError
 
 
 def now() -> str:
@@ -33,6 +35,26 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock ``path``, which goes with the process, however it ends.
+
+    Raises:
+        Busy: another process holds it; says ``busy``.
+    """
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Busy(busy) from None
+    except OSError as error:
+        raise unwritable(path, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write(path: Path, content: str | bytes) -> None:

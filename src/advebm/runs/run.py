@@ -11,12 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy
 import torch
 
 import advebm
 from advebm.core import files, processes
-from advebm.core.errors import Busy, UserError
+from advebm.core.errors import UserError
 from advebm.data.sources import Data, Images
 from advebm.models import network
 from advebm.models.network import Architecture, Network
@@ -24,11 +25,6 @@ from advebm.models.precision import precision_label
 from advebm.runs import recipe as recipes
 from advebm.runs.checkpoint import Checkpoints
 from advebm.runs.recipe import Recipe
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None  # type: ignore[assignment]
 
 
 class Run:
@@ -151,7 +147,9 @@ class Run:
     @contextlib.contextmanager
     def locked(self, main: bool = True) -> Iterator[None]:
         """Refuse a second training of the same run; the lock goes with the process, however it ends."""
-        with sole(self.folder / ".lock", f"another process is training {self.folder}") if main else nullcontext():
+        with (
+            files.locked(self.folder / ".lock", f"another process is training {self.folder}") if main else nullcontext()
+        ):
             yield
 
     # metrics.jsonl: one line an event of training -------------------------------------------------------------------
@@ -193,28 +191,8 @@ class Run:
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Add evaluation records; none is ever changed or removed."""
-        with (self.folder / ".records.lock").open("w") as handle:
-            if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX)  # another evaluation may be appending; released with the handle
+        with filelock.FileLock(self.folder / ".records.lock"):  # another evaluation may be appending
             files.write_json(self.folder / "metrics.json", [*self.records(), *records])
-
-
-@contextlib.contextmanager
-def sole(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock ``path``, or say that somebody is ``busy`` with it."""
-    if fcntl is None:
-        yield
-        return
-    try:
-        handle = path.open("w")
-    except OSError as error:
-        raise files.unwritable(path, error) from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Busy(busy) from None
-        yield
 
 
 def new_folder(parent: Path, name: str) -> Path:

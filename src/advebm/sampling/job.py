@@ -29,7 +29,7 @@ from advebm.data.sources import Data
 from advebm.models.inference import View, Way
 from advebm.models.network import Network
 from advebm.runs import checkpoint
-from advebm.runs.run import Run, sole
+from advebm.runs.run import Run
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate
 from advebm.sampling.generate import CHUNK
@@ -166,7 +166,8 @@ def draw(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.unwritable(folder, error) from None
-    with sole(folder / ".lock", f"another process is drawing {folder}") if team.main else contextlib.nullcontext():
+    busy = f"another process is drawing {folder}"
+    with files.locked(folder / ".lock", busy) if team.main else contextlib.nullcontext():
         if team.main:
             _prepare(folder, plan)
         todo = team.share([number for number in range(count) if team.main and not drawing.part(number).exists()])[0]

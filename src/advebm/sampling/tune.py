@@ -23,7 +23,7 @@ from advebm.metrics.base import Features
 from advebm.metrics.distances import Moments, frechet_distance, kernel_distance
 from advebm.metrics.keys import label
 from advebm.models.batching import device_of
-from advebm.runs.run import Run, sole
+from advebm.runs.run import Run
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate
 from advebm.sampling.job import others
@@ -152,7 +152,7 @@ def _try(
         raise files.unwritable(path.parent, error) from None
     lock = path.with_suffix(".lock")
     with contextlib.suppress(Busy):  # then it is theirs
-        with sole(lock, f"another process is at {path}"):
+        with files.locked(lock, f"another process is at {path}"):
             if path.exists():  # by now
                 return
             y = generate.wanted(sampler, data, about["per_class"])

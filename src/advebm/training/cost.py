@@ -362,8 +362,12 @@ def validated(recipe: Recipe, found: Outline) -> int:
 # FLOP and memory, on tensors without numbers --------------------------------------------------------------------------
 
 
-class Meter(TorchDispatchMode):
-    """FLOP of what runs within it, by torch's own counts, and the most bytes of its tensors alive at once."""
+class FlopCounter(TorchDispatchMode):
+    """FLOP of what runs within it, by torch's own formulas, and the most bytes of its tensors alive at once.
+
+    ``torch.utils.flop_counter.FlopCounterMode`` has the formulas too, but tracks modules by hooks that raise under
+    ``torch.autograd.grad``, which searches and penalties take.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -409,18 +413,18 @@ def measured(architecture: Architecture, recipe: Recipe, held: Held) -> tuple[in
     backbone.recompute = cfg.recompute
     images = lambda count, **options: torch.empty(count, *shape, dtype=dtype, device="meta", **options)
 
-    def loss(penalty: int) -> Meter:
+    def loss(penalty: int) -> FlopCounter:
         model.zero_grad()
-        with Meter() as meter:
+        with FlopCounter() as counter:
             total = model(images(counts[1])).sum()
             if penalty:
                 x = images(penalty, requires_grad=True)
                 (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
                 total = total + gradient.square().sum()
             total.backward()
-        return meter
+        return counter
 
-    with Meter() as search, searching(model) as f:
+    with FlopCounter() as search, searching(model) as f:
         x = images(counts[0], requires_grad=True)
         total = f(x).sum()
         forward = search.flops / counts[0]
