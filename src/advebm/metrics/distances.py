@@ -1,5 +1,6 @@
 """Distances between two sets of features, and the score of one: pure, float64, whatever batches the sets came in."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -98,6 +99,34 @@ def kernel_sum(a: Tensor, b: Tensor, *, block: int = 2048) -> float:
 def kernel_pairs(a: Tensor) -> float:
     """The kernel summed over pairs of different items of one set."""
     return kernel_sum(a, a) - ((a.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item()
+
+
+class RealFeatures:
+    """Features of real images, to which sets of samples are compared; what depends on these alone is computed once."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        """Count, sum and outer products."""
+        return Moments.of(self.features)
+
+    @functools.cached_property
+    def pairs(self) -> float:
+        """The kernel summed over pairs of different images."""
+        return kernel_pairs(self.features)
+
+    def frechet(self, samples: Tensor) -> float:
+        """:func:`frechet_distance` to features of samples (N, D)."""
+        return frechet_distance(Moments.of(samples), self.moments)
+
+    def kernel(self, samples: Tensor) -> float:
+        """:func:`kernel_distance` to features of samples (N, D)."""
+        return unbiased_mmd(
+            *(len(samples), kernel_pairs(samples), len(self.features), self.pairs),
+            kernel_sum(samples, self.features),
+        )
 
 
 def inception_score(logits: Tensor, splits: int = 10, generator: torch.Generator | None = None) -> tuple[float, float]:

@@ -5,7 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def generate(
     check_groups(sampler, len(y))
     start, drawn = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
     bank, quick = sampler.bank(data), quickly(model, data, len(y), way)
-    for number in range(-(-len(y) // CHUNK)):
+    for number in range(chunks(len(y))):
         drawn.append(chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, quick=quick, bank=bank))
         progress(sum(map(len, drawn)))
     about = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if quick is None else quick.way.name}
@@ -89,12 +89,39 @@ def chunk(
     of the data.
     """
     batch = together(shape) if batch is None else batch
-    device, first = device_of(model), number * CHUNK
-    classes, generator = y[first : first + CHUNK].to(device), rng.generator(seed, "sample", number, device=device)
     if isinstance(start, Deck):
-        start = dataclasses.replace(start, order=dealt(len(start.x), first, len(classes), seed))
-    begin = start(torch.empty(len(classes), *shape, device=device), classes, generator)
-    return sampler(model, classes, begin, generator=generator, batch=batch, bank=bank, view=quick).cpu()
+        first = number * CHUNK
+        start = dataclasses.replace(start, order=dealt(len(start.x), first, min(CHUNK, len(y) - first), seed))
+    chains = start_chains(model, start, y, number, shape, seed, "sample")
+    return run_chains(model, sampler, chains, batch=batch, bank=bank, view=quick).cpu()
+
+
+class ChainStart(NamedTuple):
+    """Chains of a chunk before their first step: classes, initial samples, and the generator of their noise."""
+
+    y: Tensor
+    x: Tensor
+    generator: torch.Generator
+
+
+def chunks(count: int) -> int:
+    """How many chunks so many images are drawn in."""
+    return -(-count // CHUNK)
+
+
+def start_chains(
+    model: nn.Module, start: Start, y: Tensor, number: int, shape: Sequence[int], seed: int, purpose: str
+) -> ChainStart:
+    """The chains of a chunk of the classes ``y (N,)``; other seeds and other purposes draw other numbers."""
+    device, first = device_of(model), number * CHUNK
+    classes, generator = y[first : first + CHUNK].to(device), rng.generator(seed, purpose, number, device=device)
+    x = start(torch.empty(len(classes), *shape, device=device), classes, generator)
+    return ChainStart(classes, x, generator)
+
+
+def run_chains(model: nn.Module, sampler: Sampler, chains: ChainStart, **options: Any) -> Tensor:
+    """Where a sampler leads chains; ``options`` are those of :meth:`Sampler.__call__`."""
+    return sampler(model, chains.y, chains.x, generator=chains.generator, **options)
 
 
 def dealt(total: int, first: int, count: int, seed: int) -> Tensor:

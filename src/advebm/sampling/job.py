@@ -161,7 +161,7 @@ def draw(
     """
     folder, plan = drawing.folder, drawing.plan()
     desk = Desk.open(drawing)
-    count = -(-len(desk.y) // CHUNK)
+    count = generate.chunks(len(desk.y))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,7 +13,7 @@ from advebm.core.errors import UserError
 from advebm.data import ood_sets
 from advebm.data.sources import Data
 from advebm.metrics.base import Features
-from advebm.metrics.distances import Moments, frechet_distance, kernel_pairs, kernel_sum, unbiased_mmd
+from advebm.metrics.distances import RealFeatures
 from advebm.models.batching import device_of
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate
@@ -70,27 +70,23 @@ class Chains:
         if outside is not None and self.split == "val":
             outside = outside._replace(test=outside.val)
         shown = ood_sets.choose(getattr(data, self.split).x, REAL, rng.generator(self.seed, "chains", "real"))
-        real = space.of(shown, device_of(model))
-        moments, pairs = Moments.of(real), kernel_pairs(real)
-        points = []
+        real, points = RealFeatures(space.of(shown, device_of(model))), []
         for steps, (x, seconds) in self._images(model, sampler, data, outside).items():
-            fake = space.of(x, device_of(model))
-            kid = unbiased_mmd(len(fake), kernel_pairs(fake), len(real), pairs, kernel_sum(fake, real))
-            points.append(Point(steps, frechet_distance(Moments.of(fake), moments), kid, seconds / len(x)))
+            drawn = space.of(x, device_of(model))
+            points.append(Point(steps, real.frechet(drawn), real.kernel(drawn), seconds / len(x)))
         return points
 
     def _images(
         self, model: nn.Module, sampler: Sampler, data: Data, outside: Data | None
     ) -> Mapping[int, tuple[Tensor, float]]:
         """Images, as bytes, and the seconds they took, by the number of steps."""
-        device, longest = device_of(model), replace(sampler, steps=self.steps[-1])
+        longest = replace(sampler, steps=self.steps[-1])
         start, y = longest.prepare(data, outside), generate.wanted(longest, data, -(-self.count // len(data.classes)))
         y = y[torch.randperm(len(y), generator=rng.generator(self.seed, "chains"))[: self.count]]
         bank, seen = longest.bank(data), {k: list[Tensor]() for k in self.steps}
         spent = dict.fromkeys(self.steps, 0.0)
-        for number, classes in enumerate(y.split(generate.CHUNK)):
-            classes, generator = classes.to(device), rng.generator(self.seed, "chains", number, device=device)
-            begin = start(torch.empty(len(classes), *data.shape, device=device), classes, generator)
+        for number in range(generate.chunks(len(y))):
+            chains = generate.start_chains(model, start, y, number, data.shape, self.seed, "chains")
             since = [time.perf_counter()]
 
             def look(k: int, x: Tensor, energy: Tensor | None = None, since: list[float] = since) -> None:
@@ -101,7 +97,7 @@ class Chains:
                     seen[k].append(generate.to_bytes(x).cpu())
                 since[0] += time.perf_counter() - now  # looking takes no time
 
-            look(longest.steps, longest(model, classes, begin, generator=generator, observe=look, bank=bank))
+            look(longest.steps, generate.run_chains(model, longest, chains, observe=look, bank=bank))
         return {k: (torch.cat(seen[k]), spent[k]) for k in self.steps}
 
 

@@ -20,7 +20,7 @@ from advebm.core import config, files
 from advebm.core.errors import Busy, UserError
 from advebm.data.sources import Data
 from advebm.metrics.base import Features
-from advebm.metrics.distances import Moments, frechet_distance, kernel_distance
+from advebm.metrics.distances import RealFeatures
 from advebm.metrics.keys import label
 from advebm.models.batching import device_of
 from advebm.runs.run import Run
@@ -85,7 +85,7 @@ def tune(
     about |= {"split": "val", "reference_count": len(data.val)}
     if any(sampler.fit == "test" for sampler in samplers):
         raise UserError("tuning never looks at test images; set fit to train")
-    real, outside = space.of(data.val.x, torch.device(device)), others(run, samplers[0], number)
+    real, outside = RealFeatures(space.of(data.val.x, torch.device(device))), others(run, samplers[0], number)
     if outside is not None and samplers[0].start == "outside":
         outside = outside._replace(test=outside.val)
     trials: dict[Path, Sampler] = {_file(run, sampler, about): sampler for sampler in samplers}
@@ -141,7 +141,7 @@ def _try(
     model: nn.Module,
     data: Data,
     outside: Data | None,
-    real: torch.Tensor,
+    real: RealFeatures,
     space: Features,
     about: Mapping[str, Any],
 ) -> None:
@@ -158,10 +158,7 @@ def _try(
             y = generate.wanted(sampler, data, about["per_class"])
             x = generate.generate(model, sampler, data, y, outside=outside, seed=about["seed"]).x
             drawn = space.of(x, device_of(model))
-            if about["by"] == "FD":
-                value = frechet_distance(Moments.of(drawn), Moments.of(real))
-            else:
-                value = kernel_distance(drawn, real)
+            value = real.frechet(drawn) if about["by"] == "FD" else real.kernel(drawn)
             name = f"{label(about['by'], space.name)} on validation images"
             files.write_json(path, {"sampler": config.describe(sampler), "name": name, "value": value, **about})
         lock.unlink(missing_ok=True)
