@@ -426,6 +426,9 @@ def test_the_report_shows_scores_calibration_and_corruptions(small_run, tmp_path
     assert len(clean) < len(records)
     drawn = [figures.robustness({"run": chosen}, threat) for chosen in (records, clean)]
     assert drawn[0] == drawn[1] is not None
+    attacked = [r for r in clean if "attack" in r["settings"]]
+    assert len(attacked) == len(clean) - 1
+    assert figures.robustness({"run": attacked}, threat) != drawn[1]  # clean accuracy is at a radius of 0
 
 
 def test_figures_of_nothing_are_left_out():

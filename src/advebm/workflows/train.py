@@ -11,7 +11,7 @@ from advebm.core import checks, console
 from advebm.core.threads import take_over_threads
 from advebm.models.precision import precision_label
 from advebm.runs.recipe import Recipe, read, resolve
-from advebm.runs.run import Run, new_folder
+from advebm.runs.run import Run
 from advebm.training.hardware import describe
 from advebm.training.loop import train
 
@@ -40,16 +40,6 @@ def find_recipe(
     given = {name: value for name, value in (("seed", seed), ("init", init)) if value is not None}
     recipe = resolve({**plain, **given}, overrides)
     return recipe.unlabelled() if labels == "none" else recipe
-
-
-def train_new(recipe: Recipe, folder: Path | None, *, device: str | None = None) -> Run:
-    """Train a recipe in ``folder``, or in a new one of ``runs``."""
-    return fit(recipe, folder or new_folder(Path("runs"), recipe.name), device=device)
-
-
-def resume(folder: Path, *, device: str | None = None) -> Run:
-    """Go on with a run where its last checkpoint is."""
-    return fit(Run.open(folder).recipe, folder, resume=True, device=device)
 
 
 def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
