@@ -20,7 +20,8 @@ from advebm.data.sources import Classes, Digits, Part
 from advebm.evaluation import compare
 from advebm.evaluation.suites import SUITES
 from advebm.metrics.base import Subject
-from advebm.metrics.keys import Key, key_of_attack
+from advebm.metrics.energy import Energies
+from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.metrics.ood import OutOfDistribution
 from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, measure
 from advebm.metrics.verdicts import judge
@@ -222,6 +223,24 @@ def test_metrics_that_say_all_of_themselves_are_held_by_all_of_it(run, monkeypat
     for metric in (small, small, dataclasses.replace(small, count=30), dataclasses.replace(small, count=30)):
         compare.measure(run, {Key("AUROC", set="uniform", by="energy"): metric})
     assert [m[0].count for m in measured] == [20, 30]
+
+
+def test_energies_of_samples_are_held(run):
+    """They say nothing of how the samples were drawn, and are not measured again for that."""
+    draw(run, "cs-class", run.recipe.sampler, 2)
+    wanted = {Key("E(x)", set="test images"): Energies(), Key("E(x)", samples="cs-class"): Energies()}
+    for _ in range(2):
+        assert [key_of(r) for r in compare.measure(run, wanted)] == list(wanted)
+    assert len(run.records()) == 3
+
+
+def test_records_of_other_names_are_all_kept(run):
+    attack = {"attack": config.describe(Attack())}
+    about = {"value": 1.0, "error": 0.0, "count": 1, "series": {}, "settings": attack}
+    records = [{**about, "name": f"margin, {how} under {Attack().name}"} for how in ("mean", "max")]
+    assert compare.evaluate.latest(records) == records
+    merged = compare.over_seeds([{"x": records}, {"x": records}])["x"]
+    assert [r["name"] for r in merged] == [r["name"] for r in records]
 
 
 def test_an_attack_on_other_images_is_measured_again(run):

@@ -7,6 +7,7 @@ import torch
 
 from advebm.attacks.apgd import APGD
 from advebm.attacks.autoattack import AutoAttack
+from advebm.attacks.base import Adversary
 from advebm.attacks.cw import CW
 from advebm.attacks.projected import Attack, fgsm
 from advebm.core import config
@@ -156,8 +157,9 @@ def test_what_a_table_asks_for():
         assert not matches(key, {**asked, **other}), other
     assert not matches(key._replace(attack=key.attack._replace(part="APGD-CE")), asked)
     assert not matches(key._replace(set="gaussian-noise 3"), asked)
-    assert matches(Key("AUROC", set="b"), {"quantity": "AUROC", "set": ["a", "b"]})
+    assert matches(Key("AUROC", set="b", by="energy"), {"quantity": "AUROC", "set": "b"})
     assert not matches(Key("AUROC", set="b"), {"quantity": "AUROC", "set": "a"})
+    assert not matches(Key("accuracy", by="a linear probe"), {"quantity": "accuracy"})
 
 
 def test_the_best_pattern_comes_first():
@@ -173,6 +175,40 @@ def test_records_of_comparisons_are_known_by_their_names():
     for quantity in ("FD", "class score", "recall"):
         assert key_of({"name": f"{quantity} (features of a)", "settings": {}}) == Key(quantity, space="features of a")
     assert key_of({"name": "IS", "settings": {}}) == Key("class score", space="inception")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Adversary):
+    """An attack of one's own."""
+
+    eps: float = 0.1
+    norm: str = "linf"
+    name = "mine, twice linf 0.1"
+
+
+def test_what_is_not_known_keeps_its_name():
+    """Records of metrics and attacks of one's own, and of earlier versions: nothing is cut, nothing raises."""
+    odd = [
+        {"attack": "PGD", "metric": "cosine"},
+        {"attack": [1]},
+        {"outliers": "svhn"},
+        {"outliers": ["a"], "score": 1},
+    ]
+    odd += [{"samples": ["a", "b"]}, {"way": 3}, {"corruption": "fog"}, {"attack": {"steps": [1, 2]}}, {"space": 3}]
+    for settings in odd:
+        key = key_of({"name": "loss under fog, mean", "settings": settings})
+        assert hash(key) is not None
+        assert "loss" in key.quantity
+        assert not key.is_share
+    described = config.describe(Mine())
+    for text in ("accuracy", "margin, mean", "margin, max"):
+        record = {"name": f"{text} under {Mine().name}", "settings": {"attack": described}}
+        assert key_of(record) == Key(text, key_of_attack(Mine()))
+        assert key_of(record).attack.kind == "other"
+    old = {"eps": 0.1, "norm": "linf", "steps": 20, "loss": "energy", "start": "uniform"}  # before attacks had kinds
+    record = {"name": "accuracy under energy attack-20 linf 0.1", "settings": {"attack": old}}
+    assert key_of(record).attack == Attacked("energy attack", 20, "energy attack-20 linf 0.1")
+    assert key_of({"name": "accuracy top 5", "settings": {}}).is_share
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import functools
 import resource
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -451,6 +452,17 @@ def weights(run):
     return run.model()[0].state_dict()
 
 
+def test_a_way_that_no_search_takes_is_told(tmp_path):
+    """By an objective whose searches are in train mode, or that asks for no view; not where it is the default."""
+    own = {"objective__search_mode": "train", "train__images": 1_000}  # the batch's statistics
+    with pytest.warns(RuntimeWarning, match=r"train.fast fold is not used: AT does not search in eval mode"):
+        run = train(tiny(train__fast="fold", **own), tmp_path / "a", device="cpu")
+    assert run.history()[0]["perf/fast"] == "off"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        train(tiny(**own), tmp_path / "b", device="cpu")
+
+
 def test_training_says_how_it_searched_and_float32_keeps_every_bit(tmp_path):
     ways = {"auto": "off", "off": "off", "fold": "fold", "bf16": "bf16"}
     runs = {way: train(tiny(train__fast=way, train__images=2_000), tmp_path / way, device="cpu") for way in ways}
@@ -463,8 +475,6 @@ def test_training_says_how_it_searched_and_float32_keeps_every_bit(tmp_path):
     assert not any(torch.equal(state[way]["head.weight"], state["off"]["head.weight"]) for way in ("fold", "bf16"))
     recipe = tiny(train__precision="bfloat16", train__images=1_000)
     assert train(recipe, tmp_path / "low", device="cpu").history()[0]["perf/fast"] == "bf16"
-    own = tiny(train__fast="fold", train__images=1_000, objective__search_mode="train")  # the batch's statistics
-    assert train(own, tmp_path / "own", device="cpu").history()[0]["perf/fast"] == "off"
 
 
 def test_training_in_low_precision_resumes_to_the_bit(tmp_path, monkeypatch):

@@ -107,7 +107,8 @@ def test_images_that_are_asked_for_are_not_shortened(tmp_path):
 
 def test_stages_have_the_seed_of_their_run(tmp_path, monkeypatch):
     seen = []
-    patch_experiments(monkeypatch, "train_or_resume", lambda recipe, folder: seen.append(recipe))
+    run = lambda recipe: SimpleNamespace(recipe=recipe, data=None)
+    patch_experiments(monkeypatch, "train_or_resume", lambda recipe, folder: seen.append(recipe) or run(recipe))
     carry_out(Experiment({"dat": studies.find_recipe("digits-dat", ())}, lambda runs: {}), tmp_path, 2)
     assert [(recipe.seed, recipe.before[0].seed) for recipe in seen] == [(0, 0), (1, 1)]
 

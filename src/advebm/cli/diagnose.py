@@ -92,7 +92,6 @@ def add_doctor(verbs: Verbs) -> None:
 def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     """Print what was found; 1 where there are faults."""
     from advebm.reporting.terminal import findings_list
-    from advebm.workflows.devices import choose_device
     from advebm.workflows.doctor import examine_model
 
     if args.machine:
@@ -100,7 +99,7 @@ def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.model is None:
         raise UserError("doctor takes a MODEL, or --machine to check this machine")
     options = {"images": args.images, "checkpoint": args.checkpoint, "seed": args.seed}
-    findings = examine_model(args.model, overrides, **options, device=choose_device(args.device))
+    findings = examine_model(args.model, overrides, **options, device=args.device)
     if args.json:
         for finding in findings:
             print(json.dumps(dataclasses.asdict(finding)))

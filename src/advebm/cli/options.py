@@ -122,7 +122,7 @@ def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """Refuse numbers below ``least``; None is none."""
+    """Refuse numbers below ``least``; one that was not given is left alone."""
     for name in names:
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is at least {least}, got {value}")

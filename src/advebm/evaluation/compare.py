@@ -18,7 +18,7 @@ from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.models.precision import asked_precision
-from advebm.runs.run import Run
+from advebm.runs.run import Run, share_images
 from advebm.sampling import generate
 from advebm.training.cost import passes
 
@@ -57,6 +57,7 @@ def compare(
         progress: told what is being done.
         bar: what shows how far an attack is.
     """
+    share_images(runs)
     tests = {run.folder: run.data.test for run in runs}
     if any(not torch.equal(test.x, tests[runs[0].folder].x) for test in tests.values()):
         raise UserError("the runs have different test images; compare runs on the same data")
@@ -108,12 +109,13 @@ def measure(
     manifests = {name: generate.read(folder).manifest for name, folder in run.samples().items()}
 
     def held(records: Records, key: Key, metric: Metric) -> Records:
-        settings = dict(manifests[key.samples]) if key.samples else {}
+        drawn = key.samples if key.space is not None else None  # whose quality was measured
+        settings = {"samples": drawn, **manifests[drawn]} if drawn else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
         settings |= {"images": metric.images} if hasattr(metric, "images") else {}
         asked = getattr(metric, "precision", None)
-        expected = {**about, "judge": whose} if key.samples else about
+        expected = {**about, "judge": whose} if drawn else about
         own = json.loads(json.dumps({k: v for k, v in config.describe(metric).items() if v is not None}))
         return [
             r
@@ -159,10 +161,10 @@ def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
         return dict(records[0])
     merged: dict[str, Records] = {}
     for title in records[0]:
-        groups: dict[Key, Records] = {}
+        groups: dict[tuple[str, Any], Records] = {}
         for seed in records:
             for r in seed[title]:
-                groups.setdefault(key_of(r), []).append(r)
+                groups.setdefault((r["name"], r["settings"].get("samples")), []).append(r)
         merged[title] = [
             {
                 **group[0],

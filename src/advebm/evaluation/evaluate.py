@@ -13,7 +13,6 @@ from advebm.core import config, files, rng
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
 from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent
-from advebm.metrics.keys import key_of
 from advebm.metrics.spaces import Space
 from advebm.models.batching import together
 from advebm.models.modes import searching
@@ -146,9 +145,9 @@ def feature_space(name: str, model: Network) -> Features:
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest record of each key, attack and number of images, in the order of first appearance."""
-    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """The newest record of each name, set of samples, attack and number of images, in the order of first appearance."""
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in records:
-        attack, images = (str(record["settings"].get(name)) for name in ("attack", "images"))
-        newest[key_of(record), attack, images] = record
+        identity = (record["name"], *(str(record["settings"].get(k)) for k in ("samples", "attack", "images")))
+        newest[identity] = record
     return list(newest.values())

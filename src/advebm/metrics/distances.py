@@ -78,11 +78,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """KID: the unbiased squared MMD for the kernel ``(x·y / D + 1)³``, Bińkowski et al. (2018).  May be negative."""
-    a, b = checked(a), checked(b)
-    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
-        sizes = f"{len(a)} x {a.shape[1]} and {len(b)} x {b.shape[1]}"
-        raise UserError(f"a kernel distance takes two sets of at least 2 features of one dimension, got {sizes}")
-    return unbiased_mmd(len(a), kernel_pairs(a), len(b), kernel_pairs(b), kernel_sum(a, b))
+    return RealFeatures(b).kernel(a)
 
 
 def unbiased_mmd(m: int, aa: float, n: int, bb: float, ab: float) -> float:
@@ -107,6 +103,9 @@ class RealFeatures:
     def __init__(self, features: Tensor) -> None:
         self.features = features
 
+    def __len__(self) -> int:
+        return len(self.features)
+
     @functools.cached_property
     def moments(self) -> Moments:
         """Count, sum and outer products."""
@@ -123,10 +122,11 @@ class RealFeatures:
 
     def kernel(self, samples: Tensor) -> float:
         """:func:`kernel_distance` to features of samples (N, D)."""
-        return unbiased_mmd(
-            *(len(samples), kernel_pairs(samples), len(self.features), self.pairs),
-            kernel_sum(samples, self.features),
-        )
+        a, b = checked(samples), checked(self.features)
+        if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
+            sizes = f"{len(a)} x {a.shape[1]} and {len(b)} x {b.shape[1]}"
+            raise UserError(f"a kernel distance takes two sets of at least 2 features of one dimension, got {sizes}")
+        return unbiased_mmd(len(a), kernel_pairs(a), len(b), self.pairs, kernel_sum(a, b))
 
 
 def inception_score(logits: Tensor, splits: int = 10, generator: torch.Generator | None = None) -> tuple[float, float]:

@@ -1,6 +1,6 @@
-"""What a record is about, read from its settings and its name: this is matched, compared and formatted by.
+"""The key of a record: what it is about, in parts that code can compare; its name is for people.
 
-Names are for people.  This is the one place that takes them apart.
+Keys are read from names and settings, so that ``metrics.json`` has neither changed nor grown.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from advebm.core import config
 
-INCEPTION = "inception"  # the one space whose quantities have names of their own
-NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}  # those
+INCEPTION = "inception"  # the one space in which some quantities have names of their own
+NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}  # what these are called there
 IN_FEATURES = ("precision", "recall", "density", "coverage", "intended class", "counterfactual named so", *NAMES)
 
 
@@ -21,7 +21,7 @@ class Attacked(NamedTuple):
             ``targeted`` before it where it went towards classes.
         steps: of a run; None where it has no such number.
         text: as tables write it, ``PGD-20 l2 0.75``.
-        part: of an attack of several, the last one that counts; None counts all.
+        part: where an attack is a row of attacks, the last of them that was run; None where all were.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Key(NamedTuple):
     @property
     def is_share(self) -> bool:
         """Whether people read it in percent."""
-        return self.quantity in ("accuracy", "intended class")
+        return self.quantity.startswith(("accuracy", "intended class"))
 
 
 def label(quantity: str, space: str) -> str:
@@ -61,32 +61,39 @@ def label(quantity: str, space: str) -> str:
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
-    """The key of a record, as a metric gives it or as ``metrics.json`` keeps it."""
+    """The key of a record, as a metric gives it or as ``metrics.json`` keeps it.
+
+    A record of no form that is known here, such as one of a metric of one's own, has its whole name as the quantity.
+    """
     name, settings = record["name"], record["settings"]
-    samples, attack = settings.get("samples"), _attacked(settings.get("attack"), name, settings)
+    samples, attack = _text(settings.get("samples")), _attacked(name, settings)
     if (measured := _in_features(name)) is not None:
         quantity, space = measured
         return Key(quantity, attack, samples, space)
-    if "outliers" in settings:
-        return Key(name.partition(" ")[0], attack, samples, set=settings["outliers"], by=settings["score"])
-    if "corruption" in settings:
+    outliers, score, way = (_text(settings.get(field)) for field in ("outliers", "score", "way"))
+    if outliers and score and f" vs {outliers}" in name:
+        return Key(name.partition(" ")[0], attack, samples, set=outliers, by=score)
+    if way and name.endswith(f" by {way}"):
+        quantity, _, task = name.removesuffix(f" by {way}").partition(" ")
+        return Key(quantity, set=task, by=way)
+    if "corruption" in settings and name.startswith("accuracy under "):
         return Key("accuracy", set=name.removeprefix("accuracy under "))
-    if "way" in settings:
-        quantity, _, task = name.partition(" ")
-        return Key(quantity, set=task.removesuffix(f" by {settings['way']}"), by=settings["way"])
     if name.startswith("E(x) of "):
         kind, _, which = (of := name.removeprefix("E(x) of ")).partition(" ")
         return Key("E(x)", samples=which) if kind == "samples" else Key("E(x)", set=of)
-    if name.startswith("accuracy of "):
-        return Key("accuracy", attack, samples, by=name.removeprefix("accuracy of ").partition(" under ")[0])
-    quantity = name if attack is None else name.partition(" under ")[0].partition(", ")[0]
+    quantity = name
+    if attack is not None:
+        whole = attack.text + (f", after {attack.part}" if attack.part else "")
+        quantity = name.removesuffix(f" under {whole}").removesuffix(f", {whole}")
+    if quantity.startswith("accuracy of "):
+        return Key("accuracy", attack, samples, by=quantity.removeprefix("accuracy of "))
     return Key(quantity, attack, samples)
 
 
 def key_of_attack(attack: Any, *, targeted: bool = False) -> Attacked:
     """The key of an attack of :mod:`advebm.attacks`; or of the same towards classes, as ``targeted-accuracy`` does."""
     plain, words = config.describe(attack), "targeted " * targeted
-    return Attacked(words + _kind(plain), plain.get("steps"), words + attack.name)
+    return Attacked(words + _kind(plain), _steps(plain), words + attack.name)
 
 
 def matches(key: Key, wanted: Mapping[str, Any]) -> bool:
@@ -95,15 +102,17 @@ def matches(key: Key, wanted: Mapping[str, Any]) -> bool:
     Args:
         key: of a record.
         wanted: ``quantity``; ``attack``, its kind, without which the images were not attacked; ``steps`` of the attack,
-            or ``least_steps``; ``set``, a name or several; ``space``, any if it is left out.
+            or ``least_steps``; ``set``, whatever scored it, without which it is the model itself on the data's images;
+            ``space``, any if it is left out.
     """
-    attack, sets = key.attack, wanted.get("set")
+    attack = key.attack
     if key.quantity != wanted["quantity"] or (attack and attack.kind) != wanted.get("attack"):
         return False
     if attack is not None and (attack.part is not None or not _many_enough(attack.steps, wanted)):
         return False
-    among = [sets] if sets is None or isinstance(sets, str) else sets
-    return key.set in among and wanted.get("space", key.space) == key.space
+    if key.set != wanted.get("set") or (key.set is None and key.by is not None):
+        return False
+    return wanted.get("space", key.space) == key.space
 
 
 def first_match(records: Iterable[Mapping[str, Any]], wanted: Iterable[Mapping[str, Any]]) -> Any:
@@ -125,22 +134,33 @@ def _many_enough(steps: int | None, wanted: Mapping[str, Any]) -> bool:
     return wanted.get("steps", steps) == steps and wanted.get("least_steps", 0) <= (steps or 0)
 
 
-def _attacked(plain: Any, name: str, settings: Mapping[str, Any]) -> Attacked | None:
+def _text(value: Any) -> str | None:
+    """A setting that is text; metrics of one's own may keep anything under these names."""
+    return value if isinstance(value, str) else None
+
+
+def _attacked(name: str, settings: Mapping[str, Any]) -> Attacked | None:
     """From the description of an attack, or from the words of detection's search."""
-    if plain is None:
+    plain = settings.get("attack")
+    if isinstance(plain, str):  # Auto-PGD on a score
+        metric = settings.get("metric")
+        return Attacked("APGD", _steps(metric) if isinstance(metric, Mapping) else None, plain)
+    if not isinstance(plain, Mapping):
         return None
-    if isinstance(plain, str):  # of Auto-PGD on a score
-        return Attacked("APGD", settings.get("metric", {}).get("steps"), plain)
-    text = name.partition(" under ")[2]
-    part, targeted = settings.get("part"), "targeted " * bool(settings.get("targeted"))
-    text = text.removesuffix(f", after {part}")
-    return Attacked(targeted + _kind(plain), plain.get("steps"), text, part)
+    text, part = name.partition(" under ")[2], _text(settings.get("part"))
+    targeted = "targeted " * bool(settings.get("targeted"))
+    return Attacked(targeted + _kind(plain), _steps(plain), text.removesuffix(f", after {part}"), part)
+
+
+def _steps(plain: Mapping[str, Any]) -> int | None:
+    steps = plain.get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def _kind(plain: Mapping[str, Any]) -> str:
-    """The word of an attack's kind."""
+    """The word of an attack's kind; ``other`` of attacks of one's own."""
     words = {"apgd": "APGD", "fab": "FAB", "square": "Square", "cw": "C&W", "autoattack": "AutoAttack"}
-    if plain["kind"] != "pgd":
-        return words.get(plain["kind"], plain["kind"])
+    if not (plain.get("kind") == "pgd" or ("kind" not in plain and {"loss", "start"} <= plain.keys())):
+        return words.get(str(plain.get("kind")), "other")
     kind = {"energy": "energy attack", "margin": "C&W-PGD"}.get(plain.get("loss", ""), "PGD")
     return "FGSM" if kind == "PGD" and plain.get("start") == "clean" and plain.get("steps") == 1 else kind

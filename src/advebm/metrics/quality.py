@@ -14,6 +14,7 @@ from advebm.core.errors import UserError
 from advebm.metrics.base import Features, Record, SampleSet, Subject, proportion
 from advebm.metrics.distances import (
     Moments,
+    RealFeatures,
     frechet_distance,
     inception_score,
     jackknife,
@@ -33,9 +34,7 @@ Statistic = Callable[[Sequence[int]], float]  # of the groups of samples whose n
 class Reference(NamedTuple):
     """Real images in a feature space, and what every comparison with them needs."""
 
-    features: Tensor
-    moments: Moments
-    pairs: float
+    features: RealFeatures
     near: Balls
     wide: Balls
 
@@ -81,9 +80,7 @@ class SampleQuality:
             return []
         features = space.of(subject.data.train.x, subject.device, subject.batch)
         some = features[_order(len(features))[: self.overlap]]
-        real = Reference(
-            features, Moments.of(features), kernel_pairs(features), Balls.around(some, NEAR), Balls.around(some, WIDE)
-        )
+        real = Reference(RealFeatures(features), Balls.around(some, NEAR), Balls.around(some, WIDE))
         _warn_of_few(space, sets, features.shape[1])
         records = []
         for name, samples in sets.items():
@@ -120,18 +117,18 @@ class SampleQuality:
 def frechet(parts: Sequence[Tensor], real: Reference) -> Statistic:
     """The Fréchet distance of groups of samples to the real images."""
     moments = [Moments.of(part) for part in parts]
-    return lambda kept: frechet_distance(reduce(add, [moments[i] for i in kept]), real.moments)
+    return lambda kept: frechet_distance(reduce(add, [moments[i] for i in kept]), real.features.moments)
 
 
 def kernel(parts: Sequence[Tensor], real: Reference) -> Statistic:
     """The kernel distance of groups of samples to the real images."""
     within = [[kernel_sum(p, q) if p is not q else kernel_pairs(p) for q in parts] for p in parts]
-    across = [kernel_sum(part, real.features) for part in parts]
+    across = [kernel_sum(part, real.features.features) for part in parts]
 
     def distance(kept: Sequence[int]) -> float:
         own = sum(within[i][j] for i in kept for j in kept)
         count = sum(len(parts[i]) for i in kept)
-        return unbiased_mmd(count, own, len(real.features), real.pairs, sum(across[i] for i in kept))
+        return unbiased_mmd(count, own, len(real.features), real.features.pairs, sum(across[i] for i in kept))
 
     return distance
 

@@ -95,7 +95,7 @@ class Copy(NamedTuple):
 class View(nn.Module):
     """A frozen network in eval mode, on weights of its own that :meth:`refresh` takes from it.
 
-    Made by :func:`view`.  What is neither folded nor lowered is shared with the network.
+    Made by :func:`make_view`.  What is neither folded nor lowered is shared with the network.
     """
 
     def __init__(self, model: nn.Module, way: Fast) -> None:

@@ -234,7 +234,7 @@ def detection(records: Records) -> bytes | None:
     """
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for r in records:
-        if key_of(r).quantity == "AUROC" and r["series"]:
+        if (key := key_of(r)).quantity == "AUROC" and key.set is not None and r["series"]:
             panels.setdefault((r["settings"]["outliers"], r["settings"]["score"]), []).append(r)
     if not panels:
         return None

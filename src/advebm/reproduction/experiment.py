@@ -9,7 +9,7 @@ from advebm.evaluation import compare
 from advebm.evaluation.compare import Records
 from advebm.reproduction.study import draw_if_missing, say, train_or_resume
 from advebm.runs.recipe import Recipe
-from advebm.runs.run import Run
+from advebm.runs.run import Run, share_images
 
 Results = dict[str, Records]  # by title: a method, a row of a table
 Measure = Callable[[Mapping[str, Run]], Results]
@@ -52,6 +52,7 @@ def carry_out(experiment: Experiment, folder: Path, seeds: int) -> tuple[Results
             before = tuple(dataclasses.replace(stage, seed=seed) for stage in recipe.before)
             seeded = dataclasses.replace(recipe, name=label, seed=seed, before=before)
             runs[label] = train_or_resume(seeded, folder / f"seed-{seed}" / label)
+            share_images([*first, *runs.values()])
             if experiment.per_class:
                 draw_if_missing(runs[label], seeded, experiment.per_class)
         found.append(experiment.measure(runs))

@@ -49,7 +49,12 @@ def at_scale(name: str, scale: str, folder: Path, options: Options = ()) -> Expe
     table = inventory.find(name)
     by_method = recipes_of(table, scale, folder, options)
     experiment = COMPUTATIONS[table.by](table, SCALES[scale], by_method)
-    return dataclasses.replace(experiment, prepare=lambda: supervised.train_teacher(by_method, folder))
+
+    def prepare() -> None:
+        experiment.prepare()
+        supervised.train_teacher(by_method, folder)
+
+    return dataclasses.replace(experiment, prepare=prepare)
 
 
 def publish(

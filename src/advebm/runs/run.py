@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import advebm
 from advebm.core import files, processes
 from advebm.core.errors import UserError
-from advebm.data.sources import Data, Images
+from advebm.data.sources import Data, Images, Source
 from advebm.models import network
 from advebm.models.network import Architecture, Network
 from advebm.models.precision import precision_label
@@ -193,6 +193,17 @@ class Run:
         """Add evaluation records; none is ever changed or removed."""
         with filelock.FileLock(self.folder / ".records.lock"):  # another evaluation may be appending
             files.write_json(self.folder / "metrics.json", [*self.records(), *records])
+
+
+def share_images(runs: Iterable[Run]) -> None:
+    """Let runs of the same images hold them once."""
+    loaded: list[tuple[Source, Data]] = []
+    for run in runs:
+        known = next((data for source, data in loaded if source == run.recipe.data), None)
+        if known is None:
+            loaded.append((run.recipe.data, run.data))
+        else:
+            run.data = known
 
 
 def new_folder(parent: Path, name: str) -> Path:

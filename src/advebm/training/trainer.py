@@ -65,6 +65,7 @@ class Trainer:
         self.clock = Clock(self.progress)
         self.view: View | None = None
         self.notes: list[str] = []
+        self.warned = False  # that the view is not used
         self.shifts: dict[str, float] = {}
 
     def begin(self) -> None:
@@ -154,7 +155,16 @@ class Trainer:
             Diverged: a loss was not finite.
         """
         speed, rate = self.clock.speed(self.progress.images), self.optimizer.param_groups[0]["lr"]
-        way = self.view.way.name if self.view is not None and self.view.searches else "off"  # train mode: the network
+        used = self.view is not None and self.view.searches > 0  # not by searches in train mode
+        if self.cfg.fast not in ("auto", "off") and self.view is not None and not used and not self.warned:
+            self.warned = True
+            kind = type(self.objective).__name__
+            warnings.warn(
+                f"train.fast {self.cfg.fast} is not used: {kind} does not search in eval mode with view=ctx.view",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        way = self.view.way.name if self.view is not None and used else "off"
         self.write({**self.means.take(), **self.shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": way})
 
     def validate(self) -> None:

@@ -9,8 +9,9 @@ from advebm.workflows.devices import choose_device
 def print_costs(recipe: Recipe, machine: str, device: str | None) -> None:
     """Passes, FLOP, memory and hours of a recipe, on a machine of that name; on this one where the name is empty."""
     if machine:
+        found = hardware.find(machine)
         stages = cost.estimates(recipe)
-        costs_table(stages, [hardware.find(machine)] * len(stages))
+        costs_table(stages, [found] * len(stages))
     else:
         where = choose_device(device)
         stages = cost.estimates(recipe.computed_on(where))

@@ -18,6 +18,7 @@ from advebm.models import network
 from advebm.runs.find_model import find_model, is_factory
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
+from advebm.workflows.devices import choose_device
 
 Overrides = Iterable[tuple[str, Any]]
 
@@ -28,7 +29,7 @@ BATCH = 16  # images of the convolutions that are checked
 
 
 def examine_model(
-    model: str, overrides: Overrides = (), *, images: int, checkpoint: str, seed: int, device: str
+    model: str, overrides: Overrides = (), *, images: int, checkpoint: str, seed: int, device: str | None
 ) -> list[Finding]:
     """Faults of a run's model on its own images, or of any model on images that ``overrides`` name."""
     overrides = list(overrides)
@@ -39,7 +40,7 @@ def examine_model(
     else:
         raise UserError(f"{model} is not a run, which knows its images: give --data NAME, as in --data cifar10")
     recipe = resolve(plain, overrides)
-    found = find_model(model, checkpoint=checkpoint).to(device)
+    found = find_model(model, checkpoint=checkpoint).to(choose_device(device))
     data, threat = recipe.data.load(), recipe.threat
     count = min(images, len(data.test))
     console.say(f"{model} on {count} test images of {data.name} at {radius(threat.eps, threat.norm)}")
