@@ -24,8 +24,8 @@ from advebm.attacks.projected import Attack
 from advebm.core import rng
 from advebm.descent import Descent, free, raw
 from advebm.metrics.distances import Moments, frechet_distance
-from advebm.metrics.verdicts import judge
-from advebm.models.inference import WAYS, Way, make_view
+from advebm.metrics.verdicts import find_verdicts
+from advebm.models.inference import BACKENDS, BackendName, make_view
 from advebm.models.modes import searching
 from advebm.models.network import Architecture, Network
 from advebm.models.resnet import ResNet
@@ -113,7 +113,7 @@ def flops(model: nn.Module, x: Tensor) -> float:
 
 def searched(model: nn.Module, x: Tensor, s: Setting) -> Callable[[Callable[[Callable[[Tensor], Tensor]], Any]], Any]:
     """Carries a search out in our way: ``searched(model, x, s)(lambda f: ...)``."""
-    made = make_view(model, x, WAYS[s.way], loud=True)
+    made = make_view(model, x, BACKENDS[s.way], loud=True)
 
     def carry_out(search: Callable[[Callable[[Tensor], Tensor]], Any]) -> Any:
         with searching(model, view=made) as f:
@@ -133,7 +133,9 @@ def pgd(s: Setting) -> Contest:
     cost = flops(model, x)
     if s.way:
         attack, carry_out = Attack(EPS, steps=s.steps, step_size=STEP), searched(model, x, s)
-        search = lambda: carry_out(lambda f: attack.minimize(attack.harm(f, y), x, rng.generator(0, device=x.device)))
+        search = lambda: carry_out(
+            lambda f: attack.minimize(attack.negative_loss(f, y), x, rng.generator(0, device=x.device))
+        )
     elif s.who == "torchattacks":
         peer = importlib.import_module("torchattacks").PGD(model, eps=EPS, alpha=STEP, steps=s.steps)
         search = lambda: peer(x, y)
@@ -190,10 +192,10 @@ def autoattack(s: Setting) -> Contest:
     stands: list[Tensor] = []
     if s.way:
         ours = AutoAttack(eps, norm, "standard" if s.steps else "quick")
-        precision = WAYS[s.way].precision
+        precision = BACKENDS[s.way].precision
 
         def turn() -> None:
-            stands[:] = [judge(model, x, y, ours, batch=s.batch, precision=precision).standing()]
+            stands[:] = [find_verdicts(model, x, y, ours, batch=s.batch, precision=precision).standing()]
     else:
         theirs = importlib.import_module("pyautoattack")
         names = {} if s.steps else {"version": "custom", "attacks": ["apgd-ce", "apgd-t"]}
@@ -275,7 +277,7 @@ def sampling(s: Setting) -> Contest:
     if s.way:
 
         def turn() -> None:
-            generate.to_bytes(generate.generate(model, sampler, data, y, way=cast(Way, s.way)).x)
+            generate.to_bytes(generate.generate(model, sampler, data, y, way=cast(BackendName, s.way)).x)
     else:
         model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         start, generator = sampler.prepare(data), rng.generator(0, device=s.device)
@@ -300,8 +302,8 @@ def ours_step(s: Setting, model: Network, batch: Batch, objective: Objective, op
     """A step of our training loop: search through the view, loss in the precision of the way, update."""
     model.train()
     state = objective.init(batch.x, rng.generator(0))
-    made = make_view(model, batch.x, WAYS[s.way], loud=True)
-    model.precision = getattr(torch, WAYS[s.way].precision)
+    made = make_view(model, batch.x, BACKENDS[s.way], loud=True)
+    model.precision = getattr(torch, BACKENDS[s.way].precision)
 
     def step() -> None:
         ctx = Context(rng.generator(0, device=batch.x.device), view=made)

@@ -17,7 +17,7 @@ from advebm.descent import Energy
 from advebm.evaluation import evaluate as evaluation
 from advebm.metrics.base import Metric, Record, SampleSet, Subject
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
-from advebm.models.batching import device_of, together
+from advebm.models.batching import batch_size_for, device_of
 from advebm.models.modes import searching
 from advebm.models.network import Network, Normalize
 from advebm.reporting.build import report as build_report
@@ -99,7 +99,7 @@ def attack(
     search = Attack(eps=eps, norm=norm, steps=steps, step_size=step_size, loss=loss, restarts=restarts)
     generator = rng.generator(seed, "attack", device=x.device)
     with searching(model) as f:
-        lowered: Energy = search.harm(f, y)
+        lowered: Energy = search.negative_loss(f, y)
         if target is not None:
             goal = checks.labels(target, len(x), f(x[:1]).shape[1])
             read = energies.joint if loss == "energy" else energies.conditional
@@ -168,7 +168,7 @@ def evaluate(
         space = evaluation.find_space(features).load(device_of(model))
     elif features is not None:
         space = evaluation.feature_space("given features", features)
-    subject = Subject(model, data, data.test, threat, samples or {}, space, together(data.shape))
+    subject = Subject(model, data, data.test, threat, samples or {}, space, batch_size_for(data.shape))
     x, y = next(subject.batches())
     if not getattr(model, "encoder", False):  # of which some metrics make classifiers
         _check_classifier(model, x[:16], y[:16])

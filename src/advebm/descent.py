@@ -211,12 +211,12 @@ class means:
         low, high = -max_pool2d(x, self.factor), 1 + max_pool2d(-x, self.factor)  # all black, all white
         for _ in range(40):
             middle = (low + high) / 2
-            dark = avg_pool2d((x + repeated(middle, self.factor)).clamp(0, 1), self.factor) < wanted
+            dark = avg_pool2d((x + repeat_pixels(middle, self.factor)).clamp(0, 1), self.factor) < wanted
             low, high = torch.where(dark, middle, low), torch.where(dark, high, middle)
-        return (x + repeated((low + high) / 2, self.factor)).clamp(0, 1)
+        return (x + repeat_pixels((low + high) / 2, self.factor)).clamp(0, 1)
 
 
-def repeated(x: Tensor, factor: int) -> Tensor:
+def repeat_pixels(x: Tensor, factor: int) -> Tensor:
     """Every pixel as a block: (B, C, h, w) -> (B, C, factor h, factor w)."""
     return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 

@@ -127,7 +127,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 @dataclass
-class Deck:
+class ImagePool:
     """Real images to begin from, in random order, each once before any comes again.
 
     Attributes:

@@ -24,7 +24,7 @@ from advebm.attacks.cw import CW
 from advebm.attacks.fab import FAB
 from advebm.attacks.projected import Attack
 from advebm.attacks.square import Square
-from advebm.metrics.verdicts import judge
+from advebm.metrics.verdicts import find_verdicts
 from advebm.models.modes import searching
 from tests.agreement.rows import Row, peer
 
@@ -119,7 +119,7 @@ def standard(title: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, nor
     for start in range(0, len(x), batch):
         part, labels = x[start : start + batch], y[start : start + batch]
         begun = time.perf_counter()
-        mine.append(judge(model, part, labels, AutoAttack(eps, norm), seed=start, batch=batch).standing())
+        mine.append(find_verdicts(model, part, labels, AutoAttack(eps, norm), seed=start, batch=batch).standing())
         between = time.perf_counter()
         theirs.append(official.attack(model, part, labels, eps, norm))
         ended = time.perf_counter()
@@ -146,7 +146,7 @@ def torchattacks(title: str, model: nn.Module, x: Tensor, y: Tensor, eps: float)
     theirs, who = importlib.import_module("torchattacks"), peer("torchattacks")
     with searching(model) as f:
         attack = Attack(eps, steps=10, step_size=eps / 4, start="clean")
-        mine = attack.minimize(attack.harm(f, y), x, None)
+        mine = attack.minimize(attack.negative_loss(f, y), x, None)
     other = theirs.PGD(model, eps=eps, alpha=eps / 4, steps=10, random_start=False)(x, y)
     share = ((mine - other).abs() > 1e-6).double().mean().item()  # a gradient of 0 has either sign after rounding
     rows = [Row(f"{title}: PGD-10 from the images, share of pixels that differ", who, 0.0, share, share)]

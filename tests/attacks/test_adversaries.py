@@ -18,8 +18,8 @@ from advebm.attacks.square import HALVINGS, Square, _square, _stripes, _tiles, _
 from advebm.core.errors import UserError
 from advebm.descent import unit
 from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, wilson
-from advebm.metrics.verdicts import judge
-from advebm.models.inference import faster, fold
+from advebm.metrics.verdicts import find_verdicts
+from advebm.models.inference import faster_model, fold
 from advebm.models.modes import searching
 from tests.helpers import Plain
 from tests.references import adversaries as reference
@@ -450,7 +450,7 @@ def test_each_run_sees_the_points_that_stand(described):
     y = torch.zeros(10, dtype=torch.long)
     y[9] = 1  # wrong as it is
     halves = Halves()
-    found = judge(ZERO, POINTS, y, halves, batch=4)
+    found = find_verdicts(ZERO, POINTS, y, halves, batch=4)
     assert found.broken.tolist() == [1, 1, 1, 2, 2, 2, -1, -1, -1, 0]
     assert found.attacks == ("low", "high")
     assert halves.seen == [(0.3, 4), (0.3, 4), (0.3, 1), (0.6, 4), (0.6, 2)]
@@ -462,7 +462,7 @@ def test_each_run_sees_the_points_that_stand(described):
 @pytest.mark.parametrize("calls", [1, 2, 4, 5])
 def test_a_stopped_judgement_goes_on_where_it_was(described, tmp_path, calls):
     y = torch.zeros(10, dtype=torch.long)
-    whole = judge(ZERO, POINTS, y, Halves(), batch=4)
+    whole = find_verdicts(ZERO, POINTS, y, Halves(), batch=4)
     count = 0
 
     def stop(done, note):
@@ -472,60 +472,60 @@ def test_a_stopped_judgement_goes_on_where_it_was(described, tmp_path, calls):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge(ZERO, POINTS, y, Halves(), batch=4, folder=tmp_path, tell=stop)
+        find_verdicts(ZERO, POINTS, y, Halves(), batch=4, folder=tmp_path, tell=stop)
     rest, heard = Halves(), []
-    again = judge(ZERO, POINTS, y, rest, batch=4, folder=tmp_path, tell=lambda done, note: heard.append(done))
+    again = find_verdicts(ZERO, POINTS, y, rest, batch=4, folder=tmp_path, tell=lambda done, note: heard.append(done))
     assert (heard[0] > 0) == (calls > 1)
     assert len(heard) == len(rest.seen) + 2, "where it begins, each search, the end"
     assert again.broken.tolist() == whole.broken.tolist()
     assert len(rest.seen) == 5 - (calls - 1)
     done = Halves()
-    assert judge(ZERO, POINTS, y, done, batch=4, folder=tmp_path).broken.tolist() == whole.broken.tolist()
+    assert find_verdicts(ZERO, POINTS, y, done, batch=4, folder=tmp_path).broken.tolist() == whole.broken.tolist()
     assert done.seen == []
-    judge(ZERO, POINTS, y, done, batch=4, folder=tmp_path, seed=1)
+    find_verdicts(ZERO, POINTS, y, done, batch=4, folder=tmp_path, seed=1)
     assert done.seen  # another judgement
     (state, _) = sorted(tmp_path.glob("*.json"))
     state.write_text(json.dumps({"run": 1}))
     with pytest.raises(UserError, match="damaged"):
-        [judge(ZERO, POINTS, y, Halves(), batch=4, folder=tmp_path, seed=s) for s in (0, 1)]
+        [find_verdicts(ZERO, POINTS, y, Halves(), batch=4, folder=tmp_path, seed=s) for s in (0, 1)]
 
 
 def test_another_judgement_has_another_state(small_run, tmp_path):
     model, split = small_run.model()[0], small_run.recipe.data.load().test.take(slice(20))
     attack = Attack(eps=0.1, steps=1)
-    judge(model, split.x, split.y, attack, folder=tmp_path)
+    find_verdicts(model, split.x, split.y, attack, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    judge(model, split.x, split.y, attack, folder=tmp_path)
+    find_verdicts(model, split.x, split.y, attack, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    judge(model, split.x.flip(3), split.y, attack, folder=tmp_path)
-    judge(model, split.x, split.y, attack, folder=tmp_path, batch=7)
-    judge(model, split.x, split.y, attack, folder=tmp_path, precision="bfloat16")
-    judge(model, split.x, split.y, Attack(eps=0.2, steps=1), folder=tmp_path)
+    find_verdicts(model, split.x.flip(3), split.y, attack, folder=tmp_path)
+    find_verdicts(model, split.x, split.y, attack, folder=tmp_path, batch=7)
+    find_verdicts(model, split.x, split.y, attack, folder=tmp_path, precision="bfloat16")
+    find_verdicts(model, split.x, split.y, Attack(eps=0.2, steps=1), folder=tmp_path)
     other = split.x.clone()
     other[-1, 0, 0, 0] ^= 1  # hardly anything, and not in the first images
-    judge(model, other, split.y, attack, folder=tmp_path)
+    find_verdicts(model, other, split.y, attack, folder=tmp_path)
     for sign in (1, -1):  # the same weights, another function
-        judge(Plain(lambda x, s=sign: s * model(x)), split.x, split.y, attack, folder=tmp_path)
+        find_verdicts(Plain(lambda x, s=sign: s * model(x)), split.x, split.y, attack, folder=tmp_path)
     with torch.no_grad():
         next(model.parameters()).add_(1e-6)  # other weights, next to the same function
-    judge(model, split.x, split.y, attack, folder=tmp_path)
+    find_verdicts(model, split.x, split.y, attack, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 9
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path):
     y = torch.zeros(10, dtype=torch.long)
     with pytest.raises(UserError, match="no images"):
-        judge(ZERO, POINTS[:0], y[:0], Attack())
+        find_verdicts(ZERO, POINTS[:0], y[:0], Attack())
     with pytest.raises(UserError, match="divide by 255"):
-        judge(ZERO, POINTS * 255, y, Attack())
+        find_verdicts(ZERO, POINTS * 255, y, Attack())
     with pytest.raises(UserError, match="labels lie in 0 to 1"):
-        judge(ZERO, POINTS, y + 2, Attack())
+        find_verdicts(ZERO, POINTS, y + 2, Attack())
     undefined = Plain(lambda x: torch.stack([(x - x).sqrt().sum((1, 2, 3)), x.sum((1, 2, 3)) * 0], 1))
     with pytest.raises(UserError, match="gradient in the images is NaN"):
-        judge(undefined, POINTS, y, APGD(0.1))
+        find_verdicts(undefined, POINTS, y, APGD(0.1))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        judge(ZERO, POINTS, y, Attack(eps=0.1, steps=1), folder=tmp_path / "file")
+        find_verdicts(ZERO, POINTS, y, Attack(eps=0.1, steps=1), folder=tmp_path / "file")
 
 
 def test_few_images_are_drawn_from_all_classes(small_run):
@@ -546,7 +546,7 @@ def test_few_images_are_drawn_from_all_classes(small_run):
 def test_random_attacks_resume_to_the_same_verdicts(small_run, tmp_path):
     model, split = small_run.model()[0], small_run.recipe.data.load().test.take(slice(60))
     attack = Attack(eps=0.25, steps=3, restarts=3)
-    whole = judge(model, split.x, split.y, attack, batch=20)
+    whole = find_verdicts(model, split.x, split.y, attack, batch=20)
     assert 0 < whole.standing().sum() < 60
 
     def stop(done, note, heard=[]):  # noqa: B006
@@ -555,15 +555,17 @@ def test_random_attacks_resume_to_the_same_verdicts(small_run, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judge(model, split.x, split.y, attack, batch=20, folder=tmp_path, tell=stop)
-    again = judge(model, split.x, split.y, attack, batch=20, folder=tmp_path)
+        find_verdicts(model, split.x, split.y, attack, batch=20, folder=tmp_path, tell=stop)
+    again = find_verdicts(model, split.x, split.y, attack, batch=20, folder=tmp_path)
     assert torch.equal(again.broken, whole.broken)
 
 
 def test_progress_goes_from_nothing_to_all(small_run):
     heard = []
     model, split = small_run.model()[0], small_run.recipe.data.load().test.take(slice(60))
-    judge(model, split.x, split.y, Attack(eps=0.1, steps=4, restarts=2), batch=20, tell=lambda n, note: heard.append(n))
+    find_verdicts(
+        model, split.x, split.y, Attack(eps=0.1, steps=4, restarts=2), batch=20, tell=lambda n, note: heard.append(n)
+    )
     assert heard == sorted(heard)
     assert heard[0] < 10
     assert heard[-1] == 60
@@ -572,8 +574,8 @@ def test_progress_goes_from_nothing_to_all(small_run):
 def test_the_verdict_is_the_networks_own(small_run):
     """A search in another precision may miss points; what it takes for broken is broken in float32 too."""
     model, split = small_run.model()[0], small_run.recipe.data.load().test
-    exact = judge(model, split.x, split.y, APGD(0.2, steps=10)).standing()
-    low = judge(model, split.x, split.y, APGD(0.2, steps=10), precision="bfloat16").standing()
+    exact = find_verdicts(model, split.x, split.y, APGD(0.2, steps=10)).standing()
+    low = find_verdicts(model, split.x, split.y, APGD(0.2, steps=10), precision="bfloat16").standing()
     assert 0 < exact.sum() < exact.numel()
     assert abs(int(exact.sum()) - int(low.sum())) <= 0.02 * exact.numel()
 
@@ -583,11 +585,11 @@ def test_a_search_that_was_deceived_searches_again(described, monkeypatch):
     from advebm.metrics import verdicts
 
     wrong = lambda x: torch.stack([1 + 0 * x[:, 0, 0, 0], 0 * x[:, 0, 0, 0]], 1)
-    monkeypatch.setattr(verdicts, "faster", lambda model, x, precision: wrong)
+    monkeypatch.setattr(verdicts, "faster_model", lambda model, x, precision: wrong)
     attack = APGD(0.1, steps=5)
     f = linear(torch.tensor([10.0]), b=-5.0)
     x, y = torch.tensor([0.51, 0.53, 0.55, 0.57, 0.58, 0.7]).view(6, 1, 1, 1), torch.ones(6, dtype=torch.long)
-    assert judge(Plain(f), x, y, attack).standing().tolist() == [False] * 5 + [True]
+    assert find_verdicts(Plain(f), x, y, attack).standing().tolist() == [False] * 5 + [True]
 
 
 def test_an_attack_that_leaves_its_ball_is_refused(described):
@@ -600,7 +602,7 @@ def test_an_attack_that_leaves_its_ball_is_refused(described):
 
     for attack in (Far(), Outside()):
         with pytest.raises(UserError, match="left its ball or the box"):
-            judge(ZERO, POINTS, torch.zeros(10, dtype=torch.long), attack)
+            find_verdicts(ZERO, POINTS, torch.zeros(10, dtype=torch.long), attack)
 
 
 def test_a_critic_is_attacked_as_two_classes():
@@ -609,10 +611,10 @@ def test_a_critic_is_attacked_as_two_classes():
     torch.testing.assert_close(two_classes(critic)(POINTS).softmax(1)[:, 1], critic(POINTS).sigmoid())
     y = (POINTS.flatten() > 0.5).long()
     for shape in (lambda v: v, lambda v: v[:, None]):
-        found = judge(Plain(lambda x, s=shape: s(critic(x))), POINTS, y, AutoAttack(0.1, version="quick"))
+        found = find_verdicts(Plain(lambda x, s=shape: s(critic(x))), POINTS, y, AutoAttack(0.1, version="quick"))
         assert found.standing().tolist() == [abs(v - 0.5) > 0.1 for v in POINTS.flatten().tolist()]
     for attack in (FAB(0.1, steps=10), Square(0.1, queries=20)):
-        assert judge(critic, POINTS, y, attack).standing().sum() == 8
+        assert find_verdicts(critic, POINTS, y, attack).standing().sum() == 8
 
 
 def test_intervals_are_wilsons():
@@ -642,7 +644,7 @@ def test_folding_changes_nothing_but_rounding(small_run):
     assert any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
     model = small_run.model()[0]
     with searching(model) as f:
-        quick = faster(model, small_run.recipe.data.load().test.float()[:4])
+        quick = faster_model(model, small_run.recipe.data.load().test.float()[:4])
         assert quick is not model
         x = torch.rand(5, 1, 8, 8)
         torch.testing.assert_close(quick(x), f(x), rtol=1e-4, atol=1e-4)
@@ -665,4 +667,4 @@ def test_what_cannot_be_folded_is_left_alone():
             return (-1) ** self.calls * self.conv(x).mean((2, 3))
 
     for model in (Odd().eval(), Alternating().eval()):
-        assert faster(model, torch.rand(2, 1, 4, 4)) is model
+        assert faster_model(model, torch.rand(2, 1, 4, 4)) is model

@@ -6,7 +6,7 @@ import torch
 from advebm import energies
 from advebm.attacks.projected import Attack, fgsm
 from advebm.core.errors import UserError
-from advebm.metrics.verdicts import judge
+from advebm.metrics.verdicts import find_verdicts
 from tests.helpers import Plain
 from tests.references import attacks as reference
 
@@ -20,14 +20,14 @@ def test_fgsm_is_one_full_sign_step(model, batch):
     x = reference.input_gradient(model, batch.x, batch.y)
     expected = (batch.x + 0.03 * x.sign()).clamp(0, 1)
     attack = fgsm(0.03)
-    torch.testing.assert_close(attack.minimize(attack.harm(model, batch.y), batch.x, None), expected)
+    torch.testing.assert_close(attack.minimize(attack.negative_loss(model, batch.y), batch.x, None), expected)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_pgd_agrees_with_a_reference(model, batch, norm):
     eps, step = (0.05, 0.02) if norm == "linf" else (0.6, 0.25)
     attack = Attack(eps=eps, norm=norm, steps=6, step_size=step, start="clean")
-    ours = attack.minimize(attack.harm(model, batch.y), batch.x, None)
+    ours = attack.minimize(attack.negative_loss(model, batch.y), batch.x, None)
     theirs = getattr(reference, f"pgd_{norm}")(model, batch.x, batch.y, eps, step, 6)
     torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, batch.x)
@@ -35,7 +35,7 @@ def test_pgd_agrees_with_a_reference(model, batch, norm):
 
 def test_energy_attack_agrees_with_a_reference(model, batch):
     attack = dataclasses.replace(fgsm(0.03), loss="energy")
-    ours = attack.minimize(attack.harm(model, batch.y), batch.x, None)
+    ours = attack.minimize(attack.negative_loss(model, batch.y), batch.x, None)
     torch.testing.assert_close(ours, reference.energy_fgsm(model, batch.x, batch.y, 0.03))
 
 
@@ -46,7 +46,7 @@ def test_an_attack_beats_a_random_corner_of_its_ball(model, batch, generator, lo
     energy = energies.conditional if loss == "cross-entropy" else energies.joint
     measure = lambda x: (energy(model(x), batch.y) - energy(model(batch.x), batch.y)).mean()
     corner = (batch.x + 8 / 255 * torch.randn(batch.x.shape, generator=generator).sign()).clamp(0, 1)
-    found = attack.minimize(attack.harm(model, batch.y), batch.x, generator)
+    found = attack.minimize(attack.negative_loss(model, batch.y), batch.x, generator)
     assert measure(found) > 2 * measure(corner).abs()
 
 
@@ -62,7 +62,7 @@ def test_a_targeted_attack_raises_the_target(model, batch, generator):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_every_start_stays_in_ball_and_box(model, batch, generator, start, norm):
     attack = Attack(eps=0.1, norm=norm, steps=3, start=start, spread=1.0)
-    found = attack.minimize(attack.harm(model, batch.y), batch.x, generator)
+    found = attack.minimize(attack.negative_loss(model, batch.y), batch.x, generator)
     length = (found - batch.x).flatten(1).norm(p=torch.inf if norm == "linf" else 2, dim=1)
     assert (length <= 0.1 + 1e-9).all()
     assert found.min() >= 0
@@ -86,7 +86,7 @@ def test_default_step_is_two_and_a_half_radii_over_the_steps():
 def test_restarts_keep_the_lowest_energy_of_each_image(model, batch):
     attack = Attack(eps=0.3, norm="l2", steps=1, step_size=1e-6, restarts=8)
     once = dataclasses.replace(attack, restarts=1)
-    energy = attack.harm(model, batch.y)
+    energy = attack.negative_loss(model, batch.y)
     g = torch.Generator().manual_seed(0)
     singles = torch.stack([energy(once.minimize(energy, batch.x, g)) for _ in range(8)]).detach()
     best = energy(attack.minimize(energy, batch.x, torch.Generator().manual_seed(0))).detach()
@@ -100,18 +100,18 @@ def test_a_point_survives_only_if_every_restart_fails(batch):
     y = torch.zeros(4000, dtype=torch.long)
     f = lambda v: torch.cat([0.5 - v.flatten(1), v.flatten(1) - 0.5], 1)  # wrong where the pixel exceeds 0.5
     still = Attack(eps=0.1, steps=1, step_size=1e-9, restarts=3)
-    share = judge(Plain(f), x, y, still).standing().float().mean().item()
+    share = find_verdicts(Plain(f), x, y, still).standing().float().mean().item()
     assert share == pytest.approx(1 / 8, abs=4 * (7 / 64 / 4000) ** 0.5)
 
 
 def test_the_clean_image_counts_as_an_attack(batch):
     """An attack that could repair a wrong image must not."""
     f = lambda v: torch.stack([0 * v.sum((1, 2, 3)), 1 + 0 * v.sum((1, 2, 3))], 1)
-    right = judge(Plain(f), torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 1, 0, 1]), Attack(steps=1))
+    right = find_verdicts(Plain(f), torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 1, 0, 1]), Attack(steps=1))
     assert right.standing().tolist() == [False, True, True, False, True]
     coin = lambda v: torch.cat([0.5 - v.flatten(1), v.flatten(1) - 0.5], 1)
     wrong, nothing = torch.full((100, 1, 1, 1), 0.51), torch.zeros(100, dtype=torch.long)
-    assert not judge(Plain(coin), wrong, nothing, Attack(eps=0.1, steps=1, step_size=1e-9)).standing().any()
+    assert not find_verdicts(Plain(coin), wrong, nothing, Attack(eps=0.1, steps=1, step_size=1e-9)).standing().any()
 
 
 @pytest.mark.parametrize(

@@ -368,10 +368,10 @@ def test_few_samples_do_not_cost_the_other_records(run, capsys):
 
 def test_samples_of_another_checkpoint_are_noticed(run):
     from advebm.evaluation.evaluate import evaluate_run
-    from advebm.workflows.sample import draw
+    from advebm.workflows.sample import draw_set
 
     other = run.checkpoints.names()[0]
-    draw(run, "old", run.recipe.sampler, 1, checkpoint=other)
+    draw_set(run, "old", run.recipe.sampler, 1, checkpoint=other)
     recipe = __import__("dataclasses").replace(run.recipe, metrics=())
     with pytest.warns(UserWarning, match=f"samples old were drawn from checkpoint {other}, not 6016"):
         assert evaluate_run(run, recipe=recipe) == []

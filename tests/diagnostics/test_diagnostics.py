@@ -258,9 +258,9 @@ def test_diagnose_draws_every_figure_into_the_report(runs, capsys):
     arguments = ["--images", "20", "--steps", "12", "--sampler.steps", "3", "--device", "cpu"]
     assert main(["diagnose", *(str(run.folder) for run in runs), *arguments]) == 0
     out = capsys.readouterr().out
-    hung = figure_store.hung(runs[0])
+    hung = figure_store.load_figures(runs[0])
     assert {f["name"] for f in hung} == set(PORTRAITS)
-    assert not figure_store.hung(runs[1])
+    assert not figure_store.load_figures(runs[1])
     assert "offset of the minimum" in out
     one, two = (str(run.folder) for run in runs)
     for figure in hung:
@@ -279,10 +279,10 @@ def test_diagnose_of_a_critic(tmp_path, capsys):
     )
     run = train(recipe, tmp_path / "run", device="cpu")
     assert main(["diagnose", str(run.folder), "--images", "12", "--steps", "10", "--device", "cpu"]) == 0
-    assert {f["name"] for f in figure_store.hung(run)} == set(PORTRAITS) - {"gradients"}
+    assert {f["name"] for f in figure_store.load_figures(run)} == set(PORTRAITS) - {"gradients"}
     arguments = ["--what", "energies", "--method", "langevin", "--sampler.start", "noise", "--images", "12"]
     assert main(["diagnose", str(run.folder), *arguments, "--device", "cpu"]) == 0
-    (numbers,) = next(f["numbers"] for f in figure_store.hung(run) if f["name"] == "energies").values()
+    (numbers,) = next(f["numbers"] for f in figure_store.load_figures(run) if f["name"] == "energies").values()
     assert any(name.startswith("outside: ") for name in numbers)  # though no chain begins there
     assert main(["diagnose", str(run.folder), "--what", "gradients", "--device", "cpu"]) == 2
     assert "a critic has one energy" in " ".join(capsys.readouterr().err.split())

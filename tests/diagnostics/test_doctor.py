@@ -21,7 +21,7 @@ from advebm.data.sources import Images
 from advebm.diagnostics.doctor import (
     ATTACKS,
     CHECKS,
-    Patient,
+    ModelUnderTest,
     autoattack,
     examine,
     examine_split,
@@ -50,7 +50,7 @@ def fit(model, *, eps=0.0, epochs=12):
             if eps:
                 with searching(model) as f:
                     attack = Attack(eps=eps * min(1, epoch / 5), norm="l2", steps=3)
-                    moved = attack.minimize(attack.harm(f, y[rows]), moved, generator) if epoch else moved
+                    moved = attack.minimize(attack.negative_loss(f, y[rows]), moved, generator) if epoch else moved
             loss = nn.functional.cross_entropy(model.train()(moved), y[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -290,7 +290,7 @@ def test_the_same_generator_gives_the_same_findings(standard):
 
 def patient(model, x=X):
     with searching(model) as f:
-        return Patient(model, f, x, Y[: len(x)], THREAT, torch.Generator().manual_seed(0), {}, False)
+        return ModelUnderTest(model, f, x, Y[: len(x)], THREAT, torch.Generator().manual_seed(0), {}, False)
 
 
 def test_the_misfit_of_a_batch_norm_by_hand():
@@ -324,7 +324,7 @@ def test_a_weak_attack_is_not_taken_for_a_strong_model(linear):
     """Of the threat, radius and norm count: no finding comes from its steps, its start or its loss."""
     weak = Attack(eps=0.9, norm="l2", steps=1, step_size=1e-4, start="clean", loss="energy")
     assert look(linear, threat=weak) == []
-    patient = Patient(linear, linear, X, Y, weak, torch.Generator(), {}, False)
+    patient = ModelUnderTest(linear, linear, X, Y, weak, torch.Generator(), {}, False)
     assert patient.many == THREAT
 
 
@@ -389,7 +389,7 @@ def test_models_that_fail_later_are_findings_too(standard, linear):
 def test_autoattack_has_to_be_as_strong_as_plain_descent(standard):
     """Told that plain descent breaks all images at a radius at which few can be broken, the doctor notices."""
     with searching(standard) as f:
-        patient = Patient(standard, f, X, Y, SMALL, torch.Generator().manual_seed(0), {}, False)
+        patient = ModelUnderTest(standard, f, X, Y, SMALL, torch.Generator().manual_seed(0), {}, False)
         assert autoattack(patient) is None
         patient.__dict__["under_many"] = 0.0
         assert autoattack(patient).name == "weaker-autoattack"

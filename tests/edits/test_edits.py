@@ -9,7 +9,7 @@ from advebm import energies
 from advebm.core.config import KINDS, build
 from advebm.core.errors import UserError
 from advebm.descent import Descent, both, box, means, unit
-from advebm.edits.base import Edit, box_hole, joined
+from advebm.edits.base import Edit, box_hole, join_parts
 from advebm.edits.restore import Denoise, Inpaint, Upsample, median
 from advebm.edits.transform import Compose, Counterfactual, Interpolate, Paint, Translate, spherical
 from advebm.metrics.unusual import unusual
@@ -332,7 +332,7 @@ def test_how_unusual_an_image_is():
 
 def test_images_do_not_depend_on_each_other(net, batch, hole):
     whole = Inpaint(steps=4)(net, batch.x, batch.y, hole=hole)
-    parts = joined([Inpaint(steps=4)(net, batch.x[i : i + 3], batch.y[i : i + 3], hole=hole) for i in (0, 3)])
+    parts = join_parts([Inpaint(steps=4)(net, batch.x[i : i + 3], batch.y[i : i + 3], hole=hole) for i in (0, 3)])
     torch.testing.assert_close(parts.x, whole.x)
     torch.testing.assert_close(parts.film, whole.film)
     assert parts.numbers.keys() == whole.numbers.keys()

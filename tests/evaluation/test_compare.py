@@ -24,7 +24,7 @@ from advebm.metrics.energy import Energies
 from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.metrics.ood import OutOfDistribution
 from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, measure
-from advebm.metrics.verdicts import judge
+from advebm.metrics.verdicts import find_verdicts
 from advebm.models.precision import asked_precision
 from advebm.objectives.at import AT
 from advebm.objectives.awp import AWP
@@ -41,9 +41,9 @@ from advebm.runs.optim import Cyclic
 from advebm.runs.recipe import read, resolve
 from advebm.runs.run import Run
 from advebm.sampling.step_curve import Chains, Point
-from advebm.training.cost import passes
+from advebm.training.cost import passes_per_image
 from advebm.training.loop import train
-from advebm.workflows.sample import draw
+from advebm.workflows.sample import draw_set
 from tests.helpers import few_samples, patch_experiments, tiny
 from tests.references import attacks as reference
 
@@ -71,12 +71,12 @@ def run(small_run, tmp_path):
     ],
 )
 def test_passes_are_those_of_the_algorithm(objective, forward, backward):
-    assert passes(dataclasses.replace(tiny("digits-standard"), objective=objective)) == (forward, backward)
+    assert passes_per_image(dataclasses.replace(tiny("digits-standard"), objective=objective)) == (forward, backward)
 
 
 def test_passes_of_a_growing_search_are_those_of_its_longest():
     options = [("objective.curriculum", {"steps": 5}), ("objective.r1", 0.0)]
-    assert passes(resolve(recipes.find("digits-binary-at"), options)) == (7, 7)  # both sets in the loss
+    assert passes_per_image(resolve(recipes.find("digits-binary-at"), options)) == (7, 7)  # both sets in the loss
 
 
 def test_a_comparison_measures_once(run, monkeypatch):
@@ -99,7 +99,7 @@ def test_a_comparison_measures_once(run, monkeypatch):
 @few_samples
 def test_what_has_changed_is_measured_again(run, tmp_path):
     """Another step of the same attack, other samples, another judge: none passes for what was measured before."""
-    draw(run, "cs-class", run.recipe.sampler, 4)
+    draw_set(run, "cs-class", run.recipe.sampler, 4)
     threat, names = Attack(eps=0.3, norm="l2", steps=4), ("accuracy under PGD-10 l2 0.3", "FD (features of run)")
     judge = shutil.copytree(run.folder, tmp_path / "judge" / "run")
     read = lambda **o: {
@@ -108,7 +108,7 @@ def test_what_has_changed_is_measured_again(run, tmp_path):
     first = read()
     tiny_steps = read(threat=dataclasses.replace(threat, step_size=1e-4))
     assert tiny_steps[names[0]]["value"] > first[names[0]]["value"]
-    draw(run, "cs-class", dataclasses.replace(run.recipe.sampler, steps=1), 4)
+    draw_set(run, "cs-class", dataclasses.replace(run.recipe.sampler, steps=1), 4)
     other = read()
     assert other[names[0]]["value"] == first[names[0]]["value"]
     assert other[names[1]]["value"] != first[names[1]]["value"]
@@ -118,7 +118,7 @@ def test_what_has_changed_is_measured_again(run, tmp_path):
 
 
 def test_runs_of_one_recipe_are_told_apart_by_folder(run, small_run):
-    assert list(compare.titled([run, small_run])) == [str(run.folder), str(small_run.folder)]
+    assert list(compare.by_title([run, small_run])) == [str(run.folder), str(small_run.folder)]
 
 
 def test_seeds_give_mean_and_deviation():
@@ -153,7 +153,7 @@ def test_a_targeted_attack_goes_to_another_class(small_run):
     expected = reference.pgd_l2(model, x, goal, 0.9, -0.45, 5)  # descends the cross-entropy of the goal
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=0)
     (record,) = TargetedAccuracy()(subject, torch.Generator().manual_seed(1))
-    stands = judge(model, split.x, split.y, Targeted(attack), seed=3).standing().float().mean().item()
+    stands = find_verdicts(model, split.x, split.y, Targeted(attack), seed=3).standing().float().mean().item()
     assert record.value == pytest.approx(stands, abs=0.1)  # other goals
     untargeted = measure(subject, attack, torch.Generator().manual_seed(1))[0]
     assert record.value > untargeted
@@ -227,7 +227,7 @@ def test_metrics_that_say_all_of_themselves_are_held_by_all_of_it(run, monkeypat
 
 def test_energies_of_samples_are_held(run):
     """They say nothing of how the samples were drawn, and are not measured again for that."""
-    draw(run, "cs-class", run.recipe.sampler, 2)
+    draw_set(run, "cs-class", run.recipe.sampler, 2)
     wanted = {Key("E(x)", set="test images"): Energies(), Key("E(x)", samples="cs-class"): Energies()}
     for _ in range(2):
         assert [key_of(r) for r in compare.measure(run, wanted)] == list(wanted)

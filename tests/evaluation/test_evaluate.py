@@ -138,8 +138,8 @@ def test_images_from_a_folder_are_judged_as_samples(run, tmp_path, capsys):
     records = run.records()
     assert {r["settings"]["samples"] for r in records if r["name"].startswith("FD")} == {"mine", "flat"}
     assert {r["settings"]["samples"] for r in records if r["name"].startswith("intended")} == {"mine"}
-    assert generate.read(run.folder / "samples" / "mine").y.tolist() == 6 * [0] + 6 * [3]
-    flat_set = generate.read(run.folder / "samples" / "flat")
+    assert generate.read_set(run.folder / "samples" / "mine").y.tolist() == 6 * [0] + 6 * [3]
+    flat_set = generate.read_set(run.folder / "samples" / "flat")
     assert flat_set.y.tolist() == 6 * [-1]
     torch.testing.assert_close(flat_set.x[1], torch.full((1, 8, 8), 40 / 255))
     assert cli.main(["report", str(run.folder)]) == 0

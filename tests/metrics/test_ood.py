@@ -18,7 +18,17 @@ from advebm.data.sources import Augmentations, Data, Digits, Images, Part
 from advebm.evaluation import evaluate
 from advebm.metrics.base import Subject
 from advebm.metrics.detectors import Detectors
-from advebm.metrics.ood import ODIN, EnergyScore, MaxLogit, MaxSoftmax, OutOfDistribution, aupr, auroc, fpr95, lowest
+from advebm.metrics.ood import (
+    ODIN,
+    EnergyScore,
+    MaxLogit,
+    MaxSoftmax,
+    OutOfDistribution,
+    aupr,
+    auroc,
+    fpr95,
+    lowest_scores,
+)
 from advebm.reporting import figures
 from advebm.reporting.build import report
 from advebm.runs.recipe import resolve
@@ -190,16 +200,16 @@ class Grey:
 
 def test_noises_have_the_moments_they_name(generator):
     data = Digits().load()
-    name, x = ood_sets.draw(UniformNoise(), data, 500, generator)
+    name, x = ood_sets.draw_outliers(UniformNoise(), data, 500, generator)
     assert (name, x.shape, x.dtype) == ("uniform", (500, 1, 8, 8), torch.float32)
     assert x.mean().item() == pytest.approx(0.5, abs=0.01)
     assert x.std().item() == pytest.approx(math.sqrt(1 / 12), abs=0.01)
-    name, x = ood_sets.draw(GaussianNoise(0.4, 0.1), data, 500, generator)
+    name, x = ood_sets.draw_outliers(GaussianNoise(0.4, 0.1), data, 500, generator)
     assert name == "gaussian"
     assert (x.mean().item(), x.std().item()) == pytest.approx((0.4, 0.1), abs=0.01)
     wide = GaussianNoise(0.5, 2.0).draw(data, 9, generator)
     assert (wide.min().item(), wide.max().item()) == (0, 1)
-    name, x = ood_sets.draw(ClassGaussianNoise(), data, 2000, generator)
+    name, x = ood_sets.draw_outliers(ClassGaussianNoise(), data, 2000, generator)
     assert name == "class-gaussian"
     torch.testing.assert_close(x.mean(0), data.train.float().mean(0), atol=0.06, rtol=0)  # clamping moves it a little
     with pytest.raises(UserError, match="std is a deviation > 0"):
@@ -215,37 +225,37 @@ def test_the_class_gaussian_of_unlabelled_images(generator):
 
 def test_images_of_another_shape_are_fitted():
     steps = torch.linspace(0, 1, 8).view(1, 1, 1, 8).expand(1, 1, 8, 8)
-    assert torch.equal(ood_sets.fit(steps, (3, 8, 8)), steps.expand(1, 3, 8, 8))
+    assert torch.equal(ood_sets.fit_shape(steps, (3, 8, 8)), steps.expand(1, 3, 8, 8))
     colour = torch.stack([0 * steps[0, 0], steps[0, 0], 0.5 * steps[0, 0]])[None]
-    torch.testing.assert_close(ood_sets.fit(colour, (1, 8, 8)), 0.5 * steps)
-    flat = ood_sets.fit(torch.full((2, 3, 5, 7), 0.3), (1, 8, 8))
+    torch.testing.assert_close(ood_sets.fit_shape(colour, (1, 8, 8)), 0.5 * steps)
+    flat = ood_sets.fit_shape(torch.full((2, 3, 5, 7), 0.3), (1, 8, 8))
     torch.testing.assert_close(flat, torch.full((2, 1, 8, 8), 0.3))
-    halved = ood_sets.fit(steps, (1, 8, 4))[0, 0, 0]
+    halved = ood_sets.fit_shape(steps, (1, 8, 4))[0, 0, 0]
     torch.testing.assert_close(halved[1:3].mean(), torch.tensor(0.5))
     assert (halved.diff() > 0.2).all()
 
 
 def test_a_source_gives_distinct_test_images(generator):
     data, levels = Digits().load(), tuple(range(0, 200, 5))
-    name, x = ood_sets.draw(Grey(levels, (3, 6, 6)), data, 12, generator)
+    name, x = ood_sets.draw_outliers(Grey(levels, (3, 6, 6)), data, 12, generator)
     assert (name, x.shape) == ("grey", (12, 1, 8, 8))
     drawn = (x.mean((1, 2, 3)) * 255).round().int().tolist()
     assert len(set(drawn)) == 12
     assert set(drawn) <= set(levels)
     assert drawn != sorted(drawn)  # files stand class by class
-    assert len(ood_sets.draw(Grey(levels), data, 1000, generator)[1]) == len(levels)
+    assert len(ood_sets.draw_outliers(Grey(levels), data, 1000, generator)[1]) == len(levels)
 
 
 @pytest.mark.parametrize("same", [Digits(), Digits(split_seed=3), Part()], ids=lambda s: type(s).__name__)
 def test_the_data_itself_is_refused(same, generator):
     with pytest.raises(UserError, match="images of digits are images of digits itself"):
-        ood_sets.draw(same, Digits().load(), 100, generator)
+        ood_sets.draw_outliers(same, Digits().load(), 100, generator)
 
 
 def test_a_few_common_images_are_no_reason_to_refuse(generator):
     data = Grey((1, 2, 3)).load()
-    assert ood_sets.overlap(torch.cat([data.train.x, data.train.x + 100]), data) == 3
-    assert len(ood_sets.draw(Grey((1, 50, 60, 70)), data, 10, generator)[1]) == 4
+    assert ood_sets.count_shared(torch.cat([data.train.x, data.train.x + 100]), data) == 3
+    assert len(ood_sets.draw_outliers(Grey((1, 50, 60, 70)), data, 10, generator)[1]) == 4
 
 
 # The metric -----------------------------------------------------------------------------------------------------------
@@ -356,8 +366,10 @@ def test_a_search_climbs_its_own_score_and_the_score_itself_judges(generator):
         return z.flatten(1).sum(1)
 
     options = {"eps": 0.2, "norm": "l2", "steps": 5, "restarts": 1, "generator": generator}
-    assert lowest(score, x, **options).tolist() == pytest.approx([-2.4] * 3, abs=1e-2)
-    assert lowest(score, x, search=other, **options).tolist() == pytest.approx([-2.0] * 3, abs=1e-4)  # the image's own
+    assert lowest_scores(score, x, **options).tolist() == pytest.approx([-2.4] * 3, abs=1e-2)
+    assert lowest_scores(score, x, search=other, **options).tolist() == pytest.approx(
+        [-2.0] * 3, abs=1e-4
+    )  # the image's own
     assert asked
 
 

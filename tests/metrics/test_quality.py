@@ -26,7 +26,7 @@ from advebm.metrics.quality import SampleQuality
 from advebm.metrics.spaces import InceptionFeatures, Pixels
 from advebm.models import inception
 from advebm.runs.run import Run
-from advebm.workflows.sample import draw
+from advebm.workflows.sample import draw_set
 from tests.helpers import few_samples
 from tests.references import quality as reference
 
@@ -417,7 +417,7 @@ def test_features_of_a_model_in_training_leave_no_trace(net):
 @few_samples
 def test_runs_are_judged_and_compared_in_pixels(small_run, tmp_path):
     run = Run(Path(shutil.copytree(small_run.folder, tmp_path / "run")))
-    draw(run, "cs-class", run.recipe.sampler, 2)
+    draw_set(run, "cs-class", run.recipe.sampler, 2)
     names = [r.name for r in evaluate_run(run, features="pixels")]
     assert {"FD (pixels)", "KID (pixels)", "coverage (pixels)"} <= set(names)
     assert not any("class score" in name for name in names)

@@ -11,7 +11,7 @@ from advebm.core.errors import UserError
 from advebm.edits.restore import Denoise, Inpaint, Upsample
 from advebm.edits.transform import Counterfactual, Translate
 from advebm.metrics.base import Features, Subject
-from advebm.metrics.restoration import Counterfactuals, Restoration, fidelity, salted, spoilt
+from advebm.metrics.restoration import Counterfactuals, Restoration, add_salt_and_pepper, corrupt_for, fidelity
 from advebm.metrics.similarity import psnr
 from tests.helpers import Plain
 
@@ -40,14 +40,14 @@ def test_fidelity_is_scikit_images(generator):
 
 def test_what_edits_are_given(generator):
     x = torch.full((1, 3, 100, 100), 0.5)
-    noisy = spoilt(Denoise(sigma=0.1), x, None, generator)
+    noisy = corrupt_for(Denoise(sigma=0.1), x, None, generator)
     assert noisy.std().item() == pytest.approx(0.1, rel=0.05)
-    pepper = salted(x, 0.2, generator)
+    pepper = add_salt_and_pepper(x, 0.2, generator)
     assert (pepper == 0).float().mean().item() == pytest.approx(0.1, abs=0.015)
     assert (pepper == 1).float().mean().item() == pytest.approx(0.1, abs=0.015)
     assert ((pepper == 0.5).all(1) | (pepper != 0.5).all(1)).all()
-    assert spoilt(Upsample(factor=4), x, None, generator).shape == (1, 3, 25, 25)
-    assert spoilt(Translate(), x, None, generator) is x
+    assert corrupt_for(Upsample(factor=4), x, None, generator).shape == (1, 3, 25, 25)
+    assert corrupt_for(Translate(), x, None, generator) is x
 
 
 def test_restoration_beside_other_ways(subject):

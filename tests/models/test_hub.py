@@ -20,7 +20,7 @@ from advebm.models import hub, network
 from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
 from advebm.reporting.card import _public
-from advebm.reporting.card import publish as publish_run
+from advebm.reporting.card import write_model as publish_run
 from advebm.reporting.terminal import record_table
 from advebm.runs.recipe import dump, resolve
 from advebm.runs.run import Run

@@ -20,9 +20,9 @@ from advebm.core.errors import Interrupted, UserError
 from advebm.descent import value_and_gradient
 from advebm.metrics.base import Subject
 from advebm.metrics.robustness import RobustAccuracy
-from advebm.metrics.verdicts import judge
+from advebm.metrics.verdicts import find_verdicts
 from advebm.models import precision
-from advebm.models.inference import WAYS, Fast, View, fast, fold, make_view
+from advebm.models.inference import BACKENDS, Backend, View, find_backend, fold, make_view
 from advebm.models.modes import searching
 from advebm.models.network import Architecture
 from advebm.models.resnet import PreActResNet, ResNet
@@ -84,12 +84,12 @@ def gradient(f, x):
 
 
 def test_ways_have_names():
-    assert list(WAYS) == ["off", "fold", "compile", "bf16", "bf16+compile"]
-    assert all(way.name == name == fast(name).name for name, way in WAYS.items())
-    assert fast("auto") == Fast()
-    assert fast("auto", "bfloat16") == WAYS["bf16"]
+    assert list(BACKENDS) == ["off", "fold", "compile", "bf16", "bf16+compile"]
+    assert all(way.name == name == find_backend(name).name for name, way in BACKENDS.items())
+    assert find_backend("auto") == Backend()
+    assert find_backend("auto", "bfloat16") == BACKENDS["bf16"]
     with pytest.raises(UserError, match=r"no fast 'bf61' \(did you mean 'bf16'"):
-        fast("bf61")
+        find_backend("bf61")
 
 
 def test_off_may_stand_in_yaml_without_quotes():
@@ -118,7 +118,7 @@ def test_a_folded_convolution_by_hand():
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_folded_network_is_the_same_function(name):
     model, x = network(BACKBONES[name]), images()
-    made = make_view(model, x, Fast())
+    made = make_view(model, x, Backend())
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert (made is None) == (not norms)
     if made is None:
@@ -135,7 +135,7 @@ def test_a_folded_network_is_the_same_function(name):
 
 def test_a_search_sees_the_weights_as_they_are(generator):
     model, x = network(ResNet(8, width=8)).train(), images()
-    made = make_view(model, x, Fast())
+    made = make_view(model, x, Backend())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
         optimizer.zero_grad()
@@ -150,7 +150,7 @@ def test_a_search_sees_the_weights_as_they_are(generator):
 
 def test_only_searches_in_eval_mode_that_are_given_a_view_call_it():
     model = network(SmallConv(width=4))
-    made = make_view(model, images(), Fast())
+    made = make_view(model, images(), Backend())
     with searching(model, view=made, training=True) as f:
         assert f is model
     with searching(model, view=made) as f:
@@ -204,13 +204,13 @@ def test_norms_that_are_not_the_convolutions_own_stay(make):
     folded, copies = fold(model)
     assert copies == []
     torch.testing.assert_close(folded(x), model(x))
-    assert make_view(model, x, Fast()) is None
+    assert make_view(model, x, Backend()) is None
 
 
 def test_a_norm_with_branches_is_not_folded():
     model = network(SmallConv(width=4, norm="dual"))
-    assert make_view(model, images(), Fast()) is None
-    assert make_view(model, images(), WAYS["bf16"]).way == Fast(fold=False, precision="bfloat16")
+    assert make_view(model, images(), Backend()) is None
+    assert make_view(model, images(), BACKENDS["bf16"]).way == Backend(fold=False, precision="bfloat16")
 
 
 # Low precision --------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_a_norm_with_branches_is_not_folded():
 @pytest.mark.parametrize("name", BACKBONES)
 def test_low_precision_is_the_backbones_alone(name):
     model, x = network(BACKBONES[name]), images()
-    made, full = make_view(model, x, WAYS["bf16"]), {k: v.clone() for k, v in model.state_dict().items()}
+    made, full = make_view(model, x, BACKENDS["bf16"]), {k: v.clone() for k, v in model.state_dict().items()}
     assert {c.layer.weight.dtype for c in made.copies} == {torch.bfloat16}
     assert len(made.copies) == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.backbone.modules())
     seen = []
@@ -239,13 +239,13 @@ def test_low_precision_is_the_backbones_alone(name):
 
 def test_a_lowered_view_follows_the_weights():
     model, x = network(ResNet(8, width=8)), images()
-    made = make_view(model, x, WAYS["bf16"])
+    made = make_view(model, x, BACKENDS["bf16"])
     before = made(x)
     disturb(model, 1)
     assert torch.equal(made(x), before)
     with searching(model, view=made) as f:
         again = f(x)
-    fresh = make_view(model, x, WAYS["bf16"])(x)
+    fresh = make_view(model, x, BACKENDS["bf16"])(x)
     assert torch.equal(again, fresh)
     assert not torch.equal(again, before)
 
@@ -269,20 +269,20 @@ def test_what_was_asked_for_and_does_not_apply_is_one_line():
     with pytest.warns(
         RuntimeWarning, match=r"fast fold does not apply: .*control flow.*; searches run with fast off"
     ) as said:
-        assert make_view(Branching(), x, WAYS["fold"], loud=True) is None
+        assert make_view(Branching(), x, BACKENDS["fold"], loud=True) is None
     assert len(said) == 1
     with pytest.warns(RuntimeWarning, match="there is no batch norm after a convolution"):
-        assert make_view(network(SmallConv(width=4, norm="none")), x, WAYS["fold"], loud=True) is None
-    assert make_view(Branching(), x, WAYS["bf16"], loud=True).way == Fast(fold=False, precision="bfloat16")
-    assert make_view(Branching(), x, WAYS["off"], loud=True) is None
-    assert make_view(Branching(), x, WAYS["fold"]) is None
+        assert make_view(network(SmallConv(width=4, norm="none")), x, BACKENDS["fold"], loud=True) is None
+    assert make_view(Branching(), x, BACKENDS["bf16"], loud=True).way == Backend(fold=False, precision="bfloat16")
+    assert make_view(Branching(), x, BACKENDS["off"], loud=True) is None
+    assert make_view(Branching(), x, BACKENDS["fold"]) is None
 
 
 def test_hardware_without_bfloat16_folds(monkeypatch):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
     with pytest.warns(RuntimeWarning, match="this cpu does not multiply in bfloat16; searches run with fast fold"):
-        made = make_view(network(SmallConv(width=4)), images(), WAYS["bf16"], loud=True)
-    assert made.way == Fast()
+        made = make_view(network(SmallConv(width=4)), images(), BACKENDS["bf16"], loud=True)
+    assert made.way == Backend()
 
 
 def test_what_has_no_gradient_to_try_is_only_folded():
@@ -292,8 +292,8 @@ def test_what_has_no_gradient_to_try_is_only_folded():
 
     model = Steps(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)).eval()
     with pytest.warns(RuntimeWarning, match="fast bf16 does not apply: .* does not require grad.* with fast fold"):
-        made = make_view(model, images(), WAYS["bf16"], loud=True)
-    assert made.way == Fast()
+        made = make_view(model, images(), BACKENDS["bf16"], loud=True)
+    assert made.way == Backend()
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_gradients_are_compiled_at_one_size_of_batch(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     model, x = network(ResNet(8, width=8)), images()
-    made = make_view(model, x, WAYS["compile"], loud=True)
+    made = make_view(model, x, BACKENDS["compile"], loud=True)
     assert made.way.name == "compile"
     for change in (1, 2):
         seen.clear()
@@ -335,8 +335,8 @@ def test_without_a_compiler_it_runs_as_it_is(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     with pytest.warns(RuntimeWarning, match=r"fast bf16\+compile .*: no C\+\+ compiler; searches run with fast bf16$"):
-        made = make_view(network(SmallConv(width=4)), images(), WAYS["bf16+compile"], loud=True)
-    assert made.way == WAYS["bf16"]
+        made = make_view(network(SmallConv(width=4)), images(), BACKENDS["bf16+compile"], loud=True)
+    assert made.way == BACKENDS["bf16"]
 
 
 # What a fast search may not change ------------------------------------------------------------------------------------
@@ -354,9 +354,9 @@ def test_robust_accuracy_and_attained_loss_agree_with_float32(trained, way):
     x, y = data.test.float(), data.test.y
     attack, found = Attack(0.9, "l2", steps=20), {}
     for name in ("off", way):
-        made = make_view(model, x, WAYS[name])
+        made = make_view(model, x, BACKENDS[name])
         with searching(model, view=made) as f:
-            moved = attack.minimize(attack.harm(f, y), x, rng.generator(0))
+            moved = attack.minimize(attack.negative_loss(f, y), x, rng.generator(0))
         with searching(model) as f, torch.no_grad():
             out = f(moved)
         found[name] = ((out.argmax(1) == y).sum().item(), energies.conditional(out, y).mean().item())
@@ -391,7 +391,7 @@ def test_langevin_chains_have_the_same_statistics(trained):
     model, data = trained
     chains, found = SGLD(steps=20, step_size=0.05, noise=0.01, buffer=0), []
     for name in ("off", "bf16"):
-        made = make_view(model, data.test.float()[:200], WAYS[name])
+        made = make_view(model, data.test.float()[:200], BACKENDS[name])
         with searching(model, view=made) as f:
             _, x = chains(lambda z: energies.marginal(f(z)), data.test.float()[:200], None, rng.generator(0))
         with searching(model) as f, torch.no_grad():
@@ -406,9 +406,9 @@ def test_records_say_how_searches_ran(trained):
     for asked, way in (("float32", "fold"), ("bfloat16", "bf16")):
         (record,) = RobustAccuracy(precision=asked)(subject, rng.generator(0))
         assert record.settings["fast"] == way
-    found = judge(Plain(model), data.val.x, data.val.y, Attack(0.9, "l2", steps=3))
+    found = find_verdicts(Plain(model), data.val.x, data.val.y, Attack(0.9, "l2", steps=3))
     assert found.fast == "fold"
-    assert judge(model, data.val.x, data.val.y, Attack(eps=0.0)).fast == "off"
+    assert find_verdicts(model, data.val.x, data.val.y, Attack(eps=0.0)).fast == "off"
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -427,7 +427,7 @@ def test_every_inner_loop_goes_through_the_view(kind, net, batch, generator):
     if isinstance(getattr(objective, "negatives", None), SGLD):
         objective = type(objective)(negatives=SGLD(steps=2, buffer=8))
     calls, found = [], []
-    made = make_view(net, batch.x, Fast())
+    made = make_view(net, batch.x, Backend())
 
     def watched():
         quick = made.refresh()
@@ -537,7 +537,7 @@ def test_elsewhere_than_on_glibc_nothing_is_tuned(monkeypatch):
 def test_a_view_is_not_part_of_the_network():
     model = network(SmallConv(width=4))
     names = set(model.state_dict())
-    made = make_view(model, images(), WAYS["bf16"])
+    made = make_view(model, images(), BACKENDS["bf16"])
     assert isinstance(made, View)
     assert set(model.state_dict()) == names
     assert all(p.requires_grad for p in model.parameters())

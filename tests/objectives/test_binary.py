@@ -27,7 +27,7 @@ from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.models.modes import norms_fixed
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context, r1
-from advebm.objectives.binary import BinaryAT, BinaryMLE, Found
+from advebm.objectives.binary import BinaryAT, BinaryMLE, BinaryResult
 from advebm.objectives.curriculum import Curriculum
 from advebm.reporting.build import report
 from advebm.runs.engine import Engine
@@ -35,11 +35,11 @@ from advebm.runs.recipe import design, resolve
 from advebm.samplers.critic import Ascent
 from advebm.sampling import generate
 from advebm.sampling.tune import tune
-from advebm.starts import Deck
+from advebm.starts import ImagePool
 from advebm.training.batches import BatchSource
 from advebm.training.loop import train
 from advebm.training.validate import validate
-from advebm.workflows.sample import draw
+from advebm.workflows.sample import draw_set
 from tests.helpers import Plain, few_samples, linked
 from tests.references import binary as reference
 
@@ -215,7 +215,7 @@ def test_the_optimum_of_proposition_1():
 
     def value(f, negatives=None):
         worst = centres[f.argmax()].repeat(len(data)).view(-1, 1, 1, 1) if negatives is None else negatives
-        found, model = Found(data, worst, torch.zeros(len(data)), 0), Cells(f)
+        found, model = BinaryResult(data, worst, torch.zeros(len(data)), 0), Cells(f)
         loss = FIXED.loss(model, Batch(data, data), found, FIXED.init(data, seeds.generator(0)), Context(None))
         return -loss.total, model
 
@@ -257,7 +257,7 @@ def test_k_grows_by_the_gate_or_the_clock(gate, window, per_step):
             other.load_state_dict(state.state_dict())
             state = other
         terms = {"auroc": torch.tensor(auroc), "accuracy": 0 * one, "move": one}
-        found = Found(one, one, one, state.steps)
+        found = BinaryResult(one, one, one, state.steps)
         objective.after(None, None, found, state, type("L", (), {"terms": terms}), Context(None, images))
     assert ks == reference.growth(seen, aurocs, 1, 6, gate, window, per_step)
     assert len(set(ks)) > 1
@@ -280,7 +280,7 @@ def test_a_critic_that_wins_is_noticed_once(accuracy, move, warned):
     for images in range(0, 3200, 64):
         objective.curriculum.advance(state, images)
         terms = {"auroc": torch.tensor(1.0), "accuracy": torch.tensor(accuracy), "move": torch.tensor(move)}
-        found, loss = Found(None, None, None, state.steps), type("L", (), {"terms": terms})
+        found, loss = BinaryResult(None, None, None, state.steps), type("L", (), {"terms": terms})
         objective.after(None, None, found, state, loss, Context(None, images, note=notes.append))
         assert len(notes) == (warned and images >= 640)
     assert all(
@@ -388,11 +388,11 @@ def test_bad_sources_are_refused():
 
 def test_a_deck_deals_every_image_before_any_comes_again():
     x, like = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), torch.empty(5, 1, 1, 1, dtype=torch.float64)
-    deck, generator = Deck(x), torch.Generator().manual_seed(0)
+    deck, generator = ImagePool(x), torch.Generator().manual_seed(0)
     dealt = (torch.cat([deck(like, None, generator) for _ in range(4)]) * 255).round().flatten().tolist()
     assert sorted(dealt[:7]) == sorted(dealt[7:14]) == list(range(7))
     assert dealt[:7] != dealt[7:14]
-    one, two, other = (Deck(x)(like, None, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    one, two, other = (ImagePool(x)(like, None, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 
@@ -550,11 +550,11 @@ def test_ascent_goes_up_f(critic, pair):
 def test_samples_of_a_critic(critic_run):
     """From test images outside, without classes; grid, film, quality, detection, report."""
     recipe = critic_run.recipe
-    folder = draw(critic_run, "ascent", recipe.sampler, 4)
-    samples = generate.read(folder)
+    folder = draw_set(critic_run, "ascent", recipe.sampler, 4)
+    samples = generate.read_set(folder)
     assert (samples.x.shape, samples.y.unique().tolist()) == ((40, 1, 8, 8), [-1])
     assert samples.manifest["sampler"]["start"] == "outside"
-    begun = generate.read(draw(critic_run, "begin", dataclasses.replace(recipe.sampler, steps=0), 4)).x
+    begun = generate.read_set(draw_set(critic_run, "begin", dataclasses.replace(recipe.sampler, steps=0), 4)).x
     seeds_ = {x.numpy().tobytes() for x in recipe.outside.load().test.x}
     assert {(x * 255).round().to(torch.uint8).numpy().tobytes() for x in begun} <= seeds_
     assert len({x.numpy().tobytes() for x in begun}) == 40

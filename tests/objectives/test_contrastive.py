@@ -33,7 +33,7 @@ from advebm.runs.engine import Engine
 from advebm.runs.find_model import find_model
 from advebm.runs.recipe import design, resolve
 from advebm.runs.run import Run
-from advebm.training.cost import passes
+from advebm.training.cost import passes_per_image
 from advebm.training.loop import train
 from tests.references import contrastive as reference
 
@@ -133,11 +133,16 @@ def test_objectives_minimise_the_means_of_their_forms(encoder, batch):
 
 def test_the_accuracy_counts_anchors_whose_positive_is_nearest():
     z = torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [0.1, 1]])
-    assert InfoNCE().identified(z, z).tolist() == [True] * 4
-    assert InfoNCE().identified(z, torch.cat([z, torch.tensor([[1.0, 0.05]])])).tolist() == [False, True, False, True]
+    assert InfoNCE().positive_is_nearest(z, z).tolist() == [True] * 4
+    assert InfoNCE().positive_is_nearest(z, torch.cat([z, torch.tensor([[1.0, 0.05]])])).tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]
     one = InfoNCE(form="infonce")
-    assert one.identified(z[:2], z[2:]).tolist() == [True, True]
-    assert one.identified(z[:2], z[2:].flip(0)).tolist() == [False, False]
+    assert one.positive_is_nearest(z[:2], z[2:]).tolist() == [True, True]
+    assert one.positive_is_nearest(z[:2], z[2:].flip(0)).tolist() == [False, False]
     terms = InfoNCE(temperature=1.0).contrast(z, z, None, Context(None)).terms
     assert terms["contrastive_accuracy"] == 1
     assert terms["loss"] == pytest.approx(reference.nt_xent(z[:2], z[2:], 1.0).item())
@@ -181,17 +186,17 @@ def test_an_attack_climbs_langevins_drift_and_leaves_its_anchor(batch, form):
     net = smooth()
     objective = AdversarialInfoNCE(form=form, cosine=False, outputs=5, temperature=0.7)
     x = (torch.cat(both(batch)) if form == "nt-xent" else batch.x) * 0.9
-    _, drift = value_and_gradient(objective.drift(net, both(batch)), x)
+    _, drift = value_and_gradient(objective.langevin_energy(net, both(batch)), x)
     z = net(torch.cat([batch.view, batch.x])[: len(x)]).detach()
     _, anchor = value_and_gradient(lambda v: (net(v) * z).sum(1) / 0.7, x)
     if form == "infonce":
-        _, attack = value_and_gradient(objective.harm(net, both(batch)), x)
+        _, attack = value_and_gradient(objective.negative_loss(net, both(batch)), x)
         torch.testing.assert_close(-attack, -drift - anchor, rtol=1e-9, atol=1e-12)
         assert drift.abs().max() > 1e-3 < anchor.abs().max()
     else:  # of a pair that stays, half by half
         halves = [AdversarialInfoNCE(form="infonce", cosine=False, outputs=5, temperature=0.7)] * 2
         sides = zip(halves, (both(batch), Views(batch.view, batch.x)), x.chunk(2), strict=True)
-        attack = torch.cat([value_and_gradient(o.harm(net, pair), part)[1] for o, pair, part in sides])
+        attack = torch.cat([value_and_gradient(o.negative_loss(net, pair), part)[1] for o, pair, part in sides])
         torch.testing.assert_close(-attack, -drift - anchor, rtol=1e-9, atol=1e-12)
 
 
@@ -422,7 +427,7 @@ def test_what_attacks_raise_is_of_all_processes(encoder, batch, generator, form)
     whole = both(batch)
     shares = [both(Batch(batch.x[s], batch.y[s], batch.view[s])) for s in (slice(0, 3), slice(3, 6))]
     views, moving = (2 if form == "nt-xent" else 1), objective.moving
-    for energy in (objective.harm, objective.drift):
+    for energy in (objective.negative_loss, objective.drift):
         encoded: list = [[], []]
         for share, seen in zip(shares, encoded, strict=True):
             energy(net, share, None, lambda rows, seen=seen: seen.append(rows) or rows)(moving(share))
@@ -495,7 +500,7 @@ def small(name="digits-infonce", **options):
 
 
 def weights(run, name="model"):
-    return network.find(run.folder).state_dict() if name == "ema" else run.model()[0].state_dict()
+    return network.load_model(run.folder).state_dict() if name == "ema" else run.model()[0].state_dict()
 
 
 def same(a, b):
@@ -637,9 +642,9 @@ def test_acl_runs_and_is_judged_clean_and_attacked(tmp_path):
 
 def test_passes_of_both_views_are_counted():
     """Two steps on two views, then both views clean and attacked; without an attack, both views once."""
-    assert passes(small("digits-acl")) == (8, 8)
-    assert passes(small("digits-infonce")) == (2, 2)
-    assert passes(small("digits-infonce", objective__form="infonce")) == (2, 1)
+    assert passes_per_image(small("digits-acl")) == (8, 8)
+    assert passes_per_image(small("digits-infonce")) == (2, 2)
+    assert passes_per_image(small("digits-infonce", objective__form="infonce")) == (2, 1)
 
 
 def test_validation_attacks_through_the_adversarial_branch_in_equal_parts(encoder, batch, monkeypatch):

@@ -69,33 +69,35 @@ def test_a_mean_over_seeds_is_surer_than_its_deviation():
     found = numbers(A=(84.0, 54.0), B=(90.0, 51.0))
     for cells in found.values():
         cells["aa"]["error"] = 2.0
-    assert paper_verdicts.judged(table(), found)[0]["verdict"] == OPEN
+    assert paper_verdicts.judge_claims(table(), found)[0]["verdict"] == OPEN
     for cells in found.values():
         cells["aa"]["seeds"] = 9
-    judgement = paper_verdicts.judged(table(), found)[0]
+    judgement = paper_verdicts.judge_claims(table(), found)[0]
     assert judgement["verdict"] == HOLDS
     assert judgement["error"] == pytest.approx((2 * (2 / 3) ** 2) ** 0.5)
     row = table().row("B")
-    assert paper_verdicts.close(row, "aa", {**found["B"]["aa"], "value": 23.5, "seeds": 1})
-    assert not paper_verdicts.close(row, "aa", {**found["B"]["aa"], "value": 23.5})
+    assert paper_verdicts.is_close(row, "aa", {**found["B"]["aa"], "value": 23.5, "seeds": 1})
+    assert not paper_verdicts.is_close(row, "aa", {**found["B"]["aa"], "value": 23.5})
 
 
 def test_what_is_not_measured_is_not_reproduced():
     whole, part = numbers(A=(84.0, 50.0), B=(90.0, 20.0)), numbers(A=(84.0, 50.0))
-    claims = paper_verdicts.judged(table(), whole)
+    claims = paper_verdicts.judge_claims(table(), whole)
     assert paper_verdicts.table_verdict(table(), "full", whole, claims) == "reproduced"
-    claims = paper_verdicts.judged(table(), part)
+    claims = paper_verdicts.judge_claims(table(), part)
     assert paper_verdicts.table_verdict(table(), "full", part, claims) == NONE
     del whole["B"]["clean"]
-    claims = paper_verdicts.judged(table(), whole)
+    claims = paper_verdicts.judge_claims(table(), whole)
     for scale in ("full", "digits"):
         verdict = paper_verdicts.table_verdict(table(), scale, whole, claims)
         assert verdict == "reproduced in part: 1 of 1 claims hold, 1 not measured"
 
 
 def test_a_renamed_row_does_not_lose_its_numbers(monkeypatch):
-    plain = render.summary(table(), "digits", numbers(A=(84.0, 50.0)), {})
-    monkeypatch.setattr(inventory, "find", lambda name: table(rows=(table().row("B"),), ours={"B": "noise"}, claims=()))
+    plain = render.summarize(table(), "digits", numbers(A=(84.0, 50.0)), {})
+    monkeypatch.setattr(
+        inventory, "find_table", lambda name: table(rows=(table().row("B"),), ours={"B": "noise"}, claims=())
+    )
     with pytest.raises(UserError, match=r"two was measured with a row 'A', which papers\.yaml has no more"):
         results_page.again(plain)
 
@@ -130,7 +132,7 @@ def test_claims_are_about_what_is_there_and_hold_in_the_paper(name):
     assert all(title or key in inventory.COLUMNS for key, title in own.columns.items())
     assert own.claims
     for claim in own.claims:
-        sides = paper_verdicts.parts(own, claim)
+        sides = paper_verdicts.claim_sides(own, claim)
         assert all(row in own.names() and key in own.columns for row, key in sides), claim
         more, less = (own.row(row).get("values", {}).get(key) for row, key in sides)
         assert more is None or less is None or more > less, claim
@@ -161,7 +163,7 @@ def test_the_numbers_of_one_row_stand_in_their_columns():
     found += [{**part, "name": f"{part['name']}, after APGD-CE"}]
     found += [under(AutoAttack(), 0.4), under(Attack(steps=10), 0.6), under(Attack(steps=50, loss="energy"), 0.7)]
     found += [{**under(CW(c=0.2), 0.8), "seeds": 3}]
-    cells = paper_verdicts.cells(own, {"TRADES": found, "standard": found[:1], "nobody": found})
+    cells = paper_verdicts.table_cells(own, {"TRADES": found, "standard": found[:1], "nobody": found})
     assert cells.keys() == {"TRADES", "standard"}
     assert {key: cell["value"] for key, cell in cells["TRADES"].items()} == {
         "clean": 90,
@@ -182,24 +184,24 @@ def test_a_table_may_have_a_method_a_column():
     about = [{"outliers": name.partition(", APGD")[0], "score": "energy"} for name in names]
     about[2]["attack"] = "APGD-100 l2 1"
     run = lambda base: [record(f"AUROC vs {n}", base + i / 10, **about[i]) for i, n in enumerate(names)]
-    cells = paper_verdicts.cells(own, {"oe": run(0.1), "binary-at": run(0.5)})
+    cells = paper_verdicts.table_cells(own, {"oe": run(0.1), "binary-at": run(0.5)})
     assert {key: cell["value"] for key, cell in cells["CIFAR-100, standard"].items()} == {"oe": 20, "ours": 60}
     assert cells["CIFAR-100, worst case"]["ours"]["value"] == 70
     assert cells.keys() == {"CIFAR-100, standard", "CIFAR-100, worst case"}
     whole = [record("AUROC vs cifar100", 0.3, outliers="cifar100", score="energy")]
-    assert paper_verdicts.cells(own, {"oe": whole})["CIFAR-100, standard"]["oe"]["value"] == 30
+    assert paper_verdicts.table_cells(own, {"oe": whole})["CIFAR-100, standard"]["oe"]["value"] == 30
 
 
 def test_a_table_may_have_a_sampler_a_row():
     own = TABLES["cem-table2"]
     values, space = {"FD": 7.0, "class score": 8.0}, "features of x"
     found = {"at, cond, TA": [record(f"{q} ({space})", v, space=space) for q, v in values.items()]}
-    (name,) = paper_verdicts.cells(own, found)
+    (name,) = paper_verdicts.table_cells(own, found)
     assert name == "supervised, cond, TA"
-    plain = render.summary(own, "digits", paper_verdicts.cells(own, found), {})
+    plain = render.summarize(own, "digits", paper_verdicts.table_cells(own, found), {})
     row = next(row for row in plain["rows"] if row["ours"])
     assert row["published"] == {"is": 9.26, "fid": 56.72}
-    heads, (line,) = render.grid(plain)
+    heads, (line,) = render.text_table(plain)
     assert heads[2:6] == [
         "IS, paper",
         "class score (features of x), ours (n)",
@@ -223,7 +225,7 @@ def test_a_table_may_have_a_sampler_a_row():
 )
 def test_shape_is_that_each_claim_holds_beyond_two_errors(found, verdicts, whole):
     """The joint error is √2, so a difference of 2 is within two of it, and one of 5 is not."""
-    plain = render.summary(table(), "digits", found, {})
+    plain = render.summarize(table(), "digits", found, {})
     assert [claim["verdict"] for claim in plain["claims"]] == verdicts
     assert plain["verdict"] == whole
     if verdicts[0] == HOLDS:
@@ -237,7 +239,7 @@ def test_claims_on_doubtful_numbers_are_told_and_do_not_count():
     rows += ({"name": "C", "values": {"aa": 10.0}, "status": "quoted"},)
     own = table(rows=rows, claims=("clean: B > A", "aa: A > C"))
     found = {**numbers(A=(95.0, 50.0), B=(90.0, 20.0), C=(10.0, 10.0))}
-    plain = render.summary(own, "digits", found, {})
+    plain = render.summarize(own, "digits", found, {})
     assert [(c["verdict"], c["doubtful"]) for c in plain["claims"]] == [(FAILS, True), (HOLDS, False)]
     assert plain["verdict"] == "reproduced in shape: 1 of 1 claims hold"
     assert [row["verdict"] for row in plain["rows"]] == [
@@ -245,13 +247,13 @@ def test_claims_on_doubtful_numbers_are_told_and_do_not_count():
         "0 of 1 claims hold, 1 fail",
         plain["rows"][0]["verdict"],
     ]
-    assert render.lines({**plain, "about": ABOUT})[1][0].endswith("fails (on a doubtful number: does not count)")
+    assert render.text_lines({**plain, "about": ABOUT})[1][0].endswith("fails (on a doubtful number: does not count)")
 
 
 def test_numbers_are_compared_with_the_papers_at_full_scale_alone():
     """Within two joint errors (the paper's deviation counts) or the tolerance; else the claims decide."""
     same = numbers(A=(85.9, 47.3), B=(90.0, 18.1))
-    of = lambda found, scale="full": render.summary(table(), scale, found, {})
+    of = lambda found, scale="full": render.summarize(table(), scale, found, {})
     assert of(same)["verdict"] == "reproduced"
     assert [row["verdict"] for row in of(same)["rows"]] == ["reproduced", "reproduced"]
     assert of(same, "digits")["verdict"] == "reproduced in shape: 2 of 2 claims hold"
@@ -401,7 +403,7 @@ def test_the_picture_of_a_table_has_first_stages(monkeypatch):
     first, last = stage("first", "two"), stage("last", "two", "other")
     runs = [SimpleNamespace(**vars(run), stages=found) for run, found in ((stage("judge"), []), (last, [first, last]))]
     monkeypatch.setattr(
-        generate, "read", lambda name: SimpleNamespace(x=torch.zeros(20, 1, 8, 8), y=torch.arange(20) % 10)
+        generate, "read_set", lambda name: SimpleNamespace(x=torch.zeros(20, 1, 8, 8), y=torch.arange(20) % 10)
     )
     monkeypatch.setattr(figures, "grids", lambda panels, texts: " ".join(panels).encode())
     assert tables.drawing(table(), runs) == b"first last"
@@ -444,7 +446,7 @@ def test_the_page_has_the_papers_numbers_ours_and_the_verdict(tmp_path, monkeypa
     rows += ({"name": "Quoted", "values": {"clean": 1.0}, "status": "quoted"},)
     own = table(rows=rows, why={"digits": "A fact"})
     monkeypatch.setattr(inventory, "tables", lambda: {"two": own})
-    plain = render.summary(own, "digits", numbers(A=(95.0, 50.0), B=(90.0, 20.0)), ABOUT)
+    plain = render.summarize(own, "digits", numbers(A=(95.0, 50.0), B=(90.0, 20.0)), ABOUT)
     (tmp_path / "results").mkdir()
     (tmp_path / "docs").mkdir()
     files.write_json(tmp_path / "results" / "two-digits.json", {**plain, "verdict": "of another day"})

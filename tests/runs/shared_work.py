@@ -123,7 +123,7 @@ def measure(run: Run, engine: Engine, folder: Path) -> dict[str, list[int]]:
     for name, attack in attacks.items():
         count = 40 if name == "noise" else 8
         options = {"batch": 6 if name == "noise" else 3, "folder": folder / name, "team": engine}
-        found[name] = verdicts.judge(model, split.x[:count], y[:count], attack, **options).broken.tolist()
+        found[name] = verdicts.find_verdicts(model, split.x[:count], y[:count], attack, **options).broken.tolist()
     return found
 
 
@@ -143,15 +143,15 @@ def work(folder: Path, engine: Engine) -> dict[str, object]:
         one = alone and (recipe.objective.hidden is not None or "one stream" in name)  # a batch at once, not in shares
         recipe = replace(recipe, train=replace(recipe.train, streams=1)) if one else recipe
         train(recipe, folder / name, device="cpu")
-    draw, attacked = job.Desk.draw, verdicts._attacked
-    job.Desk.draw, verdicts._attacked = counted("chunks", draw), counted("batches", attacked)
+    draw, attacked = job.WorkerState.draw, verdicts._attack_batch
+    job.WorkerState.draw, verdicts._attack_batch = counted("chunks", draw), counted("batches", attacked)
     try:
         run = folder / "batch norm"
         sampled = command("sample", run, "--per-class", 110, "--steps", 2, "--device", "cpu")
         evaluated = command("evaluate", run, "--metrics", "accuracy,robust-accuracy,energies", "--device", "cpu")
         broken = measure(Run.open(run), engine, folder / "verdicts")
     finally:
-        job.Desk.draw, verdicts._attacked = draw, attacked
+        job.WorkerState.draw, verdicts._attack_batch = draw, attacked
     return {**counts, "broken": broken, "sample": sampled, "evaluate": evaluated}
 
 
@@ -182,13 +182,13 @@ def main(folder: Path) -> None:
 
     lone = nn.Linear(2, 2)  # of which each process begins with another, and uses another part
     nn.init.constant_(lone.weight, float(engine.rank))
-    engine.agree(lone)
+    engine.broadcast(lone)
     known["agreed"] = lone.weight.tolist()
     pair = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
     pair[engine.rank].sum().backward()
     engine.average_gradients(pair)
     known["gradients"] = [p.grad if p.grad is None else p.grad.item() for p in pair]
-    known["shared"] = engine.share(engine.rank)
+    known["shared"] = engine.all_gather(engine.rank)
     known["rows"] = engine.gather(torch.full((1,), float(engine.rank))).tolist()
     (folder / f"known-{engine.rank}.json").write_text(json.dumps(known))
 

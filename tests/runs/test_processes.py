@@ -68,15 +68,15 @@ def test_only_the_main_process_prints(second, monkeypatch, capsys):
 
 
 def test_how_processes_are_started(monkeypatch):
-    assert processes.launched() == (0, 1)
-    assert processes.command(1) == "advebm"
-    assert processes.command(2) == "torchrun --nproc-per-node 2 -m advebm"
+    assert processes.rank_and_world() == (0, 1)
+    assert processes.launch_command(1) == "advebm"
+    assert processes.launch_command(2) == "torchrun --nproc-per-node 2 -m advebm"
     for name, value in {"LOCAL_RANK": 3, "RANK": 11, "WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
-    assert processes.launched() == (11, 16)
-    assert processes.command(16) == "torchrun --nnodes 2 --nproc-per-node 8 -m advebm"
+    assert processes.rank_and_world() == (11, 16)
+    assert processes.launch_command(16) == "torchrun --nnodes 2 --nproc-per-node 8 -m advebm"
     monkeypatch.delenv("LOCAL_RANK")
-    assert processes.launched() == (0, 1), "a cluster's variables are not torchrun's"
+    assert processes.rank_and_world() == (0, 1), "a cluster's variables are not torchrun's"
 
 
 def test_streams_are_shared_evenly():

@@ -251,10 +251,10 @@ def test_the_same_seed_gives_the_same_images_whatever_comes_after(net, digits):
 def test_a_film_begins_at_the_seed_and_ends_at_the_sample(digits):
     model = advebm.load_recipe("digits-at").backbone.build(1, 8)
     network = torch.nn.Sequential(model[0], torch.nn.Linear(model[1], 10))
-    frames, steps = generate.film(network, CS(steps=6), digits, frames=4)
+    frames, steps = generate.draw_trajectory(network, CS(steps=6), digits, frames=4)
     assert steps == [0, 2, 4, 6]
     assert frames.shape == (10, 4, 1, 8, 8)
-    still, _ = generate.film(network, CS(steps=0), digits)
+    still, _ = generate.draw_trajectory(network, CS(steps=0), digits)
     assert torch.equal(frames[:, 0], still[:, 0])
     again = CS(steps=2)(network, torch.arange(10), frames[:, 0])
     torch.testing.assert_close(again, frames[:, 1])

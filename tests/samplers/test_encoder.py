@@ -238,7 +238,7 @@ def test_class_seeds_are_what_makes_it_conditional(digits):
     share = {}
     for start in ("class", "global"):
         sampler = NPLangevin(start=start)
-        asked = generate.wanted(sampler, digits, 50)
+        asked = generate.classes_to_draw(sampler, digits, 50)
         assert (asked >= 0).all() == (start == "class")
         x = sampler.prepare(digits)(torch.empty(500, 1, 8, 8), asked, torch.Generator().manual_seed(0))
         share[start] = (torch.cdist(x.flatten(1), means.flatten(1)).argmin(1) == y).float().mean().item()
@@ -282,17 +282,19 @@ def test_chunks_do_not_depend_on_who_draws_what(digits, sampler):
     y = torch.arange(10).repeat_interleave(60)
     whole = generate.generate(encoder, sampler, digits, y, seed=3).x
     options = {"shape": digits.shape, "seed": 3, "bank": sampler.bank(digits)}
-    quick = generate.quickly(encoder, digits, len(y), "auto")
-    pieces = [generate.chunk(encoder, sampler, sampler.prepare(digits), y, n, quick=quick, **options) for n in (1, 0)]
+    quick = generate.sampling_view(encoder, digits, len(y), "auto")
+    pieces = [
+        generate.draw_chunk(encoder, sampler, sampler.prepare(digits), y, n, quick=quick, **options) for n in (1, 0)
+    ]
     assert torch.equal(torch.cat(pieces[::-1]), whole)
 
 
 def test_a_film_of_samples_that_interact(digits):
     body, width = advebm.load_recipe("digits-at").backbone.build(1, 8)
     encoder = torch.nn.Sequential(body, torch.nn.Linear(width, 16))
-    frames, steps = generate.film(encoder, MaxEnt(steps=2, start="class"), digits, classes=(3,))
+    frames, steps = generate.draw_trajectory(encoder, MaxEnt(steps=2, start="class"), digits, classes=(3,))
     assert (frames.shape, steps) == ((2, 3, 1, 8, 8), [0, 1, 2])  # two chains, since one alone has nothing to leave
-    assert generate.film(encoder, NPPGD(steps=1), digits, classes=(3,))[0].shape == (1, 2, 1, 8, 8)
+    assert generate.draw_trajectory(encoder, NPPGD(steps=1), digits, classes=(3,))[0].shape == (1, 2, 1, 8, 8)
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
@@ -507,7 +509,7 @@ def test_a_probe_is_refused_before_anything_is_fitted(own, monkeypatch, capsys):
 
 def test_a_probe_computes_as_many_images_at_once_as_their_size_allows(own, tmp_path, monkeypatch):
     seen, classifier = [], Probe.classifier
-    monkeypatch.setattr(probe, "together", lambda shape: 123)
+    monkeypatch.setattr(probe, "batch_size_for", lambda shape: 123)
     monkeypatch.setattr(Probe, "classifier", lambda *a: seen.append(a[-1]) or classifier(*a))
     probe.probe(own, tmp_path / "probed", by=Probe(c=0.1))
     assert seen == [123]
@@ -531,7 +533,7 @@ def test_sets_do_not_depend_on_what_is_computed_at_once(own, method):
     for name, options in {"whole": (), "batch": ("--batch", "250"), "small": ("--batch", "60")}.items():
         words = ("--per-class", 55, "--name", name, "--method", method, "--sampler.group", 50)
         assert cli("sample", own.folder, *words, "--sampler.noise", 0, *options) == 0
-        sets[name] = generate.read(own.samples()[name]).x
+        sets[name] = generate.read_set(own.samples()[name]).x
     assert (sets["batch"] - sets["whole"]).abs().max() <= 1 / 255 + 1e-6
     assert (sets["small"] - sets["whole"]).abs().max() <= 1 / 255 + 1e-6
     if method == "maxent":  # each group is computed by itself in any case
@@ -667,7 +669,7 @@ def test_each_row_of_the_table_takes_the_steps_of_validation(run, tmp_path, monk
         return {name: [record] for name in samplers}, None
 
     monkeypatch.setattr(Chains, "__call__", look)
-    monkeypatch.setattr(unsupervised, "contrast", contrast)
+    monkeypatch.setattr(unsupervised, "compare_sets", contrast)
     wanted = {"cond, no steps": ("maxent", "class"), **unsupervised.UNSUPERVISED}
     rows = [unsupervised.table2(own, wanted, own) for _ in range(2)]
     assert rows[0] == rows[1]
@@ -707,7 +709,7 @@ def test_figure_1_shows_seeds_and_every_sampler(run, small_run, tmp_path):
             x = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
             y = torch.arange(10) if start == "class" else torch.full((10,), -1)
             about = {"sampler": {}, "seed": 0}
-            generate.write(
+            generate.write_set(
                 own[title].folder / "comparison" / f"{unsupervised.folder_of(row)}-0", SampleSet(x, y, about), 10
             )
     picture = Image.open(io.BytesIO(unsupervised.cem_figure1(own)))

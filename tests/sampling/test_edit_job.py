@@ -259,7 +259,7 @@ def test_what_is_no_edit_is_not_written_over(run, capsys, tmp_path, manifest, mo
     if manifest is not None:
         (out / "manifest.json").write_text(json.dumps(manifest))
     before = contents(out)
-    monkeypatch.setattr(edit_job, "carry_out", lambda *a, **k: pytest.fail("refused after the work"))
+    monkeypatch.setattr(edit_job, "apply_edit", lambda *a, **k: pytest.fail("refused after the work"))
     line = edit(run, "translate", *QUICK, "--split", "test", "--out", out, capsys=capsys, refused=True)
     assert "holds something that is not an edit" in line
     assert contents(out) == before
@@ -283,7 +283,7 @@ def test_an_edit_that_was_cut_short_is_done_again(run, capsys, monkeypatch):
         patch.setattr(pictures, "save", lambda *a: (_ for _ in ()).throw(UserError("no more room")))
         assert "no more room" in edit(run, "translate", *QUICK, "--split", "test", capsys=capsys, refused=True)
     with pytest.raises(UserError):
-        generate.read(folder)
+        generate.read_set(folder)
     edit(run, "translate", *QUICK, "--split", "test", capsys=capsys)
     assert len(read(folder)[0]["images"]) == 3
 
@@ -313,7 +313,7 @@ def test_a_manifest_is_json_for_everyone(tmp_path):
     x = torch.rand(2, 1, 8, 8)
     numbers = {"PSNR after": torch.tensor([float("inf"), 20.0])}
     edited = Edited(x, x, x[:, None], [0], numbers, {})
-    edit_job.publish(tmp_path, Translate(), x, edited, ["a", "b"], {})
+    edit_job.write_edit(tmp_path, Translate(), x, edited, ["a", "b"], {})
     manifest = json.loads((tmp_path / "manifest.json").read_text(), parse_constant=pytest.fail)
     assert manifest["images"] == {"a": {"PSNR after": None}, "b": {"PSNR after": 20.0}}
     assert manifest["edit"] == config.describe(Translate())

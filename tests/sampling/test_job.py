@@ -19,7 +19,7 @@ from advebm.core import files
 from advebm.core.errors import UserError
 from advebm.samplers.classifier import CS, TA, Langevin
 from advebm.sampling import generate, job
-from advebm.sampling.job import Drawing, draw
+from advebm.sampling.job import SampleJob, draw_set
 from advebm.training.loop import train
 from tests.helpers import few_samples, linked, tiny
 
@@ -33,7 +33,7 @@ def run(small_run, tmp_path):
 
 def wanted(run, **options):
     number = run.checkpoints.path().name
-    return Drawing(**{"run": run, "name": "set", "sampler": QUICK, "per_class": 110, "checkpoint": number, **options})
+    return SampleJob(**{"run": run, "name": "set", "sampler": QUICK, "per_class": 110, "checkpoint": number, **options})
 
 
 def content(folder):
@@ -46,7 +46,7 @@ def content(folder):
 
 def stop_after(monkeypatch, count):
     """Interrupt a drawing after some chunks."""
-    whole, done = job.Desk.draw, []
+    whole, done = job.WorkerState.draw, []
 
     def draw_some(desk, number):
         if len(done) == count:
@@ -54,16 +54,16 @@ def stop_after(monkeypatch, count):
         done.append(number)
         whole(desk, number)
 
-    monkeypatch.setattr(job.Desk, "draw", draw_some)
+    monkeypatch.setattr(job.WorkerState, "draw", draw_some)
     return done
 
 
 def test_what_is_on_the_disk_is_what_generate_gives(run):
-    folder = draw(wanted(run))
+    folder = draw_set(wanted(run))
     data, model = run.recipe.data.load(), run.model()[0]
     y = torch.arange(10).repeat_interleave(110)
     expected = generate.generate(model, QUICK, data, y)
-    samples = generate.read(folder)
+    samples = generate.read_set(folder)
     assert torch.equal(samples.y, y)
     assert (samples.x - expected.x).abs().max() <= 0.5 / 255 + 1e-6
     with np.load(folder / "images.npz") as arrays:
@@ -76,16 +76,16 @@ def test_what_is_on_the_disk_is_what_generate_gives(run):
 
 
 def test_a_stopped_drawing_goes_on_to_the_same_bytes(run, monkeypatch):
-    whole = content(draw(wanted(run, name="whole")))
+    whole = content(draw_set(wanted(run, name="whole")))
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
-            draw(wanted(run))
+            draw_set(wanted(run))
     assert "set" not in run.samples()
     told = []
     with monkeypatch.context() as patch:
         done = stop_after(patch, 9)
-        folder = draw(wanted(run), progress=told.append)
+        folder = draw_set(wanted(run), progress=told.append)
     assert done == [2]
     assert told == [1000, 1100]
     assert content(folder) == whole
@@ -96,9 +96,9 @@ def test_chunks_of_another_plan_are_dropped(run, monkeypatch, other):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
-            draw(wanted(run, **other))
+            draw_set(wanted(run, **other))
     done = stop_after(monkeypatch, 9)
-    draw(wanted(run))
+    draw_set(wanted(run))
     assert done == [0, 1, 2]
 
 
@@ -116,12 +116,12 @@ def test_killed_with_processes_it_goes_on_alone_to_the_same_bytes(run):
     assert 1 <= len(list(parts.glob("*.npy"))) < 4
     assert not run.samples()
     sampler = replace(run.recipe.sampler, noise=0.02)
-    whole = draw(wanted(run, name="whole", sampler=sampler, per_class=160))
-    assert content(draw(wanted(run, sampler=sampler, per_class=160))) == content(whole)
+    whole = draw_set(wanted(run, name="whole", sampler=sampler, per_class=160))
+    assert content(draw_set(wanted(run, sampler=sampler, per_class=160))) == content(whole)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(run):
-    draw(wanted(run))
+    draw_set(wanted(run))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (20_000, 40_000):  # below a chunk; below all images
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -129,24 +129,24 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_whole(run):
             with pytest.raises(
                 UserError, match=r"cannot write .*(000000.npy|images.npz): File too large; make room there"
             ):
-                draw(wanted(run))
+                draw_set(wanted(run))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert not run.samples()
         assert not list((run.folder / "samples").rglob("*.tmp"))
-    draw(wanted(run))
-    assert generate.read(run.samples()["set"]).x.shape == (1100, 1, 8, 8)
+    draw_set(wanted(run))
+    assert generate.read_set(run.samples()["set"]).x.shape == (1100, 1, 8, 8)
 
 
 def test_a_damaged_chunk_is_drawn_again(run, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
-            draw(wanted(run))
+            draw_set(wanted(run))
     wanted(run).part(0).write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"000000.npy was damaged .* and is removed; the same command goes on"):
-        draw(wanted(run))
-    assert content(draw(wanted(run))) == content(draw(wanted(run, name="whole")))
+        draw_set(wanted(run))
+    assert content(draw_set(wanted(run))) == content(draw_set(wanted(run, name="whole")))
 
 
 def test_only_one_draws_a_set_at_a_time(run):
@@ -156,32 +156,32 @@ def test_only_one_draws_a_set_at_a_time(run):
         files.locked(folder / ".lock", "busy"),
         pytest.raises(UserError, match=r"another process is drawing .*set"),
     ):
-        draw(wanted(run))
+        draw_set(wanted(run))
 
 
 def test_some_classes(run):
-    folder = draw(wanted(run, classes=(7, 2), per_class=3))
-    assert generate.read(folder).y.tolist() == [7, 7, 7, 2, 2, 2]
+    folder = draw_set(wanted(run, classes=(7, 2), per_class=3))
+    assert generate.read_set(folder).y.tolist() == [7, 7, 7, 2, 2, 2]
     with pytest.raises(UserError, match="digits has classes 0 to 9, got 3, 10"):
-        draw(wanted(run, classes=(3, 10)))
+        draw_set(wanted(run, classes=(3, 10)))
     with pytest.raises(UserError, match="langevin-global draws from no class; leave the classes out"):
-        draw(wanted(run, classes=(3,), sampler=Langevin(start="global")))
+        draw_set(wanted(run, classes=(3,), sampler=Langevin(start="global")))
 
 
 def test_a_trajectory_is_an_animation_of_every_step(run):
-    folder = draw(wanted(run, per_class=1, sampler=CS(steps=5, step_size=0.1)), trajectory=True)
+    folder = draw_set(wanted(run, per_class=1, sampler=CS(steps=5, step_size=0.1)), trajectory=True)
     with Image.open(folder / "film.gif") as film:
         assert film.n_frames == 6
     assert json.loads((folder / "manifest.json").read_text())["film"] == [0, 1, 2, 3, 4, 5]
 
 
 def test_items_are_dealt_in_endless_shuffles():
-    row = generate.dealt(7, 0, 30, 3)
+    row = generate.deal_images(7, 0, 30, 3)
     for k in range(4):
         assert sorted(row[7 * k : 7 * k + 7].tolist()) == list(range(7))
     assert len({tuple(row[7 * k : 7 * k + 7].tolist()) for k in range(4)}) == 4
-    assert torch.equal(torch.cat([generate.dealt(7, 0, 11, 3), generate.dealt(7, 11, 19, 3)]), row)
-    assert not torch.equal(generate.dealt(7, 0, 30, 4), row)
+    assert torch.equal(torch.cat([generate.deal_images(7, 0, 11, 3), generate.deal_images(7, 11, 19, 3)]), row)
+    assert not torch.equal(generate.deal_images(7, 0, 30, 4), row)
 
 
 def test_chains_of_a_replay_buffer_go_on(tmp_path):
@@ -190,7 +190,7 @@ def test_chains_of_a_replay_buffer_go_on(tmp_path):
     )
     (stream,) = (run.checkpoints.path() / "state").glob("stream-*.pt")
     chains = torch.load(stream, weights_only=True)["chains"].clamp(0, 1)
-    x = generate.read(draw(wanted(run, sampler=Langevin(steps=0, start="buffer"), per_class=5))).x
+    x = generate.read_set(draw_set(wanted(run, sampler=Langevin(steps=0, start="buffer"), per_class=5))).x
     assert len({image.numpy().tobytes() for image in x}) == 50
     assert torch.cdist(x.flatten(1), chains.flatten(1)).amin(1).max() < 0.5 / 255 * 8 + 1e-6
     with pytest.raises(UserError, match="keeps no replay buffer; runs of jeat, jem"):
@@ -198,13 +198,13 @@ def test_chains_of_a_replay_buffer_go_on(tmp_path):
 
 
 def test_a_set_that_is_written_over_is_not_whole_until_it_is(run):
-    folder = draw(wanted(run))
-    samples = generate.read(folder)
+    folder = draw_set(wanted(run))
+    samples = generate.read_set(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(UserError, match="File too large"):
-            generate.write(folder, samples, 10)
+            generate.write_set(folder, samples, 10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not run.samples()
@@ -226,7 +226,7 @@ def test_methods_are_compared_from_the_same_seeds(run, capsys):
     told = capsys.readouterr()
     assert "± " in told.out
     assert told.err.count("judging") == 1, "all seeds by one look at the training images"
-    x = {p.name: generate.read(p).x for p in (run.folder / "comparison").iterdir() if p.is_dir()}
+    x = {p.name: generate.read_set(p).x for p in (run.folder / "comparison").iterdir() if p.is_dir()}
     assert set(x) == {"ta-0", "cs-0", "ta-1", "cs-1"}
     assert torch.equal(x["ta-0"], x["cs-0"])
     assert not torch.equal(x["ta-0"], x["ta-1"])

@@ -14,7 +14,7 @@ from advebm.metrics.base import Features
 from advebm.metrics.distances import Moments, frechet_distance, kernel_pairs, kernel_sum, unbiased_mmd
 from advebm.samplers.classifier import CS
 from advebm.samplers.critic import Ascent
-from advebm.sampling.step_curve import STEPS, Chains, Point, best, reached
+from advebm.sampling.step_curve import STEPS, Chains, Point, best_point, first_reaching
 from tests.helpers import Plain
 
 PIXELS = Features("pixels", lambda x: x.flatten(1))
@@ -95,10 +95,10 @@ def test_looking_takes_no_time(bowl, monkeypatch):
 
 def test_best_and_reached():
     points = [Point(1, 9.0, 0.5, 0.1), Point(2, 4.0, 0.2, 0.2), Point(4, 3.0, 0.3, 0.4), Point(8, 5.0, 0.2, 0.8)]
-    assert best(points) == points[1]
-    assert reached(points, 4.0) == points[1]
-    assert reached(points, 3.5) == points[2]
-    assert reached(points, 2.0) is None
+    assert best_point(points) == points[1]
+    assert first_reaching(points, 4.0) == points[1]
+    assert first_reaching(points, 3.5) == points[2]
+    assert first_reaching(points, 2.0) is None
 
 
 def test_bad_chains_are_refused(bowl):

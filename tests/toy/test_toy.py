@@ -20,7 +20,7 @@ from advebm.toy import densities, figures, train
 @pytest.fixture(scope="module")
 def plays():
     """Both methods on the paper's density, trained for a second each."""
-    return {m: train.play("gaussian", m, updates=150, batch=128, frames=3) for m in train.METHODS}
+    return {m: train.train_toy("gaussian", m, updates=150, batch=128, frames=3) for m in train.METHODS}
 
 
 # Densities -----------------------------------------------------------------------------------------------------------
@@ -29,10 +29,10 @@ def plays():
 @pytest.mark.parametrize("name", densities.DENSITIES)
 def test_draws_have_the_density(name, generator):
     """It integrates to 1 and has the draws' means, second moments and share of every cell."""
-    density = densities.find(name)
+    density = densities.find_density(name)
     x = density.sample(20_000, generator)
     assert x.shape == (20_000, 2)
-    points = train.grid(200).view(-1, 2)  # cells of 0.04
+    points = train.plane_points(200).view(-1, 2)  # cells of 0.04
     mass = density.log_density(points).exp() * 0.04**2
     assert mass.sum().item() == pytest.approx(1, abs=2e-3)
     for moment in (lambda v: v, lambda v: v**2, lambda v: v.prod(1, keepdim=True)):
@@ -48,8 +48,8 @@ def test_draws_have_the_density(name, generator):
 def test_closed_forms_by_hand(generator):
     x = torch.randn(5, 2, generator=generator)
     expected = -x.square().sum(1) / (2 * 0.36) - math.log(2 * math.pi * 0.36)
-    torch.testing.assert_close(densities.find("gaussian").log_density(x), expected)
-    eight = densities.find("eight-gaussians")
+    torch.testing.assert_close(densities.find_density("gaussian").log_density(x), expected)
+    eight = densities.find_density("eight-gaussians")
     top = eight.log_density(torch.tensor([[2.2, 0.0]])).item()  # the neighbours are 1.68 away: 6.7 deviations
     assert top == pytest.approx(-math.log(2 * math.pi * 0.0625 * 8), abs=1e-4)
     straight = dataclasses.replace(densities.Pinwheel(), arms=1, twist=0.0)
@@ -60,7 +60,7 @@ def test_closed_forms_by_hand(generator):
 
 def test_moons_are_those_of_scikit_learn():
     centres = 1.7 * (make_moons(200, shuffle=False)[0] - (0.5, 0.25))
-    np.testing.assert_allclose(np.array(densities.find("moons").means), centres)
+    np.testing.assert_allclose(np.array(densities.find_density("moons").means), centres)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -88,9 +88,9 @@ def test_points_climb_by_the_step_and_are_seen_on_the_way(generator):
     model = nn.Linear(2, 1)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[3.0, 0.0]]))
-    began = train.start("concentrated", 7, generator)
+    began = train.contrastive_points("concentrated", 7, generator)
     how = train.METHODS["binary-at"]
-    ended, path = train.moved(model, how, began, generator)
+    ended, path = train.move_contrastive(model, how, began, generator)
     torch.testing.assert_close(ended, began + torch.tensor([how.search.steps * how.search.size, 0.0]))
     assert path.shape == (7 * (how.search.steps + 1), 2)
     torch.testing.assert_close(path[:7], began)
@@ -100,13 +100,13 @@ def test_points_climb_by_the_step_and_are_seen_on_the_way(generator):
 
 def test_visits_are_counted_where_the_grid_says():
     visited = torch.zeros(40, 40, dtype=torch.bool)
-    train.mark(visited, torch.tensor([[-3.95, 3.95], [0.05, -0.05], [4.1, 0.0], [0.0, -9.0]]))
-    assert {tuple(round(v, 1) for v in p) for p in train.grid()[visited].tolist()} == {(-3.9, 3.9), (0.1, -0.1)}
-    torch.testing.assert_close(train.grid()[0, 1], torch.tensor([-3.7, -3.9]))  # [row, column] is (x, y)
+    train.mark_visited(visited, torch.tensor([[-3.95, 3.95], [0.05, -0.05], [4.1, 0.0], [0.0, -9.0]]))
+    assert {tuple(round(v, 1) for v in p) for p in train.plane_points()[visited].tolist()} == {(-3.9, 3.9), (0.1, -0.1)}
+    torch.testing.assert_close(train.plane_points()[0, 1], torch.tensor([-3.7, -3.9]))  # [row, column] is (x, y)
 
 
 def test_p0_is_the_square_or_its_lower_left_corner(generator):
-    uniform, corner = (train.start(p0, 5_000, generator) for p0 in train.P0)
+    uniform, corner = (train.contrastive_points(p0, 5_000, generator) for p0 in train.P0)
     for x, low, high in ((uniform, -4, 4), (corner, -4, -2.4)):
         torch.testing.assert_close(x.amin(0), torch.full((2,), float(low)), atol=0.02, rtol=0)
         torch.testing.assert_close(x.amax(0), torch.full((2,), float(high)), atol=0.02, rtol=0)
@@ -114,19 +114,19 @@ def test_p0_is_the_square_or_its_lower_left_corner(generator):
 
 def test_proposition_1(plays):
     """D is near 1/2 on the support and below it off the support; the game's value is -log 4; it was not so before."""
-    found = train.numbers(plays["binary-at"])
+    found = train.summarize(plays["binary-at"])
     assert found["D on support"] == pytest.approx(0.5, abs=0.05)
     assert found["deviation"] < 0.03
     assert found["D off support"] < 0.3
     assert found["highest off"] < 0.55
     assert found["objective"] == pytest.approx(-math.log(4), abs=0.12)
-    before = train.numbers(dataclasses.replace(plays["binary-at"], frames=plays["binary-at"].frames[:1]))
+    before = train.summarize(dataclasses.replace(plays["binary-at"], frames=plays["binary-at"].frames[:1]))
     assert before["D off support"] > 0.5
     assert before["deviation"] > 0.05
 
 
 def test_maximum_likelihood_learns_the_density_and_binary_at_its_support(plays):
-    adversarial, likelihood = (train.numbers(plays[m]) for m in ("binary-at", "mle"))
+    adversarial, likelihood = (train.summarize(plays[m]) for m in ("binary-at", "mle"))
     assert likelihood["slope"] == pytest.approx(1, abs=0.35)
     assert likelihood["correlation"] > 0.85
     assert abs(adversarial["slope"]) < 0.15
@@ -138,13 +138,13 @@ def test_slope_and_correlation_of_the_true_energy(plays):
 
     class Half(nn.Module):
         def forward(self, x):
-            return densities.find("gaussian").log_density(x)[:, None] / 2
+            return densities.find_density("gaussian").log_density(x)[:, None] / 2
 
     play = plays["binary-at"]
     visited = torch.ones_like(play.visited)
     visited[0] = False  # the lowest row of cells
     frames = (dataclasses.replace(play.frames[-1], model=Half()),)
-    found = train.numbers(dataclasses.replace(play, frames=frames, visited=visited))
+    found = train.summarize(dataclasses.replace(play, frames=frames, visited=visited))
     assert found["slope"] == pytest.approx(0.5, abs=1e-4)
     assert found["correlation"] == pytest.approx(1, abs=1e-4)
     half = lambda x: torch.sigmoid(Half()(torch.tensor([x]))).item()
@@ -154,16 +154,16 @@ def test_slope_and_correlation_of_the_true_energy(plays):
 
 
 def test_a_concentrated_p0_leaves_what_it_never_visits():
-    play = train.play("moons", p0="concentrated", updates=100, batch=128, frames=2)
-    found = train.numbers(play)
+    play = train.train_toy("moons", p0="concentrated", updates=100, batch=128, frames=2)
+    found = train.summarize(play)
     assert found["highest unvisited"] > 0.6
     assert not play.visited.all()
     assert play.visited[:8, :8].all()  # where it starts
 
 
 def test_a_seed_decides_everything(plays):
-    again, other = (train.play("gaussian", updates=3, batch=16, frames=2, seed=s) for s in (0, 1))
-    same = train.play("gaussian", updates=3, batch=16, frames=2)
+    again, other = (train.train_toy("gaussian", updates=3, batch=16, frames=2, seed=s) for s in (0, 1))
+    same = train.train_toy("gaussian", updates=3, batch=16, frames=2)
     for a, b in zip(again.frames, same.frames, strict=True):
         assert torch.equal(a.ended, b.ended)
         assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
@@ -173,7 +173,7 @@ def test_a_seed_decides_everything(plays):
 
 def test_chains_of_maximum_likelihood_go_on():
     """Most contrastive points begin where the last update's ended."""
-    frames = train.play("gaussian", "mle", updates=1, batch=200, frames=2).frames
+    frames = train.train_toy("gaussian", "mle", updates=1, batch=200, frames=2).frames
     stayed = (frames[1].began == frames[0].ended).all(1).float().mean()
     assert 0.9 < stayed.item() < 1
 
@@ -190,15 +190,15 @@ def test_chains_of_maximum_likelihood_go_on():
 )
 def test_bad_input_is_named(options, message):
     with pytest.raises(UserError, match=message):
-        train.play(**{"density": "gaussian", **options})
+        train.train_toy(**{"density": "gaussian", **options})
 
 
 # Pictures and command ------------------------------------------------------------------------------------------------
 
 
 def test_the_command_writes_its_pictures(tmp_path, capsys, monkeypatch):
-    short = lambda *names, play=train.play, **options: play(*names, updates=4, batch=32, frames=3, **options)
-    monkeypatch.setattr(train, "play", short)
+    short = lambda *names, play=train.train_toy, **options: play(*names, updates=4, batch=32, frames=3, **options)
+    monkeypatch.setattr(train, "train_toy", short)
     assert cli.main(["toy", "gaussian", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     names = {"p0.png", "density.png", "binary-at-uniform.gif", "mle-uniform.png"}
@@ -233,11 +233,14 @@ def test_arrows_point_uphill_in_d(monkeypatch):
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[3.0, 4.0]]))
     points = torch.zeros(3, 2)
-    play = train.Play(
+    play = train.ToyRun(
         "gaussian", "binary-at", "uniform", (train.Frame(0, model, points, points),) * 2, torch.zeros(1, 1)
     )
     figures.film(play, count=2)
     x, y, right, up = drawn[0]
     torch.testing.assert_close(right, torch.full_like(right, 0.6))
     torch.testing.assert_close(up, torch.full_like(up, 0.8))
-    assert (x[0].item(), y[0].item()) == (train.grid(17)[0, 0, 0].item(), train.grid(17)[0, 0, 1].item())
+    assert (x[0].item(), y[0].item()) == (
+        train.plane_points(17)[0, 0, 0].item(),
+        train.plane_points(17)[0, 0, 1].item(),
+    )

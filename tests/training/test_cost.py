@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from advebm import cli, recipes
 from advebm.core import rng
 from advebm.core.errors import UserError
-from advebm.data.sources import Classes, Digits, Outline, Part, Unlabelled, outline
+from advebm.data.sources import Classes, DataSpec, Digits, Part, Unlabelled, find_spec
 from advebm.metrics.base import Subject
 from advebm.metrics.robustness import measure
 from advebm.models import precision
@@ -23,7 +23,7 @@ from advebm.objectives.base import Batch, Context
 from advebm.objectives.curriculum import Curriculum
 from advebm.runs.recipe import design, resolve
 from advebm.training import cost, hardware, loop, trainer
-from advebm.training.cost import Held, Passes, blank, estimate, estimates
+from advebm.training.cost import ImagesHeld, Passes, blank_data, estimate, estimates
 from advebm.training.hardware import PUBLISHED, Machine
 
 COUNTS = {"forward": 0, "backward": 0}
@@ -140,7 +140,7 @@ def test_passes_of_a_growing_search_are_those_of_training(trained):
     ],
 )
 def test_passes_are_told_apart(name, options, expected):
-    least, most, held = cost.training(recipe(name, **options))
+    least, most, held = cost.count_training(recipe(name, **options))
     assert least == most == expected
     assert held == {"digits-at": (1, 1, 0), "digits-free": (0, 1, 0), "digits-binary-at": (1, 3, 1)}.get(name, held)
 
@@ -187,13 +187,13 @@ def test_validation_is_counted_at_its_most():
 
 
 def flops(backbone, held):
-    return cost.measured(Architecture(backbone, 5, 2, 8, (0.5, 0.5), (0.5, 0.5)), recipe("digits-at"), held)
+    return cost.measure_network(Architecture(backbone, 5, 2, 8, (0.5, 0.5), (0.5, 0.5)), recipe("digits-at"), held)
 
 
 def test_flops_of_a_linear_network():
     """``2 D K`` for each product with the weights; the gradient's penalty needs two of them."""
     once = 2 * (2 * 8 * 8) * 5
-    _, found, _ = flops(Flat(), Held(1, 2, 1))
+    _, found, _ = flops(Flat(), ImagesHeld(1, 2, 1))
     assert found == Passes(forward=once, teacher=once, search=once, loss=once, penalty=2 * once)
 
 
@@ -201,7 +201,7 @@ def test_flops_of_a_convolution():
     """A multiplication and an addition for each weight and place; no gradient goes to the first layer's input."""
     first = 2 * (3 * 3 * 2 * 6) * (4 * 4)
     rest = 2 * (6 * 4 * 4 * 7) + 2 * (7 * 5)
-    count, found, _ = flops(TwoLayers(), Held(1, 1, 0))
+    count, found, _ = flops(TwoLayers(), ImagesHeld(1, 1, 0))
     assert found == Passes(first + rest, first + rest, first + rest, first + 2 * rest, 0.0)
     assert count == (3 * 3 * 2 * 6 + 6) + (96 * 7 + 7) + (7 * 5 + 5)
 
@@ -225,9 +225,9 @@ def test_recomputed_activations_cost_a_pass_and_save_memory():
 # Memory ------------------------------------------------------------------------------------------------------------
 
 
-def allocated(short, data: Outline) -> int:
+def allocated(short, data: DataSpec) -> int:
     """The most bytes that the allocator had given out during a step, for tensors that the step made."""
-    model = design(short, blank(data)).build().train()
+    model = design(short, blank_data(data)).build().train()
     model.precision = getattr(torch, short.train.precision)
     generator, count = rng.generator(0), short.train.batch
     x = torch.rand(count, *data.shape, generator=generator)
@@ -296,9 +296,9 @@ def test_published_machines_are_in_proportion():
 
 
 def test_machines_by_name():
-    assert hardware.find("h200") is PUBLISHED["h200"]
+    assert hardware.find_machine("h200") is PUBLISHED["h200"]
     with pytest.raises(UserError, match=r"no machine 'h20' \(did you mean 'h200'"):
-        hardware.find("h20")
+        hardware.find_machine("h20")
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64"])
@@ -352,17 +352,17 @@ def test_the_machine_is_described(monkeypatch):
 
 def test_sources_say_what_they_are_without_being_read(tmp_path, monkeypatch):
     monkeypatch.delenv("ADVEBM_DATA", raising=False)
-    assert outline(recipe("cifar100-at").data) == Outline((3, 32, 32), 100, 48_000, 2_000)
+    assert find_spec(recipe("cifar100-at").data) == DataSpec((3, 32, 32), 100, 48_000, 2_000)
     part = recipe("cifar10-rst-awp-small")
-    assert outline(part.data) == outline(part.extra) == Outline((3, 32, 32), 10, 24_000, 2_000)
-    data, told = Part(share=0.25).load(), outline(Part(share=0.25))
-    assert told == Outline(data.shape, 10, told.train, len(data.val))
+    assert find_spec(part.data) == find_spec(part.extra) == DataSpec((3, 32, 32), 10, 24_000, 2_000)
+    data, told = Part(share=0.25).load(), find_spec(Part(share=0.25))
+    assert told == DataSpec(data.shape, 10, told.train, len(data.val))
     assert told.train == pytest.approx(len(data.train), abs=5)  # which is rounded class by class
-    assert outline(Part(share=0.25, rest=True)).train == pytest.approx(1258 - len(data.train), abs=5)
-    assert outline(Classes(recipe("cifar100-at").data, 20, rest=True)) == Outline((3, 32, 32), 80)
-    assert outline(Unlabelled()).classes == 1
+    assert find_spec(Part(share=0.25, rest=True)).train == pytest.approx(1258 - len(data.train), abs=5)
+    assert find_spec(Classes(recipe("cifar100-at").data, 20, rest=True)) == DataSpec((3, 32, 32), 80)
+    assert find_spec(Unlabelled()).classes == 1
     folder = recipe("celeba-hq256-binary-at", data__path=str(tmp_path / "nothing")).data
-    assert outline(folder) == Outline((3, 256, 256))
+    assert find_spec(folder) == DataSpec((3, 256, 256))
     with pytest.raises(UserError, match="there is no data at nowhere"):
         estimate(recipe("digits-at", data={"kind": "npz", "path": "nowhere.npz"}))
     with pytest.raises(UserError, match="size of the images of 'some/set' is not known"):

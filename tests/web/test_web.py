@@ -160,16 +160,16 @@ def test_a_visitor_stops_jobs_of_their_own_alone():
 @pytest.mark.parametrize("bad", [None, "7", True, float("nan"), float("inf"), -1, 11, [3]])
 def test_numbers_are_checked(bad):
     with pytest.raises(UserError, match="the seed"):
-        inputs.number(bad, "the seed", 0, 10)
+        inputs.parse_number(bad, "the seed", 0, 10)
     with pytest.raises(UserError, match="the seed"):
-        inputs.whole(bad, "the seed", 0, 10)
-    assert inputs.number(10, "the seed", 0, 10) == 10.0
+        inputs.parse_integer(bad, "the seed", 0, 10)
+    assert inputs.parse_number(10, "the seed", 0, 10) == 10.0
 
 
 def test_whole_numbers_are_whole():
-    assert inputs.whole(3.0, "K", 0, 10) == 3
+    assert inputs.parse_integer(3.0, "K", 0, 10) == 3
     with pytest.raises(UserError, match="whole number"):
-        inputs.whole(2.5, "K", 0, 10)
+        inputs.parse_integer(2.5, "K", 0, 10)
 
 
 def saved(tmp_path, picture, name="picture.png", **options):
@@ -180,21 +180,21 @@ def saved(tmp_path, picture, name="picture.png", **options):
 
 def test_a_picture_of_the_right_size_is_taken_to_the_bit(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    x, said = inputs.image(saved(tmp_path, Image.fromarray(pixels)), COLOUR)
+    x, said = inputs.read_image(saved(tmp_path, Image.fromarray(pixels)), COLOUR)
     assert torch.equal(to_bytes(x).permute(1, 2, 0), torch.from_numpy(pixels))
     assert said == "taken as it is"
-    x, said = inputs.image(saved(tmp_path, Image.fromarray(pixels[:8, :8, 0])), GREY)
+    x, said = inputs.read_image(saved(tmp_path, Image.fromarray(pixels[:8, :8, 0])), GREY)
     assert torch.equal(to_bytes(x)[0], torch.from_numpy(pixels[:8, :8, 0]))
 
 
 def test_a_grey_picture_for_a_colour_model_and_the_other_way_round(tmp_path):
     grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    x, said = inputs.image(saved(tmp_path, grey), COLOUR)
+    x, said = inputs.read_image(saved(tmp_path, grey), COLOUR)
     assert torch.equal(x[0], x[1])
     assert torch.equal(x[0], x[2])
     assert "grey" in said
     red = Image.new("RGB", (8, 8), (255, 0, 0))
-    x, said = inputs.image(saved(tmp_path, red), GREY)
+    x, said = inputs.read_image(saved(tmp_path, red), GREY)
     assert x.shape == GREY
     assert x.unique().item() == pytest.approx(0.299, abs=2 / 255)
     assert "grey" in said
@@ -203,18 +203,18 @@ def test_a_grey_picture_for_a_colour_model_and_the_other_way_round(tmp_path):
 def test_a_picture_of_another_size_is_cut_and_scaled_and_that_is_said(tmp_path):
     wide = np.zeros((32, 96), dtype=np.uint8)
     wide[:, 32:64] = 255  # the middle square
-    x, said = inputs.image(saved(tmp_path, Image.fromarray(wide)), GREY)
+    x, said = inputs.read_image(saved(tmp_path, Image.fromarray(wide)), GREY)
     assert x.min() == 1
     assert "96 x 32" in said
     assert "middle square" in said
     quarters = np.kron(np.array([[0, 255], [255, 0]], dtype=np.uint8), np.ones((8, 8), dtype=np.uint8))
-    x, said = inputs.image(saved(tmp_path, Image.fromarray(quarters)), GREY)
+    x, said = inputs.read_image(saved(tmp_path, Image.fromarray(quarters)), GREY)
     assert (x[0].round() == torch.tensor([[0, 1], [1, 0]]).repeat_interleave(4, 0).repeat_interleave(4, 1)).all()
     assert "middle square" not in said
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
-    assert inputs.image(saved(tmp_path, Image.new("RGBA", (8, 8), (0, 0, 0, 0))), GREY)[0].min() == 1
+    assert inputs.read_image(saved(tmp_path, Image.new("RGBA", (8, 8), (0, 0, 0, 0))), GREY)[0].min() == 1
 
 
 def header(width, height):
@@ -234,7 +234,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
     path.write_bytes(header(edge, edge))
     begun = time.perf_counter()
     with pytest.raises(UserError, match="megapixels"):
-        inputs.image(path, COLOUR)
+        inputs.read_image(path, COLOUR)
     assert time.perf_counter() - begun < 0.5
 
 
@@ -243,7 +243,7 @@ def test_a_file_of_too_many_bytes_is_refused_before_it_is_opened(tmp_path):
     with path.open("wb") as file:
         file.truncate(inputs.BYTES + 1)
     with pytest.raises(UserError, match="10 MB"):
-        inputs.image(path, COLOUR)
+        inputs.read_image(path, COLOUR)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"<svg onload='x'/>", b"%!PS\n", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
@@ -251,7 +251,7 @@ def test_what_is_no_picture_is_refused(tmp_path, content):
     path = tmp_path / "picture.png"
     path.write_bytes(content)
     with pytest.raises(UserError, match="can be read"):
-        inputs.image(path, COLOUR)
+        inputs.read_image(path, COLOUR)
 
 
 def test_a_damaged_picture_is_refused(tmp_path):
@@ -261,7 +261,7 @@ def test_a_damaged_picture_is_refused(tmp_path):
     path = tmp_path / "half.jpg"
     path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     with pytest.raises(UserError, match="can be read"):
-        inputs.image(path, COLOUR)
+        inputs.read_image(path, COLOUR)
 
 
 def layer(edge, cells, colour=(255, 45, 45, 255), size=8):
@@ -274,34 +274,34 @@ def layer(edge, cells, colour=(255, 45, 45, 255), size=8):
 
 
 def test_the_brush_marks_the_pixels_that_it_covers():
-    _, where = inputs.brushed([layer(320, [(0, 0), (3, 5)])], GREY)
+    _, where = inputs.read_strokes([layer(320, [(0, 0), (3, 5)])], GREY)
     assert where.nonzero().tolist() == [[0, 0, 0], [0, 3, 5]]
-    _, where = inputs.brushed([layer(320, [(1, 1)]), layer(64, [(2, 2)])], GREY)
+    _, where = inputs.read_strokes([layer(320, [(1, 1)]), layer(64, [(2, 2)])], GREY)
     assert where.nonzero().tolist() == [[0, 1, 1], [0, 2, 2]]
-    _, where = inputs.brushed([], GREY)
+    _, where = inputs.read_strokes([], GREY)
     assert not where.any()
     faint = np.zeros((320, 320, 4), dtype=np.uint8)
     faint[:40, :10] = 255  # a quarter of a pixel
-    assert not inputs.brushed([Image.fromarray(faint)], GREY)[1].any()
+    assert not inputs.read_strokes([Image.fromarray(faint)], GREY)[1].any()
 
 
 def test_the_brush_paints_its_colour_whatever_covers_it_partly():
-    paint, where = inputs.brushed([layer(320, [(0, 0)], (255, 0, 0, 255), 16)], COLOUR)
+    paint, where = inputs.read_strokes([layer(320, [(0, 0)], (255, 0, 0, 255), 16)], COLOUR)
     assert torch.allclose(paint[:, 0, 0], torch.tensor([1.0, 0, 0]))
     half = np.zeros((320, 320, 4), dtype=np.uint8)
     half[:20, :10] = (255, 0, 0, 255)
-    paint, where = inputs.brushed([Image.fromarray(half)], COLOUR)
+    paint, where = inputs.read_strokes([Image.fromarray(half)], COLOUR)
     assert where[0, 0, 0]
     assert torch.allclose(paint[:, 0, 0], torch.tensor([1.0, 0, 0]), atol=0.01)
-    paint, _ = inputs.brushed([layer(320, [(0, 0)], (255, 0, 0, 255))], GREY)
+    paint, _ = inputs.read_strokes([layer(320, [(0, 0)], (255, 0, 0, 255))], GREY)
     assert paint[0, 0, 0].item() == pytest.approx(0.299, abs=0.01)
     over = [layer(320, [(0, 0)], (255, 255, 255, 255)), layer(320, [(0, 0)], (0, 0, 0, 255))]
-    assert inputs.brushed(over, GREY)[0][0, 0, 0] == 0  # later layers lie on top
+    assert inputs.read_strokes(over, GREY)[0][0, 0, 0] == 0  # later layers lie on top
 
 
 def test_a_mask_of_other_proportions_is_refused():
     with pytest.raises(UserError, match="320 x 200"):
-        inputs.brushed([Image.new("RGBA", (320, 200))], GREY)
+        inputs.read_strokes([Image.new("RGBA", (320, 200))], GREY)
 
 
 def encoded(picture):
@@ -313,9 +313,9 @@ def encoded(picture):
 def test_layers_are_read_as_they_were_brushed(tmp_path):
     drawn = [layer(320, [(k, k)]) for k in range(inputs.LAYERS)]
     (tmp_path / "last.png").write_bytes(encoded(drawn[-1]))
-    found = inputs.layers([*map(encoded, drawn[:-1]), tmp_path / "last.png"])
+    found = inputs.read_layers([*map(encoded, drawn[:-1]), tmp_path / "last.png"])
     assert [picture.tobytes() for picture in found] == [picture.tobytes() for picture in drawn]
-    assert inputs.brushed(found, GREY)[1].sum() == inputs.LAYERS
+    assert inputs.read_strokes(found, GREY)[1].sum() == inputs.LAYERS
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_layers_are_read_as_they_were_brushed(tmp_path):
 )
 def test_layers_that_are_too_much_are_refused_before_they_are_decoded(parts, words):
     with pytest.raises(UserError, match=words):
-        inputs.layers(parts)
+        inputs.read_layers(parts)
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -338,11 +338,11 @@ def test_layers_that_are_too_much_are_refused_before_they_are_decoded(parts, wor
 
 def test_small_images_are_enlarged_pixel_by_pixel():
     x = torch.rand(1, 8, 8)
-    shown = np.asarray(views.enlarged(x, 320))
+    shown = np.asarray(views.enlarge(x, 320))
     assert shown.shape == (320, 320)
     assert np.array_equal(shown[::40, ::40], to_bytes(x)[0].numpy())
     assert np.array_equal(shown, np.kron(shown[::40, ::40], np.ones((40, 40), dtype=np.uint8)))
-    assert views.enlarged(torch.rand(3, 32, 32)).mode == "RGB"
+    assert views.enlarge(torch.rand(3, 32, 32)).mode == "RGB"
 
 
 def test_a_difference_is_grey_where_nothing_changed():
@@ -361,16 +361,16 @@ def test_a_difference_is_grey_where_nothing_changed():
 
 def drawn(studio, job=None, kind=EVERY, count=10, seed=3, **changed):
     settings = {"method": "cs", "start": "global", "alpha": 0.1, "beta": 0, "eta": 0, "steps": 12} | changed
-    return sampling.sample(studio, sampling.chosen(studio, **settings), kind, count, seed, job or Job())
+    return sampling.sample(studio, sampling.build_sampler(studio, **settings), kind, count, seed, job or Job())
 
 
 def test_a_sample_is_what_the_sampler_draws(studio):
     shown = drawn(studio)
-    sampler = sampling.chosen(studio, "cs", "global", 0.1, 0, 0, 12)
+    sampler = sampling.build_sampler(studio, "cs", "global", 0.1, 0, 0, 12)
     y = torch.arange(10)
     seeds, draws = studio.seeds(sampler, y, 3)
     x = sampler(studio.model, y, seeds, generator=draws)
-    assert np.array_equal(np.asarray(shown.picture), np.asarray(views.sheet(x)))
+    assert np.array_equal(np.asarray(shown.picture), np.asarray(views.image_sheet(x)))
     energy = [api.energy(studio.model, z, y).mean().item() for z in (seeds, x)]
     assert f"energy {energy[0]:.3g} → {energy[1]:.3g} nats" in shown.note
     hits = int((studio.model(x).argmax(1) == y).sum())
@@ -393,7 +393,7 @@ def test_a_sample_is_seen_while_it_comes_into_being(studio, monkeypatch):
 def test_no_more_images_at_once_than_their_size_allows(studio, monkeypatch):
     whole, seen = drawn(studio), []
     for module in (sampling, web_studio):
-        monkeypatch.setattr(module, "together", lambda shape: 3 if shape == GREY else None)
+        monkeypatch.setattr(module, "batch_size_for", lambda shape: 3 if shape == GREY else None)
     hook = studio.model.register_forward_hook(lambda model, given, out: seen.append(len(out)))
     parts = drawn(studio)
     hook.remove()
@@ -412,13 +412,13 @@ def test_seeds_and_classes_decide_a_sample(studio):
 
 
 def test_dials_reach_the_sampler(studio):
-    sampler = sampling.chosen(studio, "ta", "class", 0.3, 1.5, 0.02, 7)
+    sampler = sampling.build_sampler(studio, "ta", "class", 0.3, 1.5, 0.02, 7)
     found = (sampler.step_size, sampler.radius, sampler.noise, sampler.steps, sampler.start)
     assert found == (0.3, 1.5, 0.02, 7, "class")
-    assert sampling.chosen(studio, "ta", "class", 0.3, 0, 0, 7).radius is None
-    exact = sampling.chosen(studio, "jeat-17", "class", 1e-4, 0, 0, 7)
+    assert sampling.build_sampler(studio, "ta", "class", 0.3, 0, 0, 7).radius is None
+    exact = sampling.build_sampler(studio, "jeat-17", "class", 1e-4, 0, 0, 7)
     assert exact.temperature == 1.0
-    assert sampling.chosen(studio, "jeat-17", "class", 1e-4, 0, 0.01, 7).temperature is None
+    assert sampling.build_sampler(studio, "jeat-17", "class", 1e-4, 0, 0.01, 7).temperature is None
 
 
 @pytest.mark.parametrize(
@@ -447,9 +447,9 @@ def test_every_method_that_is_offered_draws(studio, critic, monkeypatch):
     for one in (studio, critic):
         for method in one.methods():
             s = one.sampler(method)
-            sampler = sampling.chosen(one, method, s.start, s.step_size, s.radius or 0, s.noise, 1)
+            sampler = sampling.build_sampler(one, method, s.start, s.step_size, s.radius or 0, s.noise, 1)
             for start in one.starts(s):
-                assert sampling.chosen(one, method, start, s.step_size, 0, 0, 1).start == start
+                assert sampling.build_sampler(one, method, start, s.step_size, 0, 0, 1).start == start
             assert sampling.sample(one, sampler, EVERY, 2, 0, Job()).note
     assert "cs" not in critic.methods()
     assert "ascent" in critic.methods()
@@ -462,7 +462,7 @@ def test_a_search_that_is_stopped_leaves_no_trace(studio):
     job.stop()
     for work in (
         lambda: drawn(studio, job),
-        lambda: slicing.cut(studio, studio.sampler(), "3", "path", 0, job),
+        lambda: slicing.slice_energy(studio, studio.sampler(), "3", "path", 0, job),
         lambda: attacking.attack(studio, x[0], -1, "APGD", "l2", 0.5, 10, "3", 0, job),
         lambda: editing.explain(studio, x[0], "3", 0.8, 10, job),
     ):
@@ -543,23 +543,23 @@ def test_a_plane_through_a_path_holds_it(generator):
     start, ahead, bend = torch.rand(3, 1, 8, 8, generator=generator)
     t = torch.linspace(0, 1, 9)[:, None, None, None]
     path = start + t * ahead + (t * (1 - t)) * bend
-    first, second = slicing.along(path)
+    first, second = slicing.leading_directions(path)
     assert first.norm().item() == pytest.approx(1, abs=1e-5)
     assert second.norm().item() == pytest.approx(1, abs=1e-5)
     assert (first * second).sum().item() == pytest.approx(0, abs=1e-5)
-    plane = slicing.projected(path, start[None][0], first, second)
+    plane = slicing.project_path(path, start[None][0], first, second)
     assert plane.share == pytest.approx(1, abs=1e-5)
     assert torch.allclose(
         torch.cdist(plane.at, plane.at).float(), torch.cdist(path.flatten(1), path.flatten(1)), atol=1e-4
     )
     assert plane.at[-1, 1].item() == pytest.approx(0, abs=1e-4)  # the end lies ahead of the start
     off = path + torch.randn(path.shape, generator=generator)
-    assert slicing.projected(off, start, first, second).share < 0.9
+    assert slicing.project_path(off, start, first, second).share < 0.9
 
 
 def test_a_path_that_stands_still_spans_no_plane():
     with pytest.raises(UserError, match="does not move"):
-        slicing.along(torch.ones(5, 1, 8, 8))
+        slicing.leading_directions(torch.ones(5, 1, 8, 8))
 
 
 @pytest.mark.parametrize("through", ["path", "gradient", "random"])
@@ -567,23 +567,25 @@ def test_a_slice_is_drawn(studio, critic, through, monkeypatch):
     monkeypatch.setattr(slicing, "COUNT", 5)
     seen, job = [], Job()
     job.tell = seen.append
-    shown = slicing.cut(studio, studio.sampler(), "3", through, 0, job)
+    shown = slicing.slice_energy(studio, studio.sampler(), "3", through, 0, job)
     assert len(seen) == 1
     assert shown.figure.size[0] > 400
     assert "E(x, 3)" in shown.note
-    assert "E(x)" in slicing.cut(critic, critic.sampler(), EVERY, through, 0, Job()).note
+    assert "E(x)" in slicing.slice_energy(critic, critic.sampler(), EVERY, through, 0, Job()).note
 
 
 def test_a_slice_is_of_the_energy_around_the_image(studio, monkeypatch):
-    caught, projected = {}, slicing.projected
+    caught, projected = {}, slicing.project_path
 
     def keep(*given):
         caught["path"], caught["plane"] = given[0], projected(*given)
         return caught["plane"]
 
-    monkeypatch.setattr(slicing, "projected", keep)
-    monkeypatch.setattr(slicing, "drawn", lambda values, reach, at, symbol: caught.update(values=values, reach=reach))
-    slicing.cut(studio, studio.sampler(), "3", "gradient", 0, Job())
+    monkeypatch.setattr(slicing, "project_path", keep)
+    monkeypatch.setattr(
+        slicing, "draw_slice", lambda values, reach, at, symbol: caught.update(values=values, reach=reach)
+    )
+    slicing.slice_energy(studio, studio.sampler(), "3", "gradient", 0, Job())
     plane, values, reach = caught["plane"], caught["values"], caught["reach"]
     assert torch.equal(plane.centre, caught["path"][-1])
     offset = torch.linspace(-reach, reach, slicing.COUNT)
@@ -600,7 +602,10 @@ def test_the_toy_is_seen_while_it_trains_and_can_be_stopped():
     assert len(seen) > 3
     assert seen[0].note == "update 0 of 6"
     values = {name: value for name, value, _ in shown.table}
-    assert values["objective"] == f"{toy_training.numbers(toy_training.play('gaussian', updates=6))['objective']:.3f}"
+    assert (
+        values["objective"]
+        == f"{toy_training.summarize(toy_training.train_toy('gaussian', updates=6))['objective']:.3f}"
+    )
     assert all(about for _, _, about in shown.table)
     stopped = Job()
     stopped.stop()
@@ -617,7 +622,7 @@ def test_the_toy_is_seen_while_it_trains_and_can_be_stopped():
 
 
 def brush(*cells):
-    return inputs.brushed([layer(320, cells, (255, 255, 255, 255))], GREY)
+    return inputs.read_strokes([layer(320, cells, (255, 255, 255, 255))], GREY)
 
 
 @pytest.mark.parametrize("name", editing.TOOLS)
@@ -626,8 +631,8 @@ def test_every_application_gives_a_picture(studio, name):
     x, _ = studio.image(0)
     paint, where = brush((3, 3), (3, 4)) if tool.brush else brush()
     other = {"image": 1, "class": "4"}.get(tool.other)
-    asked = editing.Asked(name, "8", 3, [d.value for d in tool.dials], other, 0)
-    shown = editing.edit(studio, x, paint, where, asked, Job())
+    asked = editing.EditForm(name, "8", 3, [d.value for d in tool.dials], other, 0)
+    shown = editing.apply_tool(studio, x, paint, where, asked, Job())
     assert shown.result.size[0] >= 300
     assert None not in (shown.begin, shown.film)  # or those of another edit stay
     assert "nats" in shown.note
@@ -639,8 +644,8 @@ def test_pixels_that_are_not_brushed_stay(studio):
     x, _ = studio.image(0)
     paint, where = brush((3, 3), (4, 4))
     for name in ("inpaint", "paint"):
-        asked = editing.Asked(name, "8", 10, [d.value for d in editing.TOOLS[name].dials], None, 0)
-        shown = editing.edit(studio, x, paint, where, asked, Job())
+        asked = editing.EditForm(name, "8", 10, [d.value for d in editing.TOOLS[name].dials], None, 0)
+        shown = editing.apply_tool(studio, x, paint, where, asked, Job())
         pixels = np.asarray(shown.result)[::40, ::40]
         same = pixels == to_bytes(x)[0].numpy()
         assert same[~where[0].numpy()].all()
@@ -663,10 +668,10 @@ def test_pixels_that_are_not_brushed_stay(studio):
     ],
 )
 def test_what_is_asked_of_an_application_is_checked(studio, changed, words):
-    asked = editing.Asked("translate", "8", 3, [1], None, 0)._replace(**changed)
+    asked = editing.EditForm("translate", "8", 3, [1], None, 0)._replace(**changed)
     paint, where = brush()
     with pytest.raises(UserError, match=words):
-        editing.edit(studio, studio.image(0)[0], paint, where, asked, Job())
+        editing.apply_tool(studio, studio.image(0)[0], paint, where, asked, Job())
 
 
 def test_an_explanation_goes_from_the_image_to_another_class(studio):
@@ -674,14 +679,14 @@ def test_an_explanation_goes_from_the_image_to_another_class(studio):
     target = str((label + 1) % 10)
     found = editing.explain(studio, x, target, 0.6, 20, Job())
     first, added, said = editing.moment(found, 0)
-    assert np.array_equal(np.asarray(first), np.asarray(views.enlarged(x)))
+    assert np.array_equal(np.asarray(first), np.asarray(views.enlarge(x)))
     assert set(np.asarray(added).flatten()) == {128}
     assert "distance 0.00" in said
     end = found.film[-1][None]
     if found.reached:
         assert studio.model(end).softmax(1)[0, int(target)] >= 0.6
     assert f"{100 * studio.model(end).softmax(1)[0, int(target)].item():.0f} %" in found.note
-    assert np.array_equal(np.asarray(editing.moment(found, 100)[0]), np.asarray(views.enlarged(found.film[-1])))
+    assert np.array_equal(np.asarray(editing.moment(found, 100)[0]), np.asarray(views.enlarge(found.film[-1])))
     assert editing.way(found).size[0] > 400
     for bad in (-1, 101, None):
         with pytest.raises(UserError):
@@ -691,7 +696,7 @@ def test_an_explanation_goes_from_the_image_to_another_class(studio):
 def test_a_critic_explains_nothing(critic):
     with pytest.raises(UserError, match="classifier"):
         editing.explain(critic, critic.image(0)[0], "1", 0.8, 5, Job())
-    assert "compose" not in editing.offered(critic)
+    assert "compose" not in editing.offered_tools(critic)
 
 
 def test_runs_are_listed_and_reported_without_being_touched(studio, tmp_path):

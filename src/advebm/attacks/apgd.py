@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from advebm import energies
-from advebm.attacks.base import Adversary, Run, check_radius, dlr, margin, radius, ranked
+from advebm.attacks.base import Adversary, Run, check_radius, dlr, likely_class, margin, radius_text
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.core.rng import rand, randn
@@ -65,7 +65,7 @@ class APGD(Adversary):
     @property
     def name(self) -> str:
         """As tables write it: ``APGD-CE-100 linf 8/255``."""
-        return f"{self.label} {self.steps} {radius(self.eps, self.norm)}"
+        return f"{self.label} {self.steps} {radius_text(self.eps, self.norm)}"
 
     def runs(self, classes: int) -> list[Run]:
         """A run for each goal and restart."""
@@ -78,7 +78,7 @@ class APGD(Adversary):
 
     def _search(self, goal: int, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Misclassified points where they were found, else those of the highest loss."""
-        target = ranked(f, x, y, goal) if goal else None
+        target = likely_class(f, x, y, goal) if goal else None
 
         def outcome(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             out = f(x)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from advebm.attacks.apgd import APGD
-from advebm.attacks.base import Adversary, Run, check_radius, radius
+from advebm.attacks.base import Adversary, Run, check_radius, radius_text
 from advebm.attacks.fab import FAB
 from advebm.attacks.square import Square
 from advebm.core.config import check_choices
@@ -44,7 +44,7 @@ class AutoAttack(Adversary):
     def name(self) -> str:
         """As tables write it: ``AutoAttack linf 8/255``; other versions say which."""
         version = "" if self.version == "standard" else f" {self.version}"
-        return f"AutoAttack{version} {radius(self.eps, self.norm)}"
+        return f"AutoAttack{version} {radius_text(self.eps, self.norm)}"
 
     def attacks(self, classes: int) -> list[Adversary]:
         """In order, for so many classes."""

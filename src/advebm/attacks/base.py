@@ -114,7 +114,7 @@ def two_classes(f: Logits) -> Logits:
     return logits
 
 
-def radius(eps: float, norm: str) -> str:
+def radius_text(eps: float, norm: str) -> str:
     """As tables write a ball: ``linf 8/255``, ``l2 0.5``."""
     return f"{norm} {eps * 255:.3g}/255" if norm == "linf" else f"{norm} {eps:.4g}"
 
@@ -127,7 +127,7 @@ def check_radius(eps: float, norm: str) -> None:
         raise UserError(f"an linf eps is at most 1 in pixels of [0, 1], got {eps}; write 8/255, not 8")
 
 
-def ranked(f: Logits, x: Tensor, y: Tensor, rank: int) -> Tensor:
+def likely_class(f: Logits, x: Tensor, y: Tensor, rank: int) -> Tensor:
     """The ``rank``-th most likely class of each image other than ``y``, from 1: int64 (B,)."""
     with torch.no_grad():
         out = f(x).scatter(1, y[:, None], -torch.inf)

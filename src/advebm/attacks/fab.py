@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advebm.attacks.base import Adversary, Run, check_radius, margin, radius, ranked
+from advebm.attacks.base import Adversary, Run, check_radius, likely_class, margin, radius_text
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.descent import per_sample, value_and_gradient
@@ -56,7 +56,7 @@ class FAB(Adversary):
     @property
     def name(self) -> str:
         """As tables write it: ``FAB-T 100 linf 8/255``."""
-        return f"{self.label} {self.steps} {radius(self.eps, self.norm)}"
+        return f"{self.label} {self.steps} {radius_text(self.eps, self.norm)}"
 
     def runs(self, classes: int) -> list[Run]:
         """A run for each target and restart."""
@@ -69,7 +69,7 @@ class FAB(Adversary):
 
     def _search(self, goal: int, start: int, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Misclassified points within ``eps`` where there are some, else the images themselves."""
-        target, found = ranked(f, x, y, goal), x.clone()
+        target, found = likely_class(f, x, y, goal), x.clone()
         rows, at = torch.arange(len(x), device=x.device), x
         if start:
             at = (x + self.eps / 2 * self._direction(x, generator)).clamp(0, 1)

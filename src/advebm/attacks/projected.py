@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from advebm import energies
-from advebm.attacks.base import Adversary, Run, check_radius, margin, radius
+from advebm.attacks.base import Adversary, Run, check_radius, margin, radius_text
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.descent import Descent, Energy, Observer, both, box, heavy_ball, l2_ball, linf_ball, sign, unit
@@ -62,7 +62,7 @@ class Attack(Adversary):
 
     def raise_loss(self, f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Images (B, C, H, W) in [0, 1] within eps of ``x``, of high ``loss``; also where ``f`` is wrong already."""
-        return self.minimize(self.harm(f, y), x, generator)
+        return self.minimize(self.negative_loss(f, y), x, generator)
 
     def minimize(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None, *, observe: Observer | None = None
@@ -96,7 +96,7 @@ class Attack(Adversary):
         size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         return Descent(self.steps, size, direction, both(ball, box()))
 
-    def harm(self, f: energies.Logits, y: Tensor) -> Energy:
+    def negative_loss(self, f: energies.Logits, y: Tensor) -> Energy:
         """The energy an untargeted attack on the labels ``y (B,)`` lowers: minus ``loss``."""
         if self.loss == "energy":
             return lambda x: -energies.joint(f(x), y)
@@ -116,7 +116,7 @@ class Attack(Adversary):
         kind = "FGSM" if kind == "PGD" and self.start == "clean" and self.steps == 1 else kind
         times = "" if self.restarts == 1 else f" x {self.restarts}"
         steps = "" if kind == "FGSM" else f"-{self.steps}"
-        return f"{kind}{steps}{times} {radius(self.eps, self.norm)}"
+        return f"{kind}{steps}{times} {radius_text(self.eps, self.norm)}"
 
 
 def fgsm(eps: float, norm: Literal["linf", "l2"] = "linf") -> Attack:

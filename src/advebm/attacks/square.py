@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advebm.attacks.base import Adversary, Run, check_radius, margin, radius
+from advebm.attacks.base import Adversary, Run, check_radius, margin, radius_text
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.descent import per_sample
@@ -46,7 +46,7 @@ class Square(Adversary):
     @property
     def name(self) -> str:
         """As tables write it: ``Square 5000 linf 8/255``."""
-        return f"Square {self.queries} {radius(self.eps, self.norm)}"
+        return f"Square {self.queries} {radius_text(self.eps, self.norm)}"
 
     def runs(self, classes: int) -> list[Run]:
         """One."""

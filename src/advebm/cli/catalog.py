@@ -9,7 +9,7 @@ from pathlib import Path
 from advebm import recipes
 from advebm.cli.options import Overrides, Verbs
 from advebm.core.config import KINDS
-from advebm.core.errors import unknown
+from advebm.core.errors import unknown_name
 
 
 def add_list(verbs: Verbs) -> None:
@@ -22,7 +22,7 @@ def print_list(args: argparse.Namespace, overrides: Overrides) -> None:
     """Print a line a recipe and a line a kind."""
     what = None if args.what is None else args.what.rstrip("s")
     if what is not None and what not in ("recipe", *KINDS):
-        raise unknown("kind of thing", args.what, ["recipe", *KINDS])
+        raise unknown_name("kind of thing", args.what, ["recipe", *KINDS])
     if what in (None, "recipe"):
         print("recipe (advebm train --recipe NAME)")
         width = max(map(len, recipes.names()))

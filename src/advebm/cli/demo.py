@@ -61,8 +61,8 @@ def toy(args: argparse.Namespace, overrides: Overrides) -> None:
     written: list[Path] = []
     for density in densities.DENSITIES if args.all else [args.density or "gaussian"]:
         console.say(density)
-        plays, paths = figures.draw(density, args.out, method=args.method, p0=args.p0, seed=args.seed)
-        rows |= {f"{play.density} {play.method} {play.p0}": train.numbers(play, seed=args.seed) for play in plays}
+        plays, paths = figures.draw_density(density, args.out, method=args.method, p0=args.p0, seed=args.seed)
+        rows |= {f"{play.density} {play.method} {play.p0}": train.summarize(play, seed=args.seed) for play in plays}
         written += paths
     numbers_table(rows)
     for path in written:

@@ -39,7 +39,7 @@ def add_diagnose(verbs: Verbs) -> None:
 
 def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     """Print the numbers of the figures, and where the figures are."""
-    from advebm.evaluation.compare import titled
+    from advebm.evaluation.compare import by_title
     from advebm.reporting.diagnostics import diagnose
     from advebm.reporting.terminal import figures_list
     from advebm.runs.run import Run
@@ -54,7 +54,7 @@ def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     options |= {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
     options["sampler"] = choose_sampler(runs[0], args.method, overrides)
     what = args.what.split(",") if args.what else ()
-    numbers, written = diagnose(titled(runs), what, progress=console.say, **options)
+    numbers, written = diagnose(by_title(runs), what, progress=console.say, **options)
     figures_list(numbers)
     for path in written:
         print(path)

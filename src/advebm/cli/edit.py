@@ -7,7 +7,7 @@ from typing import Any
 from advebm.cli.options import Overrides, Verbs
 from advebm.core import config, console
 from advebm.core.config import KINDS
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 
 # Options that only some edits take.
 TAKERS = {
@@ -63,7 +63,7 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.workflows.devices import choose_device
 
     _check(args)
-    order = edit_job.Order(
+    order = edit_job.EditRequest(
         run=Run.open(args.run),
         others=tuple(Run.open(path) for path in args.others),
         source=Run.open(args.source) if args.source else None,
@@ -82,15 +82,15 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.what == "score":
         if overrides:
             raise UserError("score takes no --edit options")
-        numbers_table(edit_job.score(order))
+        numbers_table(edit_job.score_images(order))
         return
     amount = [("edit.amount", args.amount)] if args.amount else []
     plain: Any = {"edit": config.describe(config.build(args.what, "edit"))}
     for name, value in [*overrides, *amount]:
         plain = config.override(plain, name, value)
     method = config.build(plain["edit"], "edit")
-    with console.bar(args.what, len(edit_job.listed(order.images)) if order.images else args.count, 0) as tell:
-        path, numbers = edit_job.edit(order, method, args.out, film=args.film, progress=tell)
+    with console.bar(args.what, len(edit_job.list_images(order.images)) if order.images else args.count, 0) as tell:
+        path, numbers = edit_job.run_edit(order, method, args.out, film=args.film, progress=tell)
     numbers_table(numbers)
     print(path)
 
@@ -98,7 +98,7 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Refuse an edit that there is not, and options that it does not take."""
     if args.what not in ("score", *KINDS["edit"]):
-        raise unknown("edit", args.what, ["score", *KINDS["edit"]])
+        raise unknown_name("edit", args.what, ["score", *KINDS["edit"]])
     for name, takers in TAKERS.items():
         if getattr(args, name) not in (None, []) and args.what not in takers:
             flag = {"goal": "class", "others": "with", "source": "from"}.get(name, name)

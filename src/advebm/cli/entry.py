@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *rest: _say(f"warning: {message}")
     tune_cpu_allocator()
     bound_waiting()
-    rank, world = processes.launched()
+    rank, world = processes.rank_and_world()
     with contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext():
         return _main(sys.argv[1:] if argv is None else argv, world)
 
@@ -42,9 +42,9 @@ def _main(argv: Sequence[str], world: int) -> int:
             use_threads(threads)
         status = args.call(args, overrides) or 0
         if world > 1:
-            from advebm.runs.engine import leave
+            from advebm.runs.engine import close_connections
 
-            atexit.register(leave)
+            atexit.register(close_connections)
         return status
     except UserError as error:
         return _fail(error, 2)
@@ -61,7 +61,7 @@ def _main(argv: Sequence[str], world: int) -> int:
 
 def _fail(error: Exception, status: int) -> int:
     text = f"error: {' '.join(str(error).split())}"
-    if rank := processes.launched()[0]:
+    if rank := processes.rank_and_world()[0]:
         time.sleep(GRACE)  # the main process says the same, and this one is ended then
         print(f"advebm: process {rank}: {text}", file=sys.stderr)
     _say(text)
@@ -70,5 +70,5 @@ def _fail(error: Exception, status: int) -> int:
 
 def _say(text: str) -> None:
     """To people, from the main process."""
-    if not processes.launched()[0]:
+    if not processes.rank_and_world()[0]:
         print(f"advebm: {text}", file=sys.stderr)

@@ -64,7 +64,7 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     for folder in args.samples:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
-    if args.model and processes.launched()[1] > 1:
+    if args.model and processes.rank_and_world()[1] > 1:
         raise UserError("--model makes a run, which takes one process; evaluate that RUN with several")
     if args.model is None:
         run = Run.open(args.run)

@@ -32,10 +32,10 @@ def add_export(verbs: Verbs) -> None:
 
 def export(args: argparse.Namespace, overrides: Overrides) -> None:
     """Print where the model is."""
-    from advebm.reporting.card import publish
+    from advebm.reporting.card import write_model
     from advebm.runs.run import Run
 
-    print(publish(Run.open(args.run), args.folder, checkpoint=args.checkpoint, weights=args.weights))
+    print(write_model(Run.open(args.run), args.folder, checkpoint=args.checkpoint, weights=args.weights))
 
 
 def add_push(verbs: Verbs) -> None:
@@ -49,11 +49,11 @@ def add_push(verbs: Verbs) -> None:
 def push(args: argparse.Namespace, overrides: Overrides) -> None:
     """Print where the model is."""
     from advebm.models import hub
-    from advebm.reporting.card import publish
+    from advebm.reporting.card import write_model
     from advebm.runs.run import Run
 
     with tempfile.TemporaryDirectory() as folder:
-        publish(Run.open(args.run), Path(folder), checkpoint=args.checkpoint, weights=args.weights)
+        write_model(Run.open(args.run), Path(folder), checkpoint=args.checkpoint, weights=args.weights)
         print(hub.push(Path(folder), args.name, private=args.private))
 
 

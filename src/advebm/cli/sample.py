@@ -51,7 +51,7 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
         raise UserError("--seeds and --features go with --compare")
     if args.compare and (args.method or args.name):
         raise UserError("--compare names the methods, and each set after its own; leave --method and --name out")
-    if processes.launched()[1] > 1 and (args.compare or args.processes > 1):
+    if processes.rank_and_world()[1] > 1 and (args.compare or args.processes > 1):
         raise UserError("--compare and --processes take one process; leave them out, or run it without torchrun")
     run = Run.open(args.run)
     if args.steps:

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     drawn = sample.sample(run, per_class=args.per_class, device=args.device, way=args.fast or "auto")
     print(drawn / "grid.png")
     record_table(evaluate.measure(run, features=args.features, device=args.device))
-    if not processes.launched()[0]:
+    if not processes.rank_and_world()[0]:
         print(report(run))
 
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import yaml
 
-from advebm.core.errors import UserError, suggest, unknown
+from advebm.core.errors import UserError, suggest, unknown_name
 
 # Static text, so that listing what there is imports nothing.  A role is the lower-case name of the protocol or base
 # class that annotates such a field; whatever is not in the table is written "package.module:Class".
@@ -204,7 +204,7 @@ def lookup(role: str, kind: Any, *, foreign: bool = True) -> type:
     target = KINDS[role].get(kind) if isinstance(kind, str) else None
     if target is None:
         if not (isinstance(kind, str) and ":" in kind):
-            raise unknown(role, kind, KINDS[role])
+            raise unknown_name(role, kind, KINDS[role])
         if not foreign:
             raise UserError(f"{role} {kind!r} would import foreign code; only {', '.join(KINDS[role])} may stand here")
         target = kind

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from advebm.core.processes import launched
+from advebm.core.processes import rank_and_world
 
-screen = Console(stderr=True, highlight=False, quiet=launched()[0] > 0)  # of several processes the main one's
+screen = Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0)  # of several processes the main one's
 FIRST, QUIET = 2.0, 10.0  # seconds before the first line and between lines, where there is no terminal for a bar
 
 

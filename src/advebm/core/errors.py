@@ -30,7 +30,7 @@ def suggest(word: object, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def unknown(what: str, word: object, known: Iterable[str]) -> UserError:
+def unknown_name(what: str, word: object, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a list of names."""
     known = sorted(known)
     return UserError(f"no {what} {word!r}{suggest(word, known)}; there is {', '.join(known)}")

@@ -13,7 +13,7 @@ class Team(Protocol):
     world: int
     main: bool
 
-    def share(self, thing: Thing) -> list[Thing]:
+    def all_gather(self, thing: Thing) -> list[Thing]:
         """What each process gives, in the order of ranks; every process waits for all."""
         ...
 
@@ -23,7 +23,7 @@ class Alone:
 
     rank, world, main = 0, 1, True
 
-    def share(self, thing: Thing) -> list[Thing]:
+    def all_gather(self, thing: Thing) -> list[Thing]:
         """What it gives."""
         return [thing]
 
@@ -31,18 +31,18 @@ class Alone:
 ALONE = Alone()
 
 
-def launched() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """This process's rank and how many there are, as ``torchrun`` says; without it 0 and 1."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def command(world: int) -> str:
+def launch_command(world: int) -> str:
     """What starts so many processes: ``advebm``, or ``torchrun … -m advebm``."""
     if world == 1:
         return "advebm"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    nodes = world // here if launched()[1] == world else 1
+    nodes = world // here if rank_and_world()[1] == world else 1
     each = f"--nproc-per-node {world // nodes}"
     return f"torchrun {f'--nnodes {nodes} {each}' if nodes > 1 else each} -m advebm"

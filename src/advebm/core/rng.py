@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 
-def derive(*keys: int | str) -> int:
+def derive_seed(*keys: int | str) -> int:
     """A 63-bit seed from a tuple of numbers and names; other keys give an unrelated seed."""
     text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(*keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator on ``device``, seeded with :func:`derive`."""
-    return torch.Generator(device).manual_seed(derive(*keys))
+    """A fresh generator on ``device``, seeded with :func:`derive_seed`."""
+    return torch.Generator(device).manual_seed(derive_seed(*keys))
 
 
 def randn(like: Tensor, generator: torch.Generator | None) -> Tensor:

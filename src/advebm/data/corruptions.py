@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import rand, randn
 
 # images (B, C, H, W) in [0, 1], the parameter of a severity, generator -> the same shape, perhaps outside [0, 1]
@@ -114,6 +114,6 @@ def corrupt(x: Tensor, name: str, severity: int, generator: torch.Generator) -> 
 def check(name: str, severity: int) -> None:
     """Refuse what is not there."""
     if name not in CORRUPTIONS:
-        raise unknown("corruption", name, CORRUPTIONS)
+        raise unknown_name("corruption", name, CORRUPTIONS)
     if severity not in SEVERITIES:
         raise UserError(f"a severity is a whole number from 1 to 5, got {severity}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from advebm.core import rng
 from advebm.core.errors import UserError
-from advebm.data.ood_sets import fit
+from advebm.data.ood_sets import fit_shape
 from advebm.data.sources import Augmentations, Data, Images, Source, to_float
 
 TRIES, ROUND = 30, 4096  # draws before squares of enough contrast are given up, and the least squares of a draw
@@ -87,7 +87,7 @@ class Patches:
                 rows = (down[at] * (height - edge + 1)).long()[:, None] + torch.arange(edge)
                 columns = (across[at] * (width - edge + 1)).long()[:, None] + torch.arange(edge)
                 squares = photographs.movedim(1, 3)[y[at, None, None], rows[:, :, None], columns[:, None, :]]
-                x[at] = fit(to_float(squares.movedim(3, 1)), (self.channels, self.size, self.size))
+                x[at] = fit_shape(to_float(squares.movedim(3, 1)), (self.channels, self.size, self.size))
             varied = x.mean(1).flatten(1).std(1, correction=0) >= self.contrast  # of grey levels: flat colour is flat
             kept.append(Images((x[varied] * 255).round().to(torch.uint8), y[varied]))
             if sum(map(len, kept)) >= count:

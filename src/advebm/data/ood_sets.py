@@ -77,10 +77,10 @@ class ClassGaussianNoise(Noise):
         return start(torch.empty(count, *data.shape, device=where), y if labels is not None else None, generator)
 
 
-def draw(outlier: Outlier, data: Data, count: int, generator: torch.Generator) -> tuple[str, Tensor]:
+def draw_outliers(outlier: Outlier, data: Data, count: int, generator: torch.Generator) -> tuple[str, Tensor]:
     """The name of a set and at most ``count`` of its images, float32 (M, C, H, W) in [0, 1], of the data's shape.
 
-    Of a source these are distinct images of its test split, fitted by :func:`fit`; there may be fewer than ``count``.
+    Of a source these are distinct images of its test split, fitted by :func:`fit_shape`; there may be fewer.
 
     Raises:
         UserError: a source most of whose images are the data's own.
@@ -88,21 +88,21 @@ def draw(outlier: Outlier, data: Data, count: int, generator: torch.Generator) -
     if isinstance(outlier, Noise):
         return outlier.name, outlier.draw(data, count, generator)
     other = cast(Source, outlier).load()
-    x = choose(other.test.x, count, generator)
-    if (known := overlap(x, data)) > len(x) / 2:
+    x = choose_images(other.test.x, count, generator)
+    if (known := count_shared(x, data)) > len(x) / 2:
         raise UserError(
             f"{known} of {len(x)} images of {other.name} are images of {data.name} itself, which is the "
             "in-distribution data; give another source"
         )
-    return other.name, fit(to_float(x), data.shape)
+    return other.name, fit_shape(to_float(x), data.shape)
 
 
-def choose(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def choose_images(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` distinct images in random order, or all if there are no more; files may stand class by class."""
     return x[torch.randperm(len(x), generator=generator, device=generator.device)[:count].to(x.device)]
 
 
-def overlap(x: Tensor, data: Data) -> int:
+def count_shared(x: Tensor, data: Data) -> int:
     """How many of the images ``x``, uint8 (N, C, H, W), are in some split of the data, byte for byte."""
     if tuple(x.shape[1:]) != data.shape:
         return 0
@@ -112,7 +112,7 @@ def overlap(x: Tensor, data: Data) -> int:
     return sum(image.tobytes() in own for image in x.numpy())
 
 
-def fit(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def fit_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Images (N, C, H, W) in [0, 1] of another shape (C, H, W): resized bilinearly, with antialiasing.
 
     Grey images are repeated over the channels; of colour images a grey one is the mean of the channels.

@@ -11,7 +11,7 @@ from torch import Tensor
 from advebm.core import files
 
 GAP = 1  # pixels between tiles, before enlarging
-MARGIN = 0.45  # their grey
+GAP_GREY = 0.45  # their grey
 
 
 def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
@@ -19,10 +19,10 @@ def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
 
     Pixels stay square and sharp: 8x8 images are shown as they are, not smoothed into something better.
     """
-    height, count, channels, h, w = rows.shape
-    canvas = torch.full((height * (h + GAP) + GAP, count * (w + GAP) + GAP, channels), MARGIN)
-    for r in range(height):
-        for n in range(count):
+    row_count, column_count, channels, h, w = rows.shape
+    canvas = torch.full((row_count * (h + GAP) + GAP, column_count * (w + GAP) + GAP, channels), GAP_GREY)
+    for r in range(row_count):
+        for n in range(column_count):
             top, left = GAP + r * (h + GAP), GAP + n * (w + GAP)
             canvas[top : top + h, left : left + w] = rows[r, n].permute(1, 2, 0)
     pixels = (canvas * 255).round().clamp(0, 255).to(torch.uint8).numpy()
@@ -31,7 +31,7 @@ def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tensor:
+def rows_by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tensor:
     """The first ``columns`` images of each class, (classes, columns, C, H, W) in [0, 1]; missing ones are white.
 
     ``x`` is floating point in [0, 1] or uint8.  Images without classes, all y < 0, come as they are, row by row.
@@ -46,20 +46,20 @@ def by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tensor:
     return rows
 
 
-def plain(x: Tensor) -> Image.Image:
+def to_image(x: Tensor) -> Image.Image:
     """One image, uint8 (C, H, W), at its own size."""
     pixels = x.permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if len(x) == 1 else pixels)
 
 
-def png(picture: Image.Image) -> bytes:
+def encode_png(picture: Image.Image) -> bytes:
     """The bytes of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def stacked(parts: Sequence[bytes]) -> bytes:
+def stack_pngs(parts: Sequence[bytes]) -> bytes:
     """PNG files one below the other, as one."""
     drawn = [Image.open(io.BytesIO(part)).convert("RGB") for part in parts]
     canvas = Image.new("RGB", (max(p.width for p in drawn), sum(p.height for p in drawn)), "white")
@@ -67,10 +67,10 @@ def stacked(parts: Sequence[bytes]) -> bytes:
     for part in drawn:
         canvas.paste(part, ((canvas.width - part.width) // 2, top))
         top += part.height
-    return png(canvas)
+    return encode_png(canvas)
 
 
-def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
+def encode_gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
     """The bytes of an animation that rests on its last frame for two seconds."""
     buffer = io.BytesIO()
     times = [milliseconds] * (len(frames) - 1) + [2_000]
@@ -78,11 +78,11 @@ def gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
     return buffer.getvalue()
 
 
-def animated(film: Tensor, *, tile: int = 40) -> bytes:
+def animate(film: Tensor, *, tile: int = 40) -> bytes:
     """A film ``(N, F, C, H, W)`` in [0, 1] of N images side by side, as the bytes of an animation of F frames."""
-    return gif([grid(frame[None], tile=tile) for frame in film.unbind(1)])
+    return encode_gif([grid(frame[None], tile=tile) for frame in film.unbind(1)])
 
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG file in one step."""
-    files.write(path, png(picture))
+    files.write(path, encode_png(picture))

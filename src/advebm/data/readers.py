@@ -16,7 +16,7 @@ from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.data.augment import Augment
 from advebm.data.decode import Corrupt, cached, decode
-from advebm.data.sources import UNLABELLED, Augmentations, Data, Images, Outline, gather, partition
+from advebm.data.sources import UNLABELLED, Augmentations, Data, DataSpec, Images, gather, partition
 
 NATURAL = Augmentations(x=Augment(crop=4, flip=True))
 IMAGE_COLUMNS, LABEL_COLUMNS = ("img", "image"), ("label", "fine_label", "labels")
@@ -54,10 +54,10 @@ class _Hub:
         check_choices(self)
         _check_share(self.val)
 
-    def outline(self) -> Outline:
+    def outline(self) -> DataSpec:
         """Of the whole set; a folder may hold fewer images."""
         kept = round(self.val * 50_000)
-        return Outline((3, 32, 32), self.classes, 50_000 - kept, kept)
+        return DataSpec((3, 32, 32), self.classes, 50_000 - kept, kept)
 
     def load(self) -> Data:
         """Training, validation and test images; decoded once, then read from the cache."""
@@ -123,13 +123,13 @@ class HubImages:
         _check_share(self.val)
         _check_shape(self.size, self.channels)
 
-    def outline(self) -> Outline:
+    def outline(self) -> DataSpec:
         """The shape, if ``size`` is given."""
         if self.size is None:
             raise UserError(
                 f"the size of the images of {self.path!r} is not known beforehand; give it with --data.size"
             )
-        return Outline((self.channels, self.size, self.size))
+        return DataSpec((self.channels, self.size, self.size))
 
     def load(self) -> Data:
         """Training, validation and test images."""
@@ -169,11 +169,11 @@ class Folder:
         _check_share(self.test)
         _check_shape(self.size, self.channels)
 
-    def outline(self) -> Outline:
+    def outline(self) -> DataSpec:
         """The shape, and where the folder is there the number of classes."""
         root = Path(self.path).expanduser()
         root = root / "train" if (root / "train").is_dir() and (root / "test").is_dir() else root
-        return Outline((self.channels, self.size, self.size), len(_class_names(root)) if root.is_dir() else None)
+        return DataSpec((self.channels, self.size, self.size), len(_class_names(root)) if root.is_dir() else None)
 
     def load(self) -> Data:
         """Training, validation and test images."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advebm.core import rng
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.data.augment import Augment
 
 UNLABELLED = ("unlabelled",)  # the classes of images that have none
@@ -58,7 +58,7 @@ class Data(NamedTuple):
             return self.classes.index(name)
         if str(name).isdecimal() and int(name) < len(self.classes):
             return int(name)
-        raise unknown("class", name, self.classes)
+        raise unknown_name("class", name, self.classes)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation a channel, of the training split, from a histogram of its bytes."""
@@ -72,7 +72,7 @@ class Data(NamedTuple):
         return tuple(means), tuple(deviations)
 
 
-class Outline(NamedTuple):
+class DataSpec(NamedTuple):
     """What is known of a source's images before they are read.
 
     Attributes:
@@ -181,9 +181,9 @@ class Part(Derived):
         if not 0 < self.share < 1:
             raise UserError(f"share lies in (0, 1), got {self.share}")
 
-    def outline(self) -> Outline:
+    def outline(self) -> DataSpec:
         """The source's, with fewer training images."""
-        found, share = outline(self.source), 1 - self.share if self.rest else self.share
+        found, share = find_spec(self.source), 1 - self.share if self.rest else self.share
         return found._replace(train=None if found.train is None else round(share * found.train))
 
     def load(self) -> Data:
@@ -200,9 +200,9 @@ class Unlabelled(Derived):
     The images and their splits are the source's, as are their training order and augmentation.
     """
 
-    def outline(self) -> Outline:
+    def outline(self) -> DataSpec:
         """The source's, of one class."""
-        return outline(self.source)._replace(classes=len(UNLABELLED))
+        return find_spec(self.source)._replace(classes=len(UNLABELLED))
 
     def load(self) -> Data:
         """The source's data, all of one class that has no members."""
@@ -233,11 +233,11 @@ class Classes(Derived):
         if self.count < 1:
             raise UserError(f"count is at least 1 class, got {self.count}")
 
-    def outline(self) -> Outline:
+    def outline(self) -> DataSpec:
         """The shape, and how many classes."""
-        found = outline(self.source)
+        found = find_spec(self.source)
         others = None if found.classes is None else found.classes - self.count
-        return Outline(found.shape, others if self.rest else self.count)
+        return DataSpec(found.shape, others if self.rest else self.count)
 
     def load(self) -> Data:
         """Every split with the images of these classes alone, which are numbered anew."""
@@ -257,7 +257,7 @@ class Classes(Derived):
         return Data(what, names, of(data.train), of(data.val), of(data.test))
 
 
-def outline(source: Source) -> Outline:
+def find_spec(source: Source) -> DataSpec:
     """What a source declares with a method ``outline``, which reads no images; else what it loads.
 
     Raises:
@@ -266,7 +266,7 @@ def outline(source: Source) -> Outline:
     if (declared := getattr(source, "outline", None)) is not None:
         return declared()
     data = source.load()
-    return Outline(data.shape, len(data.classes), len(data.train), len(data.val))
+    return DataSpec(data.shape, len(data.classes), len(data.train), len(data.val))
 
 
 def partition(shards: list[Images], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:

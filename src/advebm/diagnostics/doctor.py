@@ -52,7 +52,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Patient:
+class ModelUnderTest:
     """A model and the images it is examined on; what several checks look at is computed once."""
 
     model: nn.Module
@@ -160,7 +160,7 @@ class Patient:
         return accuracy > min(0.5, 4 * self.chance)
 
 
-Check = Callable[[Patient], Finding | None]
+Check = Callable[[ModelUnderTest], Finding | None]
 
 
 def examine(
@@ -198,8 +198,8 @@ def examine(
     device, training = device_of(model), model.training
     findings: list[Finding] = []
     faults: dict[Check, str] = {}
-    with preserved(model, generator) as state, searching(model) as f:
-        patient = Patient(model, f, x.float().to(device), y.to(device), threat, generator, state, training)
+    with preserve_state(model, generator) as state, searching(model) as f:
+        patient = ModelUnderTest(model, f, x.float().to(device), y.to(device), threat, generator, state, training)
         for check, needs in CHECKS.items():
             progress(title(check))
             if (first := next((faults[need] for need in needs if need in faults), None)) is not None:
@@ -234,7 +234,7 @@ def examine_split(
 
 
 @contextmanager
-def preserved(model: nn.Module, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+def preserve_state(model: nn.Module, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
     """Yields a copy of parameters and buffers, and puts it back; the global random state is derived and put back."""
     state = {name: v.detach().clone() for name, v in tensors(model)}
     devices = [generator.device] if generator.device.type == "cuda" else []
@@ -298,7 +298,7 @@ def percent(value: float) -> str:
 # What the model returns ----------------------------------------------------------------------------------------------
 
 
-def outputs(p: Patient) -> Finding | None:
+def outputs(p: ModelUnderTest) -> Finding | None:
     """It takes images in [0, 1] and returns finite logits (batch, classes), at least one for each label."""
     shape = " x ".join(map(str, p.x.shape[1:]))
     x = p.x[:PART]
@@ -324,7 +324,7 @@ def outputs(p: Patient) -> Finding | None:
     return None
 
 
-def state(p: Patient) -> Finding | None:
+def state(p: ModelUnderTest) -> Finding | None:
     """Its parameters and buffers stay as they are in eval mode."""
     p.outputs(p.x)
     changed = [name for name, v in tensors(p.model) if name not in p.state or not torch.equal(v, p.state[name])]
@@ -335,7 +335,7 @@ def state(p: Patient) -> Finding | None:
     return fault("state", what, fix)
 
 
-def randomness(p: Patient) -> Finding | None:
+def randomness(p: ModelUnderTest) -> Finding | None:
     """It gives the same images the same logits twice."""
     again = p.outputs(p.x)
     gap = (again - p.logits).abs().max().item()
@@ -352,7 +352,7 @@ def randomness(p: Patient) -> Finding | None:
     return fault("randomness", what, fix)
 
 
-def batch(p: Patient) -> Finding | None:
+def batch(p: ModelUnderTest) -> Finding | None:
     """It gives an image the same logits alone as among others."""
     fix = "batch norm by running statistics and no statistic over the batch in eval mode"
     try:
@@ -367,7 +367,7 @@ def batch(p: Patient) -> Finding | None:
     return fault("batch", f"{what}, which have a deviation of {spread:.3g} over images", fix)
 
 
-def modes(p: Patient) -> Finding | None:
+def modes(p: ModelUnderTest) -> Finding | None:
     """It is as good in eval mode, in which everything is measured, as in train mode, and its batch norms fit."""
     training = p.accuracy_of(p.trained)
     accuracies = f"accuracy {percent(p.accuracy)} in eval mode, {percent(training)} in train mode"
@@ -386,7 +386,7 @@ def modes(p: Patient) -> Finding | None:
     return None
 
 
-def logits(p: Patient) -> Finding | None:
+def logits(p: ModelUnderTest) -> Finding | None:
     """Its outputs are logits, not probabilities or their logarithms."""
     sums, normalisers = p.logits.float().sum(1), p.logits.float().logsumexp(1)
     if p.logits.min() >= 0 and p.logits.max() <= 1:
@@ -400,7 +400,7 @@ def logits(p: Patient) -> Finding | None:
     return None
 
 
-def precision(p: Patient) -> Finding | None:
+def precision(p: ModelUnderTest) -> Finding | None:
     """Its logits have at least float32's precision."""
     if p.logits.dtype in (torch.float32, torch.float64):
         return None
@@ -412,7 +412,7 @@ def precision(p: Patient) -> Finding | None:
 # What it makes of the images -----------------------------------------------------------------------------------------
 
 
-def inputs(p: Patient) -> Finding | None:
+def inputs(p: ModelUnderTest) -> Finding | None:
     """It wants images in [0, 1], and normalises them once."""
     mean, std = (v[None, :, None, None] for v in (p.x.mean((0, 2, 3)), p.x.std((0, 2, 3)).clamp_min(1e-6)))
     numbers = " and ".join("(" + ", ".join(f"{k:.3g}" for k in v.flatten().tolist()) + ")" for v in (mean, std))
@@ -443,7 +443,7 @@ def inputs(p: Patient) -> Finding | None:
     return fault(name, what, fix)
 
 
-def labels(p: Patient) -> Finding | None:
+def labels(p: ModelUnderTest) -> Finding | None:
     """It is better than chance, and its classes are in the order of the labels."""
     classes = p.logits.shape[1]
     told = p.logits.argmax(1)
@@ -466,7 +466,7 @@ def labels(p: Patient) -> Finding | None:
 # What gradients and attacks find -------------------------------------------------------------------------------------
 
 
-def gradient(p: Patient) -> Finding | None:
+def gradient(p: ModelUnderTest) -> Finding | None:
     """Its logits have a gradient in the images that is neither zero nor NaN."""
     found = []
     for part in p.x.tensor_split(p.parts):
@@ -491,7 +491,7 @@ def gradient(p: Patient) -> Finding | None:
     return fault("zero-gradient", f"{what}, NaN or infinite for {percent(nan)}", fix)
 
 
-def flat_loss(p: Patient) -> Finding | None:
+def flat_loss(p: ModelUnderTest) -> Finding | None:
     """Attacks on its cross-entropy are as strong as on that of logits scaled down."""
     top = p.logits.float().topk(2, 1).values
     lead = (top[:, 0] - top[:, 1]).median().item()
@@ -512,7 +512,7 @@ def flat_loss(p: Patient) -> Finding | None:
     return fault("flat-loss", what, fix)
 
 
-def one_step(p: Patient) -> Finding | None:
+def one_step(p: ModelUnderTest) -> Finding | None:
     """An attack of many steps is at least as strong as one step."""
     once = fgsm(p.many.eps, p.many.norm)
     single = p.under(once)
@@ -526,7 +526,7 @@ def one_step(p: Patient) -> Finding | None:
     return fault("one-step", what, fix)
 
 
-def noise(p: Patient) -> Finding | None:
+def noise(p: ModelUnderTest) -> Finding | None:
     """The gradient does more harm than random noise of the same radius."""
     standing = p.right.clone()
     for _ in range(DRAWS):
@@ -542,7 +542,7 @@ def noise(p: Patient) -> Finding | None:
     return fault("weaker-than-noise", f"accuracy {percent(p.under_many)} under {p.many.name}, {worst}", MASKED)
 
 
-def square(p: Patient) -> Finding | None:
+def square(p: ModelUnderTest) -> Finding | None:
     """The gradient does more harm than a search that sees outputs alone."""
     search = Square(p.many.eps, p.many.norm, QUERIES)
     searched = p.under(search)
@@ -552,7 +552,7 @@ def square(p: Patient) -> Finding | None:
     return fault("weaker-than-square", f"{what}, which sees no gradient", MASKED)
 
 
-def autoattack(p: Patient) -> Finding | None:
+def autoattack(p: ModelUnderTest) -> Finding | None:
     """AutoAttack's first attack is at least as strong as plain projected gradient descent."""
     first = APGD(p.many.eps, p.many.norm, p.many.steps)
     adaptive = p.under(first)
@@ -563,7 +563,7 @@ def autoattack(p: Patient) -> Finding | None:
     return fault("weaker-autoattack", what, fix)
 
 
-def radius(p: Patient) -> Finding | None:
+def radius(p: ModelUnderTest) -> Finding | None:
     """Accuracy falls to chance where the ball holds every image."""
     attacks = [Attack(eps=eps, norm="linf", steps=p.many.steps) for eps in (0.5, 1.0)]
     left = [p.under(attack) for attack in attacks]

@@ -9,7 +9,7 @@ from torch import Tensor
 from advebm.core.errors import UserError
 from advebm.core.rng import randn
 from advebm.descent import Energy, per_sample, value_and_gradient
-from advebm.models.batching import together
+from advebm.models.batching import batch_size_for
 
 Along = Literal["random", "gradient", "pca"]
 
@@ -79,7 +79,7 @@ def plane(
     steps = torch.linspace(-reach, reach, count, dtype=x.dtype, device=x.device)
     at, found = torch.cartesian_prod(steps, steps), []
     with torch.no_grad():
-        for rows in torch.arange(len(x) * len(at), device=x.device).split(together(x.shape[1:])):
+        for rows in torch.arange(len(x) * len(at), device=x.device).split(batch_size_for(x.shape[1:])):
             image, point = rows // len(at), rows % len(at)
             a, b = (per_sample(way, x) for way in at[point].T)
             found.append(energy_of(image)(x[image] + a * first[image] + b * second[image]))

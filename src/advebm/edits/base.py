@@ -39,7 +39,7 @@ class Edited(NamedTuple):
     series: dict[str, Tensor]
 
 
-def joined(parts: Sequence[Edited]) -> Edited:
+def join_parts(parts: Sequence[Edited]) -> Edited:
     """Edits of one kind, one after the other."""
     first = parts[0]
     numbers = {name: torch.cat([part.numbers[name] for part in parts]) for name in first.numbers}
@@ -136,7 +136,7 @@ class Edit:
             frames: pictures of the film, at most steps + 1.
         """
         x, y = taken(x, model), None if y is None else y.to(device_of(model))
-        problem = self.pose(x, spread(hole, x), generator)
+        problem = self.pose(x, expand_hole(hole, x), generator)
         with searching(model) as f:
             return self.follow(problem, self.lowered(f, problem.start, y), f, y, observe, frames)
 
@@ -219,7 +219,7 @@ def length(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)
 
 
-def spread(hole: Tensor | None, x: Tensor) -> Tensor | None:
+def expand_hole(hole: Tensor | None, x: Tensor) -> Tensor | None:
     """A mask for each image, bool (B, 1, H, W)."""
     if hole is None:
         return None
@@ -246,7 +246,7 @@ def box_hole(size: tuple[int, int], left: int, top: int, right: int, bottom: int
     return hole
 
 
-def held(start: Tensor, hole: Tensor, constraint: Constraint) -> Problem:
+def hold_outside(start: Tensor, hole: Tensor, constraint: Constraint) -> Problem:
     """The problem of a hole (B, 1, H, W) in an image, of which the rest stays."""
     share = hole.to(start.dtype).mean((1, 2, 3))
     return Problem(start, constraint, start, lambda z: torch.where(hole, z, start), share=share)

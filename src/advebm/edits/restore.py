@@ -9,8 +9,8 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, interpolate, pa
 
 from advebm.core.errors import UserError
 from advebm.core.rng import rand
-from advebm.descent import Constraint, Descent, Energy, hold, means, raw, repeated
-from advebm.edits.base import Edit, Problem, held
+from advebm.descent import Constraint, Descent, Energy, hold, means, raw, repeat_pixels
+from advebm.edits.base import Edit, Problem, hold_outside
 from advebm.energies import Logits
 from advebm.samplers.base import geometric
 
@@ -38,7 +38,7 @@ class Inpaint(Edit):
         start = torch.where(hole, filling, x)
         if self.fill == "smooth":
             start = smooth(start, hole)
-        return held(start, hole, self.within(hold(known)))
+        return hold_outside(start, hole, self.within(hold(known)))
 
 
 def smooth(x: Tensor, hole: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Denoise(Edit):
         near = median(x)
         extreme = ((x == 0) | (x == 1)).all(1, keepdim=True) & ((x - near).abs().amax(1, keepdim=True) > self.off)
         start = torch.where(extreme, near, x)
-        return held(start, extreme, self.within(hold(~extreme)))
+        return hold_outside(start, extreme, self.within(hold(~extreme)))
 
     def lowered(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
         """λ times the energy."""
@@ -139,8 +139,8 @@ class Upsample(Edit):
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         """From the bicubic enlargement, as near as it obeys the constraint."""
-        blocks = repeated(x, self.factor)
+        blocks = repeat_pixels(x, self.factor)
         keep = means(self.factor)
         start = keep(interpolate(x, scale_factor=self.factor, mode="bicubic", align_corners=False), blocks)
-        fixed = lambda z: z + repeated(x - avg_pool2d(z, self.factor), self.factor)
+        fixed = lambda z: z + repeat_pixels(x - avg_pool2d(z, self.factor), self.factor)
         return Problem(start, self.within(keep), blocks, fixed, share=1 - 1 / self.factor**2)

@@ -21,7 +21,7 @@ from advebm.descent import (
     per_sample,
     unit,
 )
-from advebm.edits.base import Edit, Edited, Problem, confidence, held, length, outputs, taken
+from advebm.edits.base import Edit, Edited, Problem, confidence, hold_outside, length, outputs, taken
 from advebm.models.modes import searching
 from advebm.samplers.base import geometric
 
@@ -68,7 +68,7 @@ class Paint(Edit):
         """From the image as painted."""
         if hole is None:
             return Problem(x, self.within(), x)
-        return held(x, hole, self.within(hold(~hole)))
+        return hold_outside(x, hole, self.within(hold(~hole)))
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,20 @@ from advebm.attacks.projected import Attack
 from advebm.core import config, files
 from advebm.core.errors import UserError
 from advebm.evaluation import evaluate
-from advebm.metrics.base import Bar, Metric, silent
+from advebm.metrics.base import Bar, Metric, no_bar
 from advebm.metrics.keys import Key, key_of, key_of_attack
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.models.precision import asked_precision
 from advebm.runs.run import Run, share_images
 from advebm.sampling import generate
-from advebm.training.cost import passes
+from advebm.training.cost import passes_per_image
 
 Records = list[dict[str, Any]]
 Wanted = dict[Key, Metric]  # the metric that gives a record of this key
 
 
-def attacks(threat: Attack) -> tuple[Attack, ...]:
+def jeat_attacks(threat: Attack) -> tuple[Attack, ...]:
     """PGD of 10 and 50 steps and the energy attack, within the threat's ball and with its steps, JEAT section 4.1."""
     one = dataclasses.replace(threat, loss="cross-entropy", restarts=1)
     sized = [dataclasses.replace(one, steps=steps) for steps in (10, 50)]
@@ -41,7 +41,7 @@ def compare(
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
-    bar: Bar = silent,
+    bar: Bar = no_bar,
 ) -> dict[str, Records]:
     """Measure runs alike: clean, PGD-10, PGD-50 and energy-attack accuracy, sample quality, what training costs.
 
@@ -61,16 +61,16 @@ def compare(
     tests = {run.folder: run.data.test for run in runs}
     if any(not torch.equal(test.x, tests[runs[0].folder].x) for test in tests.values()):
         raise UserError("the runs have different test images; compare runs on the same data")
-    judged_by = attacks(threat or runs[0].recipe.threat)
+    judged_by = jeat_attacks(threat or runs[0].recipe.threat)
     used = (None, *map(config.describe, judged_by))
-    judges = (None, judge(features))
+    judges = (None, feature_weights(features))
     found = {}
-    for title, run in titled(runs).items():
-        wanted = {**accuracies(judged_by), **quality(run, features)}
+    for title, run in by_title(runs).items():
+        wanted = {**accuracy_metrics(judged_by), **quality_metrics(run, features)}
         tell = lambda name, title=title: progress(f"{title}: {name}")
         measure(run, wanted, features=features, seed=seed, device=device, progress=tell, bar=bar)
         if not any(r["name"] == COSTS[0] for r in run.records()):
-            run.append(costs(run))
+            run.append(training_costs(run))
         keys = {*wanted, *map(Key, COSTS)}
         keys |= {k._replace(quantity=q) for k in wanted if k.samples for q in ("KID", "class score", "intended class")}
         found[title] = [
@@ -81,14 +81,14 @@ def compare(
     return found
 
 
-def accuracies(attacks: Iterable[Attack]) -> Wanted:
+def accuracy_metrics(attacks: Iterable[Attack]) -> Wanted:
     """Clean accuracy, and accuracy under each attack."""
     return {Key("accuracy"): Accuracy()} | {Key("accuracy", key_of_attack(a)): RobustAccuracy(a) for a in attacks}
 
 
-def quality(run: Run, features: str | Path | None) -> Wanted:
+def quality_metrics(run: Run, features: str | Path | None) -> Wanted:
     """The quality of every set of samples of a run."""
-    return {Key("FD", samples=name, space=space(features)): SampleQuality() for name in run.samples()}
+    return {Key("FD", samples=name, space=space_name(features)): SampleQuality() for name in run.samples()}
 
 
 def measure(
@@ -105,8 +105,8 @@ def measure(
     is now, and the same judge.
     """
     about = {"checkpoint": run.checkpoints.path().name, "seed": seed}
-    whose = judge(features)
-    manifests = {name: generate.read(folder).manifest for name, folder in run.samples().items()}
+    whose = feature_weights(features)
+    manifests = {name: generate.read_set(folder).manifest for name, folder in run.samples().items()}
 
     def held(records: Records, key: Key, metric: Metric) -> Records:
         drawn = key.samples if key.space is not None else None  # whose quality was measured
@@ -139,16 +139,16 @@ def measure(
 COSTS = ("forward passes an image", "backward passes an image", "training images a second")
 
 
-def costs(run: Run) -> Records:
+def training_costs(run: Run) -> Records:
     """Passes through the network that training on an image takes, counted on a step, and the speed that was logged."""
     speeds = [line["perf/img_per_s"] for line in run.history() if "perf/img_per_s" in line]
-    values = (*passes(run.recipe), statistics.median(speeds) if speeds else 0.0)
+    values = (*passes_per_image(run.recipe), statistics.median(speeds) if speeds else 0.0)
     about = {"error": 0.0, "settings": {}, "series": {}, "time": files.now()}
     counts = (1, 1, len(speeds))
     return [{"name": n, "value": v, "count": c, **about} for n, v, c in zip(COSTS, values, counts, strict=True)]
 
 
-def titled(runs: Iterable[Run]) -> dict[str, Run]:
+def by_title(runs: Iterable[Run]) -> dict[str, Run]:
     """Runs by their recipe's name, or by their folder where two have one recipe."""
     runs = list(runs)
     names = [run.recipe.name for run in runs]
@@ -179,11 +179,11 @@ def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
     return merged
 
 
-def space(features: str | Path | None) -> str:
+def space_name(features: str | Path | None) -> str:
     """The name of a feature space, as it stands in records."""
     return evaluate.OWN if features is None else evaluate.find_space(features).name
 
 
-def judge(features: str | Path | None) -> str | None:
+def feature_weights(features: str | Path | None) -> str | None:
     """Which weights features are of; None for the run's own."""
     return None if features is None else evaluate.find_space(features).judge

@@ -12,9 +12,9 @@ from torch import Tensor
 from advebm.core import config, files, rng
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
-from advebm.metrics.base import Bar, Features, Metric, Record, Subject, silent
+from advebm.metrics.base import Bar, Features, Metric, Record, Subject, no_bar
 from advebm.metrics.spaces import Space
-from advebm.models.batching import together
+from advebm.models.batching import batch_size_for
 from advebm.models.modes import searching
 from advebm.models.network import Network
 from advebm.runs.find_model import find_model, is_factory
@@ -53,7 +53,7 @@ def evaluate_run(
     seed: int = 0,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda name: None,
-    bar: Bar = silent,
+    bar: Bar = no_bar,
     team: Team = ALONE,
 ) -> list[Record]:
     """The recipe's metrics on a checkpoint and on all samples of a run; appended to the run's ``metrics.json``.
@@ -76,10 +76,10 @@ def evaluate_run(
     path = run.checkpoints.path(checkpoint)
     model = run.model(path.name)[0].to(device)
     data = run.data
-    samples = {name: generate.read(folder) for name, folder in run.samples().items()}
+    samples = {name: generate.read_set(folder) for name, folder in run.samples().items()}
     judge = None if features is None else find_space(features)
     space = feature_space(OWN, model) if judge is None else judge.load(device)
-    beside: dict[str, Any] = {"batch": together(data.shape), "folder": run.folder / "verdicts", "bar": bar}
+    beside: dict[str, Any] = {"batch": batch_size_for(data.shape), "folder": run.folder / "verdicts", "bar": bar}
     beside["team"] = team
     subject = Subject(model, data, data.test, recipe.threat, samples, space, **beside)
     for name, drawn in samples.items():

@@ -8,7 +8,7 @@ from typing import Literal
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.cw import CW
 from advebm.attacks.projected import Attack
-from advebm.core.errors import unknown
+from advebm.core.errors import unknown_name
 from advebm.metrics.base import Metric
 from advebm.metrics.calibration import Calibration
 from advebm.metrics.corruption import CorruptionAccuracy
@@ -92,9 +92,9 @@ def suite(name: str, threat: Attack, tier: str = "standard") -> tuple[Metric, ..
         tier: ``quick`` (512 images, AutoAttack's first two attacks), ``standard``, or ``full`` (more restarts).
     """
     if name not in SUITES:
-        raise unknown("suite", name, SUITES)
+        raise unknown_name("suite", name, SUITES)
     if tier not in TIERS:
-        raise unknown("tier", tier, TIERS)
+        raise unknown_name("tier", tier, TIERS)
     return SUITES[name](threat, TIERS[tier])
 
 

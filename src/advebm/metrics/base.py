@@ -68,7 +68,7 @@ Tell = Callable[[int, str], None]  # how much is done, and a note
 Bar = Callable[[str, int], AbstractContextManager[Tell]]  # what, and how much there is to do
 
 
-def silent(name: str, total: int) -> AbstractContextManager[Tell]:
+def no_bar(name: str, total: int) -> AbstractContextManager[Tell]:
     """Tells nobody."""
     return nullcontext(lambda done, note: None)
 
@@ -84,7 +84,7 @@ class Subject(NamedTuple):
     features: Features | None = None
     batch: int = 500
     folder: Path | None = None  # where long measurements keep where they are
-    bar: Bar = silent  # what shows how far they are
+    bar: Bar = no_bar  # what shows how far they are
     team: Team = ALONE  # processes that measure the same, and share the images of attacks
 
     def check_labelled(self) -> None:

@@ -12,8 +12,8 @@ from advebm.core.errors import UserError
 from advebm.data import ood_sets
 from advebm.energies import Logits
 from advebm.metrics.base import Record, Subject
-from advebm.metrics.ood import Estimate, auroc, lowest, search_name
-from advebm.models.inference import faster
+from advebm.metrics.ood import Estimate, auroc, lowest_scores, search_name
+from advebm.models.inference import faster_model
 from advebm.models.modes import searching
 
 
@@ -48,12 +48,12 @@ class Detectors:
         attack = search_name(self.steps, self.restarts, threat.eps, threat.norm)
         plain, attacked = dict[str, Estimate](), dict[str, Estimate]()
         with searching(subject.model) as f:
-            quick = faster(subject.model, subject.on_device(split.x[:2]))
+            quick = faster_model(subject.model, subject.on_device(split.x[:2]))
             for k, name in enumerate(names):
                 own, other = split.x[split.y == k], split.x[split.y != k]
                 if min(len(own), len(other)) < 2:
                     raise UserError(f"a detector takes 2 images of its class and of others, {name} has {len(own)}")
-                own, other = (ood_sets.choose(x, self.count, generator) for x in (own, other))
+                own, other = (ood_sets.choose_images(x, self.count, generator) for x in (own, other))
 
                 def score(x: Tensor, k: int = k, f: Logits = f) -> Tensor:
                     out = f(x)
@@ -67,7 +67,7 @@ class Detectors:
                 for part in other.split(subject.batch):
                     x = subject.on_device(part)
                     outside.append(score(x).detach().cpu())
-                    found = lowest(
+                    found = lowest_scores(
                         score,
                         x,
                         eps=threat.eps,

@@ -12,7 +12,7 @@ from torch import Tensor
 from advebm.core.errors import UserError
 
 
-def checked(features: Tensor) -> Tensor:
+def check_features(features: Tensor) -> Tensor:
     """Features as float64; refuse what is not finite and of shape (N, D)."""
     if features.ndim != 2 or not torch.isfinite(features).all():
         raise UserError(f"features are finite and of shape (N, D), got {_what(features)}")
@@ -35,7 +35,7 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
         """Of features (N, D)."""
-        f = checked(features)
+        f = check_features(features)
         return cls(len(f), f.sum(0), f.T @ f)
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -122,7 +122,7 @@ class RealFeatures:
 
     def kernel(self, samples: Tensor) -> float:
         """:func:`kernel_distance` to features of samples (N, D)."""
-        a, b = checked(samples), checked(self.features)
+        a, b = check_features(samples), check_features(self.features)
         if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
             sizes = f"{len(a)} x {a.shape[1]} and {len(b)} x {b.shape[1]}"
             raise UserError(f"a kernel distance takes two sets of at least 2 features of one dimension, got {sizes}")
@@ -140,7 +140,7 @@ def inception_score(logits: Tensor, splits: int = 10, generator: torch.Generator
         splits: equal parts of the images, each with its own p(y).
         generator: shuffles the images; without one they are split in the order they come in, which has to be random.
     """
-    logits = checked(logits)
+    logits = check_features(logits)
     if not 1 <= splits <= len(logits):
         raise UserError(f"a score in {splits} splits takes at least as many images, got {len(logits)}")
     if logits.shape[1] == 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advebm import energies
 from advebm.attacks.apgd import ascend
-from advebm.attacks.base import check_radius, radius
+from advebm.attacks.base import check_radius, radius_text
 from advebm.attacks.projected import Attack
 from advebm.core import config, rng
 from advebm.core.errors import UserError
@@ -26,7 +26,7 @@ from advebm.descent import value_and_gradient
 from advebm.energies import Logits
 from advebm.metrics.base import Record, Subject
 from advebm.metrics.distances import jackknife
-from advebm.models.inference import faster
+from advebm.models.inference import faster_model
 from advebm.models.modes import searching
 
 BINS = 40  # of the histograms that records carry
@@ -280,17 +280,17 @@ class OutOfDistribution:
         seed, where = generator.initial_seed(), generator.device
         eps = self._radius(subject.threat)
         metric = config.describe(replace(self, eps=eps))
-        inside = ood_sets.choose(subject.split.x, self.count, generator)
+        inside = ood_sets.choose_images(subject.split.x, self.count, generator)
         sets: dict[str, Tensor] = {}
         for outlier in self.sets:
             own = rng.generator(seed, str(config.describe(outlier)), device=where)
-            name, x = ood_sets.draw(outlier, subject.data, self.count, own)
+            name, x = ood_sets.draw_outliers(outlier, subject.data, self.count, own)
             if name in sets:
                 raise UserError(f"two sets are called {name}; measure them one at a time")
             sets[name] = x
         records = []
         with searching(subject.model) as f:
-            quick = faster(subject.model, subject.on_device(inside[:2]))
+            quick = faster_model(subject.model, subject.on_device(inside[:2]))
             for score in self._scores(f, subject.on_device(inside[:2])):
                 known = _scored(score, f, inside, subject)
                 for name, x in sets.items():
@@ -298,7 +298,7 @@ class OutOfDistribution:
                     cases: dict[str | None, Tensor] = {None: _scored(score, f, x, subject)}
                     if eps > 0:
                         own = rng.generator(seed, "worst case", name, score.name, device=where)
-                        worst = lambda x, s=score, g=own: lowest(
+                        worst = lambda x, s=score, g=own: lowest_scores(
                             partial(s, f),
                             x,
                             eps=eps,
@@ -346,11 +346,11 @@ class OutOfDistribution:
 
 
 def search_name(steps: int, restarts: int, eps: float, norm: str) -> str:
-    """What tables call the search of :func:`lowest`: ``APGD-100 x 5 l2 1``."""
-    return f"APGD-{steps}{'' if restarts == 1 else f' x {restarts}'} {radius(eps, norm)}"
+    """What tables call the search of :func:`lowest_scores`: ``APGD-100 x 5 l2 1``."""
+    return f"APGD-{steps}{'' if restarts == 1 else f' x {restarts}'} {radius_text(eps, norm)}"
 
 
-def lowest(
+def lowest_scores(
     score: Callable[[Tensor], Tensor],
     x: Tensor,
     *,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from advebm.core.errors import UserError
-from advebm.metrics.distances import checked
+from advebm.metrics.distances import check_features
 
 BLOCK = 1024
 
@@ -25,7 +25,7 @@ class Balls(NamedTuple):
     @classmethod
     def around(cls, features: Tensor, k: int) -> "Balls":
         """Around features (N, D), N > k."""
-        centres = checked(features)
+        centres = check_features(features)
         if not 0 < k < len(centres):
             raise UserError(f"the {k}-th nearest neighbour takes at least {k + 1} features, got {len(centres)}")
         parts = (torch.cdist(part, centres) for part in centres.split(BLOCK))
@@ -42,7 +42,7 @@ def hits(points: Tensor, balls: Balls) -> tuple[Tensor, Tensor]:
 
     Over parts of the points the first are joined and the second add; over parts of the balls it is the other way round.
     """
-    points = checked(points)
+    points = check_features(points)
     if points.shape[1] != balls.centres.shape[1]:
         raise UserError(f"two sets have features of one dimension, got {points.shape[1]} and {balls.centres.shape[1]}")
     of_points, of_balls = [], torch.zeros_like(balls.radii, dtype=torch.int64)

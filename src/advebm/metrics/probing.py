@@ -19,7 +19,7 @@ from advebm.data.sources import Images
 from advebm.metrics.base import Features, Record, Subject, proportion
 from advebm.metrics.robustness import verdicts
 from advebm.models.batching import device_of
-from advebm.models.modes import searching, settled, using
+from advebm.models.modes import fix_branch, searching, using
 from advebm.models.network import Network
 
 
@@ -91,7 +91,7 @@ class Probe:
 
     def classifier(self, model: nn.Module, split: Images, classes: int, batch: int = 500) -> Network:
         """A copy of the network on one branch, with such a layer, fitted on a split, in the place of its head."""
-        network = settled(_headed(model), self.branch)
+        network = fix_branch(_headed(model), self.branch)
         layer = self.fit(representations(network, split.x, batch), split.y, classes)
         return Network(network.normalise, network.backbone, layer.to(device_of(model))).eval()
 

@@ -14,7 +14,7 @@ from advebm.core import config, rng
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.core.rng import rand, randn
-from advebm.descent import repeated
+from advebm.descent import repeat_pixels
 from advebm.edits.base import Edit, box_hole
 from advebm.edits.restore import Denoise, Inpaint, Upsample, median
 from advebm.edits.transform import Counterfactual
@@ -28,26 +28,26 @@ STRENGTHS = tuple(2.0**k for k in range(-4, 4))  # of an edit's own, that are tr
 VARIATIONS = (0.02, 0.05, 0.1, 0.2, 0.4)  # weights of total variation that are tried on them
 
 
-def spoilt(method: Edit, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Tensor:
+def corrupt_for(method: Edit, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """What an edit that restores is given of whole images (B, C, H, W): noisy, small, or black in the hole."""
     if isinstance(method, Upsample):
         return avg_pool2d(x, method.factor)
     if isinstance(method, Denoise) and method.noise == "gaussian":
         return (x + method.sigma * randn(x, generator)).clamp(0, 1)
     if isinstance(method, Denoise):
-        return salted(x, PEPPER, generator)
+        return add_salt_and_pepper(x, PEPPER, generator)
     if isinstance(method, Inpaint) and hole is not None:
         return x.masked_fill(hole.to(x.device).reshape(-1, 1, *hole.shape[-2:]), 0.0)
     return x
 
 
-def salted(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+def add_salt_and_pepper(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
     """Salt and pepper: each pixel black with probability ``share / 2``, white with as much, in all channels."""
     draw = rand(x[:, :1], generator)
     return x.masked_fill(draw < share / 2, 0.0).masked_fill((draw >= share / 2) & (draw < share), 1.0)
 
 
-def middle(size: tuple[int, int]) -> Tensor:
+def middle_hole(size: tuple[int, int]) -> Tensor:
     """The middle half of both edges as a mask (H, W)."""
     height, width = size
     return box_hole(size, width // 4, height // 4, width * 3 // 4, height * 3 // 4)
@@ -58,7 +58,7 @@ def fidelity(truth: Tensor, x: Tensor) -> dict[str, Tensor]:
     return {"PSNR": psnr(truth, x), "SSIM": paired_ssim(truth, x)}
 
 
-def others(method: Edit, hole: Tensor) -> dict[str, Restore]:
+def baselines(method: Edit, hole: Tensor) -> dict[str, Restore]:
     """Other ways to do what an edit does, what it begins with among them; total variation, with its weight, is apart.
 
     Raises:
@@ -72,7 +72,7 @@ def others(method: Edit, hole: Tensor) -> dict[str, Restore]:
         filled = {f"{fill} fill": begin(replace(method, fill=fill)) for fill in ("mean", "smooth")}
         return {**filled, "biharmonic": smooth}
     if isinstance(method, Upsample):
-        return {"blocks": lambda x: repeated(x, method.factor), "bicubic": begin(method)}
+        return {"blocks": lambda x: repeat_pixels(x, method.factor), "bicubic": begin(method)}
     assert isinstance(method, Denoise)
     given: dict[str, Restore] = {"nothing": lambda x: x}
     if method.noise == "gaussian":
@@ -124,13 +124,13 @@ class Restoration:
         """``PSNR`` and ``SSIM`` of each task by each way; the edit's own is ``by energy``."""
         subject = some(subject, self.images)
         truth, tuning = subject.split.float(), some(subject._replace(split=subject.data.val), self.images).split.float()
-        hole, records = middle(truth.shape[2:]), []  # type: ignore[arg-type]
+        hole, records = middle_hole(truth.shape[2:]), []  # type: ignore[arg-type]
         seed = generator.initial_seed()
         for edit in self.edits:
             name = task(edit)
-            draw = lambda x, part, name=name, edit=edit: spoilt(edit, x, hole, rng.generator(seed, name, part))
+            draw = lambda x, part, name=name, edit=edit: corrupt_for(edit, x, hole, rng.generator(seed, name, part))
             given, practice = draw(truth, "test"), draw(tuning, "validation")
-            chosen, ways = self._edit(edit, subject, practice, tuning, hole), others(edit, hole)
+            chosen, ways = self._edit(edit, subject, practice, tuning, hole), baselines(edit, hole)
             if isinstance(edit, Denoise):
                 best = max(VARIATIONS, key=lambda w: psnr(tuning, total_variation(w)(practice)).mean().item())
                 ways["total variation"] = total_variation(best)

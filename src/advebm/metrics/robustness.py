@@ -14,7 +14,7 @@ from advebm.core import config
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.metrics.base import Record, Subject, proportion
-from advebm.metrics.verdicts import Verdicts, judge
+from advebm.metrics.verdicts import Verdicts, find_verdicts
 from advebm.models.precision import Precision, precision_label
 
 
@@ -40,13 +40,13 @@ def some(subject: Subject, images: int | None) -> Subject:
 def verdicts(
     subject: Subject, attack: Adversary, generator: torch.Generator, precision: Precision = "float32"
 ) -> Verdicts:
-    """What becomes of the subject's split under attack, see :func:`advebm.metrics.verdicts.judge`."""
+    """What becomes of the subject's split under attack, see :func:`advebm.metrics.verdicts.find_verdicts`."""
     subject.check_labelled()
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     options: dict[str, Any] = {"seed": seed, "batch": subject.batch, "precision": precision, "folder": subject.folder}
     options["team"] = subject.team
     with subject.bar(attack.name if attack.eps > 0 else "accuracy", len(subject.split)) as tell:
-        return judge(subject.model, subject.split.x, subject.split.y, attack, **options, tell=tell)
+        return find_verdicts(subject.model, subject.split.x, subject.split.y, attack, **options, tell=tell)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from advebm.descent import value_and_gradient
 from advebm.energies import Logits
 from advebm.metrics.base import Tell
 from advebm.models.batching import as_images, device_of
-from advebm.models.inference import View, faster, float32
+from advebm.models.inference import View, faster_model, float32
 from advebm.models.modes import searching
 from advebm.models.precision import Precision, precision_label
 
@@ -32,14 +32,14 @@ class Verdicts(NamedTuple):
 
     attacks: tuple[str, ...]
     broken: Tensor
-    fast: str = "off"  # how the searches computed the network, see :class:`advebm.models.inference.Fast`
+    fast: str = "off"  # how the searches computed the network, see :class:`advebm.models.inference.Backend`
 
     def standing(self, after: int | None = None) -> Tensor:
         """Which points stand after all attacks, or after the first so many, bool (N,)."""
         return (self.broken == STANDS) | (self.broken > (len(self.attacks) if after is None else after))
 
 
-def judge(
+def find_verdicts(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -91,12 +91,12 @@ def judge(
         runs = attack.runs(classes) if attack.eps > 0 else []
         if not runs:
             tell(0, "")
-        quick = faster(model, sample, precision=precision) if runs else raw
+        quick = faster_model(model, sample, precision=precision) if runs else raw
         used = quick.way.name if isinstance(quick, View) else "off"
         quick = two_classes(quick) if outputs == 1 else quick
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
         right = torch.cat([correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
-        right = team.share(right)[0]  # where rounding differs, all go by one
+        right = team.all_gather(right)[0]  # where rounding differs, all go by one
         about: dict[str, Any] = {}
         if folder is not None:
             about = {"attack": config.describe(attack), "seed": seed, "batch": batch}
@@ -109,7 +109,7 @@ def judge(
                 "version": advebm.__version__,
             }
         state = State(folder if team.main else None, about)
-        state.run, state.next, state.broken = team.share((state.run, state.next, state.broken))[0]
+        state.run, state.next, state.broken = team.all_gather((state.run, state.next, state.broken))[0]
         if not state.broken:
             state.broken = torch.where(right, STANDS, WRONG).tolist()
         if runs and state.run == state.next == 0:
@@ -127,9 +127,9 @@ def judge(
                     note = f"{runs[number].attack}, {state.broken.count(STANDS)} stand"
                     heard = progress.listen(quick, number, first / len(left), len(left) / team.world, note)
                     draws = rng.generator(seed, number, start, device=device)
-                    stands = _attacked(attack, runs[number], f, quick, heard, part, label, draws).tolist()
+                    stands = _attack_batch(attack, runs[number], f, quick, heard, part, label, draws).tolist()
                     fallen = [row for row, stood in zip(rows, stands, strict=True) if not stood]
-                state.save(number, first + batch * team.world, list(chain(*team.share(fallen))))
+                state.save(number, first + batch * team.world, list(chain(*team.all_gather(fallen))))
             state.save(number + 1, 0, [])
         tell(len(x), f"{state.broken.count(STANDS)} stand")
     attacks = list(dict.fromkeys(run.attack for run in runs))
@@ -137,7 +137,7 @@ def judge(
     return Verdicts(tuple(attacks), table[torch.tensor(state.broken, dtype=torch.long)], used)
 
 
-def _attacked(
+def _attack_batch(
     attack: Adversary, run: Run, f: Logits, quick: Logits, heard: Logits, x: Tensor, y: Tensor, draws: torch.Generator
 ) -> Tensor:
     """Which points stand after a run that searched in ``quick``, as ``heard``, and is judged by ``f``, bool (B,)."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from advebm.data.sources import to_float
 
 
-def together(shape: Sequence[int]) -> int:
+def batch_size_for(shape: Sequence[int]) -> int:
     """How many images of ``shape (C, H, W)`` go through a network at once: 500 of up to 32 x 32 pixels, else fewer."""
     return min(500, max(1, 500 * 32 * 32 // (shape[1] * shape[2])))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from advebm.core.errors import unknown
+from advebm.core.errors import unknown_name
 from advebm.descent import value_and_gradient
 from advebm.models.modes import DualBatchNorm2d, searching
 from advebm.models.network import Network
@@ -20,11 +20,11 @@ from advebm.models.precision import Precision, usable_precision
 
 LOOKS = 8  # at a network, which may be random: tracing would keep one of its ways
 
-Way = Literal["auto", "off", "fold", "compile", "bf16", "bf16+compile"]
+BackendName = Literal["auto", "off", "fold", "compile", "bf16", "bf16+compile"]
 
 
 @dataclass(frozen=True)
-class Fast:
+class Backend:
     """How a search computes the network, which changes its outputs by rounding only.
 
     Attributes:
@@ -45,35 +45,35 @@ class Fast:
         return "+".join(words) or ("fold" if self.fold else "off")
 
 
-WAYS = {
+BACKENDS = {
     way.name: way
     for way in (
-        Fast(fold=False),
-        Fast(),
-        Fast(compiled=True),
-        Fast(precision="bfloat16"),
-        Fast(precision="bfloat16", compiled=True),
+        Backend(fold=False),
+        Backend(),
+        Backend(compiled=True),
+        Backend(precision="bfloat16"),
+        Backend(precision="bfloat16", compiled=True),
     )
 }
 
 
-def fast(way: str, precision: Precision = "float32") -> Fast:
+def find_backend(way: str, precision: Precision = "float32") -> Backend:
     """What ``--fast`` names; ``auto`` folds, in the ``precision`` that was asked for elsewhere.
 
     Raises:
         UserError: another name.
     """
     if way == "auto":
-        return Fast(precision=precision)
-    if way not in WAYS:
-        raise unknown("fast", way, ["auto", *WAYS])
-    return WAYS[way]
+        return Backend(precision=precision)
+    if way not in BACKENDS:
+        raise unknown_name("fast", way, ["auto", *BACKENDS])
+    return BACKENDS[way]
 
 
 Layer = nn.Conv2d | nn.Linear
 
 
-class Copy(NamedTuple):
+class LayerCopy(NamedTuple):
     """A layer of a view, and the layers of the network that its weights are computed from."""
 
     layer: Layer
@@ -98,17 +98,17 @@ class View(nn.Module):
     Made by :func:`make_view`.  What is neither folded nor lowered is shared with the network.
     """
 
-    def __init__(self, model: nn.Module, way: Fast) -> None:
+    def __init__(self, model: nn.Module, way: Backend) -> None:
         super().__init__()
         parts = (model.normalise, model.backbone, model.head) if isinstance(model, Network) else (None, model, None)
         self.normalise, self.body, self.head = (nn.Identity() if part is None else part for part in parts)
-        self.way, self.shape = Fast(fold=False), torch.Size()
+        self.way, self.shape = Backend(fold=False), torch.Size()
         self.quick: Callable[[Tensor], Tensor] = self.plain
-        self.copies: list[Copy] = []
+        self.copies: list[LayerCopy] = []
         self.searches = 0
         if way.fold:
             self.body, self.copies = fold(self.body, everything=way.precision != "float32")
-            self.way = Fast(fold=any(copied.norm is not None for copied in self.copies))
+            self.way = Backend(fold=any(copied.norm is not None for copied in self.copies))
 
     def lower(self) -> None:
         """Compute in bfloat16: copies get such weights, autocast does the rest."""
@@ -141,7 +141,7 @@ class View(nn.Module):
         return self.head(features.to(x.dtype))
 
 
-def make_view(model: nn.Module, x: Tensor, way: Fast, *, loud: bool = False) -> View | None:
+def make_view(model: nn.Module, x: Tensor, way: Backend, *, loud: bool = False) -> View | None:
     """The model for searches in eval mode, as far as ``way`` applies to it; None where nothing of it does.
 
     Outputs differ from the model's by rounding only; whoever judges asks the model itself.  What cannot be traced, or
@@ -159,7 +159,7 @@ def make_view(model: nn.Module, x: Tensor, way: Fast, *, loud: bool = False) -> 
     eager = replace(way, compiled=False)
     for candidate in dict.fromkeys((way, eager, replace(eager, fold=False), replace(eager, precision="float32"))):
         try:
-            found = _made(model, x, candidate)
+            found = _try_view(model, x, candidate)
             break
         except Exception as error:  # tracing runs the model's own code, which may do anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -169,14 +169,14 @@ def make_view(model: nn.Module, x: Tensor, way: Fast, *, loud: bool = False) -> 
     return found if used != "off" else None
 
 
-def _made(model: nn.Module, x: Tensor, way: Fast) -> View:
+def _try_view(model: nn.Module, x: Tensor, way: Backend) -> View:
     """A view that has been tried.
 
     Raises:
         ValueError: it gives other outputs on ``x``; and whatever the model raises where it is traced.
     """
     with searching(model):
-        made, own = View(model, way), View(model, Fast(fold=False))  # in float32, whatever the model's precision
+        made, own = View(model, way), View(model, Backend(fold=False))  # in float32, whatever the model's precision
         with torch.no_grad():
             looks = [own(x[:2]) for _ in range(LOOKS if way.fold else 0)]
             if not all(torch.allclose(made(x[:2]), look, rtol=1e-4, atol=1e-4) for look in looks):
@@ -190,9 +190,9 @@ def _made(model: nn.Module, x: Tensor, way: Fast) -> View:
         return made
 
 
-def faster(model: nn.Module, x: Tensor, *, precision: Precision = "float32") -> nn.Module:
+def faster_model(model: nn.Module, x: Tensor, *, precision: Precision = "float32") -> nn.Module:
     """The model folded, in ``precision``, as far as that applies, for searches inside ``searching``."""
-    made = make_view(model, x, Fast(precision=precision))
+    made = make_view(model, x, Backend(precision=precision))
     return model if made is None else made
 
 
@@ -207,7 +207,7 @@ def float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def fold(module: nn.Module, *, everything: bool = False) -> tuple[fx.GraphModule, list[Copy]]:
+def fold(module: nn.Module, *, everything: bool = False) -> tuple[fx.GraphModule, list[LayerCopy]]:
     """A traceable module without the batch norms that follow a convolution, and the layers that are not its own.
 
     Args:
@@ -247,7 +247,7 @@ def fold(module: nn.Module, *, everything: bool = False) -> tuple[fx.GraphModule
             layer = copy.deepcopy(source).requires_grad_(False)
             if norm is not None and layer.bias is None:
                 layer.bias = nn.Parameter(source.weight.new_zeros(source.out_channels), requires_grad=False)
-            copies.append(Copy(layer, source, norm))
+            copies.append(LayerCopy(layer, source, norm))
             copies[-1].refresh()
             traced.add_submodule(node.target, layer)
     traced.delete_all_unused_submodules()

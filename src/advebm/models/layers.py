@@ -73,7 +73,7 @@ class _Subsample:
 class Staged(nn.Module):
     """``stem``, ``stages``, ``closing``, global average pooling: ``(B, C, H, W)`` -> ``(B, D)``.
 
-    With ``recompute``, gradients of weights keep what goes into each block, and :func:`recomputed` the rest.
+    With ``recompute``, gradients of weights keep what goes into each block, and :func:`recompute` the rest.
     """
 
     recompute = False
@@ -97,11 +97,11 @@ class Staged(nn.Module):
         again = self.recompute and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         for stage in self.stages:
             for block in stage if isinstance(stage, nn.Sequential) else (stage,):
-                x = recomputed(block, x) if again else block(x)
+                x = recompute(block, x) if again else block(x)
         return self.closing(x).mean((2, 3))
 
 
-def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+def recompute(block: nn.Module, x: Tensor) -> Tensor:
     """``block(x)``, whose activations are not kept but computed again for the gradient, Chen et al. (2016).
 
     By the weights, statistics, modes and branches of this call, whatever they are by then; statistics move once.

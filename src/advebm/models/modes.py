@@ -105,7 +105,7 @@ def using(model: nn.Module, branch: str) -> Iterator[nn.Module]:
             norm.branch = name
 
 
-def settled(model: Module, branch: str) -> Module:
+def fix_branch(model: Module, branch: str) -> Module:
     """A copy whose :class:`DualBatchNorm2d` all compute as those of one branch, whichever is asked for."""
     model = copy.deepcopy(model)
     for norm in model.modules():

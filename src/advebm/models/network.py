@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import advebm
 from advebm.core import config, files
 from advebm.core.errors import UserError
-from advebm.core.rng import derive
+from advebm.core.rng import derive_seed
 from advebm.models import hub
 from advebm.models.layers import Staged, avoid_wrong_gradient
 from advebm.models.modes import searching
@@ -127,7 +127,7 @@ class Architecture:
     def build(self, seed: int = 0) -> Network:
         """A network with fresh weights that depend on ``seed`` alone; the global random state is left as it was."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "weights"))
+            torch.manual_seed(derive_seed(seed, "weights"))
             backbone, width = self.backbone.build(self.channels, self.size)
             avoid_wrong_gradient(backbone)
             if width is None and self.hidden is not None:
@@ -239,7 +239,7 @@ def load(folder: Path, *, ema: bool = True, foreign: bool = False) -> tuple[Netw
     return model.eval(), architecture
 
 
-def find(where: str | Path) -> Network:
+def load_model(where: str | Path) -> Network:
     """The network of a published model (a folder or ``hf:USER/NAME``), or of the latest checkpoint of a run's folder.
 
     Raises:

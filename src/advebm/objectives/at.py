@@ -15,7 +15,7 @@ from advebm.objectives.standard import cross_entropy
 ENERGY_STEP = Attack(eps=8 / 255, steps=1, loss="energy")
 
 
-def stepped(attack: Attack, factor: float) -> Attack:
+def with_step(attack: Attack, factor: float) -> Attack:
     """An attack whose step is ``factor`` times eps, unless it has one of its own."""
     return attack if attack.step_size is not None or not attack.eps else replace(attack, step_size=factor * attack.eps)
 
@@ -84,4 +84,4 @@ class PreJEAT(AT):
 
     def inner(self) -> Attack:
         """The attack, with its step."""
-        return stepped(self.attack, 1.0)
+        return with_step(self.attack, 1.0)

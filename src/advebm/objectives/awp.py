@@ -13,7 +13,7 @@ from advebm.objectives.base import Batch, Context, Loss, Objective
 from advebm.objectives.wrapper import Wrapper
 
 
-class Found(NamedTuple):
+class AWPResult(NamedTuple):
     """What the inner objective found, and how far each weight is moved."""
 
     inner: Any
@@ -64,15 +64,15 @@ class AWP(Wrapper):
         if self.objective.replays != 1:
             raise UserError(f"awp goes around an objective without replays, not {type(self.objective).__name__}")
 
-    def inner(self, batch: Batch, found: Found) -> tuple[Batch, Any]:
+    def inner(self, batch: Batch, found: AWPResult) -> tuple[Batch, Any]:
         """What the inner objective found."""
         return batch, found.inner
 
-    def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> Found:
+    def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> AWPResult:
         """The inner search, then the direction in which the weights hurt most."""
         inner = self.objective.search(model, batch, state, ctx)
         if ctx.images < self.warmup:
-            return Found(inner, {})
+            return AWPResult(inner, {})
         weights = {n: p for n, p in model.named_parameters() if "weight" in n and p.ndim > 1 and p.requires_grad}
         with searching(model, training=True), torch.enable_grad():
             copies = {name: p.detach().clone().requires_grad_() for name, p in weights.items()}
@@ -83,9 +83,9 @@ class AWP(Wrapper):
             for (name, w), g in zip(weights.items(), gradients, strict=True)
             if g is not None
         }
-        return Found(inner, moves)
+        return AWPResult(inner, moves)
 
-    def loss(self, model: nn.Module, batch: Batch, found: Found, state: Any, ctx: Context) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, found: AWPResult, state: Any, ctx: Context) -> Loss:
         """The inner loss at the moved weights, whose gradient reaches the weights."""
         moved = {name: p + found.moves[name] for name, p in model.named_parameters() if name in found.moves}
         return _Loss(model, self.objective).at(moved, batch, found.inner, state, ctx)

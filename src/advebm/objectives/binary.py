@@ -20,7 +20,7 @@ from advebm.objectives.curriculum import Curriculum, Level, auroc
 WON, STUCK = 0.99, 0.2  # a critic wins: more accurate than this, with negatives moved by less than this share of λK
 
 
-class Found(NamedTuple):
+class BinaryResult(NamedTuple):
     """Data and negatives, (B, C, H, W) each, how far the negatives were moved (B,), and in how many steps."""
 
     inside: Tensor
@@ -77,7 +77,7 @@ class BinaryAT(Stateless):
         """K at its start."""
         return self.curriculum.init()
 
-    def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> Found:
+    def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> BinaryResult:
         """Negatives of ever lower energy, after a look at whether K grows; data of higher energy where asked for."""
         assert batch.outside is not None
         self.curriculum.advance(state, ctx.images)
@@ -85,13 +85,13 @@ class BinaryAT(Stateless):
             critic: Energy = lambda x: energies.binary(f(x))
             outside = self._descend(state.steps, self.radius, critic, batch.outside)
             inside = self._descend(self.inside_steps, self.inside_radius, lambda x: -critic(x), batch.x)
-        return Found(inside, outside, (outside - batch.outside).flatten(1).norm(dim=1), state.steps)
+        return BinaryResult(inside, outside, (outside - batch.outside).flatten(1).norm(dim=1), state.steps)
 
     def _descend(self, steps: int, radius: float | None, energy: Energy, x: Tensor) -> Tensor:
         constraint: Constraint = box() if radius is None else both(l2_ball(radius), box())
         return Descent(steps, self.step_size, unit, constraint)(energy, x)
 
-    def loss(self, model: nn.Module, batch: Batch, found: Found, state: Level, ctx: Context) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, found: BinaryResult, state: Level, ctx: Context) -> Loss:
         """:meth:`contrast`, plus R1 by double backward."""
         with norms_fixed(model):
             together = energies.binary(model(torch.cat([found.inside, found.outside])))
@@ -116,7 +116,9 @@ class BinaryAT(Stateless):
         """Energies of data (B,) and of negatives (M,) -> mean ``-log D(x)`` plus mean ``-log(1 - D(x'))``, nats."""
         return energies.logistic(data, negatives)
 
-    def after(self, model: nn.Module, batch: Batch, found: Found, state: Level, loss: Loss, ctx: Context) -> None:
+    def after(
+        self, model: nn.Module, batch: Batch, found: BinaryResult, state: Level, loss: Loss, ctx: Context
+    ) -> None:
         """Remember the step; say so, once a run, if the critic has won and negatives no longer move (figure 2)."""
         state.note(torch.stack([loss.terms[name] for name in ("auroc", "accuracy", "move")]), ctx.images)
         if state.warned or ctx.images - state.since < self.curriculum.window:

@@ -28,7 +28,7 @@ Gather = Callable[[Tensor], Tensor]  # rows of all processes, one's own first
 PART = 500  # images that are told apart from one another in validation
 
 
-def alone(rows: Tensor) -> Tensor:
+def without_gathering(rows: Tensor) -> Tensor:
     """The rows of the only process."""
     return rows
 
@@ -189,18 +189,18 @@ class InfoNCE:
 
     def contrast(self, anchors: Tensor, references: Tensor, state: Queue | None, ctx: Context) -> Loss:
         """The loss of encodings, among those of all processes and of the queue."""
-        candidates = remember(ctx.gather(references), state)
-        total = self.rows(anchors, candidates).mean()
-        right = self.identified(anchors.detach(), candidates.detach()).float().mean()
+        candidates = with_queue(ctx.gather(references), state)
+        total = self.per_anchor_loss(anchors, candidates).mean()
+        right = self.positive_is_nearest(anchors.detach(), candidates.detach()).float().mean()
         return Loss(total, {"loss": total.detach(), "contrastive_accuracy": right})
 
-    def rows(self, anchors: Tensor, candidates: Tensor) -> Tensor:
+    def per_anchor_loss(self, anchors: Tensor, candidates: Tensor) -> Tensor:
         """The loss of each anchor, (N,)."""
         form = energies.nt_xent if self.form == "nt-xent" else energies.in_batch
         hardness = self.negatives.hardness
         return form(anchors, candidates, hardness=hardness, temperature=self.temperature, cosine=self.cosine)
 
-    def identified(self, anchors: Tensor, candidates: Tensor) -> Tensor:
+    def positive_is_nearest(self, anchors: Tensor, candidates: Tensor) -> Tensor:
         """Whether the positive is the nearest of an anchor's candidates, bool (N,)."""
         scores, own = self.similarities(anchors, candidates), torch.arange(len(anchors), device=anchors.device)
         if self.form == "nt-xent":
@@ -212,17 +212,19 @@ class InfoNCE:
         """``f(x_i, z_k)``, (N, M)."""
         return energies.similarities(z, references, temperature=self.temperature, cosine=self.cosine)
 
-    def harm(self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = alone) -> Energy:
+    def negative_loss(
+        self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = without_gathering
+    ) -> Energy:
         """What an attack lowers: minus the loss, CEM eq. 11; that of all processes, where ``gather`` is of all.
 
         ``nt-xent``: of both views, one after the other (2B, C, H, W), with all of them moving: an image's loss depends
         on the whole batch.  ``infonce``: of first views (B, C, H, W), against the second ones as they are.
         """
         if self.form == "nt-xent":
-            return lambda x: -self.rows(z := f(x), remember(gather(z), state))
+            return lambda x: -self.per_anchor_loss(z := f(x), with_queue(gather(z), state))
         with torch.no_grad():
-            candidates = remember(gather(f(images.view)), state)
-        return lambda x: -self.rows(f(x), candidates)
+            candidates = with_queue(gather(f(images.view)), state)
+        return lambda x: -self.per_anchor_loss(f(x), candidates)
 
     def moving(self, images: Views) -> Tensor:
         """The images that an attack moves."""
@@ -242,13 +244,15 @@ class InfoNCE:
         for clean in map(Views, images.x.tensor_split(parts), images.view.tensor_split(parts)):
             with searching(model) as f:
                 with using(model, self.branch):
-                    attacked = self.moved(clean, threat.minimize(self.harm(f, clean), self.moving(clean), generator))
+                    attacked = self.moved(
+                        clean, threat.minimize(self.negative_loss(f, clean), self.moving(clean), generator)
+                    )
                 for name, pair, branch in (("", clean, "clean"), ("robust_", attacked, self.branch)):
                     with using(model, branch), torch.no_grad():
                         anchors, references = self.encode(f, pair)
-                    right = self.identified(anchors, references).double()
+                    right = self.positive_is_nearest(anchors, references).double()
                     found.setdefault(f"val/{name}contrastive_accuracy", []).append(right)
-                    found.setdefault(f"val/{name}loss", []).append(self.rows(anchors, references))
+                    found.setdefault(f"val/{name}loss", []).append(self.per_anchor_loss(anchors, references))
         return {name: torch.cat(values).mean().item() for name, values in found.items()}
 
 
@@ -288,18 +292,20 @@ class AdversarialInfoNCE(InfoNCE):
         with searching(model, view=ctx.view) as f, using(model, self.branch):
             if self.langevin is None:
                 found = self.attack.minimize(
-                    self.harm(f, images, state, ctx.gather), self.moving(images), ctx.generator
+                    self.negative_loss(f, images, state, ctx.gather), self.moving(images), ctx.generator
                 )
             else:
-                drift = self.drift(f, images, state, ctx.gather)
-                found = self._diffuse(drift, self.moving(images), self.langevin, ctx.generator)
+                drift = self.langevin_energy(f, images, state, ctx.gather)
+                found = self._run_langevin(drift, self.moving(images), self.langevin, ctx.generator)
         return self.moved(images, found)
 
-    def drift(self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = alone) -> Energy:
+    def langevin_energy(
+        self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = without_gathering
+    ) -> Energy:
         """``-log Σ_k exp f(x, z_k)``, z_k the encodings of the other views, which stay: what eq. 10 descends."""
         with torch.no_grad():
             others = (images.view, images.x) if self.form == "nt-xent" else (images.view,)
-            references = [remember(gather(f(other)), state) for other in others]
+            references = [with_queue(gather(f(other)), state) for other in others]
 
         def energy(x: Tensor) -> Tensor:
             pairs = zip(f(x).chunk(len(references)), references, strict=True)
@@ -307,7 +313,7 @@ class AdversarialInfoNCE(InfoNCE):
 
         return energy
 
-    def _diffuse(self, energy: Energy, x: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    def _run_langevin(self, energy: Energy, x: Tensor, noise: float, generator: torch.Generator) -> Tensor:
         descent = replace(self.attack.descent(), noise=noise)
         return descent(energy, self.attack.begin(x, generator), origin=x, generator=generator)
 
@@ -329,7 +335,7 @@ class AdversarialInfoNCE(InfoNCE):
             total, terms = total + self.consistency * gap, {**terms, "consistency": gap.detach()}
         return Loss(total, {**terms, "loss": total.detach()})
 
-    def gap(self, clean: Tensor, moved: Tensor, references: Tensor, gather: Gather = alone) -> Tensor:
+    def gap(self, clean: Tensor, moved: Tensor, references: Tensor, gather: Gather = without_gathering) -> Tensor:
         """Mean ``KL(p(k|x) ‖ p(k|x̂))`` over the clean encodings of the other views, which get no gradient."""
         count = 2 if self.form == "nt-xent" else 1
         others = [gather(part) for part in reversed(references.detach().chunk(count))]
@@ -373,6 +379,6 @@ def views(batch: Batch) -> Views:
     return Views(batch.x, batch.view)
 
 
-def remember(references: Tensor, state: Queue | None) -> Tensor:
+def with_queue(references: Tensor, state: Queue | None) -> Tensor:
     """References, and what the queue holds."""
     return references if state is None else torch.cat([references, state.read(references)])

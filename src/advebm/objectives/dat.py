@@ -16,7 +16,7 @@ from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
 from advebm.objectives.curriculum import Curriculum, Level, auroc
 
 
-class Found(NamedTuple):
+class DATResult(NamedTuple):
     """Attacked images for the classifier and contrast images for the energy, (B, C, H, W) each."""
 
     moved: Tensor
@@ -62,16 +62,16 @@ class DAT(Stateless):
         """The curriculum's beginning."""
         return self.curriculum.init()
 
-    def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> Found:
+    def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> DATResult:
         """Adversarial images of the data, then outside images that look more like it."""
         assert batch.outside is not None
         self.curriculum.advance(state, ctx.images)
         descent = Descent(state.steps, self.step_size, unit, box())
         with searching(model, view=ctx.view) as f:
             moved = self.attack.raise_loss(f, batch.x, batch.y, ctx.generator)
-            return Found(moved, descent(lambda x: self._energy(f(x), batch.y), batch.outside))
+            return DATResult(moved, descent(lambda x: self._energy(f(x), batch.y), batch.outside))
 
-    def loss(self, model: nn.Module, batch: Batch, found: Found, state: Level, ctx: Context) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, found: DATResult, state: Level, ctx: Context) -> Loss:
         """The sum of both terms, and of R1 by double backward."""
         assert batch.view is not None
         with norms_fixed(model):
@@ -97,11 +97,11 @@ class DAT(Stateless):
             }
         return Loss(total, terms)
 
-    def after(self, model: nn.Module, batch: Batch, found: Found, state: Level, loss: Loss, ctx: Context) -> None:
+    def after(self, model: nn.Module, batch: Batch, found: DATResult, state: Level, loss: Loss, ctx: Context) -> None:
         """Tell the curriculum."""
         state.note(loss.terms["auroc"][None], ctx.images)
 
-    def adversarial(self, batch: Batch, found: Found) -> Tensor:
+    def adversarial(self, batch: Batch, found: DATResult) -> Tensor:
         """The images that the classifier's attack moved."""
         return found.moved
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from advebm.attacks.projected import Attack
 from advebm.core.errors import EarlyStop, UserError
 from advebm.models.modes import searching
-from advebm.objectives.at import AT, stepped
+from advebm.objectives.at import AT, with_step
 from advebm.objectives.base import Batch, Context, Loss
 
 
@@ -60,7 +60,7 @@ class FAST(AT):
 
     def inner(self) -> Attack:
         """The attack, with its step."""
-        return stepped(self.attack, 1.25)
+        return with_step(self.attack, 1.25)
 
     def init(self, like: Tensor, generator: torch.Generator) -> Watch:
         """Nothing seen yet."""

@@ -13,7 +13,7 @@ from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.objectives.curriculum import auroc
 
 
-class Found(NamedTuple):
+class GATResult(NamedTuple):
     """Images moved towards another class (B, C, H, W), and that class (B,)."""
 
     moved: Tensor
@@ -43,7 +43,7 @@ class GAT(Stateless):
 
     cites: ClassVar[tuple[str, ...]] = ("yin2020gat",)
 
-    def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Found:
+    def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> GATResult:
         """Another class for each image, and the image moved towards it."""
         with searching(model, view=ctx.view) as f:
             with torch.no_grad():
@@ -51,9 +51,9 @@ class GAT(Stateless):
             shift = torch.randint(1, classes, batch.y.shape, generator=ctx.generator, device=batch.y.device)
             target = (batch.y + shift) % classes
             moved = self.attack.minimize(lambda x: energies.joint(f(x), target), batch.x, ctx.generator)
-        return Found(moved, target)
+        return GATResult(moved, target)
 
-    def loss(self, model: nn.Module, batch: Batch, found: Found, state: None, ctx: Context) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, found: GATResult, state: None, ctx: Context) -> Loss:
         """The mean over positives and negatives."""
         with norms_fixed(model):
             clean, moved = model(torch.cat([batch.x, found.moved])).split(len(batch.y))

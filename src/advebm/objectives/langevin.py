@@ -13,7 +13,7 @@ from advebm.core.errors import UserError
 from advebm.core.rng import randn
 from advebm.descent import Descent, box, free, raw
 from advebm.models.modes import searching
-from advebm.objectives.at import ENERGY_STEP, check_energy, stepped
+from advebm.objectives.at import ENERGY_STEP, check_energy, with_step
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.starts import ReplayBuffer
 
@@ -70,7 +70,7 @@ class SGLD:
         return slots, descent(energy, start, generator=generator)
 
 
-class Found(NamedTuple):
+class ChainResult(NamedTuple):
     """What a step looks at: data, negatives, and the slots that the negatives go back to."""
 
     positive: Tensor
@@ -111,21 +111,27 @@ class _Sampled(Stateless):
         """The replay buffer of a stream."""
         return self.negatives.init(like, generator)
 
-    def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> Found:
+    def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> ChainResult:
         """Noisy data, and negatives in eval mode."""
         positive = batch.x + self.data_noise * randn(batch.x, ctx.generator) if self.data_noise else batch.x
         with searching(model, view=ctx.view) as f:
             slots, negative = self.negatives(lambda x: energies.marginal(f(x)), batch.x, state, ctx.generator)
-        return Found(positive, negative, slots)
+        return ChainResult(positive, negative, slots)
 
     def after(
-        self, model: nn.Module, batch: Batch, found: Found, state: ReplayBuffer | None, loss: Loss, ctx: Context
+        self,
+        model: nn.Module,
+        batch: Batch,
+        found: ChainResult,
+        state: ReplayBuffer | None,
+        loss: Loss,
+        ctx: Context,
     ) -> None:
         """The chains go on from here."""
         if state is not None and found.slots is not None:
             state.put(found.slots, found.negative)
 
-    def adversarial(self, batch: Batch, found: Found) -> Tensor | None:
+    def adversarial(self, batch: Batch, found: ChainResult) -> Tensor | None:
         """The attacked images, if there are any."""
         return found.adversarial
 
@@ -140,7 +146,9 @@ class MLE(_Sampled):
     needs: ClassVar[frozenset[str]] = frozenset()
     cites: ClassVar[tuple[str, ...]] = ("nijkamp2019",)
 
-    def loss(self, model: nn.Module, batch: Batch, found: Found, state: ReplayBuffer | None, ctx: Context) -> Loss:
+    def loss(
+        self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
+    ) -> Loss:
         """The difference of mean energies."""
         positive, negative = (energies.marginal(model(x)) for x in (found.positive, found.negative))
         total, terms = contrast(positive, negative, self.energy_l2)
@@ -167,7 +175,9 @@ class JEM(_Sampled):
         if not self.weight >= 0:
             raise UserError(f"weight is >= 0, got {self.weight}")
 
-    def loss(self, model: nn.Module, batch: Batch, found: Found, state: ReplayBuffer | None, ctx: Context) -> Loss:
+    def loss(
+        self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
+    ) -> Loss:
         """The sum of both terms."""
         logits, negative = model(found.positive), energies.marginal(model(found.negative))
         likelihood, terms = contrast(energies.marginal(logits), negative, self.energy_l2)
@@ -198,15 +208,17 @@ class JEAT(_Sampled):
         super().__post_init__()
         check_energy(self.attack)
 
-    def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> Found:
+    def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> ChainResult:
         """Adversarial images from the (noisy) data, and negatives."""
         found = super().search(model, batch, state, ctx)
-        attack = stepped(self.attack, 1.0)
+        attack = with_step(self.attack, 1.0)
         with searching(model, view=ctx.view) as f:
             moved = attack.raise_loss(f, found.positive.clamp(0, 1), batch.y, ctx.generator)
         return found._replace(positive=moved, adversarial=moved)
 
-    def loss(self, model: nn.Module, batch: Batch, found: Found, state: ReplayBuffer | None, ctx: Context) -> Loss:
+    def loss(
+        self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
+    ) -> Loss:
         """The sum as the algorithm writes it."""
         logits, negative = model(found.positive), energies.marginal(model(found.negative))
         likelihood, terms = contrast(energies.marginal(logits), negative, self.energy_l2)

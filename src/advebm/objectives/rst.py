@@ -71,4 +71,4 @@ class RST(Wrapper):
 
 @functools.lru_cache(maxsize=1)
 def _teacher(where: str) -> network.Network:
-    return network.find(where)
+    return network.load_model(where)

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from advebm.metrics.keys import first_match
-from advebm.papers.inventory import COLUMNS, Cell, Cells, Records, Table, heading, printed
+from advebm.papers.inventory import COLUMNS, Cell, Cells, Records, Table, find_column, published_numbers
 
 
-def cells(table: Table, results: Mapping[str, Records]) -> Cells:
+def table_cells(table: Table, results: Mapping[str, Records]) -> Cells:
     """The numbers of the results, by title, that stand where the table has its own."""
     found: Cells = {}
     for name in table.names():
@@ -16,7 +16,7 @@ def cells(table: Table, results: Mapping[str, Records]) -> Cells:
             wanted = table.ours.get(name, ()) if title else COLUMNS[key].records
             records = results.get(title or (name if name in results else table.of(name)["method"]), [])
             if (record := first_match(records, wanted)) is not None:
-                scale = heading(key).scale
+                scale = find_column(key).scale
                 value, error = scale * record["value"], scale * record["error"]
                 about = {"n": record["count"], "seeds": record.get("seeds", 1), "measured": record["name"]}
                 found.setdefault(name, {})[key] = {"value": value, "error": error, **about}
@@ -33,14 +33,14 @@ def standard_error(cell: Cell) -> float:
     return float(cell["error"]) / math.sqrt(cell["seeds"])
 
 
-def close(row: Mapping[str, Any], key: str, cell: Cell) -> bool:
+def is_close(row: Mapping[str, Any], key: str, cell: Cell) -> bool:
     """Whether a number is the published one, within two joint standard errors or the column's tolerance."""
     values = row["values"]
     joint = math.hypot(standard_error(cell), values.get(f"{key}_sd", 0.0))
-    return abs(cell["value"] - values[key]) <= max(2 * joint, heading(key).tolerance)
+    return abs(cell["value"] - values[key]) <= max(2 * joint, find_column(key).tolerance)
 
 
-def parts(table: Table, claim: str) -> list[tuple[str, str]]:
+def claim_sides(table: Table, claim: str) -> list[tuple[str, str]]:
     """The row and the column of both sides of a claim, the larger first."""
     place, _, sides = claim.partition(": ")
     both = [side.strip() for side in sides.split(" > ")]
@@ -49,7 +49,7 @@ def parts(table: Table, claim: str) -> list[tuple[str, str]]:
     return [(side, place) if place in table.columns else (place, side) for side in both]
 
 
-def judged(table: Table, found: Cells) -> Records:
+def judge_claims(table: Table, found: Cells) -> Records:
     """What became of every claim: the difference with its joint standard error, and whether it has the stated sign.
 
     It holds, or fails, where the difference is more than two standard errors.  A claim on a published number that is in
@@ -57,7 +57,7 @@ def judged(table: Table, found: Cells) -> Records:
     """
     judgements = []
     for claim in table.claims:
-        places = parts(table, claim)
+        places = claim_sides(table, claim)
         more, less = (found.get(row, {}).get(key) for row, key in places)
         doubtful = any(table.row(row)["status"] == "doubtful" for row, _ in places)
         judgement: dict[str, Any] = {"claim": claim, "rows": [row for row, _ in places], "doubtful": doubtful}
@@ -74,10 +74,10 @@ def row_verdict(table: Table, name: str, scale: str, found: Cells, claims: Recor
     """Of a row: its numbers at full scale, else how many of the claims that name it hold."""
     row = table.row(name)
     if scale == "full" and (met := {k: v for k, v in _targets(table, row, found).items() if v is not None}):
-        far = [heading(key).heading for key, same in met.items() if not same]
+        far = [find_column(key).heading for key, same in met.items() if not same]
         return f"{NOT}: {', '.join(far)}" if far else SAME
     own = [c["verdict"] for c in claims if name in c["rows"] and c["doubtful"] == (row["status"] == "doubtful")]
-    return _counted(own)
+    return _count_verdicts(own)
 
 
 def table_verdict(table: Table, scale: str, found: Cells, claims: Records) -> str:
@@ -90,7 +90,7 @@ def table_verdict(table: Table, scale: str, found: Cells, claims: Records) -> st
         if met and all(met):
             return SAME
     verdicts = [claim["verdict"] for claim in claims if not claim["doubtful"]]
-    if not (count := _counted(verdicts)):
+    if not (count := _count_verdicts(verdicts)):
         return NONE
     missing = f", {n} {NONE}" if (n := verdicts.count(NONE)) else ""
     return f"{NOT if {FAILS, OPEN} & set(verdicts) else PART if missing else SHAPE}: {count}{missing}"
@@ -99,11 +99,11 @@ def table_verdict(table: Table, scale: str, found: Cells, claims: Records) -> st
 def _targets(table: Table, row: Mapping[str, Any], found: Cells) -> dict[str, bool | None]:
     """Whether each number of a row that is a target was met; None where it was not measured."""
     here = found.get(row["name"], {})
-    keys = printed(table, row) if row["status"] == "runnable" else ()
-    return {key: close(row, key, here[key]) if key in here else None for key in keys}
+    keys = published_numbers(table, row) if row["status"] == "runnable" else ()
+    return {key: is_close(row, key, here[key]) if key in here else None for key in keys}
 
 
-def _counted(verdicts: Iterable[str]) -> str:
+def _count_verdicts(verdicts: Iterable[str]) -> str:
     """How many of the claims that were measured hold; what became of the others."""
     measured = [verdict for verdict in verdicts if verdict != NONE]
     others = [f"{n} {words}" for what, words in ((FAILS, "fail"), (OPEN, OPEN)) if (n := measured.count(what))]

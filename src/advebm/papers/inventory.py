@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 
 Records = list[dict[str, Any]]
 Cell = dict[str, Any]  # of one number here: value, error, n, seeds, and the name of what was measured
@@ -132,19 +132,19 @@ def tables() -> dict[str, Table]:
     return found
 
 
-def find(name: str) -> Table:
+def find_table(name: str) -> Table:
     """A table by its name."""
     if name not in tables():
-        raise unknown("table", name, tables())
+        raise unknown_name("table", name, tables())
     return tables()[name]
 
 
-def heading(key: str) -> Column:
+def find_column(key: str) -> Column:
     """A column, by its key; of shares where it is a method or a data set."""
     return COLUMNS.get(key, Column(f"{key} %", ()))
 
 
-def printed(table: Table, row: Mapping[str, Any]) -> dict[str, float]:
+def published_numbers(table: Table, row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers that the paper has in a row, by column."""
     values = row.get("values", {})
     return {key: values[key] for key in table.columns if values.get(key) is not None}

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from advebm.papers.agreement import judged, row_verdict, table_verdict
-from advebm.papers.inventory import Cell, Cells, Table, heading, printed
+from advebm.papers.agreement import judge_claims, row_verdict, table_verdict
+from advebm.papers.inventory import Cell, Cells, Table, find_column, published_numbers
 
 
-def summary(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) -> dict[str, Any]:
     """What ``results/NAME-SCALE.json`` holds, all that the page needs.
 
     ``table paper item what scale``; ``about``: ``command seeds date hardware settings`` (of the scale) and ``trained``
@@ -17,12 +17,12 @@ def summary(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) ->
     or sampling ``seeds`` the deviation over them) and ``verdict``; ``claims``: each with ``claim rows doubtful
     verdict`` and, where it was measured, ``difference error``; ``verdict``; ``why``.
     """
-    claims = judged(table, found)
+    claims = judge_claims(table, found)
     rows = []
     for name in table.names():
         row = table.row(name)
         plain: dict[str, Any] = {"name": name, "status": row["status"], "note": row.get("note", "")}
-        plain |= {"published": printed(table, row), "code": row.get("code", {}), "ours": found.get(name, {})}
+        plain |= {"published": published_numbers(table, row), "code": row.get("code", {}), "ours": found.get(name, {})}
         rows.append({**plain, "verdict": row_verdict(table, name, scale, found, claims)})
     return {
         "table": table.name,
@@ -31,7 +31,7 @@ def summary(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) ->
         "what": table.what,
         "scale": scale,
         "about": dict(about),
-        "columns": {key: f"{title} %" if title else heading(key).heading for key, title in table.columns.items()},
+        "columns": {key: f"{title} %" if title else find_column(key).heading for key, title in table.columns.items()},
         "rows": rows,
         "claims": claims,
         "verdict": table_verdict(table, scale, found, claims),
@@ -39,7 +39,7 @@ def summary(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) ->
     }
 
 
-def grid(plain: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def text_table(plain: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A summary as text: headings, and a line a row that has numbers of ours, each right of the paper's.
 
     Ours are headed by what was measured, so that a distance in other features does not stand below the name FID.
@@ -49,7 +49,7 @@ def grid(plain: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     heads = ["", "status"]
     for key, head in plain["columns"].items():
         measured = {row["ours"][key]["measured"] for row in rows if key in row["ours"]}
-        own = f"{measured.pop()}{' %' * (heading(key).scale == 100)}" if len(measured) == 1 else head
+        own = f"{measured.pop()}{' %' * (find_column(key).scale == 100)}" if len(measured) == 1 else head
         heads += [f"{head}, paper", f"{own}, ours (n)"]
     lines = []
     for row in rows:
@@ -68,7 +68,7 @@ def _shown(cell: Cell | None) -> str:
     return f"{cell['value']:.2f} ± {cell['error']:.2f} ({times}{cell['n']:,})"
 
 
-def lines(plain: Mapping[str, Any]) -> tuple[str, list[str]]:
+def text_lines(plain: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Where, when and how it was measured; then the claims, the verdict, and what it leaves out."""
     about, rows = plain["about"], plain["rows"]
     told = [

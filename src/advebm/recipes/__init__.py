@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from advebm.core.config import merge
-from advebm.core.errors import unknown
+from advebm.core.errors import unknown_name
 
 
 def names() -> list[str]:
@@ -34,5 +34,5 @@ def header(name: str) -> list[str]:
 
 def _text(name: str) -> str:
     if name not in names():
-        raise unknown("recipe", name, names())
+        raise unknown_name("recipe", name, names())
     return files(__name__).joinpath(f"{name}.yaml").read_text()

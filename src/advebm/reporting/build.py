@@ -42,22 +42,24 @@ def report(
         out: the file; ``report.html`` in the run's folder by default.
         title: at its head; the recipe's name by default.
         shown: PNG figures by their titles, to begin with.
-        summary: a table of :func:`advebm.papers.render.summary`; it stands at the head instead of the run's numbers.
+        summary: a table of :func:`advebm.papers.render.summarize`; it stands at the head instead of the run's numbers.
     """
     recipe, history = run.recipe, run.history()
     data = run.data
-    runs = compare.titled([run, *beside])
+    runs = compare.by_title([run, *beside])
     everyone = {title: evaluate.latest(r.records()) for title, r in runs.items()}
     own = next(iter(everyone.values()))
     count = len(data.classes)
     sets = {f"{title} · {n}" if len(runs) > 1 else n: f for title, r in runs.items() for n, f in r.samples().items()}
-    real = pictures.by_class(data.train.x, data.train.y, count)
+    real = pictures.rows_by_class(data.train.x, data.train.y, count)
     samples = [{"title": "training images", "text": data.name, "image": _picture(real)}]
     films = []
     for name, folder in sets.items():
-        drawn = generate.read(folder)
+        drawn = generate.read_set(folder)
         text = describe_sampler(drawn.manifest)
-        samples.append({"title": name, "text": text, "image": _picture(pictures.by_class(drawn.x, drawn.y, count))})
+        samples.append(
+            {"title": name, "text": text, "image": _picture(pictures.rows_by_class(drawn.x, drawn.y, count))}
+        )
         if (folder / "film.png").exists() and folder.parent.parent == run.folder:
             steps = ", ".join(map(str, drawn.manifest.get("film", [])))
             films.append({"title": name, "text": f"steps {steps}", "image": _uri((folder / "film.png").read_bytes())})
@@ -91,7 +93,7 @@ def report(
         gallery=[
             {**f, "title": f"{title} · {f['title']}" if len(runs) > 1 else f["title"], "image": _uri(f["picture"])}
             for title, r in runs.items()
-            for f in figure_store.hung(r)
+            for f in figure_store.load_figures(r)
         ],
         tables=[{"name": name, "rows": [as_text(r) for r in records]} for name, records in everyone.items() if records],
         config=dump(recipe),
@@ -133,8 +135,8 @@ def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[st
 
 
 def _paper(summary: Mapping[str, Any]) -> dict[str, Any]:
-    where, verdict = render.lines(summary)
-    heads, rows = render.grid(summary)
+    where, verdict = render.text_lines(summary)
+    heads, rows = render.text_table(summary)
     return {"where": where, "verdict": verdict, "heads": heads, "rows": rows}
 
 
@@ -146,7 +148,7 @@ def _subtitle(run: Run, history: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _picture(rows: Any) -> str:
-    return str(_uri(pictures.png(pictures.grid(rows, tile=32))))
+    return str(_uri(pictures.encode_png(pictures.grid(rows, tile=32))))
 
 
 def _uri(png: bytes | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from advebm import recipes
 from advebm.core import config, files
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.evaluation import evaluate
 from advebm.models import network
 from advebm.models.network import Architecture, Weights
@@ -17,7 +17,7 @@ from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 
 
-def publish(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weights = "float32") -> Path:
+def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weights = "float32") -> Path:
     """The model of a run by itself, for others: its weights (averaged, where they are), a card with what was measured.
 
     Args:
@@ -34,7 +34,7 @@ def publish(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weig
             own, whose code others do not have.
     """
     if weights not in get_args(Weights):
-        raise unknown("kind of weights", weights, get_args(Weights))
+        raise unknown_name("kind of weights", weights, get_args(Weights))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; choose another")
     path = run.checkpoints.path(checkpoint)

@@ -1,6 +1,6 @@
 """Diagnostics of trained runs as figures: ``advebm diagnose``.
 
-Each function takes a :class:`Sitting` and returns a picture, what it shows, and numbers over many images.
+Each function takes a :class:`FigureContext` and returns a picture, what it shows, and numbers over many images.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from advebm.attacks.projected import Attack
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import generator
 from advebm.data import ood_sets, pictures
 from advebm.data.sources import Data, to_float
@@ -29,14 +29,14 @@ from advebm.reporting import figure_store
 from advebm.reporting.figures import STYLE, png
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler, joint_or_marginal
-from advebm.sampling.generate import generate, wanted
-from advebm.sampling.job import others
+from advebm.sampling.generate import classes_to_draw, generate
+from advebm.sampling.job import start_images
 
 PLAIN: Any = {**STYLE, "axes.grid": False}
 
 
 @dataclasses.dataclass(frozen=True)
-class Sitting:
+class FigureContext:
     """What is looked at.
 
     Attributes:
@@ -89,7 +89,7 @@ class Sitting:
         return generator(self.seed, name, device=device_of(self.first))
 
 
-class Portrait(NamedTuple):
+class FigureResult(NamedTuple):
     """A figure: PNG bytes, a title, how to read it, and numbers."""
 
     picture: bytes
@@ -98,11 +98,11 @@ class Portrait(NamedTuple):
     numbers: dict[str, Any]
 
 
-def landscapes(s: Sitting) -> Portrait:
+def landscapes(s: FigureContext) -> FigureResult:
     """E(x, y) around test images: one in contours and in 3-D on one scale, offsets and curvatures over many."""
     x, y = s.test()
     planes, lies = {}, {}
-    few = lambda: to_float(ood_sets.choose(s.data.train.x, 2000, generator(0, "landscape"))).to(x)
+    few = lambda: to_float(ood_sets.choose_images(s.data.train.x, 2000, generator(0, "landscape"))).to(x)
     images = few() if s.along == "pca" else None
     for title, model in s.models.items():
         with searching(model) as f:
@@ -152,10 +152,10 @@ def landscapes(s: Sitting) -> Portrait:
         f"Two {s.along} directions around one test image (white cross; red: the lowest point), one scale for all, cut "
         f"off above the typical highest value. Numbers are means over {len(x)} test images ± standard error."
     )
-    return Portrait(picture, "Energy landscape", text, numbers)
+    return FigureResult(picture, "Energy landscape", text, numbers)
 
 
-def gradients(s: Sitting) -> Portrait:
+def gradients(s: FigureContext) -> FigureResult:
     """Lengths of the gradients of E(x, y) and E(x) at each step of generation, and their share."""
     y = torch.arange(len(s.data.classes)).repeat_interleave(max(1, s.count // len(s.data.classes)))
     begin, numbers = s.seeds(y, "gradients"), {}
@@ -176,13 +176,13 @@ def gradients(s: Sitting) -> Portrait:
         f"Along {len(y)} chains of {type(s.sampler).__name__}: mean and deviation of the gradients' lengths, and "
         "‖∇E(x, y)‖ / (‖∇E(x, y)‖ + ‖∇E(x)‖) (Zhu et al., 2021, figures 12 and 13)."
     )
-    return Portrait(picture, "Gradients during generation", text, numbers)
+    return FigureResult(picture, "Gradients during generation", text, numbers)
 
 
-def populations(s: Sitting) -> Portrait:
+def populations(s: FigureContext) -> FigureResult:
     """E(x) of test, adversarial, generated, noise and other images, a panel a model."""
     x, y = s.test(max(s.count, 200))
-    labels = wanted(s.sampler, s.data, max(1, len(x) // len(s.data.classes)))
+    labels = classes_to_draw(s.sampler, s.data, max(1, len(x) // len(s.data.classes)))
     numbers = {}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(s.models), figsize=(4.6 * len(s.models), 3.3), squeeze=False)
@@ -211,12 +211,12 @@ def populations(s: Sitting) -> Portrait:
     text = (
         f"Histograms of E(x) of {len(x)} images each; adversarial ones by {s.threat.name}. Compare within a model only."
     )
-    return Portrait(picture, "Energies of kinds of images", text, numbers)
+    return FigureResult(picture, "Energies of kinds of images", text, numbers)
 
 
-def neighbours(s: Sitting) -> Portrait:
+def neighbours(s: FigureContext) -> FigureResult:
     """Generated images with their nearest training images by l2 and SSIM, and whether the model repeats those."""
-    labels = wanted(s.sampler, s.data, max(1, s.count // len(s.data.classes)))
+    labels = classes_to_draw(s.sampler, s.data, max(1, s.count // len(s.data.classes)))
     x = generate(s.first, s.sampler, s.data, labels, outside=s.outside, seed=s.seed).x
     train = s.data.train.x
     few = x[:: max(1, len(x) // 10)][:10]
@@ -244,10 +244,10 @@ def neighbours(s: Sitting) -> Portrait:
         f"{len(held_out)} test images do; ratio of the median distances {ratio:.2f} (below 1: nearer than real ones)."
     )
     numbers = {"nearer than 1 % of test images (share)": share, "ratio of median distances": ratio}
-    return Portrait(picture, "Nearest training images", text, numbers)
+    return FigureResult(picture, "Nearest training images", text, numbers)
 
 
-def interpolation(s: Sitting) -> Portrait:
+def interpolation(s: FigureContext) -> FigureResult:
     """Images from seeds between two seeds, a row a class."""
     y = torch.arange(min(10, len(s.data.classes)))
     first, second = s.seeds(y, "interpolation"), s.seeds(y, "interpolation, the other")
@@ -270,10 +270,10 @@ def interpolation(s: Sitting) -> Portrait:
             _images(axis, found, title)
         picture = png(figure)
     text = "Each row goes from one seed of a class to another, without noise; a jump is a border between basins."
-    return Portrait(picture, "Between two seeds", text, numbers)
+    return FigureResult(picture, "Between two seeds", text, numbers)
 
 
-def chains(s: Sitting) -> Portrait:
+def chains(s: FigureContext) -> FigureResult:
     """Long chains: energies against the data's, gradients, pixels on the border, and what they look like."""
     y = torch.arange(len(s.data.classes)).repeat_interleave(max(2, 40 // len(s.data.classes)))
     long = dataclasses.replace(s.sampler, steps=max(8, s.steps))
@@ -307,15 +307,15 @@ def chains(s: Sitting) -> Portrait:
         figure, axes = plt.subplots(1, len(rows), figsize=(4.6 * len(rows), 4.6), squeeze=False)
         for axis, (title, found_rows) in zip(axes.flat, rows.items(), strict=True):
             _images(axis, found_rows, f"{title}: steps 0 to {long.steps}")
-        picture = pictures.stacked([above, png(figure)])
+        picture = pictures.stack_pngs([above, png(figure)])
     text = (
         f"{len(y)} chains of {type(s.sampler).__name__} run {long.steps} steps instead of {s.sampler.steps}. A steady "
         "state has no drift: its number lies within twice its error of 0. r and d as in Nijkamp et al. (2019)."
     )
-    return Portrait(picture, "Long chains", text, numbers)
+    return FigureResult(picture, "Long chains", text, numbers)
 
 
-def saliency(s: Sitting) -> Portrait:
+def saliency(s: FigureContext) -> FigureResult:
     """Input gradients of every model on the same test images."""
     x, y = s.test(8)
     rows = {"images": x}
@@ -340,10 +340,10 @@ def saliency(s: Sitting) -> Portrait:
         "-∇E(x, y), each scaled by itself, grey is 0 (Tsipras et al., 2019): what would make the image more like its "
         f"class. The cosine is over {len(many)} test images."
     )
-    return Portrait(picture, "Input gradients", text, numbers)
+    return FigureResult(picture, "Input gradients", text, numbers)
 
 
-def inversion(s: Sitting) -> Portrait:
+def inversion(s: FigureContext) -> FigureResult:
     """Images found from the features of test images, from noise."""
     x, _ = s.test(16)
     begin = torch.rand(x.shape, generator=s.random("inversion"), device=x.device)
@@ -365,10 +365,10 @@ def inversion(s: Sitting) -> Portrait:
     text = (
         "From noise down ‖g(x) - g(x*)‖², g the features (Engstrom et al., 2019); shares are of the noise's distance."
     )
-    return Portrait(picture, "Images from features", text, numbers)
+    return FigureResult(picture, "Images from features", text, numbers)
 
 
-PORTRAITS: Mapping[str, Callable[[Sitting], Portrait]] = MappingProxyType(
+PORTRAITS: Mapping[str, Callable[[FigureContext], FigureResult]] = MappingProxyType(
     {
         "landscape": landscapes,
         "gradients": gradients,
@@ -404,11 +404,11 @@ def diagnose(
         checkpoint: of every run.
         device: where to compute.
         progress: told the name of each figure.
-        options: of :class:`Sitting`: ``count``, ``along``, ``reach``, ``steps``, ``seed``.
+        options: of :class:`FigureContext`: ``count``, ``along``, ``reach``, ``steps``, ``seed``.
     """
     for name in what:
         if name not in PORTRAITS:
-            raise unknown("diagnostic", name, PORTRAITS)
+            raise unknown_name("diagnostic", name, PORTRAITS)
     first = next(iter(runs.values()))
     recipe, data = first.recipe, first.data
     for title, run in runs.items():
@@ -429,12 +429,12 @@ def diagnose(
         raise UserError(
             f"{unfit[0]} looks at energies of logits, and encoders have none; {', '.join(OF_ENCODERS)} do not"
         )
-    beginnings = others(first, chosen, checkpoint)
+    beginnings = start_images(first, chosen, checkpoint)
     if chosen.start == "outside":
         beyond = beginnings
     else:
         beyond = None if recipe.outside is None else recipe.outside.load()
-    sitting = Sitting(models, data, chosen, recipe.threat, beginnings, beyond, **options)
+    sitting = FigureContext(models, data, chosen, recipe.threat, beginnings, beyond, **options)
     if sitting.count < 2:
         raise UserError(f"numbers are taken over at least 2 images, got {sitting.count}")
     numbers, written = {}, []
@@ -443,7 +443,7 @@ def diagnose(
         progress(name)
         portrait = PORTRAITS[name](sitting)
         numbers[name] = portrait.numbers
-        written.append(figure_store.hang(first, name, *portrait))
+        written.append(figure_store.save_figure(first, name, *portrait))
     return numbers, written
 
 

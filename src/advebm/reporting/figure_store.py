@@ -8,7 +8,9 @@ from advebm.core import files
 from advebm.runs.run import Run
 
 
-def hang(run: Run, name: str, picture: bytes, title: str, text: str, numbers: Mapping[str, Any] | None = None) -> Path:
+def save_figure(
+    run: Run, name: str, picture: bytes, title: str, text: str, numbers: Mapping[str, Any] | None = None
+) -> Path:
     """Keep a figure under a name, over an older one of that name; where the picture is.
 
     Args:
@@ -24,7 +26,7 @@ def hang(run: Run, name: str, picture: bytes, title: str, text: str, numbers: Ma
     return path
 
 
-def hung(run: Run) -> list[dict[str, Any]]:
+def load_figures(run: Run) -> list[dict[str, Any]]:
     """Title, text, numbers and picture of each figure, by name."""
     found = []
     for path in sorted((run.folder / "figures").glob("*.json")):

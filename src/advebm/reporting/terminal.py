@@ -48,8 +48,8 @@ def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
 
 def beside(summary: Mapping[str, Any]) -> None:
     """The paper's numbers and ours side by side, a row a row; above, where and how; below, the claims and verdict."""
-    where, verdict = render.lines(summary)
-    heads, rows = render.grid(summary)
+    where, verdict = render.text_lines(summary)
+    heads, rows = render.text_table(summary)
     print(f"{summary['table']} ({summary['paper']}, {summary['item']}): {where}")
     _print_rows(heads, rows, width=40 + 17 * len(heads))
     print("\n".join(verdict))

@@ -22,7 +22,7 @@ from advebm.reproduction.study import L2, find_recipe, measure_missing
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
-from advebm.workflows.sample import draw
+from advebm.workflows.sample import draw_set
 
 HALVES = [{"kind": "classes", "source": "digits", "count": 5, "rest": rest} for rest in (False, True)]
 AMOUNTS = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -77,7 +77,9 @@ def translated(run: Run, source: Data, judge: Path) -> Records:
     text = (
         f"from {source.name}, a row an image, from left to right; the critic's own kind: {', '.join(map(str, classes))}"
     )
-    figure_store.hang(run, "translation", pictures.png(pictures.grid(films, tile=48)), "Translation", text)
+    figure_store.save_figure(
+        run, "translation", pictures.encode_png(pictures.grid(films, tile=48)), "Translation", text
+    )
     return [dataclasses.asdict(record) for record in records]
 
 
@@ -99,12 +101,12 @@ def jeat_figure4(folder: Path, options: Options) -> Experiment:
             settings = [("steps", 100), ("step_size", 0.05), ("temperature", 1e-4), ("start", "class")]
             chosen = [("sampler", kind), *((f"sampler.{name}", value) for name, value in settings)]
             sampler = resolve(config.describe(runs[title].recipe), chosen).sampler
-            where = draw(runs[title], kind, sampler, 10, classes=ships)
-            x = generate.read(where).x
+            where = draw_set(runs[title], kind, sampler, 10, classes=ships)
+            x = generate.read_set(where).x
             panels[f"{title}, {kind}"] = x[:10].view(2, 5, *x.shape[1:])
             texts[f"{title}, {kind}"] = ["the same seeds"]
         text = "Equation 16 descends E(x, y) - E(x), 17 descends E(x, y); 100 steps of 0.05 at temperature 1e-4."
-        figure_store.hang(runs["at"], "jeat-figure4", figures.grids(panels, texts), "JEAT figure 4", text)
-        return {title: measure_missing(run, compare.accuracies(())) for title, run in runs.items()}
+        figure_store.save_figure(runs["at"], "jeat-figure4", figures.grids(panels, texts), "JEAT figure 4", text)
+        return {title: measure_missing(run, compare.accuracy_metrics(())) for title, run in runs.items()}
 
     return Experiment(recipes, measure)

@@ -28,7 +28,7 @@ from advebm.reproduction.study import (
 )
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
-from advebm.sampling.step_curve import Chains, reached
+from advebm.sampling.step_curve import Chains, first_reaching
 
 DETECTION = Key("AUROC", set="uniform", by="energy")  # a record that shows that detection was measured
 
@@ -63,7 +63,7 @@ def digits_binary_at(folder: Path, options: Options) -> Experiment:
         for title, run in runs.items():
             setting = with_best_steps(run, run.recipe, judge)
             draw_if_missing(run, setting, 100)
-            wanted: Wanted = compare.quality(run, judge.folder)
+            wanted: Wanted = compare.quality_metrics(run, judge.folder)
             if "@" not in title:
                 wanted |= {DETECTION: detection(run, 512, 1)}
             measure_missing(run, wanted, judge.folder)
@@ -146,7 +146,7 @@ def digits_hybrids(folder: Path, options: Options) -> Experiment:
             critic = run.recipe.objective.outputs == 1
             setting = with_best_steps(run, run.recipe, judge) if critic else run.recipe
             draw_if_missing(run, setting, 50)
-            wanted: Wanted = compare.quality(run, judge.folder)
+            wanted: Wanted = compare.quality_metrics(run, judge.folder)
             wanted |= {DETECTION: detection(run, 512, 1)}
             if not critic and title != "short-run-mle":
                 wanted |= {Key("accuracy"): Accuracy(), Key("accuracy", key_of_attack(apgd)): RobustAccuracy(apgd)}
@@ -174,7 +174,7 @@ def efficiency(runs: Mapping[str, Run], judge: Run, found: dict[str, Records]) -
         points[title] = measure_steps(run, own, judge, Chains("train"))
     level = max(min(p.fd for p in of) for of in points.values())
     for title, of in points.items():
-        point = reached(of, level)
+        point = first_reaching(of, level)
         assert point is not None
         about = {"level": level}
         for name, value in (("gradients an image", point.steps), ("milliseconds an image", 1000 * point.seconds)):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from advebm.core import files
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.papers import inventory
 from advebm.reporting.build import report
 from advebm.reporting.terminal import one_a_line, side_by_side
@@ -49,7 +49,7 @@ def reproduce(
     Args:
         name: of :data:`EXPERIMENTS`, or with a scale of :func:`advebm.papers.inventory.tables`.
         folder: gets a run's folder for each recipe and seed, ``results.json``, ``report.html``, and what
-            :func:`advebm.reproduction.tables.publish` writes of a table.
+            :func:`advebm.reproduction.tables.write_table` writes of a table.
         scale: of :data:`advebm.reproduction.scales.SCALES`, of a table.
         seeds: how many training seeds; tables then give mean and deviation over them.
         quick: with the shorter training of :data:`QUICK`; the report says so.
@@ -78,7 +78,7 @@ def reproduce(
     results, runs = carry_out(experiment, folder, seeds)
     files.write_json(folder / "results.json", results)
     if scale is not None:
-        return tables.publish(name, scale, folder, results, runs, seeds=seeds, options=options)
+        return tables.write_table(name, scale, folder, results, runs, seeds=seeds, options=options)
     (one_a_line if len(results) > 4 else side_by_side)(results)
     for line in experiment.conclude(results):
         say(line)
@@ -91,9 +91,9 @@ def check_table(name: str, scale: str, quick: bool) -> None:
     """Refuse a table or a scale that there is not, and a quick form of it."""
     if quick:
         raise UserError("--quick is of experiments; a table has --scale alone")
-    table = inventory.find(name)
+    table = inventory.find_table(name)
     if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
+        raise unknown_name("scale", scale, SCALES)
     table.share(scale)
 
 
@@ -103,6 +103,6 @@ def check_experiment(name: str, quick: bool) -> None:
         scales = ", ".join(inventory.tables()[name].scales)
         raise UserError(f"{name} is a table; say how large with --scale, one of {scales}")
     if name not in EXPERIMENTS:
-        raise unknown("experiment", name, EXPERIMENTS)
+        raise unknown_name("experiment", name, EXPERIMENTS)
     if quick and name not in QUICK:
         raise UserError(f"{name} has no quick form; {', '.join(QUICK)} have")

@@ -48,10 +48,10 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 def again(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A summary of the same measurements."""
     found = {row["name"]: row["ours"] for row in plain["rows"] if row["ours"]}
-    table = inventory.find(plain["table"])
+    table = inventory.find_table(plain["table"])
     if lost := found.keys() - set(table.names()):
         raise UserError(f"{table.name} was measured with a row {sorted(lost)[0]!r}, which papers.yaml has no more")
-    return render.summary(table, plain["scale"], found, plain["about"])
+    return render.summarize(table, plain["scale"], found, plain["about"])
 
 
 def short(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -69,13 +69,13 @@ def page(found: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) -> str
     tolerances = ", ".join(f"{c.tolerance:g} ({c.heading})" for c in inventory.COLUMNS.values())
     parts = [HEAD.format(scales=scales, tolerances=tolerances), short(found).replace("docs/results.md#", "#")]
     for name, plain in found.items():
-        where, verdict = render.lines(plain)
+        where, verdict = render.text_lines(plain)
         parts += [
             f"## {name}",
             f"{plain['what']} ({plain['paper']}, {plain['item']})",
             f"`{plain['about']['command']}`",
         ]
-        parts += [where + ".", markdown(*render.grid(plain)), "\n".join(f"- {line}" for line in verdict)]
+        parts += [where + ".", markdown(*render.text_table(plain)), "\n".join(f"- {line}" for line in verdict)]
         notes = [f"{row['name']}: {row['note']}" for row in plain["rows"] if row["ours"] and row["note"]]
         trained = (f"{run} {images}" for run, images in plain["about"]["trained"].items())
         parts += [f"Notes. {'. '.join(notes)}."] * bool(notes) + [f"Trained on: {'; '.join(trained)}."]

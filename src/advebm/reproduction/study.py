@@ -15,8 +15,8 @@ from advebm.evaluation.compare import Records, Wanted
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
-from advebm.sampling.step_curve import Chains, Point, best
-from advebm.workflows.sample import draw
+from advebm.sampling.step_curve import Chains, Point, best_point
+from advebm.workflows.sample import draw_set
 from advebm.workflows.train import fit
 
 say = console.screen.print
@@ -53,7 +53,7 @@ def draw_if_missing(run: Run, recipe: Recipe, per_class: int, name: str | None =
     """Draw a set of samples by the recipe's sampler, unless it is there; its name."""
     name = name or generate.set_name(recipe.sampler)
     if name not in run.samples():
-        draw(run, name, recipe.sampler, per_class, seed=recipe.seed, device=device())
+        draw_set(run, name, recipe.sampler, per_class, seed=recipe.seed, device=device())
     return name
 
 
@@ -73,7 +73,7 @@ def compare_all(runs: Mapping[str, Run], judge: str, threat: Attack) -> dict[str
 def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: str = "") -> list[Point]:
     """What the samples of a run are worth after each number of steps; measured unless it is there, under the name."""
     about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
-    about |= {"features": str(compare.judge(judge.folder)), "checkpoint": run.checkpoints.path().name}
+    about |= {"features": str(compare.feature_weights(judge.folder)), "checkpoint": run.checkpoints.path().name}
     file = run.folder / f"chains-{chains.split}{name}.json"
     known = files.read_json(file, default={})
     if {k: known.get(k) for k in about} != about:
@@ -88,5 +88,5 @@ def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: st
 
 def with_best_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains | None = None, name: str = "") -> Recipe:
     """The recipe with as many steps of sampling as validation images like best."""
-    steps = best(measure_steps(run, recipe, judge, chains or Chains(), name)).steps
+    steps = best_point(measure_steps(run, recipe, judge, chains or Chains(), name)).steps
     return dataclasses.replace(recipe, sampler=dataclasses.replace(recipe.sampler, steps=steps))

@@ -57,7 +57,7 @@ def attacks_on(recipes: Mapping[str, Recipe]) -> Experiment:
     ]
     many = [dataclasses.replace(threat, loss=loss) for loss in ("cross-entropy", "energy")]
 
-    wanted = compare.accuracies((*one, *many))
+    wanted = compare.accuracy_metrics((*one, *many))
     return Experiment(recipes, lambda runs: {label: measure_missing(run, wanted) for label, run in runs.items()})
 
 
@@ -72,7 +72,7 @@ def jeat_figure5(folder: Path, options: Options) -> Experiment:
     def measure(runs: Mapping[str, Run]) -> Results:
         judge = runs["standard"].folder
         for run in runs.values():
-            wanted = {**compare.accuracies(()), **compare.quality(run, judge)}
+            wanted = {**compare.accuracy_metrics(()), **compare.quality_metrics(run, judge)}
             measure_missing(run, wanted, judge)
         return {label: evaluate.latest(run.records()) for label, run in runs.items()}
 

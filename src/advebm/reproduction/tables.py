@@ -46,7 +46,7 @@ def at_scale(name: str, scale: str, folder: Path, options: Options = ()) -> Expe
         folder: of the experiment, where teachers are.
         options: as on the command line of ``train``, for every recipe; of ``outside`` and ``extra`` where it has these.
     """
-    table = inventory.find(name)
+    table = inventory.find_table(name)
     by_method = recipes_of(table, scale, folder, options)
     experiment = COMPUTATIONS[table.by](table, SCALES[scale], by_method)
 
@@ -57,18 +57,19 @@ def at_scale(name: str, scale: str, folder: Path, options: Options = ()) -> Expe
     return dataclasses.replace(experiment, prepare=prepare)
 
 
-def publish(
+def write_table(
     name: str, scale: str, folder: Path, results: Results, runs: Sequence[Run], *, seeds: int = 1, options: Options = ()
 ) -> Path:
     """Print a table beside the paper's, and write it: ``NAME-SCALE.json``, which is returned, and the report.
 
-    ``NAME-SCALE.json`` is a :func:`advebm.papers.render.summary`; where samples are drawn there is ``NAME-SCALE.png``.
+    ``NAME-SCALE.json`` is what :func:`advebm.papers.render.summarize` returns; where samples are drawn there is
+    ``NAME-SCALE.png``.
     """
-    table = inventory.find(name)
+    table = inventory.find_table(name)
     command = [f"advebm reproduce {name} --scale {scale}", f"--seeds {seeds}" * (seeds > 1)]
     command += [f"--{key} {value}" for key, value in options]
     about = {"command": " ".join(filter(None, command)), "seeds": seeds, **setting(SCALES[scale], results, runs)}
-    plain = render.summary(table, scale, agreement.cells(table, results), about)
+    plain = render.summarize(table, scale, agreement.table_cells(table, results), about)
     path = folder / f"{name}-{scale}.json"
     files.write_json(path, plain)
     if (picture := drawing(table, runs)) is not None:
@@ -133,8 +134,8 @@ def drawing(table: Table, runs: Sequence[Run]) -> bytes | None:
     if table.by == "samplers":
         return unsupervised.cem_figure1({run.folder.name: run for run in runs})
     stages = [stage for run in runs for stage in run.stages]
-    sets = {run.recipe.name: generate.read(s[table.name]) for run in stages if table.name in (s := run.samples())}
-    panels = {name: pictures.by_class(s.x, s.y, len(runs[0].data.classes), 4) for name, s in sets.items()}
+    sets = {run.recipe.name: generate.read_set(s[table.name]) for run in stages if table.name in (s := run.samples())}
+    panels = {name: pictures.rows_by_class(s.x, s.y, len(runs[0].data.classes), 4) for name, s in sets.items()}
     return figures.grids(panels, dict.fromkeys(panels, ())) if panels else None
 
 
@@ -181,7 +182,7 @@ def numbers(
     for key in attacks.keys() & table.columns.keys():
         wanted[Key("accuracy", key_of_attack(attacks[key]))] = RobustAccuracy(attacks[key], images=scale.images)
     features = scale.features or (judge.folder if judge else None)
-    whose = compare.space(features)
+    whose = compare.space_name(features)
     if "fid" in table.columns:
         own = run.recipe if kind is None else unsupervised.with_sampler(run, kind, "class")
         if judge is not None:

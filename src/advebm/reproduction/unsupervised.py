@@ -20,7 +20,7 @@ from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
 from advebm.sampling.step_curve import Chains
-from advebm.workflows.sample import contrast
+from advebm.workflows.sample import compare_sets
 
 ALONE = "no steps"  # the row of seeds as they are
 SEEDS = {f"{given}, {ALONE}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
@@ -58,7 +58,7 @@ def digits_unsupervised(folder: Path, options: Options) -> Experiment:
         linear = Key("accuracy", by=probe.probe.name)
         probes: Wanted = {linear: probe, linear._replace(attack=key_of_attack(threat)): probe}
         probes[Key("accuracy", by=f"{neighbours.k} nearest neighbours")] = neighbours
-        plain = compare.accuracies((threat,))
+        plain = compare.accuracy_metrics((threat,))
         found = {
             t: measure_missing(run, plain if run.recipe.objective.hidden is None else probes) for t, run in runs.items()
         }
@@ -77,7 +77,7 @@ def compare_samplers(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Recor
         if rows := rows_of(title):
             table = table2(run, rows, judge, **drawing)
             found |= {f"{title}, {row}": records for row, records in table.items()}
-    figure_store.hang(
+    figure_store.save_figure(
         judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", "Uncurated; seeds, then a row a network."
     )
     return found
@@ -112,14 +112,14 @@ def table2(
         samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=count)
     about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
     features = features or judge.folder
-    about |= {"features": compare.judge(features), "checkpoint": run.checkpoints.path().name}
+    about |= {"features": compare.feature_weights(features), "checkpoint": run.checkpoints.path().name}
     about |= {"samples": samples, "draws": draws}
     file = run.folder / "table2.json"
     known = files.read_json(file, default={})
     if known.get("about") != about:
         tell = lambda text: say(f"  {run.recipe.name}: {text}")
         count = samples // len(run.data.classes)
-        found, _ = contrast(run, samplers, count, draws, features=features, say=tell, device=device())
+        found, _ = compare_sets(run, samplers, count, draws, features=features, say=tell, device=device())
         known = {"about": about, "found": found, "time": files.now()}
         files.write_json(file, known)
     taken = {name: Record("steps chosen on validation", sampler.steps, 0.0, 1) for name, sampler in samplers.items()}
@@ -137,14 +137,14 @@ def folder_of(row: str) -> str:
 def cem_figure1(runs: Mapping[str, Run]) -> bytes:
     """Samples of the first sampling seed: what chains began from, then a row a network; four of each class."""
     drawn = {
-        f"{title}, {row}": generate.read(run.folder / "comparison" / f"{folder_of(row)}-0")
+        f"{title}, {row}": generate.read_set(run.folder / "comparison" / f"{folder_of(row)}-0")
         for title, run in runs.items()
         for row in rows_of(title)
     }
-    panels = {title: pictures.by_class(some.x, some.y, 10, 4) for title, some in drawn.items()}
+    panels = {title: pictures.rows_by_class(some.x, some.y, 10, 4) for title, some in drawn.items()}
     strips = [{t.partition(", ")[2]: x for t, x in panels.items() if ALONE in t}]
     strips += [{t: x for t, x in panels.items() if t.startswith(f"{run}, ") and ALONE not in t} for run in runs]
-    return pictures.stacked([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips if strip])
+    return pictures.stack_pngs([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips if strip])
 
 
 def distances(results: Mapping[str, Records]) -> dict[str, tuple[float, float]]:

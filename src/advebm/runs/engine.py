@@ -20,7 +20,7 @@ Thing = TypeVar("Thing")
 PATIENCE = datetime.timedelta(hours=2)  # before a process that does not answer is given up
 
 
-def leave() -> None:
+def close_connections() -> None:
     """Close the connections to other processes: those that are open when a process ends may end it with an error.
 
     Only where all has gone well: it may wait for processes that have failed.
@@ -52,7 +52,7 @@ class Engine:
     """
 
     def __init__(self, device: str | None = None) -> None:
-        patient, several = InitProcessGroupKwargs(timeout=PATIENCE), processes.launched()[1] > 1
+        patient, several = InitProcessGroupKwargs(timeout=PATIENCE), processes.rank_and_world()[1] > 1
         cpu = device == "cpu" or (several and not torch.cuda.is_available())  # which accelerate does not conclude
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
         self.device = self.accelerator.device
@@ -113,7 +113,7 @@ class Engine:
             p.grad = p.grad if share else None
 
     @torch.no_grad()
-    def agree(self, model: nn.Module) -> None:
+    def broadcast(self, model: nn.Module) -> None:
         """The weights and buffers of the main process, in all."""
         if self.world == 1:
             return
@@ -130,7 +130,7 @@ class Engine:
             return rows
         return Gather.apply(rows, self).roll(-self.rank * len(rows), 0)
 
-    def share(self, thing: Thing) -> list[Thing]:
+    def all_gather(self, thing: Thing) -> list[Thing]:
         """What each process gives, in the order of ranks: small things of Python."""
         if self.world == 1:
             return [thing]

@@ -23,7 +23,7 @@ def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
         return Run.open(where).model(checkpoint)[0]
     if is_factory(where):
         return Network(Normalize((0.0,), (1.0,)), Own(str(where)).make(), nn.Identity()).eval()
-    return network.find(where)
+    return network.load_model(where)
 
 
 def is_factory(where: str | Path) -> bool:

@@ -14,7 +14,7 @@ from advebm.core import config
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Source, Unlabelled
 from advebm.metrics.base import Metric
-from advebm.models.inference import Way
+from advebm.models.inference import BackendName
 from advebm.models.network import Architecture, Backbone
 from advebm.models.precision import usable_precision
 from advebm.objectives.base import Objective
@@ -37,7 +37,7 @@ class Training:
         precision: of the network in searches and losses, ``float32`` or ``bfloat16`` (autocast); weights, images,
             updates and everything measured stay float32.  ``float64`` is that of weights and losses, in checkpoints
             too, to compare runs closely; images and whatever is made of the run stay float32.
-        fast: how searches in eval mode compute the network, see :class:`advebm.models.inference.Fast`: ``off`` (as
+        fast: how searches in eval mode compute the network, see :class:`advebm.models.inference.Backend`: ``off`` (as
             losses do), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` where ``precision`` is
             bfloat16, else ``off``, which keeps every bit.
         recompute: whether losses keep only what goes into each block of the backbone and compute the rest again for the
@@ -54,7 +54,7 @@ class Training:
     streams: int = 1
     ema: int = 5_000
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
-    fast: Way = "auto"
+    fast: BackendName = "auto"
     recompute: bool = False
     clip: float | None = 1.0
     log_every: int = 2_000

@@ -123,7 +123,7 @@ class Run:
             raise UserError(
                 f"{self.folder} was trained by {kept} process{'es' * (kept > 1)} so far, and there "
                 f"{'is' if world == 1 else 'are'} {world}; with another number its results would not be what they are: "
-                f"{processes.command(kept)} train --resume {self.folder}"
+                f"{processes.launch_command(kept)} train --resume {self.folder}"
             )
 
     def model(self, which: str = "latest") -> tuple[Network, Architecture]:

@@ -32,7 +32,7 @@ from advebm.descent import (
 )
 from advebm.energies import Logits
 from advebm.models.modes import SearchView, searching
-from advebm.starts import ClassGaussians, Deck, Start
+from advebm.starts import ClassGaussians, ImagePool, Start
 
 LARGE = 1e30  # beyond any step: twice as much would be infinite in float32 before long
 DIRECTIONS: dict[str, Direction] = {"unit": unit, "raw": raw, "sign": sign, "adam": adam}
@@ -122,7 +122,7 @@ class Sampler:
                 raise UserError(f"chains start from {what}, and there are none; set start to global or noise")
             if outside.shape != data.shape:
                 raise UserError(f"the {self.start} images are {outside.shape}, those of {data.name} {data.shape}")
-            return Deck(outside.test.x)
+            return ImagePool(outside.test.x)
         if self.start == "noise":
             return starts.noise
         split = data.train if self.fit == "train" else data.test

@@ -17,23 +17,23 @@ from advebm.data import pictures
 from advebm.data.decode import open_image, open_mask
 from advebm.data.readers import picture_files
 from advebm.data.sources import Data
-from advebm.descent import repeated
-from advebm.edits.base import Edit, Edited, box_hole, joined
+from advebm.descent import repeat_pixels
+from advebm.edits.base import Edit, Edited, box_hole, join_parts
 from advebm.edits.restore import Inpaint, Upsample
 from advebm.edits.transform import Compose, Interpolate
-from advebm.metrics.restoration import fidelity, middle, spoilt
+from advebm.metrics.restoration import corrupt_for, fidelity, middle_hole
 from advebm.metrics.unusual import unusual
-from advebm.models.batching import device_of, together
+from advebm.models.batching import batch_size_for, device_of
 from advebm.runs import checkpoint
 from advebm.runs.run import Run
 from advebm.sampling.generate import to_bytes
-from advebm.sampling.job import others
+from advebm.sampling.job import start_images
 
 TILE = 96  # pixels of an image in the picture that an edit leaves
 
 
 @dataclass(frozen=True)
-class Order:
+class EditRequest:
     """What to edit, and with what.
 
     Attributes:
@@ -78,7 +78,7 @@ class Order:
             except ValueError:
                 raise UserError(f"a box is left,top,right,bottom such as 8,8,24,24, got {self.box!r}") from None
             return box_hole(size, left, top, right, bottom)
-        return middle(size) if isinstance(method, Inpaint) else None
+        return middle_hole(size) if isinstance(method, Inpaint) else None
 
     def models(self) -> list[tuple[Run, str]]:
         """Runs and their checkpoints."""
@@ -98,23 +98,25 @@ class Order:
         """Seeds of the run's sampler, of no class in particular (count, C, H, W)."""
         sampler = self.run.recipe.sampler
         sampler = replace(sampler, start="global") if sampler.start == "class" else sampler
-        begin = sampler.prepare(data, others(self.run, sampler, self.checkpoint))
+        begin = sampler.prepare(data, start_images(self.run, sampler, self.checkpoint))
         return begin(torch.empty(self.count, *data.shape), None, rng.generator(self.seed, "seeds"))
 
 
-def score(order: Order) -> dict[str, dict[str, float]]:
+def score_images(order: EditRequest) -> dict[str, dict[str, float]]:
     """How unusual images are to a run's model: their energies, and the share of validation images of lower energy."""
     data = order.run.data
     x, names = _given(order, data.shape)
-    found = unusual(order.run.model(order.checkpoint)[0].to(order.device), x, data.val.x, batch=together(data.shape))
+    found = unusual(
+        order.run.model(order.checkpoint)[0].to(order.device), x, data.val.x, batch=batch_size_for(data.shape)
+    )
     return {
         name: {"energy": found.score[i].item(), "share of validation images below": found.share[i].item()}
         for i, name in enumerate(names)
     }
 
 
-def edit(
-    order: Order,
+def run_edit(
+    order: EditRequest,
     method: Edit,
     out: Path | None = None,
     *,
@@ -141,7 +143,7 @@ def edit(
         given, names = _given(order, (channels, height // small, width // small))
     else:
         truth, names = _given(order, data.shape)
-        given = spoilt(method, truth, hole, rng.generator(order.seed, "spoil"))
+        given = corrupt_for(method, truth, hole, rng.generator(order.seed, "spoil"))
         truth = None if given is truth else truth
     goal = None if order.goal is None else find_class(data, order.goal)
     y = None if goal is None else torch.full((len(given),), goal)
@@ -149,7 +151,7 @@ def edit(
     if len(models) == 1:
         models = models * len(classes)
     options: dict[str, Any] = {"hole": hole, "seed": order.seed, "frames": 13, "progress": progress}
-    edited = carry_out(method, models, given, y, classes=classes, **options)
+    edited = apply_edit(method, models, given, y, classes=classes, **options)
     if isinstance(method, Interpolate):
         pairs = itertools.pairwise(names)
         names = [f"{a}-{b}-{i}" for a, b in pairs for i in range(method.count)]
@@ -160,11 +162,11 @@ def edit(
         edited = edited._replace(numbers={**edited.numbers, **better})
     manifest = {"models": [weights_of(*pair) for pair in order.models()], "seed": order.seed}
     manifest |= {"class": goal, "classes": classes if isinstance(method, Compose) else None}
-    path = publish(folder, method, given, edited, names, manifest, film=film)
+    path = write_edit(folder, method, given, edited, names, manifest, film=film)
     return path, {name: {k: v[i].item() for k, v in edited.numbers.items()} for i, name in enumerate(names)}
 
 
-def _given(order: Order, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
+def _given(order: EditRequest, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
     """The images of an order, and what they are called."""
     if order.images:
         return read_images(order.images, shape, fit=order.fit)
@@ -172,7 +174,7 @@ def _given(order: Order, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
     return x, [f"{order.split or 'val'}-{i}" for i in range(len(x))]
 
 
-def carry_out(
+def apply_edit(
     method: Edit,
     models: Sequence[nn.Module],
     x: Tensor,
@@ -201,7 +203,7 @@ def carry_out(
         edited = method(models[0], x, y, frames=frames)
         progress(len(x))
         return edited
-    size, device, parts = together(x.shape[1:]), device_of(models[0]), []
+    size, device, parts = batch_size_for(x.shape[1:]), device_of(models[0]), []
     for first in range(0, len(x), size):
         some = slice(first, first + size)
         if isinstance(method, Compose):
@@ -212,18 +214,18 @@ def carry_out(
             goal = None if y is None else y[some]
             parts.append(method(models[0], x[some], goal, hole=mask, generator=generator, frames=frames))
         progress(min(first + size, len(x)))
-    return joined(parts)
+    return join_parts(parts)
 
 
 def read_images(paths: Sequence[Path], shape: Sequence[int], *, fit: bool = False) -> tuple[Tensor, list[str]]:
     """Images of files and of all files in folders, float32 (N, C, H, W) in [0, 1], and what each is called."""
-    found = listed(paths)
+    found = list_images(paths)
     names = [p.stem for p in found]
     names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
     return torch.stack([open_image(p, shape, fit=fit) for p in found]), names
 
 
-def listed(paths: Sequence[Path]) -> list[Path]:
+def list_images(paths: Sequence[Path]) -> list[Path]:
     """The files, and all pictures in the folders."""
     found = [p for path in paths for p in (picture_files(path) if path.is_dir() else [path])]
     if not found:
@@ -257,7 +259,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def publish(
+def write_edit(
     folder: Path,
     method: Edit,
     given: Tensor,
@@ -292,13 +294,13 @@ def publish(
             (folder / "results" / f"{Path(name).name}.png").unlink(missing_ok=True)
     except OSError as error:
         raise files.unwritable(folder, error) from None
-    pictures.save(pictures.grid(panel(method, given, edited), tile=TILE), folder / "edit.png")
+    pictures.save(pictures.grid(comparison_rows(method, given, edited), tile=TILE), folder / "edit.png")
     pictures.save(pictures.grid(edited.film[:20], tile=TILE), folder / "film.png")
     if film:
-        files.write(folder / "film.gif", pictures.animated(edited.film[:20], tile=TILE))
+        files.write(folder / "film.gif", pictures.animate(edited.film[:20], tile=TILE))
     results = to_bytes(edited.x)
     for name, x in zip(names, results, strict=True):
-        pictures.save(pictures.plain(x), folder / "results" / f"{name}.png")
+        pictures.save(pictures.to_image(x), folder / "results" / f"{name}.png")
     with files.replacing(folder / "images.npz") as file:
         np.savez_compressed(
             file, x=results.numpy(), given=to_bytes(given).numpy(), begin=to_bytes(edited.begin).numpy()
@@ -311,12 +313,12 @@ def publish(
     return folder / "edit.png"
 
 
-def panel(method: Edit, given: Tensor, edited: Edited) -> Tensor:
+def comparison_rows(method: Edit, given: Tensor, edited: Edited) -> Tensor:
     """The images of ``edit.png``, (rows, columns, C, H, W): for an interpolation a row a way, else a row an image."""
     if isinstance(method, Interpolate):
         return edited.x.view(-1, method.count, *edited.x.shape[1:])
     shown = given
     if given.shape != edited.x.shape:
-        shown = repeated(given, edited.x.shape[-1] // given.shape[-1])
+        shown = repeat_pixels(given, edited.x.shape[-1] // given.shape[-1])
     begun = edited.begin if isinstance(method, Upsample) else shown
     return torch.stack([shown, edited.x, 0.5 + (edited.x - begun) / 2], 1)[:20]

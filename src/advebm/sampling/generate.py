@@ -16,10 +16,10 @@ from advebm.core.errors import UserError
 from advebm.data import pictures
 from advebm.data.sources import Data, to_float
 from advebm.metrics.base import SampleSet
-from advebm.models.batching import as_images, device_of, together
-from advebm.models.inference import View, Way, fast, make_view
+from advebm.models.batching import as_images, batch_size_for, device_of
+from advebm.models.inference import BackendName, View, find_backend, make_view
 from advebm.samplers.base import Sampler
-from advebm.starts import Deck, Start
+from advebm.starts import ImagePool, Start
 
 CHUNK = 500  # images drawn together, each chunk with its own generator: results do not depend on who draws which
 
@@ -32,7 +32,7 @@ def generate(
     *,
     outside: Data | None = None,
     seed: int = 0,
-    way: Way = "auto",
+    way: BackendName = "auto",
     progress: Callable[[int], None] = lambda done: None,
 ) -> SampleSet:
     """Images of classes ``y (N,)`` int64, -1 where there are none, uncurated, on the CPU.
@@ -44,14 +44,14 @@ def generate(
         y: the class of each image.
         outside: whose test images chains begin from, with ``start: outside``.
         seed: of seeds and noise.
-        way: how the network is computed, see :class:`advebm.models.inference.Fast`; ``auto`` folds.
+        way: how the network is computed, see :class:`advebm.models.inference.Backend`; ``auto`` folds.
         progress: told how many images are done.
     """
     check_groups(sampler, len(y))
     start, drawn = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
-    bank, quick = sampler.bank(data), quickly(model, data, len(y), way)
-    for number in range(chunks(len(y))):
-        drawn.append(chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, quick=quick, bank=bank))
+    bank, quick = sampler.bank(data), sampling_view(model, data, len(y), way)
+    for number in range(count_chunks(len(y))):
+        drawn.append(draw_chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, quick=quick, bank=bank))
         progress(sum(map(len, drawn)))
     about = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if quick is None else quick.way.name}
     return SampleSet(torch.cat(drawn), y.cpu(), about)
@@ -63,13 +63,13 @@ def check_groups(sampler: Sampler, count: int, batch: int | None = None) -> None
         sampler.parts(size, batch)
 
 
-def quickly(model: nn.Module, data: Data, count: int, way: Way) -> View | None:
+def sampling_view(model: nn.Module, data: Data, count: int, way: BackendName) -> View | None:
     """The network for searches, as ``way`` asks, where that applies; for ``count`` images, in chunks."""
-    example = as_images(data.train.x[: min(count, CHUNK, together(data.shape))], device_of(model))
-    return make_view(model, example, fast(way), loud=way != "auto") if len(example) else None
+    example = as_images(data.train.x[: min(count, CHUNK, batch_size_for(data.shape))], device_of(model))
+    return make_view(model, example, find_backend(way), loud=way != "auto") if len(example) else None
 
 
-def chunk(
+def draw_chunk(
     model: nn.Module,
     sampler: Sampler,
     start: Start,
@@ -85,13 +85,13 @@ def chunk(
     """Images ``number * CHUNK`` and on of those of classes ``y (N,)``, on the CPU.
 
     They depend on nothing that was drawn before.  ``batch`` (images that the network sees at once; none for as many
-    as :func:`together` says) and ``quick`` (the network as it is searched) change rounding.  ``bank`` is the sampler's,
-    of the data.
+    as :func:`batch_size_for` says) and ``quick`` (the network as it is searched) change rounding.  ``bank`` is the
+    sampler's, of the data.
     """
-    batch = together(shape) if batch is None else batch
-    if isinstance(start, Deck):
+    batch = batch_size_for(shape) if batch is None else batch
+    if isinstance(start, ImagePool):
         first = number * CHUNK
-        start = dataclasses.replace(start, order=dealt(len(start.x), first, min(CHUNK, len(y) - first), seed))
+        start = dataclasses.replace(start, order=deal_images(len(start.x), first, min(CHUNK, len(y) - first), seed))
     chains = start_chains(model, start, y, number, shape, seed, "sample")
     return run_chains(model, sampler, chains, batch=batch, bank=bank, view=quick).cpu()
 
@@ -104,7 +104,7 @@ class ChainStart(NamedTuple):
     generator: torch.Generator
 
 
-def chunks(count: int) -> int:
+def count_chunks(count: int) -> int:
     """How many chunks so many images are drawn in."""
     return -(-count // CHUNK)
 
@@ -124,7 +124,7 @@ def run_chains(model: nn.Module, sampler: Sampler, chains: ChainStart, **options
     return sampler(model, chains.y, chains.x, generator=chains.generator, **options)
 
 
-def dealt(total: int, first: int, count: int, seed: int) -> Tensor:
+def deal_images(total: int, first: int, count: int, seed: int) -> Tensor:
     """Items ``first`` to ``first + count - 1`` of an endless row of shuffles of ``total`` things."""
     rounds = range(first // total, (first + count - 1) // total + 1)
     row = torch.cat([torch.randperm(total, generator=rng.generator(seed, "deal", number)) for number in rounds])
@@ -136,13 +136,13 @@ def set_name(sampler: Sampler) -> str:
     return f"{config.describe(sampler)['kind'].rpartition(':')[2].lower()}-{sampler.start}"
 
 
-def wanted(sampler: Sampler, data: Data, per_class: int, classes: Sequence[int] | None = None) -> Tensor:
+def classes_to_draw(sampler: Sampler, data: Data, per_class: int, classes: Sequence[int] | None = None) -> Tensor:
     """The class of each image to draw; -1 for as many images where neither the energy nor the seeds are of a class."""
     y = torch.tensor(range(len(data.classes)) if classes is None else classes).repeat_interleave(per_class)
     return y if sampler.conditional or sampler.start == "class" else torch.full_like(y, -1)
 
 
-def film(
+def draw_trajectory(
     model: nn.Module,
     sampler: Sampler,
     data: Data,
@@ -157,7 +157,7 @@ def film(
     Two of a single class, where samples interact.
     """
     alone = sampler.coupled and len(data.classes if classes is None else classes) == 1
-    device, y = device_of(model), wanted(sampler, data, 1 + alone, classes)
+    device, y = device_of(model), classes_to_draw(sampler, data, 1 + alone, classes)
     generator = rng.generator(seed, "film", device=device)
     begin = sampler.prepare(data, outside)(torch.empty(len(y), *data.shape, device=device), y.to(device), generator)
     path: list[Tensor] = []
@@ -168,12 +168,12 @@ def film(
     return torch.stack([path[k] for k in shown], 1), shown
 
 
-def write(folder: Path, samples: SampleSet, classes: int) -> None:
-    """A set of samples that is in memory; see :func:`publish`."""
-    publish(folder, [to_bytes(samples.x)], samples.y, samples.x.shape[1:], samples.manifest, classes)
+def write_set(folder: Path, samples: SampleSet, classes: int) -> None:
+    """A set of samples that is in memory; see :func:`write_parts`."""
+    write_parts(folder, [to_bytes(samples.x)], samples.y, samples.x.shape[1:], samples.manifest, classes)
 
 
-def publish(
+def write_parts(
     folder: Path,
     parts: Iterable[Tensor],
     y: Tensor,
@@ -193,7 +193,7 @@ def publish(
         shape: of an image.
         manifest: how they were made.
         classes: rows of the grid.
-        strip: what :func:`film` returned.
+        strip: what :func:`draw_trajectory` returned.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def publish(
             np.lib.format.write_array(out, y.numpy())
     shown = [(x, k) for k, row in sorted(first.items()) for x in row]
     images = torch.stack([x for x, _ in shown]) if shown else torch.empty(0, *shape)
-    rows = pictures.by_class(images, torch.tensor([k for _, k in shown], dtype=torch.int64), classes)
+    rows = pictures.rows_by_class(images, torch.tensor([k for _, k in shown], dtype=torch.int64), classes)
     pictures.save(pictures.grid(rows), folder / "grid.png")
     if strip is not None:
         pictures.save(pictures.grid(strip[0]), folder / "film.png")
@@ -230,8 +230,8 @@ def _member(name: str) -> zipfile.ZipInfo:
     return info
 
 
-def read(folder: Path) -> SampleSet:
-    """What :func:`publish` wrote; an error where the manifest is missing, that is, where writing was cut short."""
+def read_set(folder: Path) -> SampleSet:
+    """What :func:`write_parts` wrote; an error where the manifest is missing, that is, where writing was cut short."""
     manifest = files.read_json(folder / "manifest.json")
     try:
         with (folder / "images.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:

@@ -26,7 +26,7 @@ from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
 from advebm.data import pictures
 from advebm.data.sources import Data
-from advebm.models.inference import View, Way
+from advebm.models.inference import BackendName, View
 from advebm.models.network import Network
 from advebm.runs import checkpoint
 from advebm.runs.run import Run
@@ -37,7 +37,7 @@ from advebm.starts import Start
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SampleJob:
     """What to draw from a run.
 
     Attributes:
@@ -50,7 +50,7 @@ class Drawing:
         checkpoint: its number of images.
         device: where to compute.
         batch: images that the network sees at once; none for 500 of up to 32 x 32 pixels, fewer of larger ones.
-        way: how the network is computed, see :class:`advebm.models.inference.Fast`; ``auto`` folds.
+        way: how the network is computed, see :class:`advebm.models.inference.Backend`; ``auto`` folds.
         about: what else the manifest says.
     """
 
@@ -63,7 +63,7 @@ class Drawing:
     checkpoint: str = "latest"
     device: str = "cpu"
     batch: int | None = None
-    way: Way = "auto"
+    way: BackendName = "auto"
     about: Mapping[str, Any] = field(default_factory=dict)
     within: str = "samples"
 
@@ -94,10 +94,10 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Desk:
+class WorkerState:
     """A drawing with all that is loaded for it."""
 
-    drawing: Drawing
+    drawing: SampleJob
     model: Network
     data: Data
     outside: Data | None
@@ -107,7 +107,7 @@ class Desk:
     bank: Tensor | None
 
     @classmethod
-    def open(cls, drawing: Drawing) -> "Desk":
+    def open(cls, drawing: SampleJob) -> "WorkerState":
         """Load the network and the images; seeds that cannot be drawn are noticed here."""
         run, sampler, data = drawing.run, drawing.sampler, drawing.run.data
         if any(not 0 <= k < len(data.classes) for k in drawing.classes or ()):
@@ -116,11 +116,11 @@ class Desk:
         if drawing.classes is not None and not sampler.conditional and sampler.start != "class":
             method = generate.set_name(sampler)
             raise UserError(f"{method} draws from no class; leave the classes out, or set start to class")
-        outside = others(run, sampler, drawing.checkpoint)
+        outside = start_images(run, sampler, drawing.checkpoint)
         model = run.model(drawing.checkpoint)[0].to(drawing.device)
-        y = generate.wanted(sampler, data, drawing.per_class, drawing.classes)
+        y = generate.classes_to_draw(sampler, data, drawing.per_class, drawing.classes)
         generate.check_groups(sampler, len(y), drawing.batch)
-        quick = generate.quickly(model, data, min(len(y), drawing.batch or len(y)), drawing.way)
+        quick = generate.sampling_view(model, data, min(len(y), drawing.batch or len(y)), drawing.way)
         return cls(drawing, model, data, outside, sampler.prepare(data, outside), y, quick, sampler.bank(data))
 
     def draw(self, number: int) -> None:
@@ -128,13 +128,13 @@ class Desk:
         d = self.drawing
         options: dict[str, Any] = {"shape": self.data.shape, "seed": d.seed, "batch": d.batch, "quick": self.quick}
         options["bank"] = self.bank
-        images = generate.chunk(self.model, d.sampler, self.start, self.y, number, **options)
+        images = generate.draw_chunk(self.model, d.sampler, self.start, self.y, number, **options)
         buffer = io.BytesIO()
         np.save(buffer, generate.to_bytes(images).numpy())
         files.write(d.part(number), buffer.getvalue())
 
 
-def others(run: Run, sampler: Sampler, checkpoint: str = "latest") -> Data | None:
+def start_images(run: Run, sampler: Sampler, checkpoint: str = "latest") -> Data | None:
     """The images that chains begin from where they are not the data's: outside images or replay chains."""
     if sampler.start == "buffer":
         return run.chains(checkpoint)
@@ -142,8 +142,8 @@ def others(run: Run, sampler: Sampler, checkpoint: str = "latest") -> Data | Non
     return recipe.outside.load() if sampler.start == "outside" and recipe.outside is not None else None
 
 
-def draw(
-    drawing: Drawing,
+def draw_set(
+    drawing: SampleJob,
     *,
     processes: int = 1,
     team: Team = ALONE,
@@ -160,8 +160,8 @@ def draw(
         progress: told how many images are done.
     """
     folder, plan = drawing.folder, drawing.plan()
-    desk = Desk.open(drawing)
-    count = generate.chunks(len(desk.y))
+    desk = WorkerState.open(drawing)
+    count = generate.count_chunks(len(desk.y))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -170,32 +170,34 @@ def draw(
     with files.locked(folder / ".lock", busy) if team.main else contextlib.nullcontext():
         if team.main:
             _prepare(folder, plan)
-        todo = team.share([number for number in range(count) if team.main and not drawing.part(number).exists()])[0]
+        todo = team.all_gather([number for number in range(count) if team.main and not drawing.part(number).exists()])[
+            0
+        ]
         done = len(desk.y) - sum(len(desk.y[n * CHUNK : (n + 1) * CHUNK]) for n in todo)
         progress(done)
-        for number in _drawn(desk, todo[team.rank :: team.world], processes):
+        for number in _draw_parts(desk, todo[team.rank :: team.world], processes):
             done += len(desk.y[number * CHUNK : (number + 1) * CHUNK]) * team.world
             progress(min(done, len(desk.y)))
-        team.share(None)  # every part is there
+        team.all_gather(None)  # every part is there
         if team.main:
             _publish(desk, plan, count, trajectory)
-        team.share(None)
+        team.all_gather(None)
     return folder
 
 
-def _publish(desk: Desk, plan: Mapping[str, Any], count: int, trajectory: bool) -> None:
+def _publish(desk: WorkerState, plan: Mapping[str, Any], count: int, trajectory: bool) -> None:
     """Make the set of its parts."""
     drawing, folder = desk.drawing, desk.drawing.folder
     frames = 60 if trajectory else 7
     options: dict[str, Any] = {"outside": desk.outside, "classes": drawing.classes, "seed": drawing.seed}
-    moments, steps = generate.film(desk.model, drawing.sampler, desk.data, frames=frames, **options)
+    moments, steps = generate.draw_trajectory(desk.model, drawing.sampler, desk.data, frames=frames, **options)
     if trajectory:
-        files.write(folder / "film.gif", pictures.animated(moments))
+        files.write(folder / "film.gif", pictures.animate(moments))
     shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 13 if trajectory else 7)})
     strip = moments[:, shown], [steps[i] for i in shown]
     parts = (_read(drawing.part(number)) for number in range(count))
     about = {**plan, "fast": "off" if desk.quick is None else desk.quick.way.name}
-    generate.publish(folder, parts, desk.y, desk.data.shape, about, len(desk.data.classes), strip)
+    generate.write_parts(folder, parts, desk.y, desk.data.shape, about, len(desk.data.classes), strip)
     shutil.rmtree(folder / "parts", ignore_errors=True)
     (folder / "plan.json").unlink(missing_ok=True)
 
@@ -210,7 +212,7 @@ def _prepare(folder: Path, plan: Mapping[str, Any]) -> None:
         files.write_json(folder / "plan.json", dict(plan))
 
 
-def _drawn(desk: Desk, todo: list[int], processes: int) -> Iterator[int]:
+def _draw_parts(desk: WorkerState, todo: list[int], processes: int) -> Iterator[int]:
     """Draw chunks; their numbers, as they get done."""
     if min(processes, len(todo)) < 2:
         for number in todo:
@@ -219,7 +221,7 @@ def _drawn(desk: Desk, todo: list[int], processes: int) -> Iterator[int]:
         return
     threads = max(1, torch.get_num_threads() // processes)
     pool = ProcessPoolExecutor(
-        min(processes, len(todo)), multiprocessing.get_context("spawn"), _sit_down, (desk.drawing, threads)
+        min(processes, len(todo)), multiprocessing.get_context("spawn"), _init_worker, (desk.drawing, threads)
     )
     try:
         for done in as_completed([pool.submit(_draw, number) for number in todo]):
@@ -228,10 +230,10 @@ def _drawn(desk: Desk, todo: list[int], processes: int) -> Iterator[int]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_desks: list[Desk] = []  # of a process of the pool
+_desks: list[WorkerState] = []  # of a process of the pool
 
 
-def _sit_down(drawing: Drawing, threads: int) -> None:
+def _init_worker(drawing: SampleJob, threads: int) -> None:
     """Open the desk of a process of the pool; it ends when its parent does, however that ends."""
 
     def follow() -> None:
@@ -241,7 +243,7 @@ def _sit_down(drawing: Drawing, threads: int) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(threads)
-    _desks.append(Desk.open(drawing))
+    _desks.append(WorkerState.open(drawing))
 
 
 def _draw(number: int) -> int:

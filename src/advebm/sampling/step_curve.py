@@ -69,7 +69,7 @@ class Chains:
         """
         if outside is not None and self.split == "val":
             outside = outside._replace(test=outside.val)
-        shown = ood_sets.choose(getattr(data, self.split).x, REAL, rng.generator(self.seed, "chains", "real"))
+        shown = ood_sets.choose_images(getattr(data, self.split).x, REAL, rng.generator(self.seed, "chains", "real"))
         real, points = RealFeatures(space.of(shown, device_of(model))), []
         for steps, (x, seconds) in self._images(model, sampler, data, outside).items():
             drawn = space.of(x, device_of(model))
@@ -81,11 +81,14 @@ class Chains:
     ) -> Mapping[int, tuple[Tensor, float]]:
         """Images, as bytes, and the seconds they took, by the number of steps."""
         longest = replace(sampler, steps=self.steps[-1])
-        start, y = longest.prepare(data, outside), generate.wanted(longest, data, -(-self.count // len(data.classes)))
+        start, y = (
+            longest.prepare(data, outside),
+            generate.classes_to_draw(longest, data, -(-self.count // len(data.classes))),
+        )
         y = y[torch.randperm(len(y), generator=rng.generator(self.seed, "chains"))[: self.count]]
         bank, seen = longest.bank(data), {k: list[Tensor]() for k in self.steps}
         spent = dict.fromkeys(self.steps, 0.0)
-        for number in range(generate.chunks(len(y))):
+        for number in range(generate.count_chunks(len(y))):
             chains = generate.start_chains(model, start, y, number, data.shape, self.seed, "chains")
             since = [time.perf_counter()]
 
@@ -101,11 +104,11 @@ class Chains:
         return {k: (torch.cat(seen[k]), spent[k]) for k in self.steps}
 
 
-def best(points: Iterable[Point]) -> Point:
+def best_point(points: Iterable[Point]) -> Point:
     """The one of least KID, which no number of samples biases; the earliest of several."""
     return min(points, key=lambda point: point.kid)
 
 
-def reached(points: Iterable[Point], fd: float) -> Point | None:
+def first_reaching(points: Iterable[Point], fd: float) -> Point | None:
     """The first whose FD is at most ``fd``."""
     return next((point for point in points if point.fd <= fd), None)

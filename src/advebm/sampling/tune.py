@@ -26,14 +26,14 @@ from advebm.models.batching import device_of
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate
-from advebm.sampling.job import others
+from advebm.sampling.job import start_images
 
 Quantity = Literal["KID", "FD"]
 SETTINGS = ("step_size", "radius", "noise", "steps")  # α, β, η, K
 FACTORS = (0.5, 1.0, 2.0)  # of the sampler's own α and K, unless values are given
 
 
-def grid(sampler: Sampler, values: Mapping[str, Sequence[Any]]) -> list[Sampler]:
+def settings_grid(sampler: Sampler, values: Mapping[str, Sequence[Any]]) -> list[Sampler]:
     """All combinations of values of α, β, η and K.
 
     Without values α and K take half, once and twice the sampler's own (K is whole and at least 1), β and η keep it.
@@ -69,7 +69,7 @@ def tune(
 
     Args:
         run: a trained run.
-        samplers: what to try, see :func:`grid`; all of one kind.
+        samplers: what to try, see :func:`settings_grid`; all of one kind.
         space: features that the distance is taken in.
         judge: which weights they are of.
         by: ``KID``, unbiased at few images, or ``FD``.
@@ -85,29 +85,29 @@ def tune(
     about |= {"split": "val", "reference_count": len(data.val)}
     if any(sampler.fit == "test" for sampler in samplers):
         raise UserError("tuning never looks at test images; set fit to train")
-    real, outside = RealFeatures(space.of(data.val.x, torch.device(device))), others(run, samplers[0], number)
+    real, outside = RealFeatures(space.of(data.val.x, torch.device(device))), start_images(run, samplers[0], number)
     if outside is not None and samplers[0].start == "outside":
         outside = outside._replace(test=outside.val)
-    trials: dict[Path, Sampler] = {_file(run, sampler, about): sampler for sampler in samplers}
+    trials: dict[Path, Sampler] = {_trial_path(run, sampler, about): sampler for sampler in samplers}
     for path, sampler in trials.items():
         if not path.exists():
-            _try(path, sampler, model, data, outside, real, space, about)
+            _run_trial(path, sampler, model, data, outside, real, space, about)
         progress(sum(other.exists() for other in trials))
     done = [files.read_json(path) for path in trials if path.exists()]
     done.sort(key=lambda trial: trial["value"])
     if len(done) == len(trials):
-        files.write_json(result(run, samplers[0]), {**done[0], "trials": len(done)})
+        files.write_json(result_path(run, samplers[0]), {**done[0], "trials": len(done)})
     return done
 
 
-def result(run: Run, like: Sampler) -> Path:
+def result_path(run: Run, like: Sampler) -> Path:
     """Where the best setting of a method and start is kept."""
     return run.folder / "tuned" / f"{generate.set_name(like)}.json"
 
 
-def tuned(run: Run, like: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
+def find_tuned(run: Run, like: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
     """The best setting of a method and start that :func:`tune` wrote into a run, and how it was found; None if none."""
-    if not (path := result(run, like)).exists():
+    if not (path := result_path(run, like)).exists():
         return None
     best = files.read_json(path)
     try:
@@ -117,7 +117,7 @@ def tuned(run: Run, like: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
         raise UserError(f"{path} is damaged ({error}); tune again or remove it") from None
 
 
-def curves(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float, float]]]:
+def response_curves(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float, float]]]:
     """For each setting that varies: its values, and the best and the median of the trials that have it."""
     found = {}
     for name in SETTINGS:
@@ -130,12 +130,12 @@ def curves(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, flo
     return found
 
 
-def _file(run: Run, sampler: Sampler, about: Mapping[str, Any]) -> Path:
+def _trial_path(run: Run, sampler: Sampler, about: Mapping[str, Any]) -> Path:
     text = json.dumps({"sampler": config.describe(sampler), **about}, sort_keys=True)
     return run.folder / "tuning" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def _try(
+def _run_trial(
     path: Path,
     sampler: Sampler,
     model: nn.Module,
@@ -155,7 +155,7 @@ def _try(
         with files.locked(lock, f"another process is at {path}"):
             if path.exists():  # by now
                 return
-            y = generate.wanted(sampler, data, about["per_class"])
+            y = generate.classes_to_draw(sampler, data, about["per_class"])
             x = generate.generate(model, sampler, data, y, outside=outside, seed=about["seed"]).x
             drawn = space.of(x, device_of(model))
             value = real.frechet(drawn) if about["by"] == "FD" else real.kernel(drawn)

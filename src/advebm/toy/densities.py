@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from advebm.core.errors import unknown
+from advebm.core.errors import unknown_name
 
 
 class Density(Protocol):
@@ -113,12 +113,12 @@ DENSITIES: dict[str, Callable[[], Density]] = {
 }
 
 
-def find(name: str) -> Density:
+def find_density(name: str) -> Density:
     """A density by its name.
 
     Raises:
         UserError: there is none of that name.
     """
     if name not in DENSITIES:
-        raise unknown("density", name, DENSITIES)
+        raise unknown_name("density", name, DENSITIES)
     return DENSITIES[name]()

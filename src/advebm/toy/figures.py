@@ -1,4 +1,4 @@
-"""Pictures of what was learnt in the plane, from :class:`advebm.toy.train.Play`."""
+"""Pictures of what was learnt in the plane, from :class:`advebm.toy.train.ToyRun`."""
 
 import io
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ DATA, CONTRAST = "#35c4ff", "#ff2d2d"
 PLANE: Any = {**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False, "font.size": 8}
 
 
-def draw(
+def draw_density(
     density: str, folder: Path, *, method: str | None = None, p0: str | None = None, seed: int = 0
-) -> tuple[list[train.Play], list[Path]]:
+) -> tuple[list[train.ToyRun], list[Path]]:
     """Train on a density and write pictures into ``folder``; what was trained, and the files.
 
     With a method or a p0 one training and its film; without, binary AT from both p0 and maximum likelihood, and the
@@ -35,7 +35,7 @@ def draw(
     """
     one = [(method or "binary-at", p0 or "uniform")]
     three = [("binary-at", "uniform"), ("binary-at", "concentrated"), ("mle", "uniform")]
-    plays = [train.play(density, *which, seed=seed) for which in (one if method or p0 else three)]
+    plays = [train.train_toy(density, *which, seed=seed) for which in (one if method or p0 else three)]
     drawn = {f"{density}-{play.method}-{play.p0}.png": film(play) for play in plays}
     drawn[f"{density}-{plays[0].method}-{plays[0].p0}.gif"] = animation(plays[0])
     if len(plays) == 3:
@@ -47,7 +47,7 @@ def draw(
     return plays, [folder / name for name in drawn]
 
 
-def film(play: train.Play, count: int = 6) -> bytes:
+def film(play: train.ToyRun, count: int = 6) -> bytes:
     """Moments of a training from left to right."""
     last = len(play.frames) - 1
     frames = [play.frames[round(k * last / (count - 1))] for k in range(count)]
@@ -60,7 +60,7 @@ def film(play: train.Play, count: int = 6) -> bytes:
         return png(figure)
 
 
-def before_and_after(plays: Sequence[train.Play]) -> bytes:
+def before_and_after(plays: Sequence[train.ToyRun]) -> bytes:
     """D before and after training for each p0, with p0's points where they begin and where they end: figure 1."""
     with plt.rc_context(PLANE):
         size = (2.9 * 2 * len(plays), 3.1)
@@ -73,10 +73,10 @@ def before_and_after(plays: Sequence[train.Play]) -> bytes:
         return png(figure)
 
 
-def density_or_support(adversarial: train.Play, likelihood: train.Play) -> bytes:
+def density_or_support(adversarial: train.ToyRun, likelihood: train.ToyRun) -> bytes:
     """The true log-density, the energies of binary AT and of maximum likelihood, and both energies against it."""
-    density = densities.find(adversarial.density)
-    points = train.grid(81)
+    density = densities.find_density(adversarial.density)
+    points = train.plane_points(81)
     truth = density.log_density(points.view(-1, 2)).view(points.shape[:2])
     data = density.sample(1_000, generator("toy-picture", 0))
     names = {"log p": truth}
@@ -102,7 +102,7 @@ def density_or_support(adversarial: train.Play, likelihood: train.Play) -> bytes
         return png(figure)
 
 
-def animation(play: train.Play) -> bytes:
+def animation(play: train.ToyRun) -> bytes:
     """A GIF of the training, which rests on its last frame."""
     frames = []
     with plt.rc_context(PLANE):
@@ -111,12 +111,12 @@ def animation(play: train.Play) -> bytes:
             panel(axis, play, frame)
             axis.set_title(f"{play.density}, {play.method}, update {frame.update}")
             frames.append(Image.open(io.BytesIO(png(figure))).convert("RGB"))
-    return pictures.gif(frames, 150)
+    return pictures.encode_gif(frames, 150)
 
 
-def panel(axis: Axes, play: train.Play, frame: train.Frame, *, moved: bool = True) -> None:
+def panel(axis: Axes, play: train.ToyRun, frame: train.Frame, *, moved: bool = True) -> None:
     """Contours of D, or of the density up to its highest value, with the normalised gradient of -E and the points."""
-    points = train.grid(81)
+    points = train.plane_points(81)
     energy = train.energy(frame.model, points)
     binary = play.method == "binary-at"
     height = torch.sigmoid(-energy) if binary else torch.exp(energy.min() - energy)
@@ -124,11 +124,11 @@ def panel(axis: Axes, play: train.Play, frame: train.Frame, *, moved: bool = Tru
     axis.contourf(points[..., 0], points[..., 1], height, levels=levels, cmap="viridis")
     if binary:
         axis.contour(points[..., 0], points[..., 1], height, levels=[EDGE], colors="white", linewidths=1)
-    arrows = train.grid(17).view(-1, 2)
+    arrows = train.plane_points(17).view(-1, 2)
     _, gradient = value_and_gradient(lambda x: energies.binary(frame.model(x)), arrows)
     ahead = -gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
     axis.quiver(*arrows.T, *ahead.T, scale=26, width=0.005, color="white", alpha=0.7)
-    data = densities.find(play.density).sample(POINTS, generator("toy-picture", 0))
+    data = densities.find_density(play.density).sample(POINTS, generator("toy-picture", 0))
     _dots(axis, data, DATA)
     _dots(axis, (frame.ended if moved else frame.began)[:POINTS], CONTRAST)
     _square(axis)
@@ -142,7 +142,7 @@ def _square(axis: Axes) -> None:
     axis.set(xlim=(-train.SIDE, train.SIDE), ylim=(-train.SIDE, train.SIDE), aspect="equal", xticks=[], yticks=[])
 
 
-def _caption(play: train.Play) -> str:
+def _caption(play: train.ToyRun) -> str:
     if play.method == "binary-at":
         return f"D by binary AT, p0 {play.p0}; blue data, red p0 after its ascent; white D = {EDGE}"
     return f"density by maximum likelihood, chains from p0 {play.p0}; blue data, red chains"

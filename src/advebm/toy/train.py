@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm import energies
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import generator as seeded
 from advebm.core.rng import rand, randn
 from advebm.descent import Descent, box, free, raw, unit
@@ -46,10 +46,10 @@ def network(generator: torch.Generator) -> nn.Module:
     return nn.Sequential(first, Sine(), second, Sine(), last)
 
 
-def start(p0: str, count: int, generator: torch.Generator) -> Tensor:
+def contrastive_points(p0: str, count: int, generator: torch.Generator) -> Tensor:
     """Points of p0, (count, 2): ``uniform`` in the square, or ``concentrated`` in its lower left corner."""
     if p0 not in P0:
-        raise unknown("p0", p0, P0)
+        raise unknown_name("p0", p0, P0)
     side = 2 * SIDE if p0 == "uniform" else 0.4 * SIDE
     return side * torch.rand(count, 2, generator=generator) - SIDE
 
@@ -82,14 +82,14 @@ METHODS = {
 }
 
 
-def find(name: str) -> Method:
+def find_method(name: str) -> Method:
     """A method by its name.
 
     Raises:
         UserError: there is none of that name.
     """
     if name not in METHODS:
-        raise unknown("method", name, METHODS)
+        raise unknown_name("method", name, METHODS)
     return METHODS[name]
 
 
@@ -110,7 +110,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Play:
+class ToyRun:
     """A training that was watched.
 
     Attributes:
@@ -126,7 +126,7 @@ class Play:
     visited: Tensor
 
 
-def play(
+def train_toy(
     density: str,
     method: str = "binary-at",
     p0: str = "uniform",
@@ -137,7 +137,7 @@ def play(
     rate: float = 5e-3,
     frames: int = 21,
     watch: Callable[[Frame], None] = lambda frame: None,
-) -> Play:
+) -> ToyRun:
     """Train a critic on draws from a density.
 
     Args:
@@ -156,19 +156,19 @@ def play(
     """
     if updates < 1 or batch < 1 or frames < 2:
         raise UserError(f"updates and batch are at least 1 and frames 2, got {updates}, {batch} and {frames}")
-    data, how, draws = densities.find(density), find(method), seeded("toy", seed)
+    data, how, draws = densities.find_density(density), find_method(method), seeded("toy", seed)
     model = network(draws)
     optimizer = torch.optim.Adam(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, updates)
     kept, moments = [], {round(updates * (k / (frames - 1)) ** 2) for k in range(frames)}
     cells = round(2 * SIDE / CELL)
     visited = torch.zeros(cells, cells, dtype=torch.bool)
-    chains = start(p0, batch, draws)
+    chains = contrastive_points(p0, batch, draws)
     for update in range(updates + 1):
         fresh = torch.rand(batch, 1, generator=draws) < how.restart
-        began = torch.where(fresh, start(p0, batch, draws), chains)
-        chains, path = moved(model, how, began, draws)
-        mark(visited, path)
+        began = torch.where(fresh, contrastive_points(p0, batch, draws), chains)
+        chains, path = move_contrastive(model, how, began, draws)
+        mark_visited(visited, path)
         if update in moments:
             kept.append(Frame(update, copy.deepcopy(model), began, chains))
             watch(kept[-1])
@@ -178,10 +178,10 @@ def play(
             how.loss(positive, negative).backward()
             optimizer.step()
             schedule.step()
-    return Play(density, method, p0, tuple(kept), visited)
+    return ToyRun(density, method, p0, tuple(kept), visited)
 
 
-def moved(model: nn.Module, how: Method, began: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+def move_contrastive(model: nn.Module, how: Method, began: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
     """Contrastive points (B, 2) of a model, and every point on the way there, (·, 2)."""
     path: list[Tensor] = []
     with searching(model) as f:
@@ -190,7 +190,7 @@ def moved(model: nn.Module, how: Method, began: Tensor, draws: torch.Generator) 
     return ended, torch.cat([*path, ended])
 
 
-def mark(visited: Tensor, x: Tensor) -> None:
+def mark_visited(visited: Tensor, x: Tensor) -> None:
     """Set the cells of ``visited`` (N, N), [y, x], that points (B, 2) lie in; points beyond the square have none."""
     cells = len(visited)
     column, row = ((x + SIDE) * (cells / (2 * SIDE))).floor().long().unbind(1)
@@ -198,7 +198,7 @@ def mark(visited: Tensor, x: Tensor) -> None:
     visited[row[inside], column[inside]] = True
 
 
-def grid(cells: int = round(2 * SIDE / CELL)) -> Tensor:
+def plane_points(cells: int = round(2 * SIDE / CELL)) -> Tensor:
     """Middles of the cells of the square, (cells, cells, 2), at [row, column] the point (x, y)."""
     middles = (torch.arange(cells) + 0.5) * (2 * SIDE / cells) - SIDE
     return torch.stack(torch.meshgrid(middles, middles, indexing="xy"), 2)
@@ -210,7 +210,7 @@ def energy(model: nn.Module, x: Tensor) -> Tensor:
     return energies.binary(model(x.reshape(-1, 2))).view(x.shape[:-1])
 
 
-def numbers(result: Play, *, seed: int = 0, count: int = 5_000) -> dict[str, float]:
+def summarize(result: ToyRun, *, seed: int = 0, count: int = 5_000) -> dict[str, float]:
     """What a training came to, by name; on fresh draws and on the cells of the square.
 
     The support of the data stands for the smallest region of a given share of its mass: ``D on support`` and its
@@ -219,13 +219,13 @@ def numbers(result: Play, *, seed: int = 0, count: int = 5_000) -> dict[str, flo
     -log 4 ≈ -1.386 by proposition 1, are binary AT's alone.  ``correlation`` and ``slope`` are those of -E with
     log p over the draws: 1 and 1 for an energy that is the density's, and slope 0 for one that knows the support.
     """
-    data, last = densities.find(result.density), result.frames[-1]
+    data, last = densities.find_density(result.density), result.frames[-1]
     x = data.sample(count, seeded("toy-numbers", seed))
     truth, learnt = data.log_density(x), -energy(last.model, x)
     found = {}
     if result.method == "binary-at":
         dense, sparse = truth.quantile(0.05), truth.quantile(0.001)
-        points = grid()
+        points = plane_points()
         d = energy(last.model, points).neg().sigmoid()
         off = data.log_density(points.view(-1, 2)).view(d.shape) < sparse
         on = learnt.sigmoid()[truth >= dense]

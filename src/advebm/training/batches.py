@@ -8,7 +8,7 @@ from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data.augment import Augment
 from advebm.data.loader import Loader
-from advebm.data.ood_sets import overlap
+from advebm.data.ood_sets import count_shared
 from advebm.data.sources import Data, Images
 from advebm.objectives.base import Batch
 from advebm.runs.engine import Engine
@@ -36,7 +36,7 @@ class BatchSource:
             self.others[role] = loader(other.train, (source.augment.x,), role)
             if role == "outside":
                 self.outside = other.val.take(slice(recipe.train.validate_with))
-                if (known := overlap(other.train.x, data)) and engine.main:
+                if (known := count_shared(other.train.x, data)) and engine.main:
                     what = f"{known:,} of the {len(other.train):,} images of --outside are images of {data.name}"
                     warnings.warn(f"{what} itself; the objective takes them for what is not", stacklevel=3)
 

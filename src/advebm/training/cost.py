@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from advebm.core import rng
 from advebm.core.errors import UserError
-from advebm.data.sources import Data, Digits, Images, Outline, outline
+from advebm.data.sources import Data, DataSpec, Digits, Images, find_spec
 from advebm.descent import value_and_gradient
 from advebm.models import network
 from advebm.models.modes import searching
@@ -31,7 +31,7 @@ from advebm.objectives.base import Batch, Context, Objective
 from advebm.objectives.curriculum import Curriculum, Level
 from advebm.runs.checkpoint import Progress
 from advebm.runs.recipe import Recipe, design
-from advebm.training.hardware import Machine, describe, seconds
+from advebm.training.hardware import Machine, describe_device, seconds
 from advebm.training.setup import search_view
 from advebm.training.validate import validate
 
@@ -70,7 +70,7 @@ class Passes(NamedTuple):
         return Passes(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
 
 
-class Held(NamedTuple):
+class ImagesHeld(NamedTuple):
     """Images that a backward pass needs the activations of at once, for each image of a step.
 
     Attributes:
@@ -117,7 +117,7 @@ class Estimate:
     """
 
     recipe: Recipe
-    outline: Outline
+    outline: DataSpec
     architecture: Architecture
     parameters: int
     least: Passes
@@ -130,7 +130,7 @@ class Estimate:
     @property
     def images(self) -> int:
         """Trained on, in whole batches."""
-        return whole(self.recipe)
+        return whole_batches(self.recipe)
 
     @property
     def total(self) -> tuple[float, float]:
@@ -157,11 +157,11 @@ def estimates(recipe: Recipe) -> list[Estimate]:
 
 def estimate(recipe: Recipe) -> Estimate:
     """Of one stage."""
-    found = outline(recipe.data)
-    architecture = design(recipe, blank(found))
-    least, most, held = training(recipe)
-    parameters, flops, memory = measured(architecture, recipe, held)
-    times = (validation(recipe), validated(recipe, found))
+    found = find_spec(recipe.data)
+    architecture = design(recipe, blank_data(found))
+    least, most, held = count_training(recipe)
+    parameters, flops, memory = measure_network(architecture, recipe, held)
+    times = (count_validation(recipe), validated_images(recipe, found))
     return Estimate(recipe, found, architecture, parameters, least, most, *times, flops, memory)
 
 
@@ -189,22 +189,22 @@ def measured_here(stage: Estimate, device: str) -> Machine:
     if not took:
         raise UserError(f"not even one image of the recipe's size fits into the memory of {device}")
     memory = torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
-    return Machine(describe(device), {cfg.precision: count * flops / took}, 1.0, memory)
+    return Machine(describe_device(device), {cfg.precision: count * flops / took}, 1.0, memory)
 
 
-def passes(recipe: Recipe) -> tuple[float, float]:
+def passes_per_image(recipe: Recipe) -> tuple[float, float]:
     """Forward and backward passes through the network that an image takes; of a growing search, at its longest."""
-    with taught(recipe.objective) as objective:
-        found, _ = step(objective, recipe.train.images)
+    with with_stub_teacher(recipe.objective) as objective:
+        found, _ = count_step(objective, recipe.train.images)
     return found.forward, found.backward
 
 
-def whole(recipe: Recipe) -> int:
+def whole_batches(recipe: Recipe) -> int:
     """Images trained on, in whole batches."""
     return math.ceil(recipe.train.images / recipe.train.batch) * recipe.train.batch
 
 
-def blank(found: Outline) -> Data:
+def blank_data(found: DataSpec) -> Data:
     """A black and a white image in the place of a source's."""
     x = torch.zeros(2, *found.shape, dtype=torch.uint8)
     x[1] = 255
@@ -215,8 +215,8 @@ def blank(found: Outline) -> Data:
 # Passes, on a network of a few weights --------------------------------------------------------------------------------
 
 
-class Tally:
-    """Counts images through networks while :func:`counting`."""
+class PassCounter:
+    """Counts images through networks while :func:`count_passes`."""
 
     def __init__(self) -> None:
         self.forward = self.teacher = self.search = self.loss = self.penalty = 0
@@ -233,9 +233,9 @@ class Tally:
 
 
 @contextmanager
-def counting(model: Network) -> Iterator[Tally]:
+def count_passes(model: Network) -> Iterator[PassCounter]:
     """Count the passes of a network; other networks are teachers."""
-    tally = Tally()
+    tally = PassCounter()
 
     def forward(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
         if not isinstance(module, Network):
@@ -258,14 +258,14 @@ def counting(model: Network) -> Iterator[Tally]:
         handle.remove()
 
 
-def few(objective: Objective) -> Architecture:
+def tiny_architecture(objective: Objective) -> Architecture:
     """The network that passes are counted on: of colour images of 8 pixels, with 10 classes if it has classes."""
     half = (0.5,) * 3
     return Architecture(SmallConv(1, norm="none"), objective.outputs or 10, 3, 8, half, half, objective.hidden)
 
 
 @contextmanager
-def taught(objective: Objective) -> Iterator[Objective]:
+def with_stub_teacher(objective: Objective) -> Iterator[Objective]:
     """An objective whose teacher, if it has one, need not be there."""
     with tempfile.TemporaryDirectory() as folder:
 
@@ -273,7 +273,7 @@ def taught(objective: Objective) -> Iterator[Objective]:
             changes: dict[str, Any] = {}
             for name in (f.name for f in dataclasses.fields(of)):
                 if name == "teacher":
-                    architecture = few(of)
+                    architecture = tiny_architecture(of)
                     network.save(Path(folder), architecture.build(), architecture)
                     changes[name] = folder
                 elif name == "objective":
@@ -283,21 +283,21 @@ def taught(objective: Objective) -> Iterator[Objective]:
         yield other(objective)
 
 
-def step(objective: Objective, seen: int, level: int | None = None) -> tuple[Passes, Held]:
+def count_step(objective: Objective, seen: int, level: int | None = None) -> tuple[Passes, ImagesHeld]:
     """What an image of a step takes after ``seen`` images; K of a growing search is ``level``, or its largest.
 
     Counted as what four more images take, which leaves out what is done once a step.
     """
     counts = []
     for images in (4, 8):
-        generator, model = rng.generator(0), few(objective).build().train()
+        generator, model = rng.generator(0), tiny_architecture(objective).build().train()
         x = torch.rand(images, 3, 8, 8, generator=generator)
         batch = Batch(x, torch.arange(images), view=x, outside=x, extra=x)
         state = objective.init(x, generator)
         if isinstance(state, Level):
             state.steps, state.since = state.largest if level is None else level, seen
         ctx, graph, penalty = Context(generator, seen), 0, 0
-        with counting(model) as tally:
+        with count_passes(model) as tally:
             for replay in range(objective.replays):
                 found = objective.search(model, batch, state, ctx)
                 before = tally.graph, tally.penalty
@@ -308,53 +308,53 @@ def step(objective: Objective, seen: int, level: int | None = None) -> tuple[Pas
                     objective.after(model, batch, found, state, loss, ctx)
         counts.append((*tally.passes(4), tally.widest / 4, graph / 4, penalty / 4))
     each = [more - less for less, more in zip(*counts, strict=True)]
-    return Passes(*each[:5]), Held(*each[5:])
+    return Passes(*each[:5]), ImagesHeld(*each[5:])
 
 
-def training(recipe: Recipe) -> tuple[Passes, Passes, Held]:
+def count_training(recipe: Recipe) -> tuple[Passes, Passes, ImagesHeld]:
     """Passes for an image, the least and the most, and what is held."""
     seen = recipe.train.images
-    with taught(recipe.objective) as objective:
-        longest, held = step(objective, seen)
-        curriculum = growth(objective)
+    with with_stub_teacher(recipe.objective) as objective:
+        longest, held = count_step(objective, seen)
+        curriculum = find_curriculum(objective)
         if curriculum is None or not seen:
             return longest, longest, held
-        first, second = (step(objective, seen, level)[0] for level in (0, 1))
-    least, most = (first.towards(second, k) for k in curriculum.means(whole(recipe), recipe.train.batch))
+        first, second = (count_step(objective, seen, level)[0] for level in (0, 1))
+    least, most = (first.towards(second, k) for k in curriculum.means(whole_batches(recipe), recipe.train.batch))
     return least, most, held
 
 
-def growth(objective: Any) -> Curriculum | None:
+def find_curriculum(objective: Any) -> Curriculum | None:
     """The curriculum of an objective, or of the one inside it."""
     found = getattr(objective, "curriculum", None)
     inner = getattr(objective, "objective", None)
-    return found if isinstance(found, Curriculum) or inner is None else growth(inner)
+    return found if isinstance(found, Curriculum) or inner is None else find_curriculum(inner)
 
 
-def validation(recipe: Recipe) -> Passes:
-    """What an image validated on takes that is right and stays so, counted as for :func:`step`."""
+def count_validation(recipe: Recipe) -> Passes:
+    """What an image validated on takes that is right and stays so, counted as for :func:`count_step`."""
     still = dataclasses.replace(recipe.threat, eps=1e-6, step_size=1e-6)
     plain = dataclasses.replace(recipe, threat=still, data=Digits())  # of which only the augmentation is looked at
     found = []
     for count in (4, 8):
-        model = few(recipe.objective).build().eval()
+        model = tiny_architecture(recipe.objective).build().eval()
         x = torch.randint(256, (count, 3, 8, 8), generator=rng.generator(0), dtype=torch.uint8)
         images = Images(x, model(x.float() / 255).argmax(1))
         data = Data("noise", tuple("0123456789"), images, images, images)
-        with counting(model) as tally:
+        with count_passes(model) as tally:
             validate(model, data, images, plain, images)
         found.append(tally.passes(4))
     return Passes(*(more - less for less, more in zip(*found, strict=True)))
 
 
-def validated(recipe: Recipe, found: Outline) -> int:
+def validated_images(recipe: Recipe, found: DataSpec) -> int:
     """Images validated on, each time counted; none where their number is not known."""
     cfg, objective = recipe.train, recipe.objective
     if objective.hidden is not None:
         judged = objective.validate is not None
     else:
         judged = found.classes != 1 if objective.outputs != 1 else recipe.outside is not None  # one class: no labels
-    steps = range(0, whole(recipe), cfg.batch)
+    steps = range(0, whole_batches(recipe), cfg.batch)
     times = sum(Progress(seen).due_after(cfg.batch, cfg.images)(cfg.validate_every) for seen in steps)
     return times * judged * min((n for n in (found.val, cfg.validate_with) if n is not None), default=0)
 
@@ -393,18 +393,18 @@ class FlopCounter(TorchDispatchMode):
         self.alive -= size
 
 
-def measured(architecture: Architecture, recipe: Recipe, held: Held) -> tuple[int, Passes, Memory]:
+def measure_network(architecture: Architecture, recipe: Recipe, held: ImagesHeld) -> tuple[int, Passes, Memory]:
     """Parameters, FLOP of a pass of each kind, and memory where a step has ``batch / streams`` images."""
     cfg, shape = recipe.train, (architecture.channels, architecture.size, architecture.size)
     with torch.device("meta"):
         model = architecture.build().train()
-    weights = size(model.state_dict().values())
+    weights = count_bytes(model.state_dict().values())
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = recipe.optimizer.build(parameters)
     for p in parameters:
         p.grad = torch.empty_like(p)
     optimizer.step()
-    kept = size(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    kept = count_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
     counts = [max(1, round(share * cfg.batch / cfg.streams)) for share in (held.search, held.loss - held.penalty)]
     punished = round(held.penalty * cfg.batch / cfg.streams)
 
@@ -442,6 +442,6 @@ def measured(architecture: Architecture, recipe: Recipe, held: Held) -> tuple[in
     return sum(p.numel() for p in parameters), flops, Memory(weights, kept, weights * bool(cfg.ema), most)
 
 
-def size(tensors: Any) -> int:
+def count_bytes(tensors: Any) -> int:
     """Bytes."""
     return sum(v.numel() * v.element_size() for v in tensors)

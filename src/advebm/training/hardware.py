@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import conv2d
 
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.models.precision import usable_precision
 
 TERA, GB = 10**12, 10**9
@@ -58,18 +58,18 @@ PUBLISHED: Mapping[str, Machine] = MappingProxyType(
 )
 
 
-def find(name: str) -> Machine:
+def find_machine(name: str) -> Machine:
     """A machine by name, as its maker says: ``a100``, ``h100``, ``h200`` or ``rtx4090``.
 
     Raises:
         UserError: another name.
     """
     if name not in PUBLISHED:
-        raise unknown("machine", name, PUBLISHED)
+        raise unknown_name("machine", name, PUBLISHED)
     return PUBLISHED[name]
 
 
-def describe(device: str) -> str:
+def describe_device(device: str) -> str:
     """A device of this machine in a few words: ``cpu, 2 threads``."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -79,7 +79,7 @@ def describe(device: str) -> str:
 
 def report(device: str) -> str:
     """What a device of this machine is and how fast it multiplies, for people."""
-    words = [describe(device)]
+    words = [describe_device(device)]
     if torch.device(device).type == "cpu":
         words.append(f"vectors {torch.backends.cpu.get_cpu_capability()}")
     lines = [f"{', '.join(words)}, torch {torch.__version__}"]

@@ -47,8 +47,8 @@ def train(
         Lost: another process of the job is gone.
     """
     engine, cfg = Engine(device), recipe.train
-    folder = engine.share(folder)[0]
-    again = f"{processes.command(engine.world)} train --resume"
+    folder = engine.all_gather(folder)[0]
+    again = f"{processes.launch_command(engine.world)} train --resume"
     if resume:
         begun = Run.open(folder)
         if begun.stopped_early or (begun.finished and begun.processes != engine.world):

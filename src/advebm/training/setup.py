@@ -12,7 +12,7 @@ from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Images
 from advebm.models import public_weights
-from advebm.models.inference import View, Way, fast, make_view
+from advebm.models.inference import BackendName, View, find_backend, make_view
 from advebm.models.layers import Staged
 from advebm.models.network import Architecture, Network, transfer
 from advebm.models.precision import usable_precision
@@ -118,8 +118,8 @@ def set_precision(model: Network, asked: str, device: torch.device) -> str:
     return used
 
 
-def search_view(model: Network, x: Tensor, way: Way, precision: str) -> View | None:
+def search_view(model: Network, x: Tensor, way: BackendName, precision: str) -> View | None:
     """What searches call instead of the network, see ``train.fast``; ``x`` is a stream's share of a batch."""
     if way == "auto" and precision != "bfloat16":
         return None
-    return make_view(model, x, fast(way, "bfloat16"), loud=way != "auto")
+    return make_view(model, x, find_backend(way, "bfloat16"), loud=way != "auto")

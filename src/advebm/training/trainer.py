@@ -58,7 +58,7 @@ class Trainer:
         self.seen_before = sum(stage.train.images for stage in setup.recipe.before)
         self.model = setup.model.to(self.engine.device)
         self.precision = set_precision(self.model, self.cfg.precision, self.engine.device)
-        self.engine.agree(self.model)
+        self.engine.broadcast(self.model)
         self.ema = EMA(self.model, self.cfg.ema) if self.cfg.ema else None
         self.optimizer = self.recipe.optimizer.build(self.model.parameters())
         self.progress, self.means = Progress(), RunningMeans(self.engine)
@@ -124,7 +124,7 @@ class Trainer:
             batch = self.setup.batches(seen, stream, keys)
             generator = rng.generator(*keys, replay, device=engine.device)
             ctx = Context(generator, seen, engine.mean, engine.gather, self.notes.append, self.view)
-            torch.manual_seed(rng.derive(*keys, replay, "global"))  # dropout in modules of one's own
+            torch.manual_seed(rng.derive_seed(*keys, replay, "global"))  # dropout in modules of one's own
             found = self.objective.search(self.model, batch, state, ctx)
             loss = self.objective.loss(self.model, batch, found, state, ctx)
             (loss.total / len(self.states)).backward()
@@ -175,7 +175,7 @@ class Trainer:
         """
         model, setup = self.model if self.ema is None else self.ema.module, self.setup
         scores = validate(model, setup.data, setup.validation, self.recipe, setup.batches.outside, self.engine)
-        scores = self.engine.share(scores)[0]
+        scores = self.engine.all_gather(scores)[0]
         attacked, clean = (scores[name] for name in SELECTED if name in scores)
         if (attacked, clean) > self.progress.best:
             self.progress.best, self.progress.best_images = (attacked, clean), self.progress.images

@@ -13,7 +13,7 @@ from advebm.descent import Energy
 from advebm.metrics.base import Subject
 from advebm.metrics.ood import auroc
 from advebm.metrics.robustness import measure
-from advebm.models.batching import together
+from advebm.models.batching import batch_size_for
 from advebm.models.modes import searching
 from advebm.objectives.base import Batch
 from advebm.runs.recipe import Recipe
@@ -43,7 +43,7 @@ def validate(
     Raises:
         Diverged: a critic's energies, or an encoder's losses, are not finite.
     """
-    subject = Subject(model, data, split, recipe.threat, batch=together(data.shape), team=team)
+    subject = Subject(model, data, split, recipe.threat, batch=batch_size_for(data.shape), team=team)
     generator = rng.generator(recipe.seed, "val", device=subject.device)
     if (judge := recipe.objective.validate) is not None:
         roles, x = recipe.data.augment, subject.on_device(split.x)

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from advebm import energies
 from advebm.attacks.apgd import APGD
-from advebm.attacks.base import radius
+from advebm.attacks.base import radius_text
 from advebm.attacks.projected import Attack
 from advebm.attacks.square import Square
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import generator
 from advebm.models.modes import searching
 from advebm.samplers.base import marginal
 from advebm.web import views
-from advebm.web.inputs import number, whole
+from advebm.web.inputs import parse_integer, parse_number
 from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
@@ -39,7 +39,7 @@ TO_TARGET = "PGD to a class"
 ON_ENERGY = "raise E(x)"  # the one attack that a critic has
 
 
-class Attacked(NamedTuple):
+class AttackShown(NamedTuple):
     """What the tab shows."""
 
     before: Image
@@ -57,16 +57,16 @@ def names(studio: Studio) -> list[str]:
 
 def attack(
     studio: Studio, x: Tensor, label: int, name: str, norm: str, eps: Any, steps: Any, target: str, seed: Any, job: Job
-) -> Attacked:
+) -> AttackShown:
     """Attack an image (C, H, W) with its label, -1 for what the model takes it for."""
     if name not in names(studio):
-        raise unknown("attack", name, names(studio))
+        raise unknown_name("attack", name, names(studio))
     if norm not in ("linf", "l2"):
-        raise unknown("norm", norm, ("linf", "l2"))
+        raise unknown_name("norm", norm, ("linf", "l2"))
     most = 1.0 if norm == "linf" else math.sqrt(x.numel())
-    ball = (number(eps, "eps, the radius", 0, most), norm, whole(steps, "the number of steps", 1, STEPS))
+    ball = (parse_number(eps, "eps, the radius", 0, most), norm, parse_integer(steps, "the number of steps", 1, STEPS))
     pgd = ATTACKS["PGD"](*ball)
-    draws = generator(whole(seed, "the seed", 0, 2**31), "page-attack", device=studio.device)
+    draws = generator(parse_integer(seed, "the seed", 0, 2**31), "page-attack", device=studio.device)
     with studio.search(job) as model, searching(model) as f:
         image = x[None].to(studio.device)
         if studio.critic:
@@ -83,7 +83,7 @@ def attack(
         return _shown(studio, image, found, None if studio.critic else y, ball)
 
 
-def _shown(studio: Studio, image: Tensor, found: Tensor, y: Tensor | None, ball: tuple[float, str, int]) -> Attacked:
+def _shown(studio: Studio, image: Tensor, found: Tensor, y: Tensor | None, ball: tuple[float, str, int]) -> AttackShown:
     change = (found - image).flatten()
     size = change.norm() if ball[1] == "l2" else change.abs().max() * 255
     added, factor = views.difference(image[0], found[0])
@@ -102,5 +102,7 @@ def _shown(studio: Studio, image: Tensor, found: Tensor, y: Tensor | None, ball:
             f"taken for {taken[1]} instead of {taken[0]}" if taken[0] != taken[1] else f"still taken for {taken[0]}"
         )
     length = f"{size:.3g}" + ("/255" if ball[1] == "linf" else "")
-    note = f"**{verdict}**, by a change of {ball[1]} length {length} within {radius(*ball[:2])}; shown x {factor:.1f}"
-    return Attacked(views.enlarged(image[0]), views.enlarged(found[0]), added, figure, table, note)
+    note = (
+        f"**{verdict}**, by a change of {ball[1]} length {length} within {radius_text(*ball[:2])}; shown x {factor:.1f}"
+    )
+    return AttackShown(views.enlarge(image[0]), views.enlarge(found[0]), added, figure, table, note)

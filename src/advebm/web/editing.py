@@ -9,11 +9,11 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import generator, randn
 from advebm.edits import base, restore, transform
 from advebm.web import views
-from advebm.web.inputs import number, whole
+from advebm.web.inputs import parse_integer, parse_number
 from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
@@ -84,7 +84,7 @@ TOOLS: Mapping[str, Tool] = MappingProxyType(
 )
 
 
-class Edited(NamedTuple):
+class EditShown(NamedTuple):
     """What the tab Edit shows."""
 
     begin: Image | None
@@ -93,7 +93,7 @@ class Edited(NamedTuple):
     note: str
 
 
-class Asked(NamedTuple):
+class EditForm(NamedTuple):
     """What was asked of an application, as it came from the page.
 
     Attributes:
@@ -113,18 +113,18 @@ class Asked(NamedTuple):
     seed: Any
 
 
-def offered(studio: Studio) -> list[str]:
+def offered_tools(studio: Studio) -> list[str]:
     """The applications that the model has: those of two classes are a classifier's."""
     return [name for name, tool in TOOLS.items() if not (studio.critic and tool.other == "class")]
 
 
-def edit(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: Asked, job: Job) -> Edited:
+def apply_tool(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: EditForm, job: Job) -> EditShown:
     """Edit an image (C, H, W), brushed over with ``paint`` (C, H, W) where ``where`` (1, H, W) is true."""
-    if asked.tool not in offered(studio):
-        raise unknown("application", asked.tool, offered(studio))
-    tool, steps = TOOLS[asked.tool], whole(asked.steps, "the number of steps", 1, STEPS)
-    values = [number(v, d.label, d.low, d.high) for d, v in zip(tool.dials, asked.dials, strict=False)]
-    draws = generator(whole(asked.seed, "the seed", 0, 2**31), "page-edit", device=studio.device)
+    if asked.tool not in offered_tools(studio):
+        raise unknown_name("application", asked.tool, offered_tools(studio))
+    tool, steps = TOOLS[asked.tool], parse_integer(asked.steps, "the number of steps", 1, STEPS)
+    values = [parse_number(v, d.label, d.low, d.high) for d, v in zip(tool.dials, asked.dials, strict=False)]
+    draws = generator(parse_integer(asked.seed, "the seed", 0, 2**31), "page-edit", device=studio.device)
     y = None if studio.critic or asked.kind == ANY else torch.tensor([studio.data.number(asked.kind)])
     hole = where if tool.brush == TOOLS["inpaint"].brush else None
     image = x[None] if hole is not None else torch.where(where, paint, x)[None]
@@ -133,7 +133,12 @@ def edit(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: Asked, 
 
     def observe(k: int, z: Tensor, value: Tensor) -> None:
         job.tell(
-            Edited(None, views.enlarged(z[0]) if len(z) == 1 else views.films(z[None]), None, f"step {k} of {steps}")
+            EditShown(
+                None,
+                views.enlarge(z[0]) if len(z) == 1 else views.film_sheet(z[None]),
+                None,
+                f"step {k} of {steps}",
+            )
         )
 
     options: dict[str, Any] = {"observe": observe, "frames": 9}
@@ -166,8 +171,15 @@ def edit(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: Asked, 
                 found = transform.Compose(steps, weights=weights)([model, model], image, both, **options)
     if asked.tool == "interpolate":
         ways = found.film.transpose(0, 1)  # a row a moment
-        return Edited(views.films(found.begin[None]), views.films(found.x[None]), views.films(ways), note(found))
-    return Edited(views.enlarged(found.begin[0]), views.enlarged(found.x[0]), views.films(found.film), note(found))
+        return EditShown(
+            views.film_sheet(found.begin[None]),
+            views.film_sheet(found.x[None]),
+            views.film_sheet(ways),
+            note(found),
+        )
+    return EditShown(
+        views.enlarge(found.begin[0]), views.enlarge(found.x[0]), views.film_sheet(found.film), note(found)
+    )
 
 
 def hole_of(where: Tensor) -> Tensor | None:
@@ -201,7 +213,8 @@ def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job:
     if studio.critic:
         raise UserError("a counterfactual takes a classifier; this model is a critic and has no classes")
     edit_ = transform.Counterfactual(
-        whole(steps, "the number of steps", 1, STEPS), level=number(level, "the probability to reach", 0.01, 0.99)
+        parse_integer(steps, "the number of steps", 1, STEPS),
+        level=parse_number(level, "the probability to reach", 0.01, 0.99),
     )
     total, done = edit_.searches * edit_.steps, 0
 
@@ -227,12 +240,12 @@ def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job:
 
 def moment(found: Explained, share: Any) -> tuple[Image, Image, str]:
     """The image at a share of the way, what was changed by then, and what the model says."""
-    k = round(number(share, "the place on the way, in percent", 0, 100) / 100 * (len(found.film) - 1))
+    k = round(parse_number(share, "the place on the way, in percent", 0, 100) / 100 * (len(found.film) - 1))
     added, factor = views.difference(found.film[0], found.film[k])
     old, new = (100 * found.series[s][k].item() for s in ("confidence in the old class", "confidence"))
     says = f"probability of {found.names[0]}: {old:.0f} %, of {found.names[1]}: {new:.0f} %"
     return (
-        views.enlarged(found.film[k]),
+        views.enlarge(found.film[k]),
         added,
         f"{says}; l2 distance {found.series['distance'][k]:.2f}, shown x {factor:.1f}",
     )
@@ -246,4 +259,4 @@ def way(found: Explained) -> Image:
             axis.plot(distance, found.series[name], label=label)
         axis.set(xlabel="l2 distance from the image", ylabel="probability", ylim=(0, 1.02), title="along the way")
         axis.legend(frameon=False)
-        return views.picture(drawn)
+        return views.to_picture(drawn)

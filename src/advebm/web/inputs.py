@@ -21,7 +21,7 @@ LAYER_BYTES = 2_000_000
 PAINTED = 0.3  # share of a pixel that the brush has to cover
 
 
-def number(value: Any, what: str, low: float, high: float) -> float:
+def parse_number(value: Any, what: str, low: float, high: float) -> float:
     """A number within bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{what} is a number from {low:g} to {high:g}, got {value!r}")
@@ -30,15 +30,15 @@ def number(value: Any, what: str, low: float, high: float) -> float:
     return float(value)
 
 
-def whole(value: Any, what: str, low: int, high: int) -> int:
+def parse_integer(value: Any, what: str, low: int, high: int) -> int:
     """A whole number within bounds."""
-    found = number(value, what, low, high)
+    found = parse_number(value, what, low, high)
     if found != int(found):
         raise UserError(f"{what} is a whole number, got {value:g}")
     return int(found)
 
 
-def image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
+def read_image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
     """An uploaded picture as an image (C, H, W) in [0, 1] for a model of that shape, and what was done to it.
 
     Raises:
@@ -72,7 +72,7 @@ def _head(content: bytes) -> tuple[int, int, bool]:
         return 0, 0, False
 
 
-def layers(parts: Sequence[bytes | Path]) -> list[Image.Image]:
+def read_layers(parts: Sequence[bytes | Path]) -> list[Image.Image]:
     """What the brush left, RGBA, from pictures that a browser sent.
 
     Raises:
@@ -94,13 +94,13 @@ def layers(parts: Sequence[bytes | Path]) -> list[Image.Image]:
     return found
 
 
-def tensor(picture: Image.Image) -> Tensor:
+def to_tensor(picture: Image.Image) -> Tensor:
     """A grey or RGB picture as (C, H, W) in [0, 1]."""
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def brushed(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def read_strokes(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """What was brushed over an image of a shape: colours (C, H, W) in [0, 1], and where, bool (1, H, W).
 
     Raises:
@@ -114,7 +114,7 @@ def brushed(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[Tensor
             raise UserError(
                 f"the brushed layer has {size} pixels, the image {width} x {height}; clear it and brush again"
             )
-        rgba = tensor(layer.convert("RGBA").convert("RGBa").resize((width, height), Image.Resampling.BOX))
+        rgba = to_tensor(layer.convert("RGBA").convert("RGBa").resize((width, height), Image.Resampling.BOX))
         alpha = rgba[3:]
         colour = (
             rgba[:3] if channels == 3 else (rgba[:3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, True)

@@ -13,7 +13,7 @@ from gradio.components.base import server
 from torch import Tensor
 
 from advebm.core import config
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.toy import densities
 from advebm.toy import train as toy_training
 from advebm.web import attacking, editing, inputs, listing, planes, sampling, slicing, views
@@ -94,7 +94,7 @@ class Bounded:
         """``layers``: the brushed ones, decoded."""
         held = self.blob_storage.pop(payload.id, None) if payload and payload.id is not None else payload
         parts = [part for part in (held.layers or [] if held else []) if part is not None]
-        return {"layers": inputs.layers([part if isinstance(part, bytes) else Path(part.path) for part in parts])}
+        return {"layers": inputs.read_layers([part if isinstance(part, bytes) else Path(part.path) for part in parts])}
 
 
 # Not by Gradio's own metaclass, which writes an interface beside this file.
@@ -142,7 +142,7 @@ class Page:
     def studio(self, title: str) -> Studio:
         """By its title."""
         if title not in self.studios:
-            raise unknown("run", title, self.studios)
+            raise unknown_name("run", title, self.studios)
         return self.studios[title]
 
     # Events ---------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class Page:
         """What somebody handed in."""
         if path is None:
             raise UserError("no picture was uploaded")
-        x, done = inputs.image(path, self.studio(title).data.shape)
+        x, done = inputs.read_image(path, self.studio(title).data.shape)
         return Given(x, -1, f"uploaded: {done}")
 
     def choosing(self, chooser: Chooser, outputs: Sequence[Any], show: Callable[[Given], Sequence[Any]]) -> None:
@@ -319,7 +319,7 @@ class Page:
 
         def draw(job: Job, title: str, name: str, kind: str, a: Any, b: Any, e: Any, k: Any, *more: Any) -> Any:
             studio, (start, count, seed) = self.studio(title), more
-            sampler = sampling.chosen(studio, name, start, a, b, e, k)
+            sampler = sampling.build_sampler(studio, name, start, a, b, e, k)
             return sampling.sample(studio, sampler, kind, count, seed, job)
 
         method.input(chosen, [self.model, method], [*dials, start], show_progress="hidden", api_visibility="private")
@@ -372,7 +372,7 @@ class Page:
 
     def edit_tab(self, first: Studio) -> None:
         """A picture changed."""
-        tools = editing.offered(first)
+        tools = editing.offered_tools(first)
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
                 tool = gr.Radio(tools, value=tools[0], label="application")
@@ -414,17 +414,19 @@ class Page:
             image, kind = gr.Number(visible=one.other == "image"), gr.Dropdown(visible=one.other == "class")
             return [one.about, image, kind, *sliders, *hidden]
 
-        def edit(job: Job, title: str, given: Given, drawn: Any, *more: Any) -> editing.Edited:
+        def edit(job: Job, title: str, given: Given, drawn: Any, *more: Any) -> editing.EditShown:
             name, kind, other_class, other_image, d1, d2, steps, seed = more
             studio = self.studio(title)
             x = self.fitting(studio, given).x
-            paint, where = inputs.brushed(drawn["layers"], x.shape)
+            paint, where = inputs.read_strokes(drawn["layers"], x.shape)
             other = other_image if editing.TOOLS[name].other == "image" else other_class
-            return editing.edit(studio, x, paint, where, editing.Asked(name, kind, steps, [d1, d2], other, seed), job)
+            return editing.apply_tool(
+                studio, x, paint, where, editing.EditForm(name, kind, steps, [d1, d2], other, seed), job
+            )
 
         dependent = [about, other_image, other_class, *dials]
         tool.change(chosen, tool, dependent, show_progress="hidden", api_visibility="private")
-        self.depends(tool, lambda s: gr.Radio(choices=editing.offered(s), value=editing.offered(s)[0]))
+        self.depends(tool, lambda s: gr.Radio(choices=editing.offered_tools(s), value=editing.offered_tools(s)[0]))
         self.depends(other_class, lambda s: gr.Dropdown(choices=list(s.data.classes), value=s.name(0)))
         self.choosing(chooser, [editor], lambda given: [self.canvas(given)])
 
@@ -440,7 +442,7 @@ class Page:
 
     def canvas(self, given: Given) -> dict[str, Any]:
         """A picture to brush on."""
-        picture = views.enlarged(given.x, CANVAS).convert("RGBA")
+        picture = views.enlarge(given.x, CANVAS).convert("RGBA")
         return {"background": picture, "layers": [], "composite": picture}
 
     def fitting(self, studio: Studio, given: Given | None) -> Given:
@@ -465,7 +467,7 @@ class Page:
             with gr.Column(scale=5):
                 share = gr.Slider(0, 100, 100, step=5, label="from the image to the counterfactual, %", elem_id="way")
                 with gr.Row():
-                    image = sight("image", value=views.enlarged(self.test_image(first.title, 0).x))
+                    image = sight("image", value=views.enlarge(self.test_image(first.title, 0).x))
                     added = sight("change")
                 at = gr.Markdown("")
                 figure = sight("what the model says", kind="figure")
@@ -485,7 +487,7 @@ class Page:
         shown = [found, share, image, added, at, figure, said]
         self.at_work(go, stop, explain, [self.model, chooser.image, target, level, steps], shown, show=show)
         share.input(moved, [found, share], [image, added, at], show_progress="hidden", api_visibility="private")
-        self.choosing(chooser, [image], lambda given: [views.enlarged(given.x)])
+        self.choosing(chooser, [image], lambda given: [views.enlarge(given.x)])
 
     def question(self, studio: Studio) -> str:
         """What the tab Explain asks."""
@@ -509,7 +511,7 @@ class Page:
                 go, stop = buttons("Attack", "attack")
             with gr.Column(scale=5):
                 with gr.Row():
-                    before = sight("image", value=views.enlarged(self.test_image(first.title, 0).x))
+                    before = sight("image", value=views.enlarge(self.test_image(first.title, 0).x))
                     after = sight("attacked", name="attacked")
                     added = sight("what was added, amplified")
                 said = gr.Markdown("", elem_id="verdict")
@@ -517,7 +519,7 @@ class Page:
                     figure = sight("probabilities", kind="figure", visible=not first.critic)
                     table = gr.Dataframe(headers=["", "before", "after"], interactive=False, wrap=True)
 
-        def run(job: Job, title: str, given: Given, *more: Any) -> attacking.Attacked:
+        def run(job: Job, title: str, given: Given, *more: Any) -> attacking.AttackShown:
             name, target, norm, eps, steps, seed = more
             studio = self.studio(title)
             chosen = self.fitting(studio, given)
@@ -534,7 +536,7 @@ class Page:
             show_progress="hidden",
             api_visibility="private",
         )
-        self.choosing(chooser, [before], lambda given: [views.enlarged(given.x)])
+        self.choosing(chooser, [before], lambda given: [views.enlarge(given.x)])
         taken = [self.model, chooser.image, attack, target, norm, eps, steps, seed]
         self.at_work(go, stop, run, taken, [before, after, added, figure, table, said])
 
@@ -565,9 +567,9 @@ class Page:
         def measure(job: Job, title: str, name: str, kind: str, through: str, steps: Any, seed: Any) -> slicing.Sliced:
             studio = self.studio(title)
             plain = config.describe(studio.sampler(name))
-            whole = inputs.whole(steps, "K, the number of steps", 2, slicing.STEPS)
+            whole = inputs.parse_integer(steps, "K, the number of steps", 2, slicing.STEPS)
             sampler = config.build({**plain, "steps": whole}, "sampler")
-            return slicing.cut(studio, sampler, kind, through, seed, job)
+            return slicing.slice_energy(studio, sampler, kind, through, seed, job)
 
         self.depends(method, lambda s: gr.Dropdown(choices=s.methods(), value=s.methods()[0]))
         self.depends(steps, lambda s: max(2, s.sampler().steps))

@@ -7,7 +7,7 @@ from PIL.Image import Image
 
 from advebm.toy import figures, train
 from advebm.web import views
-from advebm.web.inputs import whole
+from advebm.web.inputs import parse_integer
 from advebm.web.jobs import Job
 
 UPDATES = 2000  # the most that can be asked for
@@ -36,24 +36,27 @@ class Played(NamedTuple):
 
 def play(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) -> Played:
     """Train on a density and show it on the way."""
-    total, number = whole(updates, "the number of updates", 1, UPDATES), whole(seed, "the seed", 0, 2**31)
+    total, number = (
+        parse_integer(updates, "the number of updates", 1, UPDATES),
+        parse_integer(seed, "the seed", 0, 2**31),
+    )
 
     def watch(frame: train.Frame) -> None:
-        so_far = train.Play(density, method, p0, (frame,), train.grid()[..., 0] > 0)
+        so_far = train.ToyRun(density, method, p0, (frame,), train.plane_points()[..., 0] > 0)
         job.tell(Played(panel(so_far), None, None, f"update {frame.update} of {total}"))
 
-    result = train.play(density, method, p0, seed=number, updates=total, watch=watch)
-    numbers = train.numbers(result, seed=number)
+    result = train.train_toy(density, method, p0, seed=number, updates=total, watch=watch)
+    numbers = train.summarize(result, seed=number)
     with views.alone():
         film = figures.film(result)
     rows = [[name, f"{value:.3f}", ABOUT[name]] for name, value in numbers.items()]
-    return Played(panel(result), views.picture(film), rows, f"{total} updates of {method} from {p0} points")
+    return Played(panel(result), views.to_picture(film), rows, f"{total} updates of {method} from {p0} points")
 
 
-def panel(play: train.Play) -> Image:
+def panel(play: train.ToyRun) -> Image:
     """The last moment of a training."""
     with views.alone(), plt.rc_context(figures.PLANE):
         figure, axis = plt.subplots(figsize=(4.6, 4.7))
         figures.panel(axis, play, play.frames[-1])
         axis.set_title(f"{play.density}, {play.method}, update {play.frames[-1].update}")
-        return views.picture(figure)
+        return views.to_picture(figure)

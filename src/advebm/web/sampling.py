@@ -9,10 +9,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from advebm.core import config
-from advebm.models.batching import together
+from advebm.models.batching import batch_size_for
 from advebm.samplers.base import Sampler
 from advebm.web import views
-from advebm.web.inputs import number, whole
+from advebm.web.inputs import parse_integer, parse_number
 from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
@@ -30,14 +30,14 @@ class Sampled(NamedTuple):
     note: str
 
 
-def chosen(studio: Studio, method: str, start: str, alpha: Any, beta: Any, eta: Any, steps: Any) -> Sampler:
+def build_sampler(studio: Studio, method: str, start: str, alpha: Any, beta: Any, eta: Any, steps: Any) -> Sampler:
     """A sampler by its name, with other settings: α, β (0 for no ball), η and K; an error where they are none."""
     sampler = studio.sampler(method)
-    noise = number(eta, "η, the noise", 0, 1)
+    noise = parse_number(eta, "η, the noise", 0, 1)
     changed: dict[str, Any] = {
-        "step_size": number(alpha, "α, the step size", 1e-9, 1e3),
-        "radius": number(beta, "β, the radius", 0, 1e3) or None,
-        "steps": whole(steps, "K, the number of steps", 0, STEPS),
+        "step_size": parse_number(alpha, "α, the step size", 1e-9, 1e3),
+        "radius": parse_number(beta, "β, the radius", 0, 1e3) or None,
+        "steps": parse_integer(steps, "K, the number of steps", 0, STEPS),
         "start": start,
     }
     if noise != sampler.noise:
@@ -49,7 +49,7 @@ def chosen(studio: Studio, method: str, start: str, alpha: Any, beta: Any, eta: 
 
 def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: float, job: Job) -> Sampled:
     """Draw ``count`` images of a class, or of each in turn, and tell what there is on the way."""
-    y = studio.labels(kind, whole(count, "the number of images", 1, COUNT))
+    y = studio.labels(kind, parse_integer(count, "the number of images", 1, COUNT))
     begun, last, total = time.perf_counter(), 0.0, sampler.steps
     shown = {round(k) for k in np.linspace(0, total, MOMENTS)}
     moments: list[Tensor] = []
@@ -63,11 +63,11 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
         if k < total and (now := time.perf_counter()) - last > PAUSE:
             last = now
             note = f"step {k} of {total}, energy {value.mean():.3g} nats"
-            job.tell(Sampled(views.sheet(x), None, None, note))
+            job.tell(Sampled(views.image_sheet(x), None, None, note))
 
     with studio.search(job) as model:
-        seeds, draws = studio.seeds(sampler, y, whole(seed, "the seed", 0, 2**31))
-        batch = together(studio.data.shape)
+        seeds, draws = studio.seeds(sampler, y, parse_integer(seed, "the seed", 0, 2**31))
+        batch = batch_size_for(studio.data.shape)
         x = sampler(model, y.to(seeds.device), seeds, generator=draws, observe=look, batch=batch)
         look(total, x, studio.descended(sampler, x, y))
         seconds = time.perf_counter() - begun
@@ -77,8 +77,8 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
             notes.append(f"the model takes {hits} of {len(x)} for their class")
     label = f"what {type(sampler).__name__} descends"
     return Sampled(
-        views.sheet(x),
-        views.films(torch.stack(moments, 1)),
+        views.image_sheet(x),
+        views.film_sheet(torch.stack(moments, 1)),
         views.descents(torch.stack(values), label),
         ", ".join(notes),
     )

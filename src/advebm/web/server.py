@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advebm.core.errors import UserError
-from advebm.evaluation.compare import titled
+from advebm.evaluation.compare import by_title
 from advebm.runs.run import Run
 from advebm.web import sampling
 from advebm.web.inputs import BYTES
@@ -45,13 +45,13 @@ def open_studios(folders: Sequence[Path], *, checkpoint: str = "latest", device:
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError("a run is named twice; name each once")
     studios = {}
-    for title, run in titled(runs).items():
+    for title, run in by_title(runs).items():
         if not run.checkpoints.latest():
             raise UserError(f"{run.folder} has no checkpoint yet; train it first: advebm train --resume {run.folder}")
         studios[title] = studio = Studio(title, run, checkpoint=checkpoint, device=device)
         method = studio.methods()[0]
         s = studio.sampler(method)
-        few = sampling.chosen(studio, method, s.start, s.step_size, s.radius or 0, s.noise, min(2, s.steps))
+        few = sampling.build_sampler(studio, method, s.start, s.step_size, s.radius or 0, s.noise, min(2, s.steps))
         sampling.sample(studio, few, EVERY, 20, 0, Job())
     return studios
 

@@ -8,13 +8,13 @@ from matplotlib import patheffects
 from PIL.Image import Image
 from torch import Tensor
 
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import generator
 from advebm.diagnostics import landscape
 from advebm.models.modes import searching
 from advebm.samplers.base import Sampler, joint_or_marginal
 from advebm.web import views
-from advebm.web.inputs import whole
+from advebm.web.inputs import parse_integer
 from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
@@ -48,7 +48,7 @@ class Plane(NamedTuple):
     share: float
 
 
-def along(path: Tensor) -> tuple[Tensor, Tensor]:
+def leading_directions(path: Tensor) -> tuple[Tensor, Tensor]:
     """Directions of a plane for a path (N, C, H, W): from its first to its last point, and where it bends most.
 
     The second is the first principal component of what the first leaves.
@@ -65,7 +65,7 @@ def along(path: Tensor) -> tuple[Tensor, Tensor]:
     return ahead.view_as(path[0]).to(path), (bend / bend.norm()).view_as(path[0]).to(path)
 
 
-def projected(path: Tensor, centre: Tensor, first: Tensor, second: Tensor) -> Plane:
+def project_path(path: Tensor, centre: Tensor, first: Tensor, second: Tensor) -> Plane:
     """A path (N, C, H, W) in a plane."""
     away = (path - centre).flatten(1).double()
     at = torch.stack([away @ first.flatten().double(), away @ second.flatten().double()], 1)
@@ -73,12 +73,12 @@ def projected(path: Tensor, centre: Tensor, first: Tensor, second: Tensor) -> Pl
     return Plane(centre, first, second, at, share.item())
 
 
-def cut(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, job: Job) -> Sliced:
+def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, job: Job) -> Sliced:
     """A chain of a class, and E(x, y), of a critic E(x), in a plane through its middle."""
     if through not in get_args(Through):
-        raise unknown("plane", through, get_args(Through))
-    whole(sampler.steps, "K, the number of steps", 2, STEPS)
-    y, number = studio.labels(kind, 1), whole(seed, "the seed", 0, 2**31)
+        raise unknown_name("plane", through, get_args(Through))
+    parse_integer(sampler.steps, "K, the number of steps", 2, STEPS)
+    y, number = studio.labels(kind, 1), parse_integer(seed, "the seed", 0, 2**31)
     points: list[Tensor] = []
     with studio.search(job) as model, searching(model) as f:
         seeds, draws = studio.seeds(sampler, y, number)
@@ -86,17 +86,17 @@ def cut(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, jo
         end = sampler(model, y, seeds, generator=draws, observe=lambda k, x, value: points.append(x))
         path = torch.cat([*points, end])
         shown = sorted({round(k) for k in np.linspace(0, len(path) - 1, 9)})
-        film = views.films(path[shown][None])
+        film = views.film_sheet(path[shown][None])
         job.tell(Sliced(None, film, "the chain is there; its surroundings are being measured"))
         energy = joint_or_marginal(f, end, y)
         if through == "path":
             centre = (path[0] + path[-1]) / 2
-            first, second = along(path)
+            first, second = leading_directions(path)
         else:
             centre = path[-1]
             ways = landscape.directions(through, end, energy, generator(number, "page-plane", device=end.device))  # type: ignore[arg-type]
             first, second = ways[0][0], ways[1][0]
-        plane = projected(path, centre, first, second)
+        plane = project_path(path, centre, first, second)
         reach = 1.25 * max(plane.at.abs().max().item(), 0.2)
         energy_of = lambda index: joint_or_marginal(f, end, y.expand(len(index)))
         values = landscape.plane(energy_of, centre[None], first[None], second[None], reach=reach, count=COUNT)[0]
@@ -106,10 +106,10 @@ def cut(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, jo
         f"{symbol} within {reach:.2g} pixels of [0, 1], l2, of the {where} of the path; "
         f"the plane holds {100 * plane.share:.0f} % of the path's squared distances from there"
     )
-    return Sliced(drawn(values, reach, plane.at, symbol), film, note)
+    return Sliced(draw_slice(values, reach, plane.at, symbol), film, note)
 
 
-def drawn(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
+def draw_slice(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
     """A plane (n, n) of :func:`advebm.diagnostics.landscape.plane` in contours, with a path (N, 2) on it."""
     axis_values = np.linspace(-reach, reach, len(values))
     with views.figure(size=(6.4, 5.2), **{"axes.grid": False}) as (figure, (axis,)):
@@ -123,4 +123,4 @@ def drawn(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
             options: Any = {"textcoords": "offset points", "ha": "center", "va": "center", "path_effects": edge}
             axis.annotate(name, (point[0].item(), point[1].item()), (0, 12 * beyond), color="white", **options)
         axis.set(xlabel="first direction (pixels of [0, 1], l2)", ylabel="second direction", aspect="equal")
-        return views.picture(figure)
+        return views.to_picture(figure)

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from advebm import energies
 from advebm.core import config
-from advebm.core.errors import UserError, unknown
+from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import generator
 from advebm.data.sources import to_float
-from advebm.models.batching import device_of, together
+from advebm.models.batching import batch_size_for, device_of
 from advebm.models.modes import searching
 from advebm.models.network import Network
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler, marginal
 from advebm.samplers.critic import Ascent
-from advebm.sampling.generate import dealt
-from advebm.sampling.job import others
-from advebm.sampling.tune import tuned
-from advebm.starts import Deck, Start
-from advebm.web.inputs import whole
+from advebm.sampling.generate import deal_images
+from advebm.sampling.job import start_images
+from advebm.sampling.tune import find_tuned
+from advebm.starts import ImagePool, Start
+from advebm.web.inputs import parse_integer
 from advebm.web.jobs import Job
 
 EVERY = "every class"
@@ -93,7 +93,7 @@ class Studio:
     def image(self, number: float) -> tuple[Tensor, int]:
         """A test image (C, H, W) in [0, 1] and its label, -1 if it has none."""
         count = len(self.data.test)
-        place = whole(number, "the number of a test image", 0, count - 1)
+        place = parse_integer(number, "the number of a test image", 0, count - 1)
         return to_float(self.data.test.x[place]), int(self.data.test.y[place])
 
     def name(self, label: int) -> str:
@@ -129,9 +129,9 @@ class Studio:
         recipe, sampler = self.run.recipe, self.run.recipe.sampler
         if method not in (None, config.describe(sampler)["kind"]):
             if method not in config.KINDS["sampler"]:
-                raise unknown("method", method, config.KINDS["sampler"])
+                raise unknown_name("method", method, config.KINDS["sampler"])
             sampler = resolve(config.describe(recipe), [("sampler", method)]).sampler
-        found = tuned(self.run, sampler)
+        found = find_tuned(self.run, sampler)
         if found is not None and found[1].get("checkpoint") == self._checkpoint:
             return found[0]
         return sampler if sampler.start in self.starts(sampler) else dataclasses.replace(sampler, start="global")
@@ -140,10 +140,10 @@ class Studio:
         """Where chains of classes ``y (B,)`` begin, and the generator of their noise."""
         key = sampler.start, sampler.fit, sampler.shrinkage
         if key not in self._starts:
-            self._starts[key] = sampler.prepare(self.data, others(self.run, sampler, self._checkpoint))
+            self._starts[key] = sampler.prepare(self.data, start_images(self.run, sampler, self._checkpoint))
         start = self._starts[key]
-        if isinstance(start, Deck):
-            start = dataclasses.replace(start, order=dealt(len(start.x), 0, len(y), seed))
+        if isinstance(start, ImagePool):
+            start = dataclasses.replace(start, order=deal_images(len(start.x), 0, len(y), seed))
         draws = generator(seed, "page", device=self.device)
         y = y.to(self.device)
         return start(torch.empty(len(y), *self.data.shape, device=self.device), y, draws), draws
@@ -152,7 +152,7 @@ class Studio:
 
     def said(self, say: Callable[..., Tensor], *given: Tensor) -> Tensor:
         """``say(f, …)`` of images (B, C, H, W) and what goes with each, as many at once as their size allows."""
-        size = together(self.data.shape)
+        size = batch_size_for(self.data.shape)
         with searching(self.model) as f, torch.no_grad():
             parts = zip(*(values.to(self.device).split(size) for values in given), strict=True)
             return torch.cat([say(f, *part).cpu() for part in parts])

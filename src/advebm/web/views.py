@@ -23,7 +23,7 @@ EDGE = 320  # of a single image on the page, about
 _drawing = threading.Lock()  # pyplot's state is one for all threads
 
 
-def enlarged(x: Tensor, edge: int = EDGE) -> Image.Image:
+def enlarge(x: Tensor, edge: int = EDGE) -> Image.Image:
     """An image (C, H, W) in [0, 1], its pixels as squares."""
     pixels = to_bytes(x.cpu()).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
@@ -31,14 +31,14 @@ def enlarged(x: Tensor, edge: int = EDGE) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def sheet(x: Tensor, columns: int = 10, width: int = 720) -> Image.Image:
+def image_sheet(x: Tensor, columns: int = 10, width: int = 720) -> Image.Image:
     """Images (N, C, H, W) in rows."""
     columns = min(columns, len(x))
-    rows = pictures.by_class(x.cpu(), torch.full((len(x),), -1), math.ceil(len(x) / columns), columns)
+    rows = pictures.rows_by_class(x.cpu(), torch.full((len(x),), -1), math.ceil(len(x) / columns), columns)
     return pictures.grid(rows, tile=width // max(columns, 5))
 
 
-def films(x: Tensor, width: int = 720) -> Image.Image:
+def film_sheet(x: Tensor, width: int = 720) -> Image.Image:
     """Moments of chains (N, moments, C, H, W), a row a chain."""
     return pictures.grid(x.cpu(), tile=width // max(x.shape[1], 5))
 
@@ -47,7 +47,7 @@ def difference(before: Tensor, after: Tensor) -> tuple[Image.Image, float]:
     """What was added to an image (C, H, W), grey where nothing was, and by how much that is amplified."""
     change = (after - before).cpu()
     factor = 0.5 / max(change.abs().max().item(), 1e-3)
-    return enlarged((0.5 + factor * change).clamp(0, 1)), factor
+    return enlarge((0.5 + factor * change).clamp(0, 1)), factor
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def alone() -> Iterator[None]:
         yield
 
 
-def picture(drawn: Figure | bytes) -> Image.Image:
+def to_picture(drawn: Figure | bytes) -> Image.Image:
     """What was drawn, as an image."""
     return Image.open(io.BytesIO(png(drawn) if isinstance(drawn, Figure) else drawn)).convert("RGB")
 
@@ -83,7 +83,7 @@ def descents(energies: Tensor, label: str) -> Image.Image:
             axis.plot(one, color="#0f6fc6", alpha=0.25, lw=0.8)
         axis.plot(energies.mean(1), color="#0f6fc6", lw=2, label="mean")
         axis.set(xlabel="step", ylabel="nats", title=label)
-        return picture(drawn)
+        return to_picture(drawn)
 
 
 def beside(names: Sequence[str], before: Tensor, after: Tensor, title: str) -> Image.Image:
@@ -96,4 +96,4 @@ def beside(names: Sequence[str], before: Tensor, after: Tensor, title: str) -> I
         axis.set_xticks(place, [names[k] for k in shown.tolist()], rotation=30 if max(map(len, names)) > 3 else 0)
         axis.set(ylim=(0, 1.02), title=title)
         axis.legend(frameon=False)
-        return picture(drawn)
+        return to_picture(drawn)

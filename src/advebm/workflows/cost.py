@@ -9,7 +9,7 @@ from advebm.workflows.devices import choose_device
 def print_costs(recipe: Recipe, machine: str, device: str | None) -> None:
     """Passes, FLOP, memory and hours of a recipe, on a machine of that name; on this one where the name is empty."""
     if machine:
-        found = hardware.find(machine)
+        found = hardware.find_machine(machine)
         stages = cost.estimates(recipe)
         costs_table(stages, [found] * len(stages))
     else:

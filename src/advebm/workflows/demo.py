@@ -9,7 +9,7 @@ from advebm.core import config, console
 from advebm.evaluation import evaluate
 from advebm.reporting.build import report
 from advebm.runs.recipe import resolve
-from advebm.workflows.sample import draw
+from advebm.workflows.sample import draw_set
 from advebm.workflows.train import fit
 
 PER_CLASS = 150
@@ -28,7 +28,7 @@ def demo(folder: Path, *, seed: int = 0) -> tuple[Path, dict[str, list[dict[str,
     say(f"[3/5] sample {PER_CLASS * 10:,} images each by {', '.join(SETS)}")
     for name, (kind, start) in SETS.items():
         recipe = resolve(config.describe(robust.recipe), [("sampler", kind), ("sampler.start", start)])
-        draw(robust, name, recipe.sampler, PER_CLASS, seed=seed)
+        draw_set(robust, name, recipe.sampler, PER_CLASS, seed=seed)
     say("[4/5] evaluate both; sample quality in the features of digits-standard")
     records = {}
     for name, run in runs.items():

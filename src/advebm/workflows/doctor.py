@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from advebm import recipes
-from advebm.attacks.base import radius
+from advebm.attacks.base import radius_text
 from advebm.core import config, console
 from advebm.core.errors import UserError
-from advebm.data.sources import outline
+from advebm.data.sources import find_spec
 from advebm.diagnostics.doctor import Finding, examine_split
 from advebm.diagnostics.kernels import KNOWN, Verdict, check, convolutions
 from advebm.models import network
@@ -43,7 +43,7 @@ def examine_model(
     found = find_model(model, checkpoint=checkpoint).to(choose_device(device))
     data, threat = recipe.data.load(), recipe.threat
     count = min(images, len(data.test))
-    console.say(f"{model} on {count} test images of {data.name} at {radius(threat.eps, threat.norm)}")
+    console.say(f"{model} on {count} test images of {data.name} at {radius_text(threat.eps, threat.norm)}")
     return examine_split(found, data.test, threat=threat, count=count, seed=seed, progress=console.say)
 
 
@@ -94,7 +94,7 @@ def _models(
         return {name: resolve(recipes.find(name)).backbone.build(3, 32)[0].eval() for name in names}, (3, 32, 32)
     found = find_model(model, checkpoint=checkpoint)
     if "data" in dict(overrides):
-        shape: tuple[int, ...] = outline(resolve(IMAGES_ALONE, overrides).data).shape
+        shape: tuple[int, ...] = find_spec(resolve(IMAGES_ALONE, overrides).data).shape
     elif is_factory(model):
         raise UserError(f"{model} says nothing of its images: give --data NAME, as in --data cifar10")
     else:

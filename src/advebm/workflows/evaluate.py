@@ -62,7 +62,7 @@ def measure(
     team, where = join_team(device)
     for folder in samples if team.main else ():
         import_samples(run, folder)
-    team.share(None)  # they are there
+    team.all_gather(None)  # they are there
     options: dict[str, Any] = {"features": features, "checkpoint": checkpoint, "seed": seed, "device": where}
     return evaluate.evaluate_run(run, recipe=recipe, team=team, **options, progress=console.say, bar=console.bar)
 
@@ -72,7 +72,7 @@ def import_samples(run: Run, folder: Path) -> str:
     data, name = run.data, folder.resolve().name
     images = read_folder(folder, data.classes, data.shape)
     about = {"images": str(folder.resolve())}
-    if name in run.samples() and generate.read(run.samples()[name]).manifest.get("images") != about["images"]:
+    if name in run.samples() and generate.read_set(run.samples()[name]).manifest.get("images") != about["images"]:
         raise UserError(f"{run.folder} has samples called {name} already; rename {folder}")
-    generate.write(run.folder / "samples" / name, SampleSet(images.float(), images.y, about), len(data.classes))
+    generate.write_set(run.folder / "samples" / name, SampleSet(images.float(), images.y, about), len(data.classes))
     return name

@@ -11,7 +11,7 @@ from advebm.evaluation.evaluate import evaluate_run
 from advebm.metrics.base import Record
 from advebm.metrics.probing import NearestNeighbours, Probe
 from advebm.models import network
-from advebm.models.batching import together
+from advebm.models.batching import batch_size_for
 from advebm.runs.run import Run
 from advebm.workflows.adopt import adopt, untrained_recipe
 
@@ -51,7 +51,7 @@ def probe(
     untrained_recipe(
         title, {"backbone": described["backbone"]}, pairs
     )  # a wrong option is noticed before anything is fitted
-    classifier = by.classifier(model.to(device), data.train, len(data.classes), together(data.shape))
+    classifier = by.classifier(model.to(device), data.train, len(data.classes), batch_size_for(data.shape))
     plain = dataclasses.replace(architecture, outputs=len(data.classes), hidden=None)
     about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
     where = run.folder / "probe"

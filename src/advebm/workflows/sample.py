@@ -14,7 +14,7 @@ from advebm.evaluation import compare, evaluate
 from advebm.metrics.base import SampleSet, Subject
 from advebm.metrics.keys import key_of
 from advebm.metrics.quality import SampleQuality
-from advebm.models.batching import together
+from advebm.models.batching import batch_size_for
 from advebm.reporting import figure_store, figures
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
@@ -49,14 +49,14 @@ def sample(
         checkpoint: ``latest``, ``best`` or a number of images.
         untuned: whether to take the recipe's settings although ``tune-sampler`` found others.
         device: None takes the best there is.
-        options: of :func:`draw`.
+        options: of :func:`draw_set`.
     """
     team, where = join_team(device)
     sampler, about = choose_settings(run, method, overrides, checkpoint=checkpoint, untuned=untuned)
     if sampler.fit == "test":
         warnings.warn(LEAK, stacklevel=2)
     options |= {"checkpoint": checkpoint, "device": where, "team": team, "about": about}
-    return draw(run, name or generate.set_name(sampler), sampler, per_class, **options)
+    return draw_set(run, name or generate.set_name(sampler), sampler, per_class, **options)
 
 
 def compare_methods(
@@ -71,7 +71,7 @@ def compare_methods(
     device: str | None,
     **options: Any,
 ) -> tuple[dict[str, compare.Records], Path]:
-    """Draw by several methods from the same seeds and judge them: see :func:`contrast`."""
+    """Draw by several methods from the same seeds and judge them: see :func:`compare_sets`."""
     where = choose_device(device)
     settings: dict[str, Any] = {"checkpoint": checkpoint, "untuned": untuned}
     chosen = {m: choose_settings(run, m, overrides, **settings, label=f"{m}: ") for m in methods}
@@ -82,7 +82,7 @@ def compare_methods(
     if any(sampler.fit == "test" for sampler in samplers.values()):
         warnings.warn(LEAK, stacklevel=2)
     options |= {"checkpoint": checkpoint, "device": where, "about": {m: about for m, (_, about) in chosen.items()}}
-    return contrast(run, samplers, per_class, seeds, say=console.say, **options)
+    return compare_sets(run, samplers, per_class, seeds, say=console.say, **options)
 
 
 def tune_sampler(
@@ -102,7 +102,7 @@ def tune_sampler(
         overrides: options of the sampler.
         values: of each setting that is searched, as ``0.05,0.1``.
         device: None takes the best there is.
-        options: of :func:`search`.
+        options: of :func:`search_settings`.
     """
     sampler = choose_sampler(run, method, overrides)
     plain = config.describe(sampler)
@@ -110,8 +110,8 @@ def tune_sampler(
         name: [getattr(config.build({**plain, name: v}, "sampler"), name) for v in text.split(",")]
         for name, text in values.items()
     }
-    trials, figure = search(run, tune.grid(sampler, listed), device=choose_device(device), **options)
-    return trials, tune.result(run, sampler), figure
+    trials, figure = search_settings(run, tune.settings_grid(sampler, listed), device=choose_device(device), **options)
+    return trials, tune.result_path(run, sampler), figure
 
 
 def choose_sampler(run: Run, method: str | None, overrides: Overrides = ()) -> Sampler:
@@ -125,7 +125,7 @@ def choose_settings(
     """The same, with what ``tune-sampler`` found for that method and start; and how it was found, where it was."""
     overrides = list(overrides)
     sampler = choose_sampler(run, method, overrides)
-    if untuned or (found := tune.tuned(run, sampler)) is None:
+    if untuned or (found := tune.find_tuned(run, sampler)) is None:
         return sampler, {}
     best, how = found
     if how["checkpoint"] != run.checkpoints.path(checkpoint).name:
@@ -136,7 +136,7 @@ def choose_settings(
     return resolve(plain, overrides).sampler, {"tuned": {**how, "changed": [name for name, _ in overrides]}}
 
 
-def draw(
+def draw_set(
     run: Run,
     name: str,
     sampler: Sampler,
@@ -151,17 +151,17 @@ def draw(
     """Images of every class, and one chain a class as a film, into the run's ``samples/NAME``, which is returned.
 
     Where neither energy nor seeds are of a class, as many images and chains.  ``options`` are those of
-    :class:`advebm.sampling.job.Drawing`.
+    :class:`advebm.sampling.job.SampleJob`.
     """
     if Path(name).name != name or name in (".", ".."):
         raise UserError(f"--name is the name of a folder in {run.folder / 'samples'}, got {name!r}")
     number = run.checkpoints.path(checkpoint).name
-    wanted = job.Drawing(run, name, sampler, per_class, checkpoint=number, **options)
+    wanted = job.SampleJob(run, name, sampler, per_class, checkpoint=number, **options)
     with console.bar(name, per_class * len(wanted.classes or run.data.classes)) as tell:
-        return job.draw(wanted, processes=processes, team=team, trajectory=trajectory, progress=tell)
+        return job.draw_set(wanted, processes=processes, team=team, trajectory=trajectory, progress=tell)
 
 
-def search(
+def search_settings(
     run: Run,
     samplers: Sequence[Sampler],
     *,
@@ -175,19 +175,19 @@ def search(
         space = evaluate.feature_space(evaluate.OWN, run.model(checkpoint)[0].to(device))
     else:
         space = evaluate.find_space(features).load(device)
-    options |= {"judge": compare.judge(features), "checkpoint": checkpoint, "device": device}
+    options |= {"judge": compare.feature_weights(features), "checkpoint": checkpoint, "device": device}
     with console.bar("tune", len(samplers)) as tell:
         trials = tune.tune(run, samplers, space, progress=tell, **options)
     if not trials:
         raise UserError("other processes are at all trials; wait for them")
     best, name = trials[0], trials[0]["name"]
     text = f"{len(trials)} settings, {best['per_class']} images a class each, against {best['reference_count']} images"
-    picture = figures.responses(tune.curves(trials), name)
+    picture = figures.responses(tune.response_curves(trials), name)
     text += f"; best {name} {best['value']:.3g}"
-    return trials, figure_store.hang(run, "tuning", picture, "Sampler settings", text, {"best": best["sampler"]})
+    return trials, figure_store.save_figure(run, "tuning", picture, "Sampler settings", text, {"best": best["sampler"]})
 
 
-def contrast(
+def compare_sets(
     run: Run,
     samplers: Mapping[str, Sampler],
     per_class: int,
@@ -217,11 +217,11 @@ def contrast(
         for method, sampler in samplers.items():
             name = f"{method}-{number}"
             known: dict[str, Any] = {"seed": number, "within": "comparison", "about": about.get(method, {}), **options}
-            sets[name] = generate.read(draw(run, name, sampler, per_class, **known))
+            sets[name] = generate.read_set(draw_set(run, name, sampler, per_class, **known))
     firsts = {m: sets[f"{m}-{seed}"] for m in samplers}
-    panels = {m: pictures.by_class(s.x, s.y, len(data.classes)) for m, s in firsts.items()}
+    panels = {m: pictures.rows_by_class(s.x, s.y, len(data.classes)) for m, s in firsts.items()}
     say(f"judging {len(sets)} sets")
-    subject = Subject(model, data, data.test, recipe.threat, sets, space, together(data.shape))
+    subject = Subject(model, data, data.test, recipe.threat, sets, space, batch_size_for(data.shape))
     records = [dataclasses.asdict(r) for r in evaluate.evaluate(subject, [SampleQuality()], seed=seed)]
     of = lambda m, name: [
         {**r, "settings": {**r["settings"], "samples": m}} for r in records if r["settings"]["samples"] == name
@@ -234,4 +234,4 @@ def contrast(
     text = f"{per_class * len(data.classes):,} images each, the first of them shown; in {space.name}; ± "
     text += "deviation over sampling seeds" if seeds > 1 else "standard error"
     picture = figures.grids(panels, texts)
-    return rows, figure_store.hang(run, "comparison", picture, "Samplers from the same seeds", text)
+    return rows, figure_store.save_figure(run, "comparison", picture, "Samplers from the same seeds", text)

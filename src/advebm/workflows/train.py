@@ -12,7 +12,7 @@ from advebm.core.threads import take_over_threads
 from advebm.models.precision import precision_label
 from advebm.runs.recipe import Recipe, read, resolve
 from advebm.runs.run import Run
-from advebm.training.hardware import describe
+from advebm.training.hardware import describe_device
 from advebm.training.loop import train
 
 
@@ -51,7 +51,7 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | Non
         if reason:
             console.say(f"{folder}: {reason}")
     kind = precision_label(recipe.train.precision, torch.device(where))
-    console.computing_on(f"{describe(where)}, {kind}")
+    console.computing_on(f"{describe_device(where)}, {kind}")
     seen: dict[str, float] = {}
     total = sum(stage.train.images for stage in (*recipe.before, recipe))
     done = sum(min(run.images, run.recipe.train.images) for run in begun.stages) if begun else 0
