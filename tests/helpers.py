@@ -52,9 +52,12 @@ class Plain(nn.Module):
 
 def patch_experiments(monkeypatch, name, value):
     """Put something in the place of what experiments share, in each module of them that has it."""
+    known = False
     for module in (study, experiment, supervised, binary, applications, unsupervised, experiments, tables):
         if callable(getattr(module, name, None)):  # not a module of that name
             monkeypatch.setattr(module, name, value)
+            known = True
+    assert known, f"nothing is called {name}"
 
 
 def linked(run, folder):

@@ -272,7 +272,7 @@ def test_an_experiment_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert first.keys() == {"standard", "noise"}
     assert all(record["seeds"] == 2 for records in first.values() for record in records)
     assert any(record["name"] == "FD (features of standard)" for record in first["noise"])
-    for name in ("fit", "draw"):
+    for name in ("fit", "draw_set"):
         patch_experiments(monkeypatch, name, lambda *a, **k: pytest.fail("done again"))
     monkeypatch.setattr(compare.evaluate, "evaluate_run", lambda *a, **k: pytest.fail("measured again"))
     experiments.reproduce("small", tmp_path / "out", seeds=2, options=[("sampler.steps", 2)])

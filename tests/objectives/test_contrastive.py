@@ -427,7 +427,7 @@ def test_what_attacks_raise_is_of_all_processes(encoder, batch, generator, form)
     whole = both(batch)
     shares = [both(Batch(batch.x[s], batch.y[s], batch.view[s])) for s in (slice(0, 3), slice(3, 6))]
     views, moving = (2 if form == "nt-xent" else 1), objective.moving
-    for energy in (objective.negative_loss, objective.drift):
+    for energy in (objective.negative_loss, objective.langevin_energy):
         encoded: list = [[], []]
         for share, seen in zip(shares, encoded, strict=True):
             energy(net, share, None, lambda rows, seen=seen: seen.append(rows) or rows)(moving(share))

@@ -379,7 +379,7 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert f"<li>verdict: {plain['verdict']}" in page
     assert "<p>at · 512 training images seen" in page, "who judges comes last"
     again = lambda *a, **k: pytest.fail("done again")
-    for name in ("fit", "draw"):
+    for name in ("fit", "draw_set"):
         patch_experiments(monkeypatch, name, again)
     monkeypatch.setattr(compare.evaluate, "evaluate_run", again)
     for run in runs.values():  # what was measured on another day, and since then on other images, is not the table's
