@@ -160,7 +160,7 @@ class box:
     low: float = 0.0
     high: float = 1.0
 
-    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:
         return x.clamp(self.low, self.high)
 
 
@@ -170,7 +170,7 @@ class linf_ball:
 
     radius: float
 
-    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:
         return origin + (x - origin).clamp(-self.radius, self.radius)
 
 
@@ -180,7 +180,7 @@ class l2_ball:
 
     radius: float | Tensor
 
-    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:
         offset = x - origin
         length = offset.flatten(1).norm(dim=1).clamp_min(1e-12)
         return origin + offset * per_sample((self.radius / length).clamp(max=1.0), x)
@@ -192,7 +192,7 @@ class hold:
 
     mask: Tensor
 
-    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:
         return torch.where(self.mask, origin, x)
 
 
@@ -206,7 +206,7 @@ class means:
 
     factor: int
 
-    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:
         wanted = avg_pool2d(origin, self.factor)
         low, high = -max_pool2d(x, self.factor), 1 + max_pool2d(-x, self.factor)  # all black, all white
         for _ in range(40):
@@ -230,7 +230,7 @@ class both:
     def __init__(self, *parts: Constraint) -> None:
         object.__setattr__(self, "parts", parts)
 
-    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, x: Tensor, origin: Tensor) -> Tensor:
         for part in self.parts:
             x = part(x, origin)
         return x

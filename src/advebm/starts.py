@@ -36,7 +36,7 @@ class UniformBall:
     eps: float
     norm: Literal["linf", "l2"]
 
-    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:  # noqa: D102
+    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
         if self.norm == "linf":
             return x + self.eps * (2 * rand(x, generator) - 1)
         heading = randn(x, generator)
@@ -51,7 +51,7 @@ class Gaussian:
 
     spread: float
 
-    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:  # noqa: D102
+    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
         return x + self.spread * randn(x, generator)
 
 

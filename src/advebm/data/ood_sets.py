@@ -32,7 +32,7 @@ class UniformNoise(Noise):
 
     name = "uniform"
 
-    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:
         return torch.rand(count, *data.shape, generator=generator, device=generator.device)
 
 
@@ -53,7 +53,7 @@ class GaussianNoise(Noise):
         if not self.std > 0:
             raise UserError(f"std is a deviation > 0, got {self.std}")
 
-    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:
         noise = torch.randn(count, *data.shape, generator=generator, device=generator.device)
         return (self.mean + self.std * noise).clamp(0, 1)
 
@@ -69,7 +69,7 @@ class ClassGaussianNoise(Noise):
     name = "class-gaussian"
     cites: ClassVar[tuple[str, ...]] = ("santurkar2019",)
 
-    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:
         classes, where = len(data.classes), generator.device
         labels = data.train.y if data.train.labelled else None
         start = ClassGaussians.fit(data.train.x, labels, classes=classes)

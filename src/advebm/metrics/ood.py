@@ -64,7 +64,7 @@ class EnergyScore:
     classes = False
     cites: ClassVar[tuple[str, ...]] = ("liu2020",)
 
-    def __call__(self, f: Logits, x: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, f: Logits, x: Tensor) -> Tensor:
         return energies.marginal(_outputs(f, x))
 
 
@@ -79,7 +79,7 @@ class MaxSoftmax:
     classes = True
     cites: ClassVar[tuple[str, ...]] = ("hendrycks2017",)
 
-    def __call__(self, f: Logits, x: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, f: Logits, x: Tensor) -> Tensor:
         return _doubt(_outputs(f, x))
 
 
@@ -91,7 +91,7 @@ class MaxLogit:
     classes = False
     cites: ClassVar[tuple[str, ...]] = ("hendrycks2022",)
 
-    def __call__(self, f: Logits, x: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, f: Logits, x: Tensor) -> Tensor:
         return -_outputs(f, x).amax(1)
 
 
@@ -117,10 +117,10 @@ class ODIN:
             raise UserError(f"temperature is > 0 and step >= 0, got {self.temperature} and {self.step}")
 
     @property
-    def name(self) -> str:  # noqa: D102
+    def name(self) -> str:
         return f"odin T {self.temperature:g} step {self.step:g}"
 
-    def __call__(self, f: Logits, x: Tensor) -> Tensor:  # noqa: D102
+    def __call__(self, f: Logits, x: Tensor) -> Tensor:
         doubt = lambda x: _doubt(_outputs(f, x) / self.temperature)
         _, gradient = value_and_gradient(doubt, x)
         return doubt(x - self.step * gradient.sign())

@@ -33,13 +33,13 @@ class Gather(torch.autograd.Function):
     """The rows of all processes, whose gradients come back to the process that they are from, summed over all."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, engine: "Engine") -> Tensor:  # noqa: D102
+    def forward(ctx: Any, rows: Tensor, engine: "Engine") -> Tensor:
         ctx.engine, ctx.count = engine, len(rows)
         with engine.together():
             return engine.accelerator.gather(rows.contiguous())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = ctx.engine.reduce(gradient.contiguous(), "sum")
         return total[ctx.engine.rank * ctx.count :][: ctx.count], None
 

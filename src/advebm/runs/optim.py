@@ -146,7 +146,7 @@ class Cosine:
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup is a share in [0, 1) of all images, got {self.warmup}")
 
-    def __call__(self, images: int, total: int) -> float:  # noqa: D102
+    def __call__(self, images: int, total: int) -> float:
         share = min(images / total, 1.0)  # the last batch may reach beyond the end
         if share < self.warmup:
             return share / self.warmup
@@ -163,7 +163,7 @@ class Cyclic:
         if not 0 < self.peak < 1:
             raise UserError(f"peak is a share in (0, 1) of all images, got {self.peak}")
 
-    def __call__(self, images: int, total: int) -> float:  # noqa: D102
+    def __call__(self, images: int, total: int) -> float:
         share = min(images / total, 1.0)
         return share / self.peak if share < self.peak else (1 - share) / (1 - self.peak)
 
@@ -181,7 +181,7 @@ class Steps:
             got = f"{self.at}, {self.warmup}, {self.factor}"
             raise UserError(f"at are shares in (0, 1), warmup is one in [0, 1) and factor is > 0, got {got}")
 
-    def __call__(self, images: int, total: int) -> float:  # noqa: D102
+    def __call__(self, images: int, total: int) -> float:
         share = images / total
         if share < self.warmup:
             return share / self.warmup

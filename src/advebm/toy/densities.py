@@ -35,11 +35,11 @@ class Mixture:
     means: tuple[tuple[float, float], ...]
     spread: float
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
         means = torch.tensor(self.means)[_choose(len(self.means), count, generator)]
         return means + self.spread * torch.randn(count, 2, generator=generator)
 
-    def log_density(self, x: Tensor) -> Tensor:  # noqa: D102
+    def log_density(self, x: Tensor) -> Tensor:
         offset = (x[:, None] - x.new_tensor(self.means)) / self.spread
         return (_normal(offset).sum(2) - 2 * math.log(self.spread)).logsumexp(1) - math.log(len(self.means))
 
@@ -63,13 +63,13 @@ class Pinwheel:
     across: float = 0.25
     twist: float = 0.6
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
         arm = _choose(self.arms, count, generator)
         along, across = torch.randn(2, count, generator=generator)
         straight = torch.stack([self.reach + self.along * along, self.across * across], 1)
         return _turn(straight, 2 * math.pi * arm / self.arms + self.twist * straight.norm(dim=1))
 
-    def log_density(self, x: Tensor) -> Tensor:  # noqa: D102
+    def log_density(self, x: Tensor) -> Tensor:
         parts = []
         for arm in range(self.arms):
             along, across = _turn(x, -2 * math.pi * arm / self.arms - self.twist * x.norm(dim=1)).unbind(1)
