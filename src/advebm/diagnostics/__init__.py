@@ -1,1 +1,1 @@
-"""Why a model generates, or does not: measurements on a model and its machine.  Their pictures are in reporting."""
+"""Measurements that show why a model generates well or badly, and checks of the machine.  reporting plots them."""

@@ -1,4 +1,4 @@
-"""What spoils a classifier's energies and the attacks on it, found by trying: each finding says what to do."""
+"""Find faults that make a classifier's energies or robust accuracies wrong, by running it; each finding says a fix."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -24,23 +24,24 @@ from advebm.energies import Logits
 from advebm.models.batching import device_of
 from advebm.models.modes import searching
 
-SIGMAS = 3.0  # standard errors that a difference of two accuracies has to exceed
-FEWEST = 50  # images; of fewer, hardly any difference exceeds them
-PART = 100  # images at a time
-DRAWS = 10  # of random noise, of which the worst counts
-LEAD = 10.0  # nats of the first logit over the next, at which 1 - p = 5e-5 is still well within float32
-MISFIT = 2.0  # of kept and seen variances; trained networks have 1.0 to 1.2, images of noise 1.6, fresh norms 2.7 to 9
-QUERIES = 300  # of the square attack: enough to be stronger than a gradient that leads nowhere
+SIGMAS = 3.0  # a difference of two accuracies counts if it exceeds this many standard errors
+FEWEST = 50  # minimum number of images; with fewer, hardly any difference is significant
+PART = 100  # images in one forward pass, at most
+DRAWS = 10  # random noises tried on each image; it counts as broken if any of them changes its class
+LEAD = 10.0  # nats from the second to the largest logit; at this gap 1 - p = 5e-5 is still well within float32
+# Limit for ModelUnderTest.misfit: trained networks have 1.0 to 1.2, on images of noise 1.6, untrained norms 2.7 to 9
+MISFIT = 2.0
+QUERIES = 300  # of the square attack: enough to beat an attack whose gradients are useless
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a model.
+    """One problem found in a model, or a check that was skipped.
 
     Attributes:
-        name: of what was found: ``normalisation-missing``.
-        severity: a ``fault`` makes energies or robust accuracies wrong, a ``warning`` may; a check is ``skipped`` where
-            an earlier fault leaves nothing to be seen.
+        name: name of the problem, such as ``normalisation-missing``.
+        severity: a ``fault`` makes energies or robust accuracies wrong, a ``warning`` may; a check is ``skipped`` if an
+            earlier fault makes its result meaningless.
         what: what was found, with the numbers that were measured.
         fix: what to do.
     """
@@ -53,56 +54,55 @@ class Finding:
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A model and the images it is examined on; what several checks look at is computed once."""
+    """A model and the images it is examined on; results that several checks need are computed once."""
 
     model: nn.Module
-    f: Logits  # of the model, in eval mode, with frozen parameters
+    f: Logits  # the model in eval mode with frozen parameters
     x: Tensor  # (N, C, H, W) in [0, 1]
     y: Tensor  # (N,)
     threat: Attack
     generator: torch.Generator
     state: dict[str, Tensor]  # parameters and buffers before the first image
-    training: bool  # the mode in which the model was handed over
+    training: bool  # whether the model was passed in train mode
 
     def outputs(self, x: Tensor, f: Logits | None = None) -> Tensor:
-        """Logits (N, K) of images, a part at a time."""
+        """Return logits (N, K) of ``f`` (None: the model in eval mode), at most 100 images in a forward pass."""
         with torch.no_grad():
             return torch.cat([(f or self.f)(part) for part in x.tensor_split(self.parts)])
 
     @property
     def parts(self) -> int:
-        """Equal parts, so that none is a single image, which some networks refuse."""
+        """Number of batches of nearly equal size: no batch is a single image, which some networks refuse."""
         return math.ceil(len(self.x) / PART)
 
     @cached_property
     def logits(self) -> Tensor:
-        """Of the images."""
         return self.outputs(self.x)
 
     @cached_property
     def right(self) -> Tensor:
-        """Which images are classified as labelled, bool (N,)."""
+        """Whether each clean image is classified correctly, bool (N,)."""
         return self.logits.argmax(1) == self.y
 
     @cached_property
     def accuracy(self) -> float:
-        """On the clean images."""
         return share(self.right)
 
     @cached_property
     def trained(self) -> Tensor:
-        """Logits in train mode, batch norm by the statistics of a part; those of eval mode if it cannot do that."""
+        """Logits in train mode, with batch norm statistics of each batch; those of eval mode if train mode fails."""
         with searching(self.model, training=True) as f:
             try:
                 return self.outputs(self.x, f)
-            except Exception:  # somebody else's code
+            except Exception:  # the model may raise anything
                 return self.logits
 
     @cached_property
     def misfit(self) -> float:
-        """The factor between the variances that batch norms keep and those of the images: 1 where they agree.
+        """The factor by which stored batch norm variances differ from those of the images: 1 if they agree.
 
-        Of a layer the root mean square over channels, on a logarithmic scale; of the model the median over layers.
+        For a layer: the root mean square of the log ratio over channels.  For the model: the median over layers, as a
+        factor; 1 if it has no batch norm or fails in train mode.
         """
         found: dict[Any, list[Tensor]] = {}
 
@@ -115,7 +115,7 @@ class ModelUnderTest:
         with searching(self.model, training=True) as f:
             try:
                 self.outputs(self.x, f)
-            except Exception:  # somebody else's code
+            except Exception:  # the model may raise anything
                 return 1.0
             finally:
                 for handle in handles:
@@ -125,38 +125,37 @@ class ModelUnderTest:
         return torch.stack(layers).quantile(0.5).exp().item() if layers else 1.0
 
     def accuracy_of(self, logits: Tensor) -> float:
-        """Of other logits for the same images."""
         return share(logits.argmax(1) == self.y)
 
     @cached_property
     def chance(self) -> float:
-        """The best accuracy of a classifier that does not look: the share of the most frequent label."""
+        """The best accuracy of a constant prediction: the share of the most frequent label."""
         return self.y.bincount().max().item() / len(self.y)
 
     @cached_property
     def many(self) -> Attack:
-        """Projected gradient descent at the threat's radius: of 20 steps at least, whatever else the threat says."""
+        """PGD with the threat's radius, norm and steps (but at least 20); its other settings are not used."""
         return Attack(eps=self.threat.eps, norm=self.threat.norm, steps=max(self.threat.steps, 20))
 
     @cached_property
     def under_many(self) -> float:
-        """Accuracy under it."""
+        """Accuracy under :attr:`many`."""
         return self.under(self.many)
 
     def under(self, attack: Adversary, f: Logits | None = None) -> float:
-        """Share of images that are classified right, and still so under an attack on the model or on ``f``."""
+        """Return the model's accuracy under an attack that searches on ``f`` (None: on the model itself)."""
         left = []
         for x, y in zip(self.x.tensor_split(self.parts), self.y.tensor_split(self.parts), strict=True):
             found = attack.find(f or self.f, x, y, self.generator)
-            left.append(correct(self.f, found, y))  # what was wrong before, find leaves as it is
+            left.append(correct(self.f, found, y))  # find does not change images that are misclassified already
         return share(torch.cat(left))
 
     def above(self, a: float, b: float) -> bool:
-        """Whether a share of the images is above another beyond their errors, see :func:`exceeds`."""
+        """Return whether share ``a`` of the images is significantly above share ``b``, see :func:`exceeds`."""
         return exceeds(a, b, len(self.x))
 
     def learnt(self, accuracy: float) -> bool:
-        """Whether it takes training to reach an accuracy: untrained networks reach twice that of chance by luck."""
+        """Return whether only a trained network reaches an accuracy; untrained ones may reach twice chance by luck."""
         return accuracy > min(0.5, 4 * self.chance)
 
 
@@ -172,21 +171,21 @@ def examine(
     generator: torch.Generator,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Finding]:
-    """Try a classifier on labelled images: an empty list where nothing is wrong.
+    """Run all checks on a classifier and return the problems found: an empty list if there are none.
 
-    A check that an earlier fault makes meaningless is skipped, and listed as such: mend the fault and examine again.
-    The model is left as it was, even where it changes itself.
+    A check that an earlier fault makes meaningless is skipped, and listed as such: fix the fault and examine again.
+    The model's parameters and buffers are restored afterwards, even if it changes them itself.
 
     Args:
-        model: images (B, C, H, W) in [0, 1] -> logits (B, K), on any device.
-        x, y: images in [0, 1] that are not trained on, at least 50, and their labels, int64 (N,).
-        threat: its radius and norm are attacked in; its other settings are not, so that a weak attack is not taken for
-            a strong model.
-        generator: of every draw, on the model's device.
-        progress: told the name of each check.
+        model: maps images (B, C, H, W) in [0, 1] to logits (B, K), on any device.
+        x, y: at least 50 images in [0, 1] that were not used for training, and their labels, int64 (N,).
+        threat: gives radius, norm and number of steps (at least 20 are used); its other settings are ignored, so that a
+            weak attack does not make a model look robust.
+        generator: source of all random numbers, on the model's device.
+        progress: called with the name of each check.
 
     Raises:
-        UserError: images outside [0, 1], labels that do not fit them, a radius of zero.
+        UserError: images outside [0, 1] or fewer than 50, labels that do not fit them, a radius of zero, an encoder.
     """
     checks.images(x)
     checks.no_encoder(model)
@@ -207,7 +206,7 @@ def examine(
                 continue
             try:
                 found = check(patient)
-            except Exception as error:  # somebody else's code
+            except Exception as error:  # the model may raise anything
                 found = fault(title(check), f"the model fails: {described(error)}", "mend what the message says")
             if found is not None:
                 findings.append(found)
@@ -225,7 +224,7 @@ def examine_split(
     seed: int = 0,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Finding]:
-    """:func:`examine` on ``count`` images drawn from a split, or on all if there are fewer."""
+    """Call :func:`examine` on ``count`` images drawn from a split, or on all of them if there are fewer."""
     if not split.labelled:
         raise UserError("a model is examined on labelled images, these have none")
     rows = torch.randperm(len(split), generator=rng.generator(seed, "doctor", "images"))[: max(count, 0)]
@@ -235,7 +234,7 @@ def examine_split(
 
 @contextmanager
 def preserve_state(model: nn.Module, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Yields a copy of parameters and buffers, and puts it back; the global random state is derived and put back."""
+    """Yield a copy of parameters and buffers and restore them; seed the global random state and restore it as well."""
     state = {name: v.detach().clone() for name, v in tensors(model)}
     devices = [generator.device] if generator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -250,48 +249,45 @@ def preserve_state(model: nn.Module, generator: torch.Generator) -> Iterator[dic
 
 
 def tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and all buffers, those that are not saved included."""
+    """Return all named parameters and buffers, including buffers that are not saved."""
     return [*model.named_parameters(), *model.named_buffers()]
 
 
 def exceeds(a: float, b: float, count: int) -> bool:
-    """Whether ``a`` is above ``b`` by more than 3 standard errors of two independent proportions of ``count`` images.
+    """Return whether ``a`` is above ``b`` by more than 3 standard errors, as proportions of ``count`` images each.
 
-    The pooled error √(2 p(1-p)/n).  Both are of the same images, whose difference has a smaller error: on purpose, as
-    of two good attacks one always breaks a few images more.
+    The error is √(2 p(1-p)/n), p the mean of both: that of independent samples.  Both are measured on the same images,
+    so the true error is smaller; it is overestimated on purpose, since of two good attacks one always breaks a few
+    images more.
     """
     pooled = (a + b) / 2
     return a - b > SIGMAS * math.sqrt(2 * pooled * (1 - pooled) / count)
 
 
 def title(check: Check) -> str:
-    """As people read it: ``flat-loss``."""
+    """Return the displayed name of a check, such as ``flat-loss``."""
     return check.__name__.replace("_", "-")
 
 
 def about(check: Check) -> str:
-    """What it looks at."""
+    """Return the first line of a check's docstring, without the full stop."""
     return (check.__doc__ or "").splitlines()[0].rstrip(".")
 
 
 def fault(name: str, what: str, fix: str) -> Finding:
-    """A finding that makes numbers wrong."""
     return Finding(name, "fault", what, fix)
 
 
 def described(error: Exception) -> str:
-    """An exception on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
 
 
 def share(hits: Tensor) -> float:
-    """Of true values."""
     return hits.double().mean().item()
 
 
 def percent(value: float) -> str:
-    """As texts write it."""
     return f"{100 * value:.1f} %"
 
 
@@ -305,7 +301,7 @@ def outputs(p: ModelUnderTest) -> Finding | None:
     try:
         with torch.no_grad():
             out = p.f(x)
-    except Exception as error:  # somebody else's code
+    except Exception as error:  # the model may raise anything
         fix = f"it has to take float32 images (batch, {', '.join(map(str, x.shape[1:]))}) on {x.device}"
         return fault("forward", f"the model fails on images of {shape}: {described(error)}", fix)
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x) or not out.dtype.is_floating_point:
@@ -339,7 +335,7 @@ def randomness(p: ModelUnderTest) -> Finding | None:
     """It gives the same images the same logits twice."""
     again = p.outputs(p.x)
     gap = (again - p.logits).abs().max().item()
-    if gap <= 1e-4 * p.logits.abs().max().item():  # float32 summed in another order differs by about 1e-6 of it
+    if gap <= 1e-4 * p.logits.abs().max().item():  # another order of float32 sums: relative error 1e-6
         return None
     turned = share(again.argmax(1) != p.logits.argmax(1))
     what = (
@@ -358,10 +354,10 @@ def batch(p: ModelUnderTest) -> Finding | None:
     try:
         with torch.no_grad():
             alone = torch.cat([p.f(x) for x in p.x[:8].split(1)])
-    except Exception as error:  # somebody else's code
+    except Exception as error:  # the model may raise anything
         return fault("batch", f"the model fails on one image alone: {described(error)}", fix)
     gap, spread = (alone - p.logits[:8]).abs().max().item(), p.logits.std(0).max().item()
-    if gap <= 0.01 * spread:  # kernels chosen by the size of the batch stay below, in half precision too
+    if gap <= 0.01 * spread:  # kernels chosen by batch size differ by less, in half precision too
         return None
     what = f"an image alone and in a batch of {len(p.x) // p.parts} differ by up to {gap:.3g} in the logits"
     return fault("batch", f"{what}, which have a deviation of {spread:.3g} over images", fix)
@@ -428,7 +424,7 @@ def inputs(p: ModelUnderTest) -> Finding | None:
     for name, (x, _, _) in others.items():
         try:
             out = p.outputs(x)
-        except Exception:  # one that refuses other ranges has said what it wants
+        except Exception:  # a model that rejects another input range does not want it
             continue
         accuracy = p.accuracy_of(out)
         if p.above(accuracy, p.accuracy) and p.learnt(accuracy):
@@ -436,7 +432,7 @@ def inputs(p: ModelUnderTest) -> Finding | None:
     if not better:
         return None
     name = min(better, key=lambda name: better[name][0])
-    if p.above(p.accuracy_of(p.trained), better[name][1]):  # then it is the batch norm's statistics
+    if p.above(p.accuracy_of(p.trained), better[name][1]):  # then the batch norm statistics are the cause
         return None
     _, how, fix = others[name]
     what = f"accuracy {percent(p.accuracy)} on images in [0, 1], {percent(better[name][1])} on images {how}"
@@ -448,9 +444,9 @@ def labels(p: ModelUnderTest) -> Finding | None:
     classes = p.logits.shape[1]
     told = p.logits.argmax(1)
     pairs = (p.y[0::2] * classes + told[0::2]).bincount(minlength=classes**2).view(classes, classes)
-    renamed = (pairs + 0.5 * torch.eye(classes, device=p.x.device)).argmax(1)  # as it is where nothing was seen
+    renamed = (pairs + 0.5 * torch.eye(classes, device=p.x.device)).argmax(1)  # classes without images keep their name
     held, hits = share(told[1::2] == p.y[1::2]), share(told[1::2] == renamed[p.y[1::2]])
-    if exceeds(hits, held, len(p.y[1::2])) and len(renamed.unique()) == classes:  # untrained heads confuse classes
+    if exceeds(hits, held, len(p.y[1::2])) and len(renamed.unique()) == classes:  # untrained heads merge classes
         moved = [f"{k} -> {renamed[k]}" for k in range(classes) if renamed[k] != k]
         shown = ", ".join(moved[:10]) + ", …" * (len(moved) > 10)
         what = f"accuracy {percent(held)}, {percent(hits)} if classes are renamed ({shown}), on images held out"
@@ -585,7 +581,7 @@ MASKED = (
 BASIS = (outputs, state, randomness, batch, logits, precision, inputs, modes, labels)
 ATTACKS = (gradient, flat_loss, one_step, noise, square, autoattack, radius)
 
-# Each check, and those whose fault would leave it without meaning.  Every attack needs all that comes before it.
+# Each check, with the checks it depends on: it is skipped if one of those finds a fault.
 CHECKS: dict[Check, tuple[Check, ...]] = {
     outputs: (),
     state: (outputs,),

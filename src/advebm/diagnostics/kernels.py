@@ -1,7 +1,7 @@
-"""Whether this machine computes convolutions rightly: each shape that a network meets, against float64.
+"""Check that this machine computes convolutions correctly: each shape that a network uses, against float64.
 
-Libraries choose another kernel for another CPU and another shape, and one of them may be wrong, write where it should
-not or never return.  So shapes are computed in a process of their own, which may die:
+Libraries choose different kernels for different CPUs and shapes, and one of them may give wrong results, write outside
+its memory or never return.  So convolutions run in a separate process, which may crash:
 ``python -m advebm.diagnostics.kernels``.
 """
 
@@ -25,24 +25,24 @@ from advebm.core.errors import UserError
 from advebm.models.precision import usable_precision
 
 COMMAND = (sys.executable, "-m", "advebm.diagnostics.kernels")
-REPEATS = 3  # of a shape: a kernel that reads what was there before may be right the first time
+REPEATS = 3  # calls for each shape: a kernel that reads stale memory may be right the first time
 START = 60.0  # seconds for a process to import torch
-PATIENCE = 8.0  # seconds for a shape before its process is given up
-FLOP = 4e9  # of a forward pass, at the most; of larger ones fewer images are taken
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}  # relative, in norm; right kernels are at 1e-6 and 0.003
+PATIENCE = 8.0  # seconds for one shape, after which its process is killed
+FLOP = 4e9  # limit for one forward pass; the batch is made smaller to stay below it
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}  # relative error in norm; correct kernels reach 1e-6 and 0.003
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution as it was called.
+    """The arguments of one call of a convolution.
 
     Attributes:
-        input, weight: shapes (B, C, …) and (O, C / groups, …); of a transposed one the weight's first is C.
-        channels_last: whether input and weight are laid out so.
+        input, weight: shapes (B, C, …) and (O, C / groups, …); for a transposed convolution (C, O / groups, …).
+        channels_last: whether the input and whether the weight is stored in channels-last order.
         bias: whether there is one.
-        stride, padding, dilation, output_padding: for each direction.
-        transposed: whether it is the gradient of a convolution.
-        groups: of channels.
+        stride, padding, dilation, output_padding: one number for each spatial dimension.
+        transposed: whether it is a transposed convolution.
+        groups: number of channel groups.
         dtype: ``float32`` or ``bfloat16``.
     """
 
@@ -67,19 +67,18 @@ class Convolution:
 
     @property
     def outputs(self) -> int:
-        """Channels of the output."""
         return self.weight[1] * self.groups if self.transposed else self.weight[0]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a kernel computes.
+    """The result of checking one convolution.
 
     Attributes:
-        convolution: the shape.
-        errors: of the output, of the gradient of the images and of that of the weight: ‖ours - float64's‖ over the
-            latter's norm, the largest of three calls; none where the process died.
-        died: how, ``killed by signal 11`` or ``never returned``.
+        convolution: what was computed.
+        errors: of the output, the gradient in the images and the gradient in the weight: ‖result - float64 result‖ /
+            ‖float64 result‖, the largest of three calls; empty if the process died or was killed.
+        died: how the process ended: ``killed by signal 11``, ``ended with status 1`` or ``never returned in 8 s``.
     """
 
     convolution: Convolution
@@ -88,7 +87,7 @@ class Verdict:
 
     @property
     def wrong(self) -> bool:
-        """Whether an error is beyond rounding, or there is none to look at."""
+        """Whether an error is NaN or larger than rounding explains, or the process died."""
         return bool(self.died) or not all(e < self.limit for e in self.errors)
 
     def __str__(self) -> str:
@@ -98,16 +97,16 @@ class Verdict:
 
     @property
     def limit(self) -> float:
-        """The error of rounding, at the most."""
+        """The largest relative error that rounding explains."""
         return TOLERANCE[self.convolution.dtype]
 
 
-# What oneDNN 3.12 gets wrong on CPUs without AVX-512; no network of this package calls it so (docs/cpu.md).
+# oneDNN 3.12 computes this wrongly on CPUs without AVX-512; no network of this package calls it (docs/cpu.md).
 KNOWN = Convolution((8, 2, 8, 8), (8, 2, 1, 1), (True, True), False, (2, 2), (0, 0), (1, 1), False, (0, 0), 1)
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every convolution that is called within it."""
+    """Records every convolution that is called inside the ``with`` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +127,7 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def convolutions(model: nn.Module, shape: Sequence[int], batch: int, precision: str = "float32") -> list[Convolution]:
-    """Those that a model calls for ``batch`` images of ``shape (C, H, W)``, each once; in float32 and ``precision``."""
+    """Return a model's distinct convolutions on ``batch`` images (C, H, W), in float32 and ``precision`` if usable."""
     weight = next(iter(model.parameters()), torch.empty(0))
     with _Recorder() as recorder, torch.no_grad():
         model(torch.rand(batch, *shape, device=weight.device))
@@ -138,7 +137,7 @@ def convolutions(model: nn.Module, shape: Sequence[int], batch: int, precision: 
 
 
 def errors(c: Convolution) -> tuple[float, ...]:
-    """Of one call, see :class:`Verdict`; the numbers that are convolved have no more digits than ``dtype``."""
+    """Return the errors of one call, see :class:`Verdict`; float64 gets the same inputs, rounded to ``c.dtype``."""
     dtype, generator = getattr(torch, c.dtype), torch.Generator().manual_seed(0)
     each = 2 * c.outputs
     for n in (*c.weight[1:], *c.input[2:]):
@@ -164,15 +163,13 @@ def errors(c: Convolution) -> tuple[float, ...]:
 
 
 class _Worker:
-    """A process that computes one shape after another."""
-
     def __init__(self) -> None:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process: Any = subprocess.Popen(COMMAND, text=True, **pipes)
         self.process = process
         self.lines: Queue[str] = Queue()
         Thread(target=self._listen, daemon=True).start()
-        while (line := self.lines.get(timeout=START)) != "ready\n":  # libraries may say something first
+        while (line := self.lines.get(timeout=START)) != "ready\n":  # skip what libraries print
             if not line:
                 raise UserError(f"{' '.join(COMMAND)} does not start: {process.communicate()[1][-500:].strip()}")
 
@@ -183,7 +180,7 @@ class _Worker:
         self.lines.put("")
 
     def ask(self, c: Convolution, patience: float) -> Verdict | None:
-        """Its verdict on a shape; None where it takes longer, which may be too little to say so."""
+        """Return the verdict on a convolution, or None if it takes longer than ``patience`` seconds."""
         end, calls = time.monotonic() + patience, list[list[float]]()
         with contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps(asdict(c)) + "\n")
@@ -197,11 +194,10 @@ class _Worker:
                 status = self.process.wait()
                 return Verdict(c, died=f"killed by signal {-status}" if status < 0 else f"ended with status {status}")
             calls.append(json.loads(line))
-        calls.pop()  # which only says that it is alive
+        calls.pop()  # the last line only says that the process is still alive
         return Verdict(c, tuple(max(errors, key=lambda e: (math.isnan(e), e)) for errors in zip(*calls, strict=True)))
 
     def close(self) -> None:
-        """End it, whatever it does."""
         self.process.kill()
         self.process.communicate()
 
@@ -209,10 +205,11 @@ class _Worker:
 def check(
     convolutions: Sequence[Convolution], *, limit: float = 30.0, progress: Callable[[int], None] = lambda done: None
 ) -> Iterator[Verdict]:
-    """A verdict on each, for as long as the ``limit`` in seconds allows, beside starting processes; then no more come.
+    """Yield a verdict on each convolution until ``limit`` seconds, starting processes included, have passed.
 
     Raises:
-        UserError: the process that computes does not start.
+        UserError: the process that computes ends before it is ready.
+        Empty: it is not ready after 60 seconds.
     """
     end, worker = time.monotonic() + limit, None
     try:
@@ -226,7 +223,7 @@ def check(
             if verdict is None and left < PATIENCE:
                 return
             verdict = verdict or Verdict(c, died=f"never returned in {PATIENCE:.0f} s")
-            if verdict.wrong:  # what it wrote may be anywhere
+            if verdict.wrong:  # it may have written anywhere in its memory
                 worker.close()
                 worker = None
             yield verdict
@@ -237,13 +234,13 @@ def check(
 
 
 def main() -> None:
-    """Answer each line of JSON, a :class:`Convolution`, by lines of its errors, and one that says it is still there."""
+    """Read a :class:`Convolution` as JSON from each input line; print the errors of three calls, one a line, and []."""
     print("ready", flush=True)
     for line in sys.stdin:
         plain: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}
         for _ in range(REPEATS):
             print(json.dumps(errors(Convolution(**plain))), flush=True)
-        list(map(bytes, range(1, 4096)))  # where the heap is damaged, this is the end
+        list(map(bytes, range(1, 4096)))  # many allocations, which crash if the heap is corrupted
         print("[]", flush=True)
 
 

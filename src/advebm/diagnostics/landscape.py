@@ -1,4 +1,4 @@
-"""The energy around images: in a plane of two directions, JEAT figure 2, and in numbers over many images."""
+"""Energy landscapes around images: on planes of two directions (JEAT figure 2), and as numbers over many images."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -15,12 +15,12 @@ Along = Literal["random", "gradient", "pca"]
 
 
 class Lie(NamedTuple):
-    """Where images lie in their planes; each (B,) float64.
+    """Shape of the energy around images in their planes; tensors (B,), float64 except ``edge``.
 
     Attributes:
-        offset: distance of the plane's lowest point from the image, in pixels of [0, 1].
-        depth: by how much that point is lower than the image, nats.
-        edge: bool, whether it lies on the plane's border, so that the lowest point proper is further away.
+        offset: l2 distance of the plane's lowest point from the image, in pixels of [0, 1].
+        depth: energy of the image minus that of the lowest point, nats.
+        edge: bool, whether the lowest point lies on the plane's border, so that the true minimum is further away.
         curvature: mean of the second derivatives along both directions at the image, nats / pixel².
         tilt: length of the gradient within the plane at the image, nats / pixel.
     """
@@ -35,22 +35,22 @@ class Lie(NamedTuple):
 def directions(
     along: Along, x: Tensor, energy: Energy, generator: torch.Generator, *, images: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Two orthogonal directions of length 1 for each image, each (B, C, H, W).
+    """Return two orthogonal directions of l2 norm 1 for each image, each (B, C, H, W).
 
     Args:
         along: ``random`` (Gaussian), ``gradient`` (of the energy, and a random one), or ``pca`` (the first two
             principal components of ``images``, the same for all).
-        x: (B, C, H, W).
-        energy: of ``x``.
-        generator: of random directions.
-        images: (N, C, H, W), for ``pca``.
+        x: images (B, C, H, W).
+        energy: energy whose gradient at ``x`` is used.
+        generator: source of random directions.
+        images: (N, C, H, W) with N >= 3, needed for ``pca``.
     """
     if along == "pca":
         if images is None or len(images) < 3:
             raise UserError("principal components take at least 3 images")
         flat = images.flatten(1)
-        _, axes = torch.linalg.eigh(flat.double().T.cov())  # eigenvalues rise
-        found = [axis * axis[axis.abs().argmax()].sign() for axis in (axes[:, -1], axes[:, -2])]  # a sign for good
+        _, axes = torch.linalg.eigh(flat.double().T.cov())  # in ascending order of eigenvalues
+        found = [axis * axis[axis.abs().argmax()].sign() for axis in (axes[:, -1], axes[:, -2])]  # makes signs unique
         first, second = (axis.view(1, *x.shape[1:]).expand_as(x).to(x) for axis in found)
         return first, second
     first = value_and_gradient(energy, x)[1] if along == "gradient" else randn(x, generator)
@@ -63,16 +63,16 @@ def directions(
 def plane(
     energy_of: Callable[[Tensor], Energy], x: Tensor, first: Tensor, second: Tensor, *, reach: float, count: int = 25
 ) -> Tensor:
-    """``E(x + a·first + b·second) - E(x)`` for a and b from -reach to reach: (B, count, count), a down, b across.
+    """Return ``E(x + a·first + b·second) - E(x)`` for a, b from -reach to reach: (B, count, count), a down, b across.
 
-    Points are not clamped: what lies outside [0, 1] is part of the picture.  As many go through the network at once as
-    their size allows.
+    Points are not clamped, so pixels may lie outside [0, 1].  The batch size follows from the size of the images.
 
     Args:
-        energy_of: positions (N,) into ``x``, in order, each perhaps several times -> the energy of N images like those.
+        energy_of: takes indices (N,) into ``x``, ascending and with repetitions, and returns an energy for N images
+            that belong to those rows.
         x, first, second: (B, C, H, W).
-        reach: in pixels of [0, 1], l2.
-        count: of points along a direction, odd, so that the middle one is the image.
+        reach: largest l2 distance along a direction, in pixels of [0, 1].
+        count: number of points along a direction, at least 3 and odd, so that the middle one is the image.
     """
     if count < 3 or count % 2 == 0:
         raise UserError(f"a plane has an odd number of points along a direction, at least 3, got {count}")
@@ -88,7 +88,7 @@ def plane(
 
 
 def lie(values: Tensor, reach: float) -> Lie:
-    """How images lie in planes (B, n, n) of :func:`plane`: the place of the lowest point, slope and curvature there.
+    """Locate the lowest point of planes (B, n, n) of :func:`plane` and measure slope and curvature at the image.
 
     Derivatives are central differences over one step of the grid.
     """

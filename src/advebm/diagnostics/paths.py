@@ -1,4 +1,4 @@
-"""What happens along chains: gradients of both energies, long runs, and runs between two seeds."""
+"""Measurements along sampling chains: gradients of both energies, long chains, interpolation between two seeds."""
 
 from typing import NamedTuple
 
@@ -13,19 +13,19 @@ from advebm.samplers.base import Sampler, marginal
 
 
 class Slopes(NamedTuple):
-    """Lengths of input gradients along chains, each (steps, B), nats / pixel."""
+    """l2 norms of the input gradients of E(x, y) and E(x) along chains, each (steps, B), nats / pixel."""
 
     joint: Tensor
     marginal: Tensor
 
     @property
     def share(self) -> Tensor:
-        """``‖∇E(x, y)‖ / (‖∇E(x, y)‖ + ‖∇E(x)‖)``, one half where they are equal."""
+        """``‖∇E(x, y)‖ / (‖∇E(x, y)‖ + ‖∇E(x)‖)``: one half if they are equal."""
         return self.joint / (self.joint + self.marginal).clamp_min(1e-12)
 
 
 def slopes(model: nn.Module, sampler: Sampler, y: Tensor, begin: Tensor, generator: torch.Generator) -> Slopes:
-    """Gradients of ``E(x, y)`` and ``E(x)`` at each step of a sampler's own chains, JEAT figures 12 and 13."""
+    """Measure a classifier's gradients of ``E(x, y)`` and ``E(x)`` along a sampler's chains, JEAT figures 12 and 13."""
     with searching(model) as f:
         if f(begin[:1]).numel() == 1:
             raise UserError("gradients of E(x, y) and E(x) take a classifier; a critic has one energy")
@@ -42,14 +42,14 @@ def slopes(model: nn.Module, sampler: Sampler, y: Tensor, begin: Tensor, generat
 
 
 class Chain(NamedTuple):
-    """Chains at the steps that were looked at.
+    """States of B chains at selected steps.
 
     Attributes:
-        steps: which.
-        energy: ``E(x)`` there, (len(steps), B), nats.
-        slope: ``‖∇E(x)‖``, nats / pixel: r of Nijkamp et al. (2019), before it is averaged.
-        saturated: share of pixels that lie on the border of [0, 1].
-        x: the chains, (len(steps), B, C, H, W).
+        steps: the selected steps.
+        energy: ``E(x)`` at these steps, (len(steps), B), nats.
+        slope: ``‖∇E(x)‖``, (len(steps), B), nats / pixel: r of Nijkamp et al. (2019), before it is averaged.
+        saturated: share of pixel values that are 0 or 1, (len(steps), B).
+        x: the images, (len(steps), B, C, H, W).
     """
 
     steps: list[int]
@@ -59,13 +59,14 @@ class Chain(NamedTuple):
     x: Tensor
 
     def strength(self, data: float) -> Tensor:
-        """d of Nijkamp et al. (2019): mean energy of data minus that of the chains, at each step."""
+        """Return d of Nijkamp et al. (2019): mean energy ``data`` of real images minus that of chains, at each step."""
         return data - self.energy.mean(1)
 
     def drift(self) -> tuple[float, float]:
-        """Change of the mean energy from the third to the last quarter of the run, and its standard error over chains.
+        """Return the change of mean energy from the third to the last quarter of the steps, and its standard error.
 
-        Within twice its error of 0 the chains may have a steady state; far from it they have none yet.
+        The error is over chains.  If 0 lies within twice the error, the chains may have reached a steady state;
+        otherwise they have not.
         """
         last, quarter = self.steps[-1], [s / self.steps[-1] for s in self.steps]
         third = [i for i, s in enumerate(quarter) if 0.5 <= s < 0.75]
@@ -79,7 +80,7 @@ class Chain(NamedTuple):
 def chain(
     model: nn.Module, sampler: Sampler, y: Tensor, begin: Tensor, generator: torch.Generator, *, looks: int = 60
 ) -> Chain:
-    """Chains of a sampler, looked at ``looks`` times at equal distances, the first and the last point among them."""
+    """Run chains of a sampler and record them at ``looks`` evenly spaced steps, the first and the last included."""
     when = sorted({round(k * sampler.steps / (looks - 1)) for k in range(looks)})
     seen: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
 
@@ -97,10 +98,10 @@ def chain(
 
 
 def between(first: Tensor, second: Tensor, centre: Tensor, count: int) -> Tensor:
-    """Seeds on the way from ``first`` to ``second`` (B, C, H, W): (B, count, C, H, W), ends included.
+    """Interpolate from ``first`` to ``second`` (B, C, H, W): (B, count, C, H, W) with both ends, clamped to [0, 1].
 
-    ``μ + cos(t) (a - μ) + sin(t) (b - μ)`` for t from 0 to π/2 is distributed as the ends are, if these are Gaussian
-    about ``centre`` μ; a straight line would lose half of the variance in the middle.
+    ``μ + cos(t) (a - μ) + sin(t) (b - μ)`` for t from 0 to π/2 has the distribution of the ends a and b if these are
+    Gaussian with mean ``centre`` μ; on a straight line the variance would be halved in the middle.
     """
     if count < 2:
         raise UserError(f"an interpolation has at least its 2 ends, got {count}")

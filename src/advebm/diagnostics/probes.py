@@ -1,4 +1,4 @@
-"""What the network sees: input gradients, images from features, energies of kinds of images."""
+"""Probes of a network: input gradients, images reconstructed from features, energies of several sets of images."""
 
 from collections.abc import Mapping
 
@@ -13,9 +13,9 @@ from advebm.samplers.base import joint_or_marginal, marginal
 
 
 def saliency(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """``-∇E(x, y)``, what would make each image more like its class, Tsipras et al. (2019); (B, C, H, W).
+    """Return ``-∇E(x, y)`` (B, C, H, W), which makes an image more like its class, Tsipras et al. (2019).
 
-    Of a critic ``-∇E(x)``.
+    For a critic: ``-∇E(x)``.
     """
     with searching(model) as f:
         return -value_and_gradient(joint_or_marginal(f, x, y), x)[1]
@@ -24,17 +24,18 @@ def saliency(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def invert(
     model: Network, target: Tensor, begin: Tensor, *, steps: int = 200, size: float = 0.0125, last: float = 0.05
 ) -> tuple[Tensor, Tensor]:
-    """Images from features: descends ``‖g(x) - g(x*)‖²`` from ``begin``, Engstrom et al. (2019).
+    """Reconstruct images from features: minimise ``‖g(x) - g(x*)‖²`` from ``begin``, Engstrom et al. (2019).
 
     Args:
-        model: whose features g are.
-        target: x* (B, C, H, W).
-        begin: where x begins.
-        steps: of unit direction, each of a root mean square of ``size``, which shrinks to a share ``last`` of itself.
-        size, last: see there.
+        model: network with the features g.
+        target: images x* (B, C, H, W).
+        begin: initial x (B, C, H, W).
+        steps: number of descent steps along the normalised gradient.
+        size: root mean square over pixels of the first step.
+        last: factor by which the step length has shrunk at the end, exponentially.
 
     Returns:
-        x, and how much of the distance to x* in features is left, (B,), as a share of that at the beginning.
+        x, and its distance to x* in features divided by the initial distance, (B,).
     """
     with searching(model):
         wanted = model.features(target).detach()
@@ -47,7 +48,7 @@ def invert(
 
 
 def populations(model: nn.Module, sets: Mapping[str, Tensor], *, batch: int = 500) -> dict[str, Tensor]:
-    """``E(x)`` (N,) float64 of each set of images, bytes or floating point."""
+    """Return ``E(x)`` (N,), float64 on the CPU, of each set of images, which are uint8 or floating point."""
     device = device_of(model)
     with searching(model) as f, torch.no_grad():
         energy = marginal(f)

@@ -1,4 +1,4 @@
-"""Edits of images by a model's energy.  What the command does with files is in sampling.edit_job."""
+"""Edits of images by a model's energy.  The command's reading and writing of files is in ``sampling.edit_job``."""
 
 from advebm.core.lazy import exports
 

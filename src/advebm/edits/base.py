@@ -1,4 +1,4 @@
-"""What all edits share: the problem, the result, and how both are checked."""
+"""The base class of all edits, the problem that an edit poses, and its result."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from advebm.samplers.base import geometric, marginal
 
 
 class Edited(NamedTuple):
-    """What came of some images, all on the CPU.
+    """The results of an edit of N images, all on the CPU.
 
     Attributes:
-        x: the results (N, C, H, W) in [0, 1].
-        begin: where the search began (N, C, H, W): the image itself, or with its hole filled, or enlarged.
-        film: the way from there to the result (N, F, C, H, W).
-        moments: the steps that the film shows, F of them.
-        numbers: (N,) each, float64: ``energy before`` and ``energy after``, what was lowered (nats); ``distance``
-            (l2, pixels of [0, 1]) from ``begin``; of a classifier and a class ``confidence before`` and ``after``.
-        series: (N, F) each, float64: numbers along the film.
+        x: the edited images (N, C, H, W) in [0, 1].
+        begin: the start of the search (N, C, H, W): the image itself, or with its hole filled, or enlarged.
+        film: F images from ``begin`` to the result (N, F, C, H, W).
+        moments: the F step numbers that the film shows.
+        numbers: (N,) each, float64: ``energy before`` and ``energy after``, the minimised energy (nats); ``distance``
+            (l2, pixels of [0, 1]) from ``begin``; given a class, ``confidence before`` and ``confidence after``.
+        series: (N, F) each, float64: values along the film, if the edit has any.
     """
 
     x: Tensor
@@ -40,7 +40,7 @@ class Edited(NamedTuple):
 
 
 def join_parts(parts: Sequence[Edited]) -> Edited:
-    """Edits of one kind, one after the other."""
+    """Concatenate results of the same edit; ``moments`` are those of the first."""
     first = parts[0]
     numbers = {name: torch.cat([part.numbers[name] for part in parts]) for name in first.numbers}
     series = {name: torch.cat([part.series[name] for part in parts]) for name in first.series}
@@ -49,15 +49,17 @@ def join_parts(parts: Sequence[Edited]) -> Edited:
 
 
 class Problem(NamedTuple):
-    """What an edit hands to the loop, besides the network's energy.
+    """What an edit passes to the descent, besides the network's energy.
 
     Attributes:
-        start: (B, C, H, W) in [0, 1].
-        constraint: what results have to obey.
-        origin: what the constraint is about.
-        fixed: differentiable, the identity on what obeys the constraint: spares steps in directions that it undoes.
-        data: a term to be added to the energy.
-        share: of the values that may move, (B,) or for all.
+        start: first iterate (B, C, H, W) in [0, 1].
+        constraint: projection after each step.
+        origin: reference image of the constraint: its ball's centre, its known pixels, or the image whose block means
+            it keeps.
+        fixed: differentiable map applied before the network's energy, the identity on images that satisfy the
+            constraint; it removes the part of the gradient that the constraint would cancel.
+        data: term added to the energy; None: no term.
+        share: share of an image's values that may change, (B,) or one number for all images.
     """
 
     start: Tensor
@@ -70,16 +72,16 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Edit:
-    """Steps ``x ← Π[x - α ∇E / ‖∇E‖]`` from an image; abstract.
+    """Base class of edits: steps ``x ← Π[x - α ∇E / ‖∇E‖]`` from an image; abstract.
 
     Attributes:
         steps: number of steps.
-        step_size: α, pixels of [0, 1], l2; none takes ``stride`` times √D for the D values of an image that may move,
-            so that it is a root mean square.
-        step_decay: what α has shrunk to at the end, as a share, geometrically.
-        radius: of an l2 ball around the image, pixels of [0, 1]; none for no ball.
-        energy: what is lowered where a class is given: ``joint`` E(x, y) = -f_y or ``conditional`` E(x, y) - E(x), the
-            cross-entropy; without a class it is E(x).
+        step_size: α, l2 length of a step in pixels of [0, 1]; None: ``stride`` times √D for the D values of an image
+            that may change, so that ``stride`` is the root mean square of their changes.
+        step_decay: factor by which α has decayed, geometrically, at the end.
+        radius: radius of an l2 ball around the image, pixels of [0, 1]; None: no ball.
+        energy: the energy to lower if a class is given: ``joint`` E(x, y) = -f_y or ``conditional`` E(x, y) - E(x), the
+            cross-entropy.  Without a class it is E(x).
     """
 
     steps: int = 40
@@ -100,17 +102,17 @@ class Edit:
                 raise UserError(f"{name} is > 0 or none, got {value}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """The problem of some images (B, C, H, W) and, where the edit takes one, a hole (B, 1, H, W)."""
+        """Return the problem for images (B, C, H, W) and, if the edit takes one, a hole (B, 1, H, W), bool."""
         raise NotImplementedError("Edit is abstract; use Translate, Inpaint or another of its kinds")
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
-        """The search in images of which so many values move, (B,)."""
+        """Return the descent; ``values`` (B,) is the number of values of each image that may change."""
         size = values.sqrt() * self.stride if self.step_size is None else torch.full_like(values, self.step_size)
         direction: Direction = lambda gradient, memory: per_sample(size, gradient) * unit(gradient, memory)
         return Descent(self.steps, geometric(1.0, self.step_decay), direction, constraint)
 
     def within(self, *constraints: Constraint) -> Constraint:
-        """The ball, where there is one, then the box, then others."""
+        """Return the projection onto the ball (if ``radius`` is set), then onto [0, 1], then ``constraints``."""
         return both(*([] if self.radius is None else [l2_ball(self.radius)]), box(), *constraints)
 
     def __call__(
@@ -124,16 +126,16 @@ class Edit:
         observe: Observer | None = None,
         frames: int = 7,
     ) -> Edited:
-        """Edit some images.
+        """Edit images.
 
         Args:
             model: classifier ``(B, K)`` or critic ``(B,)`` or ``(B, 1)`` on images in [0, 1].
-            x: images (B, C, H, W) in [0, 1], bytes or floating point.
-            y: classes (B,) to move to; none for E(x).  A critic has none.
-            hole: bool (H, W), (1, H, W) or (B, 1, H, W), true where pixels are to be made, for edits that take one.
-            generator: of every draw, on the model's device.
-            observe: sees every step, see :class:`advebm.descent.Descent`; raise there to stop.
-            frames: pictures of the film, at most steps + 1.
+            x: images (B, C, H, W), uint8, or floating point in [0, 1].
+            y: target classes (B,); None: lower E(x).  A critic takes no classes.
+            hole: bool (H, W), (1, H, W) or (B, 1, H, W), true where pixels are to be filled, for edits that take one.
+            generator: random generator on the model's device.
+            observe: called at every step, see :class:`advebm.descent.Descent`; it may raise to stop the edit.
+            frames: number of film images, at most steps + 1; the start and the result are always among them.
         """
         x, y = taken(x, model), None if y is None else y.to(device_of(model))
         problem = self.pose(x, expand_hole(hole, x), generator)
@@ -141,7 +143,11 @@ class Edit:
             return self.follow(problem, self.lowered(f, problem.start, y), f, y, observe, frames)
 
     def lowered(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
-        """The network's energy for images like ``x`` and classes ``y``."""
+        """Return the network's energy for classes ``y (B,)``, or E(x) for None.
+
+        Raises:
+            UserError: classes for a critic, or classes that do not fit the images ``x`` or the outputs.
+        """
         out = outputs(f, x)
         if y is None:
             return marginal(f)
@@ -163,7 +169,7 @@ class Edit:
         observe: Observer | None,
         frames: int,
     ) -> Edited:
-        """Run the loop on a problem and look back."""
+        """Run the descent on a problem, and return its result, film and numbers."""
         start, data = problem.start, problem.data
         total = lambda z: energy(problem.fixed(z)) + (0.0 if data is None else data(z))
         search = self.descent(problem.constraint, start.new_full((len(start),), start[0].numel()) * problem.share)
@@ -190,9 +196,9 @@ class Edit:
 
 
 def taken(x: Tensor, *models: nn.Module) -> Tensor:
-    """Images, bytes or floating point in [0, 1], as floating point where the first model is.
+    """Return the images, uint8 or floating point in [0, 1], as floating point on the first model's device.
 
-    Anything else is refused, and so are encoders, whose outputs are no logits.
+    Other images raise an error, and so do encoders, whose outputs are not logits.
     """
     for model in models:
         checks.no_encoder(model)
@@ -200,7 +206,7 @@ def taken(x: Tensor, *models: nn.Module) -> Tensor:
 
 
 def outputs(f: Logits, x: Tensor) -> Tensor:
-    """(B, K), or (B, 1) of a critic; a network that does not take images of this size says so."""
+    """Return the outputs for the first image, (1, K), or (1, 1) of a critic; UserError if its size does not fit."""
     try:
         with torch.no_grad():
             return f(x[:1]).reshape(len(x[:1]), -1)
@@ -210,17 +216,17 @@ def outputs(f: Logits, x: Tensor) -> Tensor:
 
 
 def confidence(f: Logits, x: Tensor, y: Tensor) -> Tensor:
-    """``p(y|x)``, (B,)."""
+    """Return ``p(y|x)``, (B,)."""
     return (-energies.conditional(f(x), y)).exp()
 
 
 def length(x: Tensor) -> Tensor:
-    """l2, (B,)."""
+    """Return the l2 norm of each sample, (B,)."""
     return x.flatten(1).norm(dim=1)
 
 
 def expand_hole(hole: Tensor | None, x: Tensor) -> Tensor | None:
-    """A mask for each image, bool (B, 1, H, W)."""
+    """Return one mask per image, bool (B, 1, H, W); raise UserError if its size differs or it is empty or full."""
     if hole is None:
         return None
     hole = hole.to(x.device).bool()
@@ -236,7 +242,7 @@ def expand_hole(hole: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def box_hole(size: tuple[int, int], left: int, top: int, right: int, bottom: int) -> Tensor:
-    """A rectangle as a mask (H, W): columns ``left`` to ``right - 1``, rows ``top`` to ``bottom - 1``."""
+    """Return a bool mask (H, W), true in columns ``left`` to ``right - 1`` of rows ``top`` to ``bottom - 1``."""
     height, width = size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         got = f"{left},{top},{right},{bottom}"
@@ -247,6 +253,6 @@ def box_hole(size: tuple[int, int], left: int, top: int, right: int, bottom: int
 
 
 def hold_outside(start: Tensor, hole: Tensor, constraint: Constraint) -> Problem:
-    """The problem of a hole (B, 1, H, W) in an image, of which the rest stays."""
+    """Return the problem in which only the pixels of a hole (B, 1, H, W) change."""
     share = hole.to(start.dtype).mean((1, 2, 3))
     return Problem(start, constraint, start, lambda z: torch.where(hole, z, start), share=share)

@@ -1,4 +1,4 @@
-"""Edits that restore an image of which a part is known: inpaint, denoise, upsample."""
+"""Edits that restore an image from partial information: inpaint, denoise, upsample."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -20,8 +20,8 @@ class Inpaint(Edit):
     """A hole filled so that the whole has low energy; known pixels stay as they are, to the bit.
 
     Attributes:
-        fill: what the hole begins with: ``smooth`` (each pixel the mean of its neighbours), ``mean`` (of the known
-            pixels, a value a channel) or ``noise`` (uniform).
+        fill: first content of the hole: ``smooth`` (each pixel the mean of its neighbours), ``mean`` (of the known
+            pixels, per channel) or ``noise`` (uniform).
     """
 
     fill: Literal["smooth", "mean", "noise"] = "smooth"
@@ -29,7 +29,7 @@ class Inpaint(Edit):
     stride: ClassVar[float] = 0.003
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """From the filled image, with known pixels held."""
+        """Start from the filled image, with known pixels held fixed."""
         if hole is None:
             raise UserError("inpainting takes a hole: a mask, true or white where pixels are to be made")
         known = ~hole
@@ -42,9 +42,9 @@ class Inpaint(Edit):
 
 
 def smooth(x: Tensor, hole: Tensor) -> Tensor:
-    """Filled from the means of known pixels at half the size, and so on, then each pixel the mean of its 4 neighbours.
+    """Fill the hole from means of known pixels at half the size, recursively, then smooth it by 50 sweeps.
 
-    The last by 50 sweeps, near the harmonic filling.
+    A sweep sets each pixel of the hole to the mean of its 4 neighbours; the result is near the harmonic filling.
     """
     if not hole.any():
         return x
@@ -63,17 +63,18 @@ def smooth(x: Tensor, hole: Tensor) -> Tensor:
 class Denoise(Edit):
     """Noise taken out: by ``gaussian`` noise of deviation σ, the x of least ``λ E(x) + ‖x - b‖² / 2σ²`` for an image b.
 
-    Steps of σ²/2 lead to where ``x = b - λ σ² ∇E(x)``, with the gradient at x: for λ = 1 and the energy of clean images
-    the most likely x given b.  The posterior mean (Miyasawa, 1961) is another image, ``b - σ² ∇E(b)`` with the energy
-    of noisy ones.  ``salt-and-pepper`` noise leaves most pixels as they were: those that are black or white in all
-    channels, and off the median of the 3 x 3 pixels around by more than ``off``, are made anew from that median by
-    unit steps, the others held.
+    Gradient steps of size σ²/2 converge to ``x = b - λ σ² ∇E(x)``, with the gradient at x: for λ = 1 and the energy of
+    clean images the most likely x given b.  The posterior mean (Miyasawa, 1961) is another image, ``b - σ² ∇E(b)`` with
+    the energy of noisy images.  ``salt-and-pepper`` noise leaves most pixels unchanged: only pixels that are black or
+    white in all channels, and differ from the median of the 3 x 3 pixels around them by more than ``off``, are replaced
+    by that median and then moved by unit steps; the others are held fixed.
 
     Attributes:
-        noise: which.
-        sigma: σ, pixels of [0, 1]; of gaussian noise.
-        prior: λ; 0 leaves the image as it is.
-        off: as above; of salt and pepper.
+        step_size: for gaussian noise a factor on the gradient, None: σ²/2; for salt and pepper as in :class:`Edit`.
+        noise: kind of noise.
+        sigma: σ, pixels of [0, 1], for gaussian noise.
+        prior: λ; 0 leaves the image as it is, with gaussian noise.
+        off: threshold of the difference from the median, pixels of [0, 1], for salt and pepper.
     """
 
     steps: int = 20
@@ -91,7 +92,7 @@ class Denoise(Edit):
             raise UserError(f"sigma is > 0, prior >= 0 and off lies in [0, 1), got {got}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """From the noisy image."""
+        """Start from the noisy image, for salt and pepper with the noisy pixels replaced by medians."""
         if self.noise == "gaussian":
             data: Energy = lambda z: (z - x).square().flatten(1).sum(1) / (2 * self.sigma**2)
             return Problem(x, self.within(), x, data=data)
@@ -101,12 +102,11 @@ class Denoise(Edit):
         return hold_outside(start, extreme, self.within(hold(~extreme)))
 
     def lowered(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
-        """λ times the energy."""
         energy = super().lowered(f, x, y)
         return lambda z: self.prior * energy(z)
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
-        """Raw steps where there is a data term."""
+        """Return a descent by raw gradients for gaussian noise, else that of :class:`Edit`."""
         if self.noise == "gaussian":
             size = self.step_size or self.sigma**2 / 2
             return Descent(self.steps, geometric(size, self.step_decay), raw, constraint)
@@ -114,7 +114,7 @@ class Denoise(Edit):
 
 
 def median(x: Tensor) -> Tensor:
-    """Of the 3 x 3 pixels around each, channel by channel."""
+    """Return the median of the 3 x 3 pixels around each pixel, per channel; the border is replicated."""
     count, channels, height, width = x.shape
     near = pad(x, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
     return near.reshape(count, channels, height, width, 9).median(-1).values
@@ -125,7 +125,7 @@ class Upsample(Edit):
     """A larger image of low energy whose means over blocks are the small image, within 1e-6.
 
     Attributes:
-        factor: edge of a block.
+        factor: edge length of a block in pixels, and so the enlargement.
     """
 
     factor: int = 2
@@ -138,7 +138,7 @@ class Upsample(Edit):
             raise UserError(f"factor is at least 2, got {self.factor}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """From the bicubic enlargement, as near as it obeys the constraint."""
+        """Start from the bicubic enlargement, projected onto the constraint."""
         blocks = repeat_pixels(x, self.factor)
         keep = means(self.factor)
         start = keep(interpolate(x, scale_factor=self.factor, mode="bicubic", align_corners=False), blocks)

@@ -30,11 +30,11 @@ from advebm.samplers.base import geometric
 class Translate(Edit):
     """An image of one kind made into one of another, Yin et al. (2022), figure 7: descent on the other's energy.
 
-    The other kind is a class of a classifier, or whatever a critic was trained on; the image's own kind need not be
-    known to it.  How far it goes is how many steps are taken.
+    The other kind is a class of a classifier, or the data that a critic was trained on; the network need not know the
+    image's own kind.  The number of steps sets how far the image moves.
 
     Attributes:
-        amount: share of ``steps`` that is taken: 0 leaves the image as it is, 1 is all of it, 2 twice as much.
+        amount: factor on ``steps``: 0 leaves the image as it is, 1 takes all steps, 2 twice as many.
     """
 
     amount: float = 1.0
@@ -47,11 +47,10 @@ class Translate(Edit):
             raise UserError(f"amount is >= 0, got {self.amount}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """From the image, in the box."""
         return Problem(x, self.within(), x)
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
-        """With ``amount`` of the steps."""
+        """Return the descent with ``amount`` times the steps."""
         return replace(super().descent(constraint, values), steps=round(self.amount * self.steps))
 
 
@@ -59,13 +58,12 @@ class Translate(Edit):
 class Paint(Edit):
     """A sketch, or an image with strokes painted over, made real: descent from it, near it, by the class it shall be.
 
-    With a hole, that is where it was painted, only these pixels move and the others stay as they are, to the bit.
+    With a hole, the mask of painted pixels, only these change; the others stay exactly as they are.
     """
 
     energy: Literal["joint", "conditional"] = "conditional"
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """From the image as painted."""
         if hole is None:
             return Problem(x, self.within(), x)
         return hold_outside(x, hole, self.within(hold(~hole)))
@@ -75,11 +73,11 @@ class Paint(Edit):
 class Compose(Edit):
     """Images of low ``Σ w_i E_i``, of several networks or classes, Du et al. (2020): w > 0 asks for, w < 0 refuses.
 
-    Energies of different networks have different scales; weights have to make up for that.  Of a class that is refused
-    the conditional energy is the one to take: E(x, y) has no ceiling.
+    Energies of different networks have different scales, which the weights have to compensate.  Use the conditional
+    energy for a class with negative weight: E(x, y) has no upper bound.
 
     Attributes:
-        weights: w_i; none for 1 each.
+        weights: w_i; None: 1 each.
     """
 
     weights: tuple[float, ...] | None = None
@@ -88,7 +86,6 @@ class Compose(Edit):
     cites: ClassVar[tuple[str, ...]] = ("binary-at", "du2020")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """From the seeds."""
         return Problem(x, self.within(), x)
 
     def __call__(  # type: ignore[override]
@@ -98,7 +95,10 @@ class Compose(Edit):
         classes: Sequence[int | None],
         **options: Any,
     ) -> Edited:
-        """Move seeds ``x (B, C, H, W)``; each network has a class, or none for its E(x)."""
+        """Edit seeds ``x (B, C, H, W)``; each network has a class, or None for its E(x).
+
+        ``options`` are ``observe`` and ``frames``, see :class:`Edit`.
+        """
         weights = (1.0,) * len(models) if self.weights is None else self.weights
         if not models or not len(models) == len(classes) == len(weights):
             got = f"{len(models)}, {len(classes)} and {len(weights)}"
@@ -118,12 +118,13 @@ class Compose(Edit):
 class Interpolate(Edit):
     """Images on the way from each image to the next, moved to low energy; the given ones stay as they are.
 
-    At t of a way between images that are held steps are sin(πt) as long, so that nothing leaps next to the ends.
+    With held ends, the step at position t in [0, 1] of the way has a factor sin(πt), so that images near the ends do
+    not jump.
 
     Attributes:
-        count: images of a way, both ends among them.
-        way: ``spherical``, about mid grey, which keeps the contrast, or ``linear``.
-        ends: ``held``, or ``moved`` where they are seeds like all others.
+        count: number of images from one image to the next, both included.
+        way: ``spherical`` around mid grey, which keeps the contrast, or ``linear``.
+        ends: ``held`` fixed, or ``moved`` like the other images.
     """
 
     count: int = 9
@@ -139,7 +140,7 @@ class Interpolate(Edit):
             raise UserError(f"an interpolation has at least its 2 ends, got count {self.count}")
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
-        """With steps by the place on the way."""
+        """Return the descent with steps scaled by the position on the way, if ends are held."""
         search = super().descent(constraint, values)
         if self.ends == "moved":
             return search
@@ -148,9 +149,10 @@ class Interpolate(Edit):
         return replace(search, direction=direction)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None = None, **options: Any) -> Edited:
-        """Of images (B, C, H, W), ((B - 1) · count, C, H, W): way after way.
+        """Interpolate images (B, C, H, W); results are ((B - 1) · count, C, H, W), one way after another.
 
-        With classes ``y (B,)`` what is lowered goes from the energy of one class to that of the next.
+        With classes ``y (B,)`` the energy is ``(1 - t) E_a + t E_b``, from the class of one image to that of the next.
+        ``options`` are ``observe`` and ``frames``, see :class:`Edit`.
         """
         if len(x) < 2:
             raise UserError(f"an interpolation takes at least 2 images, got {len(x)}")
@@ -173,9 +175,10 @@ class Interpolate(Edit):
 
 
 def spherical(a: Tensor, b: Tensor, t: Tensor, centre: float = 0.5) -> Tensor:
-    """From ``a`` at t = 0 to ``b`` at 1, (B, C, H, W), t (B,): directions from ``centre`` turn evenly (Shoemake, 1985).
+    """Interpolate spherically from ``a`` (t = 0) to ``b`` (t = 1), both (B, C, H, W), t (B,): Shoemake (1985).
 
-    Distances from ``centre`` go evenly, too.  Where the ends have one direction or opposite ones the way is straight.
+    The direction from ``centre`` turns at constant speed, and the distance from it is linear in t.  Ends in the same or
+    opposite directions are interpolated linearly.
     """
     u, v, share = (a - centre).flatten(1), (b - centre).flatten(1), t[:, None]
     first, second = (z.norm(dim=1, keepdim=True) for z in (u, v))
@@ -192,15 +195,16 @@ def spherical(a: Tensor, b: Tensor, t: Tensor, centre: float = 0.5) -> Tensor:
 class Counterfactual(Edit):
     """The nearest image that is taken for another class, with ``p(y|x)`` of at least ``level``, within a ball.
 
-    As in RATIO (Augustin et al., 2020), descent on the cross-entropy of the class in l2 balls; here the radius is
-    halved between the largest that failed and the smallest that succeeded, for each image.  Distances are upper
-    bounds, as another search might find something nearer.
+    As in RATIO (Augustin et al., 2020), it descends the cross-entropy of the class in l2 balls; here the radius is
+    found by bisection for each image, between the largest that failed and the smallest distance that succeeded.
+    Distances are upper bounds, as another search might find a nearer image.
 
     Attributes:
-        steps: of each search, of length ``2.5 r / steps`` in a ball of radius r unless ``step_size`` says otherwise.
-        radius: of the largest ball; none takes 0.25 √D, a root mean square of 0.25.
+        steps: number of steps of each search, of length ``2.5 r / steps`` in a ball of radius r unless ``step_size`` is
+            set.
+        radius: radius of the largest ball, which comes first; None: 0.25 √D, a root mean square of 0.25.
         level: ``p(y|x)`` that counts as reached.
-        searches: number of balls.
+        searches: number of balls, the largest included.
     """
 
     energy: Literal["joint", "conditional"] = "conditional"
@@ -215,11 +219,15 @@ class Counterfactual(Edit):
             raise UserError(f"level lies in (0, 1) and searches is at least 1, got {self.level} and {self.searches}")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None = None, **options: Any) -> Edited:
-        """Counterfactuals of images for classes ``y (B,)``; without, of the second most likely class of each.
+        """Find counterfactuals for classes ``y (B,)``; None: the second most likely class of each image.
 
-        ``numbers`` also hold ``reached``, 1 or 0, and ``from`` and ``to``, the classes; an image that is of its class
-        already stays.  The film goes straight from image to result in hundredths, its ``series`` hold ``confidence`` in
-        the new class, ``confidence in the old class`` and ``distance``.
+        An image with ``p(y|x)`` of at least ``level`` stays as it is.  ``numbers`` also hold ``reached``, 1 or 0, and
+        ``from`` and ``to``, the classes.  The film is a straight line from the image to the result, its ``moments`` are
+        hundredths of the way, and ``series`` hold ``confidence`` in the new class, ``confidence in the old class`` and
+        ``distance``.
+
+        Raises:
+            UserError: the network is a critic.
         """
         x, frames = taken(x, model), max(options.get("frames", 7), 2)
         with searching(model) as f, torch.no_grad():
@@ -256,7 +264,7 @@ class Counterfactual(Edit):
         return Edited(best.cpu(), x.cpu(), film.cpu(), moments, told, shown)
 
     def _within(self, radius: Tensor) -> Descent:
-        """In a ball for each image."""
+        """Return the descent within l2 balls of radii (B,), one for each image."""
         size = 2.5 * radius / max(self.steps, 1) if self.step_size is None else torch.full_like(radius, self.step_size)
         direction: Direction = lambda gradient, memory: per_sample(size, gradient) * unit(gradient, memory)
         return Descent(self.steps, geometric(1.0, self.step_decay), direction, both(l2_ball(radius), box()))

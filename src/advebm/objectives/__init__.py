@@ -1,4 +1,4 @@
-"""Objectives: what a training step searches for and what it then minimises."""
+"""Objectives: what each training step searches for, and the loss it then minimises."""
 
 from advebm.core.lazy import exports
 

@@ -16,12 +16,12 @@ ENERGY_STEP = Attack(eps=8 / 255, steps=1, loss="energy")
 
 
 def with_step(attack: Attack, factor: float) -> Attack:
-    """An attack whose step is ``factor`` times eps, unless it has one of its own."""
+    """Return the attack with ``step_size = factor * eps``; unchanged if it has a ``step_size`` or eps is 0."""
     return attack if attack.step_size is not None or not attack.eps else replace(attack, step_size=factor * attack.eps)
 
 
 def check_energy(attack: Attack) -> None:
-    """Refuse an attack on anything but E(x, y)."""
+    """Raise UserError unless the attack's loss is ``energy``, E(x, y)."""
     if attack.loss != "energy":
         raise UserError(f"this method attacks the energy, so attack.loss is energy, got {attack.loss}")
 
@@ -32,8 +32,8 @@ class AT(Stateless):
 
     Attributes:
         attack: the inner maximisation.
-        search_mode: batch norm during the search: ``eval`` (running statistics, as the reference code does) or
-            ``train`` (the batch's, moving nothing).
+        search_mode: statistics that batch norm uses during the search: ``eval`` (running ones, as in the reference
+            code) or ``train`` (those of the batch, without updating the running ones).
     """
 
     attack: Attack = Attack(steps=7)
@@ -45,21 +45,18 @@ class AT(Stateless):
         check_choices(self)
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
-        """Adversarial images (B, C, H, W)."""
         attack = self.inner()
         with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
             return attack.raise_loss(f, batch.x, batch.y, ctx.generator)
 
     def inner(self) -> Attack:
-        """The attack that is run."""
+        """Return the attack that :meth:`search` runs; subclasses override it to set a default step size."""
         return self.attack
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
-        """``CE(x̂, y)``."""
         return cross_entropy(model, found, batch.y)
 
     def adversarial(self, batch: Batch, found: Tensor) -> Tensor:
-        """The images that the search moved."""
         return found
 
 
@@ -67,11 +64,11 @@ class AT(Stateless):
 class PreJEAT(AT):
     """AT by one step of the energy attack, JEAT algorithm 2: ``x̂`` raises E(x, y), the cross-entropy falls at ``x̂``.
 
-    From a uniform start.  The algorithm does not clamp x̂ to [0, 1]; here it is.
+    The step starts from a uniform draw in the ball.  x̂ is clamped to [0, 1], which the paper's algorithm does not do.
 
     Attributes:
-        attack: the energy attack; a ``step_size`` of none is eps here.
-        search_mode: as for ``at``.
+        attack: the energy attack; ``step_size`` None: eps.
+        search_mode: see :class:`AT`.
     """
 
     attack: Attack = ENERGY_STEP
@@ -83,5 +80,4 @@ class PreJEAT(AT):
         check_energy(self.attack)
 
     def inner(self) -> Attack:
-        """The attack, with its step."""
         return with_step(self.attack, 1.0)

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation around any other objective."""
+"""Adversarial weight perturbation, applied to another objective."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -14,14 +14,14 @@ from advebm.objectives.wrapper import Wrapper
 
 
 class AWPResult(NamedTuple):
-    """What the inner objective found, and how far each weight is moved."""
+    """The search result of the inner objective, and the perturbation of each weight by parameter name."""
 
     inner: Any
     moves: dict[str, Tensor]
 
 
 class _Loss(nn.Module):
-    """An objective's loss as a module, so that it can be called with other weights."""
+    """An objective's loss as a module, so that ``functional_call`` can evaluate it with other weights."""
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class _Loss(nn.Module):
 class AWP(Wrapper):
     """The loss of another objective at ``w + v``, ``v`` raising it: Wu et al. (2020), as in their code.
 
-    ``v = gamma ‖w‖ g / ‖g‖`` for each weight of a convolution or linear layer (no biases, no norms), g the gradient of
-    the loss at what the inner search found.  The gradient at w + v then updates w.  Weight decay pulls at w (in the
-    authors' code, which moves the weights in place, at w + v).
+    ``v = gamma ‖w‖ g / ‖g‖`` for each weight of a convolution or linear layer (no biases, no norm layers), where g is
+    the gradient of the loss at the inner search's result.  The gradient at w + v then updates w.  Weight decay acts on
+    w (in the authors' code, which moves the weights in place, on w + v).
 
     Attributes:
-        objective: whose search and loss are used: ``at`` (AT-AWP), ``trades`` (TRADES-AWP), …
-        gamma: size of v relative to each weight's norm; the paper has 0.01 for AT, 0.005 for TRADES.
-        warmup: images seen before weights are perturbed.
+        objective: the objective whose search and loss are used: ``at`` (AT-AWP), ``trades`` (TRADES-AWP), …
+        gamma: size of v relative to each weight's norm; the paper uses 0.01 for AT and 0.005 for TRADES.
+        warmup: number of training images seen before weights are perturbed.
     """
 
     objective: Objective = AT()
@@ -65,11 +65,10 @@ class AWP(Wrapper):
             raise UserError(f"awp goes around an objective without replays, not {type(self.objective).__name__}")
 
     def inner(self, batch: Batch, found: AWPResult) -> tuple[Batch, Any]:
-        """What the inner objective found."""
         return batch, found.inner
 
     def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> AWPResult:
-        """The inner search, then the direction in which the weights hurt most."""
+        """Run the inner search, then compute the perturbation v of each weight (none during the warm-up)."""
         inner = self.objective.search(model, batch, state, ctx)
         if ctx.images < self.warmup:
             return AWPResult(inner, {})
@@ -86,6 +85,6 @@ class AWP(Wrapper):
         return AWPResult(inner, moves)
 
     def loss(self, model: nn.Module, batch: Batch, found: AWPResult, state: Any, ctx: Context) -> Loss:
-        """The inner loss at the moved weights, whose gradient reaches the weights."""
+        """Return the inner loss at the weights w + v; its gradient flows to w."""
         moved = {name: p + found.moves[name] for name, p in model.named_parameters() if name in found.moves}
         return _Loss(model, self.objective).at(moved, batch, found.inner, state, ctx)

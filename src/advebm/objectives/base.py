@@ -1,8 +1,8 @@
-"""The form of every training method: search, loss, and what follows the optimiser's step.
+"""The interface of every training method: a search, a loss, and an update of its state after the optimiser's step.
 
-found = objective.search(...)   the maximisation or sampling process: inner loops, no parameter gradients
-loss  = objective.loss(...)     the minimisation process: the only part inside distributed training's forward
-objective.after(...)            after the optimiser's step: buffers, curricula, instruments
+found = objective.search(...)   maximisation or sampling: inner loops, no gradients of the parameters
+loss  = objective.loss(...)     minimisation: the loss that is differentiated with respect to the parameters
+objective.after(...)            after the optimiser's step: update buffers, curricula and monitors
 """
 
 from collections.abc import Callable
@@ -17,28 +17,28 @@ from advebm.models.modes import SearchView
 
 
 class Batch(NamedTuple):
-    """One stream's share of a step."""
+    """The images of one training step and stream (a fixed share of the batch with its own random numbers)."""
 
     x: Tensor  # (B, C, H, W) in [0, 1]
     y: Tensor  # (B,) int64; -1 where the objective needs no labels
-    view: Tensor | None = None  # another augmentation of the same images
-    outside: Tensor | None = None  # (B, C, H, W): images that are not of the data
-    extra: Tensor | None = None  # (B, C, H, W): more images of the data, without labels
+    view: Tensor | None = None  # (B, C, H, W): another augmentation of the same images
+    outside: Tensor | None = None  # (B, C, H, W): images from outside the data distribution
+    extra: Tensor | None = None  # (B, C, H, W): unlabelled images like the data
 
 
 class Context(NamedTuple):
-    """What a step may draw from and look at."""
+    """What the training loop provides to the methods of an objective."""
 
-    generator: torch.Generator  # seeded from (seed, attempt, images, stream)
-    images: int = 0  # seen so far: the clock of every schedule
-    mean: Callable[[Tensor], Tensor] = lambda x: x  # over processes
-    gather: Callable[[Tensor], Tensor] = lambda x: x  # rows of all processes, one's own first; differentiable
-    note: Callable[[str], None] = lambda text: None  # warn, and say so in metrics.jsonl
-    view: SearchView | None = None  # of the network, for ``searching(model, view=ctx.view)``
+    generator: torch.Generator  # seeded from (seed, attempt, images, stream, replay)
+    images: int = 0  # training images seen before this step, which all schedules count in
+    mean: Callable[[Tensor], Tensor] = lambda x: x  # mean over processes
+    gather: Callable[[Tensor], Tensor] = lambda x: x  # rows of all processes, this one's first; differentiable
+    note: Callable[[str], None] = lambda text: None  # report a warning, also in metrics.jsonl
+    view: SearchView | None = None  # faster network, for ``searching(model, view=ctx.view)``
 
 
 class Loss(NamedTuple):
-    """A scalar to differentiate, and detached 0-d tensors to log; the loop decides when to look at them."""
+    """A scalar to differentiate, and detached 0-d tensors by name, which the loop reads only when it logs."""
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -48,70 +48,73 @@ Validation = Callable[[nn.Module, Batch, Attack, torch.Generator], dict[str, flo
 
 
 class Objective(Protocol):
-    """A frozen dataclass of plain data with these three parts."""
+    """A training method: a frozen dataclass of plain data (numbers, strings, other such dataclasses)."""
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which of labels, view, outside and extra a batch has to have."""
+        """The parts that a batch must have, out of ``labels``, ``view``, ``outside`` and ``extra``."""
         ...
 
     @property
     def outputs(self) -> int | None:
-        """Outputs of the network: None for a logit a class, 1 for a critic, the dimension of g(x) for an encoder."""
+        """Number of outputs of the network: 1 for a critic, D for an encoder; None: one logit per class."""
         ...
 
     @property
     def hidden(self) -> int | None:
-        """Width of the projection head of an encoder; None says that it trains no encoder."""
+        """Hidden width of the projection head of an encoder; None: the objective does not train an encoder."""
         ...
 
     @property
     def replays(self) -> int:
-        """Optimiser steps a batch: 1, or m for "free" training."""
+        """Number of optimiser steps on each batch: 1, or m for "free" training."""
         ...
 
     @property
     def validate(self) -> Validation | None:
-        """Scores of two augmentations of some images, as they are and under a threat: how an encoder is judged.
+        """Function that scores an encoder on two augmentations of validation images, clean and under a threat.
 
-        None leaves a classifier or a critic to the loop, and an encoder unjudged.
+        None: the training loop scores a classifier or critic itself; an encoder is not validated.
         """
         ...
 
     def check(self, images: int, threat: Attack) -> None:
-        """Refuse a training split of so many images, or a threat, before anything is written."""
+        """Raise UserError if the number of training images or the threat is unsuitable; called before any output."""
         ...
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
-        """State that outlives a step, one for each stream: None, or an object with (load_)state_dict."""
+        """Return a stream's state: None, or an object with ``state_dict`` and ``load_state_dict``.
+
+        ``like`` has the shape of the stream's images in a step, (B, C, H, W).
+        """
         ...
 
     def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> Any:
-        """Inner loops on the bare network.  Leaves no trace on it."""
+        """Run the inner loops, and return their result for :meth:`loss`.  Leaves the network unchanged."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch, found: Any, state: Any, ctx: Context) -> Loss:
-        """The loss at what was found."""
+        """Return the loss at the result of the search."""
         ...
 
     def after(self, model: nn.Module, batch: Batch, found: Any, state: Any, loss: Loss, ctx: Context) -> None:
-        """Called when the weights have been updated."""
+        """Update the state, once the optimiser has updated the weights."""
         ...
 
     def adversarial(self, batch: Batch, found: Any) -> Tensor | None:
-        """The attacked images among what was found, in the order of the batch, for instruments; None without any."""
+        """Return the attacked images (B, C, H, W) in the order of the batch, for monitoring; None: there are none."""
         ...
 
 
 def r1(energy: Energy, x: Tensor) -> Tensor:
-    """``½ E‖∇E(x)‖²``, Mescheder et al. (2018), differentiable in the weights; images in [0, 1] set its unit."""
+    """Return ``½ mean ‖∇E(x)‖²``, Mescheder et al. (2018), with x in [0, 1]; differentiable in the weights."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean() / 2
 
 
 class Stateless:
-    """A classifier, labels, no state, nothing to do after a step, no attack: what most objectives share."""
+    """Defaults that most objectives share: a classifier on labelled images, no state, no attacked images."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
     outputs: ClassVar[int | None] = None
@@ -120,17 +123,13 @@ class Stateless:
     validate: ClassVar[None] = None
 
     def check(self, images: int, threat: Attack) -> None:
-        """Anything will do."""
         return
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
-        """No state."""
         return None
 
     def after(self, model: nn.Module, batch: Batch, found: Any, state: Any, loss: Loss, ctx: Context) -> None:
-        """Nothing to do."""
         return
 
     def adversarial(self, batch: Batch, found: Any) -> Tensor | None:
-        """None."""
         return None

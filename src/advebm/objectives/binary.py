@@ -1,4 +1,4 @@
-"""Critics that tell data from other images moved to look like it: binary adversarial training as a generative model.
+"""Binary adversarial training of critics, which tell data from other images that are moved to look like data.
 
 Binary-AT = Yin et al. (2022), "Learning Energy-Based Models with Adversarial Training".
 """
@@ -17,11 +17,11 @@ from advebm.models.modes import norms_fixed, searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
 from advebm.objectives.curriculum import Curriculum, Level, auroc
 
-WON, STUCK = 0.99, 0.2  # a critic wins: more accurate than this, with negatives moved by less than this share of λK
+WON, STUCK = 0.99, 0.2  # the critic has won: accuracy > WON, negatives moved < STUCK * λK
 
 
 class BinaryResult(NamedTuple):
-    """Data and negatives, (B, C, H, W) each, how far the negatives were moved (B,), and in how many steps."""
+    """Data and negatives, (B, C, H, W) each; l2 distance moved by the negatives (B,), and number of steps."""
 
     inside: Tensor
     outside: Tensor
@@ -34,22 +34,23 @@ class BinaryAT(Stateless):
     """``-log D(x) - log(1 - D(x'))`` with ``D = σ(f)``, Binary-AT eq. 4 and 11; a critic with ``E(x) = -f(x)``.
 
     Negatives x' are ``outside`` images (p0) after K steps ``x ← x + λ ∇f / ‖∇f‖``, eq. 8, within [0, 1].  With K fixed
-    this is algorithm 1, with K growing algorithm 2.  f learns the support of the
-    data, not its density (proposition 1): it ranks, no more.
+    this is algorithm 1, with K growing algorithm 2.  f learns the support of the data, not its density
+    (proposition 1), so only the order of its values has a meaning.
 
-    Batch norm uses its running statistics throughout and never moves them, as in the authors' code: from scratch it
-    is an affine layer.
+    Batch norm uses its running statistics throughout and never updates them, as in the authors' code: in training from
+    scratch it is an affine layer.
 
     Attributes:
-        curriculum: of K.  0.8 is the gate of the code, whose released models were trained with 0.9 and 0.99, its window
-            100 steps of 32 images.
+        curriculum: how K grows.  The authors' code has a gate of 0.8 (its released models were trained with 0.9 and
+            0.99) and a window of 100 steps of 32 images.
         step_size: λ, in pixels of [0, 1].
-        radius: of an l2 ball around each outside image, as in eq. 6; none for no ball.
-        inside_steps: steps of descent on f that the data is moved by, as the authors' code does (5 on CIFAR-10); the
-            paper has none.
-        inside_radius: of an l2 ball around the data; none for no ball.
+        radius: radius of an l2 ball around each outside image, as in eq. 6; None: no ball.
+        inside_steps: number of steps of descent on f that perturb the data, as in the authors' code (5 on CIFAR-10);
+            the paper has none.
+        inside_radius: radius of an l2 ball around the data; None: no ball.
         r1: weight of ``½ E‖∇f‖²`` (Mescheder et al., 2018) at the data; 0.01 on CIFAR-10, 30 to 100 at 256 pixels.
-        r1_at: where, if the data is moved: at the ``perturbed`` data, as the code does, or at the ``data``.
+        r1_at: where R1 is taken if the data is perturbed: at the ``perturbed`` data, as in the code, or at the
+            original ``data``.
     """
 
     curriculum: Curriculum = Curriculum(steps=25, window=3_200, images_per_step=250_000)
@@ -74,11 +75,10 @@ class BinaryAT(Stateless):
                 raise UserError(f"{name} is > 0 or none, got {value}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> Level:
-        """K at its start."""
         return self.curriculum.init()
 
     def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> BinaryResult:
-        """Negatives of ever lower energy, after a look at whether K grows; data of higher energy where asked for."""
+        """Advance K, then move outside images to lower energy and, if ``inside_steps`` > 0, data to higher energy."""
         assert batch.outside is not None
         self.curriculum.advance(state, ctx.images)
         with searching(model, view=ctx.view) as f:
@@ -92,7 +92,7 @@ class BinaryAT(Stateless):
         return Descent(steps, self.step_size, unit, constraint)(energy, x)
 
     def loss(self, model: nn.Module, batch: Batch, found: BinaryResult, state: Level, ctx: Context) -> Loss:
-        """:meth:`contrast`, plus R1 by double backward."""
+        """Return :meth:`contrast` plus the weighted R1 penalty, which takes a double backward pass."""
         with norms_fixed(model):
             together = energies.binary(model(torch.cat([found.inside, found.outside])))
             data, negatives = together.split([len(found.inside), len(found.outside)])
@@ -113,13 +113,13 @@ class BinaryAT(Stateless):
         return Loss(total, terms)
 
     def contrast(self, data: Tensor, negatives: Tensor) -> Tensor:
-        """Energies of data (B,) and of negatives (M,) -> mean ``-log D(x)`` plus mean ``-log(1 - D(x'))``, nats."""
+        """Return mean ``-log D(x)`` + mean ``-log(1 - D(x'))``, nats, from energies of data (B,) and negatives (M,)."""
         return energies.logistic(data, negatives)
 
     def after(
         self, model: nn.Module, batch: Batch, found: BinaryResult, state: Level, loss: Loss, ctx: Context
     ) -> None:
-        """Remember the step; say so, once a run, if the critic has won and negatives no longer move (figure 2)."""
+        """Record the step's readings; warn, once per stream, if the critic wins and negatives are stuck (figure 2)."""
         state.note(torch.stack([loss.terms[name] for name in ("auroc", "accuracy", "move")]), ctx.images)
         if state.warned or ctx.images - state.since < self.curriculum.window:
             return
@@ -136,15 +136,14 @@ class BinaryAT(Stateless):
 class BinaryMLE(BinaryAT):
     """``E(x) - E(x')`` on the negatives of ``binary-at``, Binary-AT section 5.3: nothing bounds it, and it diverges.
 
-    Eq. 14 without its factors ``1 - D(x)`` and ``D(x')``.
+    Its gradient is eq. 14 without the factors ``1 - D(x)`` and ``D(x')``.
 
     Attributes:
-        curriculum, step_size, radius, inside_steps, inside_radius: as ``binary-at``.
-        r1, r1_at: as ``binary-at``; the paper has none here.
+        curriculum, step_size, radius, inside_steps, inside_radius: see :class:`BinaryAT`.
+        r1, r1_at: see :class:`BinaryAT`; the paper has no R1 here.
     """
 
     r1: float = 0.0
 
     def contrast(self, data: Tensor, negatives: Tensor) -> Tensor:
-        """The difference of mean energies."""
         return data.mean() - negatives.mean()

@@ -1,7 +1,7 @@
-"""Encoders trained without labels: InfoNCE, the adversarial one, and adversarial contrastive learning (ACL).
+"""Encoders trained without labels: InfoNCE, adversarial InfoNCE, and adversarial contrastive learning (ACL).
 
 CEM = Wang et al. (2021), whose NP-CEM is ``p(x, z) ∝ exp f(x, z)``, ``f = g(x)·z``, z = g of another augmentation of
-the same image.  Its likelihood's gradient, with data for negatives, is InfoNCE's (appendix C.4).
+the same image.  The gradient of its likelihood, with data as negatives, is that of InfoNCE (appendix C.4).
 """
 
 import math
@@ -23,18 +23,18 @@ from advebm.models.modes import searching, using
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.trades import divergence
 
-Gather = Callable[[Tensor], Tensor]  # rows of all processes, one's own first
+Gather = Callable[[Tensor], Tensor]  # rows of this process -> rows of all processes, this one's first
 
-PART = 500  # images that are told apart from one another in validation
+PART = 500  # largest number of images contrasted with one another in validation
 
 
 def without_gathering(rows: Tensor) -> Tensor:
-    """The rows of the only process."""
+    """Return the rows unchanged: the ``gather`` of a single process."""
     return rows
 
 
 class Views(NamedTuple):
-    """Two augmentations of the same images, (B, C, H, W) each, as they are or attacked."""
+    """Two augmentations of the same images, (B, C, H, W) each, clean or attacked."""
 
     x: Tensor
     view: Tensor
@@ -42,13 +42,13 @@ class Views(NamedTuple):
 
 @dataclass(frozen=True)
 class Negatives:
-    """What an image is told apart from; always the others of its stream and those of other processes at that moment.
+    """Negatives of an image: the other images of the same step, on all processes, and optionally a queue.
 
     Attributes:
-        queue: encodings of the second views of earlier steps, the newest so many of each stream; 0 for none.  They are
-            of earlier weights of the same network, not of a slow copy of it as in He et al. (2020).
-        hardness: β of Robinson et al. (2021): negatives are weighted by ``exp(β f)``, as near ones teach more, which
-            biases the estimate of NP-CEM's gradient (CEM appendix A.1); 0 weights them alike.
+        queue: number of encodings of second views of earlier steps that each stream keeps as negatives; 0: none.  They
+            come from earlier weights of the same network, not from a moving average of it as in He et al. (2020).
+        hardness: β of Robinson et al. (2021): negatives have weights proportional to ``exp(β f)``, as near ones are
+            more informative.  This biases the estimate of NP-CEM's gradient (CEM appendix A.1); 0: equal weights.
     """
 
     queue: int = 0
@@ -60,7 +60,7 @@ class Negatives:
 
 
 class Queue:
-    """The newest encodings of a stream, (K, D) when full; what is ``fresh`` joins them after the optimiser's step."""
+    """Ring buffer of a stream's newest encodings, (K, D); those in ``fresh`` join it after the optimiser's step."""
 
     def __init__(self, size: int, dimension: int) -> None:
         self.rows = torch.zeros(size, dimension)
@@ -68,11 +68,11 @@ class Queue:
         self.fresh: Tensor | None = None
 
     def read(self, like: Tensor) -> Tensor:
-        """What there is, (at most K, D), on the device of ``like``."""
+        """Return the encodings stored so far, (at most K, D), with the device and dtype of ``like``."""
         return self.rows[: self.filled].to(like)
 
     def push(self) -> None:
-        """The fresh ones in the place of the oldest."""
+        """Replace the oldest encodings by ``fresh``, if there are any, and clear ``fresh``."""
         if self.fresh is None:
             return
         size, count = len(self.rows), len(self.fresh)
@@ -82,11 +82,11 @@ class Queue:
         self.next, self.filled, self.fresh = (self.next + count) % size, min(self.filled + count, size), None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything."""
+        """Return the stored encodings and positions for a checkpoint, without ``fresh``."""
         return {"rows": self.rows.cpu(), "next": self.next, "filled": self.filled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned, with no ``fresh`` encodings."""
         self.rows, self.next, self.filled, self.fresh = state["rows"], state["next"], state["filled"], None
 
 
@@ -94,15 +94,15 @@ class Queue:
 class InfoNCE:
     """``-log exp f(x, z⁺) / Σ_k exp f(x, z_k)``, the positive among the z_k: CEM eq. 8; NT-Xent of Chen et al. (2020).
 
-    The network is an encoder: a backbone and a projection head, Linear-ReLU-Linear.  Labels are never seen.
+    The network is an encoder: a backbone and a projection head, Linear-ReLU-Linear.  Labels are not used.
 
     Attributes:
-        hidden, outputs: width of the projection head and dimension of g(x).
+        hidden, outputs: hidden width of the projection head, and dimension of g(x).
         form: ``nt-xent``: both views are anchors, and all other views of the batch are negatives; ``infonce``: first
-            views are anchors, second ones their z_k, to which no gradient flows (CEM, footnote 1).
+            views are anchors, second views their z_k, to which no gradient flows (CEM, footnote 1).
         temperature: τ in ``f = g(x)·z / τ``.
-        cosine: whether f compares directions, as SimCLR does; CEM writes the plain product.
-        negatives: what an image is told apart from.
+        cosine: whether f is the cosine similarity over τ, as in SimCLR, or the plain product over τ, as in CEM.
+        negatives: negatives besides the other images of the step, and their weights.
     """
 
     hidden: int = 128
@@ -114,7 +114,7 @@ class InfoNCE:
 
     needs: ClassVar[frozenset[str]] = frozenset({"view"})
     replays: ClassVar[int] = 1
-    branch: ClassVar[str] = "clean"  # of dual batch norms, for attacked images
+    branch: ClassVar[str] = "clean"  # of dual batch norms, that attacked images use
     sources: ClassVar[tuple[str, ...]] = ("oord2018", "chen2020", "cem-workshop")
 
     def __post_init__(self) -> None:
@@ -126,11 +126,11 @@ class InfoNCE:
 
     @property
     def cites(self) -> tuple[str, ...]:
-        """Keys of ``citations.bib`` for what is switched on."""
+        """Keys of ``citations.bib`` for the options in use."""
         return self.sources + ("robinson2021",) * (self.negatives.hardness > 0)
 
     def check(self, images: int, threat: Attack) -> None:
-        """A queue holds other images than those of the step; an image's loss depends on the others of its batch."""
+        """Raise UserError for a queue larger than the training split, or a threat with restarts."""
         if self.negatives.queue > images:
             wanted = self.negatives.queue
             raise UserError(f"negatives.queue is {wanted}, but there are {images} training images; lower it")
@@ -141,7 +141,11 @@ class InfoNCE:
             )
 
     def init(self, like: Tensor, generator: torch.Generator) -> Queue | None:
-        """The queue of a stream."""
+        """Return the stream's queue, or None without one.
+
+        Raises:
+            UserError: the stream has fewer than 2 images in a step, or more than the queue holds.
+        """
         if len(like) < 2:
             raise UserError("an image is told apart from others of its stream, which has 1; raise train.batch")
         if not (size := self.negatives.queue):
@@ -153,29 +157,28 @@ class InfoNCE:
         return Queue(size, self.outputs)
 
     def search(self, model: nn.Module, batch: Batch, state: Queue | None, ctx: Context) -> Views:
-        """Nothing to search for: both views."""
         return views(batch)
 
     def loss(self, model: nn.Module, batch: Batch, found: Views, state: Queue | None, ctx: Context) -> Loss:
-        """The mean over anchors."""
         anchors, references = self.encode(model, found, state)
         return self.contrast(anchors, references, state, ctx)
 
     def after(
         self, model: nn.Module, batch: Batch, found: Views, state: Queue | None, loss: Loss, ctx: Context
     ) -> None:
-        """The second views join the queue."""
         if state is not None:
             state.push()
 
     def adversarial(self, batch: Batch, found: Views) -> Tensor | None:
-        """None: instruments look at classes."""
+        """Return None: the monitors of attacked images measure class energies, which an encoder does not have."""
         return None
 
     def encode(self, model: Logits, images: Views, state: Queue | None = None) -> tuple[Tensor, Tensor]:
-        """Anchors and references, of which row i or its other view is the positive of anchor i: (N, D) both.
+        """Return encodings of anchors and of references, (N, D) each.
 
-        The second views are kept for the queue.
+        ``infonce``: N = B, and reference i is the positive of anchor i.  ``nt-xent``: N = 2B, references are the
+        anchors, and the positive of anchor i is the other view of its image.  A queue keeps the encodings of the
+        second views in ``state.fresh``.
         """
         if self.form == "nt-xent":
             anchors = references = model(torch.cat(images))
@@ -188,20 +191,20 @@ class InfoNCE:
         return anchors, references
 
     def contrast(self, anchors: Tensor, references: Tensor, state: Queue | None, ctx: Context) -> Loss:
-        """The loss of encodings, among those of all processes and of the queue."""
+        """Return the mean loss of ``anchors``, contrasted with the references of all processes and the queue."""
         candidates = with_queue(ctx.gather(references), state)
         total = self.per_anchor_loss(anchors, candidates).mean()
         right = self.positive_is_nearest(anchors.detach(), candidates.detach()).float().mean()
         return Loss(total, {"loss": total.detach(), "contrastive_accuracy": right})
 
     def per_anchor_loss(self, anchors: Tensor, candidates: Tensor) -> Tensor:
-        """The loss of each anchor, (N,)."""
+        """Return the loss of each anchor, (N,), nats; the first candidates are this process's references."""
         form = energies.nt_xent if self.form == "nt-xent" else energies.in_batch
         hardness = self.negatives.hardness
         return form(anchors, candidates, hardness=hardness, temperature=self.temperature, cosine=self.cosine)
 
     def positive_is_nearest(self, anchors: Tensor, candidates: Tensor) -> Tensor:
-        """Whether the positive is the nearest of an anchor's candidates, bool (N,)."""
+        """Return whether each anchor's positive is the most similar of its candidates, bool (N,)."""
         scores, own = self.similarities(anchors, candidates), torch.arange(len(anchors), device=anchors.device)
         if self.form == "nt-xent":
             scores[own, own] = -torch.inf
@@ -209,16 +212,17 @@ class InfoNCE:
         return scores.argmax(1) == own
 
     def similarities(self, z: Tensor, references: Tensor) -> Tensor:
-        """``f(x_i, z_k)``, (N, M)."""
+        """Return ``f(x_i, z_k)``, (N, M)."""
         return energies.similarities(z, references, temperature=self.temperature, cosine=self.cosine)
 
     def negative_loss(
         self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = without_gathering
     ) -> Energy:
-        """What an attack lowers: minus the loss, CEM eq. 11; that of all processes, where ``gather`` is of all.
+        """Return the energy that an attack lowers: minus the loss of each anchor, CEM eq. 11.
 
-        ``nt-xent``: of both views, one after the other (2B, C, H, W), with all of them moving: an image's loss depends
-        on the whole batch.  ``infonce``: of first views (B, C, H, W), against the second ones as they are.
+        ``nt-xent``: a function of both views concatenated, (2B, C, H, W), which all move, so the loss of an image
+        depends on the whole batch.  ``infonce``: a function of first views, (B, C, H, W); second views stay fixed.
+        Negatives come from all processes that ``gather`` joins, and from the queue.
         """
         if self.form == "nt-xent":
             return lambda x: -self.per_anchor_loss(z := f(x), with_queue(gather(z), state))
@@ -227,17 +231,18 @@ class InfoNCE:
         return lambda x: -self.per_anchor_loss(f(x), candidates)
 
     def moving(self, images: Views) -> Tensor:
-        """The images that an attack moves."""
+        """Return the images to attack: both views, (2B, C, H, W), for ``nt-xent``; first views for ``infonce``."""
         return torch.cat(images) if self.form == "nt-xent" else images.x
 
     def moved(self, images: Views, found: Tensor) -> Views:
-        """Both views, after it."""
+        """Return the views with the attacked images of :meth:`moving` put back in place."""
         return Views(*found.chunk(2)) if self.form == "nt-xent" else images._replace(x=found)
 
     def validate(self, model: nn.Module, batch: Batch, threat: Attack, generator: torch.Generator) -> dict[str, float]:
-        """Loss, and share of anchors whose positive is the nearest, as images are and under a threat.
+        """Return mean loss and share of anchors whose positive is nearest, for clean and attacked images.
 
-        They are told apart in equal parts of at most 500.
+        Images are contrasted within parts of at most 500, of about equal size.  Keys are ``val/loss`` and
+        ``val/contrastive_accuracy``; under the threat ``val/robust_loss`` and ``val/robust_contrastive_accuracy``.
         """
         images, found = views(batch), dict[str, list[Tensor]]()
         parts = math.ceil(len(images.x) / PART)
@@ -261,22 +266,23 @@ class AdversarialInfoNCE(InfoNCE):
     """InfoNCE at images that an attack on it found (Kim et al., 2020): NP-CEM's contrastive gradient, CEM eq. 13.
 
     Attributes:
-        hidden, outputs, form, temperature, cosine, negatives: as for ``infonce``.  With ``form: infonce`` the first
-            views are attacked, against second ones that stay; with ``nt-xent`` both are, together.
-        attack: the inner maximisation, in eval mode; CEM's (appendix B).  Its ``loss`` is not used.
-        langevin: deviation of the noise of each step, in pixels, for eq. 10 in place of eq. 11: images climb
-            ``log Σ_k exp f(x̂, z_k)`` over the other views' encodings, with noise, and are not driven from their own
-            anchor z; steps, start and ball are the attack's.  None attacks.
-        consistency: weight of ``KL(p(k|x) ‖ p(k|x̂))``, ``p(k|x) ∝ exp f(x, z_k)``, which vanishes where eq. 12's
-            consistency gradient does; it stands to this loss as the term of TRADES to adversarial training, in the
-            direction of that code, and gradients flow through both sides.
+        hidden, outputs, form, temperature, cosine, negatives: see :class:`InfoNCE`.  With ``form: infonce`` only the
+            first views are attacked; with ``nt-xent`` both views are attacked together.
+        attack: the inner maximisation, in eval mode, with CEM's settings (appendix B).  Its ``loss`` is not used.
+        langevin: standard deviation of the noise of each step, in pixels of [0, 1], for Langevin dynamics (eq. 10)
+            in place of the attack (eq. 11): images ascend ``log Σ_k exp f(x̂, z_k)`` over the encodings of the other
+            views, without the term that pushes an image away from its own anchor z; steps, start and ball are the
+            attack's.  None: run the attack.
+        consistency: weight of ``KL(p(k|x) ‖ p(k|x̂))``, ``p(k|x) ∝ exp f(x, z_k)``, which vanishes where the
+            consistency gradient of eq. 12 does.  It is the analogue of the KL term of TRADES, in the direction of
+            the TRADES code; gradients flow through both sides.
     """
 
     attack: Attack = Attack(eps=0.5, norm="l2", steps=7, step_size=0.1)
     langevin: float | None = None
     consistency: float = 0.0
 
-    halves: ClassVar[bool] = False  # whether the loss at clean images is the other half
+    halves: ClassVar[bool] = False  # whether the total is the mean of the losses at clean and attacked images
     sources: ClassVar[tuple[str, ...]] = ("kim2020", *InfoNCE.sources)
 
     def __post_init__(self) -> None:
@@ -287,7 +293,7 @@ class AdversarialInfoNCE(InfoNCE):
             raise UserError("attack.restarts is 1 here, as the loss of an image depends on the others of its batch")
 
     def search(self, model: nn.Module, batch: Batch, state: Queue | None, ctx: Context) -> Views:
-        """Attacked views, or where Langevin dynamics led them."""
+        """Return the views after the attack, or after Langevin dynamics."""
         images = views(batch)
         with searching(model, view=ctx.view) as f, using(model, self.branch):
             if self.langevin is None:
@@ -302,7 +308,7 @@ class AdversarialInfoNCE(InfoNCE):
     def langevin_energy(
         self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = without_gathering
     ) -> Energy:
-        """``-log Σ_k exp f(x, z_k)``, z_k the encodings of the other views, which stay: what eq. 10 descends."""
+        """Return ``-log Σ_k exp f(x, z_k)``, which eq. 10 descends; z_k are fixed encodings of the other views."""
         with torch.no_grad():
             others = (images.view, images.x) if self.form == "nt-xent" else (images.view,)
             references = [with_queue(gather(f(other)), state) for other in others]
@@ -318,13 +324,13 @@ class AdversarialInfoNCE(InfoNCE):
         return descent(energy, self.attack.begin(x, generator), origin=x, generator=generator)
 
     def loss(self, model: nn.Module, batch: Batch, found: Views, state: Queue | None, ctx: Context) -> Loss:
-        """The loss at what was found, or half of it and half of the one at clean images; and the consistency."""
+        """Return the loss at the attacked views (ACL: its mean with the loss at clean views), plus consistency."""
         with using(model, self.branch):
             moved, references = self.encode(model, found, state)
         total, terms = self.contrast(moved, references, state, ctx)
         if self.halves or self.consistency:
             with using(model, "clean"):
-                anchors, references = self.encode(model, views(batch))  # of these nothing joins the queue
+                anchors, references = self.encode(model, views(batch))  # without ``state``: these do not join the queue
         if self.halves:
             clean, seen = self.contrast(anchors, references, state, ctx)
             terms = {"adversarial_loss": total.detach(), "clean_loss": clean.detach(), **terms}
@@ -336,7 +342,7 @@ class AdversarialInfoNCE(InfoNCE):
         return Loss(total, {**terms, "loss": total.detach()})
 
     def gap(self, clean: Tensor, moved: Tensor, references: Tensor, gather: Gather = without_gathering) -> Tensor:
-        """Mean ``KL(p(k|x) ‖ p(k|x̂))`` over the clean encodings of the other views, which get no gradient."""
+        """Return mean ``KL(p(k|x) ‖ p(k|x̂))``; z_k are clean encodings of the other views, without gradient."""
         count = 2 if self.form == "nt-xent" else 1
         others = [gather(part) for part in reversed(references.detach().chunk(count))]
         sides = zip(clean.chunk(count), moved.chunk(count), others, strict=True)
@@ -348,14 +354,15 @@ class AdversarialInfoNCE(InfoNCE):
 class ACL(AdversarialInfoNCE):
     """Half the loss at clean views, half at attacked ones: adversarial contrastive learning, Jiang et al. (2020).
 
-    Their "dual stream", as in their code: a backbone with ``norm: dual`` has batch norms for each half, and the attack
-    sees those of its own.  Their projection head has three layers and batch norms, here it has two and none.
+    This is their "dual stream", as in their code: a backbone with ``norm: dual`` has separate batch norms for clean
+    and attacked images, and the attack uses those for attacked ones.  Their projection head has three layers with
+    batch norm; here it has two without.
 
     Attributes:
-        hidden, outputs, form, temperature, cosine, negatives: as for ``infonce``, without a queue: encodings of one
-            branch are no negatives for those of the other.
-        attack: their inner maximisation.
-        langevin, consistency: as for ``adversarial-infonce``.
+        hidden, outputs, form, temperature, cosine, negatives: see :class:`InfoNCE`.  A queue is refused: encodings of
+            one branch are not valid negatives for those of the other.
+        attack: the inner maximisation, with the authors' settings.
+        langevin, consistency: see :class:`AdversarialInfoNCE`.
     """
 
     attack: Attack = Attack(eps=8 / 255, steps=5, step_size=2 / 255)
@@ -374,11 +381,10 @@ class ACL(AdversarialInfoNCE):
 
 
 def views(batch: Batch) -> Views:
-    """Both views of a batch."""
     assert batch.view is not None
     return Views(batch.x, batch.view)
 
 
 def with_queue(references: Tensor, state: Queue | None) -> Tensor:
-    """References, and what the queue holds."""
+    """Return the references (N, D) followed by the encodings in the queue, if there is one."""
     return references if state is None else torch.cat([references, state.read(references)])

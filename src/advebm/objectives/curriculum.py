@@ -1,4 +1,4 @@
-"""A search that gets longer as the model learns to see through it."""
+"""A curriculum for the number of search steps: K grows as the model learns to tell data from negatives."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,31 +12,29 @@ from advebm.core.errors import UserError
 
 @dataclass
 class Level:
-    """Where a stream stands in a curriculum: its steps, since when, and the latest readings with their times."""
+    """State of a stream's curriculum: K, since when, and the readings within the window with their times."""
 
     steps: int
     largest: int
-    since: int = 0  # images seen when the steps took this value
+    since: int = 0  # images seen when ``steps`` took its present value
     at: list[int] = field(default_factory=list)
     seen: list[Tensor] = field(default_factory=list)  # (R,) each, the AUROC first
-    warned: bool = False  # of a critic that wins
+    warned: bool = False  # whether the warning that the critic has won was given
 
     def note(self, readings: Tensor, images: int) -> None:
-        """Remember a step's readings (R,), the AUROC first, taken after ``images``."""
+        """Record a step's readings (R,), the AUROC first; ``images`` is the number seen before the step."""
         self.at, self.seen = [*self.at, images], [*self.seen, readings.detach()]
 
     def mean(self) -> list[float]:
-        """Of each of the latest readings."""
-        latest = self.seen[-1]  # a checkpoint brings the others back on the host
+        """Return the mean of each reading over the recorded steps, R numbers."""
+        latest = self.seen[-1]  # those restored from a checkpoint are on the CPU
         return torch.stack([readings.to(latest) for readings in self.seen]).mean(0).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
         seen = torch.stack(self.seen).cpu() if self.seen else torch.empty(0)
         return {"steps": self.steps, "since": self.since, "at": self.at, "seen": seen, "warned": self.warned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a checkpoint's."""
         self.steps, self.since, self.at, self.warned = (state[name] for name in ("steps", "since", "at", "warned"))
         self.seen = list(state["seen"].unbind())
 
@@ -45,15 +43,16 @@ class Level:
 class Curriculum:
     """K search steps, one more once data and negatives are told apart: algorithm 2 of Yin et al. (2022).
 
-    As in the authors' code and in that of DAT, the mean AUROC of the latest steps decides.  Each stream climbs by its
-    own, so that results do not depend on the number of processes.
+    As in the authors' code and in that of DAT, the mean AUROC over recent steps decides.  Each stream has its own K and
+    uses its own AUROC, so that results do not depend on the number of processes.
 
     Attributes:
         steps: the largest K.
-        start: K at first; as large as ``steps``, K is fixed.
-        gate: K grows when the mean AUROC over the window exceeds this; none for no gate.
-        window: images that the mean is over, of all streams; K stays at least that long.
-        images_per_step: K grows after so many images whatever the AUROC; none for the gate alone.
+        start: the first K; if equal to ``steps``, K is fixed.
+        gate: K grows when the mean AUROC over the window exceeds this; None: no gate.
+        window: length of the window in training images of all streams; the gate opens only after as many at one K.
+        images_per_step: number of images at one K after which K grows whatever the AUROC; None: the gate alone
+            decides.
     """
 
     steps: int = 25
@@ -75,11 +74,10 @@ class Curriculum:
             )
 
     def init(self) -> Level:
-        """The first level."""
         return Level(self.start, self.steps)
 
     def advance(self, level: Level, images: int) -> None:
-        """Before a step: forget what is older than the window, and move the level on when it is time."""
+        """Drop readings older than the window, and raise K by one if it is due; call before each step."""
         old = sum(images - at > self.window for at in level.at)
         level.at, level.seen = level.at[old:], level.seen[old:]
         if level.steps == self.steps:
@@ -91,7 +89,7 @@ class Curriculum:
             level.steps, level.since = level.steps + 1, images
 
     def means(self, images: int, batch: int) -> tuple[float, float]:
-        """The least and the most that K can be on average over ``images``, whole steps of ``batch`` of them."""
+        """Return the smallest and largest possible mean of K over ``images`` images in batches of ``batch``."""
         stays = (self.images_per_step, None if self.gate is None else self.window)
         late, won = (math.inf if stay is None else math.ceil(stay / batch) * batch for stay in stays)
 
@@ -103,8 +101,8 @@ class Curriculum:
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:
-    """Probability that an energy of ``outside (M,)`` is above one of ``inside (N,)``, ties counted half; 0-d.
+    """Return the probability that an energy of ``outside (M,)`` is above one of ``inside (N,)``, ties half; 0-d.
 
-    As :func:`advebm.metrics.ood.auroc`, but on the device; numbers that are not finite are left for the loop to find.
+    Like :func:`advebm.metrics.ood.auroc`, but on the device, and without a check for values that are not finite.
     """
     return (outside.detach()[:, None] - inside.detach()).sign().mean() / 2 + 0.5

@@ -1,4 +1,4 @@
-"""A robust classifier whose marginal energy is adversarially trained as well: dual adversarial training."""
+"""Dual adversarial training: a robust classifier whose marginal energy is adversarially trained as well."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -27,21 +27,23 @@ class DATResult(NamedTuple):
 class DAT(Stateless):
     """``CE(x̂, y) + BCE(1 at s(x), 0 at s(x_out'))``, ``s = logsumexp f = -E(x)``: Yin et al. (2025), as in their code.
 
-    x_out' are outside images after K unit steps up the logit of the class of the image they are paired with, in the box
-    and in no ball.  K grows as data and contrast images are told apart.  The BCE is one mean over both sets, so half
-    the sum of their means.  s tells data from the rest; it is not a log-density.
+    x_out' (contrast images) are outside images after K unit steps that raise the logit of the class of the image they
+    are paired with, within [0, 1] but in no ball.  K grows as the model learns to tell data from contrast images.  The
+    BCE is one mean over both sets, that is half the sum of their means.  s tells data from other images; it is not a
+    log-density.
 
-    It is a second stage: begin with weights of ``at``, by ``before`` or ``init``.  Batch norm uses its running
-    statistics throughout and never moves them.  The classifier sees the images as ``augment.x`` has them, which the
-    first stage had too; the energy sees them as ``augment.view`` has them, less distorted in the paper.
+    It is a second training stage: start from weights trained with ``at``, given by ``before`` or ``init``.  Batch norm
+    uses its running statistics throughout and never updates them.  The classifier gets images augmented by
+    ``augment.x``, like the first stage; the energy gets images augmented by ``augment.view``, less distorted in the
+    paper.
 
     Attributes:
-        attack: the search for x̂; radius, steps and start are those of the code for CIFAR-10.
-        ascend: ``class``, f_y as the code does, or ``marginal``, s as the paper writes; K follows the AUROC by the
-            same one.
-        step_size: of a unit step, in pixels of [0, 1].
-        curriculum: of K; the code's gate is 0.8, or 0.7 for better samples, over 1,000 images.
-        r1: weight of ``½ E‖∇s‖²`` at the data; the paper needs none, as x̂ keeps gradients small.
+        attack: the search for x̂; radius, steps and start are those of the authors' code for CIFAR-10.
+        ascend: what contrast images raise: ``class``, f_y as in the code, or ``marginal``, s as in the paper.  The
+            AUROC that K depends on is computed from the same quantity.
+        step_size: length of a unit step, in pixels of [0, 1].
+        curriculum: how K grows; the code's gate is 0.8, or 0.7 for better samples, over 1,000 images.
+        r1: weight of ``½ E‖∇s‖²`` at the data; the paper needs none, as training on x̂ keeps gradients small.
     """
 
     attack: Attack = Attack(eps=0.5, norm="l2", steps=10, step_size=0.1, start="clean")
@@ -59,11 +61,10 @@ class DAT(Stateless):
             raise UserError(f"step_size is > 0 and r1 >= 0, got {self.step_size} and {self.r1}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> Level:
-        """The curriculum's beginning."""
         return self.curriculum.init()
 
     def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> DATResult:
-        """Adversarial images of the data, then outside images that look more like it."""
+        """Return adversarial images of the data, and outside images moved towards the data; advance K before."""
         assert batch.outside is not None
         self.curriculum.advance(state, ctx.images)
         descent = Descent(state.steps, self.step_size, unit, box())
@@ -72,7 +73,7 @@ class DAT(Stateless):
             return DATResult(moved, descent(lambda x: self._energy(f(x), batch.y), batch.outside))
 
     def loss(self, model: nn.Module, batch: Batch, found: DATResult, state: Level, ctx: Context) -> Loss:
-        """The sum of both terms, and of R1 by double backward."""
+        """Return the sum of both terms, plus the weighted R1 penalty, which takes a double backward pass."""
         assert batch.view is not None
         with norms_fixed(model):
             every = torch.cat([found.moved, batch.view, found.contrast])
@@ -98,13 +99,11 @@ class DAT(Stateless):
         return Loss(total, terms)
 
     def after(self, model: nn.Module, batch: Batch, found: DATResult, state: Level, loss: Loss, ctx: Context) -> None:
-        """Tell the curriculum."""
         state.note(loss.terms["auroc"][None], ctx.images)
 
     def adversarial(self, batch: Batch, found: DATResult) -> Tensor:
-        """The images that the classifier's attack moved."""
         return found.moved
 
     def _energy(self, logits: Tensor, y: Tensor) -> Tensor:
-        """What contrast images descend."""
+        """Return the energy (B,) that contrast images descend, from logits (B, K)."""
         return energies.joint(logits, y) if self.ascend == "class" else energies.marginal(logits)

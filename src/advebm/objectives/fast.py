@@ -1,4 +1,4 @@
-"""Adversarial training by one step, and the watch on its failure."""
+"""Adversarial training by a single step, with a monitor that detects its collapse."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -15,17 +15,15 @@ from advebm.objectives.base import Batch, Context, Loss
 
 @dataclass
 class Watch:
-    """What FAST remembers: when it last looked, and the robust accuracy it saw then."""
+    """State of FAST's monitor: the images seen at the last check, and the robust accuracy measured then."""
 
     images: int = 0
     accuracy: float = 0.0
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
         return {"images": self.images, "accuracy": self.accuracy}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on with a checkpoint's."""
         self.images, self.accuracy = int(state["images"]), state["accuracy"]
 
 
@@ -33,15 +31,15 @@ class Watch:
 class FAST(AT):
     """AT by one step of 1.25 eps from a uniform start, in train mode, Wong et al. (2020), as in their code.
 
-    One-step training can collapse within an epoch: robust to one step, not at all to several ("catastrophic
-    overfitting").  So PGD accuracy on a training batch is looked at now and then, and a sudden fall stops training
-    at the last checkpoint before it.
+    One-step training can collapse within an epoch: the network stays robust to one step but not to several
+    ("catastrophic overfitting").  So accuracy under PGD is measured on a training batch at intervals, and a sudden fall
+    stops training at the last checkpoint before it.
 
     Attributes:
-        attack: of one step; a ``step_size`` of none is 1.25 eps here.
-        search_mode: as for ``at``.
-        watch_every: images between looks; 0 for none.
-        fall: how far the accuracy may fall from one look to the next.
+        attack: the one-step attack; ``step_size`` None: 1.25 eps.
+        search_mode: see :class:`AT`.
+        watch_every: number of images between checks; 0: no checks.
+        fall: largest fall of the accuracy from one check to the next, as a share.
     """
 
     attack: Attack = Attack(eps=8 / 255, steps=1)
@@ -59,15 +57,13 @@ class FAST(AT):
             raise UserError(f"fast is training by one step, got attack.steps {self.attack.steps}; see at for more")
 
     def inner(self) -> Attack:
-        """The attack, with its step."""
         return with_step(self.attack, 1.25)
 
     def init(self, like: Tensor, generator: torch.Generator) -> Watch:
-        """Nothing seen yet."""
         return Watch()
 
     def after(self, model: nn.Module, batch: Batch, found: Tensor, state: Watch, loss: Loss, ctx: Context) -> None:
-        """Look at the batch under PGD-5 with steps of a quarter of eps, as the code does, when it is time."""
+        """Check accuracy under PGD-5 (step eps / 4, as in the code); raise EarlyStop if it fell by over ``fall``."""
         if not self.watch_every or ctx.images - state.images < self.watch_every:
             return
         pgd = replace(self.attack, steps=5, step_size=self.attack.eps / 4)

@@ -1,4 +1,4 @@
-"""Adversarial training whose perturbations come free with the gradients of the weights."""
+"""Adversarial training whose perturbations reuse the backward pass of the weight update."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,16 +13,15 @@ from advebm.objectives.standard import cross_entropy
 
 @dataclass
 class Perturbation:
-    """What FREE keeps from batch to batch: one perturbation for each place in a batch."""
+    """State of FREE: one perturbation for each position in a batch, (B, C, H, W), kept from batch to batch."""
 
     delta: Tensor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
         return {"delta": self.delta}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with a checkpoint's."""
+        """Restore a checkpoint's perturbations; raise UserError if their shape differs."""
         if state["delta"].shape != self.delta.shape:
             raise UserError(
                 f"the checkpoint's perturbations are {tuple(state['delta'].shape)}, this run's "
@@ -36,13 +35,13 @@ class FREE(Stateless):
     """Each batch is trained on ``replays`` times; one backward pass updates weights and perturbation together.
 
     Shafahi et al. (2019): the loss at ``clip(x + δ, 0, 1)``, then ``δ ← clip(δ + step sign ∇_δ, ±eps)``
-    with the gradient at the weights before their update.  δ outlives the batch.  An image counts once as seen, so the
-    papers' 200 epochs with m = 8 are 25 epochs of images here.
+    with the gradient at the weights before their update.  δ is kept for the next batch.  An image counts as seen once,
+    so the papers' 200 epochs with m = 8 are 25 epochs of images here.
 
     Attributes:
         eps: linf radius in pixels of [0, 1].
-        replays: m, optimiser steps a batch.
-        step_size: of δ; none for ``eps``, as the paper has it.
+        replays: m, the number of optimiser steps on each batch.
+        step_size: step of δ, in pixels of [0, 1]; None: ``eps``, as in the paper.
     """
 
     eps: float = 8 / 255
@@ -60,25 +59,23 @@ class FREE(Stateless):
             raise UserError(f"step_size is > 0 or none (eps), got {self.step_size}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> Perturbation:
-        """Zeros, as in the authors' code."""
+        """Return zero perturbations, as in the authors' code."""
         return Perturbation(torch.zeros_like(like))
 
     def search(self, model: nn.Module, batch: Batch, state: Perturbation, ctx: Context) -> Tensor:
-        """No search: the perturbation so far, as a leaf whose gradient the loss leaves behind."""
+        """Return a copy of δ that requires grad, so that the loss's backward pass fills its ``grad``; no search."""
         return state.delta.to(batch.x).clone().requires_grad_()
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: Perturbation, ctx: Context) -> Loss:
-        """``CE(clip(x + δ), y)``."""
         return cross_entropy(model, self.adversarial(batch, found), batch.y)
 
     def adversarial(self, batch: Batch, found: Tensor) -> Tensor:
-        """The images that the loss is taken at."""
         return (batch.x + found).clamp(0, 1)
 
     def after(
         self, model: nn.Module, batch: Batch, found: Tensor, state: Perturbation, loss: Loss, ctx: Context
     ) -> None:
-        """Raise the loss with the gradient that the backward pass left."""
+        """Update δ in the direction that raises the loss, with the gradient from the backward pass."""
         assert found.grad is not None
         step = self.eps if self.step_size is None else self.step_size
         state.delta = (found.detach() + step * found.grad.sign()).clamp(-self.eps, self.eps)

@@ -1,4 +1,4 @@
-"""A detector a class, each trained against images of other classes that are moved towards its own."""
+"""One detector per class, each trained against images of other classes that are moved towards its class."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -14,7 +14,7 @@ from advebm.objectives.curriculum import auroc
 
 
 class GATResult(NamedTuple):
-    """Images moved towards another class (B, C, H, W), and that class (B,)."""
+    """Images moved towards another class, (B, C, H, W), and that class, (B,)."""
 
     moved: Tensor
     target: Tensor
@@ -25,18 +25,18 @@ class GAT(Stateless):
     """``-log D_y(x) - log (1 - D_t(x̂))`` with ``D_k = σ(f_k)``: Yin et al. (2020); x̂ raises f_t, of another class t.
 
     The K detectors of the paper are K networks; here they are K outputs of one.  Each image is a positive of its own
-    class and, moved, a negative of one other class drawn evenly, so that a detector meets as many negatives as
-    positives, as in the authors' code, and one search a batch serves all of them.  One mean over both sets, so half
-    the sum of their means.
+    class and, after the attack, a negative of one other class drawn uniformly, so that on average a detector sees
+    as many negatives as positives, as in the authors' code, and one search per batch serves all detectors.  The loss is
+    one mean over both sets, that is half the sum of their means.
 
-    Argmax f_k is the paper's generative classifier.  Behind any other classifier that says ŷ, the detector of ŷ
-    takes an image for an adversarial one where f_ŷ is low.
+    Argmax f_k is the paper's generative classifier.  To detect attacks on another classifier, which predicts ŷ: an
+    image is judged adversarial where f_ŷ is low.
 
-    It begins with the weights of standard training, by ``before`` or ``init``.  Batch norm uses its running statistics
-    throughout and never moves them, as in the authors' code.
+    Training starts from the weights of standard training, given by ``before`` or ``init``.  Batch norm uses its running
+    statistics throughout and never updates them, as in the authors' code.
 
     Attributes:
-        attack: the search for x̂, the code's for CIFAR-10; its ``loss`` is not used.
+        attack: the search for x̂, with the code's settings for CIFAR-10; its ``loss`` is not used.
     """
 
     attack: Attack = Attack(eps=8 / 255, steps=40, step_size=0.5 / 255)
@@ -44,7 +44,7 @@ class GAT(Stateless):
     cites: ClassVar[tuple[str, ...]] = ("yin2020gat",)
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> GATResult:
-        """Another class for each image, and the image moved towards it."""
+        """Draw another class for each image, and move the image towards it."""
         with searching(model, view=ctx.view) as f:
             with torch.no_grad():
                 classes = f(batch.x[:1]).shape[1]
@@ -54,7 +54,6 @@ class GAT(Stateless):
         return GATResult(moved, target)
 
     def loss(self, model: nn.Module, batch: Batch, found: GATResult, state: None, ctx: Context) -> Loss:
-        """The mean over positives and negatives."""
         with norms_fixed(model):
             clean, moved = model(torch.cat([batch.x, found.moved])).split(len(batch.y))
         own, other = energies.joint(clean, batch.y), energies.joint(moved, found.target)

@@ -20,19 +20,19 @@ from advebm.starts import ReplayBuffer
 
 @dataclass(frozen=True)
 class SGLD:
-    """Negatives ``x ← x - step_size ∇E(x) + noise ε`` from chains that outlive the step, or from noise each time.
+    """Negatives by ``x ← x - step_size ∇E(x) + noise ε``, from chains kept between training steps or from noise.
 
     The defaults are JEM's (Grathwohl et al., 2020), whose step 1 and noise 0.01 are for images in [-1, 1]: in [0, 1]
-    the same chain has a quarter of the step and half of the noise.  Exact Langevin dynamics would tie them,
-    ``noise² = 2 step_size``; every method of this family uses far less noise.
+    the same chain has a quarter of the step and half of the noise.  Exact Langevin dynamics requires
+    ``noise² = 2 step_size``; all methods of this family use far less noise.
 
     Attributes:
-        steps: K.
-        step_size: factor on the gradient, in pixels² of [0, 1] a nat.
+        steps: K, the number of updates of a chain in each training step.
+        step_size: factor on the gradient, in pixels² per nat, pixels in [0, 1].
         noise: standard deviation in pixels of [0, 1].
-        buffer: chains of the replay buffer, for each stream; 0 starts from noise every time (short-run).
-        restart: probability that a chain begins afresh from uniform noise.
-        clamp: whether chains stay in [0, 1]; the papers let them leave it.
+        buffer: number of chains in each stream's replay buffer; 0: start from noise every time (short-run).
+        restart: probability that a chain restarts from uniform noise.
+        clamp: whether chains are clamped to [0, 1]; in the papers they are not.
     """
 
     steps: int = 20
@@ -50,7 +50,7 @@ class SGLD:
             raise UserError(f"step_size is > 0 and noise >= 0, got {self.step_size} and {self.noise}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> ReplayBuffer | None:
-        """Chains of uniform noise."""
+        """Return a replay buffer of uniform noise, or None without a buffer."""
         if not self.buffer:
             return None
         if self.buffer < len(like):
@@ -60,7 +60,7 @@ class SGLD:
     def __call__(
         self, energy: Callable[[Tensor], Tensor], like: Tensor, state: ReplayBuffer | None, generator: torch.Generator
     ) -> tuple[Tensor | None, Tensor]:
-        """The slots in the buffer and where their chains have got to, as many as ``like`` has images."""
+        """Return buffer slots (None without a buffer) and negatives, as many as ``like`` has images."""
         if state is None:
             slots, start = None, starts.noise(like, None, generator)
         else:
@@ -71,7 +71,7 @@ class SGLD:
 
 
 class ChainResult(NamedTuple):
-    """What a step looks at: data, negatives, and the slots that the negatives go back to."""
+    """Data, negatives, the buffer slots to store the negatives in, and attacked images if there are any."""
 
     positive: Tensor
     negative: Tensor
@@ -80,7 +80,7 @@ class ChainResult(NamedTuple):
 
 
 def contrast(positive: Tensor, negative: Tensor, energy_l2: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """``mean E⁺ - mean E⁻``, plus ``energy_l2 (mean E⁺² + mean E⁻²)`` that keeps energies near zero; and logs."""
+    """Return ``mean E⁺ - mean E⁻ + energy_l2 (mean E⁺² + mean E⁻²)``, and both mean energies to log."""
     total = positive.mean() - negative.mean()
     if energy_l2:
         total = total + energy_l2 * (positive.square().mean() + negative.square().mean())
@@ -90,13 +90,14 @@ def contrast(positive: Tensor, negative: Tensor, energy_l2: float) -> tuple[Tens
 
 @dataclass(frozen=True)
 class _Sampled(Stateless):
-    """Attributes that the three methods share.
+    """Base of the three methods: a replay buffer, noisy data, and negatives by SGLD.
 
     Attributes:
-        negatives: how the model is sampled.
-        data_noise: deviation of Gaussian noise on the data in pixels of [0, 1]; JEM's 0.03 for [-1, 1] is 0.015 here.
-        energy_l2: weight of the squared energies in the loss (Du and Mordatch, 2019); the papers have none, and with
-            none the energies drift until training diverges.
+        negatives: the sampler of negatives.
+        data_noise: standard deviation of Gaussian noise on the data in pixels of [0, 1]; JEM's 0.03 for [-1, 1] is
+            0.015 here.
+        energy_l2: weight of the squared energies in the loss (Du and Mordatch, 2019), which keeps energies near zero;
+            the papers have none, and with weight 0 the energies drift until training diverges.
     """
 
     negatives: SGLD = SGLD()
@@ -108,11 +109,10 @@ class _Sampled(Stateless):
             raise UserError(f"data_noise and energy_l2 are >= 0, got {self.data_noise} and {self.energy_l2}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> ReplayBuffer | None:
-        """The replay buffer of a stream."""
         return self.negatives.init(like, generator)
 
     def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> ChainResult:
-        """Noisy data, and negatives in eval mode."""
+        """Add noise to the data, and draw negatives with the network in eval mode."""
         positive = batch.x + self.data_noise * randn(batch.x, ctx.generator) if self.data_noise else batch.x
         with searching(model, view=ctx.view) as f:
             slots, negative = self.negatives(lambda x: energies.marginal(f(x)), batch.x, state, ctx.generator)
@@ -127,12 +127,10 @@ class _Sampled(Stateless):
         loss: Loss,
         ctx: Context,
     ) -> None:
-        """The chains go on from here."""
         if state is not None and found.slots is not None:
             state.put(found.slots, found.negative)
 
     def adversarial(self, batch: Batch, found: ChainResult) -> Tensor | None:
-        """The attacked images, if there are any."""
         return found.adversarial
 
 
@@ -140,7 +138,7 @@ class _Sampled(Stateless):
 class MLE(_Sampled):
     """``E(x⁺) - E(x⁻)``, the gradient of maximum likelihood, JEAT eq. 6, CEM eq. 15; labels are not used.
 
-    With a buffer the chains are persistent; without, short-run (Nijkamp et al., 2019).
+    With a buffer the chains are persistent; without one they are short-run (Nijkamp et al., 2019).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -149,7 +147,7 @@ class MLE(_Sampled):
     def loss(
         self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
     ) -> Loss:
-        """The difference of mean energies."""
+        """Return the difference of mean energies, plus the penalty on their squares."""
         positive, negative = (energies.marginal(model(x)) for x in (found.positive, found.negative))
         total, terms = contrast(positive, negative, self.energy_l2)
         return Loss(total, {"loss": total.detach(), **terms})
@@ -159,11 +157,11 @@ class MLE(_Sampled):
 class JEM(_Sampled):
     """``CE(x, y) + weight (E(x⁺) - E(x⁻))``: -log p(y|x) - log p(x), Grathwohl et al. (2020), as in their code.
 
-    The code draws x⁺ apart from the labelled x; here both are the batch, which has the same expectation.
+    The code draws x⁺ independently of the labelled x; here both are the batch, which has the same expectation.
 
     Attributes:
-        negatives, data_noise, energy_l2: as for ``mle``.
-        weight: of -log p(x).
+        negatives, data_noise, energy_l2: see :class:`MLE`.
+        weight: weight of -log p(x).
     """
 
     weight: float = 1.0
@@ -178,7 +176,7 @@ class JEM(_Sampled):
     def loss(
         self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
     ) -> Loss:
-        """The sum of both terms."""
+        """Return the sum of both terms; the cross-entropy is taken at the noisy images."""
         logits, negative = model(found.positive), energies.marginal(model(found.negative))
         likelihood, terms = contrast(energies.marginal(logits), negative, self.energy_l2)
         total = energies.conditional(logits, batch.y).mean() + self.weight * likelihood
@@ -190,13 +188,14 @@ class JEM(_Sampled):
 class JEAT(_Sampled):
     """``[E(x̂, y) - E(x̂)] + [E(x̂) - E(x̃)]``: -log p(x̂, y) with x̂ from the energy attack, JEAT algorithm 1, eq. 19.
 
-    The terms ``E(x̂)`` cancel: the joint energy is lowered at adversarial images, the marginal one raised at samples.
-    (Eq. 20 and 23 print the sample's term with the wrong sign; the algorithm has it right.)  Not given in the paper:
-    steps, step and size of the buffer (JEM's here), whether x̂ is clamped to [0, 1] (it is here), batch norm.
+    The terms ``E(x̂)`` cancel: the joint energy is lowered at adversarial images, the marginal energy raised at samples.
+    (Eq. 20 and 23 print the sample's term with the wrong sign; the algorithm has it right.)  The paper does not give
+    the number and size of steps and the size of the buffer (JEM's here), whether x̂ is clamped to [0, 1] (it is here),
+    or the mode of batch norm.
 
     Attributes:
-        negatives, data_noise, energy_l2: as for ``mle``; the paper mentions no noise on the data, so there is none.
-        attack: one energy-FGSM step from a uniform start, eq. 18; a ``step_size`` of none is eps here.
+        negatives, data_noise, energy_l2: see :class:`MLE`; ``data_noise`` is 0, as the paper mentions none.
+        attack: one energy-FGSM step from a uniform start, eq. 18; ``step_size`` None: eps.
     """
 
     data_noise: float = 0.0
@@ -209,7 +208,7 @@ class JEAT(_Sampled):
         check_energy(self.attack)
 
     def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> ChainResult:
-        """Adversarial images from the (noisy) data, and negatives."""
+        """Return adversarial images of the (noisy) data, clamped to [0, 1] before the attack, and negatives."""
         found = super().search(model, batch, state, ctx)
         attack = with_step(self.attack, 1.0)
         with searching(model, view=ctx.view) as f:
@@ -219,7 +218,6 @@ class JEAT(_Sampled):
     def loss(
         self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
     ) -> Loss:
-        """The sum as the algorithm writes it."""
         logits, negative = model(found.positive), energies.marginal(model(found.negative))
         likelihood, terms = contrast(energies.marginal(logits), negative, self.energy_l2)
         total = energies.conditional(logits, batch.y).mean() + likelihood

@@ -1,4 +1,4 @@
-"""Classifiers that are to be unsure about images that are not of the data: Outlier Exposure and RATIO."""
+"""Classifiers trained to be uncertain on images outside the data: Outlier Exposure and RATIO."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -18,24 +18,24 @@ OUTSIDE = Attack(eps=1.0, norm="l2", steps=20, step_size=0.1, start="clean", mom
 
 
 class Pair(NamedTuple):
-    """Images of the data and others, (B, C, H, W) each."""
+    """Images of the data and outside images, (B, C, H, W) each."""
 
     inside: Tensor
     outside: Tensor
 
 
 def uniform_cross_entropy(logits: Tensor) -> Tensor:
-    """``-1/K Σ_k log p(k|x)``, the cross-entropy to the uniform distribution; (B, K) -> (B,), nats, at least log K."""
+    """Return ``-1/K Σ_k log p(k|x)``, cross-entropy to the uniform law; (B, K) -> (B,), nats, at least log K."""
     return -logits.log_softmax(1).mean(1)
 
 
 def doubt(logits: Tensor) -> Tensor:
-    """``-log max_k p(k|x)``, an energy that is low where the classifier is confident; (B, K) -> (B,), nats."""
+    """Return ``-log max_k p(k|x)``, an energy, low where the classifier is confident; (B, K) -> (B,), nats."""
     return -logits.log_softmax(1).amax(1)
 
 
 def exposure(model: nn.Module, pair: Pair, y: Tensor, weight: float, scale: float = 1.0) -> Loss:
-    """``scale (CE(x, y) + weight CE(uniform, p(·|x_out)))``, means over each set, which share one forward pass."""
+    """Return ``scale (CE(x, y) + weight CE(uniform, p(·|x_out)))``, with means over each set, in one forward pass."""
     inside, outside = model(torch.cat(pair)).split([len(pair.inside), len(pair.outside)])
     unsure = uniform_cross_entropy(outside).mean()
     total = scale * (energies.conditional(inside, y).mean() + weight * unsure)
@@ -56,10 +56,10 @@ def exposure(model: nn.Module, pair: Pair, y: Tensor, weight: float, scale: floa
 class OE(Stateless):
     """``CE(x, y) + weight CE(uniform, p(·|x_out))``: Outlier Exposure, Hendrycks et al. (2019), as in their code.
 
-    There a batch has twice as many images from outside as of the data; here, as many.
+    In their code a batch has twice as many outside images as data; here it has equal numbers.
 
     Attributes:
-        weight: of the outside images; the paper's is 0.5 for images.
+        weight: weight of the outside images; the paper uses 0.5 for images.
     """
 
     weight: float = 0.5
@@ -72,12 +72,10 @@ class OE(Stateless):
             raise UserError(f"weight is >= 0, got {self.weight}")
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Pair:
-        """Nothing to search for: the images."""
         assert batch.outside is not None
         return Pair(batch.x, batch.outside)
 
     def loss(self, model: nn.Module, batch: Batch, found: Pair, state: None, ctx: Context) -> Loss:
-        """The sum of both terms."""
         return exposure(model, found, batch.y, self.weight)
 
 
@@ -85,13 +83,13 @@ class OE(Stateless):
 class RATIO(Stateless):
     """``½ CE(x̂, y) + ½ weight CE(uniform, p(·|x̂_out))``: robustness on both sides, Augustin et al. (2020).
 
-    x̂ raises the cross-entropy in a ball around the data, x̂_out the confidence ``max_k p(k|x)`` in a larger one around
-    the outside images.  The authors' code can keep the best iterate of a search; here it is the last.
+    x̂ raises the cross-entropy in a ball around the data, x̂_out the confidence ``max_k p(k|x)`` in a larger ball around
+    the outside images.  The authors' code can keep the best iterate of a search; here the last one is used.
 
     Attributes:
         attack: the search for x̂; radius, steps and momentum on unit gradients are those of the code for CIFAR-10.
-        outside_attack: the search for x̂_out, with twice the radius and the steps; its ``loss`` is not used.
-        weight: λ.
+        outside_attack: the search for x̂_out, with twice the radius and steps; its ``loss`` is not used.
+        weight: λ, the weight of the outside images.
     """
 
     attack: Attack = INSIDE
@@ -106,16 +104,14 @@ class RATIO(Stateless):
             raise UserError(f"weight is >= 0, got {self.weight}")
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Pair:
-        """Adversarial images of the data, and outside images that the classifier is sure about."""
+        """Return adversarial images of the data, and outside images moved to high confidence."""
         assert batch.outside is not None
         with searching(model, view=ctx.view) as f:
             inside = self.attack.raise_loss(f, batch.x, batch.y, ctx.generator)
             return Pair(inside, self.outside_attack.minimize(lambda x: doubt(f(x)), batch.outside, ctx.generator))
 
     def loss(self, model: nn.Module, batch: Batch, found: Pair, state: None, ctx: Context) -> Loss:
-        """The sum of both terms."""
         return exposure(model, found, batch.y, self.weight, scale=0.5)
 
     def adversarial(self, batch: Batch, found: Pair) -> Tensor:
-        """The images of the data that the search moved."""
         return found.inside

@@ -1,4 +1,4 @@
-"""Robust self-training: images without labels join in with the labels that a standard classifier gives them."""
+"""Robust self-training: unlabelled images are added with labels predicted by a standard classifier."""
 
 import functools
 from dataclasses import dataclass
@@ -19,12 +19,13 @@ from advebm.objectives.wrapper import Wrapper
 class RST(Wrapper):
     """Another objective on batches that are half pseudo-labelled, Carmon et al. (2019).
 
-    Each step's images and as many ``extra`` ones are one batch, with one mean over it, as in the authors' code (there:
-    TRADES).  They label the extra set once, without augmentation; here the teacher sees each augmented image.
+    The labelled images of a step and an equal number of ``extra`` images form one batch, with one mean over it, as in
+    the authors' code (which uses TRADES).  They label the extra set once, without augmentation; here the teacher labels
+    each augmented image.
 
     Attributes:
-        teacher: run or folder of the standard classifier that gives the labels.
-        objective: what is done with the joint batch.
+        teacher: run or folder of the standard classifier that predicts the labels.
+        objective: the objective that the joint batch is trained with.
     """
 
     teacher: str
@@ -38,15 +39,13 @@ class RST(Wrapper):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Extra images."""
         return self.objective.needs | {"extra"}
 
     def inner(self, batch: Batch, found: tuple[Batch, Any]) -> tuple[Batch, Any]:
-        """The joint batch, and what was found on it."""
         return found
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
-        """The inner objective's state, for batches of twice the size."""
+        """Return the inner objective's state for joint batches; UserError if the images do not fit the teacher."""
         try:
             with searching(_teacher(self.teacher)) as f, torch.no_grad():
                 f(like[:2].cpu())
@@ -56,7 +55,7 @@ class RST(Wrapper):
         return self.objective.init(torch.cat([like, like]), generator)
 
     def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> tuple[Batch, Any]:
-        """The joint batch, and what the inner objective finds on it."""
+        """Label the extra images, and return the joint batch and the inner objective's search result on it."""
         assert batch.extra is not None
         with searching(_teacher(self.teacher).to(batch.x.device)) as f, torch.no_grad():
             labels = f(batch.extra).argmax(1)
@@ -64,7 +63,7 @@ class RST(Wrapper):
         return whole, self.objective.search(model, whole, state, ctx)
 
     def adversarial(self, batch: Batch, found: tuple[Batch, Any]) -> Tensor | None:
-        """The attacked images with true labels."""
+        """Return the attacked images that have true labels; None: the inner objective has no attacked images."""
         moved = super().adversarial(batch, found)
         return None if moved is None else moved[: len(batch.x)]
 

@@ -13,7 +13,7 @@ from advebm.objectives.base import Batch, Context, Loss, Stateless
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Loss:
-    """Mean ``E(x, y) - E(x)`` over a batch, with both energies and the accuracy at ``x`` to log."""
+    """Return the mean of ``E(x, y) - E(x)`` over a batch; the terms to log are both energies and the accuracy."""
     logits = model(x)
     total = energies.conditional(logits, y).mean()
     with torch.no_grad():
@@ -33,11 +33,9 @@ class Standard(Stateless):
     cites: ClassVar[tuple[str, ...]] = ("cem-workshop",)
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
-        """Nothing to search for: the images."""
         return batch.x
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
-        """``CE(x, y)``."""
         return cross_entropy(model, found, batch.y)
 
 
@@ -45,11 +43,11 @@ class Standard(Stateless):
 class NoiseInjection(Stateless):
     """Cross-entropy on ``x + δ``, ``δ ~ N(0, std² I)``, JEAT section 3.2.
 
-    The paper writes N(0, 24/255) without saying whether that is the variance; it is read as the deviation here.  As
-    variances its three values are deviations of 0.177, 0.251 and 0.307.  The noisy image is not clamped.
+    The paper writes N(0, 24/255) without saying whether that is the variance; here it is the standard deviation.  Read
+    as variances, its three values are deviations of 0.177, 0.251 and 0.307.  The noisy image is not clamped.
 
     Attributes:
-        std: deviation of the noise in pixels of [0, 1]; the paper has 8, 16 and 24/255.
+        std: standard deviation of the noise in pixels of [0, 1]; the paper uses 8, 16 and 24/255.
     """
 
     std: float = 24 / 255
@@ -61,9 +59,7 @@ class NoiseInjection(Stateless):
             raise UserError(f"std is a deviation >= 0 in pixels of [0, 1], got {self.std}")
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
-        """A blind search: the images plus noise."""
         return batch.x + self.std * randn(batch.x, ctx.generator)
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
-        """``CE(x + δ, y)``."""
         return cross_entropy(model, found, batch.y)

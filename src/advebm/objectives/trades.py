@@ -1,4 +1,4 @@
-"""Training that ties the prediction at an image to that of its neighbours: TRADES and WEAT."""
+"""Training that keeps predictions similar within a ball around each image: TRADES and WEAT."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,7 +18,7 @@ INNER = Attack(eps=0.031, steps=10, step_size=0.007, start="gaussian", spread=0.
 
 
 def divergence(clean: Tensor, moved: Tensor) -> Tensor:
-    """``KL(p ‖ q)`` of each image, from the log-probabilities of ``p`` and ``q`` (B, K) -> (B,), nats."""
+    """Return ``KL(p ‖ q)`` of each image, log-probabilities ``clean`` of p, ``moved`` of q: (B, K) -> (B,), nats."""
     return kl_div(moved, clean, reduction="none", log_target=True).sum(1)
 
 
@@ -26,11 +26,11 @@ def divergence(clean: Tensor, moved: Tensor) -> Tensor:
 class TRADES(Stateless):
     """``CE(x, y) + β KL(p(x) ‖ p(x̂))``, x̂ maximising the same KL: Zhang et al. (2019), as in their code.
 
-    CEM (section 3) writes the KL the other way round; this is the direction of the authors' code, and gradients flow
-    through both of its sides.  The target of the search, p(x), is computed once a batch.
+    CEM (section 3) writes the KL the other way round; this is the direction of the authors' code.  Gradients flow
+    through both sides.  The target of the search, p(x), is computed once per batch.
 
     Attributes:
-        attack: the search; its ``loss`` is not used.  Radius, steps and start are those of the code for linf.
+        attack: the search for x̂; its ``loss`` is not used.  Radius, steps and start are those of the code for linf.
         beta: weight of the KL, 1/λ in the paper.
     """
 
@@ -47,19 +47,16 @@ class TRADES(Stateless):
             raise UserError("at the image itself the KL is flat; the attack's start is gaussian or uniform")
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
-        """Adversarial images (B, C, H, W)."""
         with searching(model, view=ctx.view) as f:
             with torch.no_grad():
                 target = log_softmax(f(batch.x), 1)
             return self.attack.minimize(lambda x: -divergence(target, log_softmax(f(x), 1)), batch.x, ctx.generator)
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
-        """The sum of both terms."""
         clean, adversarial = model(batch.x), model(found)
         return self._total(clean, adversarial, cross_entropy(clean, batch.y, reduction="none"), batch.y)
 
     def adversarial(self, batch: Batch, found: Tensor) -> Tensor:
-        """The images that the search moved."""
         return found
 
     def _total(self, clean: Tensor, adversarial: Tensor, first: Tensor, y: Tensor) -> Loss:
@@ -84,12 +81,12 @@ class TRADES(Stateless):
 class WEAT(TRADES):
     """TRADES with less weight on images of low energy: ``1 / log(1 + exp |E(x)|)``, Mirza et al. (2024).
 
-    The weights come from the clean images' energies, are not differentiated and not normalised.
+    The weights are computed from the energies of the clean images, without gradient and without normalisation.
 
     Attributes:
-        attack, beta: as for TRADES.
-        on: where the cross-entropy is taken: ``clean`` (their WEAT_nat) or ``adversarial`` (WEAT_adv, whose code has a
-            beta of 7 as one default and 6 as another).
+        attack, beta: see :class:`TRADES`.
+        on: images that the cross-entropy is taken at: ``clean`` (their WEAT_nat) or ``adversarial`` (WEAT_adv, whose
+            code has 7 as one default of beta and 6 as another).
     """
 
     on: Literal["clean", "adversarial"] = "clean"
@@ -97,7 +94,6 @@ class WEAT(TRADES):
     cites: ClassVar[tuple[str, ...]] = ("mirza2024", "zhang2019", "madry2018")
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
-        """The weighted sum of both terms."""
         clean, adversarial = model(batch.x), model(found)
         first = cross_entropy(clean if self.on == "clean" else adversarial, batch.y, reduction="none")
         return self._total(clean, adversarial, first, batch.y)

@@ -1,1 +1,1 @@
-"""What the papers publish, and whether our numbers agree.  What carries tables out is in reproduction."""
+"""The published results, and their agreement with ours.  The code that reproduces them is in reproduction."""

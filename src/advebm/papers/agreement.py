@@ -1,4 +1,4 @@
-"""Our numbers beside the published ones, and whether they agree."""
+"""Compare our numbers with the published ones."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from advebm.papers.inventory import COLUMNS, Cell, Cells, Records, Table, find_c
 
 
 def table_cells(table: Table, results: Mapping[str, Records]) -> Cells:
-    """The numbers of the results, by title, that stand where the table has its own."""
+    """Return our number for each cell of the table that the results, records by title, have one for."""
     found: Cells = {}
     for name in table.names():
         for key, title in table.columns.items():
@@ -29,19 +29,19 @@ NOT, NONE = "not reproduced", "not measured"
 
 
 def standard_error(cell: Cell) -> float:
-    """Of a number: of one seed its error over images, of several their deviation over the root of how many."""
+    """Return the standard error: over images for one seed; for several, their deviation / √(number of seeds)."""
     return float(cell["error"]) / math.sqrt(cell["seeds"])
 
 
 def is_close(row: Mapping[str, Any], key: str, cell: Cell) -> bool:
-    """Whether a number is the published one, within two joint standard errors or the column's tolerance."""
+    """Return whether a number is within two joint standard errors, or the column's tolerance, of the published one."""
     values = row["values"]
     joint = math.hypot(standard_error(cell), values.get(f"{key}_sd", 0.0))
     return abs(cell["value"] - values[key]) <= max(2 * joint, find_column(key).tolerance)
 
 
 def claim_sides(table: Table, claim: str) -> list[tuple[str, str]]:
-    """The row and the column of both sides of a claim, the larger first."""
+    """Return (row, column) of both sides of a claim ``IN: MORE > LESS``, the larger first."""
     place, _, sides = claim.partition(": ")
     both = [side.strip() for side in sides.split(" > ")]
     if len(both) != 2:
@@ -50,10 +50,10 @@ def claim_sides(table: Table, claim: str) -> list[tuple[str, str]]:
 
 
 def judge_claims(table: Table, found: Cells) -> Records:
-    """What became of every claim: the difference with its joint standard error, and whether it has the stated sign.
+    """Judge every claim: its difference with the joint standard error, and whether the difference has the stated sign.
 
-    It holds, or fails, where the difference is more than two standard errors.  A claim on a published number that is in
-    doubt is ``doubtful``: it does not count for the table.
+    A claim holds or fails if the difference exceeds two standard errors; otherwise it is ``within errors``.  A claim
+    about a row of status ``doubtful`` is ``doubtful``: it does not count for the table.
     """
     judgements = []
     for claim in table.claims:
@@ -71,7 +71,7 @@ def judge_claims(table: Table, found: Cells) -> Records:
 
 
 def row_verdict(table: Table, name: str, scale: str, found: Cells, claims: Records) -> str:
-    """Of a row: its numbers at full scale, else how many of the claims that name it hold."""
+    """Judge a row: by its numbers at full scale, if any was measured; else by the share of its claims that hold."""
     row = table.row(name)
     if scale == "full" and (met := {k: v for k, v in _targets(table, row, found).items() if v is not None}):
         far = [find_column(key).heading for key, same in met.items() if not same]
@@ -81,9 +81,10 @@ def row_verdict(table: Table, name: str, scale: str, found: Cells, claims: Recor
 
 
 def table_verdict(table: Table, scale: str, found: Cells, claims: Records) -> str:
-    """Of a table: all its numbers at full scale, else, or where these differ, its claims on numbers not in doubt.
+    """Judge a table: ``reproduced`` if all its target numbers are met at full scale; else by its claims.
 
-    What was not measured keeps a table from being more than reproduced in part.
+    Doubtful claims are ignored.  One that fails or is within errors makes the table ``not reproduced``; else one that
+    was not measured makes it ``reproduced in part``.
     """
     if scale == "full":
         met = [same for row in table.rows for same in _targets(table, row, found).values()]
@@ -97,14 +98,14 @@ def table_verdict(table: Table, scale: str, found: Cells, claims: Records) -> st
 
 
 def _targets(table: Table, row: Mapping[str, Any], found: Cells) -> dict[str, bool | None]:
-    """Whether each number of a row that is a target was met; None where it was not measured."""
+    """Return whether each published number of a ``runnable`` row was met; None: not measured."""
     here = found.get(row["name"], {})
     keys = published_numbers(table, row) if row["status"] == "runnable" else ()
     return {key: is_close(row, key, here[key]) if key in here else None for key in keys}
 
 
 def _count_verdicts(verdicts: Iterable[str]) -> str:
-    """How many of the claims that were measured hold; what became of the others."""
+    """Return a text that counts the measured claims that hold, fail or are within errors; empty if none is."""
     measured = [verdict for verdict in verdicts if verdict != NONE]
     others = [f"{n} {words}" for what, words in ((FAILS, "fail"), (OPEN, OPEN)) if (n := measured.count(what))]
     count = f"{measured.count(HOLDS)} of {len(measured)} claims hold"

@@ -1,4 +1,4 @@
-"""What the papers publish: the inventory, its tables, their columns."""
+"""The inventory of published results ``papers.yaml``: its items, tables and columns."""
 
 import functools
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ import yaml
 from advebm.core.errors import UserError, unknown_name
 
 Records = list[dict[str, Any]]
-Cell = dict[str, Any]  # of one number here: value, error, n, seeds, and the name of what was measured
+Cell = dict[str, Any]  # one number of ours: value, error, n (images), seeds, measured (name of the quantity)
 Cells = dict[str, dict[str, Cell]]  # by row and column
 
 
 @functools.cache
 def papers() -> list[dict[str, Any]]:
-    """The inventory ``papers.yaml``: what the papers publish, item by item, and what makes it."""
+    """Load the inventory: the items that each paper publishes, and what reproduces them."""
     return yaml.safe_load(files("advebm.papers").joinpath("papers.yaml").read_text())["papers"]
 
 
@@ -25,10 +25,10 @@ class Column(NamedTuple):
     """A published quantity.
 
     Attributes:
-        heading: what the papers call it.
-        records: which records are of it, as :func:`advebm.metrics.keys.matches` takes them, the best first.
-        scale: from a record's value to the published one's.
-        tolerance: how far apart two full measurements may be whatever their errors say, in the published unit.
+        heading: its name in the papers.
+        records: patterns of records that measure it, for :func:`advebm.metrics.keys.matches`, the preferred one first.
+        scale: factor from a record's value to the published unit.
+        tolerance: difference from the published number that counts as agreement regardless of errors, published unit.
     """
 
     heading: str
@@ -38,7 +38,7 @@ class Column(NamedTuple):
 
 
 def _in_features(quantity: str) -> tuple[Mapping[str, Any], ...]:
-    """In Inception's, as published, or else in any."""
+    """Return patterns for a quantity in Inception features, as published, or else in any features."""
     return {"quantity": quantity, "space": "inception"}, {"quantity": quantity}
 
 
@@ -54,25 +54,25 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A published table that ``advebm reproduce NAME --scale SCALE`` carries out: an item of ``papers.yaml``.
+    """A published table that ``advebm reproduce NAME --scale SCALE`` reproduces: an item of ``papers.yaml``.
 
     Attributes:
-        paper, item, what: of the inventory.
-        rows: of the inventory.
-        name: of the table.
-        by: what its computation is, of :data:`advebm.reproduction.tables.COMPUTATIONS`.
-        scales: of :data:`advebm.reproduction.scales.SCALES`, each with the share of the recipes' training images.
-        columns: keys of published values: those of :data:`COLUMNS`, or each with the title of its results.
-        ours: what stands beside a row: a method, by the stem of its recipes, alone or as ``{method, sampler, stage}``
-            (a sampler from class Gaussians rather than the recipe's; ``first``, what it was before its last stage); the
-            title of its results; or, where columns have titles, which records are of it, as in :class:`Column`.
-        claims: what the table is about, ``IN: MORE > LESS``: IN is a column and the others are rows, or vice versa.
-        data: whose recipes, ``DATA-METHOD``.
-        digits: whose recipes at the scale of that name.
-        recipes: of methods whose recipes are called otherwise, by the size of networks of a scale.
-        beside: what is shown below the rows and published nowhere: methods, or titles of results.
-        why: facts that explain a verdict, by scale.
-        runs: the table whose runs these are, too.
+        paper, item, what: the paper's key, the item's id and its description.
+        rows: the published rows: name, status, values.
+        name: name of the table in commands.
+        by: how it is computed, a key of :data:`advebm.reproduction.tables.COMPUTATIONS`.
+        scales: supported :data:`advebm.reproduction.scales.SCALES`, each with the share of training images it uses.
+        columns: keys of published values, each with the title of its results, empty for keys of :data:`COLUMNS`.
+        ours: what a row is compared with: a method of recipes ``DATA-METHOD``, alone or as ``{method, sampler, stage}``
+            (``sampler`` starts from class Gaussians and replaces the recipe's; stage ``first`` is the model before its
+            last stage); a title of results; or, if columns have titles, patterns of records as in :class:`Column`.
+        claims: what the table shows, ``IN: MORE > LESS``: IN is a column and the others are rows, or vice versa.
+        data: data set in the names of the recipes, ``DATA-METHOD``.
+        digits: family of recipes used at the scale ``digits``.
+        recipes: recipe names that deviate from ``DATA-METHOD``, by method and by network size of the scale.
+        beside: unpublished rows shown below the published ones: methods, or titles of results.
+        why: explanation of the verdict, by scale.
+        runs: name of another table that uses the same runs.
     """
 
     paper: str
@@ -93,34 +93,34 @@ class Table:
     runs: str = ""
 
     def share(self, scale: str) -> float:
-        """Of the recipes' training images at a scale."""
+        """Return the share of the recipes' training images that is used at a scale the table supports."""
         if scale not in self.scales:
             raise UserError(f"{self.name} has no scale {scale!r}; it has {', '.join(self.scales)}")
         return self.scales[scale]
 
     def methods(self) -> list[str]:
-        """What it takes to train: of the columns, of the rows, of what is beside them."""
+        """Return what to train: titles of the columns, if they have any; else methods of ``ours`` and ``beside``."""
         if titles := [title for title in self.columns.values() if title]:
             return titles
         own = [self.of(name)["method"].partition(", ")[0] for name in (*self.ours, *self.beside)]
         return list(dict.fromkeys(own))
 
     def of(self, name: str) -> dict[str, Any]:
-        """What stands beside a row, as ``{method, …}``: a method, or the title of results that begins with it."""
+        """Return what a row is compared with, ``{method, …}``; ``method`` may be a title that starts with a method."""
         plain = self.ours.get(name, name)
         return plain if isinstance(plain, dict) else {"method": plain}
 
     def row(self, name: str) -> Mapping[str, Any]:
-        """A row by its name; a bare one where it is not published."""
+        """Return the row called ``name``; one of status ``unpublished`` if the paper has none."""
         return next((row for row in self.rows if row["name"] == name), {"name": name, "status": "unpublished"})
 
     def names(self) -> list[str]:
-        """Of the rows, and of what is shown beside them."""
+        """Return the names of the published rows and of the unpublished ones in ``beside``."""
         return [*(row["name"] for row in self.rows), *self.beside]
 
 
 def tables() -> dict[str, Table]:
-    """Those of the inventory that can be carried out, by name."""
+    """Return the tables of the inventory that can be reproduced, by name."""
     found = {}
     for paper in papers():
         for item in paper["items"]:
@@ -133,18 +133,16 @@ def tables() -> dict[str, Table]:
 
 
 def find_table(name: str) -> Table:
-    """A table by its name."""
     if name not in tables():
         raise unknown_name("table", name, tables())
     return tables()[name]
 
 
 def find_column(key: str) -> Column:
-    """A column, by its key; of shares where it is a method or a data set."""
+    """Return the column of a key; for others, such as methods and data sets, a column in percent."""
     return COLUMNS.get(key, Column(f"{key} %", ()))
 
 
 def published_numbers(table: Table, row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that the paper has in a row, by column."""
     values = row.get("values", {})
     return {key: values[key] for key in table.columns if values.get(key) is not None}

@@ -1,4 +1,4 @@
-"""A table beside the paper's, as rows of text."""
+"""Summaries that compare a reproduced table with the paper's, and their text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,18 @@ from advebm.papers.inventory import Cell, Cells, Table, find_column, published_n
 
 
 def summarize(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``results/NAME-SCALE.json`` holds, all that the page needs.
+    """Return the content of ``results/NAME-SCALE.json``, which has all that reports show.
 
-    ``table paper item what scale``; ``about``: ``command seeds date hardware settings`` (of the scale) and ``trained``
-    (each run's training images, seen and there are); ``columns`` (published key -> heading); ``rows``: each with ``name
-    status note``, ``published`` (key -> number), ``code`` (what reference code gives, where that is known), ``ours``
-    (key -> ``value error n seeds measured``; ``error`` is a standard error over the n images, or with several training
-    or sampling ``seeds`` the deviation over them) and ``verdict``; ``claims``: each with ``claim rows doubtful
-    verdict`` and, where it was measured, ``difference error``; ``verdict``; ``why``.
+    Its keys are:
+
+    - ``table``, ``paper``, ``item``, ``what``, ``scale``, ``verdict`` and ``why``;
+    - ``about``: ``command``, ``seeds``, ``date``, ``hardware``, ``settings`` (of the scale) and ``trained`` (for each
+      run, the number of training images seen and of those in the data);
+    - ``columns``: published key -> heading;
+    - ``rows``: each with ``name``, ``status``, ``note``, ``published`` (key -> number), ``code`` (results of reference
+      code, if known), ``ours`` (key -> ``value``, ``error``, ``n``, ``seeds``, ``measured``; ``error`` is the standard
+      error over n images, or with several training or sampling seeds the deviation over them) and ``verdict``;
+    - ``claims``: each with ``claim``, ``rows``, ``doubtful``, ``verdict`` and, if measured, ``difference``, ``error``.
     """
     claims = judge_claims(table, found)
     rows = []
@@ -40,9 +44,9 @@ def summarize(table: Table, scale: str, found: Cells, about: Mapping[str, Any]) 
 
 
 def text_table(plain: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A summary as text: headings, and a line a row that has numbers of ours, each right of the paper's.
+    """Return headings and a line for each row that has numbers of ours, each to the right of the paper's.
 
-    Ours are headed by what was measured, so that a distance in other features does not stand below the name FID.
+    The heading of ours names what was measured, so that a distance in other features is not labelled FID.
     """
     rows = [row for row in plain["rows"] if row["ours"]]
     coded = any(row["code"] for row in rows)
@@ -69,7 +73,7 @@ def _shown(cell: Cell | None) -> str:
 
 
 def text_lines(plain: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Where, when and how it was measured; then the claims, the verdict, and what it leaves out."""
+    """Return how, where and when it was measured; then lines with the claims, unmeasured rows and the verdict."""
     about, rows = plain["about"], plain["rows"]
     told = [
         f"scale {plain['scale']}: {about['settings']}",

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: YAML files whose head says where each comes from and what it gave."""
+"""The built-in recipes: YAML files whose opening comment gives the source and the results."""
 
 from importlib.resources import files
 from typing import Any
@@ -10,23 +10,23 @@ from advebm.core.errors import unknown_name
 
 
 def names() -> list[str]:
-    """What ``--recipe`` takes."""
+    """Return the names that ``--recipe`` accepts."""
     return sorted(f.name.removesuffix(".yaml") for f in files(__name__).iterdir() if f.name.endswith(".yaml"))
 
 
 def find(name: str) -> dict[str, Any]:
-    """The plain data of a recipe."""
+    """Return a recipe as plain data, with the options of its ``base`` filled in."""
     return complete(yaml.safe_load(_text(name)))
 
 
 def complete(plain: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that names another one as its ``base``, with what it leaves out as there."""
+    """Fill in the options that a recipe leaves out from the recipe that it names as its ``base``, if any."""
     rest = {key: value for key, value in plain.items() if key != "base"}
     return merge(find(plain["base"]), rest) if "base" in plain else rest
 
 
 def header(name: str) -> list[str]:
-    """The comment at the head of a recipe, a line each."""
+    """Return the lines of a recipe's opening comment."""
     lines = _text(name).splitlines()
     end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return [line.removeprefix("#").strip() for line in lines[:end]]

@@ -1,1 +1,1 @@
-"""The report: one self-contained HTML file a run."""
+"""Reports: a self-contained HTML file for each run, its figures, tables and model card."""

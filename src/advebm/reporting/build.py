@@ -1,4 +1,4 @@
-"""From a run's files to ``report.html``."""
+"""Write ``report.html`` from the files of a run."""
 
 import base64
 import json
@@ -34,15 +34,15 @@ def report(
     shown: Mapping[str, bytes] = MappingProxyType({}),
     summary: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write one HTML file with nothing outside it, from whatever the run holds so far.
+    """Write a self-contained HTML report of everything that the run contains so far.  Return its path.
 
     Args:
-        run: the run it is about.
-        beside: runs whose samples, energies, robustness and records are shown for comparison.
-        out: the file; ``report.html`` in the run's folder by default.
-        title: at its head; the recipe's name by default.
-        shown: PNG figures by their titles, to begin with.
-        summary: a table of :func:`advebm.papers.render.summarize`; it stands at the head instead of the run's numbers.
+        run: the run to report on.
+        beside: other runs whose samples, training diagnostics, robustness, figures and records are shown as well.
+        out: path of the report; default: ``report.html`` in the run's folder.
+        title: title of the page; default: the recipe's name.
+        shown: PNG figures by title, placed at the top of the page.
+        summary: a table of :func:`advebm.papers.render.summarize`, placed at the top instead of the run's main numbers.
     """
     recipe, history = run.recipe, run.history()
     data = run.data
@@ -106,7 +106,7 @@ def report(
 
 
 def describe_sampler(manifest: Mapping[str, Any]) -> str:
-    """The settings of a set of samples in a line."""
+    """Return the sampler settings of a set of samples as one line, from its manifest."""
     if "images" in manifest:
         return f"from {manifest['images']}"
     s = manifest["sampler"]
@@ -121,7 +121,7 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
 
 
 def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[str, str]]:
-    """Clean accuracy, accuracy under the threat and under AutoAttack, and the best distance of a set of samples."""
+    """Return clean accuracy, accuracy under the threat and under AutoAttack, and the lowest Fréchet distance."""
     keyed = [(key_of(record), record) for record in records]
     attacks = (threat, AutoAttack(threat.eps, threat.norm))
     wanted = (Key("accuracy"), *(Key("accuracy", key_of_attack(attack)) for attack in attacks))

@@ -1,4 +1,4 @@
-"""A model as it is published: its weights by themselves, and a card that says what they are."""
+"""Export a model for publication: its weights, and a model card."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,27 +18,27 @@ from advebm.runs.run import Run
 
 
 def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weights = "float32") -> Path:
-    """The model of a run by itself, for others: its weights (averaged, where they are), a card with what was measured.
+    """Write the weights of a run's model (averaged, if the run averages them) and a card with its evaluation results.
 
     Args:
-        run: that was trained.
-        folder: a new or empty one.
-        checkpoint: ``latest``, ``best`` or a number of images.
-        weights: what they are kept in; float16 takes half of the space and rounds less than bfloat16.
+        run: the trained run.
+        folder: a new or empty folder.
+        checkpoint: ``latest``, ``best`` or a number of training images.
+        weights: data type of the saved weights; float16 takes half the space of float32 and rounds less than bfloat16.
 
     Returns:
-        The folder, which :func:`advebm.load` takes.
+        The folder, which :func:`advebm.load` accepts.
 
     Raises:
-        UserError: a folder that holds something, weights of no such kind or too large for it, or a network of one's
-            own, whose code others do not have.
+        UserError: a folder that is not empty or not writable, an unknown type of weights, weights too large for that
+            type, or a user-defined network, whose code others do not have.
     """
     if weights not in get_args(Weights):
         raise unknown_name("kind of weights", weights, get_args(Weights))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; choose another")
     path = run.checkpoints.path(checkpoint)
-    network.read_architecture(path)  # refuses what would import code
+    network.read_architecture(path)  # raises if loading would import user code
     model, architecture = run.model(checkpoint)
     known = files.read_json(path / "config.json")
     records = evaluate.latest(r for r in run.records() if r.get("checkpoint") == path.name and _own(r, path.name))
@@ -67,13 +67,13 @@ def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: 
 
 
 def _own(record: Mapping[str, Any], checkpoint: str) -> bool:
-    """Whether a record is of the model itself, or of samples that this checkpoint drew, rather than others' images."""
+    """Return whether a record is about the model itself or about samples of this checkpoint, not about other images."""
     settings = record["settings"]
     return "samples" not in settings or settings.get("checkpoint") == checkpoint
 
 
 def _public(options: Any) -> Any:
-    """Options without places on somebody's machine."""
+    """Return options with local paths replaced by None."""
     if isinstance(options, Mapping):
         hidden = {k for k in ("path", "init", "teacher") if not str(options.get(k)).startswith("hf:")}
         return {k: None if k in hidden else _public(v) for k, v in options.items()}
@@ -81,7 +81,7 @@ def _public(options: Any) -> Any:
 
 
 def _trained(run: Run, path: Path, data: str) -> str:
-    """What trained a checkpoint: every stage with its images and minutes, and the machine."""
+    """Return a sentence on the training of a checkpoint: each stage with its images and minutes, and the machine."""
     parts = []
     for stage in run.stages:
         recipe, at = stage.recipe, path if stage is run else stage.checkpoints.path()
@@ -101,7 +101,7 @@ def _trained(run: Run, path: Path, data: str) -> str:
 
 
 def _use(architecture: Architecture, recipe: Recipe, known: Mapping[str, Any]) -> str:
-    """How a classifier becomes a run, which every command takes."""
+    """Return Markdown that says how to make a run of a published classifier; empty for other models."""
     if architecture.hidden is not None or architecture.outputs != len(known["classes"]):
         return ""
     kind = config.describe(recipe.data)["kind"]
@@ -110,7 +110,7 @@ def _use(architecture: Architecture, recipe: Recipe, known: Mapping[str, Any]) -
 
 
 def _measured(records: Sequence[Mapping[str, Any]]) -> str:
-    """Evaluation records: a table, how samples were drawn, and what classes they are taken for."""
+    """Return Markdown of evaluation records: a table, the sampler settings, and how samples of each class classify."""
     if not records:
         return ""
     texts = [as_text(record) for record in records]

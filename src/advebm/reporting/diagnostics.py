@@ -1,6 +1,6 @@
 """Diagnostics of trained runs as figures: ``advebm diagnose``.
 
-Each function takes a :class:`FigureContext` and returns a picture, what it shows, and numbers over many images.
+Each figure function takes a :class:`FigureContext` and returns a picture, an explanation, and numbers over many images.
 """
 
 import dataclasses
@@ -37,20 +37,20 @@ PLAIN: Any = {**STYLE, "axes.grid": False}
 
 @dataclasses.dataclass(frozen=True)
 class FigureContext:
-    """What is looked at.
+    """The models, images and settings that figures are made from.
 
     Attributes:
-        models: by title, the first being the run's that keeps the figures; all of one data set.
-        data: the images.
-        sampler: of the first run.
-        threat: of the first run.
-        outside: where its chains begin, if not at the data's Gaussians.
-        others: images that are not of the data, whose energies are shown; those of the first run's recipe.
-        count: test images that numbers are taken over.
+        models: models by title, all of one data set; the figures are saved in the run of the first.
+        data: the data set.
+        sampler: sampler of all chains.
+        threat: attack of the first run's threat model.
+        outside: images that chains start from: outside images or replay chains; None: the sampler's own seeds.
+        others: images from outside the data set, whose energies are shown; None: not shown.
+        count: number of test images that numbers are computed on.
         along: directions of landscapes.
-        reach: of landscapes, in pixels of [0, 1], l2.
-        steps: of long-run chains.
-        seed: of everything drawn.
+        reach: largest l2 distance in landscapes, in pixels of [0, 1].
+        steps: length of long chains.
+        seed: seed of all random numbers.
     """
 
     models: Mapping[str, Network]
@@ -67,30 +67,29 @@ class FigureContext:
 
     @property
     def first(self) -> Network:
-        """The model of the run that keeps the figures."""
         return next(iter(self.models.values()))
 
     def test(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Test images (float) and labels, the same for every model, on its device."""
+        """Return ``count`` test images (float) and labels, the same for every model, on the models' device."""
         pick = torch.randperm(len(self.data.test), generator=generator(self.seed, "sitting"))
         part = self.data.test.take(pick[: self.count if count is None else count])
         device = device_of(self.first)
         return part.float().to(device), part.y.to(device)
 
     def seeds(self, y: Tensor, name: str) -> Tensor:
-        """Where the sampler's chains for classes ``y`` begin."""
+        """Return the starting images of the sampler's chains for classes ``y``."""
         device = device_of(self.first)
         like = torch.empty(len(y), *self.data.shape, device=device)
         start = self.sampler.prepare(self.data, self.outside)
         return start(like, y.to(device), generator(self.seed, name, device=device))
 
     def random(self, name: str) -> torch.Generator:
-        """A generator on the models' device."""
+        """Return a generator on the models' device, seeded by ``seed`` and ``name``."""
         return generator(self.seed, name, device=device_of(self.first))
 
 
 class FigureResult(NamedTuple):
-    """A figure: PNG bytes, a title, how to read it, and numbers."""
+    """A figure: PNG bytes, a title, an explanation of how to read it, and its numbers."""
 
     picture: bytes
     title: str
@@ -99,7 +98,7 @@ class FigureResult(NamedTuple):
 
 
 def landscapes(s: FigureContext) -> FigureResult:
-    """E(x, y) around test images: one in contours and in 3-D on one scale, offsets and curvatures over many."""
+    """Plot E(x, y) around one test image as contours and in 3-D; measure offsets and curvatures of many images."""
     x, y = s.test()
     planes, lies = {}, {}
     few = lambda: to_float(ood_sets.choose_images(s.data.train.x, 2000, generator(0, "landscape"))).to(x)
@@ -156,7 +155,7 @@ def landscapes(s: FigureContext) -> FigureResult:
 
 
 def gradients(s: FigureContext) -> FigureResult:
-    """Lengths of the gradients of E(x, y) and E(x) at each step of generation, and their share."""
+    """Plot the gradient norms of E(x, y) and E(x) at each step of generation, and the share of E(x, y)."""
     y = torch.arange(len(s.data.classes)).repeat_interleave(max(1, s.count // len(s.data.classes)))
     begin, numbers = s.seeds(y, "gradients"), {}
     with plt.rc_context(STYLE):
@@ -180,7 +179,7 @@ def gradients(s: FigureContext) -> FigureResult:
 
 
 def populations(s: FigureContext) -> FigureResult:
-    """E(x) of test, adversarial, generated, noise and other images, a panel a model."""
+    """Plot histograms of E(x) of test, adversarial, generated, noise and other images, one panel for each model."""
     x, y = s.test(max(s.count, 200))
     labels = classes_to_draw(s.sampler, s.data, max(1, len(x) // len(s.data.classes)))
     numbers = {}
@@ -215,7 +214,7 @@ def populations(s: FigureContext) -> FigureResult:
 
 
 def neighbours(s: FigureContext) -> FigureResult:
-    """Generated images with their nearest training images by l2 and SSIM, and whether the model repeats those."""
+    """Show the first model's samples with their nearest training images by l2 and SSIM; measure whether it copies."""
     labels = classes_to_draw(s.sampler, s.data, max(1, s.count // len(s.data.classes)))
     x = generate(s.first, s.sampler, s.data, labels, outside=s.outside, seed=s.seed).x
     train = s.data.train.x
@@ -248,7 +247,7 @@ def neighbours(s: FigureContext) -> FigureResult:
 
 
 def interpolation(s: FigureContext) -> FigureResult:
-    """Images from seeds between two seeds, a row a class."""
+    """Show images generated from interpolated seeds, one row for each of the first 10 classes."""
     y = torch.arange(min(10, len(s.data.classes)))
     first, second = s.seeds(y, "interpolation"), s.seeds(y, "interpolation, the other")
     spread = s.seeds(y.repeat_interleave(64), "interpolation, centre").view(len(y), 64, *s.data.shape)
@@ -274,7 +273,7 @@ def interpolation(s: FigureContext) -> FigureResult:
 
 
 def chains(s: FigureContext) -> FigureResult:
-    """Long chains: energies against the data's, gradients, pixels on the border, and what they look like."""
+    """Plot long chains: their energies beside the data's, gradients, share of pixels at 0 or 1, and images."""
     y = torch.arange(len(s.data.classes)).repeat_interleave(max(2, 40 // len(s.data.classes)))
     long = dataclasses.replace(s.sampler, steps=max(8, s.steps))
     begin, numbers, rows = s.seeds(y, "chains"), {}, {}
@@ -316,7 +315,7 @@ def chains(s: FigureContext) -> FigureResult:
 
 
 def saliency(s: FigureContext) -> FigureResult:
-    """Input gradients of every model on the same test images."""
+    """Show input gradients of every model on the same test images."""
     x, y = s.test(8)
     rows = {"images": x}
     for title, model in s.models.items():
@@ -344,7 +343,7 @@ def saliency(s: FigureContext) -> FigureResult:
 
 
 def inversion(s: FigureContext) -> FigureResult:
-    """Images found from the features of test images, from noise."""
+    """Show images that are reconstructed from the features of test images, starting from noise."""
     x, _ = s.test(16)
     begin = torch.rand(x.shape, generator=s.random("inversion"), device=x.device)
     rows, numbers = {"images": x}, {}
@@ -382,7 +381,7 @@ PORTRAITS: Mapping[str, Callable[[FigureContext], FigureResult]] = MappingProxyT
 )
 
 
-OF_ENCODERS = ("neighbours", "interpolation", "inversion")  # which need no logits
+OF_ENCODERS = ("neighbours", "interpolation", "inversion")  # these need no logits
 
 
 def diagnose(
@@ -395,16 +394,20 @@ def diagnose(
     progress: Callable[[str], None] = lambda name: None,
     **options: Any,
 ) -> tuple[dict[str, dict[str, Any]], list[Path]]:
-    """Draw figures of runs into the first one's folder, for its report; their numbers by figure, and the files.
+    """Draw figures of runs into the first one's folder, for its report.  Return numbers by figure, and the files.
 
     Args:
-        runs: by title; networks on the same data.
-        what: names of :data:`PORTRAITS`; empty for all that the models have.
-        sampler: of chains; the first run's by default.
-        checkpoint: of every run.
+        runs: runs by title, all on the same data.
+        what: names of :data:`PORTRAITS`; empty: all that apply to these models.
+        sampler: sampler of chains; default: the first run's.
+        checkpoint: checkpoint of every run.
         device: where to compute.
-        progress: told the name of each figure.
-        options: of :class:`FigureContext`: ``count``, ``along``, ``reach``, ``steps``, ``seed``.
+        progress: called with the name of each figure.
+        options: settings of :class:`FigureContext`: ``count``, ``along``, ``reach``, ``steps``, ``seed``.
+
+    Raises:
+        UserError: an unknown figure, runs on different data, a mix of encoders and other networks, or a figure, a
+            sampler or a ``count`` that does not fit the models.
     """
     for name in what:
         if name not in PORTRAITS:
@@ -448,7 +451,7 @@ def diagnose(
 
 
 def _mean(values: Tensor) -> list[float]:
-    """Mean and its standard error."""
+    """Return the mean and its standard error."""
     values = values.double()
     return [values.mean().item(), (values.std() / len(values) ** 0.5).item()]
 
@@ -459,7 +462,7 @@ def _nearest(found: paths.Chain, step: int, data: float) -> float:
 
 
 def _band(axis: Any, x: Sequence[int], values: Tensor, label: str, colour: str | None = None) -> None:
-    """Mean and deviation over the second dimension."""
+    """Plot mean and standard deviation of ``values`` over the second dimension."""
     centre, spread = values.mean(1), values.std(1)
     (line,) = axis.plot(x, centre, label=label, color=colour)
     axis.fill_between(x, centre - spread, centre + spread, alpha=0.15, color=line.get_color(), lw=0)

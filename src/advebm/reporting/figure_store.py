@@ -1,4 +1,4 @@
-"""Figures that a run keeps in ``RUN/figures`` and its report shows: a picture, and a file that says what it is."""
+"""Figures saved in ``RUN/figures`` and shown in the report: a PNG file and a JSON file with its title and text."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +11,14 @@ from advebm.runs.run import Run
 def save_figure(
     run: Run, name: str, picture: bytes, title: str, text: str, numbers: Mapping[str, Any] | None = None
 ) -> Path:
-    """Keep a figure under a name, over an older one of that name; where the picture is.
+    """Save a figure of a run, replacing one of the same name.  Return the path of the picture.
 
     Args:
-        run: whose.
-        name: of the files, ``NAME.png`` and ``NAME.json``.
+        run: the run to save it in.
+        name: name of the files, ``NAME.png`` and ``NAME.json``.
         picture: the bytes of a PNG file.
-        title, text: for the report: what is shown, and how to read it.
-        numbers: what the figure says in numbers, as JSON.
+        title, text: shown in the report: what the figure shows, and how to read it.
+        numbers: numbers that belong to the figure, which JSON can hold.
     """
     path = run.folder / "figures" / f"{name}.png"
     files.write(path, picture)
@@ -27,7 +27,7 @@ def save_figure(
 
 
 def load_figures(run: Run) -> list[dict[str, Any]]:
-    """Title, text, numbers and picture of each figure, by name."""
+    """Return ``name``, ``title``, ``text``, ``numbers`` and ``picture`` of each saved figure, sorted by name."""
     found = []
     for path in sorted((run.folder / "figures").glob("*.json")):
         if path.with_suffix(".png").exists():

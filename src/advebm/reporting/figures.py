@@ -1,4 +1,4 @@
-"""Figures of a report, from a run's files."""
+"""Figures of a report as PNG bytes, drawn from training histories and evaluation records."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,19 +32,19 @@ STYLE: Any = {
 
 
 def series(history: History, name: str) -> tuple[list[float], list[float]]:
-    """Images seen and values of one quantity."""
+    """Return numbers of images seen and the values of quantity ``name`` there."""
     points = [(line["images"], line[name]) for line in history if name in line]
     return [p[0] for p in points], [p[1] for p in points]
 
 
 def _over_images(axis: Axes, title: str) -> None:
-    """Title and abscissa of a panel against images seen, such as 200k."""
+    """Set the title and the x axis of a plot against images seen, with ticks such as 200k."""
     axis.set(xlabel="images seen", title=title)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def curves(history: History) -> bytes:
-    """Loss, accuracies and energies against images seen."""
+    """Plot loss, accuracies and energies against images seen."""
     panels = {
         "loss": {"train/loss": "objective"},
         "accuracy": {
@@ -80,10 +80,10 @@ def curves(history: History) -> bytes:
 
 
 def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes | None:
-    """Accuracy against the radius of the attack, one line a run; None if no run has been measured at two radii.
+    """Plot accuracy against the attack's radius, one line for each run; None if no run was measured at two radii.
 
-    ``threat`` is the described attack of the threat model; records of attacks that differ in more than the radius and
-    its step are left out.
+    ``threat`` is the attack of the threat model, as plain settings; records of attacks that differ from it in more than
+    radius and step size are left out.  Clean accuracy is radius 0, and bars are 1.96 standard errors.
     """
 
     def others(attack: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,9 +115,10 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
 
 
 def shifts(history: History, epoch: int) -> bytes | None:
-    """Changes of the energy by the attack and by the update, JEAT eq. 15 and figure 3; None if none were recorded.
+    """Plot energy changes by the attack and by the update, JEAT eq. 15 and figure 3; None if none were recorded.
 
-    One point an epoch of ``epoch`` images: mean, and deviation over images, of the batches that were looked at.
+    Each point is the mean over the recorded batches of one epoch of ``epoch`` images; bars are the standard deviation
+    over images.
     """
     lines = [line for line in history if "shift/attack_joint" in line]
     if not lines:
@@ -144,9 +145,9 @@ def shifts(history: History, epoch: int) -> bytes | None:
 
 
 def moves(history: History) -> bytes | None:
-    """How far negatives move against how far they could, and the critic's accuracy; None if it was not recorded.
+    """Plot how far negatives move, how far they could, and the critic's accuracy; None if this was not recorded.
 
-    Binary-AT figure 2: a critic that wins is right on everything, and its negatives stop.
+    Binary-AT figure 2: when the critic wins, its accuracy is 1 and the negatives stop moving.
     """
     if not any("train/move" in line for line in history):
         return None
@@ -169,7 +170,7 @@ def moves(history: History) -> bytes | None:
 def lines(
     groups: Mapping[str, Mapping[float, tuple[float, float]]], xlabel: str, ylabel: str, *, log: bool = False
 ) -> bytes:
-    """A line a group through values with their errors."""
+    """Plot one line for each group of {x: (value, error)}, with bars of 1.96 errors; ``log``: x on a log2 axis."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.2, 3.2))
         for label, points in groups.items():
@@ -185,7 +186,7 @@ def lines(
 
 
 def bars(values: Mapping[str, tuple[float, float]], ylabel: str) -> bytes:
-    """A bar a name, with its error."""
+    """Plot one bar for each name, with an error bar of 1.96 errors."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(max(5.2, 0.6 * len(values)), 3.2))
         for number, (value, error) in enumerate(values.values()):
@@ -196,7 +197,7 @@ def bars(values: Mapping[str, tuple[float, float]], ylabel: str) -> bytes:
 
 
 def energies(records: Records) -> bytes | None:
-    """Histograms of E(x); None if there are none."""
+    """Plot histograms of E(x); None if no record has one."""
     chosen = [r for r in records if r["series"].get("edges")]
     if not chosen:
         return None
@@ -210,7 +211,7 @@ def energies(records: Records) -> bytes | None:
 
 
 def reliability(records: Records) -> bytes | None:
-    """Accuracy against confidence, and the share of predictions in each bin; None if there are no such records."""
+    """Plot accuracy against confidence, and the share of predictions in each bin; None without such records."""
     chosen = [r for r in records if key_of(r).quantity.startswith("ECE") and r["series"]]
     if not chosen:
         return None
@@ -228,9 +229,9 @@ def reliability(records: Records) -> bytes | None:
 
 
 def detection(records: Records) -> bytes | None:
-    """Histograms of scores of the data and of outliers, as they are and attacked; None if there are none.
+    """Plot histograms of scores of test images and of outliers, clean and attacked; None without such records.
 
-    A row for each set and a column for each score.
+    There is a row for each set of outliers and a column for each score.
     """
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for r in records:
@@ -255,7 +256,7 @@ def detection(records: Records) -> bytes | None:
 
 
 def grids(panels: Mapping[str, Tensor], texts: Mapping[str, Sequence[str]]) -> bytes:
-    """Grids of images (rows, columns, C, H, W) side by side, each under its name and over some lines of text."""
+    """Show grids of images (rows, columns, C, H, W) side by side, each below its name and above some lines of text."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
         tall = max(3 * rows.shape[0] / rows.shape[1] for rows in panels.values())
         figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 0.9 + tall), squeeze=False)
@@ -269,7 +270,7 @@ def grids(panels: Mapping[str, Tensor], texts: Mapping[str, Sequence[str]]) -> b
 
 
 def responses(curves: Mapping[str, Sequence[tuple[Any, float, float]]], name: str) -> bytes:
-    """Best and median value of a search's trials against each setting that varied."""
+    """Plot best and median result of a search against each varied setting, from points (setting, best, median)."""
     with plt.rc_context(STYLE):
         count = max(1, len(curves))
         figure, axes = plt.subplots(1, count, figsize=(1.5 + 2.4 * count, 3.1), squeeze=False, sharey=True)
@@ -287,7 +288,7 @@ def responses(curves: Mapping[str, Sequence[tuple[Any, float, float]]], name: st
 
 
 def png(figure: Figure, *, tight: bool = True) -> bytes:
-    """The bytes of a PNG file; closes the figure.  ``tight`` is off for figures with a layout of their own."""
+    """Return a figure as the bytes of a PNG file and close it.  ``tight``: off if the figure sets its own layout."""
     buffer = io.BytesIO()
     if tight:
         figure.tight_layout()

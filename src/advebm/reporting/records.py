@@ -1,15 +1,15 @@
-"""Records as text: for the terminal, reports, cards and pages."""
+"""Evaluation records as text: for the terminal, reports, model cards and Markdown pages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from advebm.metrics.keys import key_of
 
-Quantity = tuple[str, str]  # a record's name, and the samples that it is of
+Quantity = tuple[str, str]  # names of the record and of its set of samples
 
 
 def as_text(record: Mapping[str, Any]) -> dict[str, str]:
-    """A record as text, ``name samples value count``: shares in percent, everything else to three digits."""
+    """Return the texts ``name``, ``samples``, ``value``, ``count``: shares in percent, other values with 3 decimals."""
     share = key_of(record).is_share
     scale, unit = (100, " %") if share else (1, "")
     value, error = record["value"] * scale, record["error"] * scale
@@ -29,15 +29,15 @@ class Pivot(NamedTuple):
     """Records of several runs as a table.
 
     Attributes:
-        titles: of the runs.
-        cells: by quantity, in the order of first appearance, and run.
+        titles: titles of the runs.
+        cells: texts of values by quantity, in the order of first appearance, and by title of the run.
     """
 
     titles: list[str]
     cells: dict[Quantity, dict[str, str]]
 
     def quantities_down(self, *, widest_first: bool = False) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows, a quantity a row and a run a column; first what most runs have, where that is wanted."""
+        """Return headings and a row for each quantity; ``widest_first``: those that most runs have come first."""
         rows = list(self.cells.items())
         if widest_first:
             rows.sort(key=lambda row: -len(row[1]))
@@ -45,14 +45,14 @@ class Pivot(NamedTuple):
         return ["measured", "samples", *self.titles], lines
 
     def runs_down(self, columns: Sequence[Quantity]) -> tuple[list[str], list[list[str]]]:
-        """Heads and rows, a run a row and some quantities the columns; runs that have none of these are left out."""
+        """Return headings and a row for each run that has any of the quantities ``columns``."""
         heads = ["run", *(" · ".join(filter(None, quantity)) for quantity in columns)]
         texts = {title: [self.cells[quantity].get(title, "") for quantity in columns] for title in self.titles}
         return heads, [[title, *line] for title, line in texts.items() if any(line)]
 
 
 def pivot(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> Pivot:
-    """Records by the title of their run, as a table; of several of one quantity, the last."""
+    """Arrange records, by title of their run, as a table; of several records of one quantity the last counts."""
     cells: dict[Quantity, dict[str, str]] = {}
     for title, records in runs.items():
         for text in map(as_text, records):
@@ -61,8 +61,8 @@ def pivot(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> Pivot:
 
 
 def class_tables(records: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], list[list[str]]]]:
-    """The heads and rows of a table for each judge: a class, and what share of its samples is taken for it."""
-    shares: dict[str, dict[str, dict[str, float]]] = {}  # by the record's name, the samples and the class, in percent
+    """Return, for each judging classifier, headings and rows: the share of each class's samples assigned to it."""
+    shares: dict[str, dict[str, dict[str, float]]] = {}  # percent, by name of record, samples and class
     for record in records:
         if (key := key_of(record)).quantity == "intended class":
             of = {name: 100 * values[0] for name, values in record["series"].items()}
@@ -76,6 +76,5 @@ def class_tables(records: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], 
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for a page."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""Tables for people: on standard output, and for pages."""
+"""Print tables to standard output."""
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from advebm.training.hardware import GB, TERA, Machine
 
 
 def record_table(records: Iterable[Record]) -> None:
-    """One row a record; then, of samples, what share of each class is taken for it."""
+    """Print one row for each record; then, for samples, the share of each class that is classified as intended."""
     plain = [asdict(record) for record in records]
     table = Table("measured", "samples", "value", "n", box=None, pad_edge=False)
     for text in map(as_text, plain):
@@ -28,16 +28,16 @@ def record_table(records: Iterable[Record]) -> None:
         _print_rows(heads, rows)
 
 
-ABREAST = 8  # columns
+ABREAST = 8  # quantities in one table of one_a_line
 
 
 def side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
-    """A column a run, a row a quantity."""
+    """Print a column for each run and a row for each quantity."""
     _print_rows(*pivot(runs).quantities_down())
 
 
 def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
-    """A row a run, a column a quantity, a few of these a table: for many runs."""
+    """Print tables with a row for each run and at most 8 quantities as columns: for many runs."""
     table = pivot(runs)
     quantities = list(table.cells)
     for first in range(0, len(quantities), ABREAST):
@@ -47,7 +47,7 @@ def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
 
 
 def beside(summary: Mapping[str, Any]) -> None:
-    """The paper's numbers and ours side by side, a row a row; above, where and how; below, the claims and verdict."""
+    """Print the paper's numbers beside ours; above them how they were measured, below them the claims and verdict."""
     where, verdict = render.text_lines(summary)
     heads, rows = render.text_table(summary)
     print(f"{summary['table']} ({summary['paper']}, {summary['item']}): {where}")
@@ -56,7 +56,7 @@ def beside(summary: Mapping[str, Any]) -> None:
 
 
 def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
-    """A row a thing, a column a number; numbers that a thing has not are left out."""
+    """Print named numbers, with a row for each title; the cell is empty where a title lacks a number."""
     columns = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
     table = Table("", *columns, box=None, pad_edge=False)
     for title, numbers in rows.items():
@@ -65,7 +65,7 @@ def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def figures_list(figures: Mapping[str, Mapping[str, Any]]) -> None:
-    """The numbers of figures: a block a figure, a row a number, a column a model where there are several."""
+    """Print a table for each figure, with a row for each number and a column for each model, if they are by model."""
     for name, numbers in figures.items():
         models = numbers if all(isinstance(v, Mapping) for v in numbers.values()) else {"": numbers}
         table = Table(name, *models, box=None, pad_edge=False)
@@ -81,7 +81,7 @@ def _number(value: Any) -> str:
 
 
 def findings_list(findings: Iterable[doctor.Finding]) -> None:
-    """A block a finding, then what was skipped; where there is none, what was looked at."""
+    """Print each finding, then the skipped checks; if there is no fault, print what was checked."""
     findings = list(findings)
     shown = [f for f in findings if f.severity != "skipped"]
     for finding in shown:
@@ -100,7 +100,7 @@ def findings_list(findings: Iterable[doctor.Finding]) -> None:
 
 
 def costs_table(stages: Sequence[Estimate], machines: Sequence[Machine]) -> None:
-    """A column a stage, a row a quantity; then what the hours rest on, a machine a stage."""
+    """Print estimated costs, with a column for each training stage, and the machine speeds that hours are based on."""
     pairs = list(zip(stages, machines, strict=True))
     columns = {stage.recipe.name: _costs(stage, machine) for stage, machine in pairs}
     table = Table("", *columns, box=None, pad_edge=False)
@@ -118,14 +118,13 @@ def costs_table(stages: Sequence[Estimate], machines: Sequence[Machine]) -> None
 
 
 def _rate(stage: Estimate, machine: Machine) -> str:
-    """What hours rest on: ``H100, 25% of 989 TFLOP/s in bfloat16``; ``cpu, 2 threads: 0.12 TFLOP/s in float32``."""
+    """Return the speed assumed: ``H100, 25% of 989 TFLOP/s in bfloat16``; ``cpu, 2 threads: 0.12 TFLOP/s in …``."""
     precision = stage.recipe.train.precision
     rate = f"{machine.rates[precision] / TERA:.3g} TFLOP/s in {precision}"
     return f"{machine.name}, {machine.share:.0%} of {rate}" if machine.share < 1 else f"{machine.name}: {rate}, timed"
 
 
 def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
-    """What :func:`costs_table` prints of a stage."""
     cfg, bounds = stage.recipe.train, (stage.least, stage.most)
     epochs = f" ({stage.images / stage.outline.train:.3g} epochs)" if stage.outline.train else ""
     validated = f"{stage.validated:,} x {stage.validation.forward:.3g} + {stage.validation.backward:.3g}"
@@ -151,7 +150,7 @@ def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
 
 
 def _span(values: Iterable[float]) -> str:
-    """One number, or the least and the most."""
+    """Return a range as text, ``least to most``; one number if both are printed alike."""
     return " to ".join(dict.fromkeys(f"{value:.3g}" for value in values))
 
 
@@ -164,5 +163,5 @@ def _print_rows(heads: Sequence[str], rows: Iterable[Sequence[str]], width: int 
 
 def _print(table: Table, width: int = 120) -> None:
     console = Console(highlight=False)
-    console.width = max(console.width, width)  # a pipe has no width of its own
+    console.width = max(console.width, width)  # a pipe has no width
     console.print(table)

@@ -1,4 +1,4 @@
-"""Samplers: images drawn downhill on an energy.  Commands that draw sets of them are in sampling."""
+"""Samplers: draw images by descent on an energy.  The commands that draw sets of images are in ``sampling``."""
 
 from advebm.core.lazy import exports
 

@@ -1,4 +1,4 @@
-"""What all samplers share: a search downhill on an energy, from a start, that keeps images in a box."""
+"""The base class of all samplers: descent on an energy from a start, with images kept in [0, 1]."""
 
 import itertools
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ from advebm.energies import Logits
 from advebm.models.modes import SearchView, searching
 from advebm.starts import ClassGaussians, ImagePool, Start
 
-LARGE = 1e30  # beyond any step: twice as much would be infinite in float32 before long
+LARGE = 1e30  # limit of step sizes and noise, well below the largest float32
 DIRECTIONS: dict[str, Direction] = {"unit": unit, "raw": raw, "sign": sign, "adam": adam}
 
 
@@ -42,25 +42,26 @@ DIRECTIONS: dict[str, Direction] = {"unit": unit, "raw": raw, "sign": sign, "ada
 class Sampler:
     """CEM's protocol (Wang et al., 2021, appendix B): ``x ← Π_{‖x - x_0‖ ≤ β} [x + α g + η ε]``, K times.
 
-    Abstract: each algorithm is an energy whose descent is ``g``.  The papers do not give α, β, η, K; the recipes do.
+    Abstract: each algorithm is an energy, and ``g`` its descent direction.  The papers do not give α, β, η and K; the
+    recipes do.
 
     Attributes:
-        steps: K, the number of updates (CEM counts k = 0, …, K, one more); 0 leaves the seeds as they are.
+        steps: K, the number of updates (CEM counts k = 0, …, K, one more); 0 returns the seeds.
         step_size: α, in pixels of [0, 1] with ``unit`` directions, a factor on the gradient with ``raw`` ones.
-        radius: β, of the l2 ball around the seed; none for no ball.  Images stay in [0, 1] in any case.
-        noise: η, deviation of the Gaussian added at each step.
-        direction: ``unit`` (gradients of length 1, as the checkpoints of the papers were used), ``raw``, ``sign`` or
+        radius: β, radius of the l2 ball around the seed; None: no ball.  Images stay in [0, 1] in any case.
+        noise: η, standard deviation of the Gaussian noise added at each step.
+        direction: ``unit`` (gradients of length 1, as the papers' checkpoints were used), ``raw``, ``sign`` or
             ``adam``.
-        momentum: decay of a heavy ball on the direction; 0 for none.
-        temperature: T in nats: ``η = √(2 α T)``, Langevin dynamics, whose law tends to ``p(x) ∝ exp(-E(x) / T)`` for
-            small steps; takes raw directions.  None leaves η to ``noise``.
-        step_decay, noise_decay: what α and η have shrunk to after K steps, as a share, geometrically; 1 for no
-            annealing.  With a temperature η follows α too.
-        start: seeds: ``class`` (a Gaussian a class), ``global`` (one Gaussian for all: no class shape), ``noise``
-            (uniform), ``outside`` (test images of the recipe's outside source) or ``buffer`` (the replay chains of the
-            checkpoint).
-        fit: the split that Gaussians are fitted on.  CEM and Santurkar et al. took ``test``, which leaks: what is
-            measured against test images afterwards is flattered.
+        momentum: decay of heavy-ball momentum on the direction; 0: none.
+        temperature: T in nats: ``η = √(2 α T)``, Langevin dynamics, whose distribution tends to
+            ``p(x) ∝ exp(-E(x) / T)`` for small steps; needs raw directions.  None: η is ``noise``.
+        step_decay, noise_decay: factors by which α and η have decayed, geometrically, after K steps; 1: no annealing.
+            With a temperature η also follows α.
+        start: seeds: ``class`` (one Gaussian per class), ``global`` (one Gaussian for all images, without class
+            structure), ``noise`` (uniform), ``outside`` (test images of the recipe's outside source) or ``buffer`` (the
+            replay chains of the checkpoint).
+        fit: the split that Gaussians are fitted on.  CEM and Santurkar et al. used ``test``, a leak: scores measured
+            against test images afterwards are too good.
         shrinkage: share of white noise in a seed's covariance.
     """
 
@@ -77,8 +78,8 @@ class Sampler:
     fit: Literal["train", "test"] = "train"
     shrinkage: float = 0.01
 
-    conditional: ClassVar[bool] = True  # whether its energy is of a class
-    encoder: ClassVar[bool] = False  # whether it draws from an encoder, rather than from logits
+    conditional: ClassVar[bool] = True  # whether the energy depends on a class
+    encoder: ClassVar[bool] = False  # whether it samples an encoder rather than logits
     cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "santurkar2019")
 
     def __post_init__(self) -> None:
@@ -104,17 +105,20 @@ class Sampler:
                 )
 
     def trained_by(self, objective: Any) -> "Sampler":
-        """With what the objective decides, where it is not given: nothing of a sampler of logits."""
+        """Return a copy whose unset options come from the objective; samplers of logits have none."""
         return self
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
-        """What the algorithm descends for classes ``y (B,)``."""
+        """Return the energy that the algorithm descends for classes ``y (B,)``."""
         raise NotImplementedError("Sampler is abstract; use TA, CS, RCS, Langevin or another of its kinds")
 
     def prepare(self, data: Data, outside: Data | None = None) -> Start:
-        """Where chains begin: Gaussians fitted on a split of ``data``, or test images of ``outside``.
+        """Return the source of seeds: uniform noise, Gaussians fitted on ``data``, or test images of ``outside``.
 
-        With ``start: buffer`` the replay chains stand in for outside images.
+        With ``start: buffer``, ``outside`` holds the replay chains.
+
+        Raises:
+            UserError: ``outside`` is missing or of another shape, or ``data`` lacks the labels for class Gaussians.
         """
         if self.start in ("outside", "buffer"):
             if outside is None:
@@ -134,31 +138,31 @@ class Sampler:
 
     @property
     def coupled(self) -> bool:
-        """Whether samples interact, within groups that do not depend on what is computed at once."""
+        """Whether a sample's energy depends on the other samples of its group; groups do not depend on ``batch``."""
         return False
 
     def bank(self, data: Data) -> Tensor | None:
-        """Training images that samples are contrasted with, as in ``data``; None where the energy looks at none."""
+        """Return the training images used as negatives, of the dtype in ``data``; None: the energy uses none."""
         return None
 
     def contrast(
         self, f: Logits, bank: Tensor | None, like: Tensor, generator: torch.Generator | None, batch: int
     ) -> Tensor | None:
-        """Features of images of the bank, for each step or for all of them: (S or 1, K, D)."""
+        """Return features of bank images, (S, K, D) for S steps or (1, K, D) for all steps; None: not used."""
         return None
 
     def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
-        """What chains from ``seeds`` descend: the energy of their classes, unless it looks at more than classes."""
+        """Return the energy of chains that start from ``seeds``; by default that of their classes."""
         return self.energy(f, y)
 
     def parts(self, count: int, batch: int | None) -> list[slice]:
-        """Which of ``count`` images go through the network together, ``batch`` at most."""
+        """Split ``count`` images into slices that go through the network together, each at most ``batch`` long."""
         if batch is None or batch >= count:
             return [slice(None)]
         return [slice(first, first + batch) for first in range(0, count, batch)]
 
     def descent(self) -> Descent:
-        """The search it runs."""
+        """Return the descent with this sampler's steps, direction, constraint and noise."""
         constraint: Constraint = box() if self.radius is None else both(l2_ball(self.radius), box())
         size, direction = geometric(self.step_size, self.step_decay), DIRECTIONS[self.direction]
         noise = geometric(self.noise, self.noise_decay)
@@ -181,10 +185,10 @@ class Sampler:
         bank: Tensor | None = None,
         view: SearchView | None = None,
     ) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] of classes ``y (B,)``, from ``seeds`` of the same shape.
+        """Draw images (B, C, H, W) in [0, 1] of classes ``y (B,)``, from ``seeds`` of the same shape.
 
-        ``batch`` images at most go through the network at once; noise does not depend on it.  ``bank`` is what
-        :meth:`bank` gave, ``view`` the network as it is searched.
+        At most ``batch`` images go through the network at once; the noise does not depend on ``batch``.  ``bank`` is
+        what :meth:`bank` returned, ``view`` a faster version of the network.
         """
         with searching(model, view=view) as f:
             parts = self.parts(len(y), batch)
@@ -195,22 +199,22 @@ class Sampler:
 
 
 def geometric(first: float, decay: float) -> float | Schedule:
-    """``first`` at the beginning, ``first · decay`` at the end, ``first · decay^share`` between."""
+    """Return a schedule from ``first`` to ``first · decay``: ``first · decay^share`` after a share of the steps."""
     return first if decay == 1 else lambda share: first * decay**share
 
 
 def marginal(f: Logits) -> Energy:
-    """``E(x)`` of a classifier (B, K), or of a critic (B,) or (B, 1), whose log-sum of one term is ``f``."""
+    """Return ``E(x)`` of a classifier (B, K), or of a critic (B,) or (B, 1), for which it is ``-f(x)``."""
     return lambda x: energies.marginal(f(x).reshape(len(x), -1))
 
 
 def in_turn(negatives: Tensor | None) -> Iterator[Tensor | None]:
-    """A set of negatives for each step, over and over; None for ever where there are none."""
+    """Yield the set of negatives of each step, repeated without end; None each time if there are none."""
     return itertools.cycle([None] if negatives is None else negatives)
 
 
 def joint_or_marginal(f: Logits, x: Tensor, y: Tensor) -> Energy:
-    """``E(x, y)`` of a classifier, ``E(x)`` of a critic, which has no classes; ``x (B, C, H, W)`` tells which it is."""
+    """Return ``E(x, y)`` of a classifier, ``E(x)`` of a critic; outputs for ``x (B, C, H, W)`` tell which it is."""
     if f(x[:1]).numel() == 1:
         return marginal(f)
     return lambda v: energies.joint(f(v), y)

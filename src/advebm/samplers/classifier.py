@@ -1,4 +1,4 @@
-"""Samplers of classifiers: TA, CS, RCS, Langevin dynamics, JEAT's and SGLD."""
+"""Samplers of classifiers: TA, CS, RCS, Langevin dynamics, those of JEAT, and SGLD."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -16,7 +16,6 @@ class TA(Sampler):
     """Targeted attack, Santurkar et al. (2019), CEM eq. 7: descends ``E(y|x) = E(x, y) - E(x)``."""
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
-        """``-log p(y|x)``."""
         return lambda x: energies.conditional(f(x), y)
 
 
@@ -25,7 +24,6 @@ class CS(Sampler):
     """Conditional sampling, CEM section 4.1, JEAT eq. 17: descends ``E(x, y)``, without TA's pull off ``E(x)``."""
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
-        """``-f_y(x)``."""
         return lambda x: energies.joint(f(x), y)
 
 
@@ -33,10 +31,10 @@ class CS(Sampler):
 class RCS(Sampler):
     """Reinforced conditional sampling: descends ``E(x, y) + λ E(x)``, which adds the pull that TA takes away.
 
-    CEM's slides report it without a formula.  This one is its name read in line with theirs: λ is -1 in TA, 0 in CS.
+    CEM's slides report it without a formula; this one is inferred from the name.  TA has λ = -1, CS has λ = 0.
 
     Attributes:
-        weight: λ; the other attributes are those of :class:`Sampler`.
+        weight: λ.  The other attributes are those of :class:`Sampler`.
     """
 
     weight: float = 1.0
@@ -44,7 +42,6 @@ class RCS(Sampler):
     cites: ClassVar[tuple[str, ...]] = ("cem-slides",)
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
-        """``-f_y(x) - λ log Σ_k exp f_k(x)``."""
 
         def both_energies(x: Tensor) -> Tensor:
             logits = f(x)
@@ -57,7 +54,7 @@ class RCS(Sampler):
 class Langevin(Sampler):
     """CEM's Langevin sampling: descends ``E(x)`` with noise, by the same protocol; classes come from seeds alone.
 
-    Exact Langevin dynamics is ``direction: raw, noise: 0, temperature: 1``.  A critic can be sampled, too.
+    Exact Langevin dynamics is ``direction: raw, noise: 0, temperature: 1``.  Critics can be sampled as well.
     """
 
     noise: float = 0.01
@@ -66,15 +63,15 @@ class Langevin(Sampler):
     own: ClassVar[tuple[str, ...]] = ("noise",)
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
-        """``-log Σ_k exp f_k(x)``, whatever ``y``."""
+        """Return ``-log Σ_k exp f_k(x)``; ``y`` is not used."""
         return marginal(f)
 
 
 @dataclass(frozen=True)
 class Dynamics(Sampler):
-    """Langevin dynamics of JEAT: raw steps η/2, which is ``step_size``, and noise √η; it gives neither η nor K.
+    """Langevin dynamics of JEAT: raw steps of η/2 (``step_size``) and noise √η; the paper gives neither η nor K.
 
-    Abstract, as :class:`Sampler`.
+    Abstract, like :class:`Sampler`.
     """
 
     steps: int = 100
@@ -100,8 +97,8 @@ class JEAT17(Dynamics, CS):
 class SGLD(Langevin):
     """``x ← x - α ∇E(x) + η ε`` from noise, or with ``start: buffer`` from the chains of training.
 
-    The settings are JEM's (Grathwohl et al., 2020) on the scale of [0, 1], see
-    :class:`advebm.objectives.langevin.SGLD`; far less noise than Langevin dynamics has.
+    The settings are those of JEM (Grathwohl et al., 2020) converted to images in [0, 1], see
+    :class:`advebm.objectives.langevin.SGLD`; the noise is far smaller than in Langevin dynamics.
     """
 
     steps: int = 20

@@ -1,4 +1,4 @@
-"""The sampler of critics: uphill on the critic, Binary-AT."""
+"""The sampler of critics: ascent on the critic's output, as in Binary-AT."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,7 +11,7 @@ from advebm.samplers.classifier import Langevin
 class Ascent(Langevin):
     """Ascent on a critic's f from outside images, Binary-AT eq. 8: descends ``E(x) = -f(x)`` in unit steps.
 
-    The authors take 32 steps of 0.2 from test images of their p0 for CIFAR-10.  Of a classifier, E(x).
+    The authors take 32 steps of 0.2 from test images of their p0 for CIFAR-10.  On a classifier it descends E(x).
     """
 
     steps: int = 32

@@ -1,4 +1,4 @@
-"""Samplers of encoders, from features of images: NP-Langevin, NP-PGD and MaxEnt."""
+"""Samplers of encoders, whose energies compare features of images: NP-Langevin, NP-PGD and MaxEnt."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -17,18 +17,18 @@ from advebm.samplers.base import Sampler, in_turn
 
 @dataclass(frozen=True)
 class OfEncoder(Sampler):
-    """Samplers of an encoder g, by ``f(x, z) = g(x)·z / τ`` of NP-CEM, CEM section 4.2.  Abstract, as :class:`Sampler`.
+    """Base of samplers of an encoder g, by ``f(x, z) = g(x)·z / τ`` of NP-CEM, CEM section 4.2; abstract.
 
-    Labels never enter the gradient.  ``start: global`` is CEM's unconditional sampling, ``start: class`` its
-    conditional one: by the seeds alone.
+    Labels do not enter the gradient.  ``start: global`` is CEM's unconditional sampling, ``start: class`` its
+    conditional sampling, where only the seeds depend on the class.
 
     Attributes:
-        tau: τ; none takes that of the recipe's objective; 0.5, ACL's, where there is no recipe.
-        cosine: whether features are compared by direction, as SimCLR and ACL train, or by the plain product, as CEM
-            writes; none does as the recipe's objective, and compares directions where there is no recipe.
-        branch: of dual batch norms, as ACL trains: that of ``clean`` or that of ``adversarial`` images.
-        group: samples that interact, at most, where samples do.  A chunk of samples is dealt into equal groups, as one
-            deals cards, so that the classes of its seeds mix.
+        tau: τ; None: that of the recipe's objective, or 0.5 (ACL's) without a recipe.
+        cosine: whether features are compared by cosine similarity, as SimCLR and ACL train, or by the plain product, as
+            in CEM; None: as in the recipe's objective, or cosine without a recipe.
+        branch: branch of dual batch norms, which ACL trains: ``clean`` or ``adversarial``.
+        group: largest number of samples that interact, for samplers whose samples do.  Image i goes to group i modulo
+            the number of groups, so that group sizes differ by at most one and the classes of seeds mix.
     """
 
     start: Literal["class", "global", "noise", "outside", "buffer"] = "global"
@@ -49,22 +49,26 @@ class OfEncoder(Sampler):
             raise UserError(f"samples interact in groups of at least 2, got group {self.group}")
 
     def trained_by(self, objective: Any) -> Sampler:
-        """With the temperature and the cosine of the objective, where none are given."""
+        """Return a copy with the objective's temperature and ``cosine`` where ``tau`` and ``cosine`` are None."""
         tau = getattr(objective, "temperature", None) if self.tau is None else self.tau
         return replace(self, tau=tau, cosine=getattr(objective, "cosine", None) if self.cosine is None else self.cosine)
 
     @property
     def alike(self) -> dict[str, Any]:
-        """How f compares features."""
+        """Keyword arguments ``temperature`` and ``cosine`` of the similarity f."""
         return {"temperature": 0.5 if self.tau is None else self.tau, "cosine": self.cosine is not False}
 
     def __call__(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """As every sampler, on its branch."""
+        """Draw images as :class:`Sampler` does, with batch norms on ``branch``."""
         with using(model, self.branch):
             return super().__call__(model, *args, **options)
 
     def parts(self, count: int, batch: int | None) -> list[slice]:
-        """The groups, where samples interact: never less at once."""
+        """Return one slice per group if samples interact, else as :class:`Sampler`.
+
+        Raises:
+            UserError: there is a single sample, or ``batch`` is smaller than a group.
+        """
         if not self.coupled:
             return super().parts(count, batch)
         if count < 2:
@@ -83,9 +87,9 @@ class OfEncoder(Sampler):
 class MaxEnt(OfEncoder):
     """MaxEnt of CEM's slides: raises the entropy of a group's features, descending ``log Σ_{j≠i} exp f(x_i, g(x_j))``.
 
-    The slides name it without a formula.  This one estimates the entropy by the similarities of a batch, of which it
-    follows the whole gradient.  With ``negatives: batch`` np-langevin pulls each sample the other way.  The workshop
-    paper prints the same numbers for its Langevin, np-langevin here.
+    The slides name it without a formula.  Here the entropy is estimated from the similarities within a group, and the
+    gradient flows through all features.  With ``negatives: batch`` np-langevin moves samples in the opposite direction,
+    towards one another.  The workshop paper prints the same numbers for its Langevin, here np-langevin.
     """
 
     noise: float = 0.01
@@ -95,23 +99,22 @@ class MaxEnt(OfEncoder):
 
     @property
     def coupled(self) -> bool:
-        """Always."""
         return True
 
     def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
-        """``log Σ_{j≠i} exp f(x_i, g(x_j))``, whatever ``y`` and the seeds."""
+        """Return ``log Σ_{j≠i} exp f(x_i, g(x_j))``; ``y`` and the seeds are not used."""
         return lambda x: energies.crowding(f(x), **self.alike)
 
 
 @dataclass(frozen=True)
 class Contrasting(OfEncoder):
-    """Samplers by negatives ``z_k``, k = 1 … K.  Abstract, as :class:`Sampler`.
+    """Base of samplers whose energy contains negatives ``z_k``, k = 1 … K; abstract.
 
     Attributes:
-        negatives: features of training images, the same for all samples and steps (``bank``) or others at each step
-            (``data``); or features of the other samples of the group as they are at that step (``batch``), through
-            which no gradient passes.
-        count: K, of training images.
+        negatives: source of the z_k: features of training images, the same for all samples and steps (``bank``) or
+            drawn anew at each step (``data``); or current features of the other samples of the group, without gradient
+            (``batch``).
+        count: K for ``bank`` and ``data``.
     """
 
     negatives: Literal["bank", "data", "batch"] = "bank"
@@ -124,11 +127,10 @@ class Contrasting(OfEncoder):
 
     @property
     def coupled(self) -> bool:
-        """Whether negatives are the other samples."""
         return self.negatives == "batch"
 
     def bank(self, data: Data) -> Tensor | None:
-        """All training images, or for a bank ``count`` of them, always the same ones."""
+        """Return all training images (``data``), ``count`` of them, always the same ones (``bank``), or None."""
         if self.coupled:
             return None
         if self.count > len(data.train):
@@ -144,7 +146,7 @@ class Contrasting(OfEncoder):
     def contrast(
         self, f: Logits, bank: Tensor | None, like: Tensor, generator: torch.Generator | None, batch: int
     ) -> Tensor | None:
-        """Features of the whole bank, (1, K, D), or of a draw without replacement for each step, (S, K, D)."""
+        """Return features of the whole bank, (1, K, D), or of a draw without replacement per step, (S, K, D)."""
         if self.coupled:
             return None
         if bank is None:
@@ -160,7 +162,7 @@ class Contrasting(OfEncoder):
         return torch.stack(found) if found else None
 
     def density(self, z: Tensor, negatives: Tensor | None) -> Tensor:
-        """``-log Σ_k exp f(x, z_k)`` for features ``z (B, D)``, (B,); without negatives, of the others in z."""
+        """Return ``-log Σ_k exp f(x, z_k)``, (B,), for ``z (B, D)``; negatives None: the other rows of z, fixed."""
         if negatives is None:
             return -energies.crowding(z, z.detach(), **self.alike)
         return energies.marginal(energies.similarities(z, negatives, **self.alike))
@@ -175,7 +177,7 @@ class NPLangevin(Contrasting):
     own: ClassVar[tuple[str, ...]] = ("noise",)
 
     def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
-        """``-log Σ_k exp f(x, z_k)``, whatever ``y`` and the seeds."""
+        """Return ``-log Σ_k exp f(x, z_k)``; ``y`` and the seeds are not used."""
         sets = in_turn(negatives)
         return lambda x: self.density(f(x), next(sets))
 
@@ -184,14 +186,14 @@ class NPLangevin(Contrasting):
 class NPPGD(Contrasting):
     """The PGD attack on InfoNCE as a sampler, CEM eq. 11: descends ``f(x, z) - log Σ_k exp f(x, z_k)``.
 
-    Of np-langevin it keeps the pull towards the negatives; the other term pushes off the anchor z, and there is no
-    noise.  In training z is the representation of the image that the attack starts from.  A sampler has no such image
-    (CEM section 4.2 expects little of it for that); what it starts from is its seed, so z is g of the seed.  The
-    positive is not among the ``z_k``, as eq. 11 is printed.
+    Like np-langevin it attracts samples to the negatives; the other term repels them from the anchor z, and there is no
+    noise.  In training z encodes the image that the attack starts from.  A sampler has no such image (for which reason
+    CEM section 4.2 expects little of it) but starts from its seed, so z is g of the seed.  The positive is not among
+    the ``z_k``, as in the printed eq. 11.
     """
 
     def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
-        """``-log Σ_k exp f(x, z_k) + f(x, g(seed))``, whatever ``y``."""
+        """Return ``-log Σ_k exp f(x, z_k) + f(x, g(seed))``; ``y`` is not used."""
         sets = in_turn(negatives)
         with torch.no_grad():
             anchor = f(seeds)

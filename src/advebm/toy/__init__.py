@@ -1,1 +1,1 @@
-"""Energies in the plane: densities, training on them, their pictures."""
+"""Energy-based models of two-dimensional data: densities, training, pictures."""

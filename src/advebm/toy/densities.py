@@ -1,4 +1,4 @@
-"""Densities of the plane, drawn from exactly and known in closed form: what an energy learnt there is held against."""
+"""Two-dimensional densities with exact sampling and closed forms, to compare learnt energies with."""
 
 import math
 from collections.abc import Callable
@@ -15,21 +15,19 @@ class Density(Protocol):
     """A distribution of points (N, 2)."""
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """``count`` points, (count, 2) float32."""
-        ...
+        """Draw ``count`` points, (count, 2) float32."""
 
     def log_density(self, x: Tensor) -> Tensor:
-        """``log p(x)``, normalised, in nats.  (N, 2) -> (N,)."""
-        ...
+        """Return the normalised ``log p(x)`` in nats.  (N, 2) -> (N,)."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Round Gaussians of one deviation and equal weight; with many means on a curve, the curve blurred.
+    """Mixture of isotropic Gaussians with equal weights; with many means on a curve, a blurred curve.
 
     Attributes:
-        means: (K, 2) as numbers.
-        spread: the deviation.
+        means: K points.
+        spread: standard deviation of each Gaussian.
     """
 
     means: tuple[tuple[float, float], ...]
@@ -46,15 +44,16 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Pinwheel:
-    """Arms of equal weight: a Gaussian along and across each, turned by an angle that grows with the radius.
+    """Arms of equal weight: Gaussians, rotated about the origin by an angle that grows with the radius.
 
-    A turn that depends on the radius alone keeps areas, so the density is that of the straight arms, turned back.
+    A rotation by an angle that depends only on the radius preserves area, so the density at a point is that of the
+    straight arms at the point rotated back.
 
     Attributes:
-        arms: how many.
+        arms: number of arms.
         reach: mean distance from the origin along an arm.
-        along, across: deviations.
-        twist: radians a unit of radius.
+        along, across: standard deviations along and across an arm.
+        twist: rotation in radians per unit of radius.
     """
 
     arms: int = 4
@@ -82,18 +81,17 @@ def _choose(options: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _normal(z: Tensor) -> Tensor:
-    """Log-density of the standard normal."""
+    """Return the log-density of the standard normal distribution, elementwise."""
     return -0.5 * (z.square() + math.log(2 * math.pi))
 
 
 def _turn(x: Tensor, angle: Tensor) -> Tensor:
-    """Points (N, 2) turned around the origin, each by its angle in radians."""
+    """Rotate points (N, 2) about the origin, each by its angle (N,) in radians."""
     c, s = angle.cos(), angle.sin()
     return torch.stack([c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]], 1)
 
 
 def _circle(count: int, radius: float) -> tuple[tuple[float, float], ...]:
-    """Points at equal distances on a circle around the origin."""
     angles = [2 * math.pi * k / count for k in range(count)]
     return tuple((radius * math.cos(a), radius * math.sin(a)) for a in angles)
 
@@ -114,11 +112,7 @@ DENSITIES: dict[str, Callable[[], Density]] = {
 
 
 def find_density(name: str) -> Density:
-    """A density by its name.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Return the density called ``name``; raise a UserError if there is none."""
     if name not in DENSITIES:
         raise unknown_name("density", name, DENSITIES)
     return DENSITIES[name]()

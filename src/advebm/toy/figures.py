@@ -1,4 +1,4 @@
-"""Pictures of what was learnt in the plane, from :class:`advebm.toy.train.ToyRun`."""
+"""Pictures of trained two-dimensional models, from :class:`advebm.toy.train.ToyRun`."""
 
 import io
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from advebm.descent import value_and_gradient
 from advebm.reporting.figures import STYLE, png
 from advebm.toy import densities, train
 
-EDGE = 0.45  # contour of D that is drawn: the plateau of 1/2 itself has no sharp edge
-POINTS = 250  # of data, and of p0, in a picture
+EDGE = 0.45  # level of the contour drawn for D; the contour at the plateau of 1/2 would be ragged
+POINTS = 250  # number of data points, and of p0's points, in a picture
 DATA, CONTRAST = "#35c4ff", "#ff2d2d"
 PLANE: Any = {**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False, "font.size": 8}
 
@@ -28,10 +28,10 @@ PLANE: Any = {**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spin
 def draw_density(
     density: str, folder: Path, *, method: str | None = None, p0: str | None = None, seed: int = 0
 ) -> tuple[list[train.ToyRun], list[Path]]:
-    """Train on a density and write pictures into ``folder``; what was trained, and the files.
+    """Train on a density and write pictures into ``folder``.  Return the trainings and the files.
 
-    With a method or a p0 one training and its film; without, binary AT from both p0 and maximum likelihood, and the
-    pictures that compare them.
+    If ``method`` or ``p0`` is given, run one training and draw its film and animation.  Otherwise train binary AT with
+    both p0 and maximum likelihood, and draw comparisons as well.
     """
     one = [(method or "binary-at", p0 or "uniform")]
     three = [("binary-at", "uniform"), ("binary-at", "concentrated"), ("mle", "uniform")]
@@ -48,7 +48,7 @@ def draw_density(
 
 
 def film(play: train.ToyRun, count: int = 6) -> bytes:
-    """Moments of a training from left to right."""
+    """Draw ``count`` evenly chosen frames of a training from left to right."""
     last = len(play.frames) - 1
     frames = [play.frames[round(k * last / (count - 1))] for k in range(count)]
     with plt.rc_context(PLANE):
@@ -61,7 +61,7 @@ def film(play: train.ToyRun, count: int = 6) -> bytes:
 
 
 def before_and_after(plays: Sequence[train.ToyRun]) -> bytes:
-    """D before and after training for each p0, with p0's points where they begin and where they end: figure 1."""
+    """Draw D before and after training for each p0, with p0's points before and after their search: figure 1."""
     with plt.rc_context(PLANE):
         size = (2.9 * 2 * len(plays), 3.1)
         figure, axes = plt.subplots(1, 2 * len(plays), figsize=size)
@@ -74,7 +74,7 @@ def before_and_after(plays: Sequence[train.ToyRun]) -> bytes:
 
 
 def density_or_support(adversarial: train.ToyRun, likelihood: train.ToyRun) -> bytes:
-    """The true log-density, the energies of binary AT and of maximum likelihood, and both energies against it."""
+    """Draw the true log-density, the energies of binary AT and maximum likelihood, and both energies against it."""
     density = densities.find_density(adversarial.density)
     points = train.plane_points(81)
     truth = density.log_density(points.view(-1, 2)).view(points.shape[:2])
@@ -103,7 +103,7 @@ def density_or_support(adversarial: train.ToyRun, likelihood: train.ToyRun) -> b
 
 
 def animation(play: train.ToyRun) -> bytes:
-    """A GIF of the training, which rests on its last frame."""
+    """Return a GIF of the training, which pauses on the last frame."""
     frames = []
     with plt.rc_context(PLANE):
         for frame in play.frames:
@@ -115,7 +115,7 @@ def animation(play: train.ToyRun) -> bytes:
 
 
 def panel(axis: Axes, play: train.ToyRun, frame: train.Frame, *, moved: bool = True) -> None:
-    """Contours of D, or of the density up to its highest value, with the normalised gradient of -E and the points."""
+    """Draw D (binary AT) or the density divided by its maximum, the normalised gradient of -E, and the points."""
     points = train.plane_points(81)
     energy = train.energy(frame.model, points)
     binary = play.method == "binary-at"

@@ -1,7 +1,7 @@
-"""Energies of the plane: binary adversarial training and maximum likelihood where everything can be seen.
+"""Binary adversarial training (binary AT) and maximum likelihood on two-dimensional data.
 
 Binary AT = Yin et al. (2022), "Learning energy-based models with adversarial training", whose figure 1 this makes.
-Points are (B, 2); the square ``[-SIDE, SIDE]²`` is what is looked at, nothing keeps points inside it.
+Points are (B, 2); pictures and counts cover the square ``[-SIDE, SIDE]²``, which points of binary AT may leave.
 """
 
 import copy
@@ -22,21 +22,20 @@ from advebm.objectives.langevin import contrast
 from advebm.toy import densities
 
 SIDE = 4.0
-CELL = 0.2  # side of the cells in which visits are counted
-WIDTH = 64  # of the network's two hidden layers
+CELL = 0.2  # side of the cells of the grid in which visited places are marked
+WIDTH = 64  # units in each of the network's two hidden layers
 P0 = ("uniform", "concentrated")
 
 
 class Sine(nn.Module):
-    """``sin``: a network of them begins with hills and valleys everywhere, as the paper's D does."""
+    """``sin`` as activation: an untrained network then has hills and valleys everywhere, as the paper's D."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, D)`` -> the same shape."""
         return x.sin()
 
 
 def network(generator: torch.Generator) -> nn.Module:
-    """A critic ``(B, 2) -> (B, 1)`` of two hidden layers, all of its weights drawn from ``generator``."""
+    """Return a critic ``(B, 2) -> (B, 1)`` with two hidden layers, its weights drawn from ``generator``."""
     first, second, last = nn.Linear(2, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
     with torch.no_grad():
         for layer, gain in ((first, 1.0), (second, 1.0), (last, 2.0)):
@@ -47,7 +46,7 @@ def network(generator: torch.Generator) -> nn.Module:
 
 
 def contrastive_points(p0: str, count: int, generator: torch.Generator) -> Tensor:
-    """Points of p0, (count, 2): ``uniform`` in the square, or ``concentrated`` in its lower left corner."""
+    """Draw points (count, 2) of p0: ``uniform`` in the square, or ``concentrated`` in its lower left corner."""
     if p0 not in P0:
         raise unknown_name("p0", p0, P0)
     side = 2 * SIDE if p0 == "uniform" else 0.4 * SIDE
@@ -56,12 +55,12 @@ def contrastive_points(p0: str, count: int, generator: torch.Generator) -> Tenso
 
 @dataclass(frozen=True)
 class Method:
-    """What tells binary AT from maximum likelihood, table 1 of the paper; the training is the same.
+    """The settings in which binary AT and maximum likelihood differ, table 1 of the paper.
 
     Attributes:
-        search: the steps from p0, or from where the chains were, to contrastive points.
-        restart: probability that a contrastive point begins anew from p0 instead of where it was.
-        loss: energies of data (B,) and of contrastive points (B,) -> what is minimised, a scalar.
+        search: descent from p0, or from the previous contrastive points, to the new contrastive points.
+        restart: probability that a contrastive point starts from p0 instead of its previous position.
+        loss: maps energies of data (B,) and of contrastive points (B,) to the scalar that is minimised.
     """
 
     search: Descent
@@ -70,11 +69,11 @@ class Method:
 
 
 def likelihood(positive: Tensor, negative: Tensor) -> Tensor:
-    """``mean E(x) - mean E(x')``, whose gradient is that of -log p."""
+    """Return ``mean E(x) - mean E(x')``, whose gradient estimates that of -log p."""
     return contrast(positive, negative, 0.0)[0]
 
 
-LANGEVIN = 0.01  # step; with noise √(2 step) the chain's law tends to exp(-E)
+LANGEVIN = 0.01  # step size; with noise √(2 step) the chain approximately samples exp(-E)
 METHODS = {
     # eq. 8, unconstrained; 20 steps of 0.3 reach from the corner to the middle of the square
     "binary-at": Method(Descent(20, 0.3, unit, free), 1.0, energies.logistic),
@@ -83,11 +82,7 @@ METHODS = {
 
 
 def find_method(name: str) -> Method:
-    """A method by its name.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Return the method called ``name``; raise a UserError if there is none."""
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
     return METHODS[name]
@@ -95,11 +90,11 @@ def find_method(name: str) -> Method:
 
 @dataclass(frozen=True)
 class Frame:
-    """One moment of a training.
+    """State of a training at one moment.
 
     Attributes:
-        update: how many updates came before.
-        model: as it was, ``(B, 2) -> (B, 1)``; its energy is the negative output.
+        update: number of updates done so far.
+        model: copy of the model, ``(B, 2) -> (B, 1)``; its energy is the negative output.
         began, ended: contrastive points (B, 2) of the next update, before and after their search.
     """
 
@@ -111,12 +106,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class ToyRun:
-    """A training that was watched.
+    """A finished training with recorded frames.
 
     Attributes:
         density, method, p0: names.
-        frames: moments, the first before and the last after training.
-        visited: (N, N) bool, cells [y, x] of the square that any contrastive point passed through, from its start on.
+        frames: recorded frames, the first before and the last after training.
+        visited: (N, N) bool, cells [y, x] of the square in which any contrastive point was, starting points included.
     """
 
     density: str
@@ -138,21 +133,21 @@ def train_toy(
     frames: int = 21,
     watch: Callable[[Frame], None] = lambda frame: None,
 ) -> ToyRun:
-    """Train a critic on draws from a density.
+    """Train a critic on samples of a density.
 
     Args:
-        density: of :data:`advebm.toy.densities.DENSITIES`.
-        method: of :data:`METHODS`.
+        density: a name in :data:`advebm.toy.densities.DENSITIES`.
+        method: a name in :data:`METHODS`.
         p0: ``uniform`` or ``concentrated``.
-        seed: of the network and of every draw.
-        updates: steps of Adam; the rate falls linearly to a twentieth.
-        batch: points of data, and of contrast, an update.
-        rate: of Adam, at first.
-        frames: moments to keep, at quadratically growing distances.
-        watch: told each of them as it comes; what it raises ends the training.
+        seed: seed of the network and of all random numbers.
+        updates: number of Adam steps; the learning rate falls linearly to a twentieth.
+        batch: number of data points, and of contrastive points, in an update.
+        rate: initial learning rate of Adam.
+        frames: number of frames to keep, at the most: dense at first, their update numbers grow quadratically.
+        watch: called with each frame when it is recorded; an exception from it ends the training.
 
     Raises:
-        UserError: an unknown name, or numbers too small.
+        UserError: an unknown name, ``updates`` or ``batch`` below 1, ``frames`` below 2.
     """
     if updates < 1 or batch < 1 or frames < 2:
         raise UserError(f"updates and batch are at least 1 and frames 2, got {updates}, {batch} and {frames}")
@@ -182,7 +177,7 @@ def train_toy(
 
 
 def move_contrastive(model: nn.Module, how: Method, began: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Contrastive points (B, 2) of a model, and every point on the way there, (·, 2)."""
+    """Return a model's contrastive points (B, 2), and all points of the search from start to end, (·, 2)."""
     path: list[Tensor] = []
     with searching(model) as f:
         low = lambda x: energies.binary(f(x))
@@ -191,7 +186,7 @@ def move_contrastive(model: nn.Module, how: Method, began: Tensor, draws: torch.
 
 
 def mark_visited(visited: Tensor, x: Tensor) -> None:
-    """Set the cells of ``visited`` (N, N), [y, x], that points (B, 2) lie in; points beyond the square have none."""
+    """Set the cells of ``visited`` (N, N), [y, x], that contain points (B, 2); ignore points outside the square."""
     cells = len(visited)
     column, row = ((x + SIDE) * (cells / (2 * SIDE))).floor().long().unbind(1)
     inside = (column >= 0) & (column < cells) & (row >= 0) & (row < cells)
@@ -199,25 +194,27 @@ def mark_visited(visited: Tensor, x: Tensor) -> None:
 
 
 def plane_points(cells: int = round(2 * SIDE / CELL)) -> Tensor:
-    """Middles of the cells of the square, (cells, cells, 2), at [row, column] the point (x, y)."""
+    """Return the centres of the cells of the square, (cells, cells, 2): (x, y) at [row, column]."""
     middles = (torch.arange(cells) + 0.5) * (2 * SIDE / cells) - SIDE
     return torch.stack(torch.meshgrid(middles, middles, indexing="xy"), 2)
 
 
 @torch.no_grad()
 def energy(model: nn.Module, x: Tensor) -> Tensor:
-    """``E(x) = -f(x)`` of points (..., 2), as (...)."""
+    """Return ``E(x) = -f(x)`` of points: (..., 2) -> (...)."""
     return energies.binary(model(x.reshape(-1, 2))).view(x.shape[:-1])
 
 
 def summarize(result: ToyRun, *, seed: int = 0, count: int = 5_000) -> dict[str, float]:
-    """What a training came to, by name; on fresh draws and on the cells of the square.
+    """Return the numbers of a training by name, from ``count`` new samples and the cells of the square.
 
-    The support of the data stands for the smallest region of a given share of its mass: ``D on support`` and its
-    ``deviation`` are over the draws of the densest 95 %, off the support are the cells beyond 99.9 %, unvisited those
-    of them that no contrastive point passed through (left out where there are none).  These and the ``objective``,
-    -log 4 ≈ -1.386 by proposition 1, are binary AT's alone.  ``correlation`` and ``slope`` are those of -E with
-    log p over the draws: 1 and 1 for an energy that is the density's, and slope 0 for one that knows the support.
+    The support of the data is approximated by the smallest region that contains a given share of its mass.  ``D on
+    support`` and ``deviation`` are the mean and standard deviation of D over the densest 95 % of the samples.  ``D off
+    support`` and ``highest off`` are the mean and maximum over cells outside the 99.9 % region, and ``highest
+    unvisited`` is the maximum over those that no contrastive point visited (left out if there are none).  These, and
+    the ``objective``, whose optimum is -log 4 ≈ -1.386 by proposition 1, exist for binary AT only.  ``correlation`` and
+    ``slope`` are those of -E against log p over the samples: 1 and 1 if the energy is that of the density, slope 0 if
+    it only tells the support.
     """
     data, last = densities.find_density(result.density), result.frames[-1]
     x = data.sample(count, seeded("toy-numbers", seed))
