@@ -1,6 +1,6 @@
 """advebm: adversarially trained energy-based models.
 
-The functions below load on first use, so that ``import advebm`` is quick.
+The functions in ``__all__`` are imported on first use, so that ``import advebm`` is quick.
 """
 
 from typing import TYPE_CHECKING, Any

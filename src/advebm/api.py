@@ -1,4 +1,4 @@
-"""The public functions.  Images are float32 (B, C, H, W) in [0, 1], labels int64 (B,); inputs are checked here."""
+"""The public functions.  Images are float32 (B, C, H, W) in [0, 1], labels int64 (B,); inputs are checked."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,37 +29,38 @@ from advebm.training import loop
 
 
 def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
-    """The network of a run, a checkpoint or a published model's folder: averaged weights, eval mode, on the CPU.
+    """Load the network of a run, a checkpoint or a published model: averaged weights, eval mode, on the CPU.
 
     Args:
-        path: the folder, ``hf:USER/NAME`` for a model published on the Hub, or ``PACKAGE.MODULE:FACTORY`` for a module
-            of your own on images in [0, 1].
-        checkpoint: of a run: ``latest``, ``best`` or a number of images.
+        path: the folder, ``hf:USER/NAME`` for a model published on the Hub, or ``PACKAGE.MODULE:FACTORY`` for a
+            user-defined module on images in [0, 1].
+        checkpoint: checkpoint of a run: ``latest``, ``best`` or a number of images.
 
     Raises:
-        UserError: nothing there, or a damaged file.
+        UserError: there is no model, or its file is damaged.
     """
     return find_model.find_model(path, checkpoint=str(checkpoint))
 
 
 def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float | Iterable[float] = 1.0) -> Network:
-    """Your own classifier as a network on images in [0, 1], in eval mode; its logits are its features too.
+    """Wrap your own classifier as a network on images in [0, 1], in eval mode; its logits also serve as features.
 
     Args:
-        module: normalised images (B, C, H, W) -> logits (B, K): logits, not probabilities.
-        mean, std: the normalisation it was trained with, a value a channel or one for all; it becomes the first layer.
+        module: maps normalised images (B, C, H, W) to logits (B, K), not probabilities.
+        mean, std: the normalisation it was trained with, per channel or one for all; it becomes the first layer.
     """
     means, stds = ((float(v),) if isinstance(v, int | float) else tuple(v) for v in (mean, std))
     return Network(Normalize(means, stds), module, nn.Identity()).eval()
 
 
 def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
-    """``E(x)``, or ``E(x, y)`` where labels are given: (B,), nats, low on data, known up to a constant.
+    """Return ``E(x)``, or ``E(x, y)`` if labels are given: (B,), in nats, low on data, known up to a constant.
 
-    A model with one output is read as a critic, ``E(x) = -f(x)``, JEAT eq. 12 otherwise.
+    A model with one output is a critic, with ``E(x) = -f(x)``; a classifier's energy is JEAT eq. 12.
 
     Raises:
-        UserError: images outside [0, 1], labels out of range, probabilities instead of logits.
+        UserError: images are outside [0, 1], labels out of range, outputs are probabilities instead of logits, labels
+            are given for a critic, or the model is an encoder.
     """
     checks.no_encoder(model)
     with searching(model) as f, torch.no_grad():
@@ -86,14 +87,14 @@ def attack(
     target: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Adversarial images within ``eps`` of ``x``, by projected gradient descent; see :class:`Attack`.
+    """Return adversarial images within ``eps`` of ``x``, by projected gradient descent; see :class:`Attack`.
 
     Args:
         model: classifier on images in [0, 1].
         x, y: images and their labels.
         eps, norm, steps, step_size, loss, restarts: as in :class:`Attack`.
-        target: classes (B,) to be taken for, instead of merely leaving ``y``.
-        seed: of the random starts.
+        target: classes (B,) that the images should be taken for; None: any but ``y``.
+        seed: seed of the random starts.
     """
     _check_classifier(model, x, y)
     search = Attack(eps=eps, norm=norm, steps=steps, step_size=step_size, loss=loss, restarts=restarts)
@@ -117,18 +118,19 @@ def sample(
     seed: int = 0,
     **settings: Any,
 ) -> Tensor:
-    """Images (N, C, H, W) of classes ``y (N,)``, from a classifier, or by ``ascent`` or ``langevin`` from a critic.
+    """Draw images (N, C, H, W) of classes ``y (N,)`` from a classifier, a critic or an encoder.
 
-    From an encoder by ``np-langevin``, ``np-pgd`` or ``maxent``; a module of your own passes as one.
+    A critic takes the methods ``ascent`` and ``langevin``, an encoder ``np-langevin``, ``np-pgd`` and ``maxent``.  A
+    user-defined module is accepted as an encoder.
 
     Args:
-        model: classifier, or critic, on images in [0, 1].
-        y: the class of each image; only their number counts where neither energy nor seeds are of a class.
-        data: on whose training split the seeds are fitted; a name such as ``digits`` or what :func:`load_data` gave.
+        model: classifier, critic or encoder on images in [0, 1].
+        y: the class of each image; if neither energy nor start depends on the class, only the length of ``y`` matters.
+        data: data whose training split the starts are fitted on: a name such as ``digits``, or from :func:`load_data`.
         method: ``ta``, ``cs``, ``rcs``, ``langevin``, …; see ``advebm list sampler``.
-        outside: whose test images chains begin from, with ``start="outside"``: a name such as ``patches``, or data.
-        seed: of seeds and noise.
-        settings: of the sampler: ``steps``, ``step_size``, ``radius``, ``noise``, ``direction``, ``start``.
+        outside: data whose test images chains start from if ``start="outside"``: a name such as ``patches``, or data.
+        seed: seed of starts and noise.
+        settings: settings of the sampler: ``steps``, ``step_size``, ``radius``, ``noise``, ``direction``, ``start``.
     """
     sampler = config.build({"kind": method, **settings}, "sampler")
     data = load_data(data) if isinstance(data, str) else data
@@ -157,10 +159,10 @@ def evaluate(
     features: Network | str | None = None,
     seed: int = 0,
 ) -> list[Record]:
-    """Records of a model on the test split: accuracy, clean and under ``threat``, unless other metrics are given.
+    """Measure a model on the test split; by default its accuracy, clean and under ``threat``.
 
-    Sample quality is measured on ``samples`` by name, in the features of the classifier ``features`` or in what
-    :func:`advebm.evaluation.evaluate.find_space` reads: ``"inception"``, ``"pixels"``, a run or model.
+    The metric of sample quality judges ``samples``, sets by name, in the feature space ``features``: a classifier, or a
+    text for :func:`advebm.evaluation.evaluate.find_space`: ``"inception"``, ``"pixels"``, a run or a model.
     """
     data = load_data(data) if isinstance(data, str) else data
     space = None
@@ -170,7 +172,7 @@ def evaluate(
         space = evaluation.feature_space("given features", features)
     subject = Subject(model, data, data.test, threat, samples or {}, space, batch_size_for(data.shape))
     x, y = next(subject.batches())
-    if not getattr(model, "encoder", False):  # of which some metrics make classifiers
+    if not getattr(model, "encoder", False):  # some metrics fit a classifier on an encoder
         _check_classifier(model, x[:16], y[:16])
     return evaluation.evaluate(subject, (Accuracy(), RobustAccuracy()) if metrics is None else metrics, seed=seed)
 
@@ -183,14 +185,14 @@ def train(
     resume: bool = False,
     device: str | None = None,
 ) -> Run:
-    """Train a recipe; see :func:`advebm.training.loop.train`.
+    """Train a recipe and return its run; see :func:`advebm.training.loop.train`.
 
     Args:
-        recipe: a name of the package or what :func:`load_recipe` gave; with ``resume``, the run's own is used.
-        folder: of the run; ``runs/NAME-TIME`` by default.
-        options: ``{"train.images": 10_000, "objective.attack.eps": "8/255"}``, on top of a named recipe.
-        resume: go on with the run in ``folder``, by its own recipe.
-        device: None takes the best there is.
+        recipe: name of a recipe of the package, or the result of :func:`load_recipe`; ignored with ``resume``.
+        folder: folder of the run; None: ``runs/NAME-TIME``.
+        options: changes to a named recipe, such as ``{"train.images": 10_000, "objective.attack.eps": "8/255"}``.
+        resume: whether to resume the run in ``folder``, with its own recipe.
+        device: None: the best one available.
     """
     if options and (resume or isinstance(recipe, Recipe)):
         raise UserError("options go with the name of a recipe; a Recipe and a run that is resumed have their own")
@@ -203,17 +205,17 @@ def train(
 
 
 def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe of the package, with options changed."""
+    """Return a recipe of the package, with options changed."""
     return resolve(recipes.find(name), list((options or {}).items()))
 
 
 def load_data(name: str, **settings: Any) -> Data:
-    """Training, validation and test images: ``load_data("digits")``."""
+    """Load training, validation and test images by the name of a data source: ``load_data("digits")``."""
     return config.build({"kind": name, **settings}, "source").load()
 
 
 def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), out: str | Path | None = None) -> Path:
-    """Write the run's ``report.html``, with other runs ``beside`` it for comparison, and return where it is."""
+    """Write the run's ``report.html``, with other runs ``beside`` it for comparison, and return its path."""
     first, *others = (r if isinstance(r, Run) else Run.open(r) for r in (run, *beside))
     return build_report(first, beside=others, out=None if out is None else Path(out))
 

@@ -1,4 +1,4 @@
-"""The command line: the verbs, their options, and what each does.  It calls what the other folders do."""
+"""The command line: commands and their options, which call the other packages."""
 
 from advebm.cli.entry import main
 

@@ -1,4 +1,4 @@
-"""list: what there is, from static text and source files; no method is imported."""
+"""``advebm list``: list recipes and kinds from static text and source files, without importing any method."""
 
 import argparse
 import ast
@@ -13,13 +13,12 @@ from advebm.core.errors import unknown_name
 
 
 def add_list(verbs: Verbs) -> None:
-    """``advebm list``."""
     parser = verbs.add("list", print_list, "What there is: recipes, objectives, samplers, metrics, …")
     parser.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
 
 
 def print_list(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print a line a recipe and a line a kind."""
+    """Print a line per recipe and a line per kind."""
     what = None if args.what is None else args.what.rstrip("s")
     if what is not None and what not in ("recipe", *KINDS):
         raise unknown_name("kind of thing", args.what, ["recipe", *KINDS])
@@ -36,7 +35,7 @@ def print_list(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def _summary(target: str) -> str:
-    """The first line of a class's docstring, without importing its module."""
+    """Return the first line of a class's docstring, without importing its module."""
     module, _, name = target.partition(":")
     tree = _parsed(module)
     node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)

@@ -1,4 +1,4 @@
-"""demo and toy: first looks, without any data to bring."""
+"""``advebm demo`` and ``advebm toy``: introductions that need no data."""
 
 import argparse
 import time
@@ -10,7 +10,6 @@ from advebm.core.errors import UserError
 
 
 def add_demo(verbs: Verbs) -> None:
-    """``advebm demo``."""
     parser = verbs.add("demo", demo, "Train on digits, draw images, evaluate and report: a minute on a laptop.")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the runs go (runs)")
     parser.add_seed()
@@ -18,7 +17,7 @@ def add_demo(verbs: Verbs) -> None:
 
 
 def demo(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Carry the demo out, print the records of its runs side by side."""
+    """Carry out the demo and print the records of its runs side by side."""
     from advebm.reporting.terminal import side_by_side
     from advebm.runs.run import new_folder
     from advebm.workflows import demo as workflow
@@ -30,7 +29,6 @@ def demo(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def add_toy(verbs: Verbs) -> None:
-    """``advebm toy``."""
     parser = verbs.add(
         "toy",
         toy,
@@ -51,7 +49,7 @@ def add_toy(verbs: Verbs) -> None:
 
 
 def toy(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Draw the pictures, print the numbers and where the pictures are."""
+    """Draw the pictures; print the numbers and the paths of the pictures."""
     from advebm.reporting.terminal import numbers_table
     from advebm.toy import densities, figures, train
 

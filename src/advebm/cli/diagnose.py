@@ -1,4 +1,4 @@
-"""diagnose and doctor: why a model generates or does not, and what spoils its numbers."""
+"""``advebm diagnose`` and ``advebm doctor``: why a model generates or not, and faults that spoil its numbers."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,6 @@ from advebm.core.errors import UserError
 
 
 def add_diagnose(verbs: Verbs) -> None:
-    """``advebm diagnose``."""
     parser = verbs.add(
         "diagnose",
         diagnose,
@@ -38,7 +37,7 @@ def add_diagnose(verbs: Verbs) -> None:
 
 
 def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print the numbers of the figures, and where the figures are."""
+    """Print the numbers and the paths of the figures."""
     from advebm.evaluation.compare import by_title
     from advebm.reporting.diagnostics import diagnose
     from advebm.reporting.terminal import figures_list
@@ -61,7 +60,6 @@ def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def add_doctor(verbs: Verbs) -> None:
-    """``advebm doctor``."""
     parser = verbs.add(
         "doctor",
         doctor,
@@ -90,7 +88,7 @@ def add_doctor(verbs: Verbs) -> None:
 
 
 def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Print what was found; 1 where there are faults."""
+    """Print the findings; return the exit status, 1 if there are faults."""
     from advebm.reporting.terminal import findings_list
     from advebm.workflows.doctor import examine_model
 
@@ -109,7 +107,7 @@ def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _machine(args: argparse.Namespace, overrides: Overrides) -> int:
-    """Print what came of checking this machine; 1 where a convolution is computed wrongly."""
+    """Check this machine and print the results; return 1 if a convolution of the models is computed wrongly."""
     from advebm.training import hardware
     from advebm.workflows.doctor import check_machine
 

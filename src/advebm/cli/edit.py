@@ -1,4 +1,4 @@
-"""edit: images changed by a run's model."""
+"""``advebm edit``: change images by a run's model."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,6 @@ TAKERS = {
 
 
 def add_edit(verbs: Verbs) -> None:
-    """``advebm edit``."""
     parser = verbs.add(
         "edit",
         edit,
@@ -56,7 +55,7 @@ def add_edit(verbs: Verbs) -> None:
 
 
 def edit(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print numbers of each image, and where the picture is."""
+    """Edit or score images; print numbers of each image and the path of the picture."""
     from advebm.reporting.terminal import numbers_table
     from advebm.runs.run import Run
     from advebm.sampling import edit_job
@@ -96,7 +95,7 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse an edit that there is not, and options that it does not take."""
+    """Raise UserError for an unknown edit or options that it does not take."""
     if args.what not in ("score", *KINDS["edit"]):
         raise unknown_name("edit", args.what, ["score", *KINDS["edit"]])
     for name, takers in TAKERS.items():

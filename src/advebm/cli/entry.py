@@ -1,4 +1,4 @@
-"""Where the command line begins: parse, call, print mistakes.  torch is not imported before a verb needs it."""
+"""Entry point of the command line: parse, call, print errors.  torch is imported only when a command needs it."""
 
 import atexit
 import contextlib
@@ -16,13 +16,13 @@ from advebm.core.allocator import tune_cpu_allocator
 from advebm.core.errors import Diverged, Interrupted, Lost, UserError
 from advebm.core.threads import bound_waiting, use_threads
 
-GRACE = 3.0  # seconds that other processes leave the main one to say what is wrong
+GRACE = 3.0  # seconds that other processes give the main one to report the error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 (diverged, faults), 2 (a mistake in what was asked for), 130."""
+    """Run a command; return the exit status: 0, 1 (diverged, process lost, faults), 2 (wrong input), 130 (stopped)."""
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # for package.module:Class of one's own
+        sys.path.append(here)  # for user-defined package.module:Class
     warnings.showwarning = lambda message, *rest: _say(f"warning: {message}")
     tune_cpu_allocator()
     bound_waiting()
@@ -62,13 +62,13 @@ def _main(argv: Sequence[str], world: int) -> int:
 def _fail(error: Exception, status: int) -> int:
     text = f"error: {' '.join(str(error).split())}"
     if rank := processes.rank_and_world()[0]:
-        time.sleep(GRACE)  # the main process says the same, and this one is ended then
+        time.sleep(GRACE)  # the main process reports the same error and then ends this one
         print(f"advebm: process {rank}: {text}", file=sys.stderr)
     _say(text)
     return status
 
 
 def _say(text: str) -> None:
-    """To people, from the main process."""
+    """Print to stderr, from the main process only."""
     if not processes.rank_and_world()[0]:
         print(f"advebm: {text}", file=sys.stderr)

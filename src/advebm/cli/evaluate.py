@@ -1,4 +1,4 @@
-"""evaluate, probe and compare: numbers of runs and models."""
+"""``advebm evaluate``, ``probe`` and ``compare``: measure runs and models."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,6 @@ from advebm.core.errors import UserError
 
 
 def add_evaluate(verbs: Verbs) -> None:
-    """``advebm evaluate``."""
     parser = verbs.add(
         "evaluate",
         evaluate,
@@ -44,7 +43,7 @@ def add_evaluate(verbs: Verbs) -> None:
 
 
 def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print the records as a table or as JSON."""
+    """Measure a run or a model; print the records as a table or as JSON."""
     from advebm.reporting.terminal import record_table
     from advebm.runs.run import Run
     from advebm.workflows import evaluate as workflow
@@ -60,7 +59,7 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.suite:
         if any(name.partition(".")[0] == "metrics" for name, _ in overrides):
             raise UserError("--suite says which metrics; leave --metrics out")
-        workflow.check_suite(args.suite, tier)  # a misspelt name is noticed before anything is written
+        workflow.check_suite(args.suite, tier)  # raises for a wrong name before anything is written
     for folder in args.samples:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
@@ -81,7 +80,6 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def add_probe(verbs: Verbs) -> None:
-    """``advebm probe``."""
     parser = verbs.add(
         "probe",
         probe,
@@ -103,7 +101,7 @@ def add_probe(verbs: Verbs) -> None:
 
 
 def probe(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print the classifier's run, and the records of both."""
+    """Fit a probe; print its run's folder, and the records of the probe and of nearest neighbours."""
     from advebm.metrics.probing import NearestNeighbours, Probe
     from advebm.reporting.terminal import record_table
     from advebm.runs.run import Run
@@ -120,7 +118,6 @@ def probe(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def add_compare(verbs: Verbs) -> None:
-    """``advebm compare``."""
     parser = verbs.add(
         "compare",
         compare,
@@ -137,7 +134,7 @@ def add_compare(verbs: Verbs) -> None:
 
 
 def compare(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print a row a run, and where the report is."""
+    """Measure runs; print a row per run and the path of the report."""
     from advebm.reporting.terminal import one_a_line
     from advebm.workflows.compare import compare_runs
 

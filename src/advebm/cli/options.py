@@ -1,4 +1,4 @@
-"""Words of a command: options of a recipe, which have a dot, and the rest."""
+"""Parse arguments: options of a recipe, most of which have a dot, and ordinary arguments."""
 
 import argparse
 import re
@@ -10,7 +10,7 @@ from advebm.core.errors import UserError, suggest
 
 Overrides = list[tuple[str, Any]]
 Call = Callable[[argparse.Namespace, Overrides], int | None]
-# Blocks of a recipe that a kind can be given for, as in --objective at; any other option has a dot in its name.
+# Blocks of a recipe that accept a kind, as in --objective at; all other recipe options but --metrics have a dot.
 BLOCKS = {"data": "source", "backbone": "backbone", "objective": "objective", "sampler": "sampler"}
 BLOCKS |= {"optimizer": "optimizer", "schedule": "schedule", "outside": "source", "extra": "source"}
 
@@ -18,48 +18,44 @@ FEATURES = (
     "what judges the samples: the classifier of a run or model (its own by default), pixels, inception (downloads its "
     "weights once), or inception:PATH of torch-fidelity's weight file"
 )
-WAYS = "auto, off, fold, compile, bf16 or bf16+compile"  # of --fast
+WAYS = "auto, off, fold, compile, bf16 or bf16+compile"  # values of --fast
 
 
 class Parser(argparse.ArgumentParser):
-    """One-line errors, no abbreviations; and the options that many verbs have."""
+    """Argument parser with one-line errors, without abbreviations, and with options that many commands share."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raise, so that :func:`main` prints it like every other mistake."""
+        """Raise UserError, which :func:`advebm.cli.entry.main` prints like all other errors."""
         if bad := re.search(r"invalid choice: '([^']*)'.*choose from (.*)\)", message):
             known = [word.strip(" '") for word in bad[2].split(",")]
             raise UserError(f"no command {bad[1]!r}{suggest(bad[1], known)}; there is {', '.join(known)}")
         raise UserError(f"{message}; see {self.prog} --help")
 
     def add_run(self, *, several: bool = False) -> None:
-        """The run's folder, or the folders of several."""
         if several:
             self.add_argument("runs", type=Path, metavar="RUN", nargs="+")
         else:
             self.add_argument("run", type=Path, metavar="RUN")
 
     def add_seed(self, about: str | None = None) -> None:
-        """--seed, 0 by default."""
         self.add_argument("--seed", type=int, default=0, help=about)
 
     def add_checkpoint(self) -> None:
-        """--checkpoint, the latest by default."""
         self.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
 
     def add_device(self) -> None:
-        """--device."""
         self.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
 
     def add_threads(self) -> None:
-        """--threads, which :func:`advebm.cli.entry.main` sets."""
+        """Add --threads, which :func:`advebm.cli.entry.main` applies."""
         self.add_argument("--threads", type=int, metavar="N", help="of the CPU; all cores by default")
 
 
 class Verbs:
-    """The verbs of the command line, to which each group adds its own."""
+    """The commands of the command line; each module of this package adds its own."""
 
     def __init__(self, parser: Parser) -> None:
         self.subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -74,15 +70,15 @@ class Verbs:
         takes: Sequence[str] = (),
         shared: bool = False,
     ) -> Parser:
-        """Add a verb.
+        """Add a command and return its parser.
 
         Args:
-            name: what people write.
-            call: what it runs; it returns the exit status, None for 0.
-            about: what it does, in a line.
-            more: further lines of its help.
-            takes: blocks of a recipe whose options it takes.
-            shared: whether several processes may share it.
+            name: name of the command.
+            call: function that the command runs; returns the exit status, None for 0.
+            about: summary for the help, in one line.
+            more: further text for the help.
+            takes: blocks of a recipe whose options the command takes.
+            shared: whether several processes may run the command together.
         """
         parser: Parser = self.subparsers.add_parser(name, help=about, description=f"{about} {more}".strip())
         known = parser._option_string_actions
@@ -91,7 +87,7 @@ class Verbs:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
-    """Take ``--a.b value``, ``--a.b=value`` and ``--objective value`` out of the words: what is left, and pairs."""
+    """Split off ``--a.b value``, ``--a.b=value`` and ``--objective value``; return the other words, and pairs."""
     words, plain, overrides = list(argv), [], []
     while words:
         word = words.pop(0)
@@ -108,7 +104,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
 
 
 def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides: Overrides) -> None:
-    """Refuse words that the command does not take."""
+    """Raise UserError for words and overrides that the command does not take."""
     allowed = ", ".join(f"--{block}.…" for block in args.takes)
     more = f"; options of a recipe have a dot, as in {allowed}" if allowed else ""
     if unexpected:
@@ -122,7 +118,7 @@ def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """Refuse numbers below ``least``; one that was not given is left alone."""
+    """Raise UserError if a named option is below ``least``; ignore options that were not given."""
     for name in names:
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is at least {least}, got {value}")

@@ -1,4 +1,4 @@
-"""app: the page for the browser."""
+"""``advebm app``: the web page."""
 
 import argparse
 
@@ -6,7 +6,6 @@ from advebm.cli.options import Overrides, Verbs
 
 
 def add_app(verbs: Verbs) -> None:
-    """``advebm app``."""
     parser = verbs.add(
         "app",
         app,
@@ -22,7 +21,7 @@ def add_app(verbs: Verbs) -> None:
 
 
 def app(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Serve until it is stopped."""
+    """Serve the page until it is stopped."""
     from advebm.web.server import serve
     from advebm.workflows.devices import choose_device
 

@@ -1,4 +1,4 @@
-"""All verbs, in the order of the help."""
+"""All commands, in the order of the help."""
 
 from advebm import __version__
 from advebm.cli import catalog, demo, diagnose, edit, evaluate, page, publish, reproduce, sample, train
@@ -27,7 +27,7 @@ ADD = (
 
 
 def build_parser() -> Parser:
-    """The parser; it imports no method and no torch."""
+    """Return the parser of all commands, without importing torch or any method."""
     parser = Parser(prog="advebm", description="Adversarially trained energy-based models.")
     parser.add_argument("--version", action="version", version=f"advebm {__version__}")
     verbs = Verbs(parser)

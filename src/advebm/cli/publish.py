@@ -1,4 +1,4 @@
-"""report, export and push: what others get to see of a run."""
+"""``advebm report``, ``export`` and ``push``: publish a run or its model."""
 
 import argparse
 import tempfile
@@ -8,14 +8,13 @@ from advebm.cli.options import Overrides, Parser, Verbs
 
 
 def add_report(verbs: Verbs) -> None:
-    """``advebm report``."""
     parser = verbs.add("report", report, "Write RUN/report.html.")
     parser.add_run()
     parser.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="compare with a run")
 
 
 def report(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print where the report is."""
+    """Write the report and print its path."""
     from advebm.reporting.build import report
     from advebm.runs.run import Run
 
@@ -23,7 +22,6 @@ def report(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def add_export(verbs: Verbs) -> None:
-    """``advebm export``."""
     about = "Write the model of a run by itself: its weights, and a card with what was measured."
     parser = verbs.add("export", export, about)
     _add_model_options(parser)
@@ -31,7 +29,7 @@ def add_export(verbs: Verbs) -> None:
 
 
 def export(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print where the model is."""
+    """Write the model into a folder and print its path."""
     from advebm.reporting.card import write_model
     from advebm.runs.run import Run
 
@@ -39,7 +37,6 @@ def export(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def add_push(verbs: Verbs) -> None:
-    """``advebm push``."""
     parser = verbs.add("push", push, "Publish what export writes on the Hub, where hf:USER/NAME finds it.")
     _add_model_options(parser)
     parser.add_argument("name", metavar="USER/NAME")
@@ -47,7 +44,7 @@ def add_push(verbs: Verbs) -> None:
 
 
 def push(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print where the model is."""
+    """Publish the model on the Hub and print where it is."""
     from advebm.models import hub
     from advebm.reporting.card import write_model
     from advebm.runs.run import Run

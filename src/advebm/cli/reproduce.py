@@ -1,4 +1,4 @@
-"""reproduce: figures and tables of the papers."""
+"""``advebm reproduce``: figures and tables of the papers."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,6 @@ from advebm.core.errors import UserError
 
 
 def add_reproduce(verbs: Verbs) -> None:
-    """``advebm reproduce``."""
     parser = verbs.add(
         "reproduce",
         reproduce,
@@ -32,7 +31,7 @@ def add_reproduce(verbs: Verbs) -> None:
 
 
 def reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print where the report is, or what can be reproduced."""
+    """Carry out an experiment or a table and print the path of its result, or list what can be reproduced."""
     from advebm.papers.inventory import papers, tables
     from advebm.reproduction import experiments
 

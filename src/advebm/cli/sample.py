@@ -1,4 +1,4 @@
-"""sample and tune-sampler: images from a run."""
+"""``advebm sample`` and ``advebm tune-sampler``: draw images from a run."""
 
 import argparse
 
@@ -9,7 +9,6 @@ from advebm.core.errors import UserError
 
 
 def add_sample(verbs: Verbs) -> None:
-    """``advebm sample``."""
     parser = verbs.add(
         "sample",
         sample,
@@ -41,7 +40,7 @@ def add_sample(verbs: Verbs) -> None:
 
 
 def sample(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Draw a set and print where its grid is; or compare methods, print their records and where the picture is."""
+    """Draw a set and print the path of its grid; or compare methods and print their records and the figure's path."""
     from advebm.reporting.terminal import one_a_line
     from advebm.runs.run import Run
     from advebm.workflows import sample as workflow
@@ -80,7 +79,6 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def add_tune_sampler(verbs: Verbs) -> None:
-    """``advebm tune-sampler``."""
     parser = verbs.add(
         "tune-sampler",
         tune_sampler,
@@ -103,7 +101,7 @@ def add_tune_sampler(verbs: Verbs) -> None:
 
 
 def tune_sampler(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print the ten best trials, where the best is kept, and where the figure is."""
+    """Search settings; print the ten best trials, and the paths of the best settings and of the figure."""
     from advebm.reporting.terminal import numbers_table
     from advebm.runs.run import Run
     from advebm.sampling.tune import SETTINGS

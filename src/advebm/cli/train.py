@@ -1,4 +1,4 @@
-"""train and run: from a recipe to a trained run, or to its report."""
+"""``advebm train`` and ``advebm run``: train a recipe, or train, sample, evaluate and report."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,6 @@ OPTIONS = (
 
 
 def add_train(verbs: Verbs) -> None:
-    """``advebm train``."""
     parser = verbs.add("train", train, "Train a recipe, or go on with a run.", OPTIONS, takes=TAKES, shared=True)
     _add_training_options(parser)
     parser.add_argument("--labels", choices=("none",), help="none: train an encoder or a critic on the images alone")
@@ -34,25 +33,24 @@ def train(args: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def add_run(verbs: Verbs) -> None:
-    """``advebm run``."""
     about = "Train, sample, evaluate and report, in one command."
     parser = verbs.add("run", run, about, OPTIONS, takes=TAKES, shared=True)
     _add_training_options(parser)
-    parser.set_defaults(labels=None)  # what it measures needs them
+    parser.set_defaults(labels=None)  # advebm run measures accuracy, which needs labels
     parser.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
     parser.add_argument("--features", metavar="RUN", help=FEATURES)
     parser.add_threads()
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Train, draw, measure and report; print where the grid is, the records, and where the report is."""
+    """Train, draw, measure and report; print the grid's path, the records and the report's path."""
     from advebm.reporting.build import report
     from advebm.reporting.terminal import record_table
     from advebm.workflows import evaluate, sample
 
     check_at_least(args, 1, "per_class")
     if args.features:
-        evaluate.check_features(args.features)  # rather now than after training
+        evaluate.check_features(args.features)  # raises before training rather than after
     run = _train(args, overrides)
     if run is None:
         return
@@ -87,7 +85,7 @@ def _add_training_options(parser: Parser) -> None:
 
 
 def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
-    """Train as the options say; None where only the recipe or its cost was asked for."""
+    """Train as the options say and return the run; None if only the recipe or its cost was to be printed."""
     from advebm.runs.recipe import dump
     from advebm.runs.run import Run, new_folder
     from advebm.workflows.train import find_recipe, fit

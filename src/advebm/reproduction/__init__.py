@@ -1,1 +1,1 @@
-"""The papers' experiments and tables, carried out.  What the papers say is in papers."""
+"""Carry out the papers' experiments and tables.  The published numbers are in :mod:`advebm.papers`."""

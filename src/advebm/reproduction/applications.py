@@ -1,4 +1,4 @@
-"""Experiments on edits: translation, restoration, counterfactuals."""
+"""Experiments on image edits: translation, restoration, counterfactuals."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ AMOUNTS = (0.0, 0.25, 0.5, 1.0, 2.0)
 def digits_applications(folder: Path, options: Options) -> Experiment:
     """Restoration and counterfactuals on digits beside other ways; translation by critics of half of the classes each.
 
-    Of each half two critics, which begin training from patches of photographs, or from these and the other half.
+    For each half two critics are trained: one with patches of photographs as p0, one with these and the other half.
     """
     recipes = {m: find_recipe(f"digits-{m}", options, **L2) for m in ("standard", "at", "binary-at")}
     for half, (own, other) in {"first": HALVES, "second": HALVES[::-1]}.items():
@@ -59,9 +59,9 @@ def digits_applications(folder: Path, options: Options) -> Experiment:
 
 
 def translated(run: Run, source: Data, judge: Path) -> Records:
-    """How many of the test images of another kind a judge takes for a critic's kind, by the amount of translation.
+    """Return, for each amount of translation, the share of ``source``'s test images that a judge takes for the target.
 
-    A figure shows some on their way, Binary-AT figure 7.
+    The target is the data that the critic is trained on.  Save a figure of some translations, Binary-AT figure 7.
     """
     classes = tuple(int(name) for name in run.data.classes)
     space, sampler, records = evaluate.find_space(judge).load("cpu"), run.recipe.sampler, []
@@ -83,13 +83,13 @@ def translated(run: Run, source: Data, judge: Path) -> Records:
     return [dataclasses.asdict(record) for record in records]
 
 
-FIGURE4 = (("at", "jeat-16"), ("at", "jeat-17"), ("prejeat", "jeat-17"))  # from left to right
+FIGURE4 = (("at", "jeat-16"), ("at", "jeat-17"), ("prejeat", "jeat-17"))  # panels from left to right
 
 
 def jeat_figure4(folder: Path, options: Options) -> Experiment:
     """Ten ships by equations 16 and 17 from AT and by 17 from PreJEAT, from the same seeds: the shape of JEAT figure 4.
 
-    The paper states neither steps nor step size; at temperature 1, as printed, images drown in noise.
+    The paper states neither steps nor step size.  At temperature 1, as printed, noise hides the images.
     """
     recipes = {"at": find_recipe("cifar10-at-small", options), "prejeat": find_recipe("cifar10-prejeat-small", options)}
 

@@ -1,4 +1,4 @@
-"""Experiments on critics and hybrids beside them: Binary-AT."""
+"""Experiments of Binary-AT: critics, and classifiers that are also generative models."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -30,11 +30,11 @@ from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
 from advebm.sampling.step_curve import Chains, first_reaching
 
-DETECTION = Key("AUROC", set="uniform", by="energy")  # a record that shows that detection was measured
+DETECTION = Key("AUROC", set="uniform", by="energy")  # if a run has this record, detection was measured
 
 
 def detection(run: Run, count: int, restarts: int) -> OutOfDistribution:
-    """Standard and worst case against noises and the test images of p0."""
+    """Return the metric that detects noises and test images of p0 (default: patches), clean and in the worst case."""
     outside = () if run.recipe.outside is None else (run.recipe.outside,)
     sets = (*OutOfDistribution().sets, *(outside or (config.build("patches", "source"),)))
     return OutOfDistribution(sets=sets, count=count, eps=run.recipe.threat.eps, restarts=restarts)
@@ -49,7 +49,7 @@ def digits_binary_at(folder: Path, options: Options) -> Experiment:
     images, largest = recipes["k-grows"].train.images, schedule["steps"]
     for k in sorted({1, largest // 4, largest // 2, largest}):
         recipes[f"k-{k}"] = critic(objective__curriculum={**schedule, "start": k, "steps": k})
-    for of in ("k-grows", f"k-{largest // 4}", f"k-{largest}"):  # the rate is constant, so these are its beginning
+    for of in ("k-grows", f"k-{largest // 4}", f"k-{largest}"):  # constant learning rate: the start of the longer runs
         for count in (images // 4, images // 2):
             short = dataclasses.replace(recipes[of].train, images=count)
             recipes[f"{of}@{count}"] = dataclasses.replace(recipes[of], train=short)
@@ -76,18 +76,18 @@ def digits_binary_at(folder: Path, options: Options) -> Experiment:
 
 
 def detection_by(recipes: Mapping[str, Recipe], outliers: Sequence[Any], restarts: int = 1) -> Experiment:
-    """Detection of sets of images as they are and attacked within l2 1, by the scores of the methods' papers."""
+    """Return an experiment: detection of outliers, clean and attacked within l2 1, by the scores of the papers."""
     recipes = {m: dataclasses.replace(e, threat=Attack(1.0, "l2", 20)) for m, e in recipes.items()}
     sets = tuple(config.build(s, "outlier") for s in outliers)
 
     def measure(runs: Mapping[str, Run]) -> Results:
         found = {}
         for method, run in runs.items():
-            # as the papers of these methods score: by confidence, or by log p(x)
+            # the scores of the methods' papers: confidence, or log p(x)
             score = MaxSoftmax() if method in ("oe", "ratio") else EnergyScore()
             metric = OutOfDistribution((score,), sets, eps=1.0, restarts=restarts)
             first = measure_missing(run, {DETECTION._replace(by=score.name): metric})[0]
-            own = [r for r in run.records() if r["time"] == first["time"] and r["settings"].get("metric")]  # with it
+            own = [r for r in run.records() if r["time"] == first["time"] and r["settings"].get("metric")]
             found[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in own]
         return found
 
@@ -95,13 +95,13 @@ def detection_by(recipes: Mapping[str, Recipe], outliers: Sequence[Any], restart
 
 
 def brief(run: Run) -> Records:
-    """The latest records of a run that a table has room for."""
+    """Return the latest records of a run, only of the quantities that the table shows."""
     shown = ("accuracy", "FD", "KID", "AUROC", "AUROC of detectors", "fpr95_id_recall")
     return [r for r in evaluate.latest(run.records()) if key_of(r).quantity in shown]
 
 
 def binary_at_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
-    """FD against K, against images, and for each p0: figures 4, 5 and 3 of Binary-AT."""
+    """Return figures of FD against K, against training images, and for each p0: Binary-AT figures 4, 5 and 3."""
     fd = {t: next((r["value"], r["error"]) for r in rs if key_of(r).quantity == "FD") for t, rs in results.items()}
     fixed = {float(t[2:]): v for t, v in fd.items() if t[2:].isdigit()}
     during: dict[str, dict[float, tuple[float, float]]] = {}
@@ -124,7 +124,7 @@ HYBRIDS = ("standard", "at", "oe", "ratio", "gat", "dat", "jem", "short-run-mle"
 
 
 def hybrid(method: str, folder: Path, options: Options) -> Recipe:
-    """The recipe of a classifier or critic on digits, l2 0.9."""
+    """Return the recipe of a classifier or critic on digits, l2 0.9."""
     changes: dict[str, dict[str, Any]] = {method: {"sampler__start": "global"} for method in ("standard", "at")}
     changes["gat"] = {"objective__attack": {"norm": "l2", "eps": 0.9, "steps": 10, "step_size": 0.225}}
     changes["short-run-mle"] = {"sampler": SHORT_RUN}
@@ -158,11 +158,11 @@ def digits_hybrids(folder: Path, options: Options) -> Experiment:
     return Experiment(recipes, measure)
 
 
-SHORT_RUN = {"kind": "sgld", "steps": 40, "step_size": 0.1, "noise": 0.01}  # as the recipe trains
+SHORT_RUN = {"kind": "sgld", "steps": 40, "step_size": 0.1, "noise": 0.01}  # the sampler that the recipe trains with
 
 
 def efficiency(runs: Mapping[str, Run], judge: Run, found: dict[str, Records]) -> dict[str, Records]:
-    """Records with what the samples of three generators cost where they are equally good, Binary-AT section 5."""
+    """Return the records with the sampling cost of three generators at equal FD added, Binary-AT section 5."""
     points = {}
     for title in ("binary-at", "jem", "short-run-mle"):
         run = runs[title]

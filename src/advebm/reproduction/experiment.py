@@ -1,4 +1,4 @@
-"""What an experiment is, and how any is carried out: recipes, trained for each seed, and measured."""
+"""Experiments: recipes that are trained for each seed, and measurements of the trained runs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,22 +11,22 @@ from advebm.reproduction.study import draw_if_missing, say, train_or_resume
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run, share_images
 
-Results = dict[str, Records]  # by title: a method, a row of a table
+Results = dict[str, Records]  # by title, such as a method or a table row
 Measure = Callable[[Mapping[str, Run]], Results]
-Options = Sequence[tuple[str, Any]]  # of the command line: what every recipe of the experiment takes over
+Options = Sequence[tuple[str, Any]]  # of the command line, applied to every recipe of the experiment
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What is trained and what is measured.
+    """Recipes to train and how to measure their runs.
 
     Attributes:
-        recipes: by the label of their runs.
-        measure: the trained runs of a seed -> records by title; what is there already is not measured again.
-        per_class: images of each class to draw from every run, before it is measured.
-        prepare: trains what others need, once: a teacher, a judge.
-        figures: results -> PNG figures by title, for the report.
-        conclude: results -> lines to print.
+        recipes: recipes by the label of their runs.
+        measure: maps the trained runs of one seed, by label, to records by title; skips what is already measured.
+        per_class: images of each class to draw from every run before measuring; 0: none.
+        prepare: called once at the beginning, trains what the recipes need: a teacher, a judge.
+        figures: maps results to PNG figures by title, for the report.
+        conclude: maps results to lines to print.
     """
 
     recipes: Mapping[str, Recipe]
@@ -38,9 +38,9 @@ class Experiment:
 
 
 def carry_out(experiment: Experiment, folder: Path, seeds: int) -> tuple[Results, list[Run]]:
-    """Train the recipes, draw from them and measure, for each seed; the records, and the first seed's runs.
+    """Train the recipes, draw from them and measure, for each seed; return the records and the first seed's runs.
 
-    Of several seeds the records are means, and their errors deviations.
+    With several seeds the records hold means over seeds, with standard deviations as errors.
     """
     experiment.prepare()
     found: list[Results] = []

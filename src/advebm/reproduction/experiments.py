@@ -1,4 +1,4 @@
-"""The experiments by name, and how one is carried out: those of digits and CIFAR-10, and the papers' tables."""
+"""Carry out an experiment by name, on digits or CIFAR-10, or a table of the papers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,22 +44,23 @@ def reproduce(
     quick: bool = False,
     options: Options = (),
 ) -> Path:
-    """Carry an experiment out, or on where it was; what is there already is not done again.
+    """Carry out an experiment or a table; skip what an earlier call has already done in ``folder``.
 
     Args:
-        name: of :data:`EXPERIMENTS`, or with a scale of :func:`advebm.papers.inventory.tables`.
-        folder: gets a run's folder for each recipe and seed, ``results.json``, ``report.html``, and what
-            :func:`advebm.reproduction.tables.write_table` writes of a table.
-        scale: of :data:`advebm.reproduction.scales.SCALES`, of a table.
-        seeds: how many training seeds; tables then give mean and deviation over them.
-        quick: with the shorter training of :data:`QUICK`; the report says so.
-        options: as on the command line of ``train``, for every recipe.
+        name: an experiment of :data:`EXPERIMENTS` or, with ``scale``, a table of :func:`inventory.tables`.
+        folder: receives a run for each recipe and seed, ``results.json``, ``report.html`` and, for a table, what
+            :func:`advebm.reproduction.tables.write_table` writes.
+        scale: a table's scale, of :data:`advebm.reproduction.scales.SCALES`; None: ``name`` is an experiment.
+        seeds: number of training seeds; several give means and standard deviations.
+        quick: whether to train for less, as :data:`QUICK` says; the report's title states it.
+        options: options of ``train``, applied to every recipe.
 
     Returns:
-        The report, or a table's ``NAME-SCALE.json``.
+        The path of the report, or of a table's ``NAME-SCALE.json``.
 
     Raises:
-        UserError: an unknown name or scale, no quick form, or options that a recipe does not take.
+        UserError: the name or scale is unknown, ``seeds`` is below 1, there is no quick form, ``folder`` is a run, or a
+            recipe does not take the options.
     """
     if scale is not None:
         check_table(name, scale, quick)
@@ -88,7 +89,7 @@ def reproduce(
 
 
 def check_table(name: str, scale: str, quick: bool) -> None:
-    """Refuse a table or a scale that there is not, and a quick form of it."""
+    """Raise UserError if the table or its scale does not exist, or if ``quick`` is set."""
     if quick:
         raise UserError("--quick is of experiments; a table has --scale alone")
     table = inventory.find_table(name)
@@ -98,7 +99,7 @@ def check_table(name: str, scale: str, quick: bool) -> None:
 
 
 def check_experiment(name: str, quick: bool) -> None:
-    """Refuse an experiment that there is not, a table without a scale, and a quick form where there is none."""
+    """Raise UserError if the experiment or its quick form does not exist, or if the name is a table's."""
     if name in inventory.tables():
         scales = ", ".join(inventory.tables()[name].scales)
         raise UserError(f"{name} is a table; say how large with --scale, one of {scales}")

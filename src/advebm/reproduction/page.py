@@ -1,4 +1,4 @@
-"""``python -m advebm.reproduction.page`` writes docs/results.md and the README's table from results/*.json."""
+"""Write docs/results.md and the README's table from results/*.json: ``python -m advebm.reproduction.page``."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -37,7 +37,7 @@ on them are listed and do not count. `quoted` ones are other papers', `unpublish
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The summaries of a folder by the names of their files, as today's inventory judges what was measured then."""
+    """Return the summaries in a folder by file name, with verdicts recomputed from the current inventory."""
     found = {path.stem: files.read_json(path) for path in folder.glob("*.json")}
     order = [f"{table}-{scale}" for table in inventory.tables() for scale in SCALES]
     if strange := found.keys() - set(order):
@@ -46,7 +46,7 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def again(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary of the same measurements."""
+    """Return a new summary of the same measurements, judged by the current inventory."""
     found = {row["name"]: row["ours"] for row in plain["rows"] if row["ours"]}
     table = inventory.find_table(plain["table"])
     if lost := found.keys() - set(table.names()):
@@ -55,7 +55,7 @@ def again(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def short(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a table, for the README."""
+    """Return the README's Markdown table, with a row per table of the papers."""
     rows = [
         [f"[{plain['table']}](docs/results.md#{name})", plain["what"], plain["scale"], plain["verdict"]]
         for name, plain in found.items()
@@ -64,7 +64,7 @@ def short(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def page(found: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) -> str:
-    """The whole page; ``pictures`` are names of those that have one."""
+    """Return the whole page as Markdown; ``pictures`` are the names of the summaries that have one."""
     scales = "\n".join(f"- `{name}`: {scale.about}." for name, scale in SCALES.items())
     tolerances = ", ".join(f"{c.tolerance:g} ({c.heading})" for c in inventory.COLUMNS.values())
     parts = [HEAD.format(scales=scales, tolerances=tolerances), short(found).replace("docs/results.md#", "#")]
@@ -84,14 +84,14 @@ def page(found: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) -> str
 
 
 def within(text: str, table: str) -> str:
-    """The README with its table."""
+    """Return the README's text with ``table`` between its two markers."""
     if not 0 <= text.find(BEGIN) < text.find(END):
         raise UserError(f"README.md has no place for the table: put {BEGIN} and {END} on lines of their own")
     return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{table}\n" + text[text.index(END) :]
 
 
 def write(root: Path) -> None:
-    """The page, the README's table and the summaries, in a checkout."""
+    """Write the page, the README's table and the recomputed summaries into the checkout ``root``."""
     found = load(root / "results")
     for name, plain in found.items():
         files.write_json(root / "results" / f"{name}.json", plain)

@@ -1,4 +1,4 @@
-"""How large tables are made."""
+"""Scales at which the papers' tables can be computed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,19 +7,19 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large everything is.  What a row trains on is the share that its table names, of its recipe's images.
+    """Sizes of a table's experiment.  The table itself sets which share of its recipes' images rows are trained on.
 
     Attributes:
-        about: in words.
-        size: of the networks: ``full`` is the papers', ``DATA-METHOD``; otherwise recipes are ``DATA-METHOD-SIZE``.
-        images: test images that attacks are run on; none for all.
-        samples: drawn of each set.
-        draws: sampling seeds, where samplers are compared.
-        version: of AutoAttack.
-        changes: of every recipe.
-        features: that samples are judged in; none takes the standard classifier's of the same table.
-        outliers: sets that detection is of.
-        restarts: of its worst case.
+        about: description.
+        size: size of the networks: ``full``, the papers', names recipes ``DATA-METHOD``, others ``DATA-METHOD-SIZE``.
+        images: number of test images that attacks run on; None: all.
+        samples: number of samples in each set.
+        draws: number of sampling seeds where samplers are compared.
+        version: version of AutoAttack.
+        changes: options changed in every recipe.
+        features: feature space that judges samples; None: that of the same table's standard classifier.
+        outliers: image sets that out-of-distribution detection is measured on.
+        restarts: restarts of the worst-case attack on detection.
     """
 
     about: str
@@ -38,7 +38,7 @@ P0 = {
     "kind": "classes",
     "source": "cifar100",
     "count": 80,
-}  # what critics and detectors of CIFAR-10 are trained against
+}  # outside images that critics and detectors of CIFAR-10 are trained on
 SVHN = {"kind": "hf", "path": "ufldl-stanford/svhn", "subset": "cropped_digits"}
 IMAGENET = {"kind": "hf", "path": "benjamin-paine/imagenet-1k-32x32"}
 OUTLIERS = (P0, {**P0, "rest": True}, "digits", "uniform", "gaussian")

@@ -1,4 +1,4 @@
-"""Steps of experiments: train, draw and measure what is missing, choose a number of sampling steps."""
+"""Steps of experiments: train, draw and measure what is missing, choose the number of sampling steps."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ from advebm.workflows.sample import draw_set
 from advebm.workflows.train import fit
 
 say = console.screen.print
-L2 = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}  # of digits
+L2 = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}  # for digits
 
 
 def find_recipe(name: str, options: Sequence[tuple[str, Any]], **changes: Any) -> Recipe:
-    """A recipe of the package with changes, then the options of the command line; ``__`` in a change is a dot."""
+    """Return a recipe with changes, then ``options``, applied; ``__`` in the name of a change means a dot."""
     pairs = [(key.replace("__", "."), value) for key, value in changes.items()]
     return resolve(recipes.find(name), [*pairs, *options])
 
 
 def train_or_resume(recipe: Recipe, folder: Path) -> Run:
-    """Train a recipe in a folder: from the beginning, from where it was, or not at all."""
+    """Train a recipe in a folder, or resume its run there, or return that run if it is finished or has diverged."""
     if not (folder / "config.yaml").is_file():
         return _fit(recipe, folder)
     run = Run.open(folder)
@@ -40,7 +40,7 @@ def train_or_resume(recipe: Recipe, folder: Path) -> Run:
 
 
 def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
-    """Train; what diverges for good stays as it was at its last checkpoint, and is a result as well."""
+    """Train; a run that diverges for good is kept at its last checkpoint and counts as a result."""
     try:
         return fit(recipe, folder, resume=resume)
     except Diverged as failure:
@@ -50,7 +50,7 @@ def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
 
 
 def draw_if_missing(run: Run, recipe: Recipe, per_class: int, name: str | None = None) -> str:
-    """Draw a set of samples by the recipe's sampler, unless it is there; its name."""
+    """Draw a set of samples by the recipe's sampler unless it exists; return its name."""
     name = name or generate.set_name(recipe.sampler)
     if name not in run.samples():
         draw_set(run, name, recipe.sampler, per_class, seed=recipe.seed, device=device())
@@ -58,20 +58,20 @@ def draw_if_missing(run: Run, recipe: Recipe, per_class: int, name: str | None =
 
 
 def measure_missing(run: Run, wanted: Wanted, features: str | Path | None = None) -> Records:
-    """The records that metrics give; measured, behind a progress bar, unless they are there."""
+    """Return the wanted records; measure those that the run does not have."""
     tell = lambda name: say(f"  {run.recipe.name}: {name}")
     return compare.measure(run, wanted, features=features, device=device(), progress=tell, bar=console.bar)
 
 
 def compare_all(runs: Mapping[str, Run], judge: str, threat: Attack) -> dict[str, Records]:
-    """The comparison of all runs under a threat, in the features of the one that is called ``judge``."""
+    """Return the comparison of all runs under a threat, in the features of the run titled ``judge``."""
     tell = lambda text: say(f"  {text}")
     options: dict[str, Any] = {"features": runs[judge].folder, "device": device(), "progress": tell}
     return compare.compare(list(runs.values()), threat=threat, **options)
 
 
 def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: str = "") -> list[Point]:
-    """What the samples of a run are worth after each number of steps; measured unless it is there, under the name."""
+    """Return the quality of a run's samples after each number of steps; kept in ``chains-SPLIT + name.json``."""
     about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
     about |= {"features": str(compare.feature_weights(judge.folder)), "checkpoint": run.checkpoints.path().name}
     file = run.folder / f"chains-{chains.split}{name}.json"
@@ -87,6 +87,6 @@ def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: st
 
 
 def with_best_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains | None = None, name: str = "") -> Recipe:
-    """The recipe with as many steps of sampling as validation images like best."""
+    """Return the recipe with the number of sampling steps of least KID to the images of ``chains`` (validation)."""
     steps = best_point(measure_steps(run, recipe, judge, chains or Chains(), name)).steps
     return dataclasses.replace(recipe, sampler=dataclasses.replace(recipe.sampler, steps=steps))

@@ -23,19 +23,19 @@ SUPERVISED = ("standard", "at", "noise", *ADVERSARIAL, "jem", "persistent-mle", 
 
 
 def supervised(method: str, folder: Path, options: Options) -> Recipe:
-    """The recipe of a supervised method on digits, linf 0.2."""
+    """Return the recipe of a supervised method on digits, linf 0.2."""
     attack = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
     changes = {"standard": LINF, "at": {**attack, **LINF}, "rst-awp": teacher_option(folder)}
     return find_recipe(f"digits-{method}", options, **changes.get(method, {}))
 
 
 def teacher_option(folder: Path) -> dict[str, Any]:
-    """The option of RST that names its teacher; see :func:`train_teacher`."""
+    """Return the option of RST that names its teacher; see :func:`train_teacher`."""
     return {"objective__objective__teacher": str(folder / "teacher")}
 
 
 def train_teacher(recipes: Mapping[str, Recipe], folder: Path) -> None:
-    """Train the teacher of ``rst-awp``, where that is among the recipes: ``standard`` on the same labels."""
+    """Train the teacher of ``rst-awp`` if that is among the recipes: ``standard`` on the same labels."""
     if "rst-awp" in recipes:
         data = recipes["rst-awp"].data
         train_or_resume(dataclasses.replace(recipes["standard"], name="teacher", data=data), folder / "teacher")
@@ -49,7 +49,7 @@ def digits_supervised(folder: Path, options: Options) -> Experiment:
 
 
 def attacks_on(recipes: Mapping[str, Recipe]) -> Experiment:
-    """The normal and the energy attack, by one step and by the steps of the first recipe's threat."""
+    """Return an experiment: normal and energy attack, by one step and by the steps of the first recipe's threat."""
     threat = next(iter(recipes.values())).threat
     one = [
         dataclasses.replace(threat, steps=1, step_size=threat.eps, start="clean", loss=loss)
@@ -85,7 +85,7 @@ def cem_claims(folder: Path, options: Options) -> Experiment:
     at = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
     langevin = {"objective": {"kind": "jeat", "attack": {"eps": 0.0, "steps": 1, "loss": "energy"}}}
     langevin["objective"]["negatives"] = {"buffer": 2000}
-    # same network, optimiser and rate, so that only the negatives differ
+    # same network, optimiser and learning rate, so that only the negatives differ
     shared = {"backbone__norm": "none", "train__images": 40_000, "optimizer__lr": 0.1}
     recipes = {
         "at": find_recipe("digits-at", options, **at, **common, **shared),
@@ -105,7 +105,7 @@ def cem_claims(folder: Path, options: Options) -> Experiment:
             draw_if_missing(runs["at"], resolve(config.describe(runs["at"].recipe), [("sampler", kind)]), 100)
         records = compare_all(runs, "at", threat)
         found = {label: [*records[label], *stability(run)] for label, run in runs.items()}
-        # section 4.1: TA pushes up E(x), CS does not
+        # CEM section 4.1: TA pushes up E(x), CS does not
         wanted = [Key("E(x)", set="test images"), *(Key("E(x)", samples=name) for name in ("ta-class", "cs-class"))]
         found["at"] += measure_missing(runs["at"], dict.fromkeys(wanted, Energies()))
         return found

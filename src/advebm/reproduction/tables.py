@@ -1,4 +1,4 @@
-"""The papers' tables as experiments, and the papers' numbers beside ours."""
+"""Carry out the papers' tables as experiments, and show the papers' numbers beside ours."""
 
 import dataclasses
 import time
@@ -38,13 +38,13 @@ FAMILIES: dict[str, Callable[[str, Path, Options], Recipe]] = {
 
 
 def at_scale(name: str, scale: str, folder: Path, options: Options = ()) -> Experiment:
-    """A table of the papers as an experiment.
+    """Return a table of the papers as an experiment.
 
     Args:
-        name: of :func:`advebm.papers.inventory.tables`.
-        scale: of :data:`advebm.reproduction.scales.SCALES`, one that the table has.
-        folder: of the experiment, where teachers are.
-        options: as on the command line of ``train``, for every recipe; of ``outside`` and ``extra`` where it has these.
+        name: name of a table, see :func:`advebm.papers.inventory.tables`.
+        scale: one of the table's scales, see :data:`advebm.reproduction.scales.SCALES`.
+        folder: folder of the experiment, which also holds teachers.
+        options: options of ``train`` for every recipe; ``outside`` and ``extra`` only for recipes that have them.
     """
     table = inventory.find_table(name)
     by_method = recipes_of(table, scale, folder, options)
@@ -60,10 +60,10 @@ def at_scale(name: str, scale: str, folder: Path, options: Options = ()) -> Expe
 def write_table(
     name: str, scale: str, folder: Path, results: Results, runs: Sequence[Run], *, seeds: int = 1, options: Options = ()
 ) -> Path:
-    """Print a table beside the paper's, and write it: ``NAME-SCALE.json``, which is returned, and the report.
+    """Print a table beside the paper's, write it and the report, and return the path of ``NAME-SCALE.json``.
 
-    ``NAME-SCALE.json`` is what :func:`advebm.papers.render.summarize` returns; where samples are drawn there is
-    ``NAME-SCALE.png``.
+    ``NAME-SCALE.json`` holds the result of :func:`advebm.papers.render.summarize`; ``NAME-SCALE.png`` shows the
+    samples, if any were drawn.
     """
     table = inventory.find_table(name)
     command = [f"advebm reproduce {name} --scale {scale}", f"--seeds {seeds}" * (seeds > 1)]
@@ -75,28 +75,28 @@ def write_table(
     if (picture := drawing(table, runs)) is not None:
         files.write(path.with_suffix(".png"), picture)
     beside(plain)
-    ordered = sorted(runs, key=lambda run: run.folder.name == "standard")  # who judges comes last
+    ordered = sorted(runs, key=lambda run: run.folder.name == "standard")  # the judge comes last
     shown = [stage for run in ordered for stage in reversed(run.stages)]
     report(shown[0], beside=shown[1:], out=folder / "report.html", title=f"{name}, scale {scale}", summary=plain)
     return path
 
 
 def recipes_of(table: Table, scale: str, folder: Path, options: Options) -> dict[str, Recipe]:
-    """The recipe of each method that the table has at a scale, the judge of samples first; some have no such recipe."""
+    """Return the recipes of a table at a scale by method, the judge of samples first; leave out methods without one."""
     judge = ["standard"] * ("fid" in table.columns and bool(table.data))
     found = {method: recipe_of(table, scale, method, folder, options) for method in (*judge, *table.methods())}
     return {method: recipe for method, recipe in found.items() if recipe is not None}
 
 
 def recipe_of(table: Table, scale: str, method: str, folder: Path, options: Options) -> Recipe | None:
-    """A method's recipe at a scale; none where there is no such recipe."""
+    """Return a method's recipe at a scale; None if there is none."""
     stem = "-".join(filter(None, (table.data, method)))
     size = SCALES[scale].size
     name = table.recipes.get(method, {}).get(size, stem if size == "full" else f"{stem}-{size}")
     name = f"digits-{method}" if scale == "digits" else name
     if name not in recipes.names():
         return None
-    roles = {"outside", "extra"} - recipes.find(name).keys()  # which this recipe does not take
+    roles = {"outside", "extra"} - recipes.find(name).keys()  # that this recipe does not have
     own = [(key, value) for key, value in options if key.partition(".")[0] not in roles]
     share = 1.0 if "train.images" in dict(own) else table.share(scale)
     if scale == "digits":
@@ -106,13 +106,13 @@ def recipe_of(table: Table, scale: str, method: str, folder: Path, options: Opti
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:
-    """A recipe on a share of its training images, in every stage."""
+    """Return a recipe with a share of its training images, in every stage."""
     train = dataclasses.replace(recipe.train, images=round(share * recipe.train.images))
     return dataclasses.replace(recipe, train=train, before=tuple(shortened(stage, share) for stage in recipe.before))
 
 
 def setting(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -> dict[str, Any]:
-    """What the numbers depend on: the scale, the first run's machine, their last day, how runs were trained."""
+    """Return what the numbers depend on: scale, hardware of the first run, latest date, and training of the runs."""
     machine = files.read_json(runs[0].folder / "env.json", default={})
     where = f"{machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} cores"
     trained = {}
@@ -130,7 +130,7 @@ def setting(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -
 
 
 def drawing(table: Table, runs: Sequence[Run]) -> bytes | None:
-    """The samples of every run side by side, four of each class; none where none are drawn."""
+    """Return a PNG of the samples of all runs side by side, four of each class; None if none were drawn."""
     if table.by == "samplers":
         return unsupervised.cem_figure1({run.folder.name: run for run in runs})
     stages = [stage for run in runs for stage in run.stages]
@@ -139,11 +139,11 @@ def drawing(table: Table, runs: Sequence[Run]) -> bytes | None:
     return figures.grids(panels, dict.fromkeys(panels, ())) if panels else None
 
 
-# Computations: a table, a scale, recipes -> an experiment -----------------------------------------------------------
+# Computations: (table, scale, recipes) -> experiment -----------------------------------------------------------------
 
 
 def by_methods(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
-    """A row a method, under the threat of the first."""
+    """Return an experiment with a row per method, under the threat of the first."""
     threat = by_method[table.methods()[0]].threat
 
     def measure(runs: Mapping[str, Run]) -> Results:
@@ -162,16 +162,16 @@ def by_methods(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> E
 def numbers(
     table: Table, scale: Scale, run: Run, threat: Attack, judge: Run | None, kind: str | None = None
 ) -> Records:
-    """A run's records for the columns of a table; measured unless they are there.
+    """Return a run's records for the columns of a table; measure those that the run does not have.
 
     Args:
-        table: that asks for them.
-        scale: how many images.
-        run: trained.
-        threat: whose ball attacks stay in.
-        judge: in whose features the number of sampling steps is chosen, and samples are judged unless the scale says
-            otherwise; none takes the recipe's number.
-        kind: of sampler, from class Gaussians; the recipe's sampler by default.
+        table: the table that needs the records.
+        scale: sizes of the experiment.
+        run: trained run.
+        threat: its norm and radius bound the attacks.
+        judge: run whose features choose the number of sampling steps and, unless the scale names others, judge the
+            samples; None: the recipe's number of steps.
+        kind: kind of sampler, started from class Gaussians; None: the recipe's sampler.
     """
     attacks: dict[str, Adversary] = {
         "pgd50": dataclasses.replace(threat, loss="cross-entropy", steps=50, restarts=1),
@@ -194,18 +194,18 @@ def numbers(
 
 
 def by_samplers(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
-    """A row a sampler of a network and a kind of start."""
+    """Return an experiment with a row per network, kind of start and sampler."""
     options: dict[str, Any] = {"samples": scale.samples, "draws": scale.draws, "features": scale.features}
     return Experiment(by_method, lambda runs: unsupervised.compare_samplers(runs, **options))
 
 
 def by_attacks(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
-    """A row an attack, a column a set of images; on all test images."""
+    """Return an experiment with a row per attack and a column per data set, on all test images."""
     return supervised.attacks_on(by_method)
 
 
 def by_detection(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
-    """A row a set of other images, a column a method."""
+    """Return an experiment with a row per set of outliers, clean or attacked, and a column per method."""
     return binary.detection_by(by_method, scale.outliers, scale.restarts)
 
 

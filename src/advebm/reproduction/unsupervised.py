@@ -22,7 +22,7 @@ from advebm.sampling import generate
 from advebm.sampling.step_curve import Chains
 from advebm.workflows.sample import compare_sets
 
-ALONE = "no steps"  # the row of seeds as they are
+ALONE = "no steps"  # the row of the unchanged seeds
 SEEDS = {f"{given}, {ALONE}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
 SUPERVISED_ROWS = {f"cond, {name}": (name.lower(), "class") for name in ("TA", "Langevin", "CS", "RCS")}
 UNSUPERVISED = {
@@ -34,17 +34,17 @@ TABLE2 = {
     "at": SEEDS | SUPERVISED_ROWS,
     "infonce": UNSUPERVISED,
     "acl": UNSUPERVISED,
-}  # each run's rows: kind and start
+}  # for each run: rows as (kind, start)
 
 
 def rows_of(label: str) -> dict[str, tuple[str, str]]:
-    """The rows of CEM's tables that a run of this label has."""
+    """Return the rows of CEM's tables for the run with this label."""
     everyone = {**TABLE2, "jem": {"SGLD": ("sgld", "noise")}}
     return next((rows for name, rows in everyone.items() if label.startswith(name)), {})
 
 
 def unsupervised(label: str, folder: Path, options: Options) -> Recipe:
-    """The recipe of an encoder, or of a classifier beside it, on digits, l2 0.9."""
+    """Return the recipe of an encoder, or of a classifier to compare with, on digits, l2 0.9."""
     return find_recipe(f"digits-{label}", options, **L2)
 
 
@@ -68,9 +68,9 @@ def digits_unsupervised(folder: Path, options: Options) -> Experiment:
 
 
 def compare_samplers(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Records]:
-    """CEM's table 2 of all runs but the standard classifier, which judges and gets figure 1.
+    """Return the records of CEM's table 2 for all runs but the standard classifier, which judges them.
 
-    ``drawing`` are the options of :func:`table2`.
+    Save CEM's figure 1 with that classifier's run.  ``drawing`` are options of :func:`table2`.
     """
     judge, found = runs["standard"], dict[str, Records]()
     for title, run in runs.items():
@@ -84,11 +84,11 @@ def compare_samplers(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Recor
 
 
 def with_sampler(run: Run, kind: str, start: str) -> Recipe:
-    """A run's recipe with another sampler."""
+    """Return a run's recipe with another kind and start of sampler."""
     return resolve(config.describe(run.recipe), [("sampler", kind), ("sampler.start", start)])
 
 
-FEW = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64))  # what steps are chosen from
+FEW = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64))  # chains to choose the number of steps by
 
 
 def table2(
@@ -100,9 +100,10 @@ def table2(
     draws: int = 3,
     features: str | Path | None = None,
 ) -> dict[str, Records]:
-    """Samplers of a run beside each other over sampling seeds, each with as many steps as validation likes best.
+    """Compare samplers of a run over ``draws`` sampling seeds, each with the number of steps of least validation KID.
 
-    Drawn and measured unless it is there; in the features of the judge unless others are given.
+    Return records by row; skip drawing and measuring if ``table2.json`` already holds them.  Samples are judged in
+    ``features``; None: the judge's.
     """
     samplers = {}
     for row, (kind, start) in rows.items():
@@ -130,12 +131,12 @@ def table2(
 
 
 def folder_of(row: str) -> str:
-    """What the samples of a row are called."""
+    """Return the name of a row's set of samples."""
     return row.lower().replace(",", "").replace(" ", "-")
 
 
 def cem_figure1(runs: Mapping[str, Run]) -> bytes:
-    """Samples of the first sampling seed: what chains began from, then a row a network; four of each class."""
+    """Return a PNG of samples of the first sampling seed, four of each class: the seeds, then a row per network."""
     drawn = {
         f"{title}, {row}": generate.read_set(run.folder / "comparison" / f"{folder_of(row)}-0")
         for title, run in runs.items()
@@ -148,12 +149,12 @@ def cem_figure1(runs: Mapping[str, Run]) -> bytes:
 
 
 def distances(results: Mapping[str, Records]) -> dict[str, tuple[float, float]]:
-    """FD and its error of each row that has one."""
+    """Return FD and its error for each row that has one."""
     return {t: (r["value"], r["error"]) for t, rs in results.items() for r in rs if key_of(r).quantity == "FD"}
 
 
 def winners(results: Mapping[str, Records]) -> list[str]:
-    """For each network and kind of start, which sampler is nearest to the data, and by how much; in FD."""
+    """Return a line per network and kind of start: which sampler has the lowest FD, and by how much."""
     fd = distances(results)
     lines = []
     for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd if ALONE not in title):
@@ -167,6 +168,6 @@ def winners(results: Mapping[str, Records]) -> list[str]:
 
 
 def unsupervised_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
-    """FD of every row of the table, and what follows from it."""
+    """Return a bar chart of the FD of every row, titled by :func:`winners`."""
     fd = distances(results)
     return {". ".join(winners(results)): figures.bars(fd, "FD in the features of a standard classifier")}

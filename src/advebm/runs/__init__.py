@@ -1,1 +1,1 @@
-"""What a run is on disk: recipe, checkpoints, records.  What fills it is in training, sampling and evaluation."""
+"""Run folders: recipe, checkpoints, records.  The code that fills them is in training, sampling and evaluation."""

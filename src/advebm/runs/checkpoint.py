@@ -1,8 +1,8 @@
-"""Checkpoints: whole or absent, checked when read; the last two and the best are kept.
+"""Checkpoints, written atomically and verified when read; the last two and the best are kept.
 
 ``checkpoints/<images>/`` is the folder of a published model plus ``state/`` (optimiser, progress, every stream's
-state).  It is written under another name, renamed, and only then named in ``checkpoints/LATEST``, one line replaced in
-one step.  So at any moment LATEST names a whole checkpoint.
+state).  It is written under a temporary name and renamed, and then ``checkpoints/LATEST`` is replaced atomically by its
+name.  So LATEST always names a complete checkpoint.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from advebm.runs.engine import Engine
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run is.
+    """The progress of a run.
 
     Attributes:
-        images: seen so far.
-        attempt: number of rollbacks; other attempts draw other random numbers.
+        images: images seen so far.
+        attempt: number of rollbacks; each attempt draws different random numbers.
         rate: factor on the learning rate, lowered by rollbacks.
-        best: highest validation scores so far, robust accuracy first, then clean; -1 before the first.
-        best_images: when they were reached.
-        seconds: of training that led here, over all sessions.
+        best: best validation scores so far, under attack and clean, compared in this order; -1 before the first.
+        best_images: images seen when they were reached.
+        seconds: training time up to here, over all sessions.
     """
 
     images: int = 0
@@ -45,11 +45,11 @@ class Progress:
 
     @property
     def at_best(self) -> bool:
-        """Whether the highest scores were reached just now."""
+        """Whether the best scores were reached at the current number of images."""
         return self.best_images == self.images
 
     def due_after(self, batch: int, total: int) -> Callable[[int], bool]:
-        """Whether a multiple of so many images, or the end of ``total``, comes within the next ``batch``."""
+        """Return a function that tells whether a multiple of a period, or ``total``, lies in the next ``batch``."""
         before, after = self.images, self.images + batch
         return lambda every: before // every != after // every or after >= total
 
@@ -61,7 +61,7 @@ class Checkpoints:
         self.folder = folder
 
     def path(self, which: str = "latest") -> Path:
-        """A whole checkpoint: the ``latest``, the ``best`` so far, or the one of some number of images."""
+        """Return the folder of a verified checkpoint: ``latest``, ``best``, or a number of images such as ``20000``."""
         name = self.latest() if which in ("latest", "best") else which
         if name not in self.names():
             there, hint = ", ".join(self.names()) or "none", self._way_out(name) if which == "latest" else ""
@@ -71,11 +71,11 @@ class Checkpoints:
         return self._verified(name)
 
     def latest(self) -> str:
-        """What LATEST says; the empty string before there is one."""
+        """Return the name in LATEST; an empty string before the first checkpoint."""
         try:
             name = (self.folder / "LATEST").read_text().strip()
         except FileNotFoundError:
-            if self.names() in ([], ["0"]):  # killed before the first checkpoint was named
+            if self.names() in ([], ["0"]):  # interrupted before LATEST was first written
                 return ""
             name = ""
         except (OSError, UnicodeDecodeError):
@@ -86,7 +86,7 @@ class Checkpoints:
         return name
 
     def names(self) -> list[str]:
-        """Whole checkpoints, oldest first."""
+        """Return the names of the complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted((p.name for p in self.folder.iterdir() if p.is_dir() and p.name.isdigit()), key=int)
@@ -104,7 +104,7 @@ class Checkpoints:
         title: str,
         extra: Mapping[str, Any],
     ) -> None:
-        """Write a checkpoint of this moment; every process calls this, with the states of its own streams."""
+        """Write a checkpoint; every process calls this, with the states of its own streams."""
         name, draft = str(progress.images), self.folder / f".{progress.images}.tmp"
         try:
             if engine.main:
@@ -126,7 +126,7 @@ class Checkpoints:
             raise files.unwritable(self.folder / name, error) from None
         finally:
             if engine.main:
-                shutil.rmtree(draft, ignore_errors=True)  # published by now, or not to be
+                shutil.rmtree(draft, ignore_errors=True)  # it was renamed, or writing failed
         engine.barrier()
 
     def load(
@@ -136,7 +136,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         states: Mapping[int, Any],
     ) -> Progress:
-        """Put everything back as it was at the latest checkpoint."""
+        """Load the latest checkpoint into the arguments, and return its progress."""
         path = self.path()
         network.load_weights(model, path / "model.safetensors")
         if ema is not None:
@@ -153,14 +153,14 @@ class Checkpoints:
         written = sorted(p for p in draft.rglob("*") if p.is_file())
         files.write_json(draft / "state" / "sha256.json", {str(p.relative_to(draft)): _digest(p) for p in written})
         target, previous = self.folder / name, self.latest()
-        shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed before LATEST named it
+        shutil.rmtree(target, ignore_errors=True)  # left by a process that was killed before it wrote LATEST
         draft.rename(target)
         files.write(self.folder / "LATEST", name + "\n")
         for old in set(self.names()) - {name, previous, str(progress.best_images)}:
             shutil.rmtree(self.folder / old)
 
     def _verified(self, name: str) -> Path:
-        """The folder of a checkpoint, if every file in it is what was written."""
+        """Return the folder of a checkpoint; raise ``UserError`` if a file differs from its sha256."""
         path = self.folder / name
         digests = files.read_json(path / "state" / "sha256.json", default={})
         if not isinstance(digests, dict) or not digests.keys() >= NEEDED:
@@ -185,7 +185,7 @@ def _pack(state: Mapping[str, Any]) -> bytes:
 
 
 def weights(path: Path) -> str:
-    """The sha256 of the weights that a model of a whole checkpoint has: the averaged ones where there are any."""
+    """Return the sha256 of the weights that are loaded from a checkpoint: the averaged ones if it has any."""
     digests = files.read_json(path / "state" / "sha256.json")
     return digests.get("ema.safetensors", digests["model.safetensors"])
 

@@ -1,4 +1,4 @@
-"""Devices and processes, through accelerate.  The only file that knows about it."""
+"""Devices and multi-process communication.  This is the only file that imports accelerate."""
 
 import contextlib
 import datetime
@@ -17,20 +17,20 @@ from advebm.core.errors import Lost, UserError
 
 Thing = TypeVar("Thing")
 
-PATIENCE = datetime.timedelta(hours=2)  # before a process that does not answer is given up
+PATIENCE = datetime.timedelta(hours=2)  # timeout for a process that does not answer
 
 
 def close_connections() -> None:
-    """Close the connections to other processes: those that are open when a process ends may end it with an error.
+    """Close the connections to other processes, since open ones can make a process exit with an error.
 
-    Only where all has gone well: it may wait for processes that have failed.
+    Call it only after success: it may wait for processes that have failed.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes, whose gradients come back to the process that they are from, summed over all."""
+    """Differentiable gather; gradients of a row are summed over all processes, in the process it came from."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, engine: "Engine") -> Tensor:
@@ -45,15 +45,16 @@ class Gather(torch.autograd.Function):
 
 
 class Engine:
-    """One process's view of the run.  Precision is left alone: autocast belongs around a network, not a step.
+    """The device of this process, and its communication with the other processes of the run.
 
-    Gradients are exchanged once a step, after the streams of a process: next to the search, which exchanges nothing,
-    that is little, and the loss may call the network as often and in whatever way it likes.
+    Mixed precision is not handled here, as autocast wraps the network rather than the whole step.  Gradients are
+    averaged once per step, after all streams of the process.  This costs little compared with the search, which needs
+    no communication, and it lets the loss call the network any number of times.
     """
 
     def __init__(self, device: str | None = None) -> None:
         patient, several = InitProcessGroupKwargs(timeout=PATIENCE), processes.rank_and_world()[1] > 1
-        cpu = device == "cpu" or (several and not torch.cuda.is_available())  # which accelerate does not conclude
+        cpu = device == "cpu" or (several and not torch.cuda.is_available())  # accelerate does not detect this
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
         self.device = self.accelerator.device
         if device not in (None, self.device.type, str(self.device)):
@@ -62,7 +63,7 @@ class Engine:
         self.main = self.accelerator.is_main_process
 
     def owned(self, streams: int) -> range:
-        """The streams that this process works on."""
+        """Return the streams of this process; raise ``UserError`` if they cannot be shared evenly."""
         if streams % self.world:
             raise UserError(
                 f"{self.world} processes cannot share {streams} streams evenly; set --train.streams {self.world}, or a "
@@ -73,27 +74,26 @@ class Engine:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around what needs every process: raises :class:`Lost` where one is gone."""
+        """Wrap communication between processes, and raise :class:`Lost` if one of them has ended."""
         try:
             yield
-        except RuntimeError as error:  # of the backend; they have no type in common
+        except RuntimeError as error:  # backends raise no more specific type
             if self.world == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
             why = re.sub(r"^\[\S+\] ", "", str(error).strip()).partition(". ")[0]
             raise Lost(f"another process of this job has ended ({why})") from error
 
     def reduce(self, value: Tensor, how: str) -> Tensor:
-        """``sum`` or ``mean`` over processes."""
+        """Reduce over processes; ``how`` is ``sum`` or ``mean``."""
         with self.together():
             return self.accelerator.reduce(value, how)
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean over processes."""
         return value if self.world == 1 else self.reduce(value, "mean")
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Put the mean over processes in the place of each, in one exchange."""
+        """Replace each tensor in place by its mean over processes, in a single communication."""
         if self.world == 1 or not tensors:
             return
         means = self.mean(torch.cat([tensor.flatten() for tensor in tensors]))
@@ -101,7 +101,7 @@ class Engine:
             tensor.copy_(mean.view_as(tensor))
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients of the mean over processes of their losses; a parameter without any in every process has none."""
+        """Average gradients over processes, in place; a gradient that is None in every process stays None."""
         if self.world == 1:
             return
         parameters = [p for p in parameters if p.requires_grad]
@@ -114,7 +114,7 @@ class Engine:
 
     @torch.no_grad()
     def broadcast(self, model: nn.Module) -> None:
-        """The weights and buffers of the main process, in all."""
+        """Copy the weights and buffers of the main process to all others."""
         if self.world == 1:
             return
         for value in model.state_dict().values():
@@ -122,26 +122,26 @@ class Engine:
                 value.copy_(broadcast(value.clone()))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows (N, …) of all processes, as many of each, one's own first; differentiable: (world N, …).
+        """Gather rows (N, …) from all processes as (world N, …), this process's rows first; differentiable.
 
-        A mean over processes of losses on gathered rows has the gradient that one process with all rows would have.
+        N must be equal in all processes.  The mean over processes of losses on gathered rows has the same gradient as
+        the loss of a single process with all rows.
         """
         if self.world == 1:
             return rows
         return Gather.apply(rows, self).roll(-self.rank * len(rows), 0)
 
     def all_gather(self, thing: Thing) -> list[Thing]:
-        """What each process gives, in the order of ranks: small things of Python."""
+        """Gather a small picklable object from each process, in the order of ranks."""
         if self.world == 1:
             return [thing]
         with self.together():
             return gather_object([thing])
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is up in any process."""
+        """Return whether the flag is set in any process."""
         return flag if self.world == 1 else bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def barrier(self) -> None:
-        """Wait for all processes."""
         with self.together():
             self.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""The network that a name means: a run, a folder, the Hub, or a module of one's own."""
+"""Find the network of a run, a folder, a Hub repository or a user-defined module."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from advebm.runs.run import Run
 
 
 def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
-    """The network of a run folder, a checkpoint, a published model's folder, ``hf:USER/NAME`` or a module of one's own.
+    """Load the network of a run, a checkpoint, a published model (folder or ``hf:USER/NAME``) or a user-defined module.
 
-    A module of one's own is ``PACKAGE.MODULE:FACTORY``, see :class:`Own`; it takes images in [0, 1] as they are, so it
-    normalises them itself.  Every network is in eval mode.
+    A user-defined module is given as ``PACKAGE.MODULE:FACTORY``, see :class:`Own`; it receives images in [0, 1] and
+    normalises them itself.  The returned network is in eval mode.
 
     Raises:
-        UserError: nothing there, a damaged file, a factory that fails.
+        UserError: nothing is found, a file is damaged, or the factory fails.
     """
     if (Path(where) / "config.yaml").is_file():
         return Run.open(where).model(checkpoint)[0]
@@ -27,5 +27,5 @@ def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
 
 
 def is_factory(where: str | Path) -> bool:
-    """Whether a model is named as ``PACKAGE.MODULE:FACTORY``, which imports code, rather than as files."""
+    """Return whether a model is given as ``PACKAGE.MODULE:FACTORY``, which imports code, rather than as files."""
     return ":" in str(where) and not str(where).startswith("hf:") and not Path(where).exists()

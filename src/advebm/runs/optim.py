@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules as plain data; time is counted in images."""
+"""Configurations of optimisers and learning-rate schedules; training progress is counted in images."""
 
 import math
 from collections.abc import Iterable
@@ -12,16 +12,12 @@ from advebm.core.errors import UserError
 
 
 class Optimizer(Protocol):
-    """Builds a torch optimiser; ``lr`` is the peak that a schedule scales."""
+    """The configuration of a torch optimiser; ``lr`` is the peak learning rate, which a schedule scales."""
 
     @property
-    def lr(self) -> float:
-        """The peak rate."""
-        ...
+    def lr(self) -> float: ...
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser of some parameters."""
-        ...
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,6 @@ class SGD:
             raise UserError("nesterov needs momentum > 0; set nesterov to false")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """``torch.optim.SGD``."""
         return torch.optim.SGD(
             parameters, self.lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay
         )
@@ -61,16 +56,15 @@ class Adam:
             raise UserError(f"betas are two numbers in [0, 1), got {self.betas}")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """``torch.optim.AdamW``."""
         first, second = self.betas
         return torch.optim.AdamW(parameters, self.lr, betas=(first, second), weight_decay=self.weight_decay)
 
 
 class LayerwiseSGD(torch.optim.Optimizer):
-    """``v ← m v + γ r (g + d w)``, ``w ← w - v`` with a rate for each tensor, ``r = η ‖w‖ / (‖g‖ + d ‖w‖)``.
+    """LARS: ``v ← m v + γ r (g + d w)``, ``w ← w - v`` with ``r = η ‖w‖ / (‖g‖ + d ‖w‖)`` for each tensor.
 
-    You et al. (2017, algorithm 1).  Biases and norms, which have one dimension, take r = 1 and d = 0, as in SimCLR; r
-    is 1 where it would be 0 or 0 / 0, too.
+    You et al. (2017, algorithm 1).  One-dimensional parameters (biases, norms) use r = 1 and d = 0, as in SimCLR.  Also
+    r = 1 if ``‖w‖`` or the denominator is 0.
     """
 
     def __init__(
@@ -100,10 +94,10 @@ class LARS:
     """Layer-wise adaptive rates for large batches, You et al. (2017), see :class:`LayerwiseSGD`.
 
     Attributes:
-        lr: γ, at its peak; ACL takes 5 for 512 images.
+        lr: γ, the peak learning rate; ACL uses 5 for batches of 512 images.
         momentum: m.
         weight_decay: d.
-        trust: η, the length of a step over that of the weights it changes, at γ = 1.
+        trust: η, the norm of a step divided by that of the weights it changes, at γ = 1.
     """
 
     lr: float = 5.0
@@ -119,7 +113,6 @@ class LARS:
             raise UserError(f"momentum lies in [0, 1) and trust is > 0, got {self.momentum} and {self.trust}")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The package's own."""
         return LayerwiseSGD(parameters, self.lr, self.momentum, self.weight_decay, self.trust)
 
 
@@ -129,11 +122,9 @@ def _check_rates(lr: float, weight_decay: float) -> None:
 
 
 class Schedule(Protocol):
-    """``schedule(images, total)``: the factor on the peak learning rate."""
+    """Return the factor on the peak learning rate after ``images`` of ``total`` images."""
 
-    def __call__(self, images: int, total: int) -> float:
-        """After ``images`` of ``total``."""
-        ...
+    def __call__(self, images: int, total: int) -> float: ...
 
 
 @dataclass(frozen=True)

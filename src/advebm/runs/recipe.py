@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a run computes, as plain data."""
+"""Recipes: the complete configuration of a run."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -24,29 +24,29 @@ from advebm.samplers.base import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How long, how often.  All periods are in images.
+    """Length of training, batches, precision and periods.  All periods are in images.
 
     Attributes:
-        images: seen in all, rounded up to whole batches; 0 takes over the weights of ``init`` as they are.
-        batch: images of an optimiser's step, over all streams and processes.
-        streams: equal shares of a batch, each with its own random numbers, chains and batch-norm statistics.  Processes
-            own streams, so results do not depend on how many processes there are; one process takes them in turn.
-            Running statistics move once a batch, by the mean over its streams.
-            Encoders, which tell images of all streams apart, take a stream a process and no more.
-        ema: half-life of the weight average, 0 for none.
-        precision: of the network in searches and losses, ``float32`` or ``bfloat16`` (autocast); weights, images,
-            updates and everything measured stay float32.  ``float64`` is that of weights and losses, in checkpoints
-            too, to compare runs closely; images and whatever is made of the run stay float32.
+        images: number of images to train on, rounded up to whole batches; 0 keeps the weights of ``init`` unchanged.
+        batch: images per optimiser step, over all streams and processes.
+        streams: number of equal shares of a batch, each with its own random numbers, chains and batch-norm statistics.
+            Each process works on its streams in turn, so results do not depend on the number of processes.  Running
+            statistics are updated once per batch, by the mean over its streams.  Encoders, whose loss compares images
+            of all streams, need exactly one stream per process.
+        ema: half-life of the weight average in images; 0: no average.
+        precision: precision of the network in searches and losses, ``float32`` or ``bfloat16`` (autocast); weights,
+            images, updates and all measurements stay float32.  ``float64`` applies to weights and losses, also in
+            checkpoints, to compare runs closely; images and what is computed from the run later stay float32.
         fast: how searches in eval mode compute the network, see :class:`advebm.models.inference.Backend`: ``off`` (as
-            losses do), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` where ``precision`` is
-            bfloat16, else ``off``, which keeps every bit.
-        recompute: whether losses keep only what goes into each block of the backbone and compute the rest again for the
+            in losses), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` if ``precision`` is
+            bfloat16, else ``off``, which is bit-identical.
+        recompute: whether losses store only the input of each block of the backbone and recompute the rest for the
             gradient (activation checkpointing): less memory, one more forward pass, the same numbers.
-        clip: largest norm of the gradient; none for no limit.
-        log_every, validate_every, checkpoint_every: periods.
-        validate_with: images of the validation split used each time; none for all.
-        rollbacks: how many times a non-finite loss may go back to the last checkpoint, with the learning rate times
-            ``backoff`` and other random numbers, before the run stops.
+        clip: largest gradient norm; None: no limit.
+        log_every, validate_every, checkpoint_every: periods in images.
+        validate_with: number of validation images used each time; None: all.
+        rollbacks: number of times that training may return to the last checkpoint after a non-finite loss before the
+            run stops.  Each time, random numbers change and the learning rate is multiplied by ``backoff``.
     """
 
     images: int = 100_000
@@ -84,11 +84,11 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """The network's first layer, ``(x - mean) / std``: one value for all channels or a value a channel.
+    """The network's first layer, ``(x - mean) / std``, with one value for all channels or one per channel.
 
     Attributes:
-        mean, std: on the scale of [0, 1]; none takes the training split's.  (0.5 and 0.5 feed [-1, 1], 0 and 1 nothing
-            but the images.)
+        mean, std: on the scale of [0, 1].  None: those of the training split.  (0.5 and 0.5 give inputs in [-1, 1]; 0
+            and 1 leave the images unchanged.)
     """
 
     mean: tuple[float, ...] | None = None
@@ -97,26 +97,26 @@ class Normalisation:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A run, before it has run.
+    """The complete configuration of a run.
 
     Attributes:
-        name: of the recipe; runs are named after it.
-        data: the images.
+        name: name of the recipe, also used for run folders.
+        data: the dataset.
         backbone: the network between normalisation and head.
         objective: the training method.
-        threat: the threat model and the attack that judges by it, in validation and evaluation.
-        sampler: default sampling; other algorithms take its settings over.  Of an encoder it compares by the
-            objective's temperature, and by direction or not as that does, unless it says otherwise.
+        threat: the threat model and its attack, used in validation and evaluation.
+        sampler: the default sampler, whose settings carry over to other algorithms.  A sampler of an encoder takes
+            temperature and cosine from the objective unless they are set here.
         metrics: what ``evaluate`` measures.
         optimizer, schedule, train: how the objective is minimised.
-        seed: of everything random except the split of the data.
-        init: whose weights training begins with: a run, a published model (a folder or ``hf:USER/NAME``), or a file of
-            weights.  A head for other classes begins fresh.
-        outside: images that are not of the data, for objectives that need them.
-        extra: more images, whose labels are not used, for objectives that need them.
+        seed: seed of everything random except the split of the data.
+        init: source of the initial weights: a run, a published model (a folder or ``hf:USER/NAME``), or a weight file.
+            A head for a different number of classes is initialised randomly.
+        outside: images from outside the data distribution, for objectives that need them.
+        extra: further images, used without labels, for objectives that need them.
         normalise: the network's first layer.
-        before: stages trained before this one, each beginning with the weights of the one before.  What a stage leaves
-            out is as here.
+        before: stages to train before this one, each starting from the weights of the previous one.  Options that a
+            stage omits are taken from this recipe.
     """
 
     name: str
@@ -159,14 +159,14 @@ class Recipe:
             )
 
     def computed_on(self, device: str) -> "Recipe":
-        """With float32 in the place of bfloat16, in all stages, where the device does not multiply in bfloat16."""
+        """Return the recipe with float32 instead of bfloat16 in all stages if the device does not support bfloat16."""
         used: Any = usable_precision(self.train.precision, torch.device(device))
         train = dataclasses.replace(self.train, precision=used)
         before = tuple(stage.computed_on(device) for stage in self.before)
         return dataclasses.replace(self, train=train, before=before)
 
     def unlabelled(self) -> "Recipe":
-        """The same on images whose labels are removed, with one Gaussian of all as the seeds instead of one a class.
+        """Return the recipe without labels, with seeds from one global Gaussian instead of one per class.
 
         Raises:
             UserError: the objective needs labels.
@@ -180,15 +180,15 @@ class Recipe:
 
 
 def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
-    """Plain data plus ``("objective.attack.eps", "8/255")`` pairs -> a recipe.
+    """Build a recipe from plain data and overrides such as ``("objective.attack.eps", "8/255")``.
 
-    A pair that names a kind (``objective.kind`` or ``objective``) comes first and keeps the options that both kinds
-    have; a mapping replaces the block.  The others are applied to the fully described recipe, so that they reach every
-    default: a whole list first, then options inside it.  Stages in ``before`` are completed after that from the recipe
-    itself, and changed by ``before.0.…``.
+    Overrides of a kind (``objective.kind`` or ``objective``) are applied first and keep the options that both kinds
+    have; a mapping replaces the whole block.  The others are applied after all defaults are filled in, those of a whole
+    list before those of options inside it.  Stages in ``before`` then take missing options from the recipe, and last
+    come overrides such as ``before.0.…``.
 
     Raises:
-        UserError: an unknown name or option, or a value that is not of the option's type.
+        UserError: an unknown name or option, or a value of the wrong type.
     """
     roles = {
         f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type)) and f.name != "metrics"
@@ -220,7 +220,7 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
 
 
 def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A stage, with what it leaves out as in the final one; an option left out of a block of the same kind too."""
+    """Return a stage with its missing options, also those inside blocks of the same kind, taken from the final one."""
     if not isinstance(stage, Mapping) or "name" not in stage:
         raise UserError(f"recipe.{where} takes a block with a name and the options that differ, got {stage!r}")
     if stage.get("before") or stage.get("init"):
@@ -231,12 +231,12 @@ def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _described(plain: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
-    """With every default, but for what the sampler has from the objective."""
+    """Fill in every default, except those that the sampler takes from the objective."""
     return _loose(config.describe(config.construct(Recipe, plain, where=where)))
 
 
 def _loose(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data in which the sampler goes on having from the objective what it has in common with it now."""
+    """Unset sampler options equal to those of the objective, so that they follow later changes of the objective."""
     sampler, objective = plain.get("sampler"), plain.get("objective")
     if not (isinstance(sampler, Mapping) and isinstance(objective, Mapping)):
         return dict(plain)
@@ -246,7 +246,7 @@ def _loose(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def design(recipe: Recipe, data: Data) -> Architecture:
-    """The recipe's backbone and the head that its objective wants, for these images, normalised as it says."""
+    """Return the architecture (normalisation, backbone, head) that the recipe needs for these images."""
     channels, height, width = data.shape
     if height != width:
         raise UserError(f"networks take square images, {data.name} has {height} x {width}")
@@ -257,7 +257,7 @@ def design(recipe: Recipe, data: Data) -> Architecture:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The plain data of a YAML file."""
+    """Load a recipe file (YAML) as plain data, completed from its ``base`` if it names one."""
     try:
         plain = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -270,5 +270,5 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def dump(recipe: Recipe) -> str:
-    """YAML that :func:`read` and :func:`resolve` turn into the same recipe."""
+    """Return the recipe as YAML that :func:`read` and :func:`resolve` turn into the same recipe."""
     return yaml.safe_dump(config.describe(recipe), sort_keys=False, allow_unicode=True)

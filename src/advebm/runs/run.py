@@ -1,4 +1,4 @@
-"""A run's folder: what every stage reads and writes."""
+"""Run folders, which training, sampling, evaluation and reports read and write."""
 
 import contextlib
 import functools
@@ -28,23 +28,19 @@ from advebm.runs.recipe import Recipe
 
 
 class Run:
-    """``config.yaml env.json metrics.jsonl checkpoints/ samples/ metrics.json report.html`` in one folder."""
+    """A folder with ``config.yaml env.json metrics.jsonl checkpoints/ samples/ metrics.json report.html``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checkpoints = Checkpoints(folder / "checkpoints")
 
     def __reduce__(self) -> tuple[type["Run"], tuple[Path]]:
-        """Another process is told the folder, not the images."""
+        """Pickle only the folder, not the loaded images."""
         return Run, (self.folder,)
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, environment: Mapping[str, Any]) -> "Run":
-        """A new run in an empty or new folder.
-
-        Raises:
-            UserError: the folder holds something already or cannot be written; nothing is left behind.
-        """
+        """Create a run in a new or empty folder; raise ``UserError`` if it is not empty or cannot be written."""
         try:
             empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         except OSError as error:
@@ -60,7 +56,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Run":
-        """A run that is there."""
+        """Open an existing run; raise ``UserError`` if there is none."""
         folder = Path(folder)
         if not (folder / "config.yaml").is_file():
             near = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml")) if folder.parent.is_dir() else []
@@ -70,55 +66,50 @@ class Run:
 
     @functools.cached_property
     def recipe(self) -> Recipe:
-        """The resolved recipe."""
         return recipes.resolve(recipes.read(self.folder / "config.yaml"))
 
     @functools.cached_property
     def data(self) -> Data:
-        """The recipe's images, loaded once."""
+        """The dataset of the recipe, loaded on first use."""
         return self.recipe.data.load()
 
     @property
     def images(self) -> int:
-        """How many images its latest checkpoint has seen; 0 before the first."""
+        """Number of images seen by the latest checkpoint; 0 before the first."""
         return int(self.checkpoints.latest() or 0)
 
     @property
     def finished(self) -> bool:
-        """Whether all images of the recipe have been seen."""
+        """Whether the latest checkpoint has seen all images of the recipe."""
         return int(self.checkpoints.latest() or -1) >= self.recipe.train.images
 
     @property
     def stopped_early(self) -> bool:
-        """Whether its objective ended it."""
+        """Whether the objective stopped training early."""
         return any(line.get("event") == "early stop" for line in self.history())
 
     @property
     def before(self) -> list[Path]:
-        """The folders of the stages before it, in their order."""
+        """The run folders of the earlier stages, in order."""
         return [self.folder / "before" / f"{i}-{stage.name}" for i, stage in enumerate(self.recipe.before)]
 
     @property
     def stages(self) -> "list[Run]":
-        """The runs of these, as far as they are there, and itself."""
+        """The existing runs of the earlier stages, and this run."""
         return [*(Run(folder) for folder in self.before if (folder / "config.yaml").is_file()), self]
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Where it was begun: hardware, versions, precision, threads."""
+        """Hardware, versions, precision and threads at the start of the run."""
         return files.read_json(self.folder / "env.json", default={})
 
     @property
     def processes(self) -> int:
-        """How many train it."""
+        """Number of processes that train the run."""
         return int(self.environment.get("processes", 1))
 
     def check_processes(self, world: int) -> None:
-        """Refuse to train what is left with another number of processes than there were.
-
-        Raises:
-            UserError: that.
-        """
+        """Raise ``UserError`` if an unfinished run would continue with a different number of processes."""
         if (kept := self.processes) != world and not self.finished and not self.stopped_early:
             raise UserError(
                 f"{self.folder} was trained by {kept} process{'es' * (kept > 1)} so far, and there "
@@ -127,11 +118,11 @@ class Run:
             )
 
     def model(self, which: str = "latest") -> tuple[Network, Architecture]:
-        """The network of a checkpoint (averaged weights, eval mode)."""
+        """Load the network of a checkpoint (averaged weights if there are any, eval mode)."""
         return network.load(self.checkpoints.path(which), foreign=True)
 
     def chains(self, which: str = "latest") -> Data:
-        """The replay chains of a checkpoint, over all streams, as images without labels; clamped to [0, 1]."""
+        """Return the replay chains of a checkpoint, over all streams, as unlabelled images clamped to [0, 1]."""
         states = sorted((self.checkpoints.path(which) / "state").glob("stream-*.pt"))
         loaded = [torch.load(path, weights_only=True, map_location="cpu") for path in states]
         chains = [state["chains"].clamp(0, 1) for state in loaded if "chains" in state]
@@ -141,21 +132,20 @@ class Run:
         return Data("replay buffer", (), images, images, images)
 
     def samples(self) -> dict[str, Path]:
-        """The folder of each whole set of samples, by name."""
+        """Return the folder of each complete sample set, by name."""
         return {path.parent.name: path.parent for path in sorted(self.folder.glob("samples/*/manifest.json"))}
 
     @contextlib.contextmanager
     def locked(self, main: bool = True) -> Iterator[None]:
-        """Refuse a second training of the same run; the lock goes with the process, however it ends."""
+        """Raise ``Busy`` if another process trains this run; the lock is released even if the process is killed."""
         with (
             files.locked(self.folder / ".lock", f"another process is training {self.folder}") if main else nullcontext()
         ):
             yield
 
-    # metrics.jsonl: one line an event of training -------------------------------------------------------------------
+    # metrics.jsonl: one line per training event ---------------------------------------------------------------------
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``."""
         try:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -163,7 +153,7 @@ class Run:
             raise files.unwritable(self.folder / "metrics.jsonl", error) from None
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; what is not whole, such as a line that a kill cut short, is left out."""
+        """Return the lines of ``metrics.jsonl``, without damaged ones such as a line cut off by a killed process."""
         path, lines = self.folder / "metrics.jsonl", []
         for text in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):
@@ -173,7 +163,7 @@ class Run:
         return lines
 
     def rewind(self, images: int, attempt: int, main: bool = True) -> None:
-        """Forget what was logged after ``images`` and by later attempts: it is about to be computed again."""
+        """Remove log lines after ``images`` or of attempts after ``attempt``, which are about to be computed again."""
         if not main:
             return
         kept = [line for line in self.history() if line["images"] <= images and line.get("attempt", 0) <= attempt]
@@ -182,7 +172,7 @@ class Run:
     # metrics.json: evaluation records ---------------------------------------------------------------------------------
 
     def records(self) -> list[dict[str, Any]]:
-        """All evaluation records, oldest first."""
+        """Return all evaluation records, oldest first."""
         records = files.read_json(self.folder / "metrics.json", default=[])
         whole = {"name", "value", "error", "count", "settings", "series"}
         if not isinstance(records, list) or not all(isinstance(r, dict) and whole <= r.keys() for r in records):
@@ -190,13 +180,13 @@ class Run:
         return records
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Add evaluation records; none is ever changed or removed."""
+        """Add evaluation records to ``metrics.json``; existing ones are never changed or removed."""
         with filelock.FileLock(self.folder / ".records.lock"):  # another evaluation may be appending
             files.write_json(self.folder / "metrics.json", [*self.records(), *records])
 
 
 def share_images(runs: Iterable[Run]) -> None:
-    """Let runs of the same images hold them once."""
+    """Make runs with the same data source share one copy of its images in memory."""
     loaded: list[tuple[Source, Data]] = []
     for run in runs:
         known = next((data for source, data in loaded if source == run.recipe.data), None)
@@ -207,17 +197,14 @@ def share_images(runs: Iterable[Run]) -> None:
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """``parent/name-20261120-161200``, with a counter if two runs start in one second."""
+    """Return an unused folder ``parent/name-20261120-161200``, with a counter if two runs start in one second."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     candidates = [f"{name}-{stamp}", *(f"{name}-{stamp}-{i}" for i in range(2, 100))]
     return next(parent / c for c in candidates if not (parent / c).exists())
 
 
 def environment(device: torch.device, asked: str = "float32") -> dict[str, Any]:
-    """Hardware, versions, time, and what a network is computed in where ``asked`` is asked for.
-
-    For ``env.json`` and the report.
-    """
+    """Return hardware, versions, time and the precision used for ``asked``, for ``env.json`` and the report."""
     return {
         "advebm": advebm.__version__,
         "python": platform.python_version(),

@@ -1,1 +1,1 @@
-"""Sets of samples and edits on disk: drawn, tuned, looked at over steps.  Algorithms are in samplers and edits."""
+"""Draw sample sets and edits into a run folder, and tune samplers.  The algorithms are in samplers and edits."""

@@ -1,4 +1,4 @@
-"""Edits with a run's model, of images that somebody hands in or of its data, and a folder with what came of them."""
+"""Edit image files or dataset images with the model of a run, and write the results to a folder."""
 
 import itertools
 import math
@@ -29,26 +29,29 @@ from advebm.runs.run import Run
 from advebm.sampling.generate import to_bytes
 from advebm.sampling.job import start_images
 
-TILE = 96  # pixels of an image in the picture that an edit leaves
+TILE = 96  # pixels per edge of an image in edit.png, film.png and film.gif
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """What to edit, and with what.
+    """Which images to edit, with which models.
 
     Attributes:
-        run: whose model edits.
-        others: further ones, of a composition.
-        source: whose data ``split`` is of; the run's own by default.
-        images: files and folders.
-        split: where there are no files: ``test`` or ``val`` images; none takes ``val``, or seeds for what needs them.
-        count: of those.
-        fit: whether to make files fit the model.
-        goal: the class to move to, by name or number.
-        classes: one a model, of a composition.
-        mask: a file.
-        box: ``left,top,right,bottom``.
-        seed, checkpoint, device: as elsewhere; the checkpoint is that of every run.
+        run: the run whose model edits the images.
+        others: further runs whose models take part in a composition (:class:`Compose`).
+        source: the run whose data ``split`` refers to.  Default: ``run``.
+        images: image files, and folders of image files.
+        split: the dataset split to take images from if ``images`` is empty, ``test`` or ``val``.  Default: ``val``;
+            :class:`Compose` and :class:`Interpolate` start from sampler seeds instead.
+        count: number of images to take from the split, or of seeds to draw.
+        fit: whether to convert image files to the size and channels of the model.
+        goal: name or number of the class to move the images to.
+        classes: for a composition, one class per model.
+        mask: path of an image file with the mask.
+        box: the hole as ``left,top,right,bottom``, in pixels.
+        seed: seed of all random numbers.
+        checkpoint: the checkpoint of every run to load.
+        device: where to compute.
     """
 
     run: Run
@@ -67,7 +70,7 @@ class EditRequest:
     device: str = "cpu"
 
     def hole(self, method: Edit, size: tuple[int, int]) -> Tensor | None:
-        """The mask (H, W); of inpainting, where none is given, the middle half of the edges."""
+        """Return the mask (H, W) or None; :class:`Inpaint` defaults to the middle half of both edges."""
         if self.mask is not None and self.box is not None:
             raise UserError("--mask or --box, not both")
         if self.mask is not None:
@@ -81,21 +84,20 @@ class EditRequest:
         return middle_hole(size) if isinstance(method, Inpaint) else None
 
     def models(self) -> list[tuple[Run, str]]:
-        """Runs and their checkpoints."""
         return [(run, self.checkpoint) for run in (self.run, *self.others)]
 
     def own(self, shape: Sequence[int]) -> Tensor:
-        """Some images of a run's data, float32 (count, C, H, W), class after class."""
+        """Return images of the split, float32 (count, C, H, W): the first of each class, then the second, and so on."""
         data = (self.source or self.run).data
         if data.shape != tuple(shape):
             raise UserError(f"images of {data.name} are {data.shape}, the model takes {tuple(shape)}")
         split = data.test if self.split == "test" else data.val
         members = [(split.y == k).nonzero().squeeze(1) for k in split.y.unique()]
-        turns = torch.cat([torch.arange(len(rows)) for rows in members])  # the first of each class, the second, …
+        turns = torch.cat([torch.arange(len(rows)) for rows in members])
         return split.take(torch.cat(members)[turns.argsort(stable=True)][: self.count]).float()
 
     def begin(self, data: Data) -> Tensor:
-        """Seeds of the run's sampler, of no class in particular (count, C, H, W)."""
+        """Draw seeds (count, C, H, W) as the run's sampler does; class seeds are replaced by the global Gaussian."""
         sampler = self.run.recipe.sampler
         sampler = replace(sampler, start="global") if sampler.start == "class" else sampler
         begin = sampler.prepare(data, start_images(self.run, sampler, self.checkpoint))
@@ -103,7 +105,7 @@ class EditRequest:
 
 
 def score_images(order: EditRequest) -> dict[str, dict[str, float]]:
-    """How unusual images are to a run's model: their energies, and the share of validation images of lower energy."""
+    """Return the energy of each image, by name, and the share of validation images with a lower energy."""
     data = order.run.data
     x, names = _given(order, data.shape)
     found = unusual(
@@ -123,10 +125,13 @@ def run_edit(
     film: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[Path, dict[str, dict[str, float]]]:
-    """Carry an edit out and publish it; the picture, and numbers of each image.
+    """Edit images and write the results to ``out`` (default: ``RUN/edits/KIND``).
+
+    Return the path of ``edit.png``, and the numbers of each image, such as its energies, by name.
 
     Raises:
-        UserError: images, a mask or a class that the model does not take, or a folder that is not an edit's.
+        UserError: the model does not accept the images, the mask or a class, or the folder holds something other than
+            an edit.
     """
     run, kind = order.run, config.describe(method)["kind"]
     folder = run.folder / "edits" / kind if out is None else out
@@ -167,7 +172,6 @@ def run_edit(
 
 
 def _given(order: EditRequest, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
-    """The images of an order, and what they are called."""
     if order.images:
         return read_images(order.images, shape, fit=order.fit)
     x = order.own(shape)
@@ -186,18 +190,18 @@ def apply_edit(
     frames: int = 7,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Edited:
-    """Edit images (N, C, H, W), as many at once as their size allows.
+    """Edit images (N, C, H, W) in batches whose size depends on the image size.
 
     Args:
         method: the edit.
-        models: one, or several for a composition.
-        x: the images; for :class:`Interpolate` the ends, for :class:`Compose` the seeds.
-        y: classes (N,), of one model.
-        classes: a class a model, of a composition.
+        models: one model, or several for a composition.
+        x: the images; for :class:`Interpolate` the end points, for :class:`Compose` the seeds.
+        y: target classes (N,); ignored for a composition.
+        classes: for a composition, one class per model.
         hole: see :class:`Edit`.
-        seed: of every draw.
-        frames: pictures of the film.
-        progress: told how many images are done.
+        seed: seed of all random numbers.
+        frames: number of frames of the film.
+        progress: called with the number of images done so far.
     """
     if isinstance(method, Interpolate):
         edited = method(models[0], x, y, frames=frames)
@@ -218,7 +222,7 @@ def apply_edit(
 
 
 def read_images(paths: Sequence[Path], shape: Sequence[int], *, fit: bool = False) -> tuple[Tensor, list[str]]:
-    """Images of files and of all files in folders, float32 (N, C, H, W) in [0, 1], and what each is called."""
+    """Load image files, and all those in folders, as float32 (N, C, H, W) in [0, 1], with a unique name for each."""
     found = list_images(paths)
     names = [p.stem for p in found]
     names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
@@ -226,7 +230,6 @@ def read_images(paths: Sequence[Path], shape: Sequence[int], *, fit: bool = Fals
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
-    """The files, and all pictures in the folders."""
     found = [p for path in paths for p in (picture_files(path) if path.is_dir() else [path])]
     if not found:
         raise UserError(f"there is no image in {', '.join(map(str, paths)) or 'nothing'}")
@@ -234,18 +237,18 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def find_class(data: Data, text: str) -> int | None:
-    """The number of a class; None for ``none``, unless a class is called so."""
+    """Return the number of a class; None for the text ``none``, unless a class has that name."""
     return None if text.lower() == "none" and text not in data.classes else data.number(text)
 
 
 def weights_of(run: Run, which: str) -> dict[str, str]:
-    """A run's checkpoint and the sha256 of the weights that are used."""
+    """Return the run folder, the checkpoint name and the sha256 of the weights in use, for the manifest."""
     path = run.checkpoints.path(which)
     return {"run": str(run.folder.resolve()), "checkpoint": path.name, "weights": checkpoint.weights(path)}
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """The manifest of the edit that a folder holds, {} of a new or empty one; whatever else is there is left alone."""
+    """Return the manifest of the edit in a folder, {} if it is new or empty; raise if it holds something else."""
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; --out takes a folder for this edit")
     try:
@@ -269,24 +272,24 @@ def write_edit(
     *,
     film: bool = False,
 ) -> Path:
-    """``edit.png``, ``images.npz``, ``results/NAME.png``, ``film.png`` and perhaps ``film.gif``; then the manifest.
+    """Write ``edit.png``, ``images.npz``, ``results/NAME.png``, ``film.png``, and last ``manifest.json``.
 
-    ``edit.png`` has a row an image: what was given, the result, and half their difference around mid grey.
+    Results of an earlier edit in the folder are replaced.  The films show the first 20 images.
 
     Args:
-        folder: of the edit.
-        method: it.
-        given: images as they were given, (N, C, h, w).
-        edited: what came of them.
-        names: of the images.
-        manifest: how it was made.
-        film: whether to make an animation.
+        folder: the folder to write to.
+        method: the edit.
+        given: the input images (N, C, h, w).
+        edited: the results.
+        names: one name per image.
+        manifest: further entries of the manifest.
+        film: whether to write ``film.gif`` as well.
 
     Returns:
         The path of ``edit.png``.
     """
     before, about = check_folder(folder), {"edit": config.describe(method)}
-    files.write_json(folder / "manifest.json", about)  # an edit's folder, and no images yet
+    files.write_json(folder / "manifest.json", about)  # marks the folder as an edit, without images yet
     try:
         (folder / "results").mkdir(exist_ok=True)
         (folder / "film.gif").unlink(missing_ok=True)
@@ -305,7 +308,7 @@ def write_edit(
         np.savez_compressed(
             file, x=results.numpy(), given=to_bytes(given).numpy(), begin=to_bytes(edited.begin).numpy()
         )
-    plain = lambda value: value if math.isfinite(value) else None  # JSON has no infinity, the PSNR of what is equal
+    plain = lambda value: value if math.isfinite(value) else None  # JSON has no infinity, the PSNR of equal images
     numbers = {name: {k: plain(v[i].item()) for k, v in edited.numbers.items()} for i, name in enumerate(names)}
     series = {name: {k: v[i].tolist() for k, v in edited.series.items()} for i, name in enumerate(names)}
     record = {**manifest, **about, "film": edited.moments, "images": numbers}
@@ -314,7 +317,10 @@ def write_edit(
 
 
 def comparison_rows(method: Edit, given: Tensor, edited: Edited) -> Tensor:
-    """The images of ``edit.png``, (rows, columns, C, H, W): for an interpolation a row a way, else a row an image."""
+    """Return the images of ``edit.png``, (rows, columns, C, H, W), one row per pair of end points for interpolations.
+
+    Other edits have a row per image, at most 20: input, result, and half their difference around mid grey.
+    """
     if isinstance(method, Interpolate):
         return edited.x.view(-1, method.count, *edited.x.shape[1:])
     shown = given

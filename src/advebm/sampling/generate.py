@@ -1,4 +1,4 @@
-"""Images from a model, chunk by chunk, and what a folder of them holds: all images, grid, film, manifest."""
+"""Draw samples from a model in chunks, and write or read the folder of a sample set (images, grid, film, manifest)."""
 
 import dataclasses
 import zipfile
@@ -21,7 +21,7 @@ from advebm.models.inference import BackendName, View, find_backend, make_view
 from advebm.samplers.base import Sampler
 from advebm.starts import ImagePool, Start
 
-CHUNK = 500  # images drawn together, each chunk with its own generator: results do not depend on who draws which
+CHUNK = 500  # images per chunk; each chunk has its own generator, so results do not depend on the number of processes
 
 
 def generate(
@@ -35,17 +35,17 @@ def generate(
     way: BackendName = "auto",
     progress: Callable[[int], None] = lambda done: None,
 ) -> SampleSet:
-    """Images of classes ``y (N,)`` int64, -1 where there are none, uncurated, on the CPU.
+    """Draw one sample for each entry of ``y``, without selecting among them; they are returned on the CPU.
 
     Args:
-        model: classifier or critic, ``(B, C, H, W)`` in [0, 1] -> logits, or encoder, -> g(x).
+        model: classifier or critic, ``(B, C, H, W)`` in [0, 1] -> logits; or encoder, -> features g(x).
         sampler: the algorithm and its settings.
-        data: on a split of which the seeds are fitted.
-        y: the class of each image.
-        outside: whose test images chains begin from, with ``start: outside``.
-        seed: of seeds and noise.
-        way: how the network is computed, see :class:`advebm.models.inference.Backend`; ``auto`` folds.
-        progress: told how many images are done.
+        data: the dataset; the distribution of the seeds is fitted on one of its splits.
+        y: class of each sample, int64 (N,); -1 for no class.
+        outside: the data whose test images chains start from, with ``start: outside`` or ``start: buffer``.
+        seed: seed of the starting images and of the noise.
+        way: how to compute the network, see :class:`advebm.models.inference.Backend`; ``auto`` folds batch norms.
+        progress: called with the number of images done so far.
     """
     check_groups(sampler, len(y))
     start, drawn = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
@@ -58,13 +58,13 @@ def generate(
 
 
 def check_groups(sampler: Sampler, count: int, batch: int | None = None) -> None:
-    """Refuse a number of images, or a ``batch``, that leaves out a sample's others where samples interact."""
+    """Raise ``UserError`` if samples interact and ``count`` or ``batch`` is too small to hold a group of them."""
     for size in {min(count, CHUNK), count % CHUNK} - {0}:
         sampler.parts(size, batch)
 
 
 def sampling_view(model: nn.Module, data: Data, count: int, way: BackendName) -> View | None:
-    """The network for searches, as ``way`` asks, where that applies; for ``count`` images, in chunks."""
+    """Return the faster network for sampling ``count`` images that ``way`` asks for; None if it cannot be applied."""
     example = as_images(data.train.x[: min(count, CHUNK, batch_size_for(data.shape))], device_of(model))
     return make_view(model, example, find_backend(way), loud=way != "auto") if len(example) else None
 
@@ -82,11 +82,11 @@ def draw_chunk(
     quick: View | None = None,
     bank: Tensor | None = None,
 ) -> Tensor:
-    """Images ``number * CHUNK`` and on of those of classes ``y (N,)``, on the CPU.
+    """Draw chunk ``number`` of the images of classes ``y (N,)``, and return it on the CPU.
 
-    They depend on nothing that was drawn before.  ``batch`` (images that the network sees at once; none for as many
-    as :func:`batch_size_for` says) and ``quick`` (the network as it is searched) change rounding.  ``bank`` is the
-    sampler's, of the data.
+    The result does not depend on which chunks were drawn before.  ``batch`` (images per forward pass, default:
+    :func:`batch_size_for`) and ``quick`` (from :func:`sampling_view`) change rounding only.  ``bank`` is what
+    :meth:`Sampler.bank` returned.
     """
     batch = batch_size_for(shape) if batch is None else batch
     if isinstance(start, ImagePool):
@@ -97,7 +97,7 @@ def draw_chunk(
 
 
 class ChainStart(NamedTuple):
-    """Chains of a chunk before their first step: classes, initial samples, and the generator of their noise."""
+    """The chains of a chunk before their first step: classes, starting images, and the generator of the noise."""
 
     y: Tensor
     x: Tensor
@@ -105,14 +105,13 @@ class ChainStart(NamedTuple):
 
 
 def count_chunks(count: int) -> int:
-    """How many chunks so many images are drawn in."""
     return -(-count // CHUNK)
 
 
 def start_chains(
     model: nn.Module, start: Start, y: Tensor, number: int, shape: Sequence[int], seed: int, purpose: str
 ) -> ChainStart:
-    """The chains of a chunk of the classes ``y (N,)``; other seeds and other purposes draw other numbers."""
+    """Draw the starting images of a chunk, from random numbers that depend on ``seed``, ``purpose`` and ``number``."""
     device, first = device_of(model), number * CHUNK
     classes, generator = y[first : first + CHUNK].to(device), rng.generator(seed, purpose, number, device=device)
     x = start(torch.empty(len(classes), *shape, device=device), classes, generator)
@@ -120,24 +119,23 @@ def start_chains(
 
 
 def run_chains(model: nn.Module, sampler: Sampler, chains: ChainStart, **options: Any) -> Tensor:
-    """Where a sampler leads chains; ``options`` are those of :meth:`Sampler.__call__`."""
     return sampler(model, chains.y, chains.x, generator=chains.generator, **options)
 
 
 def deal_images(total: int, first: int, count: int, seed: int) -> Tensor:
-    """Items ``first`` to ``first + count - 1`` of an endless row of shuffles of ``total`` things."""
+    """Return items ``first`` to ``first + count - 1`` of an endless sequence of permutations of ``range(total)``."""
     rounds = range(first // total, (first + count - 1) // total + 1)
     row = torch.cat([torch.randperm(total, generator=rng.generator(seed, "deal", number)) for number in rounds])
     return row[first - rounds[0] * total :][:count]
 
 
 def set_name(sampler: Sampler) -> str:
-    """What a set of samples is called unless it is given a name: ``cs-class``."""
+    """Return the default name of a sample set, such as ``cs-class``."""
     return f"{config.describe(sampler)['kind'].rpartition(':')[2].lower()}-{sampler.start}"
 
 
 def classes_to_draw(sampler: Sampler, data: Data, per_class: int, classes: Sequence[int] | None = None) -> Tensor:
-    """The class of each image to draw; -1 for as many images where neither the energy nor the seeds are of a class."""
+    """Return the class of each image to draw, int64; all -1 if neither the energy nor the seeds depend on a class."""
     y = torch.tensor(range(len(data.classes)) if classes is None else classes).repeat_interleave(per_class)
     return y if sampler.conditional or sampler.start == "class" else torch.full_like(y, -1)
 
@@ -152,9 +150,9 @@ def draw_trajectory(
     frames: int = 7,
     seed: int = 0,
 ) -> tuple[Tensor, list[int]]:
-    """One chain a class, seen at ``frames`` steps from the seed to the last iterate: (classes, frames, C, H, W).
+    """Run one chain per class; return images (classes, frames, C, H, W) from seed to last iterate, and their steps.
 
-    Two of a single class, where samples interact.
+    A single class gets two chains if samples interact.
     """
     alone = sampler.coupled and len(data.classes if classes is None else classes) == 1
     device, y = device_of(model), classes_to_draw(sampler, data, 1 + alone, classes)
@@ -169,7 +167,6 @@ def draw_trajectory(
 
 
 def write_set(folder: Path, samples: SampleSet, classes: int) -> None:
-    """A set of samples that is in memory; see :func:`write_parts`."""
     write_parts(folder, [to_bytes(samples.x)], samples.y, samples.x.shape[1:], samples.manifest, classes)
 
 
@@ -182,18 +179,18 @@ def write_parts(
     classes: int,
     strip: tuple[Tensor, list[int]] | None = None,
 ) -> None:
-    """``images.npz`` (uint8 ``x``, int64 ``y``), ``grid.png``, ``film.png``; then, to say so, ``manifest.json``.
+    """Write ``images.npz`` (uint8 ``x``, int64 ``y``), ``grid.png`` and ``film.png``, and last ``manifest.json``.
 
-    The bytes of the files depend on what is in them alone.
+    The manifest marks a complete set.  Equal content gives equal bytes, since there are no time stamps.
 
     Args:
-        folder: of the set.
-        parts: uint8 images (n, C, H, W), held one part at a time.
-        y: the class of each image.
-        shape: of an image.
-        manifest: how they were made.
-        classes: rows of the grid.
-        strip: what :func:`draw_trajectory` returned.
+        folder: the folder of the set.
+        parts: uint8 images (n, C, H, W), of which one part at a time is in memory.
+        y: class of each image.
+        shape: (C, H, W) of an image.
+        manifest: how the images were made.
+        classes: number of rows of the grid.
+        strip: what :func:`draw_trajectory` returned; without it no ``film.png`` is written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +206,7 @@ def write_parts(
             for part in parts:
                 out.write(part.numpy().tobytes())
                 for x, k in zip(part, y[done : done + len(part)].tolist(), strict=True):
-                    if len(row := first.setdefault(k, [])) < (10 if k >= 0 else 10 * classes):  # what a grid shows
+                    if len(row := first.setdefault(k, [])) < (10 if k >= 0 else 10 * classes):  # the grid shows no more
                         row.append(x.clone())
                 done += len(part)
         with archive.open(_member("y"), "w") as out:
@@ -224,14 +221,14 @@ def write_parts(
 
 
 def _member(name: str) -> zipfile.ZipInfo:
-    """An array of an archive, dated 1980 so that time does not change the bytes."""
+    """Return the archive entry of an array, dated 1980 so that equal content gives equal bytes."""
     info = zipfile.ZipInfo(f"{name}.npy")
     info.compress_type = zipfile.ZIP_DEFLATED
     return info
 
 
 def read_set(folder: Path) -> SampleSet:
-    """What :func:`write_parts` wrote; an error where the manifest is missing, that is, where writing was cut short."""
+    """Load what :func:`write_parts` wrote; raise ``UserError`` if it is damaged or incomplete (no manifest)."""
     manifest = files.read_json(folder / "manifest.json")
     try:
         with (folder / "images.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -245,5 +242,5 @@ def read_set(folder: Path) -> SampleSet:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Floating point in [0, 1] -> uint8, to the nearest of 256 levels."""
+    """Convert floating point in [0, 1] to uint8, rounding to the nearest of 256 levels."""
     return (x * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,8 +1,8 @@
-"""A set of samples drawn from a run chunk by chunk onto the disk: stopped at any moment, the same call goes on.
+"""Draw a sample set from a run, chunk by chunk; after an interruption the same call continues.
 
-``samples/NAME/parts`` holds the chunks that are done, each in a file that is whole or absent, and ``plan.json`` what
-they are chunks of.  Each chunk has its own generator, so the bytes at the end do not depend on stops or on how many
-processes share the work.  ``manifest.json`` comes last.
+``samples/NAME/parts`` holds the finished chunks, each in a file that is written atomically, and ``plan.json`` the
+settings they were drawn with.  Each chunk has its own generator, so the final bytes do not depend on interruptions or
+on the number of processes.  ``manifest.json`` is written last and marks a complete set.
 """
 
 import contextlib
@@ -38,20 +38,21 @@ from advebm.starts import Start
 
 @dataclass(frozen=True)
 class SampleJob:
-    """What to draw from a run.
+    """A sample set to draw from a run.
 
     Attributes:
-        run: whose model draws.
-        name: of the set, a folder in the run's ``samples`` or in what ``within`` names.
-        sampler: the algorithm.
-        per_class: images of each class.
-        classes: which; none for all.
-        seed: of seeds and noise.
-        checkpoint: its number of images.
+        run: the run whose model is sampled.
+        name: name of the set, a folder in ``RUN/samples`` (or in ``RUN/WITHIN``).
+        sampler: the algorithm and its settings.
+        per_class: number of images per class.
+        classes: numbers of the classes to draw.  Default: all classes.
+        seed: seed of the starting images and of the noise.
+        checkpoint: name of the checkpoint: ``latest``, ``best``, or its number of training images.
         device: where to compute.
-        batch: images that the network sees at once; none for 500 of up to 32 x 32 pixels, fewer of larger ones.
-        way: how the network is computed, see :class:`advebm.models.inference.Backend`; ``auto`` folds.
-        about: what else the manifest says.
+        batch: images per forward pass.  Default: 500 images of up to 32 x 32 pixels, fewer larger ones.
+        way: how to compute the network, see :class:`advebm.models.inference.Backend`; ``auto`` folds batch norms.
+        about: further entries of the plan and the manifest.
+        within: folder in the run folder that holds the set.
     """
 
     run: Run
@@ -69,11 +70,10 @@ class SampleJob:
 
     @property
     def folder(self) -> Path:
-        """Of the set."""
         return self.run.folder / self.within / self.name
 
     def plan(self) -> dict[str, Any]:
-        """Everything that decides the images."""
+        """Return all settings that determine the images; an unfinished set is continued only if they are equal."""
         return {
             "sampler": config.describe(self.sampler),
             "seed": self.seed,
@@ -89,13 +89,12 @@ class SampleJob:
         }
 
     def part(self, number: int) -> Path:
-        """The file of a chunk."""
         return self.folder / "parts" / f"{number:06}.npy"
 
 
 @dataclass(frozen=True)
 class WorkerState:
-    """A drawing with all that is loaded for it."""
+    """A sample job with everything loaded that a process needs to draw its chunks."""
 
     drawing: SampleJob
     model: Network
@@ -108,7 +107,7 @@ class WorkerState:
 
     @classmethod
     def open(cls, drawing: SampleJob) -> "WorkerState":
-        """Load the network and the images; seeds that cannot be drawn are noticed here."""
+        """Load network and data; raise ``UserError`` for unknown or unusable classes and missing starting images."""
         run, sampler, data = drawing.run, drawing.sampler, drawing.run.data
         if any(not 0 <= k < len(data.classes) for k in drawing.classes or ()):
             got = ", ".join(map(str, drawing.classes or ()))
@@ -124,7 +123,7 @@ class WorkerState:
         return cls(drawing, model, data, outside, sampler.prepare(data, outside), y, quick, sampler.bank(data))
 
     def draw(self, number: int) -> None:
-        """Write a chunk."""
+        """Draw chunk ``number`` and write it to its file."""
         d = self.drawing
         options: dict[str, Any] = {"shape": self.data.shape, "seed": d.seed, "batch": d.batch, "quick": self.quick}
         options["bank"] = self.bank
@@ -135,7 +134,7 @@ class WorkerState:
 
 
 def start_images(run: Run, sampler: Sampler, checkpoint: str = "latest") -> Data | None:
-    """The images that chains begin from where they are not the data's: outside images or replay chains."""
+    """Return the outside images or replay chains that the sampler starts from; None for other starts."""
     if sampler.start == "buffer":
         return run.chains(checkpoint)
     recipe = run.recipe
@@ -150,14 +149,20 @@ def draw_set(
     trajectory: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Path:
-    """Draw what is not there yet and publish the set; its folder.
+    """Draw a sample set and return its folder.
+
+    An unfinished set is continued if its plan (settings and weights) is the same.  A finished set, or one with another
+    plan, is discarded and drawn from the beginning.
 
     Args:
-        drawing: what to draw.  A set of that name made from another plan is replaced, and so is a whole one.
-        processes: to start, that share the work.
-        team: processes that are there and all call this, instead; the main one publishes the set.
-        trajectory: whether to make a longer film, and ``film.gif``, of 60 moments at most.
-        progress: told how many images are done.
+        drawing: what to draw.
+        processes: number of worker processes to start; 1 draws in this process.
+        team: already running processes that all call this function and share the chunks; the main one writes the set.
+        trajectory: whether to write ``film.gif`` with up to 60 frames, and 13 instead of 7 columns in ``film.png``.
+        progress: called with the number of images done so far.
+
+    Raises:
+        Busy: another process is drawing the same set.
     """
     folder, plan = drawing.folder, drawing.plan()
     desk = WorkerState.open(drawing)
@@ -178,7 +183,7 @@ def draw_set(
         for number in _draw_parts(desk, todo[team.rank :: team.world], processes):
             done += len(desk.y[number * CHUNK : (number + 1) * CHUNK]) * team.world
             progress(min(done, len(desk.y)))
-        team.all_gather(None)  # every part is there
+        team.all_gather(None)  # wait until every chunk is written
         if team.main:
             _publish(desk, plan, count, trajectory)
         team.all_gather(None)
@@ -186,7 +191,7 @@ def draw_set(
 
 
 def _publish(desk: WorkerState, plan: Mapping[str, Any], count: int, trajectory: bool) -> None:
-    """Make the set of its parts."""
+    """Combine the chunks into the final set, and remove them."""
     drawing, folder = desk.drawing, desk.drawing.folder
     frames = 60 if trajectory else 7
     options: dict[str, Any] = {"outside": desk.outside, "classes": drawing.classes, "seed": drawing.seed}
@@ -203,7 +208,7 @@ def _publish(desk: WorkerState, plan: Mapping[str, Any], count: int, trajectory:
 
 
 def _prepare(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Remove what is whole, or was begun by another plan."""
+    """Discard a finished set, and chunks that were drawn with another plan."""
     whole = (folder / "manifest.json").exists()
     (folder / "manifest.json").unlink(missing_ok=True)
     if whole or files.read_json(folder / "plan.json", default={}) != plan:
@@ -213,7 +218,7 @@ def _prepare(folder: Path, plan: Mapping[str, Any]) -> None:
 
 
 def _draw_parts(desk: WorkerState, todo: list[int], processes: int) -> Iterator[int]:
-    """Draw chunks; their numbers, as they get done."""
+    """Draw chunks, and yield the number of each as it is finished."""
     if min(processes, len(todo)) < 2:
         for number in todo:
             desk.draw(number)
@@ -230,11 +235,11 @@ def _draw_parts(desk: WorkerState, todo: list[int], processes: int) -> Iterator[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_desks: list[WorkerState] = []  # of a process of the pool
+_desks: list[WorkerState] = []  # one entry, in each worker process
 
 
 def _init_worker(drawing: SampleJob, threads: int) -> None:
-    """Open the desk of a process of the pool; it ends when its parent does, however that ends."""
+    """Load the state of a worker process, and make the process end when its parent does, even if that is killed."""
 
     def follow() -> None:
         if (parent := multiprocessing.parent_process()) is not None:

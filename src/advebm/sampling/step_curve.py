@@ -1,4 +1,4 @@
-"""How many steps a sampler takes: what its samples are worth after each number of them."""
+"""Measure sample quality (FD and KID) as a function of the number of sampling steps."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -18,17 +18,17 @@ from advebm.models.batching import device_of
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate
 
-REAL = 10_000  # images, at most, that samples are compared with
+REAL = 10_000  # largest number of real images that samples are compared with
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 class Point(NamedTuple):
-    """Samples after so many steps.
+    """Quality and cost of samples after a number of steps.
 
     Attributes:
-        steps: gradients taken of each image.
-        fd, kid: distances to real images.
-        seconds: that the gradients of an image took.
+        steps: number of steps, that is, of gradients per image.
+        fd, kid: Fréchet distance and KID between samples and real images.
+        seconds: computing time per image up to this step.
     """
 
     steps: int
@@ -39,14 +39,15 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Chains:
-    """What is measured along chains of one sampler.
+    """Settings of a step curve: how many chains of a sampler to run, and after which steps to measure them.
 
     Attributes:
-        split: real images that samples are compared with, 10,000 at most.  ``val`` is for choosing, and there chains
-            from outside images take validation images, too; ``train`` is for reporting.
-        count: chains.
-        steps: after which to look.
-        seed: of the chains.
+        split: the split of real images (10,000 at most) that samples are compared with.  Use ``val`` to choose the
+            number of steps (chains with ``start: outside`` then start from validation images of the outside data), and
+            ``train`` to report results.
+        count: number of chains, at least 2.
+        steps: the numbers of steps after which to measure, increasing.
+        seed: seed of the chains.
     """
 
     split: Literal["val", "train"] = "val"
@@ -63,9 +64,9 @@ class Chains:
     def __call__(
         self, model: nn.Module, sampler: Sampler, data: Data, space: Features, *, outside: Data | None = None
     ) -> list[Point]:
-        """A point for each number of steps, all from the same chains.
+        """Return one point per number of steps, all measured on the same chains.
 
-        A schedule over the share of the steps is that of the longest chains.
+        Chains run for the largest number of steps, whatever ``sampler.steps``; schedules span that number.
         """
         if outside is not None and self.split == "val":
             outside = outside._replace(test=outside.val)
@@ -79,7 +80,7 @@ class Chains:
     def _images(
         self, model: nn.Module, sampler: Sampler, data: Data, outside: Data | None
     ) -> Mapping[int, tuple[Tensor, float]]:
-        """Images, as bytes, and the seconds they took, by the number of steps."""
+        """Return, for each number of steps, the samples as uint8 and the total computing time in seconds."""
         longest = replace(sampler, steps=self.steps[-1])
         start, y = (
             longest.prepare(data, outside),
@@ -94,21 +95,21 @@ class Chains:
 
             def look(k: int, x: Tensor, energy: Tensor | None = None, since: list[float] = since) -> None:
                 now = time.perf_counter()
-                if k + 1 in spent:  # the gradient at x is taken already
+                if k + 1 in spent:  # the gradient at x has been computed already
                     spent[k + 1] += now - since[0]
                 if k in seen:
                     seen[k].append(generate.to_bytes(x).cpu())
-                since[0] += time.perf_counter() - now  # looking takes no time
+                since[0] += time.perf_counter() - now  # exclude the time spent here
 
             look(longest.steps, generate.run_chains(model, longest, chains, observe=look, bank=bank))
         return {k: (torch.cat(seen[k]), spent[k]) for k in self.steps}
 
 
 def best_point(points: Iterable[Point]) -> Point:
-    """The one of least KID, which no number of samples biases; the earliest of several."""
+    """Return the point with the lowest KID (unbiased for any number of samples); the first one if several are equal."""
     return min(points, key=lambda point: point.kid)
 
 
 def first_reaching(points: Iterable[Point], fd: float) -> Point | None:
-    """The first whose FD is at most ``fd``."""
+    """Return the first point whose FD is at most ``fd``; None if there is none."""
     return next((point for point in points if point.fd <= fd), None)

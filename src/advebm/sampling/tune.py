@@ -1,7 +1,7 @@
-"""A search over a sampler's settings on the validation split, shared by whatever processes run the same call.
+"""Grid search over the settings of a sampler, on the validation split; test images are never used.
 
-Each setting is a trial: a file in ``RUN/tuning``, whole or absent, claimed by a lock while somebody works on it.  Test
-images are never looked at.
+Each setting is a trial with its own file in ``RUN/tuning``, written atomically.  A process locks a trial while it runs,
+so several processes that make the same call share the trials.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from advebm.sampling.job import start_images
 
 Quantity = Literal["KID", "FD"]
 SETTINGS = ("step_size", "radius", "noise", "steps")  # α, β, η, K
-FACTORS = (0.5, 1.0, 2.0)  # of the sampler's own α and K, unless values are given
+FACTORS = (0.5, 1.0, 2.0)  # default values of α and K, relative to those of the sampler
 
 
 def settings_grid(sampler: Sampler, values: Mapping[str, Sequence[Any]]) -> list[Sampler]:
-    """All combinations of values of α, β, η and K.
+    """Return a sampler for every combination of values of α, β, η and K, without duplicates.
 
-    Without values α and K take half, once and twice the sampler's own (K is whole and at least 1), β and η keep it.
+    By default α and K take half, once and twice the value of ``sampler`` (K rounded, at least 1); β and η keep it.
     """
     for name in values:
         if name not in SETTINGS:
@@ -62,22 +62,25 @@ def tune(
     device: str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """Try every sampler and keep the best in the run's ``tuned/METHOD-START.json``; all trials, the best first.
+    """Evaluate every sampler, and write the best one to ``RUN/tuned/METHOD-START.json``.
 
-    Trials that are there already are not repeated; those that another process is at are waited for by leaving them to
-    it: whoever comes last writes the result.
+    Finished trials are not repeated, and trials that another process is running are skipped without waiting.  The
+    best one is written by the process that finds all trials finished.
 
     Args:
         run: a trained run.
-        samplers: what to try, see :func:`settings_grid`; all of one kind.
-        space: features that the distance is taken in.
-        judge: which weights they are of.
-        by: ``KID``, unbiased at few images, or ``FD``.
-        per_class: images a trial draws of each class.
-        seed: of every trial alike.
-        checkpoint: of the run.
+        samplers: the samplers to try, see :func:`settings_grid`; all of one kind and start.
+        space: the features in which the distance is computed.
+        judge: name of the weights of the feature network, for the record.
+        by: the distance to minimise: ``KID``, which is unbiased for few images, or ``FD``.
+        per_class: images per class that a trial draws.
+        seed: seed of the samples, the same for every trial.
+        checkpoint: which checkpoint of the run to use.
         device: where to compute.
-        progress: told how many trials are done.
+        progress: called with the number of finished trials.
+
+    Returns:
+        The records of the finished trials, the best (smallest distance) first.
     """
     number = run.checkpoints.path(checkpoint).name
     data, model = run.data, run.model(number)[0].to(device)
@@ -101,12 +104,12 @@ def tune(
 
 
 def result_path(run: Run, like: Sampler) -> Path:
-    """Where the best setting of a method and start is kept."""
+    """Return the file in which :func:`tune` keeps the best setting for the kind and start of ``like``."""
     return run.folder / "tuned" / f"{generate.set_name(like)}.json"
 
 
 def find_tuned(run: Run, like: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
-    """The best setting of a method and start that :func:`tune` wrote into a run, and how it was found; None if none."""
+    """Load the best setting for the kind and start of ``like``, and the rest of its record; None if not tuned."""
     if not (path := result_path(run, like)).exists():
         return None
     best = files.read_json(path)
@@ -118,7 +121,7 @@ def find_tuned(run: Run, like: Sampler) -> tuple[Sampler, dict[str, Any]] | None
 
 
 def response_curves(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float, float]]]:
-    """For each setting that varies: its values, and the best and the median of the trials that have it."""
+    """Return, for each setting that varies, (value, best distance, median distance) over the trials with that value."""
     found = {}
     for name in SETTINGS:
         groups: dict[Any, list[float]] = {}
@@ -145,15 +148,15 @@ def _run_trial(
     space: Features,
     about: Mapping[str, Any],
 ) -> None:
-    """A trial, unless somebody else is at it."""
+    """Run a trial, unless another process is running it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.unwritable(path.parent, error) from None
     lock = path.with_suffix(".lock")
-    with contextlib.suppress(Busy):  # then it is theirs
+    with contextlib.suppress(Busy):  # another process is running this trial
         with files.locked(lock, f"another process is at {path}"):
-            if path.exists():  # by now
+            if path.exists():  # finished by another process in the meantime
                 return
             y = generate.classes_to_draw(sampler, data, about["per_class"])
             x = generate.generate(model, sampler, data, y, outside=outside, seed=about["seed"]).x

@@ -1,1 +1,1 @@
-"""Training: the loop, its batches and validation, and what a recipe costs.  Recipes and checkpoints are in runs."""
+"""Training loop, batches, validation, and cost estimates.  Recipes and checkpoints are in runs."""

@@ -1,4 +1,4 @@
-"""The batches of a run: what its objective needs of the data, and of other sources."""
+"""Load the batches that an objective needs, from the dataset and from other image sources."""
 
 import warnings
 
@@ -16,7 +16,7 @@ from advebm.runs.recipe import Recipe
 
 
 class BatchSource:
-    """The batches of a run: what its objective needs of the data, and of other sources."""
+    """The batches of a run: images, labels, second views, and outside or extra images, as its objective needs them."""
 
     def __init__(self, recipe: Recipe, data: Data, engine: Engine) -> None:
         def loader(images: Images, augment: tuple[Augment, ...], role: str = "") -> Loader:
@@ -41,11 +41,11 @@ class BatchSource:
                     warnings.warn(f"{what} itself; the objective takes them for what is not", stacklevel=3)
 
     def __call__(self, seen: int, stream: int, keys: tuple[int, ...]) -> Batch:
-        """A stream's share of the batch after ``seen`` images; ``keys`` seed its augmentations."""
+        """Return a stream's share of the batch that follows ``seen`` images; ``keys`` seed its augmentations."""
         views, y = self.loader(seen, stream, rng.generator(*keys, "data", device=self.device))
         others = {
             role: loader(seen, stream, rng.generator(*keys, role, device=self.device))[0][0]
             for role, loader in self.others.items()
         }
-        y = y if self.labels else torch.full_like(y, -1)  # nobody learns from what it does not ask for
+        y = y if self.labels else torch.full_like(y, -1)  # hide labels from objectives that do not ask for them
         return Batch(views[0], y, view=views[1] if len(views) > 1 else None, **others)

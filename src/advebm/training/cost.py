@@ -1,4 +1,4 @@
-"""What a recipe costs before it has run: passes through the network, FLOP, memory."""
+"""Estimate the cost of a recipe before training: network passes, FLOP and memory."""
 
 import contextlib
 import dataclasses
@@ -35,19 +35,19 @@ from advebm.training.hardware import Machine, describe_device, seconds
 from advebm.training.setup import search_view
 from advebm.training.validate import validate
 
-TIMED = 0.1  # seconds that a batch which is timed takes at least, if a step has so many images
-CLASSES = 1000  # of a folder that is not there; a head of so many outputs hardly counts
+TIMED = 0.1  # shortest time in seconds of a timed batch, unless a batch of the recipe's size is faster
+CLASSES = 1000  # assumed if the number of classes is unknown; the head hardly matters for the cost
 
 
 class Passes(NamedTuple):
-    """Passes of each kind through the network, for an image; or the FLOP of one.
+    """Number of network passes of each kind per image; or the FLOP of one pass of each kind.
 
     Attributes:
-        forward: of images.
-        teacher: of images through a teacher.
-        search: backward to images, with frozen weights.
-        loss: backward to the weights.
-        penalty: backward to images, to be differentiated once more (R1).
+        forward: forward passes.
+        teacher: forward passes through a teacher network.
+        search: backward passes to the images, with frozen weights.
+        loss: backward passes to the weights.
+        penalty: backward passes to the images that are differentiated again (R1).
     """
 
     forward: float
@@ -58,25 +58,24 @@ class Passes(NamedTuple):
 
     @property
     def backward(self) -> float:
-        """Of all kinds."""
         return self.search + self.loss + self.penalty
 
     def times(self, flops: "Passes") -> float:
-        """FLOP of these passes, from those of one of each kind."""
+        """Return the FLOP of these passes, given the FLOP of one pass of each kind."""
         return sum(count * each for count, each in zip(self, flops, strict=True))
 
     def towards(self, other: "Passes", share: float) -> "Passes":
-        """On the line through this (0) and the other (1)."""
+        """Interpolate linearly from this (``share`` 0) to ``other`` (1), or extrapolate beyond."""
         return Passes(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
 
 
 class ImagesHeld(NamedTuple):
-    """Images that a backward pass needs the activations of at once, for each image of a step.
+    """Number of images whose activations are in memory at once, divided by the number of images of a step.
 
     Attributes:
-        search: in the largest search.
-        loss: in the loss.
-        penalty: those of the loss that are in a penalty on the gradient.
+        search: for the largest backward pass of the search.
+        loss: for the backward pass of the loss.
+        penalty: the part of ``loss`` that belongs to a gradient penalty.
     """
 
     search: float
@@ -85,13 +84,13 @@ class ImagesHeld(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes, of one process.
+    """Memory of one process, in bytes.
 
     Attributes:
-        weights: of the network.
-        optimizer: its state.
-        average: the averaged weights.
-        step: activations and gradients, at the most.
+        weights: parameters and buffers of the network.
+        optimizer: state of the optimiser.
+        average: averaged weights.
+        step: activations and gradients at their peak.
     """
 
     weights: int
@@ -102,18 +101,20 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a stage takes.
+    """The estimated cost of one training stage.
 
     Attributes:
         recipe: the stage.
-        outline: of its images.
-        architecture: of its network.
-        parameters: how many.
-        least, most: passes of search and loss, for an image trained on; they differ where K grows.
-        validation: passes for an image validated on that is right and stays so.
-        validated: images validated on, each time counted.
-        flops: of a pass, an image.
-        memory: what is held.
+        outline: shape and number of its images.
+        architecture: its network.
+        parameters: number of trainable parameters.
+        least, most: lower and upper bound of the passes per training image, for search and loss together; they differ
+            if a curriculum increases the number of search steps K.
+        validation: passes per validation image that is classified correctly even under attack, so that no attack on it
+            ends early.
+        validated: number of images over all validations.
+        flops: FLOP per image of one pass of each kind.
+        memory: memory of one process.
     """
 
     recipe: Recipe
@@ -129,34 +130,33 @@ class Estimate:
 
     @property
     def images(self) -> int:
-        """Trained on, in whole batches."""
         return whole_batches(self.recipe)
 
     @property
     def total(self) -> tuple[float, float]:
-        """FLOP of training and validation, the least and the most."""
+        """Return lower and upper bound of the FLOP of training and validation together."""
         checked = self.validated * self.validation.times(self.flops)
         least, most = (self.images * passes.times(self.flops) + checked for passes in (self.least, self.most))
         return least, most
 
 
 def estimates(recipe: Recipe) -> list[Estimate]:
-    """A recipe's stages, the final one last.
+    """Estimate the cost of each stage of a recipe, the final stage last.
 
-    Nothing is trained, and images are read only where their source does not declare what they are.  Passes are counted
-    while objective and validation work on a network of a few weights; FLOP, a multiplication and an addition each of
-    convolutions and linear layers, and memory are those of the recipe's network on tensors without numbers.  A teacher
-    is taken for a network like the recipe's.  Left out: rollbacks, what ``fast`` looks at now and then, instruments,
-    and the copies of the weights that ``awp`` makes.
+    Nothing is trained, and images are read only if their source does not declare their shape.  Passes are counted by
+    running the objective and the validation on a tiny network.  FLOP (2 per multiply-add, of convolutions and linear
+    layers) and memory are computed for the recipe's network on the ``meta`` device, that is, on tensors without data.
+    A teacher is assumed to be as large as the recipe's network.  Not included: rollbacks, the comparisons that ``fast``
+    makes, diagnostics, and the weight copies of ``awp``.
 
     Raises:
-        UserError: images whose shape is not known before they are read, or that the network does not take.
+        UserError: the image shape cannot be determined, or the network does not accept it.
     """
     return [estimate(stage) for stage in (*recipe.before, recipe)]
 
 
 def estimate(recipe: Recipe) -> Estimate:
-    """Of one stage."""
+    """Estimate the cost of one stage."""
     found = find_spec(recipe.data)
     architecture = design(recipe, blank_data(found))
     least, most, held = count_training(recipe)
@@ -166,10 +166,14 @@ def estimate(recipe: Recipe) -> Estimate:
 
 
 def measured_here(stage: Estimate, device: str) -> Machine:
-    """This machine, as fast as it searches the stage's network, forward and backward to images, in its precision.
+    """Measure the speed of a local device on the stage's network, forward and backward to the images.
 
-    Timed on random weights and images, which get twice as many until they take long enough to be timed, or are as many
-    as a step has, or fill the memory.  Training does a little more: it moves weights, augments and validates.
+    Weights and images are random, and the precision is the recipe's.  The batch size is doubled until a batch
+    takes ``TIMED`` seconds, has the recipe's size, or fills the memory.  Training is a little slower than this, since
+    it also updates weights, augments images and validates.
+
+    Raises:
+        UserError: not even one image fits into the memory.
     """
     cfg, flops = stage.recipe.train, stage.flops.forward + stage.flops.search
     most, count, took = max(1, cfg.batch // cfg.streams), 0, 0.0
@@ -193,48 +197,48 @@ def measured_here(stage: Estimate, device: str) -> Machine:
 
 
 def passes_per_image(recipe: Recipe) -> tuple[float, float]:
-    """Forward and backward passes through the network that an image takes; of a growing search, at its longest."""
+    """Return forward and backward passes per training image, at the largest K of a curriculum."""
     with with_stub_teacher(recipe.objective) as objective:
         found, _ = count_step(objective, recipe.train.images)
     return found.forward, found.backward
 
 
 def whole_batches(recipe: Recipe) -> int:
-    """Images trained on, in whole batches."""
+    """Return the number of training images, rounded up to whole batches."""
     return math.ceil(recipe.train.images / recipe.train.batch) * recipe.train.batch
 
 
 def blank_data(found: DataSpec) -> Data:
-    """A black and a white image in the place of a source's."""
+    """Return a stand-in dataset with the shape and classes of a source: one black and one white image."""
     x = torch.zeros(2, *found.shape, dtype=torch.uint8)
     x[1] = 255
     images = Images(x, torch.arange(2))
     return Data("nothing", tuple(map(str, range(found.classes or CLASSES))), images, images, images)
 
 
-# Passes, on a network of a few weights --------------------------------------------------------------------------------
+# Count passes, on a tiny network --------------------------------------------------------------------------------------
 
 
 class PassCounter:
-    """Counts images through networks while :func:`count_passes`."""
+    """Counters of the passes inside :func:`count_passes`, in images."""
 
     def __init__(self) -> None:
         self.forward = self.teacher = self.search = self.loss = self.penalty = 0
-        self.widest = self.graph = 0  # images in the largest search, and in graphs that reach weights
+        self.widest = self.graph = 0  # images in the largest search batch, and in graphs for weight gradients
 
     def passes(self, images: int) -> Passes:
-        """For each of so many images."""
+        """Return the passes per image, for a step of ``images`` images."""
         return Passes(*(getattr(self, name) / images for name in Passes._fields))
 
     def back(self, count: int, frozen: bool, gradient: Tensor) -> None:
-        """A gradient comes back to the outputs of so many images."""
+        """Count a backward pass of ``count`` images; called when the gradient reaches the network's outputs."""
         kind = "penalty" if torch.is_grad_enabled() else "search" if frozen else "loss"
         setattr(self, kind, getattr(self, kind) + count)
 
 
 @contextmanager
 def count_passes(model: Network) -> Iterator[PassCounter]:
-    """Count the passes of a network; other networks are teachers."""
+    """Count the passes of a network; all other networks count as teachers."""
     tally = PassCounter()
 
     def forward(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
@@ -259,14 +263,14 @@ def count_passes(model: Network) -> Iterator[PassCounter]:
 
 
 def tiny_architecture(objective: Objective) -> Architecture:
-    """The network that passes are counted on: of colour images of 8 pixels, with 10 classes if it has classes."""
+    """Return the tiny network for counting passes: 8 x 8 colour images, and 10 classes if it is a classifier."""
     half = (0.5,) * 3
     return Architecture(SmallConv(1, norm="none"), objective.outputs or 10, 3, 8, half, half, objective.hidden)
 
 
 @contextmanager
 def with_stub_teacher(objective: Objective) -> Iterator[Objective]:
-    """An objective whose teacher, if it has one, need not be there."""
+    """Yield the objective with its teacher, if it has one, replaced by a tiny network."""
     with tempfile.TemporaryDirectory() as folder:
 
         def other(of: Any) -> Any:
@@ -284,9 +288,10 @@ def with_stub_teacher(objective: Objective) -> Iterator[Objective]:
 
 
 def count_step(objective: Objective, seen: int, level: int | None = None) -> tuple[Passes, ImagesHeld]:
-    """What an image of a step takes after ``seen`` images; K of a growing search is ``level``, or its largest.
+    """Count passes and activations per image of one training step, after ``seen`` images.
 
-    Counted as what four more images take, which leaves out what is done once a step.
+    A step of 4 images is subtracted from one of 8, so work done once per step cancels out.  In a curriculum, K is
+    ``level`` (default: the largest).
     """
     counts = []
     for images in (4, 8):
@@ -304,7 +309,7 @@ def count_step(objective: Objective, seen: int, level: int | None = None) -> tup
                 loss = objective.loss(model, batch, found, state, ctx)
                 loss.total.backward()
                 graph, penalty = max(graph, tally.graph - before[0]), max(penalty, tally.penalty - before[1])
-                if replay < objective.replays - 1:  # what is done after a step is not part of it
+                if replay < objective.replays - 1:  # the work after the last replay is not counted
                     objective.after(model, batch, found, state, loss, ctx)
         counts.append((*tally.passes(4), tally.widest / 4, graph / 4, penalty / 4))
     each = [more - less for less, more in zip(*counts, strict=True)]
@@ -312,7 +317,7 @@ def count_step(objective: Objective, seen: int, level: int | None = None) -> tup
 
 
 def count_training(recipe: Recipe) -> tuple[Passes, Passes, ImagesHeld]:
-    """Passes for an image, the least and the most, and what is held."""
+    """Return lower and upper bound of the passes per training image, and the images held in memory."""
     seen = recipe.train.images
     with with_stub_teacher(recipe.objective) as objective:
         longest, held = count_step(objective, seen)
@@ -325,16 +330,16 @@ def count_training(recipe: Recipe) -> tuple[Passes, Passes, ImagesHeld]:
 
 
 def find_curriculum(objective: Any) -> Curriculum | None:
-    """The curriculum of an objective, or of the one inside it."""
+    """Return the curriculum of an objective, or of the objective that it wraps; None if there is none."""
     found = getattr(objective, "curriculum", None)
     inner = getattr(objective, "objective", None)
     return found if isinstance(found, Curriculum) or inner is None else find_curriculum(inner)
 
 
 def count_validation(recipe: Recipe) -> Passes:
-    """What an image validated on takes that is right and stays so, counted as for :func:`count_step`."""
+    """Count the passes per validation image that stays correctly classified, with the method of :func:`count_step`."""
     still = dataclasses.replace(recipe.threat, eps=1e-6, step_size=1e-6)
-    plain = dataclasses.replace(recipe, threat=still, data=Digits())  # of which only the augmentation is looked at
+    plain = dataclasses.replace(recipe, threat=still, data=Digits())  # validation uses only the augmentation of data
     found = []
     for count in (4, 8):
         model = tiny_architecture(recipe.objective).build().eval()
@@ -348,25 +353,25 @@ def count_validation(recipe: Recipe) -> Passes:
 
 
 def validated_images(recipe: Recipe, found: DataSpec) -> int:
-    """Images validated on, each time counted; none where their number is not known."""
+    """Return the number of images over all validations; 0 if there is no validation or the split size is unknown."""
     cfg, objective = recipe.train, recipe.objective
     if objective.hidden is not None:
         judged = objective.validate is not None
     else:
-        judged = found.classes != 1 if objective.outputs != 1 else recipe.outside is not None  # one class: no labels
+        judged = found.classes != 1 if objective.outputs != 1 else recipe.outside is not None  # one class: unlabelled
     steps = range(0, whole_batches(recipe), cfg.batch)
     times = sum(Progress(seen).due_after(cfg.batch, cfg.images)(cfg.validate_every) for seen in steps)
     return times * judged * min((n for n in (found.val, cfg.validate_with) if n is not None), default=0)
 
 
-# FLOP and memory, on tensors without numbers --------------------------------------------------------------------------
+# FLOP and memory, on the meta device ----------------------------------------------------------------------------------
 
 
 class FlopCounter(TorchDispatchMode):
-    """FLOP of what runs within it, by torch's own formulas, and the most bytes of its tensors alive at once.
+    """Count FLOP of the operations inside it, by torch's formulas, and the peak memory of their results in bytes.
 
-    ``torch.utils.flop_counter.FlopCounterMode`` has the formulas too, but tracks modules by hooks that raise under
-    ``torch.autograd.grad``, which searches and penalties take.
+    ``torch.utils.flop_counter.FlopCounterMode`` uses the same formulas, but its module hooks raise an error under
+    ``torch.autograd.grad``, which searches and penalties need.
     """
 
     def __init__(self) -> None:
@@ -375,7 +380,6 @@ class FlopCounter(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """An operation, carried out and counted."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if (flops := flop_registry.get(func._overloadpacket)) is not None:
@@ -394,7 +398,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 def measure_network(architecture: Architecture, recipe: Recipe, held: ImagesHeld) -> tuple[int, Passes, Memory]:
-    """Parameters, FLOP of a pass of each kind, and memory where a step has ``batch / streams`` images."""
+    """Return parameter count, FLOP per pass of each kind, and memory for steps of ``batch / streams`` images."""
     cfg, shape = recipe.train, (architecture.channels, architecture.size, architecture.size)
     with torch.device("meta"):
         model = architecture.build().train()
@@ -409,7 +413,7 @@ def measure_network(architecture: Architecture, recipe: Recipe, held: ImagesHeld
     punished = round(held.penalty * cfg.batch / cfg.streams)
 
     dtype = getattr(torch, cfg.precision)
-    backbone: Any = model.to(dtype).backbone  # in place of autocast, which does not know such tensors
+    backbone: Any = model.to(dtype).backbone  # instead of autocast, which does not support meta tensors
     backbone.recompute = cfg.recompute
     images = lambda count, **options: torch.empty(count, *shape, dtype=dtype, device="meta", **options)
 
@@ -443,5 +447,4 @@ def measure_network(architecture: Architecture, recipe: Recipe, held: ImagesHeld
 
 
 def count_bytes(tensors: Any) -> int:
-    """Bytes."""
     return sum(v.numel() * v.element_size() for v in tensors)

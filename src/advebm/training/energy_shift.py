@@ -1,4 +1,4 @@
-"""What can be seen of training: changes of the energy, JEAT eq. 15."""
+"""Measure how the attack and the weight update change the energy during training, JEAT eq. 15."""
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,10 @@ from advebm.objectives.base import Batch
 
 
 class EnergyShift:
-    """Change of E(x, y) and E(x) by the attack, and of the attacked images' energies by the update of the weights.
+    """Changes of E(x, y) and E(x) caused by the attack (x -> x̂) and by the weight update (E -> E').
 
-    ``Δ_x E = E(x̂) - E(x)`` before the update, ``Δ_θ E = E'(x̂) - E(x̂)`` across it, in eval mode.  Made before the
-    optimiser's step; :meth:`terms` is called after it.
+    ``Δ_x E = E(x̂) - E(x)`` before the update, ``Δ_θ E = E'(x̂) - E(x̂)`` across it, in eval mode.  Construct it before
+    the optimiser's step, and call :meth:`terms` after it.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, moved: Tensor) -> None:
@@ -20,7 +20,7 @@ class EnergyShift:
         self.clean, self.before = self._energies(batch.x), self._energies(self.moved)
 
     def terms(self) -> dict[str, float]:
-        """Mean and deviation over the images of each change, as ``shift/attack_joint``, ``…_sd`` and so on."""
+        """Return mean and standard deviation of each change over the images: ``shift/attack_joint``, ``…_sd``, …"""
         after, found = self._energies(self.moved), {}
         for change, to, of in (("attack", self.before, self.clean), ("update", after, self.before)):
             for name in to:

@@ -1,4 +1,4 @@
-"""How fast a machine computes: what it reaches in matrix products and convolutions, or what its maker says."""
+"""Speed of a machine, as measured on matrix products and convolutions, or from the data sheet."""
 
 import statistics
 import time
@@ -16,13 +16,13 @@ TERA, GB = 10**12, 10**9
 
 
 class Machine(NamedTuple):
-    """A device's peak rates and what training is assumed to reach of them.
+    """The speed of a device, and the share of it that training is assumed to reach.
 
     Attributes:
-        name: for people.
-        rates: FLOP a second by precision, ``float32`` and ``bfloat16``, dense.
-        share: of the peak that training is assumed to reach.
-        memory: bytes; none where nobody said.
+        name: display name.
+        rates: FLOP per second by precision, such as ``float32``; for dense matrices.
+        share: fraction of these rates that training is assumed to reach.
+        memory: device memory in bytes; None if unknown.
     """
 
     name: str
@@ -31,11 +31,7 @@ class Machine(NamedTuple):
     memory: int | None = None
 
     def hours(self, flops: float, precision: str) -> float:
-        """That so many FLOP take.
-
-        Raises:
-            UserError: a precision whose rate is not known.
-        """
+        """Return the hours that ``flops`` take; raise ``UserError`` if the rate of the precision is unknown."""
         if precision not in self.rates:
             raise UserError(f"no rate of {precision} is known, only of {' and '.join(self.rates)}; leave it out here")
         return flops / (self.share * self.rates[precision]) / 3600
@@ -45,9 +41,9 @@ def _published(name: str, float32: float, bfloat16: float, memory: int) -> Machi
     return Machine(name, {"float32": float32 * TERA, "bfloat16": bfloat16 * TERA}, 0.25, memory * GB)
 
 
-# Dense rates of NVIDIA's data sheets of the A100, H100 and H200 with SXM, and of its Ada white paper for the RTX 4090;
-# float32 is TF32 on tensor cores, in which torch computes convolutions unless it is told otherwise.  A quarter of the
-# peak is this package's assumption for networks of CIFAR's sizes, not a measurement.
+# Dense rates from NVIDIA's data sheets of the A100, H100 and H200 (SXM), and its Ada white paper for the RTX 4090.
+# float32 stands for TF32 on tensor cores, which torch uses for convolutions by default.  The share of a quarter of the
+# peak is this package's assumption for networks of the size used on CIFAR, not a measurement.
 PUBLISHED: Mapping[str, Machine] = MappingProxyType(
     {
         "a100": _published("A100", 156, 312, 80),
@@ -59,18 +55,14 @@ PUBLISHED: Mapping[str, Machine] = MappingProxyType(
 
 
 def find_machine(name: str) -> Machine:
-    """A machine by name, as its maker says: ``a100``, ``h100``, ``h200`` or ``rtx4090``.
-
-    Raises:
-        UserError: another name.
-    """
+    """Return the data-sheet rates of ``a100``, ``h100``, ``h200`` or ``rtx4090``; else raise ``UserError``."""
     if name not in PUBLISHED:
         raise unknown_name("machine", name, PUBLISHED)
     return PUBLISHED[name]
 
 
 def describe_device(device: str) -> str:
-    """A device of this machine in a few words: ``cpu, 2 threads``."""
+    """Return a short description of a local device, such as ``cpu, 2 threads``."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -78,7 +70,7 @@ def describe_device(device: str) -> str:
 
 
 def report(device: str) -> str:
-    """What a device of this machine is and how fast it multiplies, for people."""
+    """Measure a local device, and return a readable report of its type and speed."""
     words = [describe_device(device)]
     if torch.device(device).type == "cpu":
         words.append(f"vectors {torch.backends.cpu.get_cpu_capability()}")
@@ -94,7 +86,7 @@ def report(device: str) -> str:
 
 
 def rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> dict[str, float]:
-    """FLOP a second, medians: ``gemm`` 2048 x 2048, ``conv`` 3x3 with 256 channels on 64 maps of 8 x 8."""
+    """Measure FLOP per second (median): ``gemm`` 2048 x 2048, ``conv`` 3 x 3 with 256 filters on (64, 256, 8, 8)."""
     a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
     x = torch.randn(64, 256, 8, 8, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     w = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
@@ -105,7 +97,7 @@ def rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> dict[str
 
 
 def seconds(compute: Callable[[], object], device: str, repeats: int = 3) -> float:
-    """That a call takes on a device, the median over ``repeats`` after two that do not count."""
+    """Return the median time of a call in seconds over ``repeats``, after two warm-up calls."""
     times = []
     for _ in range(repeats + 2):
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The training loop, timed in images.  Methods never appear in it."""
+"""The training loop, which counts progress in images.  It contains no code for particular training methods."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,19 +32,19 @@ def train(
 
     Args:
         recipe: what to compute.
-        folder: new or empty; with ``resume``, the one that holds this recipe's run.  Of several processes, the main
-            one's.
-        resume: go on from the latest checkpoint, with as many processes, to the bit on CPU; only a logged mean may miss
-            what its window held before the checkpoint.
-        device: ``cpu`` or ``cuda``; None takes the best there is.
+        folder: new or empty; with ``resume``, the folder of this recipe's run.  All processes use the main one's.
+        resume: whether to continue from the latest checkpoint; this needs the same number of processes.  On CPU the
+            result is bit-identical to an uninterrupted run, except that the first logged means after resuming cover
+            only the steps since the checkpoint.
+        device: ``cpu`` or ``cuda``.  None: the best available.
         report: called with every line of ``metrics.jsonl``.
-        tick: called with the images seen so far, over all stages, after every step.
+        tick: called after every step with the images seen so far, over all stages.
 
     Raises:
-        UserError: a bad recipe or folder.
-        Diverged: non-finite numbers more often than the recipe's ``rollbacks``.
-        Interrupted: SIGINT or SIGTERM came; the run is saved.
-        Lost: another process of the job is gone.
+        UserError: the recipe or the folder cannot be used.
+        Diverged: losses or weights were non-finite more often than the recipe's ``rollbacks``.
+        Interrupted: SIGINT or SIGTERM was received; the run is saved.
+        Lost: another process of the job has ended.
     """
     engine, cfg = Engine(device), recipe.train
     folder = engine.all_gather(folder)[0]
@@ -52,28 +52,27 @@ def train(
     if resume:
         begun = Run.open(folder)
         if begun.stopped_early or (begun.finished and begun.processes != engine.world):
-            return begun  # nothing is left to share
+            return begun  # no training is left to do
         begun.check_processes(engine.world)
 
-    # Everything that can be wrong with what was asked for, before anything is written
+    # Check everything that may be wrong with the request before writing any file
     setup = set_up(recipe, engine)
     fresh = not resume or not Run.open(folder).checkpoints.latest()
     if fresh and recipe.init is not None and not recipe.before:
         load_initial_weights(setup.model, recipe.init, setup.data, recipe)
     check_trainable(setup.model, recipe)
 
-    # The folder, and the stages before
+    # Create the folder, and train the earlier stages
     if not resume and engine.main:
         Run.create(folder, recipe, {**environment(engine.device, cfg.precision), "processes": engine.world})
     engine.barrier()
     run = Run.open(folder)
-    run.data = setup.data  # what follows does not load it again
+    run.data = setup.data  # so that it is not loaded again
     if fresh and recipe.before:
         last = train_stages_before(recipe, run, device, report, tick, again)
         load_initial_weights(setup.model, str(last.folder), setup.data, recipe)
     trainer = Trainer(run, setup, report)
 
-    # The loop
     with going_on(run, again), run.locked(engine.main), stopping() as signalled, torch.random.fork_rng(devices=[]):
         trainer.begin()
         while not trainer.finished:
@@ -101,7 +100,7 @@ def train(
 
 
 def train_stages_before(recipe: Recipe, run: Run, device: str | None, report: Report, tick: Tick, again: str) -> Run:
-    """Train what is left of the stages before a recipe, in ``before`` of its run's folder; the last one's run."""
+    """Train the unfinished earlier stages of a recipe in ``RUN/before``, and return the run of the last one."""
     init = recipe.init
     for number, (stage, folder) in enumerate(zip(recipe.before, run.before, strict=True)):
         begun = (folder / "config.yaml").exists()

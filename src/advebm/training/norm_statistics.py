@@ -1,4 +1,4 @@
-"""Running statistics of batch norms over the streams of a batch."""
+"""Update batch-norm statistics over the streams of a batch."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class Statistics:
-    """The buffers of a network, running statistics above all, over a batch that comes in streams.
+    """The buffers of a network (mainly batch-norm running statistics) during a batch that is split into streams.
 
-    Each stream begins with what the batch began with, and the mean of their moves stays, whoever worked on which: so
-    the statistics move once a batch, and do not depend on the number of processes.
+    Every stream starts from the same values, and at the end the mean of their changes is applied.  So the statistics
+    are updated once per batch, and do not depend on the number of processes.
 
     Args:
-        model: the network; None, where there is one stream, leaves everything as it comes.
+        model: the network; None, for a single stream, does nothing.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
@@ -24,7 +24,7 @@ class Statistics:
 
     @torch.no_grad()
     def next(self) -> None:
-        """A stream is through: keep its moves, and begin again."""
+        """Record the changes made by a finished stream, and restore the values from before it."""
         self.streams += 1
         for value, before, move in zip(self.buffers, self.before, self.moves, strict=True):
             move += value - before
@@ -32,7 +32,7 @@ class Statistics:
 
     @torch.no_grad()
     def settle(self, average: Callable[[list[Tensor]], None] = lambda values: None) -> None:
-        """Make the mean move; ``average`` puts the means over processes in the place of values."""
+        """Apply the mean change; ``average`` replaces tensors in place by their means over processes."""
         for move in self.moves:
             move /= self.streams
         average(self.moves)

@@ -1,4 +1,4 @@
-"""What a run is trained with, made and checked before anything is written."""
+"""Build and check everything a training run needs, before anything is written."""
 
 import copy
 import warnings
@@ -23,18 +23,18 @@ from advebm.training.batches import BatchSource
 
 
 class Setup(NamedTuple):
-    """What a run is trained with.
+    """Everything that a run is trained with.
 
     Attributes:
-        recipe: what to compute.
-        engine: this process, its device and the others.
-        data: the images.
-        validation: those that decide which checkpoint is best.
-        batches: what objective and loss are computed on.
-        architecture: what the network is built from.
+        recipe: what to train.
+        engine: the device of this process, and communication with the other processes.
+        data: the dataset.
+        validation: the images that decide which checkpoint is best.
+        batches: the source of training batches.
+        architecture: the description that the network is built from.
         model: the network, on the CPU, in float32.
         states: the objective's state for each stream of this process.
-        validates: whether there is something to validate by.
+        validates: whether validation is possible, for example whether the images have labels.
     """
 
     recipe: Recipe
@@ -52,7 +52,7 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
     """Load the images and build the network of a recipe.
 
     Raises:
-        UserError: the recipe asks for what its data, its objective or the number of processes does not allow.
+        UserError: the recipe does not fit its data, its objective or the number of processes.
     """
     cfg, objective = recipe.train, recipe.objective
     streams = engine.owned(cfg.streams)
@@ -81,10 +81,10 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
 
 
 def check_trainable(model: Network, recipe: Recipe) -> None:
-    """Refuse a network that cannot be trained as the recipe says; switch its recomputation on where that is asked for.
+    """Switch on recomputation if the recipe asks for it.
 
     Raises:
-        UserError: no parameters, or ``recompute`` of a backbone without stages.
+        UserError: the network has no parameters, or ``recompute`` is set for a backbone without stages.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("the network has no parameters to train")
@@ -95,9 +95,9 @@ def check_trainable(model: Network, recipe: Recipe) -> None:
 
 
 def load_initial_weights(model: Network, init: str, data: Data, recipe: Recipe) -> None:
-    """Put the weights of a run, a published model or a file into a network that has not been trained.
+    """Load the weights of a run, a published model or a file into a new network.
 
-    Its normalisation comes with them, unless the recipe gives one.
+    The normalisation is loaded with them, unless the recipe sets it.
     """
     path, own = Path(init), copy.deepcopy(model.normalise.state_dict())
     fresh = public_weights.load(model, path) if path.is_file() else transfer(find_model(init), model)
@@ -109,7 +109,7 @@ def load_initial_weights(model: Network, init: str, data: Data, recipe: Recipe) 
 
 
 def set_precision(model: Network, asked: str, device: torch.device) -> str:
-    """Compute a network in the precision that is asked for, or in what the device offers in its place; its name."""
+    """Set a network to the requested precision, or to its replacement on this device, and return the name of that."""
     used = usable_precision(asked, device)
     if used == "float64":
         model.double()
@@ -119,7 +119,7 @@ def set_precision(model: Network, asked: str, device: torch.device) -> str:
 
 
 def search_view(model: Network, x: Tensor, way: BackendName, precision: str) -> View | None:
-    """What searches call instead of the network, see ``train.fast``; ``x`` is a stream's share of a batch."""
+    """Return the faster network for searches, see ``train.fast``, or None; ``x`` is a stream's share of a batch."""
     if way == "auto" and precision != "bfloat16":
         return None
     return make_view(model, x, find_backend(way, "bfloat16"), loud=way != "auto")

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a question that the loop can ask, and processes that are gone."""
+"""Let the training loop handle SIGINT, SIGTERM and processes that have ended."""
 
 import contextlib
 import signal
@@ -10,12 +10,12 @@ from typing import Any
 from advebm.core.errors import Lost
 from advebm.runs.run import Run
 
-TWICE = 1.0  # seconds within which a signal that comes again is the same one: torchrun passes on what a terminal sends
+TWICE = 1.0  # seconds in which a repeated signal counts as the same: torchrun forwards what the terminal sends as well
 
 
 @contextlib.contextmanager
 def going_on(run: Run, again: str) -> Iterator[None]:
-    """Where a process of the job is gone, says what there is and how to go on."""
+    """Add the last checkpoint and the command that resumes the run to a :class:`Lost` error."""
     try:
         yield
     except Lost as error:
@@ -24,7 +24,7 @@ def going_on(run: Run, again: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a question the loop can ask; a later one acts at once."""
+    """Yield a function that tells whether SIGINT or SIGTERM was received; a second signal takes effect at once."""
     received: list[float] = []
     old: dict[int, Any] = {}
 

@@ -1,4 +1,4 @@
-"""What is done with a run in training: a step, and what comes between steps."""
+"""The operations of the training loop: a step, logging, validation, checkpoints and rollbacks."""
 
 import time
 import warnings
@@ -27,7 +27,7 @@ Report = Callable[[Mapping[str, Any]], None]  # called with every line of metric
 
 
 class Share(NamedTuple):
-    """A stream's share of a step, whose gradients are taken."""
+    """A stream's share of a step, after its gradients have been computed."""
 
     batch: Batch
     found: Any
@@ -40,18 +40,18 @@ class Trainer:
     """A run in training.
 
     Attributes:
-        run: where everything is written.
+        run: the run folder that everything is written to.
         model: the network that is trained.
-        ema: its running average, which is validated and published in its place; None where the recipe has none.
-        optimizer: of the network.
-        progress: images seen, rollbacks, best scores.
-        means: running means of what is logged, and whether every loss was finite.
-        clock: seconds of training.
-        view: what searches call instead of the network; None for the network.
+        ema: the averaged network, which is validated and published in its place; None if the recipe has none.
+        optimizer: the optimiser of the network.
+        progress: images seen, number of rollbacks, best scores.
+        means: running means of the logged values, and whether every loss was finite.
+        clock: training time.
+        view: the faster network that searches call; None if they call the network itself.
     """
 
     def __init__(self, run: Run, setup: Setup, report: Report) -> None:
-        """Put the network on its device, in its precision, with the same weights in all processes."""
+        """Move the network to its device and precision, with the same weights in all processes."""
         self.run, self.setup, self.report = run, setup, report
         self.recipe, self.engine, self.states = setup.recipe, setup.engine, setup.states
         self.cfg, self.objective = setup.recipe.train, setup.recipe.objective
@@ -65,11 +65,11 @@ class Trainer:
         self.clock = Clock(self.progress)
         self.view: View | None = None
         self.notes: list[str] = []
-        self.warned = False  # that the view is not used
+        self.warned = False  # whether the warning about an unused view was given
         self.shifts: dict[str, float] = {}
 
     def begin(self) -> None:
-        """Go on from the latest checkpoint, or write the first one; make the view."""
+        """Load the latest checkpoint, or write the first one, and create the view for searches."""
         if self.run.checkpoints.latest():
             self.load()
         else:
@@ -85,14 +85,12 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all images of the recipe have been seen."""
         return self.progress.images >= self.cfg.images
 
     def step(self, *, measure_shift: bool = False) -> None:
-        """Search, loss and update on the next batch, as often as the objective replays it.
+        """Train on the next batch: search, loss and update, once per replay of the objective.
 
-        Args:
-            measure_shift: compare energies before and after the attack and the last update, for :meth:`log`.
+        With ``measure_shift``, energies before and after the attack and the last update are compared for :meth:`log`.
         """
         seen, self.shifts = self.progress.images, {}
         for replay in range(self.objective.replays):
@@ -115,7 +113,7 @@ class Trainer:
             self.ema.update(self.model, self.progress.images, self.cfg.batch)
 
     def _take_gradients(self, seen: int, replay: int) -> list[Share]:
-        """Gradients of the mean loss over all streams, and what this process's streams found."""
+        """Compute gradients of the mean loss over all streams, and return the shares of this process's streams."""
         self.optimizer.zero_grad(set_to_none=True)
         shares, engine = list[Share](), self.engine
         statistics = norm_statistics.Statistics(self.model if self.cfg.streams > 1 else None)
@@ -124,7 +122,7 @@ class Trainer:
             batch = self.setup.batches(seen, stream, keys)
             generator = rng.generator(*keys, replay, device=engine.device)
             ctx = Context(generator, seen, engine.mean, engine.gather, self.notes.append, self.view)
-            torch.manual_seed(rng.derive_seed(*keys, replay, "global"))  # dropout in modules of one's own
+            torch.manual_seed(rng.derive_seed(*keys, replay, "global"))  # for dropout in user-defined modules
             found = self.objective.search(self.model, batch, state, ctx)
             loss = self.objective.loss(self.model, batch, found, state, ctx)
             (loss.total / len(self.states)).backward()
@@ -136,26 +134,22 @@ class Trainer:
         return shares
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``, and report it."""
+        """Append a line to ``metrics.jsonl``, and report it, in the main process."""
         if self.engine.main:
             self.run.log({"images": self.progress.images, **line})
             self.report({"images": self.seen_before + self.progress.images, **line})
 
     def warn(self) -> None:
-        """Pass on what the objective noted in the last step."""
+        """Log and emit the warnings that the objective recorded in the last step."""
         for note in self.notes:
             self.write({"event": "warning", "reason": note})
             warnings.warn(f"after {self.progress.images:,} images {note}", RuntimeWarning, stacklevel=2)
         self.notes.clear()
 
     def log(self) -> None:
-        """Write the means since the last time, and the speed.
-
-        Raises:
-            Diverged: a loss was not finite.
-        """
+        """Log the means since the last call, and the speed; raise :class:`Diverged` if a loss was not finite."""
         speed, rate = self.clock.speed(self.progress.images), self.optimizer.param_groups[0]["lr"]
-        used = self.view is not None and self.view.searches > 0  # not by searches in train mode
+        used = self.view is not None and self.view.searches > 0  # searches in train mode do not use it
         if self.cfg.fast not in ("auto", "off") and self.view is not None and not used and not self.warned:
             self.warned = True
             kind = type(self.objective).__name__
@@ -168,7 +162,7 @@ class Trainer:
         self.write({**self.means.take(), **self.shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": way})
 
     def validate(self) -> None:
-        """Score the network, or its average, on validation images, and remember when it was best.
+        """Score the averaged network (or the network itself) on validation images, and update the best scores.
 
         Raises:
             Diverged: energies or losses are not finite.
@@ -180,14 +174,10 @@ class Trainer:
         if (attacked, clean) > self.progress.best:
             self.progress.best, self.progress.best_images = (attacked, clean), self.progress.images
         self.write(scores)
-        self.clock.speed(self.progress.images)  # so that the next reading leaves this time out
+        self.clock.speed(self.progress.images)  # excludes validation time from the next reading
 
     def save(self) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            Diverged: a loss since the last log, or a weight, is not finite.
-        """
+        """Write a checkpoint; raise :class:`Diverged` if a loss since the last log, or a weight, is not finite."""
         self.means.check()
         if self.engine.any(not modes.all_finite(self.model)):
             raise Diverged(f"weights are not finite after {self.progress.images:,} images")
@@ -199,10 +189,9 @@ class Trainer:
         self.run.checkpoints.save(self.engine, *parts, title=recipe.name, extra=known)
 
     def load(self, *, attempt: int | None = None) -> None:
-        """Put everything back as it was at the latest checkpoint, and forget what was logged since.
+        """Restore the latest checkpoint, and remove later lines from ``metrics.jsonl``.
 
-        Args:
-            attempt: of which all that was logged up to there is kept; the checkpoint's where it is not given.
+        Lines of attempts after ``attempt`` (default: the checkpoint's) are removed as well.
         """
         self.progress = self.run.checkpoints.load(self.model, self.ema, self.optimizer, self.states)
         self.means, self.clock = RunningMeans(self.engine), Clock(self.progress)
@@ -210,16 +199,16 @@ class Trainer:
         self.run.rewind(self.progress.images, self.progress.attempt if attempt is None else attempt, self.engine.main)
 
     def stop_early(self, reason: Exception) -> None:
-        """Back to the latest checkpoint, where the objective wants the run to end."""
+        """End the run at the latest checkpoint, at the request of the objective."""
         self.load()
         self.write({"event": "early stop", "reason": str(reason)})
         warnings.warn(f"{reason}: stopped at {self.progress.images:,} images", RuntimeWarning, stacklevel=2)
 
     def rollback(self, failure: Diverged) -> None:
-        """Back to the latest checkpoint, with other random numbers and a lower learning rate.
+        """Restore the latest checkpoint, and continue with other random numbers and a lower learning rate.
 
         Raises:
-            Diverged: that has been done ``rollbacks`` times already.
+            Diverged: there were ``rollbacks`` rollbacks already.
         """
         cfg = self.cfg
         if self.progress.attempt >= cfg.rollbacks:
@@ -236,7 +225,7 @@ class Trainer:
 
 
 class RunningMeans:
-    """Means of what objectives log, kept on the device until they are wanted; remembers a non-finite loss."""
+    """Means of the values that objectives log, kept on the device until they are read; records non-finite losses."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -244,20 +233,20 @@ class RunningMeans:
         self.finite: Tensor | None = None
 
     def add(self, total: Tensor, terms: Mapping[str, Tensor]) -> None:
-        """One loss; looking at it is left for later, as it would make the device wait."""
+        """Add one loss and its terms, without reading their values, which would synchronise the device."""
         for name, value in terms.items():
             self.sums.setdefault(name, []).append(value.detach())
         finite = total.detach().isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
 
     def check(self) -> None:
-        """Raise :class:`Diverged` if any total since the last look was not finite, in any process."""
+        """Raise :class:`Diverged` if a loss since the last :meth:`take` was not finite, in any process."""
         if self.finite is not None and self.engine.any(not bool(self.finite)):
             latest = {name: round(values[-1].item(), 4) for name, values in self.sums.items() if values}
             raise Diverged(f"the loss is not finite: {latest}")
 
     def take(self) -> dict[str, float]:
-        """The means since the last time, over processes, after a check."""
+        """Return the means since the last call, averaged over processes, after a :meth:`check`."""
         self.check()
         means = {f"train/{k}": self.engine.mean(torch.stack(v).mean()).item() for k, v in self.sums.items()}
         self.sums, self.finite = {}, None
@@ -265,18 +254,17 @@ class RunningMeans:
 
 
 class Clock:
-    """Seconds of training over all sessions, and images a second since the last look."""
+    """Training time in seconds over all sessions, and speed in images per second."""
 
     def __init__(self, progress: Progress) -> None:
         self.offset, self.images = progress.seconds, progress.images
         self.start = self.last = time.perf_counter()
 
     def seconds(self) -> float:
-        """In all sessions so far."""
         return self.offset + time.perf_counter() - self.start
 
     def speed(self, images: int) -> float:
-        """Images a second since the last call."""
+        """Return images per second since the last call."""
         now, seen = time.perf_counter(), images - self.images
         elapsed, self.last, self.images = now - self.last, now, images
         return seen / elapsed

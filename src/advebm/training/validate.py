@@ -1,4 +1,4 @@
-"""Scores on images kept for selection, clean and attacked."""
+"""Score a network on validation images, clean and attacked."""
 
 import math
 
@@ -18,7 +18,7 @@ from advebm.models.modes import searching
 from advebm.objectives.base import Batch
 from advebm.runs.recipe import Recipe
 
-# What "best" is decided by, attacked before clean: of a classifier, of a critic, and of an encoder.
+# The scores that decide which checkpoint is best, attacked before clean, of a classifier, a critic and an encoder
 SELECTED = (
     *("val/robust_accuracy", "val/accuracy"),
     *("val/adversarial_auroc", "val/auroc"),
@@ -34,11 +34,11 @@ def validate(
     outside: Images | None = None,
     team: processes.Team = processes.ALONE,
 ) -> dict[str, float]:
-    """A score, clean and under the recipe's threat, on images kept for selection; always the same attack noise.
+    """Score a network on validation images, clean and under the recipe's threat model, with fixed random numbers.
 
-    Of a classifier the accuracy; of a critic the AUROC against images from ``outside``, which are what is attacked; of
-    an encoder what its objective says, on two augmentations of each image, always the same ones.  A ``team`` shares the
-    images of a classifier, and does the others each by itself.
+    A classifier is scored by accuracy.  A critic is scored by AUROC against ``outside`` images, which are the ones
+    attacked.  An encoder is scored by its objective, on two augmentations of each image.  The processes of a ``team``
+    share the images of a classifier; for critics and encoders each one computes everything.
 
     Raises:
         Diverged: a critic's energies, or an encoder's losses, are not finite.

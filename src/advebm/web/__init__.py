@@ -1,1 +1,1 @@
-"""The web page: a trained model in a browser.  Only ``page`` and ``server`` know Gradio, which is an extra."""
+"""The web page for trained models.  Only ``page`` and ``server`` import Gradio, an optional dependency."""

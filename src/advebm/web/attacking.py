@@ -1,4 +1,4 @@
-"""The tab Robustness: an image, what an attack adds to it, and what the model says of both."""
+"""The tab Robustness: an image, the perturbation that an attack finds, and the model's outputs for both images."""
 
 import math
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from advebm.web.inputs import parse_integer, parse_number
 from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
-STEPS = 500  # the most that can be asked for
-Maker = Callable[[float, Any, int], Any]  # an Adversary
+STEPS = 500  # upper limit of the tab
+Maker = Callable[[float, Any, int], Any]  # (eps, norm, steps) -> Adversary
 
 ATTACKS: MappingProxyType[str, Maker] = MappingProxyType(
     {
@@ -36,11 +36,11 @@ ATTACKS: MappingProxyType[str, Maker] = MappingProxyType(
     }
 )
 TO_TARGET = "PGD to a class"
-ON_ENERGY = "raise E(x)"  # the one attack that a critic has
+ON_ENERGY = "raise E(x)"  # the only attack on a critic
 
 
 class AttackShown(NamedTuple):
-    """What the tab shows."""
+    """Contents of the tab."""
 
     before: Image
     after: Image
@@ -51,14 +51,14 @@ class AttackShown(NamedTuple):
 
 
 def names(studio: Studio) -> list[str]:
-    """Attacks that the model can be looked at with."""
+    """Return the names of the attacks that fit the model."""
     return [ON_ENERGY] if studio.critic else [*ATTACKS, TO_TARGET]
 
 
 def attack(
     studio: Studio, x: Tensor, label: int, name: str, norm: str, eps: Any, steps: Any, target: str, seed: Any, job: Job
 ) -> AttackShown:
-    """Attack an image (C, H, W) with its label, -1 for what the model takes it for."""
+    """Attack an image (C, H, W) with its label; -1: the class that the model predicts."""
     if name not in names(studio):
         raise unknown_name("attack", name, names(studio))
     if norm not in ("linf", "l2"):

@@ -1,4 +1,4 @@
-"""The tabs Edit and Explain: a picture changed by descent on the model's energy."""
+"""The tabs Edit and Explain: change an image by descent on the model's energy."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -17,12 +17,12 @@ from advebm.web.inputs import parse_integer, parse_number
 from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
-STEPS = 500  # the most that can be asked for
-ANY = "none: E(x)"  # instead of a class
+STEPS = 500  # upper limit of the tabs
+ANY = "none: E(x)"  # the choice without a class
 
 
 class Dial(NamedTuple):
-    """A slider: what it says, its ends, its step and where it stands at first."""
+    """A slider: its label, range, step and initial value."""
 
     label: str
     low: float
@@ -35,10 +35,10 @@ class Tool(NamedTuple):
     """An application as the page offers it.
 
     Attributes:
-        about: what the person has to do, and gets.
-        brush: what the brush does, or nothing.
-        dials: one or two of its own.
-        other: a second choice it takes: ``image`` (a test image) or ``class``.
+        about: instructions for the visitor.
+        brush: what the brush does; empty if it is not used.
+        dials: sliders of this application, at most two.
+        other: second input, ``image`` (a test image) or ``class``; empty for none.
     """
 
     about: str
@@ -85,7 +85,7 @@ TOOLS: Mapping[str, Tool] = MappingProxyType(
 
 
 class EditShown(NamedTuple):
-    """What the tab Edit shows."""
+    """Contents of the tab Edit."""
 
     begin: Image | None
     result: Image | None
@@ -94,15 +94,15 @@ class EditShown(NamedTuple):
 
 
 class EditForm(NamedTuple):
-    """What was asked of an application, as it came from the page.
+    """A request for an edit, with unchecked values from the page.
 
     Attributes:
-        tool: its name.
-        kind: the class, or :data:`ANY`.
-        steps: how many.
-        dials: values of the tool's dials, others behind them.
-        other: the number of a test image or the name of a class, where the tool takes one.
-        seed: of noise.
+        tool: name of the application.
+        kind: name of the class, or :data:`ANY`.
+        steps: number of steps.
+        dials: values of the tool's dials first; further ones are ignored.
+        other: number of a test image or name of a class, if the tool needs one.
+        seed: seed of the noise.
     """
 
     tool: str
@@ -114,12 +114,12 @@ class EditForm(NamedTuple):
 
 
 def offered_tools(studio: Studio) -> list[str]:
-    """The applications that the model has: those of two classes are a classifier's."""
+    """Return the applications that fit the model: those with two classes need a classifier."""
     return [name for name, tool in TOOLS.items() if not (studio.critic and tool.other == "class")]
 
 
 def apply_tool(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: EditForm, job: Job) -> EditShown:
-    """Edit an image (C, H, W), brushed over with ``paint`` (C, H, W) where ``where`` (1, H, W) is true."""
+    """Edit an image (C, H, W) that was brushed over with ``paint`` (C, H, W) where ``where`` (1, H, W) is true."""
     if asked.tool not in offered_tools(studio):
         raise unknown_name("application", asked.tool, offered_tools(studio))
     tool, steps = TOOLS[asked.tool], parse_integer(asked.steps, "the number of steps", 1, STEPS)
@@ -170,7 +170,7 @@ def apply_tool(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: E
                 both, weights = [int(y), studio.data.number(asked.other)], (1.0, values[0])
                 found = transform.Compose(steps, weights=weights)([model, model], image, both, **options)
     if asked.tool == "interpolate":
-        ways = found.film.transpose(0, 1)  # a row a moment
+        ways = found.film.transpose(0, 1)  # one row per frame
         return EditShown(
             views.film_sheet(found.begin[None]),
             views.film_sheet(found.x[None]),
@@ -183,12 +183,12 @@ def apply_tool(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: E
 
 
 def hole_of(where: Tensor) -> Tensor | None:
-    """The mask, unless it is empty or everything."""
+    """Return the mask; None if it is empty or covers the whole image."""
     return where if where.any() and not where.all() else None
 
 
 def note(found: base.Edited) -> str:
-    """Numbers of an edit, in words."""
+    """Return the numbers of an edit, averaged over its images, as text."""
     n = {name: values.mean().item() for name, values in found.numbers.items()}
     parts = [f"energy {n['energy before']:.3g} → {n['energy after']:.3g} nats", f"l2 change {n['distance']:.2f}"]
     if "confidence after" in n:
@@ -199,7 +199,7 @@ def note(found: base.Edited) -> str:
 
 
 class Explained(NamedTuple):
-    """A counterfactual: the way from an image to it, (F, C, H, W), and numbers (F,) along it."""
+    """A counterfactual: frames (F, C, H, W) on the way from an image to it, and numbers (F,) for each frame."""
 
     film: Tensor
     series: dict[str, Tensor]
@@ -209,7 +209,7 @@ class Explained(NamedTuple):
 
 
 def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job: Job) -> Explained:
-    """The nearest image that the model takes for ``target`` with a probability of ``level``, and the way there."""
+    """Find the nearest image that the model takes for ``target`` with probability ``level``, and the way to it."""
     if studio.critic:
         raise UserError("a counterfactual takes a classifier; this model is a critic and has no classes")
     edit_ = transform.Counterfactual(
@@ -239,7 +239,7 @@ def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job:
 
 
 def moment(found: Explained, share: Any) -> tuple[Image, Image, str]:
-    """The image at a share of the way, what was changed by then, and what the model says."""
+    """Return the image at ``share`` percent of the way, its change so far, and the model's outputs as text."""
     k = round(parse_number(share, "the place on the way, in percent", 0, 100) / 100 * (len(found.film) - 1))
     added, factor = views.difference(found.film[0], found.film[k])
     old, new = (100 * found.series[s][k].item() for s in ("confidence in the old class", "confidence"))
@@ -252,7 +252,7 @@ def moment(found: Explained, share: Any) -> tuple[Image, Image, str]:
 
 
 def way(found: Explained) -> Image:
-    """Confidences along the way."""
+    """Plot the probabilities of the old and the new class along the way."""
     with views.figure() as (drawn, (axis,)):
         distance = found.series["distance"]
         for name, label in zip(("confidence in the old class", "confidence"), found.names, strict=True):

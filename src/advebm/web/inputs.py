@@ -1,4 +1,4 @@
-"""What people hand in, checked: nothing of it is trusted, and nothing of it is run."""
+"""Check what visitors send: no input is trusted or executed."""
 
 import io
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from torch import Tensor
 from advebm.core.errors import UserError
 from advebm.data.decode import FORMATS, GREY, open_image
 
-BYTES = 10_000_000  # of an uploaded file
-PIXELS = 20_000_000  # of an uploaded picture, looked at before it is decoded
-LAYERS = 4  # of the brush; the page itself has one
-LAYER = 4_000_000  # pixels of a brushed layer, looked at before it is decoded
+BYTES = 10_000_000  # limit of an uploaded file
+PIXELS = 20_000_000  # limit of an uploaded picture, checked before decoding
+LAYERS = 4  # limit of brushed layers; the page itself uses one
+LAYER = 4_000_000  # limit of pixels of a brushed layer, checked before decoding
 LAYER_BYTES = 2_000_000
-PAINTED = 0.3  # share of a pixel that the brush has to cover
+PAINTED = 0.3  # share of a pixel that the brush must cover
 
 
 def parse_number(value: Any, what: str, low: float, high: float) -> float:
-    """A number within bounds."""
+    """Return ``value`` as a float; raise UserError if it is no number from ``low`` to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{what} is a number from {low:g} to {high:g}, got {value!r}")
     if not low <= value <= high:  # also NaN
@@ -31,7 +31,7 @@ def parse_number(value: Any, what: str, low: float, high: float) -> float:
 
 
 def parse_integer(value: Any, what: str, low: int, high: int) -> int:
-    """A whole number within bounds."""
+    """Return ``value`` as an int; raise UserError if it is no whole number from ``low`` to ``high``."""
     found = parse_number(value, what, low, high)
     if found != int(found):
         raise UserError(f"{what} is a whole number, got {value:g}")
@@ -39,10 +39,10 @@ def parse_integer(value: Any, what: str, low: int, high: int) -> int:
 
 
 def read_image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
-    """An uploaded picture as an image (C, H, W) in [0, 1] for a model of that shape, and what was done to it.
+    """Return an uploaded picture as an image (C, H, W) in [0, 1] of that shape, and a note on how it was changed.
 
     Raises:
-        UserError: a file or a picture that is too large, of another format, or damaged.
+        UserError: the file or picture is too large, of an unsupported format, or damaged.
     """
     if (size := Path(path).stat().st_size) > BYTES:
         raise UserError(f"the file has {size / 1e6:.1f} MB; at most {BYTES / 1e6:.0f} MB are taken")
@@ -62,7 +62,7 @@ def read_image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
 
 
 def _head(content: bytes) -> tuple[int, int, bool]:
-    """Width, height and whether it is grey, of a picture that is not decoded; zeros where it cannot be read."""
+    """Return width, height and whether a picture is grey, without decoding it; zeros if it cannot be read."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             return picture.width, picture.height, picture.mode in GREY
@@ -73,10 +73,10 @@ def _head(content: bytes) -> tuple[int, int, bool]:
 
 
 def read_layers(parts: Sequence[bytes | Path]) -> list[Image.Image]:
-    """What the brush left, RGBA, from pictures that a browser sent.
+    """Return the brushed layers that a browser sent, as RGBA pictures.
 
     Raises:
-        UserError: too many of them, or one that is too large, of another format, or damaged.
+        UserError: there are too many, or one is too large, of an unsupported format, or damaged.
     """
     if len(parts) > LAYERS:
         raise UserError(f"at most {LAYERS} brushed layers are taken, got {len(parts)}; clear them and brush again")
@@ -95,16 +95,16 @@ def read_layers(parts: Sequence[bytes | Path]) -> list[Image.Image]:
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """A grey or RGB picture as (C, H, W) in [0, 1]."""
+    """Return a picture (grey, RGB or RGBA) as (C, H, W) in [0, 1]."""
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32) / 255)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def read_strokes(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What was brushed over an image of a shape: colours (C, H, W) in [0, 1], and where, bool (1, H, W).
+    """Return what was brushed over an image of ``shape``: colours (C, H, W) in [0, 1], and a bool mask (1, H, W).
 
     Raises:
-        UserError: a layer of other proportions than the image.
+        UserError: a layer has other proportions than the image.
     """
     channels, height, width = shape
     paint, where = torch.zeros(channels, height, width), torch.zeros(1, height, width)

@@ -1,4 +1,4 @@
-"""Long work behind a page: a thread that tells what it has so far, waits for its turn, and can be stopped."""
+"""Run long work for the page in threads that report progress, take turns, and can be stopped."""
 
 import queue
 import threading
@@ -10,33 +10,33 @@ WAITING = "waiting for another search on this model to end"
 
 
 class Stopped(Exception):
-    """Whoever asked for the work stopped it."""
+    """The visitor stopped the work."""
 
 
 class Job:
-    """One piece of work.  Its own thread calls ``tell``, ``check`` and ``turn``, which end it once it is stopped."""
+    """One piece of work.  Its thread calls ``tell`` and ``check``, which raise once it is stopped, and ``turn``."""
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
         self._told: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
     def stop(self) -> None:
-        """End the work at its next step."""
+        """End the work at its next call of ``tell``, ``check`` or, while waiting, ``turn``."""
         self._stopped.set()
 
     def check(self, *ignored: Any) -> None:
-        """Go on, or raise :class:`Stopped`; takes anything, so that it can be hooked in anywhere."""
+        """Raise :class:`Stopped` if the work was stopped; ignore arguments, so that this can serve as any hook."""
         if self._stopped.is_set():
             raise Stopped
 
     def tell(self, news: Any) -> None:
-        """What there is to show so far."""
+        """Report an intermediate result."""
         self.check()
         self._told.put(("told", news))
 
     @contextmanager
     def turn(self, lock: threading.Lock) -> Iterator[None]:
-        """Hold a lock that others hold, too; says so where that means waiting, and can be stopped meanwhile."""
+        """Hold a shared lock; if that means waiting, report it first, and let the work be stopped meanwhile."""
         if not lock.acquire(blocking=False):
             self.tell(WAITING)
             while not lock.acquire(timeout=0.1):
@@ -47,9 +47,9 @@ class Job:
             lock.release()
 
     def follow(self, work: Callable[["Job"], Any]) -> Iterator[Any]:
-        """What the work tells, then what it returns; newer news replace older ones that nobody has looked at.
+        """Run ``work`` in a thread; yield what it reports, skipping all but the newest, then what it returns.
 
-        What the work raises is raised here, :class:`Stopped` among it.  Closing the iterator stops the work.
+        Exceptions of the work, including :class:`Stopped`, are raised here.  Closing the iterator stops the work.
         """
 
         def run() -> None:
@@ -74,7 +74,7 @@ class Job:
 
 
 class Jobs:
-    """The work under way, by visitor."""
+    """The running jobs of each visitor."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,7 +82,7 @@ class Jobs:
 
     @contextmanager
     def begin(self, visitor: str) -> Iterator[Job]:
-        """A new job of a visitor, for as long as the block lasts."""
+        """Provide a new job of a visitor, which ends with the block."""
         job = Job()
         with self._lock:
             self._under_way.setdefault(visitor, set()).add(job)
@@ -96,7 +96,7 @@ class Jobs:
                     del self._under_way[visitor]
 
     def stop(self, visitor: str) -> None:
-        """End everything that a visitor has under way."""
+        """Stop all jobs of a visitor."""
         with self._lock:
             for job in self._under_way.get(visitor, ()):
                 job.stop()

@@ -1,4 +1,4 @@
-"""The tab Runs: what was measured, and reports."""
+"""The tab Runs: measurements and reports."""
 
 import tempfile
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from advebm.web.studio import Studio
 
 
 def table(studios: Sequence[Studio]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row a quantity, a column a run; first what was measured on most of the runs."""
+    """Return header and rows: a row per quantity, those measured on most runs first, and a column per run."""
     records = {studio.title: evaluate.latest(studio.run.records()) for studio in studios}
     return pivot(records).quantities_down(widest_first=True)
 
 
 def report(studio: Studio, folder: Path) -> Path:
-    """The run's report, made anew in a folder of its own within the page's; nothing is written into the run."""
+    """Write the run's report into a new folder within ``folder``, not into the run, and return its path."""
     own = Path(tempfile.mkdtemp(prefix="report-", dir=folder))
     with views.alone():
         return build.report(studio.run, out=own / "report.html")

@@ -1,4 +1,4 @@
-"""The page: components, and what they call.  The work is done in the modules beside this one."""
+"""The page: its components and the functions they call, which are in the other modules of this package."""
 
 import functools
 import html
@@ -30,18 +30,18 @@ CSS = """
 footer { display: none !important; }
 iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
 """
-SYSTEM = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # fonts that are on the visitor's machine
+SYSTEM = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # fonts of the visitor's system
 CANVAS = 320
-KEPT = 32  # visitors' strokes that wait to be used
+KEPT = 32  # limit of stored brush strokes that wait to be used
 
 
 def theme() -> gr.themes.Base:
-    """The page's looks; nothing of it comes from elsewhere."""
+    """Return the page's theme, without fonts from other servers."""
     return gr.themes.Default(primary_hue="blue", font=SYSTEM[0], font_mono=SYSTEM[1])
 
 
 class Given(NamedTuple):
-    """A picture that somebody chose: an image (C, H, W), its label or -1, and what is said of it."""
+    """A picture that a visitor chose: an image (C, H, W), its label or -1, and a description."""
 
     x: Tensor
     label: int
@@ -49,7 +49,7 @@ class Given(NamedTuple):
 
 
 class Chooser(NamedTuple):
-    """Components by which a picture is chosen."""
+    """Components to choose a picture with."""
 
     image: gr.State
     number: gr.Number
@@ -58,7 +58,7 @@ class Chooser(NamedTuple):
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mistakes of the visitor as messages on the page."""
+    """Wrap a function so that a UserError becomes a message on the page."""
 
     @functools.wraps(function)
     def call(*values: Any) -> Any:
@@ -71,18 +71,18 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def message(error: Exception) -> gr.Error:
-    """For the visitor; as text, not as markup."""
+    """Return a message for the visitor, escaped so that it is not read as markup."""
     return gr.Error(html.escape(str(error)), print_exception=False, title="That does not work")
 
 
 class Bounded:
-    """Gradio's editor, except that the brushed layers alone are decoded, and nothing large is kept."""
+    """Mixin for Gradio's image editor that decodes only the brushed layers and stores nothing large."""
 
     blob_storage: dict[str, Any]
 
     @server
     def accept_blobs(self, data: Any) -> None:
-        """A part of what was brushed, as the browser sends it before it asks for the work; none that is too large."""
+        """Store a part of the brush strokes, which the browser sends before the request; ignore oversized ones."""
         if len(str(data.data["index"])) > 4 or any(len(content) > inputs.LAYER_BYTES for _, content in data.files):
             return
         super().accept_blobs(data)  # type: ignore[misc]
@@ -91,20 +91,20 @@ class Bounded:
 
     @told
     def preprocess(self, payload: Any) -> dict[str, Any]:
-        """``layers``: the brushed ones, decoded."""
+        """Return the decoded brushed layers under the key ``layers``."""
         held = self.blob_storage.pop(payload.id, None) if payload and payload.id is not None else payload
         parts = [part for part in (held.layers or [] if held else []) if part is not None]
         return {"layers": inputs.read_layers([part if isinstance(part, bytes) else Path(part.path) for part in parts])}
 
 
-# Not by Gradio's own metaclass, which writes an interface beside this file.
+# Gradio's own metaclass would write an interface file next to this one.
 Canvas = ABCMeta.__new__(type(gr.ImageEditor), "ImageEditor", (Bounded, gr.ImageEditor), {})
 
 
 def sight(
     label: str, *, value: Any = None, name: str | None = None, kind: str = "pixels", visible: bool = True
 ) -> gr.Image:
-    """A picture to look at: ``pixels`` that are shown as squares, or a ``figure``."""
+    """Return a component that shows a picture: ``pixels`` as squares, or a ``figure``."""
     return gr.Image(
         value,
         label=label,
@@ -120,27 +120,26 @@ def sight(
 
 
 def buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
-    """One to begin and one to stop, side by side."""
+    """Return a start and a stop button, side by side."""
     with gr.Row():
         return gr.Button(label, variant="primary", elem_id=name, min_width=80), gr.Button("Stop", min_width=80)
 
 
 class Page:
-    """The page of some runs.
+    """The page for some runs.
 
     Attributes:
-        studios: by title.
-        folder: where the page keeps files of its own.
-        jobs: what is under way.
+        studios: loaded runs by title.
+        folder: where the page writes its own files.
+        jobs: running jobs.
     """
 
     def __init__(self, studios: Mapping[str, Studio], folder: Path) -> None:
         self.studios, self.folder, self.jobs = dict(studios), folder, Jobs()
-        self._turned: list[tuple[Any, Callable[[Studio], Any]]] = []  # components that depend on the model
-        self._found: list[Any] = []  # components that show what was found with it
+        self._turned: list[tuple[Any, Callable[[Studio], Any]]] = []  # components that another model updates
+        self._found: list[Any] = []  # components that show results of the model
 
     def studio(self, title: str) -> Studio:
-        """By its title."""
         if title not in self.studios:
             raise unknown_name("run", title, self.studios)
         return self.studios[title]
@@ -157,9 +156,10 @@ class Page:
         *,
         show: Callable[[Any], Sequence[Any]] = lambda news: news,
     ) -> Any:
-        """``work(job, *values)`` when the button is pressed; what it tells goes to ``shown``, whose last is a note.
+        """Call ``work(job, *values)`` when the button is pressed; return the event.
 
-        With the model among what is ``taken``, another model clears what is shown.
+        Values of the components ``taken`` are passed on.  Reports and results go through ``show`` to the components
+        ``shown``, of which the last is a note.  If the model is among ``taken``, choosing another one clears ``shown``.
         """
 
         def run(request: gr.Request, *values: Any) -> Iterator[Any]:
@@ -175,21 +175,20 @@ class Page:
                 raise message(error) from None
 
         options: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": shown[-1]}
-        shown[-1].elem_classes = ["note"]  # which says what went wrong: no sign over it
+        shown[-1].elem_classes = ["note"]  # it shows errors itself, so Gradio's error sign is hidden
         begun = button.click(run, taken, shown, api_visibility="private", **options)
         self._found += shown if self.model in taken else []
         stop.click(self.leave, queue=False, show_progress="hidden", api_visibility="private")
         return begun
 
     def depends(self, component: Any, update: Callable[[Studio], Any]) -> Any:
-        """A component that another model changes."""
+        """Register how a component is updated for another model, and return the component."""
         self._turned.append((component, update))
         return component
 
     # Parts ----------------------------------------------------------------------------------------------------------
 
     def build(self) -> gr.Blocks:
-        """All of it."""
         first = next(iter(self.studios.values()))
         with gr.Blocks(title="advebm", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
             with gr.Row(equal_height=True):
@@ -226,13 +225,13 @@ class Page:
         return blocks
 
     def leave(self, request: gr.Request) -> None:
-        """End what a visitor asked for, who has gone or pressed Stop."""
+        """Stop all jobs of a visitor who left, pressed Stop or chose another model."""
         self.jobs.stop(str(request.session_hash))
 
     def classes(
         self, studio: Studio, label: str = "class", *, before: Sequence[str] = (), at: int = 0, hidden: bool = False
     ) -> gr.Dropdown:
-        """A choice of a class, hidden for a critic, for which what stands ``before`` them is chosen."""
+        """Return a choice of ``before`` and the classes; for a critic it is hidden and has only ``before``."""
 
         def of(studio: Studio) -> dict[str, Any]:
             names = [*before, *([] if studio.critic else studio.data.classes)]
@@ -243,7 +242,7 @@ class Page:
         return self.depends(drawn, lambda studio: gr.Dropdown(**of(studio)))
 
     def chooser(self, studio: Studio, number: int) -> Chooser:
-        """A test image, or one's own."""
+        """Return components to choose a test image or upload a picture."""
         image = gr.State(self.test_image(studio.title, number))
         with gr.Row():
             which = gr.Number(number, label="test image", precision=0, minimum=0, min_width=80)
@@ -252,20 +251,18 @@ class Page:
         return Chooser(image, which, upload, said)
 
     def test_image(self, title: str, number: Any) -> Given:
-        """By its number."""
         studio = self.studio(title)
         x, label = studio.image(number)
         return Given(x, label, f"test image {int(number)} of {studio.data.name}, of class {studio.name(label)}")
 
     def uploaded(self, title: str, path: str | None) -> Given:
-        """What somebody handed in."""
         if path is None:
             raise UserError("no picture was uploaded")
         x, done = inputs.read_image(path, self.studio(title).data.shape)
         return Given(x, -1, f"uploaded: {done}")
 
     def choosing(self, chooser: Chooser, outputs: Sequence[Any], show: Callable[[Given], Sequence[Any]]) -> None:
-        """What happens when another picture is chosen; ``outputs`` show it."""
+        """Update ``outputs`` by ``show`` when another picture, or another model, is chosen."""
         shown = [chooser.image, chooser.said, *outputs]
 
         def changed(how: Callable[[str, Any], Given]) -> Callable[..., list[Any]]:
@@ -294,7 +291,6 @@ class Page:
     # Tabs -----------------------------------------------------------------------------------------------------------
 
     def sample_tab(self, first: Studio) -> None:
-        """Images from the model."""
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
                 method = gr.Dropdown(first.methods(), value=first.methods()[0], label="method")
@@ -335,7 +331,7 @@ class Page:
         self.at_work(go, stop, draw, taken, [picture, film, figure, said])
 
     def dials(self, studio: Studio, method: str | None) -> list[dict[str, Any]]:
-        """α, β, η and K of a sampler: where they stand, and how far they go."""
+        """Return labels, ranges and values of the sliders for a sampler's α, β, η and K."""
         sampler = studio.sampler(method)
         a, wide = sampler.step_size, max(1.0, round(0.5 * studio.data.train.x[0].numel() ** 0.5))
         return [
@@ -358,7 +354,7 @@ class Page:
         ]
 
     def start(self, studio: Studio, method: str | None) -> dict[str, Any]:
-        """Where its chains begin."""
+        """Return the choices for where a sampler's chains start."""
         sampler = studio.sampler(method)
         about = {
             "class": "class Gaussians",
@@ -371,7 +367,6 @@ class Page:
         return {"choices": choices, "value": sampler.start, "label": "seeds"}
 
     def edit_tab(self, first: Studio) -> None:
-        """A picture changed."""
         tools = editing.offered_tools(first)
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
@@ -441,18 +436,16 @@ class Page:
         self.at_work(go, stop, edit, taken, [began, result, film, said])
 
     def canvas(self, given: Given) -> dict[str, Any]:
-        """A picture to brush on."""
         picture = views.enlarge(given.x, CANVAS).convert("RGBA")
         return {"background": picture, "layers": [], "composite": picture}
 
     def fitting(self, studio: Studio, given: Given | None) -> Given:
-        """The picture, if it is one for this model."""
+        """Return the picture; raise UserError if it does not have the model's image shape."""
         if given is None or tuple(given.x.shape) != studio.data.shape:
             raise UserError("the picture is not of the size that this model takes; choose another")
         return given
 
     def explain_tab(self, first: Studio) -> None:
-        """A counterfactual, and the way to it."""
         found = gr.State()
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
@@ -490,13 +483,11 @@ class Page:
         self.choosing(chooser, [image], lambda given: [views.enlarge(given.x)])
 
     def question(self, studio: Studio) -> str:
-        """What the tab Explain asks."""
         if studio.critic:
             return "This model is a critic: it has no classes, so there is nothing to explain."
         return "What would have to change for the model to see another class?"
 
     def robustness_tab(self, first: Studio) -> None:
-        """An image under attack."""
         threat = first.run.recipe.threat
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
@@ -541,7 +532,6 @@ class Page:
         self.at_work(go, stop, run, taken, [before, after, added, figure, table, said])
 
     def landscape_tab(self, first: Studio) -> None:
-        """The energy around a chain."""
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
                 gr.Markdown("The energy in a plane, with the path of a chain from its seed to an image.")
@@ -576,7 +566,6 @@ class Page:
         self.at_work(go, stop, measure, [self.model, method, kind, through, steps, seed], [figure, film, said])
 
     def toy_tab(self, first: Studio) -> None:
-        """Energies of the plane."""
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
                 gr.Markdown(
@@ -602,7 +591,6 @@ class Page:
         self.at_work(go, stop, train, [density, method, p0, updates, seed], [picture, film, table, said])
 
     def runs_tab(self, first: Studio) -> None:
-        """What was measured."""
         head, rows = listing.table(list(self.studios.values()))
         if rows:
             gr.Dataframe(rows, headers=head, interactive=False, wrap=True, label="measured", elem_id="records")
@@ -625,11 +613,11 @@ class Page:
 
 
 def cleared(component: Any) -> Callable[[Studio], Any]:
-    """Nothing on it: text that is empty, or no value."""
+    """Return the update that clears a component: empty text, or None."""
     empty = "" if isinstance(component, gr.Markdown | gr.HTML) else None
     return lambda studio: empty
 
 
 def kept(value: Any) -> Any:
-    """None leaves a component as it is."""
+    """Return ``value``; for None, the update that leaves a component as it is."""
     return gr.skip() if value is None else value

@@ -1,4 +1,4 @@
-"""The tab Toy: energies of the plane, trained before one's eyes."""
+"""The tab Toy: train energies of points in the plane and show the progress."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from advebm.web import views
 from advebm.web.inputs import parse_integer
 from advebm.web.jobs import Job
 
-UPDATES = 2000  # the most that can be asked for
+UPDATES = 2000  # upper limit of the tab
 
 
 ABOUT = {
@@ -26,7 +26,7 @@ ABOUT = {
 
 
 class Played(NamedTuple):
-    """What the tab shows."""
+    """Contents of the tab."""
 
     picture: Image
     film: Image | None
@@ -35,7 +35,7 @@ class Played(NamedTuple):
 
 
 def play(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) -> Played:
-    """Train on a density and show it on the way."""
+    """Train an energy on a density, reporting a picture of every recorded frame."""
     total, number = (
         parse_integer(updates, "the number of updates", 1, UPDATES),
         parse_integer(seed, "the seed", 0, 2**31),
@@ -54,7 +54,7 @@ def play(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) 
 
 
 def panel(play: train.ToyRun) -> Image:
-    """The last moment of a training."""
+    """Draw the last frame of a training."""
     with views.alone(), plt.rc_context(figures.PLANE):
         figure, axis = plt.subplots(figsize=(4.6, 4.7))
         figures.panel(axis, play, play.frames[-1])

@@ -1,4 +1,4 @@
-"""The tab Sample: images from a model, seen while they come into being."""
+"""The tab Sample: draw images from a model and show them while the chains run."""
 
 import time
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ from advebm.web.inputs import parse_integer, parse_number
 from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
-STEPS, COUNT = 1000, 100  # the most that can be asked for
-CHAINS, MOMENTS = 5, 9  # of the film
-PAUSE = 0.1  # seconds between two pictures of what is under way
+STEPS, COUNT = 1000, 100  # upper limits of the tab
+CHAINS, MOMENTS = 5, 9  # shown in the film
+PAUSE = 0.1  # minimum seconds between two intermediate pictures
 
 
 class Sampled(NamedTuple):
-    """What the tab shows; None where there is nothing new."""
+    """Contents of the tab; None leaves a part as it is."""
 
     picture: Image
     film: Image | None
@@ -31,7 +31,7 @@ class Sampled(NamedTuple):
 
 
 def build_sampler(studio: Studio, method: str, start: str, alpha: Any, beta: Any, eta: Any, steps: Any) -> Sampler:
-    """A sampler by its name, with other settings: α, β (0 for no ball), η and K; an error where they are none."""
+    """Return a sampler with other settings α, β (0 for no ball), η and K; raise UserError if one is invalid."""
     sampler = studio.sampler(method)
     noise = parse_number(eta, "η, the noise", 0, 1)
     changed: dict[str, Any] = {
@@ -48,7 +48,7 @@ def build_sampler(studio: Studio, method: str, start: str, alpha: Any, beta: Any
 
 
 def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: float, job: Job) -> Sampled:
-    """Draw ``count`` images of a class, or of each in turn, and tell what there is on the way."""
+    """Draw ``count`` images of a class, or of every class in turn, and report intermediate images."""
     y = studio.labels(kind, parse_integer(count, "the number of images", 1, COUNT))
     begun, last, total = time.perf_counter(), 0.0, sampler.steps
     shown = {round(k) for k in np.linspace(0, total, MOMENTS)}

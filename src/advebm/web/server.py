@@ -1,4 +1,4 @@
-"""The server of the page: what it answers, to whom, and from which files."""
+"""Serve the page: which requests are answered, and from which files."""
 
 import contextlib
 import logging
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # as visitors write them; "[": older Starlettes cut at a colon
-BODY = 2 * BYTES  # of a request
-WAITING = 32  # visitors' jobs at most in the queue
-AT_ONCE = 4  # of one kind under way; searches on one model take turns all the same
+NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # as in URLs; "[": older versions of Starlette cut at the first colon
+BODY = 2 * BYTES  # limit of a request
+WAITING = 32  # limit of jobs in the queue
+AT_ONCE = 4  # limit of running jobs of one kind; searches on one model still take turns
 
-# Everything comes from here: the browser refuses whatever else a page would load, send to or be framed by.
+# Browsers let the page load from, submit to and be framed by this server only.
 HEADERS = {
     "content-security-policy": (
         "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
         "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'; form-action 'self'; object-src 'none'"
     ),
     "x-content-type-options": "nosniff",
-    "referrer-policy": "same-origin",  # with "no-referrer" some browsers keep from us where a request comes from
+    "referrer-policy": "same-origin",  # with "no-referrer" some browsers hide the origin of a request
 }
 
 
 def open_studios(folders: Sequence[Path], *, checkpoint: str = "latest", device: str = "cpu") -> dict[str, Studio]:
-    """Load runs and draw once from each, so that the first visitor does not wait."""
+    """Load runs by title and draw once from each, so that the first visitor does not wait."""
     runs = [Run.open(folder) for folder in folders]
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError("a run is named twice; name each once")
@@ -57,12 +57,12 @@ def open_studios(folders: Sequence[Path], *, checkpoint: str = "latest", device:
 
 
 def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[str] = NAMES) -> "FastAPI":
-    """The page as an ASGI application.
+    """Return the page as an ASGI application.
 
     Args:
-        studios: by title.
-        folder: of the page's own files: uploads and pictures; nothing else is served.
-        hosts: names by which visitors may call the server, so that no page elsewhere can reach it under its own name.
+        studios: loaded runs by title.
+        folder: folder of the page's own files, uploads and pictures; no other files are served.
+        hosts: accepted ``Host`` names, against DNS rebinding by other sites; ``*`` accepts all.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -87,23 +87,21 @@ def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[
     mounted = gradio.mount_gradio_app(
         app, blocks, path="/", allowed_paths=[], max_file_size=BYTES, show_error=False, ssr_mode=False, **options
     )
-    blocks.has_launched = True  # or Gradio does not check that files it is handed by name were uploaded
+    blocks.has_launched = True  # otherwise Gradio does not check that files given by name were uploaded
     return mounted
 
 
 class Guard:
-    """Adds :data:`HEADERS` to every answer.
+    """ASGI middleware that adds :data:`HEADERS` to every response and refuses some requests.
 
-    What a page elsewhere has a visitor's browser send is refused, and so are requests that are larger than
-    :data:`BODY` or do not say how large they are.
+    Refused are requests of other origins, except GET and HEAD, with status 403, and requests that are larger than
+    :data:`BODY` or do not state their size, with status 413.
     """
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """ASGI."""
-
         async def guarded(event: Any) -> None:
             if event["type"] == "http.response.start":
                 names = {name.lower() for name, _ in event["headers"]}
@@ -124,18 +122,18 @@ class Guard:
 
 
 async def refuse(send: Any, status: int, text: str) -> None:
-    """Answer in a line of text."""
+    """Respond with a status and a line of text."""
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
     await send({"type": "http.response.body", "body": text.encode()})
 
 
 def address(host: str, port: int) -> str:
-    """What visitors type."""
+    """Return the URL of the page."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def check_free(host: str, port: int) -> None:
-    """Refuse an address that is taken or not this machine's."""
+    """Raise UserError if an address is in use, not permitted, or not of this machine."""
     if not 0 < port < 65536:
         raise UserError(f"a port is a number from 1 to 65535, got {port}")
     try:
@@ -156,13 +154,13 @@ def check_free(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def own_folder() -> Iterator[Path]:
-    """A folder for uploads and pictures that goes when the server does."""
+    """Provide a folder for uploads and pictures that is removed with the server."""
     with tempfile.TemporaryDirectory(prefix="advebm-page-", ignore_cleanup_errors=True) as name:
         yield Path(name).resolve()
 
 
 def serve(folders: Sequence[Path], *, host: str, port: int, checkpoint: str, device: str, say: Any) -> None:
-    """Answer until Ctrl-C."""
+    """Serve the page until Ctrl-C."""
     check_free(host, port)
     begun = time.perf_counter()
     try:

@@ -1,4 +1,4 @@
-"""The tab Landscape: the energy in a plane through images, with a chain's path drawn on it."""
+"""The tab Landscape: the energy in a plane, with the path of a chain drawn on it."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,12 +19,12 @@ from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
 Through = Literal["path", "gradient", "random"]
-COUNT = 25  # points along a direction, odd
-STEPS = 500  # the most that can be asked for
+COUNT = 25  # points along each direction; must be odd
+STEPS = 500  # upper limit of the tab
 
 
 class Sliced(NamedTuple):
-    """What the tab shows."""
+    """Contents of the tab."""
 
     figure: Image | None
     film: Image
@@ -32,13 +32,13 @@ class Sliced(NamedTuple):
 
 
 class Plane(NamedTuple):
-    """Where a path lies in a plane.
+    """A plane and the projection of a path onto it.
 
     Attributes:
-        centre: of the plane, (C, H, W).
-        first, second: its directions, of length 1 and orthogonal, (C, H, W).
-        at: the path's points in it, (N, 2), pixels of [0, 1].
-        share: of the path's squared distances from the centre, what the plane holds.
+        centre: centre of the plane, (C, H, W).
+        first, second: orthogonal directions of length 1, (C, H, W).
+        at: coordinates of the path's points, (N, 2), pixels of [0, 1].
+        share: share of the path's summed squared distances from the centre that lies within the plane.
     """
 
     centre: Tensor
@@ -49,9 +49,9 @@ class Plane(NamedTuple):
 
 
 def leading_directions(path: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions of a plane for a path (N, C, H, W): from its first to its last point, and where it bends most.
+    """Return two directions of a plane for a path (N, C, H, W): from its first to its last point, and its widest bend.
 
-    The second is the first principal component of what the first leaves.
+    The second is the first principal component of the path after the first direction is removed.
     """
     flat = path.flatten(1).double()
     ahead = flat[-1] - flat[0]
@@ -66,7 +66,7 @@ def leading_directions(path: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project_path(path: Tensor, centre: Tensor, first: Tensor, second: Tensor) -> Plane:
-    """A path (N, C, H, W) in a plane."""
+    """Project a path (N, C, H, W) onto the plane through ``centre`` with orthonormal directions."""
     away = (path - centre).flatten(1).double()
     at = torch.stack([away @ first.flatten().double(), away @ second.flatten().double()], 1)
     share = at.square().sum() / away.square().sum().clamp_min(1e-12)
@@ -74,7 +74,10 @@ def project_path(path: Tensor, centre: Tensor, first: Tensor, second: Tensor) ->
 
 
 def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, job: Job) -> Sliced:
-    """A chain of a class, and E(x, y), of a critic E(x), in a plane through its middle."""
+    """Run a chain and measure E(x, y), of a critic E(x), in a plane around its path.
+
+    The centre is the midpoint of the chain's two ends for ``path``, the chain's end for ``gradient`` and ``random``.
+    """
     if through not in get_args(Through):
         raise unknown_name("plane", through, get_args(Through))
     parse_integer(sampler.steps, "K, the number of steps", 2, STEPS)
@@ -110,14 +113,14 @@ def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed
 
 
 def draw_slice(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
-    """A plane (n, n) of :func:`advebm.diagnostics.landscape.plane` in contours, with a path (N, 2) on it."""
+    """Draw contours of the values (n, n) of :func:`advebm.diagnostics.landscape.plane`, and a path (N, 2) on them."""
     axis_values = np.linspace(-reach, reach, len(values))
     with views.figure(size=(6.4, 5.2), **{"axes.grid": False}) as (figure, (axis,)):
         shown = axis.contourf(axis_values, axis_values, values.T, levels=24, cmap="viridis")
         figure.colorbar(shown, ax=axis, label=f"{symbol}, nats, 0 at the centre")
         axis.plot(*at.T, color="white", lw=1.2)
         axis.scatter(at[:, 0], at[:, 1], s=8, c=np.arange(len(at)), cmap="autumn_r", zorder=3)
-        beyond = -1 if at[:, 1].mean() > at[[0, -1], 1].mean() else 1  # not over the path
+        beyond = -1 if at[:, 1].mean() > at[[0, -1], 1].mean() else 1  # avoid the path
         edge = [patheffects.withStroke(linewidth=2, foreground="#333333")]
         for name, point in (("seed", at[0]), ("image", at[-1])):
             options: Any = {"textcoords": "offset points", "ha": "center", "va": "center", "path_effects": edge}

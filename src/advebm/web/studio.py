@@ -1,4 +1,4 @@
-"""A trained run, loaded and ready to be worked with: by one search at a time."""
+"""A trained run, loaded for the page, with one search at a time."""
 
 import dataclasses
 import threading
@@ -34,10 +34,10 @@ class Studio:
     """A run with its network and images.
 
     Attributes:
-        title: what the page calls it.
-        run: its folder.
+        title: name on the page.
+        run: the run.
         model: the network, in eval mode.
-        data: the images.
+        data: the run's data.
         critic: whether the network has one output and no classes.
     """
 
@@ -61,12 +61,11 @@ class Studio:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
         return device_of(self.model)
 
     @contextmanager
     def search(self, job: Job) -> Iterator[Network]:
-        """The network for a search of its own; each pass through it ends the search once the job is stopped."""
+        """Provide the network for one search at a time; a forward pass raises once the job is stopped."""
         with job.turn(self._lock):
             hook = self.model.register_forward_pre_hook(job.check)
             try:
@@ -75,7 +74,7 @@ class Studio:
                 hook.remove()
 
     def about(self) -> str:
-        """The run in a line."""
+        """Return a line that describes the run."""
         recipe, shape = self.run.recipe, " x ".join(map(str, self.data.shape))
         kind = "critic" if self.critic else f"{len(self.data.classes)} classes"
         return f"{recipe.name} · {self.data.name}, {kind}, images {shape} · {int(self._checkpoint):,} images seen"
@@ -83,7 +82,7 @@ class Studio:
     # Classes and images -------------------------------------------------------------------------------------------
 
     def labels(self, name: str, count: int) -> Tensor:
-        """Classes of ``count`` images (count,): of one, or of each in turn; -1 where the model has none."""
+        """Return labels (count,): of one class, or of every class in turn; -1 for a critic."""
         if self.critic:
             return torch.full((count,), -1)
         if name == EVERY:
@@ -91,19 +90,18 @@ class Studio:
         return torch.full((count,), self.data.number(name))
 
     def image(self, number: float) -> tuple[Tensor, int]:
-        """A test image (C, H, W) in [0, 1] and its label, -1 if it has none."""
+        """Return a test image (C, H, W) in [0, 1] and its label, -1 if it has none."""
         count = len(self.data.test)
         place = parse_integer(number, "the number of a test image", 0, count - 1)
         return to_float(self.data.test.x[place]), int(self.data.test.y[place])
 
     def name(self, label: int) -> str:
-        """Of a label."""
         return self.data.classes[label] if 0 <= label < len(self.data.classes) else "no label"
 
     # Samplers -----------------------------------------------------------------------------------------------------
 
     def methods(self) -> list[str]:
-        """The samplers that the model can be drawn from by, the run's own first."""
+        """Return the kinds of samplers that fit the model, the run's own first."""
         own = config.describe(self.sampler())["kind"]
         found = [own]
         for kind in config.KINDS["sampler"]:
@@ -114,7 +112,7 @@ class Studio:
         return found
 
     def starts(self, sampler: Sampler) -> list[str]:
-        """Where chains of a sampler can begin with this run."""
+        """Return the kinds of starts that a sampler's chains can have with this run."""
         found = ["global", "noise"]
         if not self.critic and self.data.train.labelled and not isinstance(sampler, Ascent):
             found.insert(0, "class")
@@ -125,7 +123,10 @@ class Studio:
         return found
 
     def sampler(self, method: str | None = None) -> Sampler:
-        """The run's sampler, as tuned where it was, or another one with its settings."""
+        """Return the run's sampler, or another method with its settings; prefer those tuned for this checkpoint.
+
+        A start that the run does not offer is replaced by ``global``.
+        """
         recipe, sampler = self.run.recipe, self.run.recipe.sampler
         if method not in (None, config.describe(sampler)["kind"]):
             if method not in config.KINDS["sampler"]:
@@ -137,7 +138,7 @@ class Studio:
         return sampler if sampler.start in self.starts(sampler) else dataclasses.replace(sampler, start="global")
 
     def seeds(self, sampler: Sampler, y: Tensor, seed: int) -> tuple[Tensor, torch.Generator]:
-        """Where chains of classes ``y (B,)`` begin, and the generator of their noise."""
+        """Return start images (B, C, H, W) of chains of classes ``y (B,)``, and the generator of their noise."""
         key = sampler.start, sampler.fit, sampler.shrinkage
         if key not in self._starts:
             self._starts[key] = sampler.prepare(self.data, start_images(self.run, sampler, self._checkpoint))
@@ -148,27 +149,27 @@ class Studio:
         y = y.to(self.device)
         return start(torch.empty(len(y), *self.data.shape, device=self.device), y, draws), draws
 
-    # What the model says, within a search -------------------------------------------------------------------------
+    # Outputs of the model, within a search ------------------------------------------------------------------------
 
     def said(self, say: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        """``say(f, …)`` of images (B, C, H, W) and what goes with each, as many at once as their size allows."""
+        """Return ``say(f, *given)``, computed in batches, on the CPU; ``given`` are images (B, C, H, W) and (B,)."""
         size = batch_size_for(self.data.shape)
         with searching(self.model) as f, torch.no_grad():
             parts = zip(*(values.to(self.device).split(size) for values in given), strict=True)
             return torch.cat([say(f, *part).cpu() for part in parts])
 
     def energy(self, x: Tensor) -> Tensor:
-        """``E(x)`` (B,) of images, on the CPU."""
+        """Return ``E(x)`` (B,) of images, on the CPU."""
         return self.said(lambda f, z: marginal(f)(z), x)
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """``p(y|x)`` (B, K) of a classifier, on the CPU."""
+        """Return ``p(y|x)`` (B, K) of a classifier, on the CPU."""
         return self.said(lambda f, z: f(z).softmax(1), x)
 
     def joint(self, x: Tensor, y: Tensor) -> Tensor:
-        """``E(x, y)`` (B,) of a classifier, on the CPU."""
+        """Return ``E(x, y)`` (B,) of a classifier, on the CPU."""
         return self.said(lambda f, z, k: energies.joint(f(z), k), x, y)
 
     def descended(self, sampler: Sampler, x: Tensor, y: Tensor) -> Tensor:
-        """The energy (B,) that a sampler descends, on the CPU."""
+        """Return the energy (B,) that a sampler descends, on the CPU."""
         return self.said(lambda f, z, k: sampler.energy(f, k)(z), x, y)

@@ -1,4 +1,4 @@
-"""Tensors as pictures that are large enough to be looked at, and figures."""
+"""Turn tensors into pictures that are large enough for the page, and into figures."""
 
 import io
 import math
@@ -19,12 +19,12 @@ from advebm.data import pictures
 from advebm.reporting.figures import STYLE, png
 from advebm.sampling.generate import to_bytes
 
-EDGE = 320  # of a single image on the page, about
-_drawing = threading.Lock()  # pyplot's state is one for all threads
+EDGE = 320  # approximate edge of a single image on the page, in pixels
+_drawing = threading.Lock()  # all threads share pyplot's state
 
 
 def enlarge(x: Tensor, edge: int = EDGE) -> Image.Image:
-    """An image (C, H, W) in [0, 1], its pixels as squares."""
+    """Enlarge an image (C, H, W) in [0, 1], with pixels as squares, to an edge of about ``edge``."""
     pixels = to_bytes(x.cpu()).permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     scale = max(1, round(edge / max(picture.size)))
@@ -32,19 +32,19 @@ def enlarge(x: Tensor, edge: int = EDGE) -> Image.Image:
 
 
 def image_sheet(x: Tensor, columns: int = 10, width: int = 720) -> Image.Image:
-    """Images (N, C, H, W) in rows."""
+    """Arrange images (N, C, H, W) in rows."""
     columns = min(columns, len(x))
     rows = pictures.rows_by_class(x.cpu(), torch.full((len(x),), -1), math.ceil(len(x) / columns), columns)
     return pictures.grid(rows, tile=width // max(columns, 5))
 
 
 def film_sheet(x: Tensor, width: int = 720) -> Image.Image:
-    """Moments of chains (N, moments, C, H, W), a row a chain."""
+    """Arrange frames of chains (N, frames, C, H, W), a row per chain."""
     return pictures.grid(x.cpu(), tile=width // max(x.shape[1], 5))
 
 
 def difference(before: Tensor, after: Tensor) -> tuple[Image.Image, float]:
-    """What was added to an image (C, H, W), grey where nothing was, and by how much that is amplified."""
+    """Return the change of an image (C, H, W), grey for no change, and the factor by which it is amplified."""
     change = (after - before).cpu()
     factor = 0.5 / max(change.abs().max().item(), 1e-3)
     return enlarge((0.5 + factor * change).clamp(0, 1)), factor
@@ -54,7 +54,7 @@ def difference(before: Tensor, after: Tensor) -> tuple[Image.Image, float]:
 def figure(
     columns: int = 1, size: tuple[float, float] = (5.2, 3.2), **style: Any
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure to draw on, alone: by one thread at a time."""
+    """Provide a figure and its axes to one thread at a time."""
     looks: Any = {**STYLE, **style}
     with _drawing, plt.rc_context(looks):
         drawn, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
@@ -66,18 +66,18 @@ def figure(
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """For drawing functions of the package, which use pyplot."""
+    """Hold pyplot's lock while drawing functions of the package run."""
     with _drawing:
         yield
 
 
 def to_picture(drawn: Figure | bytes) -> Image.Image:
-    """What was drawn, as an image."""
+    """Convert a figure, or a picture's encoded bytes, to an RGB image."""
     return Image.open(io.BytesIO(png(drawn) if isinstance(drawn, Figure) else drawn)).convert("RGB")
 
 
 def descents(energies: Tensor, label: str) -> Image.Image:
-    """Energies (steps, B) along chains: each, and their mean."""
+    """Plot energies (steps, B) along chains: the first 20, and the mean of all."""
     with figure() as (drawn, (axis,)):
         for one in energies.T[:20]:
             axis.plot(one, color="#0f6fc6", alpha=0.25, lw=0.8)
@@ -87,7 +87,7 @@ def descents(energies: Tensor, label: str) -> Image.Image:
 
 
 def beside(names: Sequence[str], before: Tensor, after: Tensor, title: str) -> Image.Image:
-    """Probabilities (K,) before and after, of the classes that matter in either."""
+    """Plot probabilities (K,) before and after, of the 8 classes with the largest sum of both."""
     shown = (before + after).argsort(descending=True)[:8].sort().values
     with figure() as (drawn, (axis,)):
         place = np.arange(len(shown))

@@ -1,1 +1,1 @@
-"""What commands and experiments share: train, draw, measure, adopt, behind progress bars."""
+"""Workflows that commands and experiments share: train, draw, measure and adopt, with progress bars."""

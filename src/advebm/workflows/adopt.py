@@ -1,4 +1,4 @@
-"""Runs around models that are trained already."""
+"""Wrap models that are already trained in run folders."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,18 +14,19 @@ from advebm.workflows.train import fit
 
 
 def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]], *, device: str | None = None) -> Run:
-    """A run around a model that is there already: nothing is trained, everything else works on it.
+    """Create a run around an existing model, without training it, so that the other commands can use it.
 
-    A folder that holds it from an earlier call is opened as it is.
+    If ``folder`` already holds a run of this model on this data, open that run instead.
 
     Args:
-        where: ``PACKAGE.MODULE:FACTORY``, a model's or run's folder, or ``hf:USER/NAME``.
-        folder: of the new run.
-        overrides: ``data``, and other options of a recipe.
-        device: of the commands that follow; nothing is computed here.
+        where: ``PACKAGE.MODULE:FACTORY``, the folder of a model or a run, or ``hf:USER/NAME``.
+        folder: folder of the new run.
+        overrides: the option ``data``, which is required, and other options of a recipe.
+        device: device that the run's ``env.json`` records; no training step is taken.
 
     Raises:
-        UserError: no model there, no data, data of other classes or another shape, or a folder that holds another run.
+        UserError: there is no model, it is an encoder, no data is given, the data differs from the model's in number of
+            classes or image shape, or ``folder`` holds another run.
     """
     overrides = list(overrides)
     if not any(name.partition(".")[0] == "data" for name, _ in overrides):
@@ -60,7 +61,7 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]], *, dev
 
 
 def untrained_recipe(name: str, plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Recipe:
-    """The recipe of a run of a classifier that is there already, of which ``plain`` says which."""
+    """Return the recipe of a run that trains nothing; ``plain`` describes the existing classifier."""
     rest: dict[str, Any] = {"name": name, "objective": "standard", "threat": {}, "sampler": "cs", "data": "digits"}
     rest |= {"metrics": ["accuracy", "robust-accuracy"], "train": {"images": 0}}
     return resolve({**rest, **plain}, overrides)

@@ -1,4 +1,4 @@
-"""Runs measured alike, in one report."""
+"""Measure several runs with the same metrics and write one report."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def compare_runs(
     seed: int,
     device: str | None,
 ) -> tuple[dict[str, Records], Path]:
-    """The records of each run by its title, measured alike, and the report."""
+    """Measure runs with the same metrics; return the records by run title and the path of the report."""
     runs = [Run.open(folder) for folder in folders]
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
     options: dict[str, Any] = {"features": features, "seed": seed, "device": choose_device(device)}

@@ -1,4 +1,4 @@
-"""What a recipe costs, printed."""
+"""Print what training a recipe costs."""
 
 from advebm.reporting.terminal import costs_table
 from advebm.runs.recipe import Recipe
@@ -7,7 +7,7 @@ from advebm.workflows.devices import choose_device
 
 
 def print_costs(recipe: Recipe, machine: str, device: str | None) -> None:
-    """Passes, FLOP, memory and hours of a recipe, on a machine of that name; on this one where the name is empty."""
+    """Print passes, FLOP, memory and hours of a recipe on the named machine; on this one if the name is empty."""
     if machine:
         found = hardware.find_machine(machine)
         stages = cost.estimates(recipe)

@@ -1,4 +1,4 @@
-"""From nothing to a report: two classifiers of digits, one adversarially trained, and images drawn from it."""
+"""The demo: train two classifiers of digits, one adversarially, draw images from that one and write a report."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ SETS = {f"{kind}-{start}": (kind, start) for start in ("class", "global") for ki
 
 
 def demo(folder: Path, *, seed: int = 0) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """Train, sample, evaluate and report in ``folder``; the report's path and the records of both runs."""
+    """Train, sample, evaluate and report in ``folder``; return the report's path and the records by run."""
     say = console.screen.print
     runs = {}
     for number, name in enumerate(("digits-standard", "digits-at"), 1):

@@ -1,4 +1,4 @@
-"""What is looked at in a model, and in this machine."""
+"""Look for faults in a model, or in the convolutions of this machine's CPU."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -22,16 +22,16 @@ from advebm.workflows.devices import choose_device
 
 Overrides = Iterable[tuple[str, Any]]
 
-# A recipe of which only images and threat are looked at.
+# A recipe of which only the data and the threat are used.
 IMAGES_ALONE: dict[str, Any] = {"name": "doctor", "threat": {}, "backbone": "small-conv", "objective": "standard"}
 IMAGES_ALONE |= {"sampler": "ta", "metrics": []}
-BATCH = 16  # images of the convolutions that are checked
+BATCH = 16  # batch size of the checked convolutions
 
 
 def examine_model(
     model: str, overrides: Overrides = (), *, images: int, checkpoint: str, seed: int, device: str | None
 ) -> list[Finding]:
-    """Faults of a run's model on its own images, or of any model on images that ``overrides`` name."""
+    """Examine a run's model on the run's test images, or any model on the data that ``overrides`` name."""
     overrides = list(overrides)
     if (Path(model) / "config.yaml").is_file():
         plain = config.describe(Run.open(model).recipe)
@@ -49,13 +49,13 @@ def examine_model(
 
 @dataclasses.dataclass(frozen=True)
 class MachineCheck:
-    """What came of checking a CPU's convolutions.
+    """Results of checking a CPU's convolutions.
 
     Attributes:
-        models: whose convolutions were checked.
-        convolutions: how many there are.
-        verdicts: on those that were checked; time may have been up before the last.
-        known: on the kernel that is known to be wrong on some CPUs; the package's networks avoid it.
+        models: names of the models whose convolutions were checked.
+        convolutions: number of distinct convolutions in these models.
+        verdicts: one for each convolution that was checked before the time limit.
+        known: verdict on a kernel known to be wrong on some CPUs; the package's networks avoid it.
     """
 
     models: tuple[str, ...]
@@ -65,30 +65,29 @@ class MachineCheck:
 
     @property
     def wrong(self) -> tuple[Verdict, ...]:
-        """Convolutions that are computed wrongly."""
         return tuple(verdict for verdict in self.verdicts if verdict.wrong)
 
     @property
     def error(self) -> float | None:
-        """The largest error of those that are right, in float32; None where there are none."""
+        """Return the largest error of the correct float32 convolutions; None if there are none."""
         errors = [max(v.errors) for v in self.verdicts if not v.wrong and v.convolution.dtype == "float32"]
         return max(errors) if errors else None
 
 
 def check_machine(model: str | None = None, overrides: Overrides = (), *, checkpoint: str = "latest") -> MachineCheck:
-    """Check this CPU's convolutions, of a model or of CIFAR-10 recipes, by those of float64."""
+    """Compare this CPU's convolutions with float64: those of ``model``, default: of two CIFAR-10 recipes."""
     models, shape = _models(model, list(overrides), checkpoint)
     found = dict.fromkeys(c for m in models.values() for c in convolutions(m, shape, BATCH, "bfloat16"))
     with console.bar("convolutions", len(found), 0) as tell:
         verdicts = tuple(check(list(found), progress=tell))
-    (known,) = check([KNOWN])  # in a process of its own: it may damage what comes after it, even where it is right
+    (known,) = check([KNOWN])  # in a separate process: even a correct run of it may corrupt later ones
     return MachineCheck(tuple(models), len(found), verdicts, known)
 
 
 def _models(
     model: str | None, overrides: list[tuple[str, Any]], checkpoint: str
 ) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
-    """The networks to check, by name, and the shape of their images."""
+    """Return the networks to check, by name, and the shape (C, H, W) of their images."""
     if model is None:
         names = ("cifar10-at-small", "cifar10-at-2h")
         return {name: resolve(recipes.find(name)).backbone.build(3, 32)[0].eval() for name in names}, (3, 32, 32)

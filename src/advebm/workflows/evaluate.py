@@ -1,4 +1,4 @@
-"""Measurements of runs and models, behind progress bars."""
+"""Measure runs and models, with progress bars."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -20,17 +20,17 @@ from advebm.workflows.devices import join_team
 
 
 def check_suite(name: str, tier: str) -> None:
-    """Refuse a suite or a tier that there is not."""
+    """Raise UserError if the suite or the tier does not exist."""
     suite(name, Attack(), tier)
 
 
 def check_features(features: str) -> None:
-    """Refuse features that cannot be loaded."""
+    """Raise UserError if the feature space cannot be loaded."""
     evaluate.find_space(features).load("cpu")
 
 
 def adopt_model(model: str, folder: Path | None, overrides: Iterable[tuple[str, Any]], device: str | None) -> Run:
-    """A run around a model that is there already, in ``folder`` or in a new one of ``runs``."""
+    """Return a run around an existing model, in ``folder``; None: a new folder under ``runs``."""
     return adopt(model, folder or new_folder(Path("runs"), "model"), overrides, device=device)
 
 
@@ -46,14 +46,14 @@ def measure(
     seed: int = 0,
     device: str | None = None,
 ) -> list[Record]:
-    """The records of a run and its samples, which are also appended to its ``metrics.json``.
+    """Measure a run and its samples; return the records and append them to the run's ``metrics.json``.
 
     Args:
-        run: a trained run.
-        overrides: ``threat`` and ``metrics`` in the place of the recipe's.
-        suite_name: of a suite, which says the metrics.
-        tier: of the suite.
-        samples: folders of images to judge as samples too.
+        run: trained run.
+        overrides: options ``threat`` and ``metrics`` that replace the recipe's.
+        suite_name: suite whose metrics replace the recipe's.
+        tier: tier of the suite.
+        samples: folders of images to judge as additional sample sets.
         features, checkpoint, seed, device: as for :func:`advebm.evaluation.evaluate.evaluate_run`.
     """
     recipe = resolve(config.describe(run.recipe), overrides)
@@ -62,13 +62,13 @@ def measure(
     team, where = join_team(device)
     for folder in samples if team.main else ():
         import_samples(run, folder)
-    team.all_gather(None)  # they are there
+    team.all_gather(None)  # wait until the samples are imported
     options: dict[str, Any] = {"features": features, "checkpoint": checkpoint, "seed": seed, "device": where}
     return evaluate.evaluate_run(run, recipe=recipe, team=team, **options, progress=console.say, bar=console.bar)
 
 
 def import_samples(run: Run, folder: Path) -> str:
-    """Images from a folder as a set of samples of a run, under the folder's name, which is returned."""
+    """Import the images of a folder as a sample set of a run; return its name, which is the folder's."""
     data, name = run.data, folder.resolve().name
     images = read_folder(folder, data.classes, data.shape)
     about = {"images": str(folder.resolve())}

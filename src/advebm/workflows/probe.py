@@ -1,4 +1,4 @@
-"""Linear probes, as runs of their own."""
+"""Fit linear probes and wrap them in runs."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -25,18 +25,18 @@ def probe(
     checkpoint: str = "latest",
     device: str = "cpu",
 ) -> Run:
-    """A linear classifier on a run's frozen features, published in ``RUN/probe``, as a run of its own in ``folder``.
+    """Fit a linear classifier on a run's frozen features, save it in ``RUN/probe`` and return a new run around it.
 
     Args:
-        run: of any network with features: an encoder above all.
-        folder: of the new run.
+        run: run whose network has features, typically an encoder.
+        folder: folder of the new run.
         by: how the classifier is fitted, on the training split.
         overrides: options of the new run's recipe, such as another threat.
-        checkpoint: of the run.
+        checkpoint: checkpoint of ``run``.
         device: where to compute.
 
     Raises:
-        UserError: data without labels, a network without features, a wrong option, or a folder that holds something.
+        UserError: the data has no labels, the network no features, an option is wrong, or ``folder`` is not empty.
     """
     recipe, data = run.recipe, run.data
     if folder.exists() and any(folder.iterdir()):
@@ -48,9 +48,7 @@ def probe(
     options: dict[str, Any] = {name: described[name] for name in ("data", "threat")}
     options["sampler"] = config.switch(described["sampler"], "sampler", "cs")
     pairs = [("name", title), *options.items(), *overrides]
-    untrained_recipe(
-        title, {"backbone": described["backbone"]}, pairs
-    )  # a wrong option is noticed before anything is fitted
+    untrained_recipe(title, {"backbone": described["backbone"]}, pairs)  # raises for wrong options before the fit
     classifier = by.classifier(model.to(device), data.train, len(data.classes), batch_size_for(data.shape))
     plain = dataclasses.replace(architecture, outputs=len(data.classes), hidden=None)
     about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
@@ -68,7 +66,7 @@ def measure_probe(
     seed: int = 0,
     device: str = "cpu",
 ) -> list[Record]:
-    """The records of a probe's run, and of nearest neighbours in the features of the run it was fitted on."""
+    """Return the records of ``probed``, and of nearest neighbours in the features of ``run``."""
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": console.say}
     records = evaluate_run(probed, bar=console.bar, **options)
     alone = dataclasses.replace(run.recipe, metrics=(neighbours,))

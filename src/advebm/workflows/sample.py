@@ -1,4 +1,4 @@
-"""Drawing, tuning and comparing samples, behind progress bars."""
+"""Draw samples, tune samplers and compare them, with progress bars."""
 
 import dataclasses
 import warnings
@@ -38,18 +38,18 @@ def sample(
     device: str | None = None,
     **options: Any,
 ) -> Path:
-    """Draw images of every class by one method; the folder of the set.
+    """Draw images of every class by one method and return the folder of the set.
 
     Args:
-        run: a trained run.
-        method: of a sampler; the recipe's by default.
+        run: trained run.
+        method: kind of sampler; None: the recipe's.
         overrides: options of the sampler.
-        name: of the set, ``METHOD-START`` by default.
+        name: name of the set; None: ``METHOD-START``.
         per_class: images of each class.
         checkpoint: ``latest``, ``best`` or a number of images.
-        untuned: whether to take the recipe's settings although ``tune-sampler`` found others.
-        device: None takes the best there is.
-        options: of :func:`draw_set`.
+        untuned: whether to use the recipe's settings even if ``tune-sampler`` found others.
+        device: None: the best one available.
+        options: further options of :func:`draw_set`.
     """
     team, where = join_team(device)
     sampler, about = choose_settings(run, method, overrides, checkpoint=checkpoint, untuned=untuned)
@@ -71,7 +71,7 @@ def compare_methods(
     device: str | None,
     **options: Any,
 ) -> tuple[dict[str, compare.Records], Path]:
-    """Draw by several methods from the same seeds and judge them: see :func:`compare_sets`."""
+    """Draw by several methods, from the same seeds if their starts agree, and judge: see :func:`compare_sets`."""
     where = choose_device(device)
     settings: dict[str, Any] = {"checkpoint": checkpoint, "untuned": untuned}
     chosen = {m: choose_settings(run, m, overrides, **settings, label=f"{m}: ") for m in methods}
@@ -94,15 +94,15 @@ def tune_sampler(
     device: str | None,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], Path, Path]:
-    """Search a sampler's settings; all trials, the best first, where the best is kept, and a figure.
+    """Search a sampler's settings; return all trials, best first, the path of the best settings, and of a figure.
 
     Args:
-        run: a trained run.
-        method: of a sampler; the recipe's by default.
+        run: trained run.
+        method: kind of sampler; None: the recipe's.
         overrides: options of the sampler.
-        values: of each setting that is searched, as ``0.05,0.1``.
-        device: None takes the best there is.
-        options: of :func:`search_settings`.
+        values: values to try for each setting, such as ``0.05,0.1``.
+        device: None: the best one available.
+        options: further options of :func:`search_settings`.
     """
     sampler = choose_sampler(run, method, overrides)
     plain = config.describe(sampler)
@@ -115,14 +115,14 @@ def tune_sampler(
 
 
 def choose_sampler(run: Run, method: str | None, overrides: Overrides = ()) -> Sampler:
-    """The run's sampler, or another with its settings, with options changed."""
+    """Return the run's sampler, or another method with its settings, with ``overrides`` applied."""
     return resolve(config.describe(run.recipe), [*([("sampler", method)] if method else []), *overrides]).sampler
 
 
 def choose_settings(
     run: Run, method: str | None, overrides: Overrides, *, checkpoint: str, untuned: bool, label: str = ""
 ) -> tuple[Sampler, dict[str, Any]]:
-    """The same, with what ``tune-sampler`` found for that method and start; and how it was found, where it was."""
+    """Return :func:`choose_sampler`'s sampler with the settings of ``tune-sampler``, if any, and how it found them."""
     overrides = list(overrides)
     sampler = choose_sampler(run, method, overrides)
     if untuned or (found := tune.find_tuned(run, sampler)) is None:
@@ -148,10 +148,10 @@ def draw_set(
     trajectory: bool = False,
     **options: Any,
 ) -> Path:
-    """Images of every class, and one chain a class as a film, into the run's ``samples/NAME``, which is returned.
+    """Draw ``per_class`` images of every class, and a film of one chain per class; return the folder of the set.
 
-    Where neither energy nor seeds are of a class, as many images and chains.  ``options`` are those of
-    :class:`advebm.sampling.job.SampleJob`.
+    If neither energy nor seeds depend on the class, the total numbers of images and chains are the same.  The folder is
+    the run's ``samples/NAME``, unless ``options``, those of :class:`advebm.sampling.job.SampleJob`, say otherwise.
     """
     if Path(name).name != name or name in (".", ".."):
         raise UserError(f"--name is the name of a folder in {run.folder / 'samples'}, got {name!r}")
@@ -170,7 +170,7 @@ def search_settings(
     device: str = "cpu",
     **options: Any,
 ) -> tuple[list[dict[str, Any]], Path]:
-    """:func:`advebm.sampling.tune.tune` behind a progress bar: all trials, the best first, and a figure of them."""
+    """Call :func:`advebm.sampling.tune.tune`; return all trials, best first, and the path of a figure of them."""
     if features is None:
         space = evaluate.feature_space(evaluate.OWN, run.model(checkpoint)[0].to(device))
     else:
@@ -199,11 +199,11 @@ def compare_sets(
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> tuple[dict[str, compare.Records], Path]:
-    """Several methods from the same seeds: their records, and a picture of a grid each with its scores.
+    """Draw by several methods from the same seeds; return their records, and the path of a figure of grids and scores.
 
-    ``about`` is what manifests say of each method's settings.  CEM's table 2 has this form.  Everything goes into the
-    run's ``comparison``, numbers into ``comparison.json`` there.  Returns mean and deviation over the sampling
-    ``seeds``, where there are several, and the picture's path.
+    CEM's table 2 has this form.  Sets and records (``comparison.json``) go into the run's folder ``comparison``, the
+    figure into ``figures``.  With several sampling ``seeds`` the records are means with standard deviations over them.
+    ``about`` holds what the manifests say about each method's settings.
     """
     recipe, device = run.recipe, str(options.get("device", "cpu"))
     data = run.data

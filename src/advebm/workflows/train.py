@@ -1,4 +1,4 @@
-"""Training from what a command asks for, behind a progress bar."""
+"""Find the recipe that a command names and train it, with a progress bar."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,17 +24,17 @@ def find_recipe(
     init: str | None = None,
     labels: str | None = None,
 ) -> Recipe:
-    """A recipe of the package by its name, or one of a file by its path, with options changed.
+    """Return a recipe of the package or of a file, with options changed.
 
     Args:
-        source: the name, or the path.
+        source: name of a recipe of the package, or the :class:`~pathlib.Path` of a file.
         overrides: options, such as ``("train.images", 6000)``.
-        seed: in the place of the recipe's.
-        init: run, model or file that training begins from.
-        labels: ``none`` for a recipe that does without them.
+        seed: replaces the recipe's seed.
+        init: run, model or file whose weights training starts from.
+        labels: ``none`` removes the labels of the data.
 
     Raises:
-        UserError: no such recipe, or an option that is not there.
+        UserError: the recipe or an option does not exist, or the objective needs labels.
     """
     plain = read(source) if isinstance(source, Path) else recipes.find(source)
     given = {name: value for name, value in (("seed", seed), ("init", init)) if value is not None}
@@ -43,7 +43,7 @@ def find_recipe(
 
 
 def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
-    """:func:`advebm.training.loop.train` behind a progress bar."""
+    """Train a recipe by :func:`advebm.training.loop.train`, with a progress bar."""
     where = checks.device(device)
     begun = Run.open(folder) if resume else None
     if begun and where == "cpu" and not begun.finished:
