@@ -1,1 +1,1 @@
-"""Metrics on runs, suites of them, and runs side by side.  The metrics themselves are in metrics."""
+"""Evaluation of runs by metrics (which are in ``advebm.metrics``), suites of metrics, and comparison of runs."""

@@ -1,4 +1,4 @@
-"""Several runs by the same measure: one table, one report."""
+"""Comparison of several runs by the same measurements."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ from advebm.sampling import generate
 from advebm.training.cost import passes_per_image
 
 Records = list[dict[str, Any]]
-Wanted = dict[Key, Metric]  # the metric that gives a record of this key
+Wanted = dict[Key, Metric]  # key of a record -> metric that produces it
 
 
 def jeat_attacks(threat: Attack) -> tuple[Attack, ...]:
-    """PGD of 10 and 50 steps and the energy attack, within the threat's ball and with its steps, JEAT section 4.1."""
+    """Return PGD of 10 and 50 steps, and the energy attack with the threat's steps, in its ball, JEAT section 4.1."""
     one = dataclasses.replace(threat, loss="cross-entropy", restarts=1)
     sized = [dataclasses.replace(one, steps=steps) for steps in (10, 50)]
     return (*sized, dataclasses.replace(one, loss="energy"))
@@ -43,19 +43,20 @@ def compare(
     progress: Callable[[str], None] = lambda text: None,
     bar: Bar = no_bar,
 ) -> dict[str, Records]:
-    """Measure runs alike: clean, PGD-10, PGD-50 and energy-attack accuracy, sample quality, what training costs.
+    """Measure clean, PGD-10, PGD-50 and energy-attack accuracy, sample quality and training cost of several runs.
 
-    What a run's ``metrics.json`` holds already for its latest checkpoint is not measured again; what is new is
-    appended there.  Returns the records of each run by its title.
+    Results already in a run's ``metrics.json`` for its latest checkpoint are reused; new ones are appended to it.
+    Returns the records of each run by its title.
 
     Args:
-        runs: trained ones, with samples drawn where their quality is to be compared.
-        threat: for all; the first run's by default.
-        features: the feature space of sample quality, as for :func:`advebm.evaluation.evaluate.evaluate_run`.
-        seed: of the attacks.
-        device: where to compute.
-        progress: told what is being done.
-        bar: what shows how far an attack is.
+        runs: trained runs; those with samples are also compared by sample quality.
+        threat: threat model for all runs; default: the first run's.
+        features: feature space of sample quality, as for :func:`advebm.evaluation.evaluate.evaluate_run`.
+        progress: called with a run's title and a metric's name when the metric starts.
+        bar: progress bar of the attacks.
+
+    Raises:
+        UserError: the runs have different test images.
     """
     share_images(runs)
     tests = {run.folder: run.data.test for run in runs}
@@ -82,12 +83,10 @@ def compare(
 
 
 def accuracy_metrics(attacks: Iterable[Attack]) -> Wanted:
-    """Clean accuracy, and accuracy under each attack."""
     return {Key("accuracy"): Accuracy()} | {Key("accuracy", key_of_attack(a)): RobustAccuracy(a) for a in attacks}
 
 
 def quality_metrics(run: Run, features: str | Path | None) -> Wanted:
-    """The quality of every set of samples of a run."""
     return {Key("FD", samples=name, space=space_name(features)): SampleQuality() for name in run.samples()}
 
 
@@ -99,17 +98,17 @@ def measure(
     seed: int = 0,
     **rest: Any,
 ) -> Records:
-    """Measure, by metrics, what the run does not hold yet; the newest record of each wanted key.
+    """Evaluate the metrics that the run has no current records of, and return the newest record of each wanted key.
 
-    A record is held if it is of the latest checkpoint, the same seed, the very same attack, the set of samples as it
-    is now, and the same judge.
+    A record is current if checkpoint (the latest), seed, attack, number of images, precision and metric settings agree;
+    for sample quality also the set of samples (by its manifest) and the weights of the feature network.
     """
     about = {"checkpoint": run.checkpoints.path().name, "seed": seed}
     whose = feature_weights(features)
     manifests = {name: generate.read_set(folder).manifest for name, folder in run.samples().items()}
 
     def held(records: Records, key: Key, metric: Metric) -> Records:
-        drawn = key.samples if key.space is not None else None  # whose quality was measured
+        drawn = key.samples if key.space is not None else None  # the set whose quality is measured
         settings = {"samples": drawn, **manifests[drawn]} if drawn else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
@@ -124,7 +123,7 @@ def measure(
             and all(r.get(name) == value for name, value in expected.items())
             and all(r["settings"].get(name) == value for name, value in settings.items())
             and (asked is None or asked_precision(r["settings"].get("precision", "")) == asked)
-            and own.items() <= r["settings"].get("metric", own).items()  # some metrics' records say all of them
+            and own.items() <= r["settings"].get("metric", own).items()  # not every metric stores its settings
         ]
 
     records = run.records()
@@ -140,7 +139,7 @@ COSTS = ("forward passes an image", "backward passes an image", "training images
 
 
 def training_costs(run: Run) -> Records:
-    """Passes through the network that training on an image takes, counted on a step, and the speed that was logged."""
+    """Return passes per training image, counted on one training step, and the median logged speed (0 if none)."""
     speeds = [line["perf/img_per_s"] for line in run.history() if "perf/img_per_s" in line]
     values = (*passes_per_image(run.recipe), statistics.median(speeds) if speeds else 0.0)
     about = {"error": 0.0, "settings": {}, "series": {}, "time": files.now()}
@@ -149,14 +148,14 @@ def training_costs(run: Run) -> Records:
 
 
 def by_title(runs: Iterable[Run]) -> dict[str, Run]:
-    """Runs by their recipe's name, or by their folder where two have one recipe."""
+    """Return runs by their recipe's name, or by their folder if several have a recipe of that name."""
     runs = list(runs)
     names = [run.recipe.name for run in runs]
     return {str(run.folder) if names.count(name) > 1 else name: run for name, run in zip(names, runs, strict=True)}
 
 
 def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
-    """Mean and deviation over seeds of what was measured for each title; the error is the deviation then."""
+    """Average records over seeds, with the deviation as ``error``; drop what only one of several seeds has."""
     if len(records) == 1:
         return dict(records[0])
     merged: dict[str, Records] = {}
@@ -180,10 +179,10 @@ def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
 
 
 def space_name(features: str | Path | None) -> str:
-    """The name of a feature space, as it stands in records."""
+    """Return the name of a feature space in records.  None: the run's own features."""
     return evaluate.OWN if features is None else evaluate.find_space(features).name
 
 
 def feature_weights(features: str | Path | None) -> str | None:
-    """Which weights features are of; None for the run's own."""
+    """Return the name of the feature network's weights in records.  None: the run's own features."""
     return None if features is None else evaluate.find_space(features).judge

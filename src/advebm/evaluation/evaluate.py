@@ -1,4 +1,4 @@
-"""Metrics on a subject, and on a run: appends to its ``metrics.json``."""
+"""Evaluation of a subject or a run by metrics; records of a run are appended to its ``metrics.json``."""
 
 import dataclasses
 import warnings
@@ -22,7 +22,7 @@ from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
 from advebm.sampling import generate
 
-OWN = "own features"  # the space of the run's own classifier
+OWN = "own features"  # name of the feature space of the run's own model
 
 
 def evaluate(
@@ -32,7 +32,7 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Record]:
-    """The records of several metrics.  Each draws from its own generator, so that their order does not matter."""
+    """Return the records of several metrics.  Each has its own random generator, so their order does not matter."""
     records = []
     for metric in metrics:
         name = type(metric).__name__
@@ -56,23 +56,20 @@ def evaluate_run(
     bar: Bar = no_bar,
     team: Team = ALONE,
 ) -> list[Record]:
-    """The recipe's metrics on a checkpoint and on all samples of a run; appended to the run's ``metrics.json``.
+    """Evaluate a checkpoint and all samples of a run, append the records to its ``metrics.json``, and return them.
 
     Args:
-        run: a trained run.
-        recipe: the run's own by default; another threat or other metrics may be asked for.
-        features: the feature space of sample quality, as :func:`find_space` reads it; none takes the run's own
-            model, which says so in the metric's name and flatters its own samples.
-        checkpoint: ``latest``, ``best`` or a number of images.
-        seed: of the attacks.
-        device: where to compute.
-        progress: told the name of each metric.
-        bar: what shows how far a long attack is; it can be stopped, and goes on in the run's ``verdicts``.
-        team: processes that all call this: they share the images of attacks, and compute the rest each by itself; the
-            main one writes.
+        recipe: gives threat model and metrics; default: the run's own.
+        features: feature space of sample quality, as :func:`find_space` reads it.  None: the features of the run's own
+            model; records are then named ``own features``, and the results favour the model's own samples.
+        checkpoint: ``latest``, ``best`` or a number of training images.
+        progress: called with the name of each metric.
+        bar: progress bar of attacks; an interrupted attack resumes from the run's folder ``verdicts``.
+        team: processes that all call this function: they divide the images of attacks among them and each compute
+            everything else; the main process writes the records.
     """
     recipe = recipe or run.recipe
-    run.records()  # a damaged file is noticed now rather than after minutes
+    run.records()  # fail now, not after minutes, if the file is damaged
     path = run.checkpoints.path(checkpoint)
     model = run.model(path.name)[0].to(device)
     data = run.data
@@ -98,23 +95,23 @@ def evaluate_run(
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """The penultimate features of the classifier of a run or model.
+    """Feature space: the penultimate features of the network of a run or model.
 
     Attributes:
-        where: what :func:`find_model` takes.
+        where: run or model, as :func:`find_model` reads it.
     """
 
     where: str
 
     @property
     def name(self) -> str:
-        """``features of`` the run or model."""
+        """``features of`` and the name of the run or model."""
         path = Path(self.where).resolve()
         return f"features of {path.parents[1].name if path.parent.name == 'checkpoints' else path.name}"
 
     @property
     def judge(self) -> str:
-        """A folder and its latest checkpoint, a model on the Hub, or a module of one's own."""
+        """Folder (of a run: with its latest checkpoint), model on the Hub, or user-defined module."""
         if self.where.startswith("hf:") or is_factory(self.where):
             return self.where
         pointer = Path(self.where) / "checkpoints" / "LATEST"
@@ -122,20 +119,21 @@ class Classifier:
         return f"{Path(self.where).resolve()}{latest}"
 
     def load(self, device: torch.device | str) -> Features:
-        """Its latest checkpoint."""
         return feature_space(self.name, find_model(self.where).to(device))
 
 
 def find_space(features: str | Path) -> Space:
-    """What ``--features`` names: ``inception``, ``inception:PATH`` with one's own copy of its weights, ``pixels``, or a
-    run or model as :func:`find_model` takes it.  A folder that is called like a kind is ``./pixels``.
+    """Return the feature space that ``--features`` names.
+
+    ``inception``, ``inception:PATH`` (its weight file), ``pixels``, or what :func:`find_model` reads, such as a run.
+    A folder called ``pixels`` is written ``./pixels``.
     """
     text = str(features)
     return config.build(text, "space") if text.partition(":")[0] in config.KINDS["space"] else Classifier(text)
 
 
 def feature_space(name: str, model: Network) -> Features:
-    """A network's penultimate features under a name that says whose they are."""
+    """Return a network's penultimate features as a feature space; an encoder's has no logits."""
 
     def extract(x: Tensor) -> Tensor:
         with searching(model):
@@ -145,7 +143,7 @@ def feature_space(name: str, model: Network) -> Features:
 
 
 def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest record of each name, set of samples, attack and number of images, in the order of first appearance."""
+    """Return the last record of each name, set of samples, attack and image count, in order of first appearance."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in records:
         identity = (record["name"], *(str(record["settings"].get(k)) for k in ("samples", "attack", "images")))

@@ -1,4 +1,4 @@
-"""Metrics that belong together: what a paper or a benchmark reports, at three lengths."""
+"""Suites: the metrics that a paper or benchmark reports, in three tiers of length."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -23,13 +23,13 @@ Tier = Literal["quick", "standard", "full"]
 
 @dataclass(frozen=True)
 class Extent:
-    """How long an evaluation is.
+    """The sizes that determine how long a suite takes.
 
     Attributes:
-        version: of AutoAttack.
-        images: that the attacks are run on; none for all.
-        outliers: of each set, and of the data, in detection.
-        restarts: of projected attacks, and of the worst case of detection.
+        version: version of AutoAttack.
+        images: number of images to attack.  None: all.
+        outliers: number of images of each set, and of the data, for detection metrics.
+        restarts: restarts of PGD and the energy attack in ``jeat``, and of the worst case of detection.
     """
 
     version: Literal["quick", "standard", "full"]
@@ -48,31 +48,34 @@ TIERS: Mapping[str, Extent] = MappingProxyType(
 
 
 def robustbench(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
-    """Clean accuracy and AutoAttack, as the RobustBench leaderboard reports them."""
+    """Return clean and AutoAttack accuracy, as the RobustBench leaderboard reports them."""
     return Accuracy(), _under(AutoAttack(threat.eps, threat.norm, extent.version), extent)
 
 
 def jeat(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
-    """PGD-50, the energy attack, C&W with c = 0.2, AutoAttack, and the quality of samples, JEAT section 4.1."""
+    """Return PGD-50, energy attack, C&W with c = 0.2, AutoAttack and sample quality, JEAT section 4.1.
+
+    Clean accuracy and energies are added.
+    """
     pgd = replace(threat, loss="cross-entropy", steps=50, step_size=threat.eps / 4 or None, restarts=extent.restarts)
-    cross = RobustAccuracy(CW(c=0.2), images=extent.images)  # finds the nearest, so restarts change nothing
+    cross = RobustAccuracy(CW(c=0.2), images=extent.images)  # C&W has no restarts
     attacks = (_under(pgd, extent), _under(replace(pgd, loss="energy"), extent), cross)
     clean, auto = robustbench(threat, extent)
     return (clean, *attacks, auto, SampleQuality(), Energies())
 
 
 def cem(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
-    """Clean accuracy, the threat untargeted and targeted, energies, and the quality of samples, CEM section 4."""
+    """Return clean accuracy, the threat untargeted and targeted, sample quality and energies, CEM section 4."""
     return Accuracy(), _under(threat, extent), TargetedAccuracy(images=extent.images), SampleQuality(), Energies()
 
 
 def binary_at(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
-    """Quality of samples, and detection, standard and worst case, as Binary-AT reports it."""
+    """Return sample quality, and detection, clean and in the worst case, as Binary-AT reports them."""
     return SampleQuality(), OutOfDistribution(count=extent.outliers, restarts=extent.restarts)
 
 
 def everything(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
-    """All of these, with calibration and corruptions."""
+    """Return the metrics of all other suites, detectors, calibration and accuracy under corruptions."""
     suites = (jeat, cem, binary_at)
     found = [metric for suite in suites for metric in suite(threat, extent)]
     return (*dict.fromkeys(found), Detectors(count=extent.outliers), Calibration(), CorruptionAccuracy())
@@ -84,11 +87,11 @@ SUITES: Mapping[str, Callable[[Attack, Extent], tuple[Metric, ...]]] = MappingPr
 
 
 def suite(name: str, threat: Attack, tier: str = "standard") -> tuple[Metric, ...]:
-    """The metrics of a suite.
+    """Return the metrics of a suite.
 
     Args:
         name: ``robustbench``, ``jeat``, ``cem``, ``binary-at`` or ``all``.
-        threat: whose ball the attacks stay in.
+        threat: threat model; gives the ball of the attacks.
         tier: ``quick`` (512 images, AutoAttack's first two attacks), ``standard``, or ``full`` (more restarts).
     """
     if name not in SUITES:

@@ -1,4 +1,4 @@
-"""Whether confidences are the shares of right answers: calibration errors, proper scores, temperature scaling."""
+"""Calibration of confidences: calibration errors, proper scoring rules, temperature scaling."""
 
 import math
 import warnings
@@ -19,21 +19,21 @@ from advebm.metrics.base import Record, Subject, average
 from advebm.metrics.distances import jackknife
 from advebm.models.modes import searching
 
-GROUPS = 20  # of the jackknife
-RANGE = 20.0  # of the logarithms of temperatures, on both sides of 0
+GROUPS = 20  # number of jackknife groups
+RANGE = 20.0  # log T is searched in [-RANGE, RANGE]
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Sums over the predictions in each of M equal bins of confidence, ``(m/M, (m+1)/M]``: they add over batches."""
+    """Sums over the predictions in each of M equal confidence bins ``(m/M, (m+1)/M]``; sums of batches add up."""
 
-    count: Tensor  # (M,) float64
-    confidence: Tensor
-    right: Tensor
+    count: Tensor  # number of predictions, (M,) float64
+    confidence: Tensor  # sum of confidences, (M,) float64
+    right: Tensor  # number of correct predictions, (M,) float64
 
     @classmethod
     def of(cls, logits: Tensor, y: Tensor, bins: int) -> "Reliability":
-        """Of logits (N, K) and labels int64 (N,)."""
+        """Compute the sums from logits (N, K) and labels int64 (N,)."""
         confidence, predicted = logits.double().softmax(1).max(1)
         place = (confidence * bins).ceil().long().clamp(1, bins) - 1
         sums = lambda values: torch.zeros(bins, dtype=torch.float64, device=place.device).index_add(0, place, values)
@@ -44,19 +44,19 @@ class Reliability:
 
     @property
     def gaps(self) -> Tensor:
-        """|accuracy - confidence| in each bin, 0 in empty ones, (M,)."""
+        """|accuracy - mean confidence| of each bin, 0 for empty bins, (M,)."""
         return (self.right - self.confidence).abs() / self.count.clamp_min(1)
 
     def expected_error(self) -> float:
-        """ECE: the mean gap, weighted by the share of predictions in each bin, Guo et al. (2017)."""
+        """Return the ECE: the mean gap, weighted by the share of predictions in each bin, Guo et al. (2017)."""
         return (self.gaps * self.count).sum().item() / self.count.sum().item()
 
     def maximum_error(self) -> float:
-        """MCE: the largest gap of any bin, however few predictions it holds, Guo et al. (2017)."""
+        """Return the MCE: the largest gap of any bin, however few predictions it contains, Guo et al. (2017)."""
         return self.gaps.max().item()
 
     def series(self) -> dict[str, list[float]]:
-        """Of the bins that hold something: lower edge, mean confidence, accuracy, share of all predictions."""
+        """Return lower edge, mean confidence, accuracy and share of all predictions of each non-empty bin."""
         held = self.count.nonzero().squeeze(1)
         n = self.count[held]
         return {
@@ -68,24 +68,26 @@ class Reliability:
 
 
 def negative_log_likelihood(logits: Tensor, y: Tensor) -> Tensor:
-    """``-log p(y|x)`` in nats; (N, K), (N,) -> (N,) float64."""
+    """Return ``-log p(y|x)`` in nats; (N, K), (N,) -> (N,) float64."""
     return energies.conditional(logits.double(), y)
 
 
 def brier(logits: Tensor, y: Tensor) -> Tensor:
-    """``Σ_k (p(k|x) - [k = y])²``, in [0, 2], Brier (1950); (N, K), (N,) -> (N,) float64."""
+    """Return ``Σ_k (p(k|x) - [k = y])²``, in [0, 2], Brier (1950); (N, K), (N,) -> (N,) float64."""
     p = logits.double().softmax(1)
     return p.square().sum(1) - 2 * p.gather(1, y[:, None]).squeeze(1) + 1
 
 
 def temperature(logits: Tensor, y: Tensor) -> tuple[float, float]:
-    """The T whose ``softmax(f / T)`` has the least negative log-likelihood, Guo et al. (2017), and its standard error.
+    """Fit temperature scaling, Guo et al. (2017): return T and its standard error.
 
-    The derivative by 1/T, ``E_p[f] - f_y`` on average, never falls as 1/T grows: bisection of log T finds its root.
-    The error is that of an M-estimator: it does not take the model to be right.
+    T minimises the mean negative log-likelihood of ``softmax(f / T)`` for logits f (N, K) and labels (N,).  Bisection
+    on log T finds the root of its derivative with respect to 1/T, the mean of ``E_p[f] - f_y``, which never decreases
+    in 1/T.  The standard error is that of an M-estimator: it does not assume that the model is correct.
 
     Raises:
-        UserError: every answer is right, or they are worse than constant ones: then no finite T > 0 is the best.
+        UserError: no finite T > 0 is optimal, because every image is classified correctly (T -> 0) or the labels'
+            logits are on average not above the mean logit (T -> ∞).
     """
     z = logits.double()
     chosen = z.gather(1, y[:, None]).squeeze(1)
@@ -94,7 +96,7 @@ def temperature(logits: Tensor, y: Tensor) -> tuple[float, float]:
         raise UserError(f"no temperature is the best for {len(z)} images of which {what} are classified right")
 
     def slope(t: float) -> Tensor:
-        return ((z / t).softmax(1) * z).sum(1) - chosen  # (N,), by 1/T
+        return ((z / t).softmax(1) * z).sum(1) - chosen  # derivative with respect to 1/T, (N,)
 
     low, high = -RANGE, RANGE
     for _ in range(80):
@@ -111,11 +113,11 @@ def temperature(logits: Tensor, y: Tensor) -> tuple[float, float]:
 class Calibration:
     """Calibration errors, likelihood and Brier score of a classifier, before and after temperature scaling.
 
-    The temperature is fitted on the validation split and leaves every prediction as it is.  ECE is biased upwards
-    where images are few; it depends on the bins.
+    The temperature is fitted on the validation split and does not change predicted classes.  ECE depends on the number
+    of bins and is biased upwards for few images.
 
     Attributes:
-        bins: of equal width, on [0, 1].
+        bins: number of confidence bins, of equal width on [0, 1].
     """
 
     bins: int = 15
@@ -127,7 +129,7 @@ class Calibration:
             raise UserError(f"bins is at least 1, got {self.bins}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """``ECE``, ``MCE``, ``NLL``, ``Brier score``; ``temperature``; the four ``after temperature scaling``."""
+        """Return ``ECE``, ``MCE``, ``NLL``, ``Brier score``; then ``temperature`` and all four after scaling."""
         validation, (logits, y) = _logits(subject, subject.data.val), _logits(subject, subject.split)
         records = self._records(logits, y, "", {"temperature": 1.0})
         try:
@@ -156,7 +158,7 @@ class Calibration:
 
 
 def _logits(subject: Subject, split: Images) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) in float64 and labels (N,) of a split, on the host."""
+    """Return logits (N, K) in float64 and labels (N,) of a split, on the CPU."""
     if not split.labelled:
         raise UserError(f"calibration needs labels, {subject.data.name} has none; choose --metrics without it")
     found = []

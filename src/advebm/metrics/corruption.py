@@ -18,10 +18,11 @@ from advebm.models.modes import searching
 class CorruptionAccuracy:
     """Share of corrupted images that are classified as labelled, for each corruption and severity.
 
-    After Hendrycks and Dietterich (2019), with parameters of our own: not CIFAR-10-C, and not comparable with it.
+    The corruptions follow Hendrycks and Dietterich (2019) with this package's own parameters: the results are not
+    comparable with those on CIFAR-10-C.
 
     Attributes:
-        corruptions: which ones; see :mod:`advebm.data.corruptions`.
+        corruptions: names from :mod:`advebm.data.corruptions`.
         severities: from 1 to 5.
     """
 
@@ -38,7 +39,7 @@ class CorruptionAccuracy:
                 check(name, severity)
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """``accuracy under gaussian-noise 3`` and so on, and their mean, ``accuracy under corruptions``."""
+        """Return ``accuracy under gaussian-noise 3`` etc. and their mean, ``accuracy under corruptions``."""
         subject.check_labelled()
         records, everything = [], []
         for name in self.corruptions:
@@ -49,7 +50,7 @@ class CorruptionAccuracy:
                 records.append(Record(f"accuracy under {name} {severity}", *proportion(hits), settings))
                 everything.append(hits)
         settings = {"corruption": list(self.corruptions), "severity": list(self.severities), "parameters": "advebm"}
-        shares = torch.stack(everything).double().mean(0)  # of each image, so that the error knows they are the same
+        shares = torch.stack(everything).double().mean(0)  # per image: repeated images are not independent
         return [*records, Record("accuracy under corruptions", *average(shares), settings)]
 
 

@@ -1,4 +1,4 @@
-"""Each class as a detector of its own images, under attack."""
+"""Each logit of a classifier as a detector of the images of its class, under attack."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +21,13 @@ from advebm.models.modes import searching
 class Detectors:
     """How well ``f_k`` tells images of class k from those of other classes that are moved to raise it, GAT's measure.
 
-    Yin et al. (2020) judge their K detectors so.  The images of class k stay as they are, as in their protocol; the
-    others move in the threat's ball, by Auto-PGD on ``f_k`` itself.  Mean of the AUROCs over the classes; its error
-    takes them for independent, though they share images.
+    This is how Yin et al. (2020) evaluate their K detectors: images of class k stay clean, and Auto-PGD perturbs the
+    images of other classes to maximise ``f_k`` within the threat model's ball.  The result is the mean AUROC over the
+    classes; its standard error treats the AUROCs as independent, although they share images.
 
     Attributes:
-        count: images of other classes that each detector meets, and of its own; fewer where there are no more.
-        steps, restarts: of Auto-PGD.
+        count: maximum number of images of class k, and of other classes, for each detector.
+        steps, restarts: settings of Auto-PGD.
     """
 
     count: int = 1000
@@ -42,7 +42,7 @@ class Detectors:
             raise UserError(f"count is at least 2, steps and restarts at least 1, got {counts}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """``AUROC of detectors``, as the images are and under attack, each with the AUROC of every class."""
+        """Return ``AUROC of detectors``, clean and under attack; ``series`` contains the AUROC of each class."""
         subject.check_labelled()
         threat, split, names = subject.threat, subject.split, subject.data.classes
         attack = search_name(self.steps, self.restarts, threat.eps, threat.norm)

@@ -1,4 +1,4 @@
-"""Distances between two sets of features, and the score of one: pure, float64, whatever batches the sets came in."""
+"""Fréchet and kernel distances between two sets of features, the Inception score of one, and the jackknife; float64."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from advebm.core.errors import UserError
 
 
 def check_features(features: Tensor) -> Tensor:
-    """Features as float64; refuse what is not finite and of shape (N, D)."""
+    """Return features as float64; raise UserError if they are not finite and of shape (N, D)."""
     if features.ndim != 2 or not torch.isfinite(features).all():
         raise UserError(f"features are finite and of shape (N, D), got {_what(features)}")
     return features.double()
@@ -26,7 +26,7 @@ def _what(features: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, sum and sum of outer products of features: they add over batches and processes."""
+    """Count, sum and sum of outer products of features (N, D); those of batches or processes can be added."""
 
     count: int
     total: Tensor  # (D,) float64
@@ -34,7 +34,6 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Of features (N, D)."""
         f = check_features(features)
         return cls(len(f), f.sum(0), f.T @ f)
 
@@ -46,22 +45,21 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """(D,)."""
         return self.total / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D), divided by N - 1."""
+        """Covariance, (D, D), with divisor N - 1."""
         centred = self.outer - torch.outer(self.total, self.total) / self.count
         return centred / (self.count - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """``‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½)``, Heusel et al. (2017).
+    """Return ``‖μ_a - μ_b‖² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½)``, Heusel et al. (2017).
 
-    The trace of the root is the sum of the roots of the eigenvalues of ``Lᵀ Σ_b L`` where ``L Lᵀ = Σ_a``, which is
-    symmetric: no matrix root, nothing imaginary.  It is called FID only in the features of the Inception network.
-    The fewer features, the larger it is on average; with no more of them than dimensions it says little by itself.
+    The trace of the matrix root is computed as the sum of the square roots of the eigenvalues of ``Lᵀ Σ_b L``, where
+    ``L Lᵀ = Σ_a``; this matrix is symmetric, so no imaginary parts arise.  Only in Inception features is the distance
+    called FID.  It is biased upwards for few samples; with no more samples than dimensions it means little by itself.
     """
     if min(a.count, b.count) < 2 or a.mean.shape != b.mean.shape:
         sizes = f"{a.count} x {len(a.total)} and {b.count} x {len(b.total)}"
@@ -77,28 +75,28 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """KID: the unbiased squared MMD for the kernel ``(x·y / D + 1)³``, Bińkowski et al. (2018).  May be negative."""
+    """Return KID: the unbiased squared MMD, kernel ``(x·y / D + 1)³``, Bińkowski et al. (2018).  May be negative."""
     return RealFeatures(b).kernel(a)
 
 
 def unbiased_mmd(m: int, aa: float, n: int, bb: float, ab: float) -> float:
-    """From the kernel's sums over different pairs within each set (m and n items) and over all pairs across."""
+    """Combine kernel sums over pairs of different items within each set (m and n items) and over all pairs across."""
     return aa / (m * (m - 1)) + bb / (n * (n - 1)) - 2 * ab / (m * n)
 
 
 def kernel_sum(a: Tensor, b: Tensor, *, block: int = 2048) -> float:
-    """``Σ_ij (a_i·b_j / D + 1)³`` in float64, a block of rows at a time: memory does not grow with both sets."""
+    """Return ``Σ_ij (a_i·b_j / D + 1)³`` in float64, ``block`` rows at a time to limit memory."""
     b = b.double()
     return sum(((part.double() @ b.T / b.shape[1] + 1) ** 3).sum().item() for part in a.split(block))
 
 
 def kernel_pairs(a: Tensor) -> float:
-    """The kernel summed over pairs of different items of one set."""
+    """Return the kernel's sum over ordered pairs of different items of one set."""
     return kernel_sum(a, a) - ((a.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item()
 
 
 class RealFeatures:
-    """Features of real images, to which sets of samples are compared; what depends on these alone is computed once."""
+    """Features (N, D) of real images to compare samples with; what depends on them alone is computed once."""
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
@@ -108,20 +106,17 @@ class RealFeatures:
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """Count, sum and outer products."""
         return Moments.of(self.features)
 
     @functools.cached_property
     def pairs(self) -> float:
-        """The kernel summed over pairs of different images."""
+        """The kernel summed over ordered pairs of different images."""
         return kernel_pairs(self.features)
 
     def frechet(self, samples: Tensor) -> float:
-        """:func:`frechet_distance` to features of samples (N, D)."""
         return frechet_distance(Moments.of(samples), self.moments)
 
     def kernel(self, samples: Tensor) -> float:
-        """:func:`kernel_distance` to features of samples (N, D)."""
         a, b = check_features(samples), check_features(self.features)
         if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
             sizes = f"{len(a)} x {a.shape[1]} and {len(b)} x {b.shape[1]}"
@@ -130,15 +125,15 @@ class RealFeatures:
 
 
 def inception_score(logits: Tensor, splits: int = 10, generator: torch.Generator | None = None) -> tuple[float, float]:
-    """``exp E_x KL(p(y|x) ‖ p(y))`` in each split of the images: mean and deviation over the splits.
+    """Return mean and standard deviation over splits of ``exp E_x KL(p(y|x) ‖ p(y))``, Salimans et al. (2016).
 
-    Salimans et al. (2016).  It lies between 1 and K.  The deviation is what papers print behind ±, the root of the mean
-    square over the splits; it is no standard error.
+    The score lies between 1 and K.  The deviation (divisor: number of splits) is what papers print behind ±; it is not
+    a standard error.
 
     Args:
         logits: (N, K).
-        splits: equal parts of the images, each with its own p(y).
-        generator: shuffles the images; without one they are split in the order they come in, which has to be random.
+        splits: number of equal parts of the images, each with its own p(y).
+        generator: shuffles the images.  None: they are split in the given order, which must be random.
     """
     logits = check_features(logits)
     if not 1 <= splits <= len(logits):
@@ -153,15 +148,15 @@ def inception_score(logits: Tensor, splits: int = 10, generator: torch.Generator
 
 
 def _score(log_p: Tensor) -> Tensor:
-    """Of one split, from log-probabilities: nothing underflows."""
+    """Return the score of one split from log-probabilities (N, K), which do not underflow."""
     log_q = log_p.logsumexp(0) - math.log(len(log_p))
     return (log_p.exp() * (log_p - log_q)).sum(1).mean().exp()
 
 
 def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> float:
-    """Standard error of a statistic, from leaving out one of ``groups`` equal groups at a time.
+    """Return the jackknife standard error ``√((g-1)/g Σ (θ_i - θ̄)²)``, leaving out one of g equal groups at a time.
 
-    ``statistic(kept)`` computes it from the groups whose numbers it is given.  ``√((g-1)/g Σ (θ_i - θ̄)²)``.
+    ``statistic(kept)`` computes θ from the groups whose indices it is given.
     """
     left = torch.tensor([statistic([g for g in range(groups) if g != out]) for out in range(groups)])
     return ((groups - 1) * left.double().var(correction=0)).sqrt().item()

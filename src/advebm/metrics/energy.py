@@ -1,4 +1,4 @@
-"""How the energy ranks data, samples and noise."""
+"""Energies of data, samples and noise."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +20,7 @@ class Energies:
 
     Attributes:
         noise: number of noise images.
-        bins: of the histogram that each record carries.
+        bins: number of bins of each record's histogram.
     """
 
     noise: int = 1000
@@ -33,7 +33,7 @@ class Energies:
             raise UserError(f"noise is at least 2 images and bins at least 1, got {self.noise} and {self.bins}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """A record ``E(x) of …`` for each set: mean in nats, with the deviation among its settings."""
+        """Return a record ``E(x) of …`` for each set: the mean in nats, with the standard deviation in its settings."""
         uniform = torch.rand(self.noise, *subject.data.shape, generator=generator, device=generator.device)
         sets = {"test images": subject.split.x, **{f"samples {k}": v.x for k, v in subject.samples.items()}}
         sets["uniform noise"] = uniform
@@ -52,5 +52,5 @@ class Energies:
 
 
 def _energy(f: Logits, x: Tensor) -> Tensor:
-    """``E(x)`` (B,) from logits (B, K), or (B,) of a critic."""
+    """Return ``E(x)`` (B,) from logits (B, K), or from a critic's outputs (B,) or (B, 1)."""
     return energies.marginal(f(x).reshape(len(x), -1))

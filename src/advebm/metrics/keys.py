@@ -1,6 +1,6 @@
-"""The key of a record: what it is about, in parts that code can compare; its name is for people.
+"""Keys of records: what a record measures, in fields that code can compare (a record's name is for people).
 
-Keys are read from names and settings, so that ``metrics.json`` has neither changed nor grown.
+A key is parsed from a record's name and settings; ``metrics.json`` does not store it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 
 from advebm.core import config
 
-INCEPTION = "inception"  # the one space in which some quantities have names of their own
-NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}  # what these are called there
+INCEPTION = "inception"  # the feature space in which some quantities have other names
+NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}  # quantity -> its name in Inception features
 IN_FEATURES = ("precision", "recall", "density", "coverage", "intended class", "counterfactual named so", *NAMES)
 
 
 class Attacked(NamedTuple):
-    """An attack that images were under.
+    """The attack that the measured images were under.
 
     Attributes:
         kind: ``PGD``, ``FGSM``, ``energy attack``, ``C&W-PGD``, ``APGD``, ``FAB``, ``Square``, ``C&W``, ``AutoAttack``;
-            ``targeted`` before it where it went towards classes.
-        steps: of a run; None where it has no such number.
-        text: as tables write it, ``PGD-20 l2 0.75``.
-        part: where an attack is a row of attacks, the last of them that was run; None where all were.
+            ``other`` for a user-defined attack; prefixed by ``targeted`` for a targeted attack.
+        steps: steps of each run of the attack.  None: it has no such setting.
+        text: name in tables, such as ``PGD-20 l2 0.75``.
+        part: for an attack made of several, such as AutoAttack, the last one that was run.  None: all were run.
     """
 
     kind: str
@@ -31,15 +31,15 @@ class Attacked(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a record is about.
+    """What a record measures.
 
     Attributes:
         quantity: ``accuracy``, ``AUROC``, ``FD``, ``class score``, ``E(x)``, ``PSNR`` and so on.
-        attack: that the images were under; None where they were not attacked.
-        samples: the set of samples that was measured; None where it was not samples.
-        space: the feature space; None where there is none.
-        set: the images measured on, where they are not the data's: outliers, corrupted ones, a task of restoration.
-        by: what gave the answer, where it was not the model itself: a detection score, a probe, a way to restore.
+        attack: None: the images were not attacked.
+        samples: name of the measured set of samples.  None: not a measurement of samples.
+        space: name of the feature space.  None: the quantity needs none.
+        set: a set of outliers, a corruption, a restoration task, or (of ``E(x)``) ``test images`` or ``uniform noise``.
+        by: detection score, probe or restoration method that gave the answer.  None: the model's own predictions.
     """
 
     quantity: str
@@ -51,19 +51,19 @@ class Key(NamedTuple):
 
     @property
     def is_share(self) -> bool:
-        """Whether people read it in percent."""
+        """Whether tables show the quantity in percent."""
         return self.quantity.startswith(("accuracy", "intended class"))
 
 
 def label(quantity: str, space: str) -> str:
-    """What a quantity is called in a feature space: FID, KID and IS are Inception's, elsewhere the space is named."""
+    """Return a quantity's name in a feature space: FID, KID, IS for Inception, otherwise ending in the space's name."""
     return NAMES[quantity] if space == INCEPTION and quantity in NAMES else f"{quantity} ({space})"
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
-    """The key of a record, as a metric gives it or as ``metrics.json`` keeps it.
+    """Return the key of a record given as a dict, as ``metrics.json`` stores it.
 
-    A record of no form that is known here, such as one of a metric of one's own, has its whole name as the quantity.
+    A record of unknown form, such as one of a user-defined metric, has its whole name as the quantity.
     """
     name, settings = record["name"], record["settings"]
     samples, attack = _text(settings.get("samples")), _attacked(name, settings)
@@ -91,19 +91,18 @@ def key_of(record: Mapping[str, Any]) -> Key:
 
 
 def key_of_attack(attack: Any, *, targeted: bool = False) -> Attacked:
-    """The key of an attack of :mod:`advebm.attacks`; or of the same towards classes, as ``targeted-accuracy`` does."""
+    """Return the ``attack`` field of a key; ``targeted``: of the targeted version that ``targeted-accuracy`` runs."""
     plain, words = config.describe(attack), "targeted " * targeted
     return Attacked(words + _kind(plain), _steps(plain), words + attack.name)
 
 
 def matches(key: Key, wanted: Mapping[str, Any]) -> bool:
-    """Whether a key is what a table asks for.
+    """Return whether a record's key fits a table's pattern.  Records after only a part of an attack never do.
 
     Args:
-        key: of a record.
-        wanted: ``quantity``; ``attack``, its kind, without which the images were not attacked; ``steps`` of the attack,
-            or ``least_steps``; ``set``, whatever scored it, without which it is the model itself on the data's images;
-            ``space``, any if it is left out.
+        wanted: the pattern, with ``quantity`` and optionally ``attack``, its kind (without it: clean images only);
+            ``steps`` or ``least_steps``, the exact or minimum number of attack steps; ``set``, by any score or method
+            (without it: keys with neither ``set`` nor ``by``); ``space``, the feature space (without it: any).
     """
     attack = key.attack
     if key.quantity != wanted["quantity"] or (attack and attack.kind) != wanted.get("attack"):
@@ -116,13 +115,13 @@ def matches(key: Key, wanted: Mapping[str, Any]) -> bool:
 
 
 def first_match(records: Iterable[Mapping[str, Any]], wanted: Iterable[Mapping[str, Any]]) -> Any:
-    """The first record that is what a table asks for, the best pattern first; None without any."""
+    """Return the first record that matches the first pattern that any record matches.  None: no match."""
     keyed = [(key_of(record), record) for record in records]
     return next((r for pattern in wanted for k, r in keyed if matches(k, pattern)), None)
 
 
 def _in_features(name: str) -> tuple[str, str] | None:
-    """The quantity and the space of a name that :func:`label` made; records of comparisons have no settings."""
+    """Parse quantity and space from a name that :func:`label` made: comparisons of samplers drop the settings."""
     inception = next((quantity for quantity, shown in NAMES.items() if shown == name), None)
     if inception is not None:
         return inception, INCEPTION
@@ -135,14 +134,14 @@ def _many_enough(steps: int | None, wanted: Mapping[str, Any]) -> bool:
 
 
 def _text(value: Any) -> str | None:
-    """A setting that is text; metrics of one's own may keep anything under these names."""
+    """Return a setting if it is text, else None: user-defined metrics may store anything under these names."""
     return value if isinstance(value, str) else None
 
 
 def _attacked(name: str, settings: Mapping[str, Any]) -> Attacked | None:
-    """From the description of an attack, or from the words of detection's search."""
+    """Return the attack from its stored description, or from the name that detection metrics store instead."""
     plain = settings.get("attack")
-    if isinstance(plain, str):  # Auto-PGD on a score
+    if isinstance(plain, str):  # detection metrics: Auto-PGD on a score
         metric = settings.get("metric")
         return Attacked("APGD", _steps(metric) if isinstance(metric, Mapping) else None, plain)
     if not isinstance(plain, Mapping):
@@ -158,7 +157,7 @@ def _steps(plain: Mapping[str, Any]) -> int | None:
 
 
 def _kind(plain: Mapping[str, Any]) -> str:
-    """The word of an attack's kind; ``other`` of attacks of one's own."""
+    """Return the kind of an attack, without ``targeted``; ``other`` for user-defined attacks."""
     words = {"apgd": "APGD", "fab": "FAB", "square": "Square", "cw": "C&W", "autoattack": "AutoAttack"}
     if not (plain.get("kind") == "pgd" or ("kind" not in plain and {"loss", "start"} <= plain.keys())):
         return words.get(str(plain.get("kind")), "other")

@@ -1,7 +1,7 @@
-"""Out-of-distribution detection: scores, how well they tell two sets apart, and how well under attack.
+"""Out-of-distribution (OOD) detection: scores, and how well they separate two sets, clean and under attack.
 
-Convention: a score is high where an image looks more out of distribution, and out of distribution is the positive
-class.  Results in the literature often mean the opposite; each function says which.
+Convention: a higher score means more out of distribution, and out of distribution is the positive class.  The
+literature often uses the opposite; functions with both options say which is meant.
 """
 
 import math
@@ -29,27 +29,27 @@ from advebm.metrics.distances import jackknife
 from advebm.models.inference import faster_model
 from advebm.models.modes import searching
 
-BINS = 40  # of the histograms that records carry
-GROUPS = 20  # of the jackknife
+BINS = 40  # number of bins of the histograms in records
+GROUPS = 20  # number of jackknife groups
 
 # Scores: network and images -> (B,) float64, high = more out of distribution -----------------------------------------
 
 
 class Score(Protocol):
-    """A frozen dataclass that scores images; differentiable in them, so that it can be attacked."""
+    """A frozen dataclass that scores images, differentiably, so that gradient attacks can lower the score."""
 
     @property
     def name(self) -> str:
-        """As tables write it."""
+        """Name in tables."""
         ...
 
     @property
     def classes(self) -> bool:
-        """Whether it needs a classifier."""
+        """Whether the score needs a classifier, rather than a critic (one output)."""
         ...
 
     def __call__(self, f: Logits, x: Tensor) -> Tensor:
-        """Outputs ``f`` (B, K), or (B,) of a critic, at images (B, C, H, W) -> (B,) float64."""
+        """Return scores (B,) float64 of images (B, C, H, W), with ``f`` giving logits (B, K), or (B,) for a critic."""
         ...
 
 
@@ -57,7 +57,7 @@ class Score(Protocol):
 class EnergyScore:
     """``E(x) = -log Σ_k exp f_k(x)``, Liu et al. (2020); of a critic ``-f(x)``.
 
-    Binary adversarial training makes f a classifier of data against the rest, not a log-density: it ranks, no more.
+    After binary adversarial training f separates data from the rest and is no log-density: only its ranking counts.
     """
 
     name = "energy"
@@ -72,7 +72,7 @@ class EnergyScore:
 class MaxSoftmax:
     """``log (1 - p) / p`` of the confidence ``p = max_k p(k|x)``, Hendrycks and Gimpel (2017).
 
-    It ranks as ``1 - p`` does, but two confidences that round to 1 are still told apart.
+    It ranks images as ``1 - p`` does, but still separates two confidences that both round to 1.
     """
 
     name = "max-softmax"
@@ -99,11 +99,11 @@ class MaxLogit:
 class ODIN:
     """:class:`MaxSoftmax` at a temperature, after a sign step that raises the confidence, Liang et al. (2018).
 
-    The defaults are not tuned to any set.  The step may leave [0, 1] by its size, as in the paper.
+    The defaults are not tuned on any set of outliers.  As in the paper, the step is not clamped to [0, 1].
 
     Attributes:
-        temperature: divides the logits.
-        step: in pixels of [0, 1].
+        temperature: divisor of the logits.
+        step: step size, in pixels of [0, 1].
     """
 
     temperature: float = 1000.0
@@ -127,32 +127,32 @@ class ODIN:
 
 
 def _outputs(f: Logits, x: Tensor) -> Tensor:
-    """(B, K), or (B, 1) of a critic, in float64, for differences of logits that ODIN divides by 1000."""
+    """Return outputs (B, K), or (B, 1) of a critic; float64, since ODIN divides logits by 1000."""
     return f(x).double().reshape(len(x), -1)
 
 
 def _doubt(logits: Tensor) -> Tensor:
-    """Log-odds against the most likely class, in nats; (B, K) -> (B,)."""
+    """Return the log-odds against the most likely class, in nats; (B, K) -> (B,)."""
     if logits.shape[1] < 2:
         raise UserError("this score needs a classifier, the model has one output; use energy or max-logit")
     top, most_likely = logits.max(1)
     return logits.scatter(1, most_likely[:, None], -torch.inf).logsumexp(1) - top
 
 
-# Two sets of scores -> how well they are told apart; float64, ties counted half --------------------------------------
+# Two sets of scores -> how well they are separated; float64, ties count half -----------------------------------------
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error."""
+    """A value and its standard error."""
 
     value: float
     error: float
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Estimate:
-    """Probability that an outlier ``outside (M,)`` scores higher than an image of the data ``inside (N,)``.
+    """Return the probability that an outlier in ``outside (M,)`` scores above an image of the data in ``inside (N,)``.
 
-    The error is that of DeLong et al. (1988).
+    The standard error is that of DeLong et al. (1988).
     """
     inside, outside = _checked(inside, outside)
     caught, passed = _share_below(outside, inside), _share_below(inside, outside)
@@ -161,32 +161,33 @@ def auroc(inside: Tensor, outside: Tensor) -> Estimate:
 
 
 def aupr(inside: Tensor, outside: Tensor, *, positive: Literal["ood", "id"] = "ood") -> Estimate:
-    """Average precision with the outliers, or with the data, as what is to be found; its level is their share.
+    """Return the average precision with outliers (``ood``) or data (``id``) as positives; chance is their share.
 
-    The error is a jackknife's over groups of both sets.
+    The standard error is a jackknife estimate over groups of both sets.
     """
     return _jackknifed(_average_precision, *_checked(inside, outside), positive)
 
 
 def fpr95(inside: Tensor, outside: Tensor, *, recall: Literal["ood", "id"]) -> Estimate:
-    """What is let through wrongly where 95 % of the outliers, or of the data, are recognised.
+    """Return the false-positive rate at 95 % recall of the outliers or of the data.
 
-    ``ood``: share of the data that scores as high as the threshold that 95 % of the outliers reach.  ``id``: share of
-    the outliers that score as low as the one 95 % of the data stay under.  The literature means either, the second
-    more often.  The error is a jackknife's over groups of both sets, so it knows that the threshold is estimated too.
+    ``recall="ood"``: the share of the data at or above the threshold that 95 % of the outliers reach.  ``recall="id"``:
+    the share of the outliers at or below the threshold that 95 % of the data do not exceed.  Both are called FPR95 in
+    the literature, the second more often.  The standard error is a jackknife estimate over groups of both sets, so it
+    includes the uncertainty of the threshold.
     """
     return _jackknifed(_false_positives, *_checked(inside, outside), recall)
 
 
 def _share_below(scores: Tensor, others: Tensor) -> Tensor:
-    """Of each score, the share of ``others`` below it; equal ones count half."""
+    """Return for each score the share of ``others`` below it; ties count half."""
     others = others.sort().values
     places = torch.searchsorted(others, scores) + torch.searchsorted(others, scores, right=True)
     return places.double() / (2 * len(others))
 
 
 def _average_precision(positive: Tensor, negative: Tensor) -> float:
-    """``Σ_t (R_t - R_{t-1}) P_t`` over the distinct scores of positives t, from the highest; no interpolation."""
+    """Return ``Σ_t (R_t - R_{t-1}) P_t`` over the distinct positive scores t, highest first; no interpolation."""
     found, counts = positive.unique(return_counts=True)
     at_least = lambda scores: (len(scores) - torch.searchsorted(scores.sort().values, found)).double()
     true, false = at_least(positive), at_least(negative)
@@ -194,7 +195,7 @@ def _average_precision(positive: Tensor, negative: Tensor) -> float:
 
 
 def _false_positives(positive: Tensor, negative: Tensor) -> float:
-    """Share of negatives that reach the highest threshold that 95 % of the positives reach."""
+    """Return the share of negatives at or above the highest threshold that 95 % of the positives reach."""
     needed = math.ceil(19 * len(positive) / 20)
     threshold = positive.sort(descending=True).values[needed - 1]
     return (negative >= threshold).double().mean().item()
@@ -238,19 +239,19 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Estimate]] = {
 class OutOfDistribution:
     """How well scores tell the data from other images, as they are and moved so as to look like data.
 
-    The worst case follows Binary-AT's protocol: only the outliers are attacked, within a ball, by Auto-PGD on the very
-    score; the lowest of all restarts and of the image itself counts.  Published numbers differ in attack, split,
-    restarts and score: compare within one protocol only.
+    The worst case follows Binary-AT's protocol: only the outliers are attacked, by Auto-PGD minimising the score itself
+    within a ball; the lowest score over all restarts and the clean image counts.  Published numbers differ in attack,
+    split, restarts and score: compare within one protocol only.
 
     Attributes:
-        scores: ``energy``, ``max-softmax``, ``max-logit``, ``odin``; of a critic only those that need no classes.
+        scores: ``energy``, ``max-softmax``, ``max-logit``, ``odin``; a critic skips those that need a classifier.
         sets: ``uniform``, ``gaussian`` and ``class-gaussian`` noise, and sources such as ``cifar100`` or
-            ``folder:PATH``: their test images, fitted to the data's shape.
-        count: images of the data, and of each set; fewer where a split has no more.
-        eps: radius in pixels of [0, 1]; none takes the threat's if it has this norm, else 1 (l2) or 8/255 (linf).
-            0 leaves the worst case out.
-        norm: of the ball.
-        steps, restarts: of Auto-PGD.
+            ``folder:PATH``, whose test images are fitted to the data's shape.
+        count: maximum number of images of the data, and of each set.
+        eps: radius in pixels of [0, 1].  None: the threat model's if it has the same norm, else 1 (l2) or 8/255 (linf).
+            0: no worst case.
+        norm: norm of the ball.
+        steps, restarts: settings of Auto-PGD.
     """
 
     scores: tuple[Score, ...] = (EnergyScore(), MaxSoftmax())
@@ -276,7 +277,7 @@ class OutOfDistribution:
             raise UserError(f"count is at least 2, steps and restarts at least 1, got {counts}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """Five records for each set and score, as the images are and in the worst case: ``AUROC energy vs uniform``."""
+        """Return five records, such as ``AUROC energy vs uniform``, for each set and score, clean and worst case."""
         seed, where = generator.initial_seed(), generator.device
         eps = self._radius(subject.threat)
         metric = config.describe(replace(self, eps=eps))
@@ -314,7 +315,7 @@ class OutOfDistribution:
         return records
 
     def _scores(self, f: Logits, x: Tensor) -> list[Score]:
-        """Those that this model has."""
+        """Return the scores that the model supports; raise UserError if there are none."""
         with torch.no_grad():
             critic = _outputs(f, x).shape[1] < 2
         if not (kept := [score for score in self.scores if not (critic and score.classes)]):
@@ -346,7 +347,7 @@ class OutOfDistribution:
 
 
 def search_name(steps: int, restarts: int, eps: float, norm: str) -> str:
-    """What tables call the search of :func:`lowest_scores`: ``APGD-100 x 5 l2 1``."""
+    """Return the name of the search of :func:`lowest_scores` in tables, such as ``APGD-100 x 5 l2 1``."""
     return f"APGD-{steps}{'' if restarts == 1 else f' x {restarts}'} {radius_text(eps, norm)}"
 
 
@@ -361,15 +362,13 @@ def lowest_scores(
     generator: torch.Generator,
     search: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The lowest score in the ball around each of some images, theirs included, that Auto-PGD finds; (B,), on the CPU.
+    """Return the lowest score that Auto-PGD finds in the ball around each image, its own included; (B,), on the CPU.
 
     Args:
         score: images (B, C, H, W) -> (B,), differentiable.
-        x: the images.
-        eps, norm: the ball.
-        steps, restarts: of Auto-PGD.
-        generator: of its starts.
-        search: the same score, computed faster, which Auto-PGD climbs; what it finds is scored by ``score``.
+        eps, norm: radius and norm of the balls.
+        steps, restarts: settings of Auto-PGD.
+        search: faster version of ``score`` for Auto-PGD to minimise; the result is scored by ``score``.
     """
     likeness = lambda z: -(search or score)(z).to(z.dtype)
     found = [x] + [

@@ -1,7 +1,7 @@
 """Overlap of two sets of features: which items of one lie near items of the other.
 
 Each item is the centre of a ball that reaches to its k-th nearest neighbour in its own set.  Distances are Euclidean,
-in float64, a block at a time: memory does not grow with the product of the sets' sizes.
+in float64, computed in blocks so that memory does not grow with the product of the sets' sizes.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ BLOCK = 1024
 
 
 class Balls(NamedTuple):
-    """Balls around the items of a set, each out to the k-th nearest other item; the surface belongs to it."""
+    """Closed balls around the items of a set, each with the distance to the k-th nearest other item as radius."""
 
     centres: Tensor  # (N, D) float64
     radii: Tensor  # (N,)
@@ -24,7 +24,7 @@ class Balls(NamedTuple):
 
     @classmethod
     def around(cls, features: Tensor, k: int) -> "Balls":
-        """Around features (N, D), N > k."""
+        """Return the balls around features (N, D), N > k."""
         centres = check_features(features)
         if not 0 < k < len(centres):
             raise UserError(f"the {k}-th nearest neighbour takes at least {k + 1} features, got {len(centres)}")
@@ -32,15 +32,14 @@ class Balls(NamedTuple):
         return cls(centres, torch.cat([part.kthvalue(k + 1).values for part in parts]), k)
 
     def split(self, sizes: list[int]) -> list["Balls"]:
-        """The same balls in parts."""
         pairs = zip(self.centres.split(sizes), self.radii.split(sizes), strict=True)
         return [Balls(centres, radii, self.k) for centres, radii in pairs]
 
 
 def hits(points: Tensor, balls: Balls) -> tuple[Tensor, Tensor]:
-    """How many balls hold each point (P,), and how many points each ball holds (N,), int64.
+    """Count the balls that contain each point (P,), and the points that each ball contains (N,), int64.
 
-    Over parts of the points the first are joined and the second add; over parts of the balls it is the other way round.
+    To combine parts of the points, concatenate the first counts and add the second; for parts of the balls, vice versa.
     """
     points = check_features(points)
     if points.shape[1] != balls.centres.shape[1]:
@@ -54,20 +53,21 @@ def hits(points: Tensor, balls: Balls) -> tuple[Tensor, Tensor]:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Shares of fakes in a real image's ball, and of real images in a fake's ball, Kynkäänniemi et al. (2019)."""
+    """Return the shares of fakes in any real ball, and of reals in any fake ball, Kynkäänniemi et al. (2019)."""
     precise, recalled = hits(fake, Balls.around(real, k))[0], hits(real, Balls.around(fake, k))[0]
     return share(precise), share(recalled)
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
-    """Real images' balls around a fake, over k; and the share of these balls with a fake in them, Naeem et al. (2020).
+    """Return density (mean number of real balls that contain a fake, over k) and coverage, Naeem et al. (2020).
 
-    Density may exceed 1; for two large sets of one distribution it is 1 on average.
+    Coverage is the share of real balls that contain a fake.  Density may exceed 1; for two large sets of one
+    distribution it is 1 on average.
     """
     dense, covered = hits(fake, Balls.around(real, k))
     return dense.double().mean().item() / k, share(covered)
 
 
 def share(counts: Tensor) -> float:
-    """Of counts, how many are not 0."""
+    """Return the share of counts above 0."""
     return (counts > 0).double().mean().item()

@@ -1,4 +1,4 @@
-"""What a frozen representation is worth: linear classifiers on it, and nearest neighbours in it."""
+"""Evaluation of frozen features: linear classifiers on them, and nearest neighbours among them."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -24,17 +24,17 @@ from advebm.models.network import Network
 
 
 def representations(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
-    """What the head of a network sees of images (N, C, H, W), bytes or floating point: (N, W), on the CPU.
+    """Return the inputs (N, W) of a network's head for images (N, C, H, W), uint8 or floating point; on the CPU.
 
     Raises:
-        UserError: a network without features of its own.
+        UserError: the model is not a :class:`Network` with a head, so it has no features to read.
     """
     with searching(model):
         return Features("", _headed(model).features).of(x, device_of(model), batch)
 
 
 def through(branch: str) -> str:
-    """What a record's name says of the branch; nothing of the clean one."""
+    """Return the part of a record's name that names the batch-norm branch; empty for ``clean``."""
     return "" if branch == "clean" else f" on the {branch} branch"
 
 
@@ -46,12 +46,12 @@ def _headed(model: nn.Module) -> Network:
 
 @dataclass(frozen=True)
 class Probe:
-    """Multinomial logistic regression on standardised features (scikit-learn's), as a layer on the features.
+    """Multinomial logistic regression by scikit-learn on standardised features, converted to a linear layer.
 
     Attributes:
-        c: inverse of the weight of the l2 penalty on the standardised weights, scikit-learn's C.
-        iterations: of L-BFGS, at most.
-        branch: of dual batch norms, as ACL trains: that of ``clean`` or that of ``adversarial`` images.
+        c: scikit-learn's C, the inverse weight of the l2 penalty on the weights of the standardised features.
+        iterations: maximum number of L-BFGS iterations.
+        branch: which branch of dual batch norms (as in ACL) to use, that of ``clean`` or of ``adversarial`` images.
     """
 
     c: float = 1.0
@@ -65,14 +65,14 @@ class Probe:
 
     @property
     def name(self) -> str:
-        """``a linear probe``, and what is not the default, so that reports keep both."""
+        """``a linear probe`` and all non-default settings, so that records of different probes have different names."""
         return "a linear probe" + (f" with C {self.c:g}" if self.c != 1 else "") + through(self.branch)
 
     def fit(self, z: Tensor, y: Tensor, classes: int) -> nn.Linear:
-        """On features (N, W) of images labelled ``y (N,)``: W -> logits of ``classes``.
+        """Fit a layer, W -> ``classes`` logits, to features ``z`` (N, W) of images with labels ``y`` (N,).
 
         Raises:
-            UserError: a class without images.
+            UserError: a class has no images.
         """
         if missing := sorted(set(range(classes)) - set(y.tolist())):
             raise UserError(f"a probe is fitted on images of every class, and class {missing[0]} has none")
@@ -80,7 +80,7 @@ class Probe:
         scaler = StandardScaler().fit(rows)
         found = LogisticRegression(C=self.c, max_iter=self.iterations).fit(scaler.transform(rows), y.numpy())
         weight, bias = (torch.from_numpy(part) for part in (found.coef_, found.intercept_))
-        if classes == 2:  # which scikit-learn fits by the difference of their logits
+        if classes == 2:  # scikit-learn returns only the difference of the two logits
             weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
         mean, scale = torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_)
         layer = skip_init(nn.Linear, z.shape[1], classes)
@@ -90,7 +90,7 @@ class Probe:
         return layer
 
     def classifier(self, model: nn.Module, split: Images, classes: int, batch: int = 500) -> Network:
-        """A copy of the network on one branch, with such a layer, fitted on a split, in the place of its head."""
+        """Return a copy of the network, fixed to ``branch``, whose head is a probe fitted to a split; in eval mode."""
         network = fix_branch(_headed(model), self.branch)
         layer = self.fit(representations(network, split.x, batch), split.y, classes)
         return Network(network.normalise, network.backbone, layer.to(device_of(model))).eval()
@@ -100,11 +100,12 @@ class Probe:
 class LinearProbe:
     """Accuracy of a linear classifier on frozen features, fitted on clean training images, clean and under attack.
 
-    The attack sees through classifier and network.  Jiang et al. (2020) call this standard linear fine-tuning.
+    The attack uses gradients through both the classifier and the network.  Jiang et al. (2020) call this standard
+    linear fine-tuning.
 
     Attributes:
         probe: how the classifier is fitted.
-        attack: the attack; none takes the recipe's ``threat``.
+        attack: the attack.  None: the recipe's ``threat``.
     """
 
     probe: Probe = Probe()
@@ -114,7 +115,7 @@ class LinearProbe:
     cites: ClassVar[tuple[str, ...]] = ("jiang2020", "pedregosa2011")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """``accuracy of`` :attr:`Probe.name`, as the images are and under the attack."""
+        """Return two records, ``accuracy of`` :attr:`Probe.name`, clean and under the attack."""
         subject.check_labelled()
         data, attack = subject.data, self.attack or subject.threat
         model = self.probe.classifier(subject.model, data.train, len(data.classes), subject.batch)
@@ -135,8 +136,8 @@ class NearestNeighbours:
     """Accuracy of the vote of the nearest training images, by the cosine of frozen features.
 
     Attributes:
-        k: how many vote, with one vote each.
-        branch: of dual batch norms, as for :class:`Probe`.
+        k: number of neighbours, with one vote each.
+        branch: branch of dual batch norms, as for :class:`Probe`.
     """
 
     k: int = 20
@@ -151,7 +152,6 @@ class NearestNeighbours:
             raise UserError(f"k is at least 1, got {self.k}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """One record, ``accuracy of`` so many ``nearest neighbours``."""
         subject.check_labelled()
         train = subject.data.train
         if self.k > len(train):

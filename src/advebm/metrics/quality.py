@@ -25,14 +25,14 @@ from advebm.metrics.distances import (
 from advebm.metrics.keys import INCEPTION, label
 from advebm.metrics.overlap import Balls, hits, share
 
-PUBLISHED = 10_000  # images, the fewest that FID is published from
-NEAR, WIDE = 3, 5  # neighbours for precision and recall, and for density and coverage, as in their papers
+PUBLISHED = 10_000  # smallest number of images that FID is published for
+NEAR, WIDE = 3, 5  # k of precision and recall; k of density and coverage; as in their papers
 
-Statistic = Callable[[Sequence[int]], float]  # of the groups of samples whose numbers it is given
+Statistic = Callable[[Sequence[int]], float]  # indices of groups of samples -> statistic of their union
 
 
 class Reference(NamedTuple):
-    """Real images in a feature space, and what every comparison with them needs."""
+    """Features of real images, and balls around a subset of them for k = ``NEAR`` and k = ``WIDE``."""
 
     features: RealFeatures
     near: Balls
@@ -43,14 +43,14 @@ class Reference(NamedTuple):
 class SampleQuality:
     """How near each set of samples is to the training split, how the two overlap, and how many are what was asked for.
 
-    FD is biased upwards where samples are few (``few`` marks no more samples than dimensions): compare it at one
-    count only, and precision, recall, density and coverage, too.  KID is unbiased.  Errors are of a jackknife over
-    groups of samples, in which the balls of the others stay as they are; that of the class score is the deviation of
-    its splits, which are the same groups, over √(splits - 1).
+    FD is biased upwards for few samples (the setting ``few`` of a record: no more samples than feature dimensions).
+    Compare FD, precision, recall, density and coverage only at equal numbers of samples; KID is unbiased.  Standard
+    errors are jackknife estimates over groups of samples, with the radii of the samples' balls kept from the whole set.
+    That of the class score is the standard deviation over its splits, which are the same groups, over √(splits - 1).
 
     Attributes:
-        groups: of the jackknife behind the error bars; fewer where there are few samples.
-        overlap: images on either side, at most, that precision, recall, density and coverage are measured on.
+        groups: number of jackknife groups; at most half the number of samples is used.
+        overlap: maximum number of real images, and of samples, for precision, recall, density and coverage.
     """
 
     groups: int = 10
@@ -66,11 +66,11 @@ class SampleQuality:
             raise UserError(f"overlap is more than {WIDE} images and more than groups, got {self.overlap}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """Records of each set.
+        """Return the records of each set; sets of at most ``NEAR`` samples are skipped with a warning.
 
-        ``FD``, ``KID``, ``precision``, ``recall``, ``density`` and ``coverage``; in a classifier's features the
-        ``class score``, too, and ``intended class`` where it has as many classes as the data.  All are followed by the
-        space's name; but in Inception's features FD, KID and the class score are ``FID``, ``KID`` and ``IS``.
+        These are ``FD``, ``KID``, ``precision``, ``recall``, ``density`` and ``coverage``; for a classifier's features
+        also ``class score``, and ``intended class`` if it has as many classes as the data and every sample has an
+        intended class.  Names end with that of the feature space, except ``FID``, ``KID`` and ``IS`` for Inception.
         """
         if not subject.samples:
             return []
@@ -104,7 +104,7 @@ class SampleQuality:
         ]
         if space.logits is not None:
             logits = _logits(space, subject, fake)
-        if space.logits is not None and logits.shape[1] > 1:  # not a critic's
+        if space.logits is not None and logits.shape[1] > 1:  # a classifier, not a critic
             score, deviation = inception_score(logits, groups)
             about = {**settings, "splits": groups, "deviation": deviation}
             error = deviation / (groups - 1) ** 0.5
@@ -115,13 +115,13 @@ class SampleQuality:
 
 
 def frechet(parts: Sequence[Tensor], real: Reference) -> Statistic:
-    """The Fréchet distance of groups of samples to the real images."""
+    """Return the Fréchet distance to the real images as a statistic of groups of samples."""
     moments = [Moments.of(part) for part in parts]
     return lambda kept: frechet_distance(reduce(add, [moments[i] for i in kept]), real.features.moments)
 
 
 def kernel(parts: Sequence[Tensor], real: Reference) -> Statistic:
-    """The kernel distance of groups of samples to the real images."""
+    """Return the kernel distance to the real images as a statistic of groups of samples."""
     within = [[kernel_sum(p, q) if p is not q else kernel_pairs(p) for q in parts] for p in parts]
     across = [kernel_sum(part, real.features.features) for part in parts]
 
@@ -134,7 +134,7 @@ def kernel(parts: Sequence[Tensor], real: Reference) -> Statistic:
 
 
 def overlap(parts: Sequence[Tensor], real: Reference) -> dict[str, Statistic]:
-    """Precision, recall, density and coverage of groups of samples; the samples' balls are those among all groups."""
+    """Return precision, recall, density and coverage as statistics of groups; balls of samples use all groups."""
     balls = Balls.around(torch.cat(list(parts)), NEAR).split([len(part) for part in parts])
     precise = [hits(part, real.near)[0] for part in parts]
     recalled = torch.stack([hits(real.near.centres, group)[0] for group in balls])
@@ -155,7 +155,7 @@ def _intended(hits: Tensor, classes: Tensor, space: Features, subject: Subject, 
 
 
 def _enough(sets: Mapping[str, SampleSet]) -> dict[str, SampleSet]:
-    """Without sets that are too small for two groups and for three neighbours."""
+    """Drop, with a warning, sets that are too small for two groups and ``NEAR`` neighbours."""
     for name, samples in sets.items():
         if len(samples.x) <= NEAR:
             few = f"samples {name}: {len(samples.x)} images are too few for a distance"
@@ -164,7 +164,7 @@ def _enough(sets: Mapping[str, SampleSet]) -> dict[str, SampleSet]:
 
 
 def _warn_of_few(space: Features, sets: Mapping[str, SampleSet], dimensions: int) -> None:
-    """Once for all sets: which are too small for a Fréchet distance that means something by itself."""
+    """Warn once about all sets that are too small for a Fréchet distance that means something by itself."""
     published = space.name == INCEPTION
     least = PUBLISHED if published else dimensions + 1
     few = [f"{name} has {len(samples.x):,}" for name, samples in sets.items() if len(samples.x) < least]
@@ -178,7 +178,7 @@ def _warn_of_few(space: Features, sets: Mapping[str, SampleSet], dimensions: int
 
 
 def _order(count: int) -> Tensor:
-    """A shuffle that is the same every time: groups and splits are random ones whatever order samples come in."""
+    """Return a fixed random permutation, so that groups and splits do not depend on how samples are sorted."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 

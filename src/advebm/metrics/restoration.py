@@ -1,4 +1,4 @@
-"""How well edits do: what they restore, against the truth and other ways to restore it, and what they explain."""
+"""Evaluation of edits: restoration against the original images and baseline methods, and counterfactuals."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,14 +22,14 @@ from advebm.metrics.base import Record, Subject, average, proportion
 from advebm.metrics.robustness import check_images, some
 from advebm.metrics.similarity import paired_ssim, psnr
 
-Restore = Callable[[Tensor], Tensor]  # images as they were given -> restored ones
-PEPPER = 0.1  # share of pixels that salt and pepper fall on
-STRENGTHS = tuple(2.0**k for k in range(-4, 4))  # of an edit's own, that are tried on validation images
-VARIATIONS = (0.02, 0.05, 0.1, 0.2, 0.4)  # weights of total variation that are tried on them
+Restore = Callable[[Tensor], Tensor]  # degraded images -> restored images
+PEPPER = 0.1  # share of pixels that salt-and-pepper noise replaces
+STRENGTHS = tuple(2.0**k for k in range(-4, 4))  # multiples of an edit's own strength to try on validation images
+VARIATIONS = (0.02, 0.05, 0.1, 0.2, 0.4)  # weights of total variation to try on validation images
 
 
 def corrupt_for(method: Edit, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """What an edit that restores is given of whole images (B, C, H, W): noisy, small, or black in the hole."""
+    """Degrade images (B, C, H, W) for an edit to restore: add noise, downsample, or make the hole black."""
     if isinstance(method, Upsample):
         return avg_pool2d(x, method.factor)
     if isinstance(method, Denoise) and method.noise == "gaussian":
@@ -42,27 +42,27 @@ def corrupt_for(method: Edit, x: Tensor, hole: Tensor | None, generator: torch.G
 
 
 def add_salt_and_pepper(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
-    """Salt and pepper: each pixel black with probability ``share / 2``, white with as much, in all channels."""
+    """Make each pixel black or white, in all channels, with probability ``share / 2`` each."""
     draw = rand(x[:, :1], generator)
     return x.masked_fill(draw < share / 2, 0.0).masked_fill((draw >= share / 2) & (draw < share), 1.0)
 
 
 def middle_hole(size: tuple[int, int]) -> Tensor:
-    """The middle half of both edges as a mask (H, W)."""
+    """Return a mask (H, W) that is true in the middle half of height and width."""
     height, width = size
     return box_hole(size, width // 4, height // 4, width * 3 // 4, height * 3 // 4)
 
 
 def fidelity(truth: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """``PSNR`` (decibels) and ``SSIM`` of images to the truth, (B,) each."""
+    """Return ``PSNR`` (decibels) and ``SSIM`` of images to the originals, (B,) each."""
     return {"PSNR": psnr(truth, x), "SSIM": paired_ssim(truth, x)}
 
 
 def baselines(method: Edit, hole: Tensor) -> dict[str, Restore]:
-    """Other ways to do what an edit does, what it begins with among them; total variation, with its weight, is apart.
+    """Return baseline methods for an edit's task, including the edit's starting image, but not total variation.
 
     Raises:
-        UserError: scikit-image is not installed.
+        UserError: the edit is inpainting and scikit-image is not installed.
     """
     begin = lambda edit: lambda x: edit.pose(x, hole.expand(len(x), 1, -1, -1), None).start
     if isinstance(method, Inpaint):
@@ -81,7 +81,6 @@ def baselines(method: Edit, hole: Tensor) -> dict[str, Restore]:
 
 
 def scikit_image() -> Any:
-    """``skimage.restoration``."""
     try:
         from skimage import restoration
     except ImportError:
@@ -92,7 +91,7 @@ def scikit_image() -> Any:
 
 
 def total_variation(weight: float) -> Restore:
-    """Chambolle's (2004) denoising, by scikit-image; a larger weight smooths more."""
+    """Return total-variation denoising, Chambolle (2004), by scikit-image; a larger weight smooths more."""
     one = lambda x: scikit_image().denoise_tv_chambolle(x.permute(1, 2, 0).numpy(), weight=weight, channel_axis=-1)
     return lambda x: torch.stack([torch.from_numpy(one(z)).to(x).permute(2, 0, 1) for z in x]).clamp(0, 1)
 
@@ -101,13 +100,13 @@ def total_variation(weight: float) -> Restore:
 class Restoration:
     """PSNR (decibels) and SSIM of test images that were spoilt and restored, by edits and by other ways.
 
-    What is spoilt is the same for all.  An edit's strength (λ of gaussian denoising, else the step's size, 2^-4 to 2^3
-    times its own) and the weight of total variation are those with the best PSNR on as many validation images.  Salt
-    and pepper fall on a tenth of the pixels; the hole is the middle half of both edges.
+    All methods get the same degraded images.  The strength of an edit (2^-4 to 2^3 times its own λ for Gaussian
+    denoising, else its own step size) and the weight of total variation are chosen by PSNR on ``images`` validation
+    images.  Salt-and-pepper noise replaces a tenth of the pixels; the hole is the middle half of height and width.
 
     Attributes:
-        edits: what is tried.
-        images: how many of the split, always the same ones; none takes all.
+        edits: the edits to measure.
+        images: number of images of the split, always the same ones.  None: all.
     """
 
     edits: tuple[Edit, ...] = (Denoise(), Denoise(noise="salt-and-pepper"), Inpaint(), Upsample())
@@ -121,7 +120,7 @@ class Restoration:
             raise UserError("edits that restore are denoise, inpaint and upsample")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """``PSNR`` and ``SSIM`` of each task by each way; the edit's own is ``by energy``."""
+        """Return ``PSNR`` and ``SSIM`` for each task and method; the edit itself is the method ``energy``."""
         subject = some(subject, self.images)
         truth, tuning = subject.split.float(), some(subject._replace(split=subject.data.val), self.images).split.float()
         hole, records = middle_hole(truth.shape[2:]), []  # type: ignore[arg-type]
@@ -142,7 +141,7 @@ class Restoration:
         return records
 
     def _edit(self, edit: Edit, subject: Subject, given: Tensor, truth: Tensor, hole: Tensor) -> Edit:
-        """With the strength that validation images like best."""
+        """Return the edit with the strength that has the highest mean PSNR on the given (validation) images."""
         if isinstance(edit, Denoise) and edit.noise == "gaussian":
             tried: list[Edit] = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
         else:
@@ -160,7 +159,7 @@ class Restoration:
 
 
 def task(edit: Edit) -> str:
-    """What an edit restores, as tables write it."""
+    """Return the name of an edit's task in tables, such as ``inpainting``."""
     if isinstance(edit, Inpaint):
         return "inpainting"
     if isinstance(edit, Upsample):
@@ -175,8 +174,8 @@ class Counterfactuals:
 
     Attributes:
         edit: the search.
-        towards: ``likely``, the second most likely class, or a ``random`` other one.
-        images: how many of the split, always the same ones; none takes all.
+        towards: target class: ``likely``, the second most likely one, or ``random``, any but the label.
+        images: number of images of the split, always the same ones.  None: all.
     """
 
     edit: Counterfactual = Counterfactual()
@@ -190,7 +189,10 @@ class Counterfactuals:
         check_images(self.images)
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """``counterfactual reached``; of those ``… distance`` (l2) and ``… named so`` by a judge."""
+        """Return the share ``counterfactual reached``, and for those ``… distance`` (l2) and ``… named so``.
+
+        The last is the share that the classifier of ``subject.features``, if it fits, assigns to the target class.
+        """
         split = some(subject, self.images).split
         goals = None
         if self.towards == "random":

@@ -19,18 +19,18 @@ from advebm.models.precision import Precision, precision_label
 
 
 def measure(subject: Subject, attack: Adversary | None, generator: torch.Generator) -> tuple[float, float, int]:
-    """Share of the subject's split that is right (under attack, if there is one), with its error and count."""
+    """Return accuracy on the subject's split, under attack if one is given, its standard error and the image count."""
     return proportion(verdicts(subject, Attack(eps=0.0) if attack is None else attack, generator).standing())
 
 
 def check_images(images: int | None) -> None:
-    """Refuse a number of images that is none."""
+    """Raise UserError if ``images`` is below 1.  None is allowed and means all images."""
     if images is not None and images < 1:
         raise UserError(f"images is at least 1 or none, which takes all, got {images}")
 
 
 def some(subject: Subject, images: int | None) -> Subject:
-    """The subject on so many images of its split, which may stand class by class; always the same ones."""
+    """Limit the subject to ``images`` random images of its split, the same ones at every call.  None: all."""
     if images is None or images >= len(subject.split):
         return subject
     rows = torch.randperm(len(subject.split), generator=torch.Generator().manual_seed(0))[:images]
@@ -40,7 +40,6 @@ def some(subject: Subject, images: int | None) -> Subject:
 def verdicts(
     subject: Subject, attack: Adversary, generator: torch.Generator, precision: Precision = "float32"
 ) -> Verdicts:
-    """What becomes of the subject's split under attack, see :func:`advebm.metrics.verdicts.find_verdicts`."""
     subject.check_labelled()
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     options: dict[str, Any] = {"seed": seed, "batch": subject.batch, "precision": precision, "folder": subject.folder}
@@ -54,7 +53,6 @@ class Accuracy:
     """Share of clean images that are classified as labelled."""
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """One record, ``accuracy``."""
         return [Record("accuracy", *measure(subject, None, generator))]
 
 
@@ -62,13 +60,13 @@ class Accuracy:
 class RobustAccuracy:
     """Share of images that stay right under an attack of the threat model.
 
-    An attack bounds the accuracy against a perfect attacker only from above: projected gradient descent loosely,
-    AutoAttack closely.  Each image counts as right only if every run of the attack fails on it.
+    The result is only an upper bound on the accuracy against a perfect attacker, loose for projected gradient descent,
+    close for AutoAttack.  An image counts as right only if every run of the attack fails on it.
 
     Attributes:
-        attack: the attack; none takes the recipe's ``threat``.
-        precision: what the attack searches in, ``float32`` or ``bfloat16``; the verdict is always in float32.
-        images: how many of the split, always the same ones, drawn at random; none takes all.
+        attack: the attack.  None: the recipe's ``threat``.
+        precision: of the attack's search, ``float32`` or ``bfloat16``; its result is always judged in float32.
+        images: number of images of the split, drawn at random, always the same ones.  None: all.
     """
 
     attack: Adversary | None = None
@@ -82,7 +80,7 @@ class RobustAccuracy:
         check_images(self.images)
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """``accuracy under`` the attack; and, where it has several parts, what is left after each but the last."""
+        """Return ``accuracy under`` the attack; for an attack made of several, also after each but the last."""
         attack = self.attack or subject.threat
         found = verdicts(some(subject, self.images), attack, generator, self.precision)
         computed = precision_label(self.precision, subject.device)
@@ -99,10 +97,10 @@ class RobustAccuracy:
 class TargetedAccuracy:
     """Share of images that stay right under an attack towards a random other class, CEM section 4.1.
 
-    A targeted attack descends ``E(x, t) - E(x)``, so it also raises E(x), which the untargeted one lowers.
+    A targeted attack descends ``E(x, t) - E(x)``, so it also raises E(x), which the untargeted attack lowers.
 
     Attributes:
-        attack: the attack; none takes the recipe's ``threat``.
+        attack: the attack.  None: the recipe's ``threat``.
         images: as for ``robust-accuracy``.
     """
 
@@ -115,7 +113,6 @@ class TargetedAccuracy:
         check_images(self.images)
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """One record, ``accuracy under targeted`` and the attack."""
         attack = self.attack or subject.threat
         found = verdicts(some(subject, self.images), Targeted(attack), generator)
         settings = {"attack": config.describe(attack), "targeted": True, "fast": found.fast, "images": self.images}
@@ -127,7 +124,7 @@ class RobustnessCurve:
     """Robust accuracy over several radii, with the threat's norm and steps.
 
     Attributes:
-        factors: radii as multiples of the threat's eps; 1 is what ``robust-accuracy`` measures.
+        factors: radii as multiples of the threat's eps; 1 would repeat ``robust-accuracy``.
     """
 
     factors: tuple[float, ...] = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
@@ -137,7 +134,6 @@ class RobustnessCurve:
             raise UserError(f"factors are multiples >= 0 of the threat's eps, got {self.factors}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        """A record a radius."""
         attacks = [_scaled(subject.threat, factor) for factor in self.factors]
         records = []
         for attack in dict.fromkeys(attacks):
@@ -148,7 +144,7 @@ class RobustnessCurve:
 
 
 def _scaled(attack: Attack, factor: float) -> Attack:
-    """Another radius, in linf at most 1, where the ball holds every image; a step given in pixels grows with it."""
+    """Multiply radius and step size (if given) by a factor; linf radii are capped at 1, a ball of all images."""
     eps = attack.eps * factor if attack.norm == "l2" else min(attack.eps * factor, 1.0)
     step = None if attack.step_size is None else attack.step_size * factor
     return replace(attack, eps=eps, step_size=step or None)
@@ -159,7 +155,7 @@ def _record(name: str, hits: Tensor, settings: Mapping[str, Any]) -> Record:
 
 
 def wilson(hits: Tensor, z: float = 1.96) -> list[float]:
-    """The interval of Wilson (1927) for a share, 95 % by default: it stays in [0, 1] where the share is 0 or 1."""
+    """Return the interval of Wilson (1927) for a share, 95 % by default; it stays within [0, 1] even at 0 or 1."""
     p, _, n = proportion(hits)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

@@ -1,4 +1,4 @@
-"""Distances between images, and which training images are nearest."""
+"""Distances between images, and the nearest training images."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -14,15 +14,15 @@ Distances = Callable[[Tensor, Tensor], Tensor]  # (A, C, H, W) and (B, C, H, W) 
 
 
 def l2(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (A, B) in pixels of [0, 1]."""
+    """Return Euclidean distances (A, B) in pixels of [0, 1]."""
     return torch.cdist(a.flatten(1), b.flatten(1))
 
 
 def ssim(a: Tensor, b: Tensor, *, sigma: float = 1.5, width: int = 11) -> Tensor:
-    """Structural similarity (A, B) in [-1, 1] of every pair, Wang et al. (2004): mean over places and channels.
+    """Return the structural similarity (A, B) of every pair, in [-1, 1], Wang et al. (2004).
 
-    Gaussian windows that lie inside the image, moments weighted by them, ``K_1 = 0.01`` and ``K_2 = 0.03``.  Images
-    smaller than the window take the largest odd one that fits.
+    The mean is over channels and all positions of a Gaussian window inside the image; ``K_1 = 0.01``, ``K_2 = 0.03``.
+    Images smaller than the window use the largest odd window that fits.
     """
     size = min(width, *a.shape[2:])
     size -= 1 - size % 2
@@ -52,29 +52,29 @@ def ssim(a: Tensor, b: Tensor, *, sigma: float = 1.5, width: int = 11) -> Tensor
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of images (B, C, H, W) in [0, 1] and their partners, decibels, (B,); inf if equal."""
+    """Return the PSNR (B,) of images ``a`` and ``b``, (B, C, H, W) in [0, 1], in decibels; inf if equal."""
     return -10 * (a - b).square().flatten(1).mean(1).log10()
 
 
 def paired_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """:func:`ssim` of images and their partners, (B,)."""
+    """Return :func:`ssim` (B,) of each image in ``a`` with the one at the same position in ``b``."""
     return torch.cat([ssim(x[None], y[None]).squeeze(0) for x, y in zip(a, b, strict=True)])
 
 
 def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
-    """``1 - SSIM``, low = near."""
+    """Return ``1 - SSIM``, so that low means near, (A, B)."""
     return 1 - ssim(a, b)
 
 
 class Near(NamedTuple):
-    """The nearest of a set: positions and distances, each (B, k), nearest first."""
+    """Indices and distances of the nearest images, each (B, k), nearest first."""
 
     which: Tensor
     distance: Tensor
 
 
 def nearest(x: Tensor, others: Tensor, k: int, distances: Distances = l2, *, block: int = 4096) -> Near:
-    """The ``k`` nearest of ``others (N, C, H, W)``, bytes or floating point, to each of ``x``, a block at a time."""
+    """Find the ``k`` nearest of ``others (N, C, H, W)``, uint8 or floating point, to each of ``x``, in blocks."""
     if not 1 <= k <= len(others):
         raise UserError(f"there are {len(others)} images to be near to, asked for {k}")
     best = Near(torch.empty(len(x), 0, dtype=torch.int64), torch.empty(len(x), 0))
@@ -94,10 +94,10 @@ def _blocks(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def copies(generated: Tensor, held_out: Tensor) -> tuple[float, float]:
-    """Whether a model repeats its training images, from distances (N,) and (M,) to the nearest of them.
+    """Measure whether a model copies training images, from distances (N,) and (M,) to the nearest training image.
 
-    Returns the share of generated images that lie nearer to a training image than the nearest hundredth of held-out
-    real images do (0.01 is what real images have), and the ratio of the medians (below 1: nearer than real ones).
+    Returns the share of generated images that are closer to a training image than the 1 % quantile of held-out real
+    images (0.01 is expected for real images), and the ratio of the medians (below 1: closer than real images).
     """
     threshold = held_out.double().quantile(0.01)
     share = (generated.double() < threshold).double().mean().item()

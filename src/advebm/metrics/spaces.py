@@ -1,4 +1,4 @@
-"""Feature spaces that samples are judged in, beside the features of a run or model."""
+"""Feature spaces for sample quality other than the features of a run or model."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -12,20 +12,20 @@ from advebm.models import inception
 
 
 class Space(Protocol):
-    """A frozen dataclass that names a feature space; ``load`` reads what it needs."""
+    """A frozen dataclass that describes a feature space; ``load`` reads the weights."""
 
     @property
     def name(self) -> str:
-        """As it stands in the names of records."""
+        """Name of the space in the names of records."""
         ...
 
     @property
     def judge(self) -> str:
-        """Which weights it is of."""
+        """Name of the network weights, as records store it."""
         ...
 
     def load(self, device: torch.device | str) -> Features:
-        """The features, computed on ``device``, where the images have to be."""
+        """Return the features, computed on ``device``, where the images must be."""
         ...
 
 
@@ -34,7 +34,7 @@ class InceptionFeatures:
     """The 2048 features of the Inception network: FID, KID and IS.
 
     Attributes:
-        path: of torch-fidelity's weight file; none downloads it once, into torch.hub's cache.
+        path: torch-fidelity's weight file.  None: download it once, to torch.hub's cache.
     """
 
     path: str | None = None
@@ -44,11 +44,10 @@ class InceptionFeatures:
     judge: ClassVar[str] = inception.NAME
 
     def load(self, device: torch.device | str) -> Features:
-        """A few images at a time, since each is taken to 299 x 299 pixels."""
         network = inception.load(self.path).to(device)
 
         def extract(x: Tensor) -> Tensor:
-            return torch.cat([network(part) for part in x.split(32)])
+            return torch.cat([network(part) for part in x.split(32)])  # few at a time: each is resized to 299 x 299
 
         return Features(self.name, extract, network.logits)
 
@@ -61,5 +60,4 @@ class Pixels:
     judge: ClassVar[str] = "pixels"
 
     def load(self, device: torch.device | str) -> Features:
-        """Nothing to read."""
         return Features(self.name, lambda x: x.flatten(1))

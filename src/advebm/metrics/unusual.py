@@ -1,4 +1,4 @@
-"""How unusual images are to a model, beside images that it knows."""
+"""How unusual images are for a model, compared with images of its data."""
 
 from typing import NamedTuple
 
@@ -13,14 +13,14 @@ from advebm.models.modes import searching
 
 
 class Unusual(NamedTuple):
-    """Scores (B,), high where an image looks less like the data, and the share of known images that score lower."""
+    """Scores (B,), higher for images less like the data, and the share (B,) of known images that score lower."""
 
     score: Tensor
     share: Tensor
 
 
 def unusual(model: nn.Module, x: Tensor, known: Tensor, score: Score | None = None, *, batch: int = 500) -> Unusual:
-    """How unusual images ``x`` are beside ``known (N, C, H, W)``, of the data but not trained on; by energy."""
+    """Compare images ``x`` with held-out images of the data, ``known (N, C, H, W)``; default score: the energy."""
     checks.no_encoder(model)
     device, score = device_of(model), score or EnergyScore()
     with searching(model) as f:

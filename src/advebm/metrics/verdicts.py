@@ -1,4 +1,4 @@
-"""Which points an attack breaks: every run on those that still stand, interrupted and taken up again at will."""
+"""Which images an attack breaks; each of its runs attacks only those not broken before; resumable if interrupted."""
 
 import hashlib
 import json
@@ -24,18 +24,18 @@ from advebm.models.inference import View, faster_model, float32
 from advebm.models.modes import searching
 from advebm.models.precision import Precision, precision_label
 
-STANDS, WRONG = -1, 0
+STANDS, WRONG = -1, 0  # not broken by any run; misclassified without an attack
 
 
 class Verdicts(NamedTuple):
-    """What became of each point: -1 it stands, 0 it is wrong as it is, k the k-th of ``attacks`` broke it; (N,)."""
+    """The result of an attack for each image."""
 
-    attacks: tuple[str, ...]
-    broken: Tensor
-    fast: str = "off"  # how the searches computed the network, see :class:`advebm.models.inference.Backend`
+    attacks: tuple[str, ...]  # names of the attacks, in order
+    broken: Tensor  # (N,): -1 not broken, 0 misclassified without an attack, k broken by the k-th of ``attacks``
+    fast: str = "off"  # how searches computed the network, see :class:`advebm.models.inference.Backend`
 
     def standing(self, after: int | None = None) -> Tensor:
-        """Which points stand after all attacks, or after the first so many, bool (N,)."""
+        """Return which images are still right after the first ``after`` attacks, bool (N,).  None: after all."""
         return (self.broken == STANDS) | (self.broken > (len(self.attacks) if after is None else after))
 
 
@@ -52,29 +52,28 @@ def find_verdicts(
     tell: Tell = lambda done, note: None,
     team: Team = ALONE,
 ) -> Verdicts:
-    """Attack every point that is right, and keep which attack broke it.
+    """Attack every correctly classified image, and record which attack broke it.
 
-    A run goes over the points that still stand, in full batches.  The search sees the network with its batch norms
-    folded, in ``precision``; the verdict is that of the network itself, and a point that only the search took for
-    broken is searched again by the same run in the network itself.  So ``precision`` changes what a search finds, never
-    what counts as found.
+    Each run (one start towards one target) attacks the images not yet broken, in full batches.  The search uses a
+    faster version of the network, with batch norms folded, in ``precision``.  The network itself decides whether an
+    image is broken; if only the faster version was fooled, the run is repeated on that image with the network itself.
+    So ``precision`` affects what a search finds, but never what counts as broken.
 
     Args:
-        model: a classifier, or a critic, which has the classes 0 and 1.
-        x: images (N, C, H, W), bytes or in [0, 1], on any device.
-        y: their labels, int64 (N,).
-        attack: what attacks.
-        seed: of all draws; those of a batch depend on the run and on the batch's place in it alone.
-        batch: images at a time.
-        precision: of the search.
-        folder: where the state of a judgement is kept, so that a killed one goes on after its last batch and ends as
-            if nothing had happened; a finished one is not done again.
-        tell: told how much is done, in images.
-        team: processes that share the batches of a run; verdicts are those of one; the main one keeps the state.
+        model: a classifier, or a critic (one output), treated as a classifier of the classes 0 and 1.
+        x, y: images (N, C, H, W), uint8 or in [0, 1], on any device, and labels, int64 (N,).
+        attack: the attack; ``eps`` 0 attacks nothing.
+        seed: seed of all draws; for a batch they depend only on the seed, the run and the position of the batch.
+        batch, precision: batch size, and precision of the search.
+        folder: where progress is saved, so that an interrupted call resumes after its last batch with the same result,
+            and a finished one is not repeated.  None: progress is not saved.
+        tell: called with the amount done, in images, and a note.
+        team: processes that divide the batches of a run; the results equal those of one process.  The main process
+            saves the progress.
 
     Raises:
-        UserError: a damaged state, an attack that left its ball, a loss that so few classes do not have, or a critic
-            where there are more than two classes.
+        UserError: no images, a damaged progress file, an attack that left its ball or gave NaN, a gradient that is not
+            finite, a loss that needs more classes, or labels above 1 for a critic.
     """
     if not len(x):
         raise UserError("there are no images to attack")
@@ -96,7 +95,7 @@ def find_verdicts(
         quick = two_classes(quick) if outputs == 1 else quick
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
         right = torch.cat([correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
-        right = team.all_gather(right)[0]  # where rounding differs, all go by one
+        right = team.all_gather(right)[0]  # rounding may differ between processes: all use that of rank 0
         about: dict[str, Any] = {}
         if folder is not None:
             about = {"attack": config.describe(attack), "seed": seed, "batch": batch}
@@ -113,7 +112,7 @@ def find_verdicts(
         if not state.broken:
             state.broken = torch.where(right, STANDS, WRONG).tolist()
         if runs and state.run == state.next == 0:
-            state.save(0, 0, [])  # a folder that cannot be written is noticed now
+            state.save(0, 0, [])  # fail now if the folder cannot be written
             _check_gradient(f, sample, y[:2].to(device))
         progress = _Progress(tell, len(x), [run.passes for run in runs])
         if state.run < len(runs):
@@ -140,19 +139,19 @@ def find_verdicts(
 def _attack_batch(
     attack: Adversary, run: Run, f: Logits, quick: Logits, heard: Logits, x: Tensor, y: Tensor, draws: torch.Generator
 ) -> Tensor:
-    """Which points stand after a run that searched in ``quick``, as ``heard``, and is judged by ``f``, bool (B,)."""
+    """Return which images survive a run, judged by ``f``, bool (B,); ``heard`` is ``quick`` with progress reports."""
     found = _within(attack, x, run.search(heard, x, y, draws))
     stands = correct(f, found, y)
     left = stands.nonzero().squeeze(1)
     again = left[~correct(quick, found[left], y[left])] if quick is not f and len(left) else left[:0]
-    if len(again):  # the search stopped too early there
+    if len(again):  # broken only according to the faster network
         found = _within(attack, x[again], run.search(f, x[again], y[again], draws))
         stands[again] = correct(f, found, y[again])
     return stands
 
 
 def _within(attack: Adversary, x: Tensor, found: Tensor) -> Tensor:
-    """What an attack found, if it is an image in the attack's ball."""
+    """Return ``found``; raise UserError if it is NaN or lies outside the attack's ball around ``x`` or [0, 1]."""
     move = (found - x).flatten(1)
     if not torch.isfinite(move).all():
         raise UserError(f"{attack.name} found images that are NaN; see advebm doctor")
@@ -163,10 +162,10 @@ def _within(attack: Adversary, x: Tensor, found: Tensor) -> Tensor:
 
 
 def _check_gradient(f: Logits, x: Tensor, y: Tensor) -> None:
-    """An attack that follows a gradient of NaN goes nowhere, and everything would seem to stand."""
+    """Raise UserError if gradients are not finite: attacks would not move, and every image would seem robust."""
     try:
         _, gradient = value_and_gradient(lambda z: energies.conditional(f(z), y), x)
-    except RuntimeError:  # no gradient at all: Square needs none, and the others say so themselves
+    except RuntimeError:  # no gradient at all: Square needs none, other attacks raise an error themselves
         return
     if not torch.isfinite(gradient).all():
         raise UserError(
@@ -175,13 +174,16 @@ def _check_gradient(f: Logits, x: Tensor, y: Tensor) -> None:
 
 
 class _Progress:
-    """How far a judgement is, counted in forward passes of the search."""
+    """Progress of :func:`find_verdicts`, measured in forward passes of the searches."""
 
     def __init__(self, tell: Tell, images: int, costs: list[int]) -> None:
         self.tell, self.images, self.costs = tell, images, costs
 
     def listen(self, f: Logits, number: int, share: float, left: float, note: str) -> Logits:
-        """``f``, which says how much is done each time it is called in the run of that number, ``share`` of it done."""
+        """Return ``f``, made to report progress at each call.
+
+        ``share`` of the run with index ``number`` is done; the run attacks ``left`` images in each process.
+        """
         seen = 0
 
         def heard(x: Tensor) -> Tensor:
@@ -193,17 +195,16 @@ class _Progress:
         return heard
 
     def say(self, number: int, share: float, note: str) -> None:
-        """So large a share of the run of that number is done."""
         passes = sum(self.costs[:number]) + self.costs[number] * min(share, 1)
         self.tell(int(self.images * passes / sum(self.costs)), note)
 
 
 class State:
-    """Where a judgement is: its next run and batch, and the run that broke each point, from 1; in one small file.
+    """Saved progress, a small JSON file: next run, next batch, and for each image the run (from 1) that broke it.
 
     Args:
-        folder: of the file; none keeps nothing.
-        about: everything that the verdicts depend on; another judgement has another file.
+        folder: folder of the file.  None: nothing is read or saved.
+        about: everything that the verdicts depend on; its hash is the file's name.
     """
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
@@ -219,11 +220,11 @@ class State:
                 raise UserError(f"{self.path} is damaged; delete it to judge anew") from None
 
     def left(self, run: int) -> list[int]:
-        """The points that stood when a run began."""
+        """Return the indices of the images not broken when the run with index ``run`` began."""
         return [i for i, by in enumerate(self.broken) if by in (STANDS, run + 1)]
 
     def save(self, run: int, following: int, broken: list[int]) -> None:
-        """These points were broken in a run, whose next batch is ``following``; on the disk before the next begins."""
+        """Mark images as broken by the run with index ``run``, and save that its next batch starts at ``following``."""
         for i in broken:
             self.broken[i] = run + 1
         self.run, self.next = run, following
