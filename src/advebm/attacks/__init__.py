@@ -1,4 +1,4 @@
-"""Attacks: searches in a ball around an image for a point the model gets wrong."""
+"""Adversarial attacks: searches near an image for an input that the model misclassifies."""
 
 from advebm.core.lazy import exports
 

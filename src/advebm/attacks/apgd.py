@@ -1,4 +1,4 @@
-"""Auto-PGD: projected gradient descent that halves its own steps, Croce and Hein (2020)."""
+"""Auto-PGD: projected gradient descent that adapts its step size, Croce and Hein (2020)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from advebm.core.rng import rand, randn
 from advebm.descent import both, box, l2_ball, linf_ball, per_sample, sign, unit
 from advebm.energies import Logits
 
-# Images and the numbers of their rows in the batch -> what is to be raised (B,), and which points are done, bool (B,).
+# (images, their row indices in the batch) -> (value to maximise (B,), whether each point is finished, bool (B,))
 Outcome = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-MOMENTUM = 0.75  # share of the gradient step in a step, eq. 2 of the paper; the rest repeats the last move
-RISES = 0.75  # rho: a stretch in which the loss rose at fewer steps than this share halves the step, section 3.1
-FIRST, SHORTER, SHORTEST = 0.22, 0.03, 0.06  # stretches between checks, as shares of the steps, section 3.1
+MOMENTUM = 0.75  # weight of the gradient step, eq. 2 of the paper; the rest repeats the last move
+RISES = 0.75  # rho, section 3.1: a check halves the step if the loss rose in at most this share of the steps before it
+FIRST, SHORTER, SHORTEST = 0.22, 0.03, 0.06  # steps between checks, as shares of all steps, section 3.1
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class APGD(Adversary):
     """Auto-PGD, Croce and Hein (2020), on one of four losses; it stops at a point once that is misclassified.
 
     Attributes:
-        eps: radius in pixels of [0, 1].
+        eps: radius, for pixel values in [0, 1].
         norm: ``linf`` (sign steps) or ``l2`` (unit steps).
-        steps: of a run; each takes one gradient, the start takes one more.
-        loss: ``cross-entropy``; ``dlr``, which takes three classes; ``targeted-dlr``, which takes four, towards the
-            ``targets`` most likely wrong classes in turn; or the plain ``margin``.
-        targets: goals of the targeted loss; no more than there are wrong classes.
-        restarts: runs from other starts, for each goal.
-        samples: forward passes averaged in a gradient, for networks that are random (expectation over transformation).
+        steps: steps per run; each takes one gradient, and the starting point takes one more.
+        loss: ``cross-entropy``; ``dlr``, which needs at least three classes; ``targeted-dlr``, which needs at least
+            four and aims at the ``targets`` most likely wrong classes in turn; or the plain ``margin``.
+        targets: number of target classes of ``targeted-dlr``, capped at the number of wrong classes.
+        restarts: runs from different random starts, for each target class.
+        samples: forward passes averaged in a gradient, for randomised networks (expectation over transformation).
     """
 
     eps: float = 8 / 255
@@ -58,17 +58,17 @@ class APGD(Adversary):
 
     @property
     def label(self) -> str:
-        """Without the ball: ``APGD-CE``."""
+        """Return the name without the ball, such as ``APGD-CE``."""
         kinds = {"cross-entropy": "CE", "dlr": "DLR", "targeted-dlr": "T", "margin": "margin"}
         return f"APGD-{kinds[self.loss]}" + (f" x {self.restarts}" if self.restarts > 1 else "")
 
     @property
     def name(self) -> str:
-        """As tables write it: ``APGD-CE-100 linf 8/255``."""
+        """Return the name used in tables, such as ``APGD-CE 100 linf 8/255``."""
         return f"{self.label} {self.steps} {radius_text(self.eps, self.norm)}"
 
     def runs(self, classes: int) -> list[Run]:
-        """A run for each goal and restart."""
+        """Return one run for each target class and restart."""
         needed = {"dlr": 3, "targeted-dlr": 4}.get(self.loss, 2)
         if classes < needed:
             raise UserError(f"the loss {self.loss} takes at least {needed} classes, got {classes}; use margin")
@@ -77,7 +77,7 @@ class APGD(Adversary):
         return [Run(self.label, partial(self._search, goal), passes) for goal in goals for _ in range(self.restarts)]
 
     def _search(self, goal: int, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Misclassified points where they were found, else those of the highest loss."""
+        """Return misclassified points where the run found them, else the points of the highest loss."""
         target = likely_class(f, x, y, goal) if goal else None
 
         def outcome(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,9 +108,9 @@ def ascend(
     steps: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Auto-PGD on any function of images: the best point in the ball around each ``x``, and its value (B,).
+    """Maximise ``value`` with Auto-PGD: return the best point in the ball around each ``x``, and its value (B,).
 
-    ``value(x) -> (B,)`` is raised.  See :class:`APGD` for the rest.
+    ``value(x) -> (B,)`` may be any differentiable function of images.  The other arguments are those of :class:`APGD`.
     """
     never = lambda x, rows: (value(x), torch.zeros(len(x), dtype=torch.bool, device=x.device))
     return maximise(never, x, eps=eps, norm=norm, steps=steps, generator=generator)
@@ -126,9 +126,9 @@ def maximise(
     generator: torch.Generator,
     samples: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Auto-PGD, algorithm 1 of Croce and Hein (2020): points in the ball around ``x`` and their values (B,).
+    """Run Auto-PGD, algorithm 1 of Croce and Hein (2020); return points in the ball around ``x`` and their values (B,).
 
-    A point that ``outcome`` calls done is returned as it is and takes no more steps; of the others the best is.
+    A point that ``outcome`` calls finished takes no more steps and is returned as it is; for others, the best point is.
     """
     constraint = both(linf_ball(eps) if norm == "linf" else l2_ball(eps), box())
     direction = sign if norm == "linf" else unit
@@ -141,7 +141,7 @@ def maximise(
     s |= {"size": torch.full_like(value, 2 * eps), "rises": torch.zeros_like(value), "halved": torch.ones_like(done)}
     stretch, since = max(int(FIRST * steps), 1), 0
     for k in range(steps):
-        if 8 * int(s["done"].sum()) >= len(s["done"]):  # leave out finished points, but not a few at a time
+        if 8 * int(s["done"].sum()) >= len(s["done"]):  # drop finished points, an eighth or more at a time
             out = s["done"]
             found[s["rows"][out]], values[s["rows"][out]] = s["x"][out], s["value"][out]
             s = {name: v[~out] for name, v in s.items()}
@@ -179,7 +179,7 @@ def maximise(
 
 
 def _look(outcome: Outcome, x: Tensor, rows: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Value (B,), its gradient, averaged over samples of a random network, and what is done; all detached."""
+    """Return the value (B,), its gradient averaged over ``samples`` passes, and what is finished; all detached."""
     gradient = torch.zeros_like(x)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -190,7 +190,7 @@ def _look(outcome: Outcome, x: Tensor, rows: Tensor, samples: int) -> tuple[Tens
 
 
 def _full_length(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
-    """Random directions that reach the sphere of radius 1 in the norm."""
+    """Draw random directions of norm 1, shaped like ``x``."""
     noise = 2 * rand(x, generator) - 1 if norm == "linf" else randn(x, generator)
     length = noise.flatten(1).abs().amax(1) if norm == "linf" else noise.flatten(1).norm(dim=1)
     return noise / per_sample(length.clamp_min(1e-12), x)

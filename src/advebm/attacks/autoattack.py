@@ -1,4 +1,4 @@
-"""AutoAttack: attacks without parameters to tune, one after the other, Croce and Hein (2020)."""
+"""AutoAttack: attacks without parameters to tune, run one after the other, Croce and Hein (2020)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -14,14 +14,15 @@ from advebm.core.config import check_choices
 class AutoAttack(Adversary):
     """AutoAttack, Croce and Hein (2020): each attack sees the points that those before it left standing.
 
-    ``standard`` is APGD-CE, APGD-T (nine targets), FAB-T (nine targets) and Square with 5,000 queries, as the authors
-    and RobustBench run it.  ``quick`` stops after APGD-T, where it is decided for most networks, and bounds
-    ``standard`` from above.  ``full`` is ``standard`` with five restarts of APGD-CE and FAB-T, and five of APGD-DLR on
-    top.  ``rand`` is APGD-CE and APGD-DLR with gradients averaged over 20 passes, for networks that are random.  Losses
-    that few classes do not have (DLR takes three, its targeted form four) are replaced by the margin.
+    ``standard`` runs APGD-CE, APGD-T (nine targets), FAB-T (nine targets) and Square with 5,000 queries, as the authors
+    and RobustBench do.  ``quick`` stops after APGD-T; for most networks the result is decided by then, and robust
+    accuracy under ``quick`` is an upper bound on that under ``standard``.  ``full`` is ``standard`` with five restarts
+    of APGD-CE and FAB-T, plus five of APGD-DLR.  ``rand`` runs APGD-CE and APGD-DLR with gradients averaged over 20
+    passes, for randomised networks.  With too few classes for a loss (DLR needs three, targeted DLR four) the margin
+    replaces it.
 
     Attributes:
-        eps: radius in pixels of [0, 1].
+        eps: radius, for pixel values in [0, 1].
         norm: ``linf`` or ``l2``.
         version: ``quick``, ``standard``, ``full`` or ``rand``.
     """
@@ -42,12 +43,12 @@ class AutoAttack(Adversary):
 
     @property
     def name(self) -> str:
-        """As tables write it: ``AutoAttack linf 8/255``; other versions say which."""
+        """Return the name used in tables, ``AutoAttack linf 8/255``; it includes any version but ``standard``."""
         version = "" if self.version == "standard" else f" {self.version}"
         return f"AutoAttack{version} {radius_text(self.eps, self.norm)}"
 
     def attacks(self, classes: int) -> list[Adversary]:
-        """In order, for so many classes."""
+        """Return the attacks on a classifier of ``classes`` classes, in the order in which they run."""
         eps, norm = self.eps, self.norm
         dlr = APGD(eps, norm, loss="dlr" if classes > 2 else "margin")
         targeted = APGD(eps, norm, loss="targeted-dlr" if classes > 3 else "margin")
@@ -63,5 +64,4 @@ class AutoAttack(Adversary):
                 return [APGD(eps, norm, samples=20), replace(dlr, samples=20)]
 
     def runs(self, classes: int) -> list[Run]:
-        """Of all attacks."""
         return [run for attack in self.attacks(classes) for run in attack.runs(classes)]

@@ -1,4 +1,4 @@
-"""What an evaluation asks of an attack: its radius, and single runs that are spared the points already broken."""
+"""The base class of attacks, their runs, and the losses that they maximise."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,16 +11,16 @@ from advebm.core.errors import UserError
 from advebm.energies import Logits
 from advebm.models.modes import searching
 
-Search = Callable[[Logits, Tensor, Tensor, torch.Generator], Tensor]  # f, x, y, generator -> images like x
+Search = Callable[[Logits, Tensor, Tensor, torch.Generator], Tensor]  # (f, x, y, generator) -> images like x
 
 
 class Run(NamedTuple):
-    """One run of an attack, from one start towards one goal.
+    """One run of an attack, from one start towards at most one target class.
 
     Attributes:
-        attack: the name of the attack that it belongs to.
-        search: images that it leads to.
-        passes: forward passes of each image, for estimates of time.
+        attack: name of the attack that the run belongs to.
+        search: function that returns the images found.
+        passes: forward passes per image, for estimates of time.
     """
 
     attack: str
@@ -31,42 +31,42 @@ class Run(NamedTuple):
 class Adversary:
     """An attack on labelled images: a frozen dataclass of plain data with an ``eps``, a ``norm`` and a ``name``.
 
-    It is made of runs, and whoever carries it out spares each run the points that an earlier one has broken.
+    An attack consists of runs.  Each run gets only the points that no earlier run has misclassified.
     """
 
     @property
     def eps(self) -> float:
-        """Radius in pixels of [0, 1]; infinite for an attack that minimises the distance."""
+        """Return the radius, for pixel values in [0, 1]; infinite for an attack that minimises the distance."""
         raise NotImplementedError
 
     @property
     def norm(self) -> str:
-        """``linf`` or ``l2``."""
+        """Return ``linf`` or ``l2``."""
         raise NotImplementedError
 
     @property
     def name(self) -> str:
-        """As tables write it."""
+        """Return the name used in tables."""
         raise NotImplementedError
 
     def runs(self, classes: int) -> Sequence[Run]:
-        """The runs against a classifier of so many classes, in order.
+        """Return the runs against a classifier of ``classes`` classes, in order.
 
         Raises:
-            UserError: a loss that this number of classes has not got.
+            UserError: the loss needs more classes.
         """
         raise NotImplementedError
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Attack a classifier: images (B, C, H, W) in [0, 1] within ``eps`` of ``x``, as :meth:`find` gives them.
+        """Attack a classifier: return images (B, C, H, W) in [0, 1] within ``eps`` of ``x``, as :meth:`find` does.
 
         Args:
-            model: images (B, C, H, W) in [0, 1] -> logits (B, K); searched in eval mode, with frozen weights.
+            model: maps images (B, C, H, W) in [0, 1] to logits (B, K); attacked in eval mode, with frozen weights.
             x, y: images and their labels, int64 (B,).
-            generator: of every draw; without one the same numbers are drawn at each call.
+            generator: source of all random numbers; None: the same numbers are drawn at each call.
 
         Raises:
-            UserError: no module, or no labels.
+            UserError: ``model`` is not a module, or ``y`` is not a tensor.
         """
         if not isinstance(model, nn.Module) or not isinstance(y, Tensor):
             raise UserError(
@@ -77,12 +77,12 @@ class Adversary:
             return self.find(f, x, y, rng.generator("attack", device=x.device) if generator is None else generator)
 
     def find(self, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] within ``eps`` of ``x``; of points that stay right, what the last run left.
+        """Return images (B, C, H, W) in [0, 1] within ``eps`` of ``x``; the last run's where no run succeeds.
 
         Args:
-            f: logits (B, K) of images, as :func:`advebm.models.modes.searching` gives it.
-            x, y: images and their labels, int64 (B,).
-            generator: of every draw.
+            f: maps images to logits (B, K), as :func:`advebm.models.modes.searching` yields it.
+            x, y: images and their labels, int64 (B,); images that are misclassified already are returned unchanged.
+            generator: source of all random numbers.
         """
         with torch.no_grad():
             out = f(x)
@@ -97,7 +97,7 @@ class Adversary:
 
 @torch.no_grad()
 def correct(f: Logits, x: Tensor, y: Tensor) -> Tensor:
-    """Which images are classified as labelled, bool (B,)."""
+    """Return which images are classified as labelled, bool (B,)."""
     out = f(x)
     if out.ndim != 2 or out.shape[1] < 2:
         raise UserError("accuracy needs a classifier, the model has one output; choose --metrics without it")
@@ -105,7 +105,7 @@ def correct(f: Logits, x: Tensor, y: Tensor) -> Tensor:
 
 
 def two_classes(f: Logits) -> Logits:
-    """A critic as a classifier: its logit f against 0, so that the softmax of ``(0, f)`` is its sigmoid."""
+    """Turn a critic f into a classifier with the logits ``(0, f)``, whose softmax is the sigmoid of f."""
 
     def logits(x: Tensor) -> Tensor:
         out = f(x).reshape(len(x))
@@ -115,12 +115,12 @@ def two_classes(f: Logits) -> Logits:
 
 
 def radius_text(eps: float, norm: str) -> str:
-    """As tables write a ball: ``linf 8/255``, ``l2 0.5``."""
+    """Return how tables write a ball: ``linf 8/255``, ``l2 0.5``."""
     return f"{norm} {eps * 255:.3g}/255" if norm == "linf" else f"{norm} {eps:.4g}"
 
 
 def check_radius(eps: float, norm: str) -> None:
-    """Refuse a radius that is none, or that was written in bytes."""
+    """Raise a UserError for a radius that is negative or NaN, or for an linf radius above 1 (8 instead of 8/255)."""
     if not eps >= 0:
         raise UserError(f"eps is a radius >= 0 in pixels of [0, 1], got {eps}")
     if eps > 1 and norm == "linf":
@@ -128,17 +128,17 @@ def check_radius(eps: float, norm: str) -> None:
 
 
 def likely_class(f: Logits, x: Tensor, y: Tensor, rank: int) -> Tensor:
-    """The ``rank``-th most likely class of each image other than ``y``, from 1: int64 (B,)."""
+    """Return each image's ``rank``-th most likely class other than ``y``, counted from 1: int64 (B,)."""
     with torch.no_grad():
         out = f(x).scatter(1, y[:, None], -torch.inf)
     return out.argsort(1, descending=True)[:, rank - 1]
 
 
-# Losses that attacks raise: logits (B, K) and labels (B,) -> (B,), positive where the label has lost ------------------
+# Losses that attacks maximise: logits (B, K) and labels (B,) -> (B,), positive where misclassified --------------------
 
 
 def margin(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
-    """``max_{k≠y} f_k - f_y``, Carlini and Wagner (2017); with a target ``f_t - f_y``."""
+    """Return ``max_{k≠y} f_k - f_y``, Carlini and Wagner (2017); with a target ``f_t - f_y``."""
     own = logits.gather(1, y[:, None]).squeeze(1)
     if target is not None:
         return logits.gather(1, target[:, None]).squeeze(1) - own
@@ -146,9 +146,9 @@ def margin(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
 
 
 def dlr(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
-    """The difference-of-logits ratio of Croce and Hein (2020): the margin in a unit that scaling f does not change.
+    """Return the difference-of-logits ratio of Croce and Hein (2020), a margin invariant to the scale of the logits.
 
-    The unit is ``f_(1) - f_(3)``, of the sorted logits; with a target ``f_(1) - (f_(3) + f_(4)) / 2``.
+    The margin is divided by ``f_(1) - f_(3)`` of the sorted logits; with a target by ``f_(1) - (f_(3) + f_(4)) / 2``.
     """
     top = logits.topk(3 if target is None else 4, 1).values
     third = top[:, 2] if target is None else (top[:, 2] + top[:, 3]) / 2

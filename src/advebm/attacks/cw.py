@@ -1,4 +1,4 @@
-"""The attack of Carlini and Wagner (2017): the smallest l2 change that misclassifies, without a bound."""
+"""The attack of Carlini and Wagner (2017): the smallest l2 change that causes misclassification, without a radius."""
 
 import math
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from advebm.energies import Logits
 class CW(Adversary):
     """Carlini and Wagner's l2 attack (2017): Adam on ``‖x' - x‖² + c max(f_y - max_{k≠y} f_k, -κ)``, x' in (0, 1).
 
-    It minimises the distance and has no radius: accuracy under it is the share of images for which it finds nothing
-    at all, and falls with ``c``.  Never compare it with accuracy within a ball.
+    It minimises the distance and has no radius: accuracy under it is the share of images for which it finds no
+    misclassified point at all, and falls as ``c`` grows.  Never compare it with accuracy within a ball.
 
     Attributes:
-        c: weight of misclassification against distance.
+        c: weight of misclassification relative to distance.
         kappa: margin in logits by which the other class has to win.
-        steps: of Adam; the authors take 10,000.
-        rate: of Adam.
-        searches: values of ``c`` tried for each image, by bisection from ``c``; the authors take 9.
+        steps: steps of Adam for each ``c``; the authors take 10,000.
+        rate: learning rate of Adam.
+        searches: number of values of ``c`` tried for each image, by bisection from ``c``; the authors take 9.
     """
 
     c: float = 1.0
@@ -46,17 +46,17 @@ class CW(Adversary):
 
     @property
     def name(self) -> str:
-        """As tables write it: ``C&W-50 l2 c=0.2``."""
+        """Return the name used in tables, such as ``C&W-50 l2 c=0.2``."""
         times = f" x {self.searches}" if self.searches > 1 else ""
         kappa = f" kappa={self.kappa:g}" if self.kappa else ""
         return f"C&W-{self.steps}{times} l2 c={self.c:g}{kappa}"
 
     def runs(self, classes: int) -> list[Run]:
-        """One: the searches build on each other."""
+        """Return a single run, since each value of ``c`` depends on the result of the one before."""
         return [Run("C&W", self._search, self.searches * self.steps)]
 
     def _search(self, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """The nearest misclassified points that were met; the images themselves where there were none."""
+        """Return the nearest misclassified points found; the images themselves where there were none."""
         nearest, distance = x.clone(), x.new_full((len(x),), torch.inf)
         c, low, high = x.new_full((len(x),), self.c), x.new_zeros(len(x)), x.new_full((len(x),), torch.inf)
         for _ in range(self.searches):
@@ -66,7 +66,7 @@ class CW(Adversary):
         return nearest
 
     def _descend(self, f: Logits, x: Tensor, y: Tensor, c: Tensor, nearest: Tensor, distance: Tensor) -> Tensor:
-        """Adam from the images; keeps what is nearer in ``nearest`` and ``distance``.  Returns who crossed at all."""
+        """Run Adam; update ``nearest`` and ``distance`` in place; return which images reached the margin, bool (B,)."""
         free = torch.atanh((2 * x - 1).clamp(-1 + 1e-6, 1 - 1e-6)).requires_grad_()
         adam, crossed = torch.optim.Adam([free], lr=self.rate), torch.zeros_like(y, dtype=torch.bool)
         for _ in range(self.steps):

@@ -1,4 +1,4 @@
-"""FAB: the nearest point across the decision boundary, Croce and Hein (2020)."""
+"""FAB: search for the nearest point across the decision boundary, Croce and Hein (2020)."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,24 +13,24 @@ from advebm.core.errors import UserError
 from advebm.descent import per_sample, value_and_gradient
 from advebm.energies import Logits
 
-FARTHEST = 0.1  # largest weight of the step from the image itself, alpha_max of the paper
-OVERSHOOT = 1.05  # eta
-BACK = 0.9  # beta: what remains of the way from the image once the boundary is crossed
+FARTHEST = 0.1  # alpha_max of the paper: largest weight of the step that starts at the image itself
+OVERSHOOT = 1.05  # eta of the paper: factor on each step to the boundary
+BACK = 0.9  # beta of the paper: share of the distance from the image that is kept after a crossing
 
 
 @dataclass(frozen=True)
 class FAB(Adversary):
     """The targeted fast adaptive boundary attack, Croce and Hein (2020), within a radius.
 
-    It walks along the linearised boundary between the label and one other class and stays near the image; it stops at
-    a point that is misclassified within ``eps``.
+    It steps to the linearised boundary between the label and one other class and stays near the image; it stops at a
+    point that is misclassified within ``eps``.
 
     Attributes:
-        eps: radius in pixels of [0, 1].
-        norm: ``linf`` or ``l2``: the distance that is made small.
-        steps: gradient evaluations of a run.
-        targets: the most likely wrong classes it goes for, in turn; no more than there are.
-        restarts: runs for each of them; all but the first begin at random, half of ``eps`` away.
+        eps: radius, for pixel values in [0, 1].
+        norm: ``linf`` or ``l2``: the distance to be minimised.
+        steps: gradient evaluations per run.
+        targets: number of most likely wrong classes that it aims at in turn, capped at the number of wrong classes.
+        restarts: runs for each target; all but the first start at a random point, ``eps / 2`` away before clipping.
     """
 
     eps: float = 8 / 255
@@ -50,16 +50,16 @@ class FAB(Adversary):
 
     @property
     def label(self) -> str:
-        """Without the ball."""
+        """Return the name without the ball, such as ``FAB-T``."""
         return "FAB-T" + (f" x {self.restarts}" if self.restarts > 1 else "")
 
     @property
     def name(self) -> str:
-        """As tables write it: ``FAB-T 100 linf 8/255``."""
+        """Return the name used in tables, such as ``FAB-T 100 linf 8/255``."""
         return f"{self.label} {self.steps} {radius_text(self.eps, self.norm)}"
 
     def runs(self, classes: int) -> list[Run]:
-        """A run for each target and restart."""
+        """Return one run for each target class and restart."""
         goals = range(1, min(self.targets, classes - 1) + 1)
         return [
             Run(self.label, partial(self._search, goal, start), 2 * self.steps + 1)
@@ -68,7 +68,7 @@ class FAB(Adversary):
         ]
 
     def _search(self, goal: int, start: int, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Misclassified points within ``eps`` where there are some, else the images themselves."""
+        """Return misclassified points within ``eps`` where the run found them, else the images themselves."""
         target, found = likely_class(f, x, y, goal), x.clone()
         rows, at = torch.arange(len(x), device=x.device), x
         if start:
@@ -113,11 +113,11 @@ class FAB(Adversary):
 
 
 def onto_plane(x: Tensor, w: Tensor, gap: Tensor, norm: str) -> Tensor:
-    """The shortest move (B, D) with ``w · move = gap`` that keeps ``x (B, D)`` in [0, 1].
+    """Return the shortest move (B, D) with ``w · move = gap`` that keeps ``x (B, D)`` in [0, 1]; ``gap`` is (B,).
 
-    Every coordinate moves by ``min(λ r, room)`` with one λ a row, and r = 1 for linf, abs(w) for l2.  What that
-    achieves is concave and piecewise linear in λ, so Newton's method from 0 finds λ in finitely many steps and never
-    overshoots, without sorting.  Where no point of the box lies on the plane, the move ends in the corner next to it.
+    Every coordinate moves by ``min(λ r, room)`` with one λ per row, and r = 1 for linf, abs(w) for l2.  The resulting
+    ``w · move`` is concave and piecewise linear in λ, so Newton's method from 0 finds λ in finitely many steps and
+    never overshoots, without sorting.  If the plane misses the box, the move ends in the corner nearest to it.
     """
     room = torch.where(w * gap[:, None] > 0, 1 - x, x)
     weight, wanted = w.abs(), gap.abs()
@@ -127,7 +127,7 @@ def onto_plane(x: Tensor, w: Tensor, gap: Tensor, norm: str) -> Tensor:
         scaled = factor[:, None] * rate
         missing = wanted - (weight * torch.minimum(scaled, room)).sum(1)
         slope = (steps * (scaled < room)).sum(1)
-        more = torch.where(slope > 0, missing / slope, torch.inf)  # nothing left to move: into the corner
+        more = torch.where(slope > 0, missing / slope, torch.inf)  # no coordinate can move: go to the corner
         open_ = (missing > 1e-6 * wanted) & torch.isfinite(factor)
         if not open_.any():
             break

@@ -1,4 +1,4 @@
-"""Projected-gradient attacks: FGSM, PGD, the energy attack, targeted ones, as values of one dataclass."""
+"""Projected-gradient attacks: FGSM, PGD and the energy attack as one dataclass, and targeted attacks."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -18,21 +18,22 @@ from advebm.starts import Gaussian, Start, UniformBall, clean
 class Attack(Adversary):
     """Projected gradient descent in an eps-ball, Madry et al. (2018); with one step from ``clean``, FGSM.
 
-    ``attack(model, x, y)`` is untargeted.  :meth:`minimize` lowers any energy within the ball: targeted, it is that of
-    ``lambda x: energies.conditional(f(x), target)``.
+    ``attack(model, x, y)`` is untargeted.  :meth:`minimize` lowers any energy within the ball; for a targeted attack,
+    give it ``lambda x: energies.conditional(f(x), target)``.
 
     Attributes:
-        eps: radius in pixels of [0, 1].
+        eps: radius, for pixel values in [0, 1].
         norm: ``linf`` (sign steps) or ``l2`` (unit steps).
-        steps: gradient evaluations of a run.
-        step_size: in pixels of [0, 1]; None means 2.5 eps / steps.
-        start: ``uniform`` in the ball, ``gaussian`` of deviation ``spread``, or ``clean``.
-        spread: deviation of a gaussian start.
-        loss: what an untargeted attack raises: ``cross-entropy`` = E(x, y) - E(x), JEAT eq. 14; ``energy`` = E(x, y),
-            JEAT eq. 18, which the scale of the logits can mask: judge by the first; or ``margin``, the loss of Carlini
-            and Wagner (2017) within the ball.
-        restarts: runs from other starts; the lowest energy counts, for each image.
-        momentum: of unit steps, the share of the last step that goes on in the next (RATIO has 0.9); l2 only.
+        steps: gradient evaluations per run.
+        step_size: for pixel values in [0, 1]; None: 2.5 eps / steps.
+        start: ``uniform`` in the ball, ``gaussian`` (noise of standard deviation ``spread``), or ``clean`` (the image).
+        spread: standard deviation of a gaussian start.
+        loss: what an untargeted attack maximises: ``cross-entropy`` = E(x, y) - E(x), JEAT eq. 14; ``energy`` =
+            E(x, y), JEAT eq. 18, which the scale of the logits can mask, so judge robustness by the first; or
+            ``margin``, the loss of Carlini and Wagner (2017) within the ball.
+        restarts: runs from different starts; :meth:`minimize` keeps the lowest energy of each image, :meth:`find` the
+            first misclassified point.
+        momentum: share of the previous step that is added to the next unit step (RATIO has 0.9); l2 only.
     """
 
     eps: float = 8 / 255
@@ -46,7 +47,7 @@ class Attack(Adversary):
     momentum: float = 0.0
 
     cites: ClassVar[tuple[str, ...]] = ("madry2018",)
-    carried: ClassVar[tuple[str, ...]] = ("eps", "norm")  # to the attack of another method
+    carried: ClassVar[tuple[str, ...]] = ("eps", "norm")  # kept when the training method changes, see config.switch
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -61,13 +62,13 @@ class Attack(Adversary):
             raise UserError(f"momentum lies in [0, 1) and is for norm l2, got {self.momentum} with {self.norm}")
 
     def raise_loss(self, f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] within eps of ``x``, of high ``loss``; also where ``f`` is wrong already."""
+        """Return images (B, C, H, W) in [0, 1] within eps of ``x``, of high ``loss``; ``f`` may be wrong already."""
         return self.minimize(self.negative_loss(f, y), x, generator)
 
     def minimize(
         self, energy: Energy, x: Tensor, generator: torch.Generator | None, *, observe: Observer | None = None
     ) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] within eps of ``x``, of low energy."""
+        """Return images (B, C, H, W) in [0, 1] within eps of ``x``, of low energy."""
         runs = [self._run(energy, x, generator, observe) for _ in range(self.restarts)]
         if self.restarts == 1:
             return runs[0]
@@ -81,7 +82,7 @@ class Attack(Adversary):
         return self.descent()(energy, self.begin(x, generator), origin=x, generator=generator, observe=observe)
 
     def begin(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Where a run starts, (B, C, H, W) in the ball and in [0, 1]."""
+        """Return where a run starts, (B, C, H, W) in the ball and in [0, 1]."""
         starts: dict[str, Start] = {
             "uniform": UniformBall(self.eps, self.norm),
             "gaussian": Gaussian(self.spread),
@@ -90,14 +91,14 @@ class Attack(Adversary):
         return self.descent().constraint(starts[self.start](x, None, generator), x)
 
     def descent(self) -> Descent:
-        """The search it runs: the one place where radius, norm and step become directions and constraints."""
+        """Return its search, the one place where radius, norm and step size become a direction and a constraint."""
         unit_step = heavy_ball(self.momentum) if self.momentum else unit
         ball, direction = (linf_ball(self.eps), sign) if self.norm == "linf" else (l2_ball(self.eps), unit_step)
         size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         return Descent(self.steps, size, direction, both(ball, box()))
 
     def negative_loss(self, f: energies.Logits, y: Tensor) -> Energy:
-        """The energy an untargeted attack on the labels ``y (B,)`` lowers: minus ``loss``."""
+        """Return the energy that an untargeted attack on the labels ``y (B,)`` minimises: minus ``loss``."""
         if self.loss == "energy":
             return lambda x: -energies.joint(f(x), y)
         if self.loss == "margin":
@@ -105,13 +106,12 @@ class Attack(Adversary):
         return lambda x: -energies.conditional(f(x), y)
 
     def runs(self, classes: int) -> list[Run]:
-        """A run a restart."""
         once = replace(self, restarts=1)
         return [Run(self.name, once.raise_loss, self.steps)] * self.restarts
 
     @property
     def name(self) -> str:
-        """As tables write it: ``PGD-20 l2 0.75``."""
+        """Return the name used in tables, such as ``PGD-20 l2 0.75``."""
         kind = {"energy": "energy attack", "margin": "C&W-PGD"}.get(self.loss, "PGD")
         kind = "FGSM" if kind == "PGD" and self.start == "clean" and self.steps == 1 else kind
         times = "" if self.restarts == 1 else f" x {self.restarts}"
@@ -120,37 +120,34 @@ class Attack(Adversary):
 
 
 def fgsm(eps: float, norm: Literal["linf", "l2"] = "linf") -> Attack:
-    """The fast gradient (sign) method of Goodfellow et al. (2015): one full step from the image itself."""
+    """Return the fast gradient (sign) method of Goodfellow et al. (2015): one full step from the image itself."""
     return Attack(eps=eps, norm=norm, steps=1, start="clean")
 
 
 @dataclass(frozen=True)
 class Targeted(Adversary):
-    """An attack towards a random other class for each image, CEM section 4.1: it lowers ``E(x, t) - E(x)``.
+    """An attack towards a random wrong class for each image, CEM section 4.1: it minimises ``E(x, t) - E(x)``.
 
     Attributes:
-        attack: how it searches; each restart draws other classes.
+        attack: the search; each restart draws new target classes.
     """
 
     attack: Attack = Attack()
 
     @property
     def eps(self) -> float:
-        """Of the attack."""
         return self.attack.eps
 
     @property
     def norm(self) -> str:
-        """Of the attack."""
         return self.attack.norm
 
     @property
     def name(self) -> str:
-        """As tables write it: ``targeted PGD-20 linf 8/255``."""
+        """Return the name used in tables, such as ``targeted PGD-20 linf 8/255``."""
         return f"targeted {self.attack.name}"
 
     def runs(self, classes: int) -> list[Run]:
-        """A run a restart."""
         once = replace(self.attack, restarts=1)
 
         def search(f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:

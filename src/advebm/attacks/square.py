@@ -14,7 +14,7 @@ from advebm.core.errors import UserError
 from advebm.descent import per_sample
 from advebm.energies import Logits
 
-SHARE = 0.8  # of the pixels that the first square covers, p of the paper as AutoAttack sets it
+SHARE = 0.8  # share of the pixels that the first square covers: p of the paper, as AutoAttack sets it
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which that share is halved
 
 
@@ -22,13 +22,13 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after whi
 class Square(Adversary):
     """The square attack on the margin, Andriushchenko et al. (2020): it sees outputs, never gradients.
 
-    Each query changes a square at a random place, the same for all points of a batch, and keeps it where the margin
-    falls; it stops at a point once that is misclassified.
+    Each query changes a square (with l2, a pair of squares) at a random place, the same for all points of a batch, and
+    keeps the change where it raises :func:`advebm.attacks.base.margin`; it stops at a point once that is misclassified.
 
     Attributes:
-        eps: radius in pixels of [0, 1].
+        eps: radius, for pixel values in [0, 1].
         norm: ``linf`` or ``l2``.
-        queries: forward passes.
+        queries: forward passes per image.
     """
 
     eps: float = 8 / 255
@@ -45,16 +45,15 @@ class Square(Adversary):
 
     @property
     def name(self) -> str:
-        """As tables write it: ``Square 5000 linf 8/255``."""
+        """Return the name used in tables, such as ``Square 5000 linf 8/255``."""
         return f"Square {self.queries} {radius_text(self.eps, self.norm)}"
 
     def runs(self, classes: int) -> list[Run]:
-        """One."""
         return [Run("Square", self._search, self.queries)]
 
     @torch.no_grad()
     def _search(self, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Misclassified points where they were found, else those of the smallest margin."""
+        """Return misclassified points where the run found them, else the points of the largest margin."""
         found, rows = x.clone(), torch.arange(len(x), device=x.device)
         start, propose = (_stripes, _square) if self.norm == "linf" else (_tiles, _two_windows)
         origin, label = x, y
@@ -80,12 +79,12 @@ class Square(Adversary):
 
 
 def side(share: float, size: int) -> int:
-    """Of a square that covers a share of ``size`` x ``size`` pixels."""
+    """Return the side, in pixels, of a square that covers ``share`` of ``size`` x ``size`` pixels; at least 1."""
     return min(max(round(math.sqrt(share) * size), 1), size)
 
 
 def _place(size: int, shape: torch.Size, generator: torch.Generator) -> tuple[slice, slice]:
-    """A window of ``size`` x ``size`` pixels, anywhere within the image."""
+    """Draw a window of ``size`` x ``size`` pixels anywhere within the image; return its row and column slices."""
     corner = [int(torch.randint(0, n - size + 1, (), generator=generator, device=generator.device)) for n in shape[2:]]
     return slice(corner[0], corner[0] + size), slice(corner[1], corner[1] + size)
 
@@ -95,13 +94,13 @@ def _signs(*shape: int, like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _stripes(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """Vertical stripes of plus and minus eps."""
+    """Add vertical stripes of plus or minus eps, with a random sign for each image, channel and column."""
     b, c, _, w = x.shape
     return (x + eps * _signs(b, c, 1, w, like=x, generator=generator)).clamp(0, 1)
 
 
 def _square(best: Tensor, origin: Tensor, share: float, eps: float, generator: torch.Generator) -> Tensor:
-    """All pixels of a square to plus or minus eps, a sign a channel."""
+    """Set all pixels of a random square to the original values plus or minus eps, one sign per channel."""
     h, w = _place(side(share, min(best.shape[2:])), best.shape, generator)
     tried = best.clone()
     tried[:, :, h, w] = (origin[:, :, h, w] + eps * _signs(best.shape[1], 1, 1, like=best, generator=generator)).clamp(
@@ -111,7 +110,7 @@ def _square(best: Tensor, origin: Tensor, share: float, eps: float, generator: t
 
 
 def _tiles(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """A grid of five by five bumps with random signs, of length eps."""
+    """Add a grid of bumps with random signs, of total l2 norm eps; five by five, more on small or oblong images."""
     b, c, height, width = x.shape
     size = max(min(height, width) // 5, 1)
     delta = torch.zeros_like(x)
@@ -123,7 +122,7 @@ def _tiles(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
 
 
 def _two_windows(best: Tensor, origin: Tensor, share: float, eps: float, generator: torch.Generator) -> Tensor:
-    """Moves the length of one window, and what clipping to the box has left unused, into a bump in another."""
+    """Move the perturbation of one window, and the norm that clipping removed, to a bump added in another window."""
     size = max(side(share, min(best.shape[2:])), 3)
     size = min(size + 1 - size % 2, *best.shape[2:])
     delta = best - origin
@@ -149,9 +148,9 @@ def _at_length(x: Tensor, delta: Tensor, eps: float) -> Tensor:
 
 
 def bump(size: int, generator: torch.Generator) -> Tensor:
-    """``size`` x ``size``, of length 1: a positive pyramid over a negative one, or beside it.
+    """Return a pattern (``size``, ``size``) of l2 norm 1: a positive pyramid above a negative one, or beside it.
 
-    A pyramid falls off from its centre with the Chebyshev distance d as ``Σ_{m ≥ d} 1 / (m + 1)²``.
+    A pyramid falls off from its centre with the Chebyshev distance d ≤ M as ``Σ_{m = d}^{M} 1 / (m + 1)²``.
     """
     half = size // 2
     pattern = torch.cat([_pyramid(half, size), -_pyramid(size - half, size)])

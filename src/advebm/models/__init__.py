@@ -1,4 +1,4 @@
-"""Networks: normalisation, a backbone, a head; saving, loading and averaging them."""
+"""Networks: normalisation, a backbone and a head; saving, loading and averaging them."""
 
 from advebm.core.lazy import exports
 

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """``average ← decay · average + (1 - decay) · model`` once a step, for parameters and floating-point buffers.
+    """Average a model at every step: ``average ← decay · average + (1 - decay) · model``.
 
-    Its memory is counted in images, so that it does not depend on the batch size: after ``half_life`` images a
-    value's weight has halved.  At the start it is shortened to a tenth of the images seen, so that the random first
-    weights are soon forgotten.
+    Parameters and floating-point buffers are averaged, other buffers copied.  The decay is given as a half-life in
+    images, so that it does not depend on the batch size: after ``half_life`` images a value's weight has halved.  At
+    the start the half-life is at most a tenth of the images seen, so that the random first weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, half_life: float) -> None:
@@ -20,7 +20,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, images: int, batch: int) -> None:
-        """One step of ``batch`` images, after which ``images`` have been seen in all."""
+        """Update the average after a step on ``batch`` images; ``images`` have been seen in all, these included."""
         half_life = min(self.half_life, images / 10)
         keep = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
         for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
@@ -30,5 +30,4 @@ class EMA:
                 average.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights and buffers of the average."""
         return self.module.state_dict()

@@ -1,4 +1,4 @@
-"""A module of the user's, named ``PACKAGE.MODULE:FACTORY``, as a backbone."""
+"""A user-defined module, named ``PACKAGE.MODULE:FACTORY``, as a backbone."""
 
 import inspect
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from advebm.core.errors import UserError
 class Own:
     """Your own torch module, ``own:PACKAGE.MODULE:FACTORY``: a complete classifier, trained or not.
 
-    The factory is called without arguments and returns a module that maps normalised images (B, C, H, W) to logits
-    (B, K).  Its logits are its features too.
+    The factory takes no arguments.  It returns a module that maps normalised images (B, C, H, W) to logits (B, K),
+    which are also used as features.
 
     Attributes:
         path: ``package.module:factory``, from the installed packages or the current folder.
@@ -23,21 +23,21 @@ class Own:
 
     path: str
 
-    imports: ClassVar[bool] = True  # so that it may not stand in the configuration of somebody else's model
+    imports: ClassVar[bool] = True  # imports code, so not allowed in the configuration of somebody else's model
 
     def __post_init__(self) -> None:
         if ":" not in self.path:
             raise UserError(f"a module of your own is package.module:factory, got {self.path!r}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, None]:
-        """What the factory returns; None says that no head is missing."""
+        """Return the factory's module, and None because it needs no head."""
         return self.make(), None
 
     def make(self) -> nn.Module:
-        """Call the factory.
+        """Call the factory and return its module.
 
         Raises:
-            UserError: nothing of that name, or a factory that fails or returns something else.
+            UserError: the name cannot be imported, or the factory takes arguments, fails or returns no torch module.
         """
         module, _, name = self.path.partition(":")
         try:
@@ -50,7 +50,7 @@ class Own:
             raise UserError(f"{self.path} is called without arguments: {error}") from None
         try:
             made = factory()
-        except Exception as error:  # somebody else's code
+        except Exception as error:  # user code may raise anything
             raise UserError(f"{self.path} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
         if not isinstance(made, nn.Module):
             raise UserError(f"{self.path} returns a {type(made).__name__}, not a torch module")

@@ -1,4 +1,4 @@
-"""Published models on the Hugging Face Hub; the hub's client is imported when it is used, since that is slow."""
+"""Published models on the Hugging Face Hub; the Hub's client is imported on first use, since that is slow."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 from advebm.core import files
 from advebm.core.errors import UserError
 
-# What a published model consists of (see network.save); nothing else travels, a checkpoint's state least of all.
+# Files of a published model (see network.save); nothing else is transferred, in particular no training state.
 FILES = ["config.json", "model.safetensors", "ema.safetensors", "README.md"]
 
 
@@ -15,16 +15,16 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
     """Upload a published model as one commit; a file of :data:`FILES` that ``folder`` lacks is removed from the Hub.
 
     Args:
-        folder: what :func:`advebm.models.network.save` wrote; a checkpoint is one, too.
-        name: ``user/name``; made if it is not there.
-        private: make it for those with access only.
+        folder: a folder that :func:`advebm.models.network.save` wrote, such as a checkpoint.
+        name: ``user/name``; created if it does not exist.
+        private: create the model as private.
 
     Returns:
-        The page of the model.
+        The address of the model's page.
 
     Raises:
-        UserError: ``folder`` is not a model, nobody is logged in or may write there, the Hub is out of reach, or
-            ``private`` was asked for and the model is there already for all to see.
+        UserError: ``folder`` is not a model, nobody is logged in, the login may not write there, the Hub cannot be
+            reached, or ``private`` was asked for and the model is public already.
     """
     _check_model(folder, "is not a published model")
     plain = files.read_json(folder / "config.json")
@@ -44,24 +44,24 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
             repo_id=name,
             folder_path=folder,
             allow_patterns=FILES,
-            delete_patterns=FILES,  # an average of an earlier push would be preferred to these weights
+            delete_patterns=FILES,  # load would prefer averaged weights of an earlier push to these
             commit_message="Upload an advebm model",
         )
     return str(page)
 
 
 def pull(name: str, *, revision: str | None = None) -> Path:
-    """Download a published model into the hub client's cache, or find it there when the Hub is out of reach.
+    """Download a published model into the Hub client's cache, or find it there when the Hub cannot be reached.
 
     Args:
         name: ``user/name``.
-        revision: branch, tag or commit; the newest by default.
+        revision: branch, tag or commit; None: the newest.
 
     Returns:
-        The folder in the cache, with no more than :data:`FILES` in it; not to be written to.
+        The folder in the cache, which holds only :data:`FILES`; do not write to it.
 
     Raises:
-        UserError: no such model or revision, no access to it, not a model of advebm, or out of reach and not cached.
+        UserError: no such model or revision, no access to it, not a model of advebm, or no Hub and no cached copy.
     """
     _check_name(name)
     from huggingface_hub import HfApi
@@ -92,7 +92,7 @@ def _check_name(name: str) -> None:
 
 @contextmanager
 def _in_one_line(name: str, what: str) -> Iterator[None]:
-    """Turn what the hub's client raises into the :class:`UserError` that says why it is so."""
+    """Turn errors of the Hub's client into a one-line :class:`UserError` that names the cause."""
     from huggingface_hub import errors
 
     try:

@@ -1,4 +1,4 @@
-"""The Inception network that FID, KID and the Inception score are defined by: TensorFlow's of 5 December 2015.
+"""The Inception network of FID, KID and the Inception score: TensorFlow's of 5 December 2015.
 
 Names and shapes are those of torch-fidelity's conversion, so that its published file loads as it is.
 """
@@ -16,16 +16,16 @@ from advebm.core.errors import UserError
 
 NAME = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{NAME}"
-DIGEST = "6726825d"  # of sha256, its beginning
+DIGEST = "6726825d"  # first digits of the sha256
 SIZE = 299
 
 Kernel = int | tuple[int, int]
-Step = Sequence[tuple[int, Kernel]]  # outputs and kernel of each convolution of the same input
+Step = Sequence[tuple[int, Kernel]]  # (output channels, kernel) of each convolution of the same input
 Branches = Mapping[str, Sequence[Step]]
 
 
 class Unit(nn.Module):
-    """Convolution, batch norm, ReLU; with stride 1 the size stays unless ``pad`` is off."""
+    """Convolution, batch norm, ReLU; with stride 1 height and width stay the same unless ``pad`` is False."""
 
     def __init__(self, inputs: int, outputs: int, kernel: Kernel, stride: int = 1, *, pad: bool = True) -> None:
         super().__init__()
@@ -35,19 +35,19 @@ class Unit(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` -> ``(B, outputs, H', W')``."""
+        """Map ``(B, inputs, H, W)`` to ``(B, outputs, H', W')``."""
         return F.relu(self.bn(self.conv(x)))
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions beside one of pooling; their channels are concatenated in this order.
+    """Parallel branches of convolutions and one of pooling, whose channels are concatenated in this order.
 
     Args:
-        inputs: channels.
-        branches: the steps of each; a step of two convolutions concatenates theirs.
-        pooled: channels of the convolution behind the pooling; 0 for none.
-        pool: ``average`` leaves the padding out of the mean, as TensorFlow does; ``halve`` is a maximum of stride 2,
-            with which the last step of every branch has stride 2, too.
+        inputs: number of input channels.
+        branches: steps of each branch; the outputs of a step with two convolutions are concatenated.
+        pooled: output channels of the convolution after the pooling; 0: no convolution.
+        pool: ``average`` leaves the padding out of the mean, as TensorFlow does; ``max`` has stride 1; ``halve`` is a
+            maximum of stride 2, and the last step of every branch then has stride 2, too.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Mixed(nn.Module):
         self.branch_pool = Unit(inputs, pooled, 1) if pooled else nn.Identity()
 
     def _chain(self, branch: str, inputs: int, steps: Sequence[Step]) -> list[list[str]]:
-        """Adds a branch's units under the names of the published file; these names, step by step."""
+        """Add a branch's units under the names of the published file; return these names, step by step."""
         chain = []
         for number, step in enumerate(steps, 1):
             name = branch if len(steps) == 1 else f"{branch}_{number}"
@@ -72,7 +72,7 @@ class Mixed(nn.Module):
         return chain
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` -> ``(B, C, H', W')``."""
+        """Map ``(B, inputs, H, W)`` to ``(B, C, H', W')``."""
         found = []
         for chain in self.chains:
             h = x
@@ -123,9 +123,9 @@ def _mixed7(inputs: int, pool: Literal["average", "max"]) -> Mixed:
 
 
 class Inception(nn.Module):
-    """Images (B, 3 or 1, H, W) in [0, 1] -> the 2048 features of FID; grey images are given three equal channels.
+    """Map images (B, 3 or 1, H, W) in [0, 1] to the 2048 features of FID; grey images get three equal channels.
 
-    Szegedy et al. (2016), with the graph's own pooling: means that leave the padding out, a maximum in the last block.
+    Szegedy et al. (2016), with the pooling of TensorFlow's graph: means without padding, a maximum in the last block.
     Images are rounded to bytes first: FID is defined on 8-bit images, and unrounded ones give another number.
     """
 
@@ -155,7 +155,6 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features ``(B, 2048)``."""
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise UserError(f"Inception takes images (B, 3, H, W) or grey (B, 1, H, W), got {tuple(x.shape)}")
         x = resize((x * 255).round().expand(-1, 3, -1, -1))
@@ -166,21 +165,21 @@ class Inception(nn.Module):
         return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean((2, 3))
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features ``(B, 2048)`` -> the logits ``(B, 1008)`` of the Inception score, which have no biases."""
+        """Map features ``(B, 2048)`` to the logits ``(B, 1008)`` of the Inception score, which have no biases."""
         return features @ self.fc.weight.T
 
 
 def resize(x: Tensor, size: int = SIZE) -> Tensor:
-    """Bilinear, as TensorFlow 1 does it: output pixel i lies at ``i · old / size``, with no half-pixel centres.
+    """Resize ``(B, C, H, W)`` to ``(B, C, size, size)``, bilinearly as in TensorFlow 1.
 
-    ``(B, C, H, W)`` -> ``(B, C, size, size)``, as a product with one matrix of weights a side.
+    Output pixel i lies at ``i · old / size``, with no half-pixel centres.  Each side takes a product with one matrix.
     """
     rows, columns = (_weights(old, size).to(x) for old in x.shape[2:])
     return rows @ x @ columns.T
 
 
 def _weights(old: int, new: int) -> Tensor:
-    """``(new, old)``: how much of each old pixel is in a new one; positions in float32, as in the graph."""
+    """Return the share ``(new, old)`` of each old pixel in each new one; positions are float32, as in the graph."""
     where = torch.arange(new, dtype=torch.float32) * torch.tensor(old / new, dtype=torch.float32)
     low = where.long().clamp_max(old - 1)
     share = (where - low)[:, None]
@@ -189,15 +188,16 @@ def _weights(old: int, new: int) -> Tensor:
 
 
 def load(path: str | Path | None = None) -> Inception:
-    """The network with its published weights, frozen and in eval mode.
+    """Load the network with its published weights, frozen and in eval mode.
 
-    Nothing is unpickled before the file's sha256 has been compared with the published one, and no code of it is run.
+    The first eight digits of the file's sha256 are compared with the published ones before anything is unpickled, and
+    no code in the file is run.
 
     Args:
-        path: of the file; by default torch.hub's cache, filled from torch-fidelity's release where it is empty.
+        path: the file; None: torch.hub's cache, downloaded from torch-fidelity's release if it is not there.
 
     Raises:
-        UserError: no such file, another file, or no connection.
+        UserError: the file is missing, is another one, or cannot be downloaded.
     """
     file = _cached() if path is None else Path(path)
     try:
@@ -215,7 +215,7 @@ def load(path: str | Path | None = None) -> Inception:
 
 
 def _cached() -> Path:
-    """The file in torch.hub's cache, downloaded unless it is there."""
+    """Return the file in torch.hub's cache, after downloading it if it is not there."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / NAME
     if not file.exists():
         try:

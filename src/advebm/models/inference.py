@@ -1,4 +1,4 @@
-"""A network as it is searched: the same function of its input, computed faster."""
+"""Faster views of a network for searches such as attacks and sampling: the same outputs up to rounding."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ from advebm.models.modes import DualBatchNorm2d, searching
 from advebm.models.network import Network
 from advebm.models.precision import Precision, usable_precision
 
-LOOKS = 8  # at a network, which may be random: tracing would keep one of its ways
+LOOKS = 8  # forward passes that must agree before folding: a random network must not be traced
 
 BackendName = Literal["auto", "off", "fold", "compile", "bf16", "bf16+compile"]
 
@@ -28,10 +28,10 @@ class Backend:
     """How a search computes the network, which changes its outputs by rounding only.
 
     Attributes:
-        fold: batch norms that follow a convolution become part of it; in eval mode they are affine.
-        precision: of convolutions and linear layers.  Images, their gradients and updates, the normalisation, the head
-            and every energy stay float32.
-        compiled: by ``torch.compile``, for gradients at one size of batch; other calls run as they are.
+        fold: merge batch norms, which are affine in eval mode, into the convolutions before them.
+        precision: type of convolutions and linear layers.  Images, their gradients and updates, the normalisation, the
+            head and every energy stay float32.
+        compiled: use ``torch.compile`` for gradients at one batch shape; other calls are not compiled.
     """
 
     fold: bool = True
@@ -40,7 +40,7 @@ class Backend:
 
     @property
     def name(self) -> str:
-        """``off``, ``fold``, ``compile``, ``bf16`` or ``bf16+compile``."""
+        """Return ``off``, ``fold``, ``compile``, ``bf16`` or ``bf16+compile``."""
         words = ["bf16"] * (self.precision == "bfloat16") + ["compile"] * self.compiled
         return "+".join(words) or ("fold" if self.fold else "off")
 
@@ -58,10 +58,10 @@ BACKENDS = {
 
 
 def find_backend(way: str, precision: Precision = "float32") -> Backend:
-    """What ``--fast`` names; ``auto`` folds, in the ``precision`` that was asked for elsewhere.
+    """Return the backend that ``--fast`` names; ``auto`` folds and computes in ``precision``.
 
     Raises:
-        UserError: another name.
+        UserError: there is no backend of that name.
     """
     if way == "auto":
         return Backend(precision=precision)
@@ -74,7 +74,7 @@ Layer = nn.Conv2d | nn.Linear
 
 
 class LayerCopy(NamedTuple):
-    """A layer of a view, and the layers of the network that its weights are computed from."""
+    """A layer of a view, and the network's layer and batch norm (or None) that its weights are computed from."""
 
     layer: Layer
     source: Layer
@@ -82,7 +82,7 @@ class LayerCopy(NamedTuple):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Compute the weights from what the network's are now."""
+        """Recompute the layer's weights from the network's current ones."""
         weight, bias, norm = self.source.weight, self.source.bias, cast(Any, self.norm)
         if norm is not None:
             statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
@@ -93,9 +93,9 @@ class LayerCopy(NamedTuple):
 
 
 class View(nn.Module):
-    """A frozen network in eval mode, on weights of its own that :meth:`refresh` takes from it.
+    """A frozen network in eval mode, with its own copies of weights, which :meth:`refresh` updates from the network.
 
-    Made by :func:`make_view`.  What is neither folded nor lowered is shared with the network.
+    Made by :func:`make_view`.  Layers that are neither folded nor in bfloat16 are shared with the network.
     """
 
     def __init__(self, model: nn.Module, way: Backend) -> None:
@@ -111,7 +111,7 @@ class View(nn.Module):
             self.way = Backend(fold=any(copied.norm is not None for copied in self.copies))
 
     def lower(self) -> None:
-        """Compute in bfloat16: copies get such weights, autocast does the rest."""
+        """Switch to bfloat16: convert the copied layers, and use autocast for the rest."""
         for copied in self.copies:
             copied.layer.to(torch.bfloat16)
         self.way = replace(self.way, precision="bfloat16")
@@ -122,18 +122,18 @@ class View(nn.Module):
         self.way = replace(self.way, compiled=True)
 
     def refresh(self) -> "View":
-        """Take over the network's weights and running statistics as they are now."""
+        """Update the copies from the network's current weights and running statistics; return the view."""
         for copied in self.copies:
             copied.refresh()
         self.searches += 1
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """The network's outputs, in the type of ``x``."""
+        """Return the network's outputs, in the type of ``x``."""
         return (self.quick if x.shape == self.shape and torch.is_grad_enabled() else self.plain)(x)
 
     def plain(self, x: Tensor) -> Tensor:
-        """The same, not compiled."""
+        """Return the same outputs, not compiled."""
         if self.way.precision == "float32":
             return self.head(self.body(self.normalise(x)))
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -142,14 +142,14 @@ class View(nn.Module):
 
 
 def make_view(model: nn.Module, x: Tensor, way: Backend, *, loud: bool = False) -> View | None:
-    """The model for searches in eval mode, as far as ``way`` applies to it; None where nothing of it does.
+    """Return a view of the model for searches in eval mode, with what applies of ``way``; None if nothing does.
 
-    Outputs differ from the model's by rounding only; whoever judges asks the model itself.  What cannot be traced, or
-    gives other outputs on ``x``, is not folded.
+    Outputs differ from the model's by rounding only; evaluate results on the model itself.  A model that cannot be
+    traced, or gives other outputs on ``x`` once folded, is not folded.
 
     Args:
-        model: on images (B, C, H, W) in [0, 1].
-        x: some images, to compare on; with ``compiled``, as many as a search has.
+        model: maps images (B, C, H, W) in [0, 1] to outputs.
+        x: some images to compare outputs on; with ``compiled``, as many as a search has.
         way: what to try.
         loud: warn of what does not apply.
     """
@@ -161,7 +161,7 @@ def make_view(model: nn.Module, x: Tensor, way: Backend, *, loud: bool = False) 
         try:
             found = _try_view(model, x, candidate)
             break
-        except Exception as error:  # tracing runs the model's own code, which may do anything
+        except Exception as error:  # tracing runs the model's code, which may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     used = "off" if found is None else found.way.name
     if loud and used != wanted.name:
@@ -170,10 +170,10 @@ def make_view(model: nn.Module, x: Tensor, way: Backend, *, loud: bool = False) 
 
 
 def _try_view(model: nn.Module, x: Tensor, way: Backend) -> View:
-    """A view that has been tried.
+    """Return a view after testing it on ``x``.
 
     Raises:
-        ValueError: it gives other outputs on ``x``; and whatever the model raises where it is traced.
+        ValueError: the view gives other outputs on ``x``.  Whatever the model raises when traced is raised as well.
     """
     with searching(model):
         made, own = View(model, way), View(model, Backend(fold=False))  # in float32, whatever the model's precision
@@ -191,14 +191,14 @@ def _try_view(model: nn.Module, x: Tensor, way: Backend) -> View:
 
 
 def faster_model(model: nn.Module, x: Tensor, *, precision: Precision = "float32") -> nn.Module:
-    """The model folded, in ``precision``, as far as that applies, for searches inside ``searching``."""
+    """Return the model folded and in ``precision``, as far as that applies, for searches inside ``searching``."""
     made = make_view(model, x, Backend(precision=precision))
     return model if made is None else made
 
 
 @contextmanager
 def float32() -> Iterator[None]:
-    """Convolutions in float32 on GPUs, too, where cuDNN would round their inputs to TF32."""
+    """Compute convolutions in float32 on GPUs, too, where cuDNN may round their inputs to TF32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -208,14 +208,14 @@ def float32() -> Iterator[None]:
 
 
 def fold(module: nn.Module, *, everything: bool = False) -> tuple[fx.GraphModule, list[LayerCopy]]:
-    """A traceable module without the batch norms that follow a convolution, and the layers that are not its own.
+    """Trace a module and merge batch norms into the convolutions before them; return it and the layers it has copied.
 
     Args:
         module: in eval mode.
         everything: copy every convolution and linear layer, also those without a batch norm.
 
     Raises:
-        TypeError: batch norms with branches, of which tracing would keep one.
+        TypeError: the module has :class:`DualBatchNorm2d` layers, of whose branches tracing would keep only one.
     """
     if any(isinstance(m, DualBatchNorm2d) for m in module.modules()):
         raise TypeError("its batch norms have branches")
@@ -224,7 +224,7 @@ def fold(module: nn.Module, *, everything: bool = False) -> tuple[fx.GraphModule
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
 
     def called(node: Any, kind: type[nn.Module]) -> bool:
-        """Whether a node is the only call of a layer of exactly this kind, and the layer does nothing else."""
+        """Return whether a node is the only call of a layer of exactly this type, which has no hooks."""
         if not isinstance(node, fx.Node) or node.op != "call_module" or calls[node.target] > 1:
             return False
         layer = layers[str(node.target)]
@@ -235,7 +235,7 @@ def fold(module: nn.Module, *, everything: bool = False) -> tuple[fx.GraphModule
         before: Any = node.args[0] if node.args else None
         if not (called(node, nn.BatchNorm2d) and called(before, nn.Conv2d) and len(before.users) == 1):
             continue
-        if layers[node.target].running_mean is None:  # it takes the batch's statistics in either mode
+        if layers[node.target].running_mean is None:  # it uses batch statistics even in eval mode
             continue
         norms[before.target] = layers[node.target]
         node.replace_all_uses_with(before)

@@ -1,4 +1,4 @@
-"""What the backbones are made of: convolutions, normalisations, activations, stages."""
+"""Building blocks of the backbones: convolutions, normalisations, activations, stages."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def norm2d(kind: Norm, channels: int) -> nn.Module:
-    """The normalisation of a convolution's output; it begins with weights 1 and biases 0."""
+    """Return the normalisation of a convolution's output, with initial weights 1 and biases 0."""
     match kind:
         case "batch":
             return nn.BatchNorm2d(channels)
@@ -35,9 +35,9 @@ def norm2d(kind: Norm, channels: int) -> nn.Module:
 
 
 def conv2d(inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> nn.Conv2d:
-    """A convolution that keeps the size up to its stride, with biases exactly when ``norm`` is ``none``.
+    """Return a convolution that divides the size by its stride only; it has biases exactly when ``norm`` is ``none``.
 
-    Weights are drawn by He et al. (2015), normal with variance ``2 / (kernel² outputs)``; biases begin at 0.
+    Weights are drawn as in He et al. (2015), normal with variance ``2 / (kernel² outputs)``; biases begin at 0.
     """
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=norm == "none")
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -47,10 +47,10 @@ def conv2d(inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> n
 
 
 def avoid_wrong_gradient(module: nn.Module) -> None:
-    """Let strided 1x1 convolutions of 2 to 7 channels drop the pixels they skip first, then go over all that are left.
+    """Make strided 1x1 convolutions of 2 to 7 input channels subsample their input first and then run with stride 1.
 
-    The same function of the input, but never the kernel of oneDNN whose weight gradient is wrong, or writes out of
-    bounds, for such convolutions in channels-last layout on CPUs without AVX-512; see docs/cpu.md.
+    The outputs stay the same, but oneDNN's faulty kernel is never used: for such convolutions in channels-last layout,
+    on CPUs without AVX-512, its weight gradient is wrong or it writes out of bounds; see docs/cpu.md.
     """
     for m in module.modules():
         if type(m) is not nn.Conv2d or m.kernel_size != (1, 1) or m.padding not in ((0, 0), "valid") or m.groups > 1:
@@ -61,7 +61,7 @@ def avoid_wrong_gradient(module: nn.Module) -> None:
 
 
 class _Subsample:
-    """A hook that gives a module every so many rows and columns of its input (…, H, W)."""
+    """A forward pre-hook that keeps every ``rows``-th row and ``columns``-th column of a module's input (…, H, W)."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self.rows, self.columns = rows, columns
@@ -71,9 +71,9 @@ class _Subsample:
 
 
 class Staged(nn.Module):
-    """``stem``, ``stages``, ``closing``, global average pooling: ``(B, C, H, W)`` -> ``(B, D)``.
+    """A backbone of ``stem``, ``stages``, ``closing`` and global average pooling: ``(B, C, H, W)`` -> ``(B, D)``.
 
-    With ``recompute``, gradients of weights keep what goes into each block, and :func:`recompute` the rest.
+    If ``recompute`` is True, only each block's input is stored for weight gradients; :func:`recompute` does the rest.
     """
 
     recompute = False
@@ -84,7 +84,7 @@ class Staged(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """What each stage returns, ``(B, C_i, H_i, W_i)``."""
+        """Return the output of each stage, ``(B, C_i, H_i, W_i)``."""
         maps, x = [], self.stem(x)
         for stage in self.stages:
             x = stage(x)
@@ -92,7 +92,7 @@ class Staged(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        """The last map, closed and averaged over its pixels, ``(B, D)``."""
+        """Return the last stage's output after ``closing``, averaged over its pixels, ``(B, D)``."""
         x = self.stem(x)
         again = self.recompute and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         for stage in self.stages:
@@ -102,9 +102,9 @@ class Staged(nn.Module):
 
 
 def recompute(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)``, whose activations are not kept but computed again for the gradient, Chen et al. (2016).
+    """Return ``block(x)`` without storing its activations, which the gradient computes again, Chen et al. (2016).
 
-    By the weights, statistics, modes and branches of this call, whatever they are by then; statistics move once.
+    It does so with the weights, statistics, modes and branches of this call, and updates running statistics only once.
     """
     weights = dict(block.named_parameters())
     then = _AsThen(block)
@@ -117,7 +117,7 @@ def recompute(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class _AsThen:
-    """Within it a block has the modes and branches of the moment this was made; ``statistics`` are those of then."""
+    """Context that gives a block the modes and branches it had at creation; ``statistics`` are copies from then."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.entered = block, False
@@ -145,7 +145,7 @@ class _AsThen:
 def stages(
     block: Callable[[int, int, int], nn.Module], inputs: int, widths: Sequence[int], counts: Sequence[int]
 ) -> list[nn.Module]:
-    """``counts[i]`` blocks ``block(inputs, widths[i], stride)`` each; all stages but the first begin with stride 2."""
+    """Return stages of ``counts[i]`` blocks ``block(inputs, widths[i], stride)``; from the second on, with stride 2."""
     made: list[nn.Module] = []
     for width, count in zip(widths, counts, strict=True):
         first = block(inputs, width, 2 if made else 1)
@@ -155,6 +155,6 @@ def stages(
 
 
 def check_size(kind: str, size: int) -> None:
-    """Refuse images below 8 pixels: three halvings leave one."""
+    """Raise a UserError for images below 8 pixels: three halvings of 8 leave one."""
     if size < 8:
         raise UserError(f"{kind} takes images of at least 8 pixels, got {size}")

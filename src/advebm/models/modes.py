@@ -1,4 +1,4 @@
-"""How a network behaves while it is searched rather than trained."""
+"""How a network behaves while it is searched rather than trained: modes, frozen weights, batch-norm branches."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class SearchView(Protocol):
-    """The same function as a network in eval mode, computed faster; :func:`advebm.models.inference.make_view`."""
+    """A network in eval mode, computed faster; made by :func:`advebm.models.inference.make_view`."""
 
     def refresh(self) -> Callable[[Tensor], Tensor]:
-        """The function (B, C, H, W) -> outputs, by the weights and statistics that the network has now."""
+        """Return the function (B, C, H, W) -> outputs, with the network's current weights and statistics."""
         ...
 
 
@@ -24,19 +24,19 @@ class SearchView(Protocol):
 def searching(
     model: nn.Module, *, view: SearchView | None = None, training: bool = False
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields the function to search: the network with frozen parameters, in a fixed mode, or its ``view``.
+    """Yield the function to search: the network with frozen parameters, in a fixed mode, or its ``view``.
 
-    A search calls only what this yields, never ``model`` itself.  Modes and ``requires_grad`` are restored exactly,
-    running statistics stay put.
+    A search calls only what this yields, never ``model`` itself.  Modes and ``requires_grad`` are restored exactly, and
+    running statistics do not change.
 
-    Freezing spares the activations that only weight gradients need, and a compiled backward would compute those
-    gradients and throw them away.
+    Freezing avoids storing activations that only weight gradients need, which a compiled backward would compute in
+    vain.
 
     Args:
         model: any module that maps images (B, C, H, W) to outputs.
-        view: of this model, refreshed and called in its place; none calls the model.  Training hands one to objectives
-            as ``ctx.view``.  It is of eval mode: with ``training`` the model is called.
-        training: whether batch norm uses the batch's statistics (FAST does) instead of the running ones.
+        view: a view of this model, refreshed and used in its place; None: the model itself.  Objectives get a view from
+            training, as ``ctx.view``.  Views are for eval mode only: with ``training`` the model itself is used.
+        training: use train mode, in which batch norm takes the batch's statistics (as FAST does), not the running ones.
     """
     modes = {m: m.training for m in model.modules()}
     norms = {m: m.track_running_stats for m in model.modules() if isinstance(m, _BatchNorm)}
@@ -44,7 +44,7 @@ def searching(
     try:
         model.train(training)
         for norm in norms:
-            norm.track_running_stats = False  # in train mode: use the batch's statistics, move nothing
+            norm.track_running_stats = False  # in train mode: use the batch's statistics, update nothing
         for p in trainable:
             p.requires_grad_(False)
         yield model if view is None or training else view.refresh()
@@ -59,9 +59,10 @@ def searching(
 
 @contextmanager
 def norms_fixed(model: nn.Module) -> Iterator[nn.Module]:
-    """Batch norms by their running statistics, which stay put, while gradients reach their weights; restored after.
+    """Let batch norms use their running statistics, without updates, while gradients reach their weights.
 
-    Take gradients before anything moves the statistics: torch's are by those of that moment, not of the forward pass.
+    Train mode is restored at the end.  Compute gradients before anything changes the statistics: torch's backward uses
+    the statistics at that moment, not those of the forward pass.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     try:
@@ -74,10 +75,10 @@ def norms_fixed(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class DualBatchNorm2d(nn.Module):
-    """Batch norm with separate statistics and affine terms for clean and adversarial batches.
+    """Batch norm with separate statistics and affine terms for clean and adversarial batches, Xie et al. (2020).
 
-    The branch is chosen by ``with using(model, "adversarial")``, never by an extra argument, so that backbones keep
-    the signature ``forward(x)``.  Xie et al. (2020); the encoders of Jiang et al. (2020) need it.
+    Select the branch by ``with using(model, "adversarial")``, not by an extra argument, so that backbones keep the
+    signature ``forward(x)``.  The encoders of Jiang et al. (2020) need it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -86,13 +87,12 @@ class DualBatchNorm2d(nn.Module):
         self.branch = "clean"
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` -> the same shape, by the statistics of the current branch."""
         return self.branches[self.branch](x)
 
 
 @contextmanager
 def using(model: nn.Module, branch: str) -> Iterator[nn.Module]:
-    """Every :class:`DualBatchNorm2d` of ``model`` on one branch, restored afterwards."""
+    """Switch every :class:`DualBatchNorm2d` of ``model`` to one branch, and back at the end."""
     norms = [m for m in model.modules() if isinstance(m, DualBatchNorm2d)]
     before = [m.branch for m in norms]
     try:
@@ -106,7 +106,7 @@ def using(model: nn.Module, branch: str) -> Iterator[nn.Module]:
 
 
 def fix_branch(model: Module, branch: str) -> Module:
-    """A copy whose :class:`DualBatchNorm2d` all compute as those of one branch, whichever is asked for."""
+    """Return a copy whose :class:`DualBatchNorm2d` all compute as ``branch``, whichever branch is selected."""
     model = copy.deepcopy(model)
     for norm in model.modules():
         if isinstance(norm, DualBatchNorm2d):
@@ -116,5 +116,5 @@ def fix_branch(model: Module, branch: str) -> Module:
 
 
 def all_finite(model: nn.Module) -> bool:
-    """Whether every parameter and buffer is a number."""
+    """Return whether every parameter and buffer is finite."""
     return all(bool(torch.isfinite(v).all()) for v in model.state_dict().values())

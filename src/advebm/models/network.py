@@ -24,12 +24,12 @@ class Backbone(Protocol):
     """A frozen dataclass of hyperparameters that builds a module ``(B, C, H, W) -> (B, features)``."""
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int | None]:
-        """The module for square images of ``size`` pixels, and its number of features; None if they are the logits."""
+        """Return the module for ``size`` x ``size`` images, and its number of features; None: it returns logits."""
         ...
 
 
 class Normalize(nn.Module):
-    """``(x - mean) / std`` per channel: the first layer, so that the outside world only sees images in [0, 1]."""
+    """Compute ``(x - mean) / std`` per channel; the first layer, so that everything outside sees images in [0, 1]."""
 
     mean: Tensor
     std: Tensor
@@ -42,24 +42,24 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` in [0, 1] -> the same shape, of mean 0 and deviation 1 on the data."""
+        """Map ``(B, C, H, W)`` in [0, 1] to the same shape, with mean 0 and standard deviation 1 on the data."""
         if self.mean.shape[1] not in (1, x.shape[1]):
             raise UserError(f"the model normalises {self.mean.shape[1]} channels, the images have {x.shape[1]}")
         return (x - self.mean) / self.std
 
 
 class Projection(nn.Sequential):
-    """Linear, ReLU, linear: the head of an encoder, Chen et al. (2020); representations (B, W) -> g(x) (B, D)."""
+    """Linear, ReLU, linear: the head of an encoder, Chen et al. (2020), from representations (B, W) to g(x) (B, D)."""
 
     def __init__(self, width: int, hidden: int, outputs: int) -> None:
         super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class Network(nn.Module):
-    """``x (B, C, H, W)`` in [0, 1] -> logits ``(B, K)``, or g(x) ``(B, D)`` of an encoder.
+    """Map ``x (B, C, H, W)`` in [0, 1] to logits ``(B, K)``, or to the projection g(x) ``(B, D)`` of an encoder.
 
-    ``precision`` is the type that autocast computes in, around the network only: images, their gradients and the
-    logits stay float32.  It is a choice of the moment, not part of the weights; loaded networks are in float32.
+    ``precision`` is the type that autocast computes in, inside the network only: images, their gradients and the logits
+    stay float32.  It is a setting at run time, not part of the weights; loaded networks are in float32.
     """
 
     precision: torch.dtype = torch.float32
@@ -70,25 +70,24 @@ class Network(nn.Module):
 
     @property
     def encoder(self) -> bool:
-        """Whether its outputs are a projection g(x), to be compared with others, rather than logits."""
+        """Return whether the outputs are a projection g(x), to be compared with others, rather than logits."""
         return isinstance(self.head, Projection)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(B, K)``, or g(x) ``(B, D)`` of an encoder."""
         if self.precision == torch.float32:
             return self.head(self.features(x))
         with torch.autocast(x.device.type, self.precision):
             return self.head(self.features(x)).float()
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees, ``(B, W)``: of an encoder the representation before the projection."""
+        """Return the input of the head, ``(B, W)``; for an encoder the representation before the projection."""
         return self.backbone(self.normalise(x))
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """What each stage of the backbone returns, ``(B, C_i, H_i, W_i)``, before a closing norm and the pooling.
+        """Return the outputs of the backbone's stages, ``(B, C_i, H_i, W_i)``, before a closing norm and the pooling.
 
         Raises:
-            UserError: a backbone without stages.
+            UserError: the backbone has no stages.
         """
         if not isinstance(self.backbone, Staged):
             raise UserError("the backbone has no stages; resnet, preact-resnet and wide-resnet have")
@@ -101,10 +100,10 @@ class Architecture:
 
     Attributes:
         backbone: the feature extractor.
-        outputs: number of logits: the classes, or 1 for a critic; of an encoder the dimension of g(x).
-        channels, size: of the square images it takes.
-        mean, std: per-channel normalisation.
-        hidden: width of an encoder's :class:`Projection`; none for a linear head.
+        outputs: number of logits (the classes, or 1 for a critic), or the dimension of an encoder's g(x).
+        channels, size: of the square input images.
+        mean, std: normalisation of each channel.
+        hidden: width of an encoder's :class:`Projection`; None: a linear head.
     """
 
     backbone: Backbone
@@ -125,7 +124,7 @@ class Architecture:
             raise UserError(f"hidden is at least 1, or none for a linear head, got {self.hidden}")
 
     def build(self, seed: int = 0) -> Network:
-        """A network with fresh weights that depend on ``seed`` alone; the global random state is left as it was."""
+        """Build a network with new weights that depend on ``seed`` alone; the global random state does not change."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "weights"))
             backbone, width = self.backbone.build(self.channels, self.size)
@@ -145,7 +144,7 @@ class Architecture:
         return Projection(width, self.hidden, self.outputs)
 
     def _check(self, model: Network) -> None:
-        """Try a network whose head is its own on two grey images."""
+        """Raise a UserError if a network without a separate head gives other than ``outputs`` logits on grey images."""
         try:
             with searching(model) as f, torch.no_grad():
                 got = tuple(f(torch.full((2, self.channels, self.size, self.size), 0.5)).shape)
@@ -193,9 +192,9 @@ def save(
 ) -> None:
     """Write ``model.safetensors`` (and ``ema.safetensors``), ``config.json`` and the card ``README.md`` to ``folder``.
 
-    ``extra`` is put into ``config.json`` beside the architecture: training set, threat model, numbers.  The card says
-    ``summary`` above and ``more`` below.  ``weights`` is what matrices and filters are kept in, none for as they are;
-    biases, scales and statistics, which are few, stay as they are.
+    ``extra`` is put into ``config.json`` beside the architecture: training set, threat model, numbers.  The card shows
+    ``summary`` at its top and ``more`` at its end.  ``weights`` is the type in which matrices and filters are stored;
+    None: as they are.  Biases, scales and statistics, which are few, always stay as they are.
     """
     plain = config.describe(architecture)
     large = {name for name, p in model.named_parameters() if p.ndim > 1}
@@ -225,12 +224,13 @@ def save(
 
 
 def load(folder: Path, *, ema: bool = True, foreign: bool = False) -> tuple[Network, Architecture]:
-    """The network of a folder that :func:`save` wrote, in eval mode; with its averaged weights where it has them.
+    """Load a folder that :func:`save` wrote; return the network, in eval mode, and its architecture.
 
-    ``foreign`` allows a backbone ``package.module:Class``, whose module is imported: for folders of one's own.
+    ``ema`` prefers averaged weights if the folder has them.  ``foreign`` allows a backbone ``package.module:Class``,
+    whose module is imported; use it only for your own folders.
 
     Raises:
-        UserError: a missing, truncated or foreign file.
+        UserError: a file is missing, damaged or of another kind.
     """
     architecture = read_architecture(folder, foreign=foreign)
     name = "ema.safetensors" if ema and (folder / "ema.safetensors").exists() else "model.safetensors"
@@ -240,17 +240,17 @@ def load(folder: Path, *, ema: bool = True, foreign: bool = False) -> tuple[Netw
 
 
 def load_model(where: str | Path) -> Network:
-    """The network of a published model (a folder or ``hf:USER/NAME``), or of the latest checkpoint of a run's folder.
+    """Load the network of a published model (a folder or ``hf:USER/NAME``), or of a run folder's latest checkpoint.
 
     Raises:
-        UserError: nothing there, or a damaged file.
+        UserError: nothing is there, or a file is damaged.
     """
     path, foreign = locate(where)
     return load(path, foreign=foreign)[0]
 
 
 def locate(where: str | Path) -> tuple[Path, bool]:
-    """The folder of such a network's weights, and whether it is a run's, which may name code to import."""
+    """Return the folder with a model's weights, and whether it belongs to a run, which may name code to import."""
     name = str(where).removeprefix("hf:")
     path = hub.pull(name) if name != str(where) else Path(where)
     if (path / "config.json").is_file():
@@ -262,7 +262,7 @@ def locate(where: str | Path) -> tuple[Path, bool]:
 
 
 def read_architecture(folder: Path, *, foreign: bool = False) -> Architecture:
-    """What ``config.json`` in ``folder`` says of the network."""
+    """Read the architecture in the ``config.json`` of ``folder``."""
     path = folder / "config.json"
     try:
         plain = json.loads(path.read_text())["architecture"]
@@ -274,7 +274,7 @@ def read_architecture(folder: Path, *, foreign: bool = False) -> Architecture:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill ``model`` from a safetensors file; every name and shape has to match."""
+    """Load a safetensors file into ``model``; every name and shape has to match."""
     try:
         weights = safetensors.load_file(path)
     except FileNotFoundError:
@@ -290,10 +290,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def transfer(source: nn.Module, target: nn.Module) -> list[str]:
     """Copy the weights of one network into another; a head for another number of classes stays as it is.
 
-    Returns the names that were left fresh.
+    Return the names that were not copied.
 
     Raises:
-        UserError: something else differs; nothing has been copied then.
+        UserError: something else differs; then nothing is copied.
     """
     theirs, own = source.state_dict(), target.state_dict()
     colour = {1: "grey", 3: "colour"}

@@ -1,4 +1,4 @@
-"""The precision that a network is computed in: what was asked for, or float32 where the device only emulates it."""
+"""The precision of a network's computation: the requested one, or float32 where the device only emulates it."""
 
 import os
 import re
@@ -11,9 +11,9 @@ Precision = Literal["float32", "bfloat16"]
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 numbers itself; others emulate it, about twelve times slower than float32.
+    """Return whether the device multiplies bfloat16 itself; emulation is about twelve times slower than float32.
 
-    A CPU that is told to leave such instructions alone, by ``ATEN_CPU_CAPABILITY`` or ``ONEDNN_MAX_CPU_ISA``, does not.
+    A CPU on which ``ATEN_CPU_CAPABILITY`` or ``ONEDNN_MAX_CPU_ISA`` disables such instructions does not.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -29,16 +29,16 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def usable_precision(asked: str, device: torch.device) -> str:
-    """``asked``; or ``float32`` where that is ``bfloat16`` and the device does not multiply in it."""
+    """Return ``asked``, or ``float32`` if that is ``bfloat16`` and the device does not multiply in it."""
     return "float32" if asked == "bfloat16" and not multiplies_bfloat16(device) else asked
 
 
 def precision_label(asked: str, device: torch.device) -> str:
-    """As records and env.json say it: ``bfloat16``, ``float32``, or ``float32 for bfloat16``."""
+    """Return the label in records and env.json: ``bfloat16``, ``float32``, or ``float32 for bfloat16``."""
     used = usable_precision(asked, device)
     return asked if used == asked else f"{used} for {asked}"
 
 
 def asked_precision(label: str) -> str:
-    """What was asked for, of what :func:`precision_label` says."""
+    """Return the requested precision, given a label of :func:`precision_label`."""
     return label.rpartition(" for ")[2]

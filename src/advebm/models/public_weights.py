@@ -1,8 +1,8 @@
-"""Weights of other code bases: state dicts of image classifiers, recognised by their names, put into ours.
+"""Load image classifiers of other code bases: state dicts, recognised and converted by their names.
 
-Equal names do not make equal functions.  What names and shapes cannot tell is refused where the file gives a sign of
-it (see :func:`load`).  What no file tells is the user's to know: an activation other than ReLU, a normalisation that
-was kept outside of the file or computed from each image, an ε of batch norm other than 1e-5.
+Equal names do not imply equal functions.  Differences that names and shapes do not show are refused where the file
+gives a sign of them (see :func:`load`).  You have to rule out yourself what no file shows: an activation other than
+ReLU, a normalisation that was kept outside the file or computed from each image, an ε of batch norm other than 1e-5.
 """
 
 import math
@@ -23,7 +23,7 @@ from advebm.core.errors import UserError
 from advebm.models.network import Network
 from advebm.models.resnet import LAYOUTS
 
-# Where checkpoints keep a state_dict: averaged weights before those they are the average of, as network.load does.
+# Keys under which checkpoints keep a state_dict; averaged weights are preferred, as in network.load.
 CONTAINERS = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "attacker.", "model.", "net.", "0.", "1.")
 CONSTANTS = {"mean": "mean", "new_mean": "mean", "mu": "mean", "std": "std", "new_std": "std", "sigma": "std"}
@@ -33,13 +33,13 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """What a code base calls the parts of a network, and what they are called here.
+    """The names that a code base gives to the parts of a network, and the names here.
 
     Attributes:
-        title: for messages.
-        block: pattern of a part of a block: its stage from 1, its place in the stage, its name.
-        parts: of a block, theirs -> ours.
-        others: the rest, theirs -> ours.
+        title: description for messages.
+        block: regular expression of a block's part, with groups for its stage (from 1), index in the stage, and name.
+        parts: names of a block's parts, theirs -> ours.
+        others: all other names, theirs -> ours.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Layout:
     others: Mapping[str, str]
 
     def translate(self, name: str) -> str:
-        """Our name of an entry; one that is not known keeps its own."""
+        """Return our name of an entry; unknown names are returned unchanged."""
         part, _, entry = name.rpartition(".")
         if found := re.fullmatch(self.block, part):
             if found[3] in self.parts:
@@ -88,32 +88,32 @@ PUBLIC = (RESNET, PREACT, WIDE)
 
 
 def read(path: Path) -> Weights:
-    """The state dict in a file: ``.safetensors``, or anything else a torch checkpoint, of which no code is run.
+    """Read the state dict in a file, ``.safetensors`` or else a torch checkpoint; no code in the file is run.
 
-    It may lie in a container (``state_dict``, ``model``, …; averaged weights such as ``ema_state_dict`` win over the
-    others).  Prefixes that all entries share, but for constants of a normalisation, are taken off: those of
-    DataParallel, of a compiled module, of a module in a wrapper or at the end of a Sequential.  The second copy of the
-    network that the robustness library's checkpoints hold is left out.
+    The state dict may lie in a container (``state_dict``, ``model``, …; averaged weights such as ``ema_state_dict`` are
+    preferred).  Prefixes that all entries share, except normalisation constants, are removed: those of DataParallel, of
+    a compiled module, of a module in a wrapper or at the end of a Sequential.  The second copy of the network in
+    checkpoints of the robustness library is left out.
 
     Raises:
-        UserError: no such file, a damaged one, one with more than tensors in it, or one without a state dict.
+        UserError: the file is missing or damaged, holds more than tensors, or has no state dict.
     """
     *_, weights = _stripped(_state_dict(path))
     return weights
 
 
 def load(model: Network, path: Path) -> list[str]:
-    """Copy the weights in a file into a network, if they make the same function of it; else nothing is copied.
+    """Copy the weights in a file into a network if they give the same function there; else copy nothing.
 
-    Known are our own names, the names of the module in a network around one's own module, and those of three public
-    families of CIFAR classifiers with batch norm and ReLU: ResNet, pre-activation ResNet and wide ResNet.  Constants
-    of a normalisation in the file replace those of ``model``.  ``num_batches_tracked`` may be missing.
+    Known are our own names, the names inside a user-defined module, and those of three public families of CIFAR
+    classifiers with batch norm and ReLU: ResNet, pre-activation ResNet and wide ResNet.  Normalisation constants in the
+    file replace those of ``model``.  ``num_batches_tracked`` may be missing.
 
     Returns:
-        The names that were left fresh: the head's, where it is one for another number of classes.
+        The names that keep their initial values: the head's, if the file's head is for another number of classes.
 
     Raises:
-        UserError: what :func:`read` raises; weights that do not fit; weights that fit and make another function: a
+        UserError: what :func:`read` raises; weights that do not fit; weights that fit and give another function: a
             pre-activation network without closing norm, or whose shortcuts take the bare input, norms without running
             statistics, or a model whose activation is not ReLU.
     """
@@ -140,7 +140,7 @@ def load(model: Network, path: Path) -> list[str]:
 
 
 def _state_dict(path: Path) -> Weights:
-    """The tensors in a file under the names that they have there."""
+    """Return the tensors in a file, under the names used there."""
     plain = _open(path)
     while isinstance(plain, Mapping):
         inside = next((plain[key] for key in CONTAINERS if isinstance(plain.get(key), Mapping)), None)
@@ -156,7 +156,7 @@ def _state_dict(path: Path) -> Weights:
 
 
 def _stripped(weights: Weights) -> Iterator[Weights]:
-    """The weights, and again after each prefix taken off."""
+    """Yield the weights, then again after each removal of a shared prefix; a second copy of the network is dropped."""
     yield weights
     copies = set()
     for name in weights:
@@ -190,13 +190,13 @@ def _open(path: Path) -> Any:
 
 
 def _some(names: Iterable[str], count: int = 5) -> str:
-    """The first few of a list, and how many there are."""
+    """Return the first few of a list, and how many there are, as text."""
     names = list(names)
     return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")
 
 
 def _constant(name: str) -> str | None:
-    """``mean`` or ``std`` for a constant of a normalisation."""
+    """Return ``mean`` or ``std`` for the name of a normalisation constant, else None."""
     return CONSTANTS.get(name.rpartition(".")[2])
 
 
@@ -206,12 +206,12 @@ def _shared(prefix: str, weights: Weights) -> bool:
 
 
 def _wrapped(weights: Weights, own: Weights) -> bool:
-    """Whether the names are those of the module inside of a network."""
+    """Return whether the names are those of the module inside a network."""
     return all(f"backbone.{name}" in own for name in weights)
 
 
 def _recognise(weights: Weights, own: Weights, path: Path) -> Layout:
-    """By names; where those of two layouts are alike, by the order of a block's norm and convolution."""
+    """Return the layout, by names or, where two layouts share them, by the order of a block's norm and convolution."""
     if any(name.startswith(("backbone.", "head.")) for name in weights):
         return OURS
     if _wrapped(weights, own):
@@ -219,7 +219,7 @@ def _recognise(weights: Weights, own: Weights, path: Path) -> Layout:
     if any(re.match(WIDE.block, name) for name in weights):
         return WIDE
     if any(re.match(LAYER, name) for name in weights):
-        # a norm that comes before its convolution has as many channels as that has inputs
+        # a norm before its convolution has as many channels as the convolution has inputs
         norms = {
             name: value
             for name, value in weights.items()
@@ -234,7 +234,7 @@ def _recognise(weights: Weights, own: Weights, path: Path) -> Layout:
 
 
 def _rename(weights: Weights, layout: Layout) -> tuple[Weights, dict[str, str]]:
-    """The entries under our names, and what each was called; constants of public layouts become our normalisation's."""
+    """Return the entries under our names, and the original name of each; public layouts' constants are renamed, too."""
     named: Weights = {}
     origin: dict[str, str] = {}
     for name, value in weights.items():
@@ -249,7 +249,7 @@ def _rename(weights: Weights, layout: Layout) -> tuple[Weights, dict[str, str]]:
 
 
 def _shape_constants(named: Weights, own: Weights, path: Path) -> None:
-    """Give the constants, one or one a channel, the shape of ours."""
+    """Give the normalisation constants, one in all or one per channel, the shape of ours."""
     given = [name for name in ("normalise.mean", "normalise.std") if name in named and name in own]
     if len(given) == 1:
         raise UserError(f"{path} has only one of the two constants of a normalisation, {given[0]}")
@@ -263,7 +263,7 @@ def _shape_constants(named: Weights, own: Weights, path: Path) -> None:
 
 
 def _other_classes(named: Weights, own: Weights) -> list[str]:
-    """The names of a head that differs in its number of classes and in nothing else."""
+    """Return the head's names if it differs in its number of classes and in nothing else, else an empty list."""
     theirs, ours = named.get("head.weight"), own.get("head.weight")
     if theirs is None or ours is None or len(theirs) == len(ours) or theirs.shape[1:] != ours.shape[1:]:
         return []
@@ -271,7 +271,7 @@ def _other_classes(named: Weights, own: Weights) -> list[str]:
 
 
 def _check_fit(own: Weights, named: Weights, origin: Mapping[str, str], what: str) -> None:
-    """Every name on both sides, with the same shape."""
+    """Raise a UserError unless names and shapes match, but for missing ``normalise.*`` and ``num_batches_tracked``."""
     needed = [name for name in own if not name.startswith("normalise.") and not name.endswith("num_batches_tracked")]
     missing = [name for name in needed if name not in named]
     unexpected = [origin[name] for name in named if name not in own]
@@ -292,7 +292,7 @@ def _check_fit(own: Weights, named: Weights, origin: Mapping[str, str], what: st
 
 
 def _options(weights: Weights) -> str:
-    """The backbone that weights with our names belong to, as options of the command line."""
+    """Return the backbone that weights with our names belong to, as command-line options."""
     places = {found.groups() for name in weights if (found := re.match(PLACE, name))}
     counts = tuple(count for _, count in sorted(Counter(stage for stage, _ in places).items()))
     first = "backbone.stages.0.0."
@@ -312,7 +312,7 @@ def _options(weights: Weights) -> str:
 
 
 def _norm(weights: Weights) -> str:
-    """The kind of the norms."""
+    """Return the kind of the norms, judged by the names."""
     if any(".branches." in name for name in weights):
         return "dual"
     if any(name.endswith(".running_mean") for name in weights):
@@ -321,7 +321,7 @@ def _norm(weights: Weights) -> str:
 
 
 def _lacks(named: Weights) -> str | None:
-    """What a network with foreign names would need to be one of ours."""
+    """Return what keeps a network with foreign names from being one of ours, or None."""
     if "backbone.stem.weight" in named and not any(name.startswith("backbone.closing.") for name in named):
         return "no norm after the last block: it pools what the blocks add up to, ours a norm and an activation of it"
     if "head.weight" in named and "head.bias" not in named:
@@ -332,7 +332,7 @@ def _lacks(named: Weights) -> str | None:
 
 
 def _differs(named: Weights, model: nn.Module, layout: Layout) -> str | None:
-    """Where a network that fits by names and shapes is another function."""
+    """Return how a network that fits by names and shapes computes another function, or None."""
     kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.ReLU | nn.SiLU | nn.LeakyReLU)}
     if kinds != {"ReLU"}:
         theirs, ours = "such networks compute with ReLU", ", ".join(sorted(kinds))
@@ -346,12 +346,12 @@ def _differs(named: Weights, model: nn.Module, layout: Layout) -> str | None:
 
 
 def _bare_shortcuts(w: Weights) -> bool:
-    """Whether running means fit shortcuts of a block's bare input, and far better than those of its activated input.
+    """Return whether running means show that shortcuts take a block's bare input, not its activated input.
 
-    Both have the same names and shapes.  But the mean of a block's output is the running mean of the norm after it,
-    and that is the mean of its residual plus the shortcut's weights times the mean of the shortcut's input; what an
-    activation makes of a norm's output is foretold as if that were normal.  A network that has been trained at all
-    tells by an order of magnitude; the margin spares one whose statistics have hardly moved, which tells nothing.
+    Both kinds have the same names and shapes.  But the running mean of the norm after a block is the mean of its
+    residual plus the shortcut's weights times the mean of the shortcut's input.  The mean after an activation is
+    predicted as if the norm's output were normal.  In a trained network the errors of the two kinds differ by an order
+    of magnitude; the factor of 3 spares a network whose statistics have hardly changed, which tell nothing.
     """
     found = filter(None, (re.match(PLACE, name) for name in w))
     places = sorted({(int(place[1]), int(place[2])) for place in found})
@@ -371,7 +371,7 @@ def _bare_shortcuts(w: Weights) -> bool:
 
 
 def _mean_activation(w: Weights, norm: str) -> Tensor:
-    """``E relu(n)`` a channel, for ``n`` normal with the norm's bias as mean and its weight as deviation."""
+    """Return ``E relu(n)`` per channel; the norm's bias and weight are the normal n's mean and standard deviation."""
     mean, deviation = w[f"{norm}.bias"].double(), w[f"{norm}.weight"].double().abs().clamp_min(1e-12)
     z = mean / deviation
     return mean * torch.special.ndtr(z) + deviation * torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)

@@ -9,7 +9,7 @@ from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.models.layers import ACTIVATIONS, Activation, Norm, Staged, check_size, conv2d, norm2d, stages
 
-# depth -> width of the first stage, blocks a stage, outputs of a block over the channels inside it
+# depth -> width of the first stage, blocks of each stage, ratio of a block's outputs to the channels inside it
 LAYOUTS: dict[int, tuple[int, tuple[int, ...], int]] = {
     8: (16, (1, 1, 1), 1),
     18: (64, (2, 2, 2, 2), 1),
@@ -18,10 +18,11 @@ LAYOUTS: dict[int, tuple[int, tuple[int, ...], int]] = {
 
 
 class PostActivated(nn.Module):
-    """``act(residual(x) + shortcut(x))``, He et al. (2016, fig. 5); ``shortcut`` projects where the shape changes.
+    """The residual block ``act(residual(x) + shortcut(x))``, He et al. (2016, fig. 5).
 
-    Two 3x3 convolutions, the first with the stride; with ``expansion`` above 1 a bottleneck of 1x1, 3x3 and 1x1 with
-    ``outputs / expansion`` channels inside, the stride on the 3x3 (the paper: on the first 1x1).
+    The residual has two 3x3 convolutions, the first with the stride; with ``expansion`` above 1 a bottleneck of 1x1,
+    3x3 and 1x1 with ``outputs / expansion`` channels inside, the stride on the 3x3 (the paper: on the first 1x1).
+    Where the shape changes, the shortcut is a 1x1 convolution and a norm.
     """
 
     def __init__(
@@ -43,14 +44,15 @@ class PostActivated(nn.Module):
         self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` -> ``(B, outputs, H / stride, W / stride)``."""
+        """Map ``(B, inputs, H, W)`` to ``(B, outputs, H / stride, W / stride)``."""
         return self.act(self.residual(x) + self.shortcut(x))
 
 
 class PreActivated(nn.Module):
-    """``residual(a) + x``, ``a = act(norm(x))``, He et al. (2016b, fig. 1b); ``+ conv(a)`` where the shape changes.
+    """The block ``residual(a) + shortcut`` with ``a = act(norm(x))``, He et al. (2016b, fig. 1b).
 
-    The residual is conv, norm, act, conv, both 3x3, the first with the stride; the shortcut's convolution is 1x1.
+    The residual is 3x3 conv with the stride, norm, act, 3x3 conv; the shortcut ``x``, or a 1x1 conv of ``a`` to a new
+    shape.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm, activation: Activation) -> None:
@@ -67,7 +69,7 @@ class PreActivated(nn.Module):
         self.shortcut = None if same else conv2d(inputs, outputs, 1, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` -> ``(B, outputs, H / stride, W / stride)``."""
+        """Map ``(B, inputs, H, W)`` to ``(B, outputs, H / stride, W / stride)``."""
         a = self.opening(x)
         return self.residual(a) + (x if self.shortcut is None else self.shortcut(a))
 
@@ -75,7 +77,7 @@ class PreActivated(nn.Module):
 def preactivated(
     channels: int, stem: int, widths: tuple[int, ...], count: int, norm: Norm, activation: Activation
 ) -> Staged:
-    """A bare 3x3 convolution to ``stem`` channels, ``count`` blocks a stage, a closing norm and activation."""
+    """Build a 3x3 convolution to ``stem`` channels, ``count`` blocks per stage, a closing norm and activation."""
 
     def block(inputs: int, outputs: int, stride: int) -> nn.Module:
         return PreActivated(inputs, outputs, stride, norm, activation)
@@ -91,14 +93,14 @@ def preactivated(
 class ResNet:
     """Residual network of He et al. (2016), activation after the sum, with a stem for small images.
 
-    Depth 8 has three stages of one block, 18 four of two, 50 four of 3, 4, 6 and 3 bottlenecks; each stage doubles the
-    width and all but the first halve the size.  Shortcuts are 1x1 convolutions and a norm where the shape changes.
-    Convolutions have biases exactly when ``norm`` is ``none``; weights begin as in He et al. (2015), by fan-out, norms
-    at 1 and biases at 0.
+    Depth 8 has three stages of one block, 18 four of two, 50 four of 3, 4, 6 and 3 bottlenecks; each stage but the
+    first doubles the width and halves the size.  Shortcuts are a 1x1 convolution and a norm where the shape changes.
+    Convolutions have biases exactly when ``norm`` is ``none``.  Weights begin as in He et al. (2015), by fan-out, those
+    of norms at 1, and biases at 0.
 
     Attributes:
         depth: 8, 18 or 50.
-        width: channels of the first stage (a quarter of its outputs at depth 50); none is 16 at depth 8, else 64.
+        width: channels of the first stage (a quarter of its outputs at depth 50); None: 16 at depth 8, else 64.
         norm: ``batch``, ``group``, ``dual`` (separate clean and adversarial batch norm) or ``none``.
         activation: ``silu``, ``relu`` or ``leaky_relu``.
     """
@@ -118,7 +120,7 @@ class ResNet:
             raise UserError(f"width is at least 1, got {self.width}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
-        """The module ``(B, C, size, size) -> (B, features)``; ``size`` is at least 8."""
+        """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is at least 8."""
         check_size("resnet", size)
         width, counts, expansion = LAYOUTS[self.depth]
         width = width if self.width is None else self.width
@@ -137,10 +139,10 @@ class ResNet:
 class PreActResNet:
     """Pre-activation residual network of depth 18, He et al. (2016b), with a stem for small images.
 
-    Four stages of two blocks, a norm and an activation before pooling; each stage doubles the width and all but the
-    first halve the size.  Where the shape changes the shortcut is a 1x1 convolution, without norm, of the activated
-    input.  Convolutions have biases exactly when ``norm`` is ``none``; weights begin as in He et al. (2015), by
-    fan-out, norms at 1 and biases at 0.
+    Four stages of two blocks, then a norm and an activation before pooling; each stage but the first doubles the width
+    and halves the size.  Where the shape changes, the shortcut is a 1x1 convolution, without norm, of the activated
+    input.  Convolutions have biases exactly when ``norm`` is ``none``.  Weights begin as in He et al. (2015), by
+    fan-out, those of norms at 1, and biases at 0.
 
     Attributes:
         width: channels of the first stage.
@@ -160,7 +162,7 @@ class PreActResNet:
             raise UserError(f"width is at least 1, got {self.width}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
-        """The module ``(B, C, size, size) -> (B, features)``; ``size`` is at least 8."""
+        """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is at least 8."""
         check_size("preact-resnet", size)
         width = self.width
         widths = (width, 2 * width, 4 * width, 8 * width)

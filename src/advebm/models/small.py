@@ -1,4 +1,4 @@
-"""A small convolutional network for images of 8 to 32 pixels."""
+"""A small convolutional network for images of 8, 16 or 32 pixels."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from advebm.models.layers import ACTIVATIONS, Activation, Norm, norm2d
 class SmallConv:
     """Two 3x3 convolutions at full size, then pairs of a stride-2 and a 3x3 convolution down to 4x4.
 
-    Each halving doubles the width.  The head sees the 4x4 grid rather than its mean: where a stroke lies matters to
-    drawing it.  SiLU, since a smooth energy has smooth input gradients.
+    Each halving doubles the width.  The head sees the 4x4 grid rather than its mean, since drawing a stroke depends on
+    where it lies.  SiLU is the default, since a smooth energy has smooth input gradients.
 
     Attributes:
         width: channels of the first convolutions.
-        features: size of a linear layer before the head; none hands the grid itself to the head.
+        features: size of a linear layer before the head; None: the head gets the flattened grid.
         norm: ``batch``, ``group``, ``dual`` (separate clean and adversarial batch norm) or ``none``.
         activation: ``silu``, ``relu`` or ``leaky_relu``.
     """
@@ -35,7 +35,7 @@ class SmallConv:
             raise UserError(f"width and features are at least 1, got {self.width} and {self.features}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
-        """The module ``(B, C, size, size) -> (B, features)``; ``size`` is 8, 16 or 32."""
+        """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is 8, 16 or 32."""
         if size not in (8, 16, 32):
             raise UserError(f"small-conv takes images of 8, 16 or 32 pixels, got {size}")
 

@@ -14,10 +14,10 @@ from advebm.models.layers import ACTIVATIONS, Activation, Staged, conv2d
 
 
 class Down(nn.Module):
-    """``(residual(x) + shortcut(x)) / √2`` at half the size, activations first; no norm.
+    """The residual block ``(residual(x) + shortcut(x)) / √2`` at half the size, with activations first and no norm.
 
-    The residual is act, 3x3, mean over 2x2, act, 3x3; the shortcut a 1x1 convolution without bias where the number of
-    channels changes, and the mean over 2x2.
+    The residual is activation, 3x3 convolution, 2x2 mean, activation, 3x3 convolution.  The shortcut is a 1x1
+    convolution without bias where the number of channels changes, then a 2x2 mean.
     """
 
     def __init__(self, inputs: int, outputs: int, act: Callable[[], nn.Module]) -> None:
@@ -29,7 +29,7 @@ class Down(nn.Module):
         self.shortcut = nn.Identity() if inputs == outputs else conv2d(inputs, outputs, 1, 1, "batch")
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` -> ``(B, outputs, H / 2, W / 2)``."""
+        """Map ``(B, inputs, H, W)`` to ``(B, outputs, H / 2, W / 2)``."""
         return (avg_pool2d(self.shortcut(x), 2) + self.residual(x)) / math.sqrt(2)
 
 
@@ -37,13 +37,13 @@ class Down(nn.Module):
 class StarGAN:
     """The discriminator of StarGAN v2 (Choi et al., 2020), as Yin et al. (2022) use it at 64 and 256 pixels.
 
-    A 3x3 convolution to ``2^14 / size`` channels, blocks that halve the size and double the channels up to ``widest``,
-    down to 4x4, an activation, a 4x4 convolution to 1x1, an activation.  Weights begin as in He et al. (2015), by
+    A 3x3 convolution to ``2^14 / size`` channels; blocks down to 4x4 that halve the size and double the channels up to
+    ``widest``; an activation, a 4x4 convolution to 1x1, an activation.  Weights begin as in He et al. (2015), by
     fan-in, biases at 0.
 
     Attributes:
-        widest: the most channels.
-        width: channels after the first convolution; none for ``2^14 / size``, at most ``widest``.
+        widest: largest number of channels.
+        width: channels after the first convolution; None: ``2^14 / size``, at most ``widest``.
         activation: ``leaky_relu`` (of slope 0.2), ``relu`` or ``silu``.
     """
 
@@ -59,7 +59,7 @@ class StarGAN:
             raise UserError(f"widest is at least 1 and width at most that or none, got {self.widest} and {self.width}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
-        """The module ``(B, C, size, size) -> (B, features)``; ``size`` is a power of 2 from 8 to 1024."""
+        """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is 8, 16, …, 1024."""
         if not 8 <= size <= 1024 or size & (size - 1):
             raise UserError(f"stargan takes images of 8, 16, …, 1024 pixels, got {size}")
         act = ACTIVATIONS[self.activation]

@@ -15,11 +15,11 @@ from advebm.models.resnet import preactivated
 class WideResNet:
     """Wide residual network WRN-``depth``-``widen`` of Zagoruyko & Komodakis (2016), without dropout.
 
-    A 3x3 convolution to 16 channels, three stages of ``(depth - 4) / 6`` pre-activation blocks with 16, 32 and 64
-    times ``widen`` channels, the last two of half the size, then a norm and an activation before pooling.  Where the
-    channels change the shortcut is a 1x1 convolution of the activated input.  Convolutions have biases exactly when
-    ``norm`` is ``none``, as JEM's norm-free network does; weights begin as in He et al. (2015), by fan-out, norms at 1
-    and biases at 0.
+    A 3x3 convolution to 16 channels, three stages of ``(depth - 4) / 6`` pre-activation blocks with 16, 32 and 64 times
+    ``widen`` channels, of which the last two halve the size, then a norm and an activation before pooling.  Where the
+    shape changes, the shortcut is a 1x1 convolution of the activated input.  Convolutions have biases exactly when
+    ``norm`` is ``none``, as in JEM's norm-free network.  Weights begin as in He et al. (2015), by fan-out, those of
+    norms at 1, and biases at 0.
 
     Attributes:
         depth: 6n + 4: 10, 16, 22, 28, 34, ...
@@ -34,7 +34,7 @@ class WideResNet:
     activation: Activation = "relu"
 
     cites: ClassVar[tuple[str, ...]] = ("zagoruyko2016",)
-    own: ClassVar[tuple[str, ...]] = ("depth",)  # which other residual networks count otherwise
+    own: ClassVar[tuple[str, ...]] = ("depth",)  # other residual networks count it differently
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -44,7 +44,7 @@ class WideResNet:
             raise UserError(f"widen is at least 1, got {self.widen}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
-        """The module ``(B, C, size, size) -> (B, features)``; ``size`` is at least 8."""
+        """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is at least 8."""
         check_size("wide-resnet", size)
         widths = (16 * self.widen, 32 * self.widen, 64 * self.widen)
         return preactivated(channels, 16, widths, (self.depth - 4) // 6, self.norm, self.activation), widths[-1]
