@@ -1,4 +1,4 @@
-"""The one inner loop: move an input downhill, inside a set, with optional noise."""
+"""The inner loop of attacks and samplers: lower an input's energy within a constraint set, with optional noise."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ class Descent:
     """``x ← constraint(x - size · direction(∇E(x)) + noise · ε, origin)``, ``steps`` times.
 
     CEM's sampling protocol (Wang et al., 2021, appendix B) and the projected gradient descent of Madry et al. (2018)
-    are both this, with other energies, starts, directions and constraints.
+    are both of this form, with different energies, starts, directions and constraints.
 
     Attributes:
         steps: number of gradient evaluations; 0 returns the start.
-        size: step length in pixels of [0, 1] (with ``raw``: a factor on the gradient); a number or a function of the
+        size: step length for pixels in [0, 1] (with ``raw`` a factor on the gradient); a number, or a function of the
             share of steps done.
         direction: :func:`sign`, :func:`unit`, :func:`raw`, :func:`adam` or :func:`heavy_ball`.
         constraint: :func:`free`, :class:`box`, :class:`linf_ball`, :class:`l2_ball`, :class:`hold`, :class:`means`, or
             several in :class:`both`.
-        noise: standard deviation of the Gaussian added at each step; a number or a function as for ``size``.
+        noise: standard deviation of the Gaussian noise added at each step; a number or a function, as for ``size``.
     """
 
     steps: int
@@ -53,10 +53,10 @@ class Descent:
         generator: torch.Generator | None = None,
         observe: Observer | None = None,
     ) -> Tensor:
-        """The last iterate, detached, of the shape and type of ``start``; ``origin`` defaults to the start.
+        """Return the last iterate, detached, of the shape and type of ``start``; ``origin`` defaults to the start.
 
-        ``observe(k, x, energy)`` sees the ``steps`` points at which a gradient was taken, so not the last iterate:
-        whoever wants the best of all evaluates that one once more.
+        ``observe(k, x, energy)`` is called at the ``steps`` points where a gradient is taken.  The last iterate is not
+        one of them: to find the best point, evaluate that one as well.
         """
         origin = start.detach() if origin is None else origin.detach()
         x, memory = start.detach(), dict[str, Tensor]()
@@ -72,7 +72,7 @@ class Descent:
 
 
 def value_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``E(x) (B,)`` and ``∂ΣE/∂x`` of the shape of ``x``, both detached.  Never touches ``parameter.grad``."""
+    """Return ``E(x) (B,)`` and ``∂ΣE/∂x``, of the shape of ``x``, both detached.  Never changes ``parameter.grad``."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = energy(x)
@@ -86,22 +86,22 @@ def value_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_parts(energies: Sequence[Energy], parts: Sequence[slice]) -> Energy:
-    """An energy of a batch from one for each part of its images: the network holds one part at a time.
+    """Return a batch's energy, computed part by part from one energy per part to limit the network's memory.
 
-    Values and gradients are those of the parts; no second derivative passes.
+    Values and first derivatives are exact; second derivatives are not supported.
     """
 
     def energy(x: Tensor) -> Tensor:
         value, gradient = x.new_empty(len(x)), torch.empty_like(x)
         for own, part in zip(energies, parts, strict=True):
             value[part], gradient[part] = value_and_gradient(own, x[part])
-        return value + ((x - x.detach()) * gradient).flatten(1).sum(1)  # adds 0, with that gradient
+        return value + ((x - x.detach()) * gradient).flatten(1).sum(1)  # adds 0, whose gradient is ``gradient``
 
     return energy
 
 
 def at(value: float | Schedule, share: float) -> float:
-    """A number as it is, a schedule at ``share`` of its way."""
+    """Return a number as it is, a schedule's value at ``share``."""
     return value(share) if callable(value) else value
 
 
@@ -109,22 +109,22 @@ def at(value: float | Schedule, share: float) -> float:
 
 
 def raw(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
-    """The gradient itself, as Langevin dynamics wants it."""
+    """Return the gradient itself, as Langevin dynamics needs it."""
     return gradient
 
 
 def sign(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
-    """Steepest descent in linf."""
+    """Return the direction of steepest descent in linf."""
     return gradient.sign()
 
 
 def unit(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
-    """Steepest descent in l2: the gradient of each sample, divided by its length."""
+    """Return each sample's gradient divided by its l2 norm: steepest descent in l2."""
     return gradient / per_sample(gradient.flatten(1).norm(dim=1), gradient).clamp_min(1e-12)
 
 
 def adam(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
-    """Adam's direction (Kingma and Ba, 2015) with its usual constants 0.9, 0.999 and 1e-8."""
+    """Return Adam's direction (Kingma and Ba, 2015) with its usual constants 0.9, 0.999 and 1e-8."""
     first, second = 0.1 * gradient, 0.001 * gradient.square()
     count = memory["count"] + 1 if memory else torch.ones(())
     if memory:
@@ -135,7 +135,7 @@ def adam(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
 
 
 def heavy_ball(decay: float, of: Direction = unit) -> Direction:
-    """Momentum on another direction: ``v ← decay · v + d``; by default on unit gradients."""
+    """Return a direction with momentum, ``v ← decay · v + of(gradient)``; default: of unit gradients."""
 
     def direction(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
         step = of(gradient, memory)
@@ -149,7 +149,6 @@ def heavy_ball(decay: float, of: Direction = unit) -> Direction:
 
 
 def free(x: Tensor, origin: Tensor) -> Tensor:
-    """Everywhere."""
     return x
 
 
@@ -176,7 +175,7 @@ class linf_ball:
 
 @dataclass(frozen=True)
 class l2_ball:
-    """Nearest point within Euclidean distance ``radius`` of the origin; one for all, or (B,), one for each."""
+    """Nearest point within Euclidean distance ``radius`` of the origin; one radius, or (B,), one per sample."""
 
     radius: float | Tensor
 
@@ -198,17 +197,17 @@ class hold:
 
 @dataclass(frozen=True)
 class means:
-    """Nearest image in [0, 1] whose means over blocks of ``factor`` x ``factor`` pixels are those of the origin.
+    """Nearest image in [0, 1] whose means over blocks of ``factor`` x ``factor`` pixels equal those of the origin.
 
-    That is ``clamp(x + t)`` with one t a block and channel, the multiplier of its mean, found by halving an interval:
-    means hold within 1e-6 in float32.  The origin lies in [0, 1].
+    It is ``clamp(x + t)`` with one offset t per block and channel, the Lagrange multiplier of its mean, found by
+    bisection: the means agree within 1e-6 in float32.  The origin must lie in [0, 1].
     """
 
     factor: int
 
     def __call__(self, x: Tensor, origin: Tensor) -> Tensor:
         wanted = avg_pool2d(origin, self.factor)
-        low, high = -max_pool2d(x, self.factor), 1 + max_pool2d(-x, self.factor)  # all black, all white
+        low, high = -max_pool2d(x, self.factor), 1 + max_pool2d(-x, self.factor)  # all pixels 0, all pixels 1
         for _ in range(40):
             middle = (low + high) / 2
             dark = avg_pool2d((x + repeat_pixels(middle, self.factor)).clamp(0, 1), self.factor) < wanted
@@ -217,13 +216,13 @@ class means:
 
 
 def repeat_pixels(x: Tensor, factor: int) -> Tensor:
-    """Every pixel as a block: (B, C, h, w) -> (B, C, factor h, factor w)."""
+    """Repeat every pixel as a block: (B, C, h, w) -> (B, C, factor h, factor w)."""
     return x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 @dataclass(frozen=True, init=False)
 class both:
-    """Several constraints, left to right.  Ball then box stays in both, as the origin lies in the box."""
+    """Several constraints, left to right.  A ball followed by a box satisfies both, as the origin lies in the box."""
 
     parts: tuple[Constraint, ...]
 
@@ -237,5 +236,5 @@ class both:
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """``(B,)`` -> ``(B, 1, ..., 1)``, to broadcast over ``like``."""
+    """Reshape ``(B,)`` to ``(B, 1, ..., 1)``, to broadcast over ``like``."""
     return value.reshape(-1, *[1] * (like.ndim - 1))

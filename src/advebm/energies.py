@@ -1,4 +1,4 @@
-"""Energies read off a network's outputs.
+"""Energies computed from a network's outputs.
 
 Convention of the whole package: an energy is a ``(B,)`` tensor, low on data, ``p(x) ∝ exp(-E(x))``, known up to a
 constant: compare differences between inputs of one model, never values across models.  Nothing here calls a network.
@@ -17,24 +17,24 @@ Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] -> logits (
 
 
 def joint(logits: Tensor, y: Tensor) -> Tensor:
-    """``E(x, y) = -f_y(x)``, JEAT eq. 12, CEM eq. 2.  ``logits (B, K)``, ``y (B,)`` int64 -> ``(B,)``, nats."""
+    """Return ``E(x, y) = -f_y(x)``, nats, JEAT eq. 12, CEM eq. 2.  ``logits (B, K)``, ``y (B,)`` int64 -> ``(B,)``."""
     return -logits.gather(1, y[:, None]).squeeze(1)
 
 
 def marginal(logits: Tensor) -> Tensor:
-    """``E(x) = -log Σ_k exp f_k(x)``, JEAT eq. 12.  ``logits (B, K)`` -> ``(B,)``, nats."""
+    """Return ``E(x) = -log Σ_k exp f_k(x)`` in nats, JEAT eq. 12.  ``logits (B, K)`` -> ``(B,)``."""
     return -logits.logsumexp(1)
 
 
 def conditional(logits: Tensor, y: Tensor) -> Tensor:
-    """``E(y|x) = E(x, y) - E(x) = -log p(y|x)``, the cross-entropy, JEAT eq. 13.  ``(B, K)``, ``(B,)`` -> ``(B,)``."""
+    """Return ``E(y|x) = E(x, y) - E(x) = -log p(y|x)``, the cross-entropy, JEAT eq. 13; see ``joint`` for shapes."""
     return joint(logits, y) - marginal(logits)
 
 
 def similarity(z: Tensor, reference: Tensor, *, temperature: float = 1.0, cosine: bool = True) -> Tensor:
-    """``E(x, z) = -g(x)·z / τ`` of an encoder, CEM eq. 3.  ``z``, ``reference`` ``(B, D)`` -> ``(B,)``.
+    """Return ``E(x, z) = -g(x)·z / τ`` of an encoder g, CEM eq. 3.  ``z``, ``reference`` ``(B, D)`` -> ``(B,)``.
 
-    CEM writes the plain product (``cosine=False``); encoders trained as in SimCLR compare directions.
+    CEM uses the plain product (``cosine=False``); encoders trained as in SimCLR use the cosine.
     """
     if cosine:
         z, reference = normalize(z, dim=1), normalize(reference, dim=1)
@@ -42,9 +42,9 @@ def similarity(z: Tensor, reference: Tensor, *, temperature: float = 1.0, cosine
 
 
 def similarities(z: Tensor, references: Tensor, *, temperature: float = 1.0, cosine: bool = True) -> Tensor:
-    """``f(x_i, z_k) = g(x_i)·z_k / τ`` of every pair: the logits of an encoder.  ``(B, D)``, ``(M, D)`` -> ``(B, M)``.
+    """Return all ``f(x_i, z_k) = g(x_i)·z_k / τ``, an encoder's logits.  ``(B, D)``, ``(M, D)`` -> ``(B, M)``.
 
-    So ``marginal`` of them is ``-log Σ_k exp f(x, z_k)``, the energy that Langevin dynamics descends, CEM eq. 10.
+    Their ``marginal`` is ``-log Σ_k exp f(x, z_k)``, the energy that Langevin dynamics descends, CEM eq. 10.
     """
     if cosine:
         z, references = normalize(z, dim=1), normalize(references, dim=1)
@@ -61,15 +61,15 @@ def infonce(
     temperature: float = 0.5,
     cosine: bool = True,
 ) -> Tensor:
-    """``-log exp f(x, z⁺) / Σ_k exp f(x, z_k)``; the positive counts among the ``z_k``, CEM eq. 8.
+    """Return ``-log exp f(x, z⁺) / Σ_k exp f(x, z_k)`` in nats; the positive is one of the ``z_k``, CEM eq. 8.
 
-    ``z``, ``positive`` ``(B, D)``, ``negatives`` ``(M, D)`` -> ``(B,)``, nats.  Low where ``x`` lies near its positive.
+    ``z``, ``positive`` ``(B, D)``, ``negatives`` ``(M, D)`` -> ``(B,)``.  Low where ``x`` is near its positive.
 
     Args:
-        without: bool (B, M), pairs that are not negatives: an image and its own positive, or itself.
-        hardness: β of Robinson et al. (2021) with their τ⁺ = 0: negatives are weighted by ``exp(β f)``, of mean 1, as
-            in their code, where gradients reach the weights too.  Any β > 0 biases the estimate of NP-CEM's gradient,
-            CEM appendix A.1.
+        without: bool (B, M), pairs that do not count as negatives: an image and its own positive, or itself.
+        hardness: β of Robinson et al. (2021) with their τ⁺ = 0: negatives get weights ``exp(β f)``, scaled to mean 1.
+            As in their code, gradients also flow through the weights.  Any β > 0 biases the estimate of NP-CEM's
+            gradient, CEM appendix A.1.
     """
     near = -similarity(z, positive, temperature=temperature, cosine=cosine)[:, None]
     far = similarities(z, negatives, temperature=temperature, cosine=cosine)
@@ -85,7 +85,7 @@ def infonce(
 def in_batch(
     z: Tensor, references: Tensor, *, hardness: float = 0.0, temperature: float = 0.5, cosine: bool = True
 ) -> Tensor:
-    """``infonce`` of B anchors whose positives are the first B of M ``references``; the others are negatives: ``(B,)``.
+    """Return ``infonce (B,)`` of B anchors; the first B of M ``references`` are their positives, the others negatives.
 
     ``z (B, D)``, ``references (M, D)``, M >= B.
     """
@@ -97,10 +97,10 @@ def in_batch(
 def nt_xent(
     z: Tensor, references: Tensor, *, hardness: float = 0.0, temperature: float = 0.5, cosine: bool = True
 ) -> Tensor:
-    """``infonce`` of both views of B/2 images, each the other's positive, Chen et al. (2020): ``(B,)``, their NT-Xent.
+    """Return the NT-Xent loss ``(B,)`` of Chen et al. (2020): ``infonce`` of B/2 pairs of views as positives.
 
-    ``z (B, D)``: the first views, then the second ones; ``references (M, D)``: these B rows and other negatives.  A row
-    is no negative of itself.
+    ``z (B, D)``: the first views, then the second ones; ``references (M, D)``: these B rows, then further negatives.  A
+    row is not a negative of itself.
     """
     itself = torch.eye(len(z), len(references), dtype=torch.bool, device=z.device)
     other, without = z.roll(len(z) // 2, 0), itself | itself.roll(len(z) // 2, 0)
@@ -108,10 +108,10 @@ def nt_xent(
 
 
 def crowding(z: Tensor, others: Tensor | None = None, *, temperature: float = 0.5, cosine: bool = True) -> Tensor:
-    """How close each sample lies to the others: ``log Σ_{j≠i} exp f(x_i, z_j)``.  ``(B, D)`` -> ``(B,)``, B > 1.
+    """Return how close each sample lies to the others: ``log Σ_{j≠i} exp f(x_i, z_j)``.  ``(B, D)`` -> ``(B,)``, B > 1.
 
-    Descending it spreads a batch out (maximum entropy).  Samples interact: each value depends on every row.
-    ``others`` ``(B, D)`` are the z_j, where they are not the samples themselves: the same, held fixed.
+    Descending it spreads a batch out (maximum entropy).  Each value depends on every row of ``z``.  ``others (B, D)``
+    are the ``z_j``, usually ``z`` detached; None: ``z`` itself.
     """
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     alike = similarities(z, z if others is None else others, temperature=temperature, cosine=cosine)
@@ -119,13 +119,13 @@ def crowding(z: Tensor, others: Tensor | None = None, *, temperature: float = 0.
 
 
 def binary(logit: Tensor) -> Tensor:
-    """``E(x) = -f(x)`` of a critic with ``D = σ(f)``.  ``(B,)`` or ``(B, 1)`` -> ``(B,)``."""
+    """Return ``E(x) = -f(x)`` of a critic f with ``D = σ(f)``.  ``(B,)`` or ``(B, 1)`` -> ``(B,)``."""
     return -logit.reshape(len(logit))
 
 
 def logistic(data: Tensor, negatives: Tensor) -> Tensor:
-    """Energies of data (N,) and of negatives (M,) -> mean ``-log D(x)`` plus mean ``-log(1 - D(x'))``, D = σ(-E), nats.
+    """Return mean ``-log D(x)`` of the data plus mean ``-log(1 - D(x'))`` of the negatives, D = σ(-E), in nats.
 
-    Yin et al. (2022), eq. 4 and 11; log 4 at the optimum of their proposition 1.
+    Both arguments are energies, (N,) and (M,).  Yin et al. (2022), eq. 4 and 11; log 4 at the optimum of proposition 1.
     """
     return softplus(data).mean() + softplus(-negatives).mean()

@@ -1,4 +1,4 @@
-"""Where a search begins: a Start is called with images, labels and a generator and returns images."""
+"""Starting points of a search: a Start maps images, labels and a generator to images."""
 
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -12,26 +12,26 @@ from advebm.descent import per_sample
 
 
 class Start(Protocol):
-    """``x`` gives shape, device and, where it matters, content; ``y`` the classes."""
+    """``x`` gives the shape, the device and, for some starts, the content; ``y`` gives the classes."""
 
     def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """``(B, C, H, W)`` -> ``(B, C, H, W)``."""
+        """Return ``(B, C, H, W)`` for ``x (B, C, H, W)``."""
         ...
 
 
 def clean(x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """The images themselves."""
+    """Return the images themselves."""
     return x
 
 
 def noise(x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """Uniform noise in [0, 1), whatever the images."""
+    """Return uniform noise in [0, 1)."""
     return rand(x, generator)
 
 
 @dataclass(frozen=True)
 class UniformBall:
-    """A point drawn uniformly from the eps-ball around each image (by volume: the l2 ball included)."""
+    """A point drawn uniformly from the eps-ball around each image (by volume, also in l2)."""
 
     eps: float
     norm: Literal["linf", "l2"]
@@ -47,7 +47,7 @@ class UniformBall:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Each image plus white noise of standard deviation ``spread`` (TRADES starts so, at 0.001)."""
+    """Each image plus white noise of standard deviation ``spread`` (TRADES uses 0.001)."""
 
     spread: float
 
@@ -57,17 +57,17 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class ClassGaussians:
-    """Seeds ``N(μ_y, Σ_y)`` clamped to [0, 1], Santurkar et al. (2019); JEAT section 2.2.
+    """Seeds drawn from ``N(μ_y, Σ_y)`` and clamped to [0, 1], Santurkar et al. (2019); JEAT section 2.2.
 
     With one class it is the global Gaussian of "uncond" sampling.  A class of n images gives a covariance of rank
     n - 1 < D, so its factor is the n images themselves rather than a D x D matrix: a draw is
     ``μ + √(1-s) · (X - μ)ᵀ ε / √(n-1) + √s · σ · ε'`` with the images in the rows of X, which has exactly the
-    covariance ``(1-s) Σ + s σ² I`` where σ² is the mean variance of a pixel.  That needs no factorisation, and no
-    memory beyond the images, which may stay bytes; a class becomes floating point while it is drawn from.
+    covariance ``(1-s) Σ + s σ² I``, where σ² is the mean variance of a pixel.  This needs no factorisation, and no
+    memory beyond the images, which may stay uint8; a class is converted to floating point while it is drawn from.
 
     Attributes:
         x: images (N, C, H, W): uint8, or floating point in [0, 1].
-        members: positions of each class's images in ``x``.
+        members: indices of each class's images in ``x``.
         means: (K, D).
         variances: σ² of each class, (K,).
         shrinkage: s in [0, 1], the share of the white part.
@@ -81,9 +81,10 @@ class ClassGaussians:
 
     @classmethod
     def fit(cls, x: Tensor, y: Tensor | None = None, *, classes: int = 1, shrinkage: float = 0.01) -> "ClassGaussians":
-        """Fit on images; one Gaussian a class, or one for all where ``y`` is None.
+        """Fit one Gaussian per class, or a single one if ``y`` is None.
 
-        Fit on the training split: with the test split, as CEM did, the seeds leak what is measured later.
+        Use the training split: if the test split is included, as in CEM, the seeds leak the images of later
+        measurements.
         """
         if not 0 <= shrinkage <= 1:
             raise UserError(f"shrinkage lies in [0, 1], got {shrinkage}")
@@ -104,7 +105,7 @@ class ClassGaussians:
         return cls(x, members, torch.stack(means), torch.stack(variances), shrinkage)
 
     def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """Seeds for classes ``y (B,)``, of the shape and device of ``x``; ``y`` may be None for the global one."""
+        """Draw seeds for classes ``y (B,)``, on the device of ``x``; for a single Gaussian ``y`` may be None."""
         y = torch.zeros(len(x), dtype=torch.long) if y is None or len(self.members) == 1 else y.cpu()
         if len(y) and not (int(y.min()) >= 0 and int(y.max()) < len(self.members)):
             raise UserError(f"classes 0 to {len(self.members) - 1} have seeds, got {int(y.min())} to {int(y.max())}")
@@ -121,25 +122,25 @@ class ClassGaussians:
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Some images as floating-point rows in [0, 1], (n, D)."""
+    """Return the images at ``index`` as floating-point rows in [0, 1], (n, D)."""
     chosen = x[index].flatten(1)
     return chosen if chosen.dtype.is_floating_point else chosen.float() / 255
 
 
 @dataclass
 class ImagePool:
-    """Real images to begin from, in random order, each once before any comes again.
+    """Real images as starting points, in random order, each used once before any is repeated.
 
     Attributes:
         x: images (N, C, H, W): uint8, or floating point in [0, 1].
-        order: positions that are still to come; drawn by the generator of the call that runs out of them.
+        order: indices of the images to be used next; the call that runs out of them draws more with its generator.
     """
 
     x: Tensor = field(repr=False)
     order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
 
     def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """As many images as ``x`` has, of its type and on its device."""
+        """Return as many images as ``x`` has, of its type and on its device."""
         while len(self.order) < len(x):
             more = torch.randperm(len(self.x), generator=generator, device=x.device).cpu()
             self.order = torch.cat([self.order, more])
@@ -149,20 +150,20 @@ class ImagePool:
 
 @dataclass
 class ReplayBuffer:
-    """Chains that outlive a step (persistent contrastive divergence), Grathwohl et al. (2020).
+    """Chains that continue over training steps (persistent contrastive divergence), Grathwohl et al. (2020).
 
-    Plain tensors, one buffer a stream; never a module's buffer, which distributed training would broadcast.
+    A plain tensor, one buffer per stream, rather than a module's buffer, which distributed training would broadcast.
     """
 
     chains: Tensor = field(repr=False)  # (N, C, H, W) in [0, 1], on the host
 
     @classmethod
     def uniform(cls, count: int, shape: tuple[int, ...], generator: torch.Generator) -> "ReplayBuffer":
-        """``count`` chains of uniform noise; ``shape`` is (C, H, W)."""
+        """Return a buffer of ``count`` chains of uniform noise; ``shape`` is (C, H, W)."""
         return cls(torch.rand(count, *shape, generator=generator))
 
     def draw(self, count: int, restart: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``count`` distinct slots (count,) and their chains; each is fresh noise with probability ``restart``."""
+        """Return ``count`` distinct slots (count,) and their chains; each is new noise with probability ``restart``."""
         if count > len(self.chains):
             raise UserError(f"{count} chains are asked of a replay buffer of {len(self.chains)}; enlarge the buffer")
         where = generator.device  # chains live on the host, the generator where the model is
@@ -172,15 +173,13 @@ class ReplayBuffer:
         return slots, torch.where(per_sample(fresh, noise), noise, self.chains[slots])
 
     def put(self, slots: Tensor, x: Tensor) -> None:
-        """Store where the chains have got to."""
         self.chains[slots] = x.detach().to(self.chains)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
         return {"chains": self.chains}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue the chains of a checkpoint."""
+        """Restore the chains from a checkpoint; raise UserError if their shape differs."""
         if state["chains"].shape != self.chains.shape:
             raise UserError(
                 f"the checkpoint holds {tuple(state['chains'].shape)} chains, this run expects "

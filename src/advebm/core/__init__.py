@@ -1,1 +1,1 @@
-"""Plumbing without mathematics: configuration, errors, files, random generators, processes.  Methods live elsewhere."""
+"""Infrastructure without mathematics: configuration, errors, files, random generators and processes."""

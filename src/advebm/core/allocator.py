@@ -1,4 +1,4 @@
-"""The C library's memory allocator, told to keep what it has."""
+"""Settings that make the C library's memory allocator keep freed memory."""
 
 import ctypes
 
@@ -6,18 +6,18 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_… of glibc's malloc.h
 
 
 def tune_cpu_allocator() -> bool:
-    """Have glibc keep freed memory for the next tensor instead of giving it back to the system at once.
+    """Make glibc keep freed memory for later tensors instead of returning it to the system at once.
 
-    By default every large tensor of every step is fresh memory, whose pages the system fills with zeros when they are
-    first touched.  The memory that a process holds stays near its peak; results do not change.  For the whole process;
-    call it once, before the work.  The command line does.
+    By default every large tensor of every step is fresh memory, whose pages the system fills with zeros at first touch.
+    With these settings the process keeps close to its peak memory; results do not change.  They apply to the whole
+    process: call this once, before any work, as the command line does.
 
     Returns:
-        Whether the C library took both settings; elsewhere than on glibc nothing happens.
+        Whether the C library accepted both settings; with other libraries than glibc nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # macOS, musl, Windows
         return False
-    # Either alone switches glibc's own adaptation off: with the second alone memory is given back more often than ever.
+    # Setting either one disables glibc's adaptive thresholds; the second alone would return memory more often.
     return bool(mallopt(MMAP_THRESHOLD, 2**30)) and bool(mallopt(TRIM_THRESHOLD, 2**31 - 1))

@@ -1,4 +1,4 @@
-"""Checks at the border: images, labels, outputs and devices that a caller hands in."""
+"""Validation of the images, labels, outputs and devices that callers pass in."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from advebm.core.errors import UserError
 
 
 def device(name: str | None = None) -> str:
-    """The name of a device, if it is there; the best there is by default."""
+    """Return the name of an available device, else raise UserError; default: cuda if available, else cpu."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
@@ -17,7 +17,7 @@ def device(name: str | None = None) -> str:
 
 
 def images(x: Tensor) -> Tensor:
-    """Refuse what is not floating-point (B, C, H, W) in [0, 1]."""
+    """Return ``x`` if it is floating point (B, C, H, W) in [0, 1], else raise UserError."""
     if not isinstance(x, Tensor) or x.ndim != 4:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"images are a tensor (batch, channels, height, width), got {got}")
@@ -32,7 +32,7 @@ def images(x: Tensor) -> Tensor:
 
 
 def labels(y: Tensor, count: int | None, classes: int) -> Tensor:
-    """Refuse what is not int64 (B,) in 0 … classes - 1; with ``count``, of that length."""
+    """Return ``y`` if it is int64 (B,) in 0 … classes - 1 and of length ``count`` (None: any), else raise UserError."""
     if not isinstance(y, Tensor) or y.ndim != 1 or len(y) != (len(y) if count is None else count):
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise UserError(f"labels are a tensor ({'B' if count is None else count},), one for each image, got {got}")
@@ -44,13 +44,13 @@ def labels(y: Tensor, count: int | None, classes: int) -> Tensor:
 
 
 def no_encoder(model: nn.Module) -> None:
-    """Refuse an encoder, whose outputs are there to be compared with one another."""
+    """Raise UserError for an encoder: it has embeddings but no logits."""
     if getattr(model, "encoder", False):
         raise UserError("the model is an encoder, which has no logits; advebm probe makes a classifier of its run")
 
 
 def logits(out: Tensor, count: int) -> Tensor:
-    """Refuse outputs that are not (B, K) logits: probabilities among them, whose energies mean nothing."""
+    """Return outputs that are finite logits (B, K), else raise UserError; probabilities give meaningless energies."""
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != count:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise UserError(f"a classifier returns logits (batch, classes) = ({count}, K), got {got}")

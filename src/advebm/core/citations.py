@@ -1,4 +1,4 @@
-"""BibTeX of exactly the methods that a recipe uses."""
+"""BibTeX entries for exactly the methods that a recipe uses."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def keys(thing: Any) -> list[str]:
-    """Keys cited by a method object and everything inside it, each once."""
+    """Return the citation keys of a method object and of everything inside it, without duplicates."""
     found = dict.fromkeys(getattr(thing, "cites", ()))
     if dataclasses.is_dataclass(thing):
         for field in dataclasses.fields(thing):
@@ -19,7 +19,6 @@ def keys(thing: Any) -> list[str]:
 
 
 def bibtex(thing: Any) -> str:
-    """BibTeX entries for :func:`keys`."""
     text = files("advebm.core").joinpath("citations.bib").read_text()
     entries = {key: entry for entry, key in re.findall(r"(?ms)^(@\w+\{([^,]+),.*?\n\})", text)}
     return "\n".join(entries.get(key, f"% {key}: cited by a method that is not part of advebm") for key in keys(thing))

@@ -1,8 +1,8 @@
-"""Plain data <-> method objects, and the table of their names.
+"""Conversion between plain data and method objects, and the table of their names.
 
-A method object is a frozen dataclass of plain data (numbers, strings, None, tuples, other method objects): no
-functions, no tensors.  So :func:`describe` is its fields and :func:`build` is its constructor, and one is the inverse
-of the other.  Names exist only at the border, in YAML and on the command line.
+A method object is a frozen dataclass of plain data (numbers, strings, None, tuples, other method objects), without
+functions or tensors.  So :func:`describe` returns its fields, :func:`build` calls its constructor, and each is the
+inverse of the other.  Names are used only in YAML files and on the command line.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ import yaml
 
 from advebm.core.errors import UserError, suggest, unknown_name
 
-# Static text, so that listing what there is imports nothing.  A role is the lower-case name of the protocol or base
-# class that annotates such a field; whatever is not in the table is written "package.module:Class".
+# Plain strings, so that listing the names imports no module.  A role is the lower-case name of the protocol or base
+# class that annotates such a field.  A class that is not in the table is written "package.module:Class".
 KINDS: dict[str, dict[str, str]] = {
     "source": {
         "digits": "advebm.data.sources:Digits",
@@ -135,7 +135,7 @@ KINDS: dict[str, dict[str, str]] = {
         "odin": "advebm.metrics.ood:ODIN",
     },
 }
-KINDS["outlier"] = {  # noises, and every source of other images
+KINDS["outlier"] = {  # noises and all sources
     "uniform": "advebm.data.ood_sets:UniformNoise",
     "gaussian": "advebm.data.ood_sets:GaussianNoise",
     "class-gaussian": "advebm.data.ood_sets:ClassGaussianNoise",
@@ -144,17 +144,17 @@ KINDS["outlier"] = {  # noises, and every source of other images
 
 
 def build(data: Any, role: str, *, where: str = "", foreign: bool = True) -> Any:
-    """``build({"kind": "at", "attack": {"eps": "8/255"}}, "objective")`` -> ``AT(...)``.
+    """Construct a method object: ``build({"kind": "at", "attack": {"eps": "8/255"}}, "objective")`` -> ``AT(...)``.
 
     Args:
         data: a mapping with a ``kind``, or a kind alone.
-        role: which part of :data:`KINDS` the kind is looked up in.
-        where: dotted path of the block, for messages.
-        foreign: whether a kind may be ``package.module:Class``, which imports that module.  Off for configurations
-            that came from somebody else.
+        role: the key of :data:`KINDS` under which the kind is looked up.
+        where: dotted path of the block, for error messages.
+        foreign: whether a kind may be ``package.module:Class``, which imports that module.  Use False for
+            configurations from other people.
 
     Raises:
-        UserError: an unknown kind or option, or a value that is not of the option's type.
+        UserError: an unknown kind or option, or a value of the wrong type.
     """
     where = where or role
     if isinstance(data, str):
@@ -170,19 +170,19 @@ def build(data: Any, role: str, *, where: str = "", foreign: bool = True) -> Any
 
 
 def short(text: str, role: str) -> dict[str, str]:
-    """A kind alone, or a kind and a path: ``folder:PATH`` -> ``{"kind": "folder", "path": "PATH"}``."""
+    """Expand a kind, or a kind and a path: ``folder:PATH`` -> ``{"kind": "folder", "path": "PATH"}``."""
     kind, colon, path = text.partition(":")
     return {"kind": kind, "path": path} if colon and kind in KINDS[role] else {"kind": text}
 
 
 def describe(thing: Any, hint: Any = None) -> Any:
-    """The inverse of :func:`build` and :func:`construct`: what a run, a checkpoint and a report record."""
+    """Return an object's plain data, to be stored: the inverse of :func:`build` and :func:`construct`."""
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         hints = typing.get_type_hints(type(thing))
         plain = {f.name: describe(getattr(thing, f.name), hints[f.name]) for f in dataclasses.fields(thing) if f.init}
         path = f"{type(thing).__module__}:{type(thing).__qualname__}"
         kind = next((kind for kinds in KINDS.values() for kind, target in kinds.items() if target == path), None)
-        if hint is not None:  # a field of one class needs no kind
+        if hint is not None:  # a field annotated with a concrete class needs no kind
             kind = None if role_of(hint) is None else kind or path
         return plain if kind is None else {"kind": kind, **plain}
     if isinstance(thing, tuple | list):
@@ -192,7 +192,7 @@ def describe(thing: Any, hint: Any = None) -> Any:
 
 
 def role_of(hint: Any) -> str | None:
-    """The part of :data:`KINDS` that an annotation names: ``Objective`` -> ``"objective"``; else None."""
+    """Return the key of :data:`KINDS` that an annotation names, else None: ``Objective`` -> ``"objective"``."""
     for part in (hint, *typing.get_args(hint)):
         if (name := getattr(part, "__name__", "").lower()) in KINDS:
             return name
@@ -200,7 +200,7 @@ def role_of(hint: Any) -> str | None:
 
 
 def lookup(role: str, kind: Any, *, foreign: bool = True) -> type:
-    """The class behind a kind: an entry of :data:`KINDS`, or ``package.module:Class``."""
+    """Return the class of a kind, which is an entry of :data:`KINDS` or ``package.module:Class``."""
     target = KINDS[role].get(kind) if isinstance(kind, str) else None
     if target is None:
         if not (isinstance(kind, str) and ":" in kind):
@@ -219,17 +219,17 @@ def lookup(role: str, kind: Any, *, foreign: bool = True) -> type:
 
 
 def check_choices(thing: Any) -> None:
-    """Refuse a value that a field's ``Literal`` annotation does not list; for ``__post_init__``."""
+    """Raise UserError if a field's value is not in its ``Literal`` annotation; to be called in ``__post_init__``."""
     for name, hint in typing.get_type_hints(type(thing)).items():
         if typing.get_origin(hint) is typing.Literal:
             _convert(getattr(thing, name), hint, name, True)
 
 
 def construct(cls: type, options: Mapping[str, Any], *, where: str = "", foreign: bool = True) -> Any:
-    """Call a dataclass with plain data, converted as its annotations say.
+    """Call a dataclass with plain data, converted according to its annotations.
 
     Raises:
-        UserError: an unknown or missing option, a value of the wrong type, or what ``__post_init__`` refuses.
+        UserError: an unknown or missing option, a value of the wrong type, or a value that ``__post_init__`` refuses.
     """
     where = where or cls.__name__
     if not isinstance(options, Mapping):
@@ -252,10 +252,10 @@ def construct(cls: type, options: Mapping[str, Any], *, where: str = "", foreign
 
 
 def override(data: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
-    """``override(describe(recipe), "objective.attack.eps", "8/255")`` -> a changed copy.
+    """Return a changed copy: ``override(describe(recipe), "objective.attack.eps", "8/255")``.
 
-    Start from what :func:`describe` gave, not from a recipe's text: then every default is there to be changed.
-    Items of a list are reached by their number.
+    Pass the output of :func:`describe`, not a recipe's text, because it contains every default.  List items are
+    addressed by their index, from 0.
     """
     return _override(data, dotted.split("."), value, dotted)
 
@@ -277,7 +277,7 @@ def _override(data: Any, path: list[str], value: Any, dotted: str) -> Any:
 
 
 def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Blocks of ``new`` over those of ``old``: options of a block of the same kind one by one, another kind whole."""
+    """Return ``old`` updated with ``new``: blocks of the same kind option by option, others as a whole."""
     merged = {**old, **new}
     for name, block in new.items():
         before = old.get(name)
@@ -288,12 +288,13 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def switch(data: Mapping[str, Any], role: str, kind: str) -> dict[str, Any]:
-    """Another kind in the same place: options that both kinds have keep their value, the others go.
+    """Return a block with another kind: options that both kinds have keep their value, the others are dropped.
 
-    ``switch({"kind": "at", "attack": {"eps": 1}}, "objective", "standard")`` -> ``{"kind": "standard"}``.  Of a block
-    whose class names ``carried`` options only those are kept: one method's attack is another's radius, not its steps.
-    A kind that wraps another one of its role takes the old one in, as ``awp`` does with ``at``.  Options that either
-    kind names its ``own`` are not carried: a step of raw gradients is no step of unit ones.
+    ``switch({"kind": "at", "attack": {"eps": 1}}, "objective", "standard")`` -> ``{"kind": "standard"}``.  If the class
+    of an inner block lists ``carried`` options, only those keep their value and the rest become the new kind's
+    defaults: another method's attack gets the same radius, but not the same steps.  A kind that wraps another one of
+    its role, as ``awp`` wraps ``at``, gets the old block as its inner one.  Options that either kind lists as its
+    ``own`` are not kept: a step size for raw gradients does not suit unit gradients.
     """
     given = short(kind, role)
     cls = lookup(role, given["kind"])
@@ -325,7 +326,7 @@ def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
         return _convert(value, next(a for a in args if a is not type(None)), where, foreign)
     if origin is typing.Literal:
         if value is False and "off" in args:
-            return "off"  # which YAML reads as false
+            return "off"  # YAML reads a bare off as False
         if value not in args:
             raise UserError(f"{where} is one of {', '.join(map(str, args))}, got {value!r}{suggest(value, args)}")
         return value
@@ -374,6 +375,6 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
 
 
 def _fraction(text: str) -> Fraction:
-    """``8/255`` is how the field writes a radius, ``2.5/255`` a step."""
+    """Parse a number or a fraction: attack radii are usually given as ``8/255``, step sizes as ``2.5/255``."""
     above, slash, below = text.partition("/")
     return Fraction(above) / Fraction(below) if slash else Fraction(above)

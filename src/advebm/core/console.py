@@ -1,4 +1,4 @@
-"""What people see while something runs: on stderr, with an estimate of when it ends."""
+"""Progress messages on stderr, with an estimate of the remaining time."""
 
 import time
 from collections import deque
@@ -12,24 +12,24 @@ from rich.table import Column
 
 from advebm.core.processes import rank_and_world
 
-screen = Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0)  # of several processes the main one's
-FIRST, QUIET = 2.0, 10.0  # seconds before the first line and between lines, where there is no terminal for a bar
+screen = Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0)  # only the main process (rank 0) prints
+FIRST, QUIET = 2.0, 10.0  # without a terminal: seconds before the first progress line, and between lines
 
 
 class _ComputingOn:
-    """What the work is done on: to be said before its first line, and once."""
+    """The text of :func:`computing_on`: ``pending`` until it is printed, then ``said``."""
 
     said = pending = ""
 
 
 def computing_on(text: str) -> None:
-    """Say ``text``, such as ``cpu, 2 threads``, before the first line about the work; not where it has been said."""
+    """Print ``text``, such as ``cpu, 2 threads``, before the next line of output, unless that was done already."""
     if not _ComputingOn.said.startswith(text):
         _ComputingOn.pending = text
 
 
 def say(*texts: str) -> None:
-    """Lines about the work."""
+    """Print indented lines, after any pending text of :func:`computing_on`."""
     if pending := _ComputingOn.pending:
         _ComputingOn.said, _ComputingOn.pending = pending, ""
         texts = (pending, *texts)
@@ -38,7 +38,7 @@ def say(*texts: str) -> None:
 
 
 class Bar:
-    """A bar on a terminal; elsewhere a line now and then.  Both name one speed, that of late, and the time left."""
+    """A progress bar on a terminal, else an occasional line; both show the recent speed and the time left."""
 
     def __init__(self, progress: Progress, name: str, total: int, done: int | None) -> None:
         self.progress, self.name, self.total = progress, name, total
@@ -49,12 +49,15 @@ class Bar:
     def _begin(self, done: int) -> None:
         self.done, self.note = done, ""
         self.start = time.perf_counter(), done
-        self.marks = deque([self.start], maxlen=6)  # the latest lines: speed is theirs, as stages differ in it
+        self.marks = deque([self.start], maxlen=6)  # latest lines: speed is measured over them, as stages differ
 
     def __call__(self, done: int, note: str = "") -> None:
-        """So many are done; at the first call where it was not said before, they were done earlier."""
+        """Report that ``done`` items are done.
+
+        If no initial count was given, the items of the first call were done earlier and do not count towards the speed.
+        """
         say()
-        if not self.begun or done < self.done:  # for the first time, or gone back to a checkpoint
+        if not self.begun or done < self.done:  # the first call, or a return to a checkpoint
             self.begun = True
             self._begin(done)
         self.done, self.note = done, note
@@ -66,7 +69,7 @@ class Bar:
             self.marks.append((now, done))
 
     def _speed(self) -> tuple[str, str]:
-        """A speed, of late or of all where all is done, and the time left or taken; ``cached`` where none was done."""
+        """Return speed and time left, at the end overall speed and time taken; ``cached`` if there was no work."""
         if self.done >= self.total and self.done == self.start[1]:
             return "cached", ""
         began, first = self.marks[0] if self.done < self.total else self.start
@@ -82,16 +85,15 @@ class Bar:
         )
 
     def tell(self) -> None:
-        """Where it stands, in a line."""
         count = f"{min(self.done, self.total):,}/{self.total:,}"
         say(f"{self.name}  {count}  {''.join(self._speed())}  {self.note}")
 
 
 @contextmanager
 def bar(name: str, total: int, done: int | None = None) -> Iterator[Bar]:
-    """``with bar("train", 50_000, 0) as tell: tell(128, "loss 2.3")``.
+    """Show progress: ``with bar("train", 50_000, 0) as tell: tell(128, "loss 2.3")``.
 
-    ``done`` were done before; without it the first call says how many.
+    ``done`` items were finished before; None: the first call gives their number.
     """
     columns = (
         TextColumn("  {task.description}", table_column=Column(no_wrap=True)),
@@ -109,7 +111,7 @@ def bar(name: str, total: int, done: int | None = None) -> Iterator[Bar]:
 
 
 def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:
-    """The newest numbers of a training log in a few words; ``seen`` keeps them from call to call."""
+    """Summarise the newest values of a training log in a few words; ``seen`` keeps them between calls."""
     names = {"train/loss": "loss", "val/accuracy": "clean", "val/robust_accuracy": "robust"}
     names |= {"val/auroc": "AUROC", "val/adversarial_auroc": "attacked", "train/steps": "K"}
     names |= {"val/contrastive_accuracy": "clean", "val/robust_contrastive_accuracy": "robust"}

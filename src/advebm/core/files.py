@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Reading and writing files; a file is replaced as a whole or not at all."""
 
 import contextlib
 import errno
@@ -15,13 +15,13 @@ from advebm.core.errors import Busy, UserError
 
 
 def now() -> str:
-    """The time, as files have it."""
+    """Return the local time in the format used in files: ISO 8601 with the UTC offset."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of ``path`` in one step at the end, on the disk by then; or not at all."""
+    """Yield a temporary file that replaces ``path`` at the end, once it is on the disk; on an error ``path`` stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,10 +39,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock ``path``, which goes with the process, however it ends.
+    """Hold the lock file ``path`` during the block; the lock also ends with the process, even if that is killed.
 
     Raises:
-        Busy: another process holds it; says ``busy``.
+        Busy: another process holds the lock; the message is ``busy``.
     """
     lock = filelock.FileLock(path, timeout=0)
     try:
@@ -58,18 +58,17 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` in one step, and make sure that it is on the disk before that."""
+    """Replace ``path`` in one step, after its new content has reached the disk."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON that a person can read, in one step."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """The value in ``path``; ``default``, where one is given, if there is no such file."""
+    """Return the value in a JSON file, else ``default`` if the file is missing; raise UserError if that is None."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -83,7 +82,6 @@ def read_json(path: Path, default: Any = None) -> Any:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """The error for a path that cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "make room there" if full else "choose a writable folder with --out"
     return UserError(f"cannot write {path}: {error.strerror or error}; {fix}")

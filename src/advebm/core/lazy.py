@@ -1,4 +1,4 @@
-"""Names that a folder offers from its modules, which are imported when a name is first asked for."""
+"""Lazy imports: names that a package exports from modules that are imported when a name is first used."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -10,12 +10,12 @@ from advebm.core.config import KINDS
 def exports(
     package: str, /, *roles: str, **names: str
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """``__getattr__``, ``__dir__`` and ``__all__`` of a package, whose import stays quick.
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package, so that importing it stays fast.
 
     Args:
-        package: its name.
-        roles: of :data:`advebm.core.config.KINDS`, whose classes that lie in the package are offered.
-        names: others, and the module of the package that each is in.
+        package: the package's name.
+        roles: keys of :data:`advebm.core.config.KINDS`, whose classes that are defined in the package are exported.
+        names: further names, each with the module of the package that defines it.
     """
     targets = [target.partition(":")[::2] for role in roles for target in KINDS[role].values()]
     where = {name: module for module, name in targets if module.startswith(f"{package}.")}

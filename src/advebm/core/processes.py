@@ -1,4 +1,4 @@
-"""The processes that share the work of a command: who they are, and what they tell one another."""
+"""The processes that share the work of a command, and how they exchange values."""
 
 import os
 from typing import Protocol, TypeVar
@@ -7,24 +7,23 @@ Thing = TypeVar("Thing")
 
 
 class Team(Protocol):
-    """Processes that do the same in step; :class:`advebm.runs.engine.Engine` is one."""
+    """Processes that execute the same steps together, such as :class:`advebm.runs.engine.Engine`."""
 
     rank: int
     world: int
     main: bool
 
     def all_gather(self, thing: Thing) -> list[Thing]:
-        """What each process gives, in the order of ranks; every process waits for all."""
+        """Return every process's value, in the order of ranks; each process waits for all others."""
         ...
 
 
 class Alone:
-    """A process on its own."""
+    """A team of one process."""
 
     rank, world, main = 0, 1, True
 
     def all_gather(self, thing: Thing) -> list[Thing]:
-        """What it gives."""
         return [thing]
 
 
@@ -32,14 +31,14 @@ ALONE = Alone()
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and how many there are, as ``torchrun`` says; without it 0 and 1."""
+    """Return this process's rank and the number of processes, as set by ``torchrun``; without it 0 and 1."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def launch_command(world: int) -> str:
-    """What starts so many processes: ``advebm``, or ``torchrun … -m advebm``."""
+    """Return the command that starts ``world`` processes: ``advebm``, or ``torchrun … -m advebm``."""
     if world == 1:
         return "advebm"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))

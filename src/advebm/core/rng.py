@@ -1,7 +1,7 @@
-"""Randomness is an argument: every draw takes a generator that is derived from names and numbers.
+"""Random generators that are derived from names and numbers and passed to every random draw.
 
-A generator seeded from (seed, attempt, images seen, stream) makes resuming exact without saving any random
-state, lets a rolled-back run draw anew, and gives each stream its own numbers whatever process owns it.
+A generator seeded from (seed, attempt, images seen, stream) makes resuming exact without saving any random state,
+gives a run new numbers after a rollback, and gives each stream its own numbers whichever process works on it.
 """
 
 import hashlib
@@ -11,21 +11,21 @@ from torch import Tensor
 
 
 def derive_seed(*keys: int | str) -> int:
-    """A 63-bit seed from a tuple of numbers and names; other keys give an unrelated seed."""
+    """Return a 63-bit seed for a tuple of numbers and names; different keys give unrelated seeds."""
     text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(*keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator on ``device``, seeded with :func:`derive_seed`."""
+    """Return a new generator on ``device``, seeded with :func:`derive_seed`."""
     return torch.Generator(device).manual_seed(derive_seed(*keys))
 
 
 def randn(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers of the shape, type and device of ``like``."""
+    """Return standard normal numbers of the shape, type and device of ``like``."""
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def rand(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers in [0, 1) of the shape, type and device of ``like``."""
+    """Return uniform numbers in [0, 1) of the shape, type and device of ``like``."""
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)

@@ -1,29 +1,29 @@
-"""Threads of the CPU: how many torch computes with, and how long idle ones wait for work before they sleep."""
+"""CPU threads: how many torch computes with, and how long idle ones spin before they sleep."""
 
 import os
 import sys
 
 from advebm.core.errors import UserError
 
-# Turns that an idle thread of GNU's OpenMP waits in, awake, before it sleeps.  By its own 300,000 two threads on two
-# busy cores take each other's time; docs/speed.md has what was measured.
+# Iterations that an idle thread of GNU OpenMP spins before it sleeps.  With the default of 300,000, two threads on two
+# busy cores slow each other down; docs/speed.md has measurements.
 SPINS = "50000"
 
 
 def bound_waiting() -> None:
-    """Let threads without work sleep soon, so that other processes have the core; unless the environment says how long.
+    """Let idle threads sleep soon and free their core, unless the environment already sets how long they spin.
 
-    Call it before torch is imported, which reads this once.
+    Call it before torch is imported, which reads this setting once; afterwards it does nothing.
     """
     if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
-_given: list[int] = []  # by the user
+_given: list[int] = []  # the count that the user chose, if any
 
 
 def use_threads(count: int) -> None:
-    """Compute with so many threads from now on, in this process and those that it starts."""
+    """Compute with ``count`` threads from now on, in this process and those that it starts."""
     if count < 1:
         raise UserError(f"--threads is at least 1, got {count}")
     import torch
@@ -34,9 +34,10 @@ def use_threads(count: int) -> None:
 
 
 def take_over_threads(count: int | None) -> str:
-    """Compute with the threads of an earlier session, where they are known, unless :func:`use_threads` said how many.
+    """Use the thread count of an earlier session (None: unknown), unless :func:`use_threads` was called.
 
-    Sums are rounded in the order that threads add them.  Returns what keeps this from being so, or the empty string.
+    The number of threads affects rounding, because it determines the order of sums.  Return a warning if there are too
+    few cores, else the empty string.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Images: where they come from, in which order, how they are augmented."""
+"""Image data: sources, training order and augmentation."""
 
 from advebm.core.lazy import exports
 

@@ -12,28 +12,29 @@ from advebm.core.errors import UserError
 from advebm.data import simclr
 from advebm.data.autoaugment import autoaugment
 
-GREY = 0.5  # of a cut-out square: the middle of the range, whatever the data's mean
+GREY = 0.5  # fill value of a cut-out square: the middle of the range, whatever the data's mean
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crops, horizontal flip, colours, a policy and a cut-out square, drawn for each image.
+    """Random crops, horizontal flips, colour changes, a policy and a cut-out square, drawn for each image.
 
-    They come in this order: that of Cubuk et al. (2019) for CIFAR, the usual crop and flip, the policy, then cutout, so
-    that no later operation moves or recolours the square; and that of SimCLR, whose settings on CIFAR-10 are ``scale:
+    They are applied in this order: that of Cubuk et al. (2019) for CIFAR (crop and flip, the policy, then cutout, so
+    that no later operation moves or recolours the square), and that of SimCLR, whose settings on CIFAR-10 are ``scale:
     0.08, flip: true, jitter: 0.5, grey: 0.2`` (no blur).
 
     Attributes:
         crop: pixels of zero padding on each side, which is also the largest shift; 0 leaves images in place.
-        scale: smallest share of the area that a random box keeps, with sides of 3:4 to 4:3, which is then enlarged to
-            the whole size; 1 for no box.
-        flip: whether half of the images are mirrored.
-        jitter: strength, at 1 of ± 80 % in brightness, contrast and saturation and ± 1/5 of a turn in hue, in random
-            order, for 8 in 10 images (Chen et al., 2020); grey images only change in brightness and contrast.
-        grey: share of images that lose their colours.
-        policy: ``autoaugment`` is the one found on CIFAR-10 (Cubuk et al., 2019), for grey and RGB images.
+        scale: smallest share of the area that a random box keeps; the box, with sides of 3:4 to 4:3, is then enlarged
+            to the whole size; 1: no box.
+        flip: whether to mirror each image with probability 1/2.
+        jitter: strength of colour changes, applied to 80 % of the images (Chen et al., 2020).  At 1: ± 80 % in
+            brightness, contrast and saturation and ± 1/5 of a turn in hue, in random order; grey images only change in
+            brightness and contrast.
+        grey: share of images that are converted to grey.
+        policy: ``autoaugment`` is the policy found on CIFAR-10 (Cubuk et al., 2019), for grey and RGB images.
         cutout: edge in pixels of one grey square (DeVries and Taylor, 2017) around a pixel drawn uniformly, so that it
-            may stick out over the border; 0 cuts nothing out.
+            may extend beyond the border; 0: none.
     """
 
     crop: int = 0
@@ -58,13 +59,13 @@ class Augment:
 
     @property
     def cites(self) -> tuple[str, ...]:
-        """Keys of ``citations.bib`` for what is switched on."""
+        """Return the keys of ``citations.bib`` for the options in use."""
         named = {"cubuk2019": self.policy == "autoaugment", "devries2017": self.cutout > 0}
         named["chen2020"] = self.scale < 1 or self.jitter > 0 or self.grey > 0
         return tuple(key for key, used in named.items() if used)
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """``(B, C, H, W)`` in [0, 1] -> the same shape and type; colours and policy round to multiples of 1/255."""
+        """Augment ``(B, C, H, W)`` in [0, 1] -> same shape and type; colours and policy round to multiples of 1/255."""
         count, _, height, width = x.shape
         if self.crop:
             top, left = (self._draw(2 * self.crop + 1, count, x, generator) for _ in range(2))
@@ -88,7 +89,7 @@ class Augment:
         return x.contiguous()
 
     def _stretch(self, centre: Tensor, size: int) -> Tensor:
-        """Which of ``size`` rows or columns the square covers; centres (B,) -> bool (B, size)."""
+        """Return which of ``size`` rows or columns the square covers; ``centre (B,)`` -> bool (B, size)."""
         offset = torch.arange(size, device=centre.device) - centre[:, None] + self.cutout // 2
         return (offset >= 0) & (offset < self.cutout)
 

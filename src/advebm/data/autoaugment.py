@@ -1,8 +1,8 @@
-"""AutoAugment's policy for CIFAR-10 (Cubuk et al., 2019) for a whole batch on its device.
+"""AutoAugment's policy for CIFAR-10 (Cubuk et al., 2019), applied to a whole batch on its device.
 
-The operations work on bytes and give what Pillow gives, pixel for pixel: its fixed-point coordinates, its single and
-double precision, its truncations.  The numbers are drawn first, for all images (:func:`draw`), and applied afterwards
-(:func:`apply`), so that what becomes of an image depends on that image and its own numbers alone.
+The operations work on uint8 and reproduce Pillow exactly: its fixed-point coordinates, its single and double
+precision, its truncations.  Random numbers are first drawn for all images (:func:`draw`) and then applied
+(:func:`apply`), so that the result for an image depends only on that image and its own numbers.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from advebm.core.errors import UserError
 
-GREY = 128  # what shear, translate and rotate move in from outside, the usual choice for CIFAR
+GREY = 128  # fill value outside the image in shear, translate and rotate, the usual choice for CIFAR
 LEVELS = 10  # the paper's grid of magnitudes, 0 ... 9
 
 # The 25 sub-policies found on CIFAR-10 (appendix of Cubuk et al., 2019): (operation, probability, level) twice.
@@ -47,11 +47,11 @@ POLICY = (
 
 
 class Plan(NamedTuple):
-    """What was drawn for each of B images.
+    """The random choices for B images.
 
     Attributes:
-        sub: int64 (B,), the sub-policy's place in :data:`POLICY`.
-        applied: bool (B, 2), whether its first and its second operation take place.
+        sub: int64 (B,), the index of the sub-policy in :data:`POLICY`.
+        applied: bool (B, 2), whether its first and its second operation are applied.
         sign: float64 (B, 2), -1 or 1; operations without a direction ignore it.
     """
 
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 
 
 def autoaugment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """One sub-policy for each image, drawn uniformly.  ``x (B, C, H, W)`` in [0, 1] -> the same shape and type.
+    """Apply one random sub-policy to each image, drawn uniformly.  ``x (B, C, H, W)`` in [0, 1] -> same shape and type.
 
     Raises:
         UserError: images that are neither grey nor RGB.
@@ -70,7 +70,7 @@ def autoaugment(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw(count: int, generator: torch.Generator) -> Plan:
-    """The random numbers for ``count`` images, on the generator's device."""
+    """Draw the random choices for ``count`` images, on the generator's device."""
     device = generator.device
     sub = torch.randint(len(POLICY), (count,), generator=generator, device=device)
     chance = torch.rand(count, 2, generator=generator, device=device, dtype=torch.float64)
@@ -79,9 +79,9 @@ def draw(count: int, generator: torch.Generator) -> Plan:
 
 
 def apply(x: Tensor, plan: Plan) -> Tensor:
-    """Follow a plan.  ``x (B, C, H, W)`` in [0, 1] is rounded to bytes once -> the same shape and type, in 1/255.
+    """Apply a plan to ``x (B, C, H, W)`` in [0, 1], rounded to uint8 once -> same shape and type, multiples of 1/255.
 
-    Each operation is one call for all images that have their turn for it, wherever they stand in the batch.
+    Each operation is called once for all images that need it as their first or as their second operation.
     """
     if x.shape[1] not in (1, 3):
         raise UserError(f"autoaugment takes grey or RGB images, 1 or 3 channels, got {x.shape[1]}")
@@ -98,42 +98,42 @@ def apply(x: Tensor, plan: Plan) -> Tensor:
     return pixels.to(x.dtype) / 255
 
 
-# --- operations: bytes (B, C, H, W), C = 1 or 3, and a float64 magnitude an image, (B,) -> bytes (B, C, H, W) ---
+# --- operations: uint8 (B, C, H, W), C = 1 or 3, and float64 magnitudes (B,) -> uint8 (B, C, H, W) ---
 
 
 def shear_x(x: Tensor, magnitude: Tensor) -> Tensor:
-    """``out[i, j] = x[i, j + magnitude · i]``: about the upper left corner, so row 0 stays."""
+    """Shear rows: ``out[i, j] = x[i, j + magnitude · i]``, about the upper left corner, so row 0 stays."""
     zero, one = torch.zeros_like(magnitude), torch.ones_like(magnitude)
     return _affine(x, (one, zero, zero), (magnitude, one, zero))
 
 
 def shear_y(x: Tensor, magnitude: Tensor) -> Tensor:
-    """``out[i, j] = x[i + magnitude · j, j]``: about the upper left corner, so column 0 stays."""
+    """Shear columns: ``out[i, j] = x[i + magnitude · j, j]``, about the upper left corner, so column 0 stays."""
     zero, one = torch.zeros_like(magnitude), torch.ones_like(magnitude)
     return _affine(x, (one, magnitude, zero), (zero, one, zero))
 
 
 def translate_x(x: Tensor, magnitude: Tensor) -> Tensor:
-    """To the left by ``magnitude`` of the width."""
+    """Shift to the left by ``magnitude`` times the width."""
     zero, one = torch.zeros_like(magnitude), torch.ones_like(magnitude)
     return _affine(x, (one, zero, zero), (zero, one, magnitude * x.shape[3]))
 
 
 def translate_y(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Upwards by ``magnitude`` of the height."""
+    """Shift upwards by ``magnitude`` times the height."""
     zero, one = torch.zeros_like(magnitude), torch.ones_like(magnitude)
     return _affine(x, (one, zero, magnitude * x.shape[2]), (zero, one, zero))
 
 
 def rotate(x: Tensor, magnitude: Tensor) -> Tensor:
-    """By ``magnitude`` degrees about the centre, against the clock."""
+    """Rotate by ``magnitude`` degrees about the centre, counterclockwise."""
     cos, sin = magnitude.deg2rad().cos(), magnitude.deg2rad().sin()
     i, j = x.shape[2] / 2, x.shape[3] / 2
     return _affine(x, (cos, sin, i - cos * i - sin * j), (-sin, cos, j + sin * i - cos * j))
 
 
 def autocontrast(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Stretch each channel to 0 ... 255; a constant one stays.  Truncation in float64 is Pillow's."""
+    """Stretch each channel to 0 ... 255, truncated in float64 as in Pillow; a constant channel stays."""
     del magnitude
     low, high = (f((2, 3), keepdim=True).double() for f in (x.amin, x.amax))
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / tensor would round twice
@@ -142,7 +142,6 @@ def autocontrast(x: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def invert(x: Tensor, magnitude: Tensor) -> Tensor:
-    """The negative."""
     del magnitude
     return 255 - x
 
@@ -150,8 +149,8 @@ def invert(x: Tensor, magnitude: Tensor) -> Tensor:
 def equalize(x: Tensor, magnitude: Tensor) -> Tensor:
     """Flatten each channel's histogram.
 
-    A level of the result stands for as many pixels as 1/255 of all but the brightest; where that is less than one,
-    as in a constant channel and in every image of 8x8, nothing happens.
+    Each level of the result stands for 1/255 of the pixels, not counting the brightest ones; where that is less than
+    one pixel, as in a constant channel and in every image of 8x8, nothing changes.
     """
     del magnitude
     index = x.flatten(2).long()
@@ -164,7 +163,7 @@ def equalize(x: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def solarize(x: Tensor, magnitude: Tensor) -> Tensor:
-    """The negative of what is not below the threshold ``magnitude``."""
+    """Invert the values that are not below the threshold ``magnitude``."""
     return torch.where(x < _per_image(magnitude), x, 255 - x)
 
 
@@ -175,7 +174,7 @@ def posterize(x: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def contrast(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Away from the image's mean luma, itself rounded to a byte, by the factor ``magnitude``."""
+    """Scale differences from the image's mean luma, rounded to uint8, by ``magnitude``."""
     light = luma(x)
     count = light[0].numel()
     mean = (2 * light.sum((1, 2, 3), dtype=torch.int64) + count) // (2 * count)
@@ -183,17 +182,17 @@ def contrast(x: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def color(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Away from the grey image by the factor ``magnitude``; a grey image stays."""
+    """Scale differences from the grey image by ``magnitude``; a grey image stays."""
     return _blend(luma(x), x, magnitude)
 
 
 def brightness(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Away from black by the factor ``magnitude``."""
+    """Scale all values by ``magnitude``."""
     return _blend(torch.zeros_like(x), x, magnitude)
 
 
 def sharpness(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Away from the 3x3 average (the centre counts five times, the outermost pixels stay) by ``magnitude``."""
+    """Scale differences from the 3x3 average (the centre counts five times, border pixels stay) by ``magnitude``."""
     wide = x.int()
     rows = wide[:, :, :-2] + wide[:, :, 1:-1] + wide[:, :, 2:]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * wide[:, :, 1:-1, 1:-1]
@@ -202,10 +201,10 @@ def sharpness(x: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _affine(x: Tensor, row: tuple[Tensor, Tensor, Tensor], column: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """``out[i, j] = x[a i + b j + c, d i + e j + f]`` for ``row = (a, b, c)`` and ``column = (d, e, f)``, each (B,).
+    """Return ``out[i, j] = x[a i + b j + c, d i + e j + f]``, ``row = (a, b, c)``, ``column = (d, e, f)``, each (B,).
 
-    Pixels are squares around their centres, the nearest one is taken, :data:`GREY` comes in from outside.  Coordinates
-    are multiples of 2^-16, which is how Pillow computes them for images of less than 32,768 pixels a side.
+    Pixels are squares around their centres, the nearest one is taken, positions outside become :data:`GREY`.
+    Coordinates are multiples of 2^-16, as Pillow computes them for images of less than 32,768 pixels a side.
     """
     height, width = x.shape[2:]
     i, j = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
@@ -221,17 +220,17 @@ def _affine(x: Tensor, row: tuple[Tensor, Tensor, Tensor], column: tuple[Tensor,
 
 
 def _blend(start: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """``start + factor (x - start)``, in float32 and truncated as in Pillow.
+    """Return ``start + factor (x - start)``, in float32 and truncated as in Pillow.
 
-    Where Pillow was compiled to fuse the product and the sum (not on x86-64), its result is 1 less or more for 0.4 % of
-    the pairs of bytes.
+    Where Pillow was compiled with fused multiply-add (not on x86-64), its result is 1 less or more for 0.4 % of the
+    pairs of uint8 values.
     """
     start = start.float()
     return (start + _per_image(factor).float() * (x.float() - start)).clamp(0, 255).to(torch.uint8)
 
 
 def luma(x: Tensor) -> Tensor:
-    """(B, 1, H, W) of ITU-R 601-2, rounded to a byte; a grey image is its own."""
+    """Return the ITU-R 601-2 luma (B, 1, H, W), rounded to integers in 0 ... 255; a grey image is its own luma."""
     if x.shape[1] == 1:
         return x
     red, green, blue = x.int().split(1, 1)
@@ -249,10 +248,11 @@ class Operation(NamedTuple):
     """An operation and its magnitudes.
 
     Attributes:
-        function: bytes (B, C, H, W) and magnitudes (B,) -> bytes (B, C, H, W).
+        function: uint8 (B, C, H, W) and magnitudes (B,) -> uint8 (B, C, H, W).
         lowest: magnitude of level 0.
         highest: magnitude of level 9; those between are evenly spaced.
-        mirrored: whether half of the images take ``2 · lowest - magnitude`` instead: the other way, or less contrast.
+        mirrored: whether half of the images get ``2 · lowest - magnitude`` instead: the opposite direction, or less
+            contrast.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -280,13 +280,13 @@ OPERATIONS = {
 
 
 def _terms(name: str, level: int) -> tuple[float, float]:
-    """Base and span of ``magnitude = base + sign · span``."""
+    """Return base and span of ``magnitude = base + sign · span``."""
     _, lowest, highest, mirrored = OPERATIONS[name]
     span = (highest - lowest) * level / (LEVELS - 1)
     return (lowest, span) if mirrored else (lowest + span, 0)
 
 
-# The policy as tables (25, 2), to be read by a plan.
+# The policy as tables (25, 2), indexed by a plan's ``sub``.
 _PROBABILITY = torch.tensor([[p for _, p, _ in pair] for pair in POLICY], dtype=torch.float64)
 _OPERATION = torch.tensor([[list(OPERATIONS).index(name) for name, _, _ in pair] for pair in POLICY])
 _BASE, _SPAN = torch.tensor(

@@ -1,8 +1,8 @@
 """Common corruptions of a batch of images, at five severities.
 
-Kinds and names are after Hendrycks and Dietterich (2019), parameters and code are our own: accuracies here are not
-those on CIFAR-10-C or ImageNet-C.  Grey and colour images of any size are taken; what is a length there (blur,
-pixels) grows with the image.  Only JPEG rounds to bytes.
+Kinds and names follow Hendrycks and Dietterich (2019), parameters and code are our own: accuracies here are not
+comparable with those on CIFAR-10-C or ImageNet-C.  Grey and colour images of any size are accepted; blur widths and
+pixel sizes scale with the image.  Only JPEG rounds to uint8.
 """
 
 import io
@@ -17,28 +17,28 @@ from torch.nn.functional import conv2d, pad
 from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import rand, randn
 
-# images (B, C, H, W) in [0, 1], the parameter of a severity, generator -> the same shape, perhaps outside [0, 1]
+# images (B, C, H, W) in [0, 1], the parameter of a severity, generator -> same shape, values may leave [0, 1]
 Corruption = Callable[[Tensor, float, torch.Generator], Tensor]
 
 
 def gaussian_noise(x: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """White noise of deviation ``std``."""
+    """Add white noise of standard deviation ``std``."""
     return x + std * randn(x, generator)
 
 
 def shot_noise(x: Tensor, photons: float, generator: torch.Generator) -> Tensor:
-    """Poisson noise of a sensor that counts ``photons`` where a pixel is 1."""
+    """Add the Poisson noise of a sensor that counts ``photons`` where a pixel is 1."""
     return torch.poisson(x * photons, generator=generator) / photons
 
 
 def impulse_noise(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """This share of the values becomes 0 or 1, with equal chances."""
+    """Set a random ``share`` of the values to 0 or 1, with equal probability."""
     drawn = rand(x, generator)
     return torch.where(drawn < share, (drawn < share / 2).to(x.dtype), x)
 
 
 def gaussian_blur(x: Tensor, width: float, generator: torch.Generator) -> Tensor:
-    """A Gaussian of deviation ``width`` times the image's shorter edge, cut at 4 deviations; edges are repeated."""
+    """Blur with a Gaussian of deviation ``width`` times the shorter edge, cut at 4 deviations; edges are repeated."""
     std = width * min(x.shape[2:])
     reach = max(1, round(4 * std))
     weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype) / std) ** 2)
@@ -48,31 +48,30 @@ def gaussian_blur(x: Tensor, width: float, generator: torch.Generator) -> Tensor
 
 
 def contrast(x: Tensor, factor: float, generator: torch.Generator) -> Tensor:
-    """Differences from each image's mean, channel by channel, times ``factor``."""
+    """Scale differences from each image's mean, channel by channel, by ``factor``."""
     mean = x.mean((2, 3), keepdim=True)
     return mean + factor * (x - mean)
 
 
 def brightness(x: Tensor, shift: float, generator: torch.Generator) -> Tensor:
-    """Every value plus ``shift``."""
     return x + shift
 
 
 def pixelate(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Larger pixels, whose number along an edge is this share of it; averages by area, there and back."""
+    """Average by area over larger pixels, ``share`` times as many along each edge, and resize back."""
     rows, columns = (_blocks(edge, max(1, round(edge * share))).to(x) for edge in x.shape[2:])
     return rows @ x @ columns.T
 
 
 def _blocks(edge: int, cells: int) -> Tensor:
-    """Matrix (edge, edge) that averages pixels over equal cells, and cells over pixels, each by the area they share."""
+    """Return the matrix (edge, edge) that averages pixels over equal cells and back, weighted by shared area."""
     fine, coarse = torch.arange(edge + 1) / edge, torch.arange(cells + 1)[:, None] / cells
     shared = (torch.minimum(coarse[1:], fine[1:]) - torch.maximum(coarse[:-1], fine[:-1])).clamp_min(0)
     return edge * cells * shared.T @ shared
 
 
 def jpeg(x: Tensor, quality: float, generator: torch.Generator) -> Tensor:
-    """Through Pillow's JPEG of this quality, with its chroma subsampling."""
+    """Compress with Pillow's JPEG at this quality, with its chroma subsampling, and decompress."""
     pixels = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     decoded = []
     for image in pixels:
@@ -96,13 +95,13 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def corrupt(x: Tensor, name: str, severity: int, generator: torch.Generator) -> Tensor:
-    """Images (B, C, H, W) in [0, 1], grey or colour -> the same shape, clamped to [0, 1].
+    """Corrupt images (B, C, H, W) in [0, 1], grey or RGB -> the same shape, clamped to [0, 1].
 
     Args:
         x: images, on the generator's device.
         name: a key of :data:`CORRUPTIONS`.
         severity: 1 to 5.
-        generator: of the noises; the others draw nothing.
+        generator: used by the noises; other corruptions draw nothing.
     """
     check(name, severity)
     if x.shape[1] not in (1, 3):
@@ -112,7 +111,7 @@ def corrupt(x: Tensor, name: str, severity: int, generator: torch.Generator) -> 
 
 
 def check(name: str, severity: int) -> None:
-    """Refuse what is not there."""
+    """Raise UserError for an unknown corruption or severity."""
     if name not in CORRUPTIONS:
         raise unknown_name("corruption", name, CORRUPTIONS)
     if severity not in SEVERITIES:

@@ -1,4 +1,4 @@
-"""Encoded images -> one uint8 tensor: in parallel, once, cached under the hash of their content."""
+"""Decoding of image files to one uint8 tensor: in parallel, once, cached under the hash of their content."""
 
 import contextlib
 import hashlib
@@ -21,24 +21,25 @@ from advebm.core import files
 from advebm.core.errors import UserError
 
 Corrupt = Literal["refuse", "skip"]
-SHOWN = 3  # names of bad images in a message
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of what is handed in; some others run programs
-LARGEST = 50_000_000  # pixels of an image that somebody hands in
+SHOWN = 3  # number of bad images that a message names
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # accepted from users; some others run programs
+LARGEST = 50_000_000  # pixels of a user's image, at most
 GREY = ("1", "L", "LA", "La")  # modes without colour
 
 
 def decode(
     blobs: Sequence[bytes | Path], names: Sequence[str], *, channels: int, size: int | None, corrupt: Corrupt
 ) -> tuple[Tensor, Tensor]:
-    """Pixels uint8 (M, C, H, W) of the good images, and their positions (M,) among all.
+    """Return the readable images as uint8 (M, C, H, W), and their indices (M,) in ``blobs``.
 
     Args:
-        blobs: encoded images, or files that hold one.
-        names: what to call them in messages.
+        blobs: encoded images, or paths of image files.
+        names: names of the images in messages.
         channels: 3 or 1; images of another mode are converted.
         size: edge of the square that the middle of each image is cut and scaled to; None keeps images as they are,
-            which then have to be square and of one size.
-        corrupt: whether images that cannot be read are an error or left out with a warning.
+            which must then all have the same size.
+        corrupt: whether unreadable images are an error or left out with a warning; it is an error if all are
+            unreadable.
     """
     if not blobs:
         raise UserError("there are no images")
@@ -78,7 +79,7 @@ def decode(
 
 
 def _pixels(picture: Image.Image, channels: int, size: int | None) -> np.ndarray:
-    """uint8 (C, H, W) of one picture, cut to its middle square and scaled if ``size`` is given."""
+    """Return one picture as uint8 (C, H, W), cut to its middle square and scaled if ``size`` is given."""
     picture = picture.convert("RGB" if channels == 3 else "L")
     if size is not None and picture.size != (size, size):
         edge = min(picture.size)
@@ -90,18 +91,20 @@ def _pixels(picture: Image.Image, channels: int, size: int | None) -> np.ndarray
 
 
 def open_image(source: bytes | Path, shape: Sequence[int], *, fit: bool = False, name: str = "the image") -> Tensor:
-    """An image that somebody hands in, as a model takes it: float32 (C, H, W) in [0, 1].
+    """Load a user's image as a model's input, float32 (C, H, W) in [0, 1].
 
-    It is turned as its camera says; what is transparent becomes white; of an animation the first picture is taken.
+    The image is rotated as its EXIF data say, transparent areas become white, and of an animation the first frame is
+    used.
 
     Args:
-        source: an encoded image, or the file that holds one, which then names it.
+        source: an encoded image, or the path of an image file, which is then its name in messages.
         shape: (C, H, W) of the model's images.
-        fit: cut an image of another size to its middle square and scale it, make colours grey, or grey colour.
-        name: what to call it in messages.
+        fit: cut an image of another size to its middle square and scale it, and convert between grey and colour.
+        name: the name in messages.
 
     Raises:
-        UserError: not an image, a damaged one, one beyond 50 million pixels; without ``fit`` another size or colour.
+        UserError: not an image, a damaged one, over 50 million pixels or 8 bits per channel; without ``fit`` also
+            another size or colour (a colour file that contains only greys is accepted as grey).
     """
     channels, height, width = shape
     with _opened(source, name) as (picture, name):
@@ -122,7 +125,7 @@ def open_image(source: bytes | Path, shape: Sequence[int], *, fit: bool = False,
 
 
 def open_mask(source: bytes | Path, size: tuple[int, int], *, fit: bool = False, name: str = "the mask") -> Tensor:
-    """A mask that somebody hands in, bool (H, W): true where it is white, or lighter than the middle.
+    """Load a user's mask as bool (H, W): true where its grey level is above 127; transparent areas are false.
 
     ``size`` is (H, W); with ``fit`` a mask of another size is cut to its middle square and scaled.
     """
@@ -137,11 +140,11 @@ def open_mask(source: bytes | Path, size: tuple[int, int], *, fit: bool = False,
 
 @contextlib.contextmanager
 def _opened(source: bytes | Path, name: str) -> Iterator[tuple[Image.Image, str]]:
-    """The first picture, decoded, and what to call it; everything that can go wrong is one kind of error."""
+    """Yield the first frame, decoded and upright, and its name; every failure is raised as UserError."""
     name = name if isinstance(source, bytes) else str(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # LARGEST is the limit
             picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         with picture:
             if (count := picture.width * picture.height) > LARGEST:
@@ -167,16 +170,16 @@ def _check_size(name: str, picture: Image.Image, wanted: tuple[int, int]) -> Non
 
 
 def _colourless(picture: Image.Image, channels: int) -> bool:
-    """Whether a picture in colour shows only greys, and these are wanted."""
+    """Return whether grey is wanted and a colour picture contains only greys."""
     bands = np.asarray(picture.convert("RGB"))
     return channels == 1 and bool((bands == bands[..., :1]).all())
 
 
 def cached(content: Iterable[bytes], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``make`` returns, kept on disk under the hash of ``content`` and read from there the next time.
+    """Return the result of ``make``, cached on disk under the hash of ``content``.
 
-    The folder is ``ADVEBM_CACHE``, else ``advebm`` in the user's cache folder.  A cache that cannot be written is done
-    without, with a warning; one that is damaged is made anew.
+    The folder is ``ADVEBM_CACHE``, else ``advebm`` in the user's cache folder.  If the cache cannot be written, a
+    warning is given; a damaged cache file is replaced.
     """
     digest = hashlib.sha256()
     for piece in content:
@@ -199,6 +202,5 @@ def cached(content: Iterable[bytes], make: Callable[[], dict[str, Tensor]]) -> d
 
 
 def cache_folder() -> Path:
-    """Where decoded images are kept."""
     chosen = os.environ.get("ADVEBM_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advebm"

@@ -1,4 +1,4 @@
-"""The order of training images, as a pure function of how many have been seen."""
+"""The order of training images, as a pure function of the number of images seen."""
 
 from dataclasses import dataclass, field
 
@@ -12,18 +12,18 @@ from advebm.data.sources import Images, to_float
 
 @dataclass
 class Loader:
-    """Shuffled batches of one stream, augmented on the device.
+    """Shuffled batches of training images, shared out to streams and augmented on the device.
 
-    The order is endless: epoch after epoch, each a fresh permutation that depends on (seed, epoch) alone, and every
-    stream reads its own share of each batch.  So a resumed run needs no state but the number of images seen.
+    The order is endless: each epoch is a new permutation that depends only on (seed, role, epoch), and every stream
+    reads its own share of each batch.  So a resumed run needs no state but the number of images seen.
 
     Attributes:
         images: the training split, moved to ``device`` once, as uint8.
-        seed: of the run.
-        batch: images of one step over all streams.
-        streams: how many equal shares a batch is cut into.
-        augment: one for each view of the images that a call returns.
-        role: other roles of a run read in another order.
+        seed: the run's seed.
+        batch: number of images per step over all streams.
+        streams: number of equal shares that a batch is cut into.
+        augment: one augmentation per view of the images; a call returns all views.
+        role: names the purpose of the images, such as ``extra``; each role has its own order.
     """
 
     images: Images
@@ -39,7 +39,7 @@ class Loader:
         self.images = Images(self.images.x.to(self.device), self.images.y.to(self.device))
 
     def __call__(self, seen: int, stream: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
-        """Views, float32 (B/streams, C, H, W) in [0, 1] each, and the labels of the images, after ``seen`` images."""
+        """Return the views, float32 (B/streams, C, H, W) in [0, 1] each, and the labels, after ``seen`` images."""
         share = self.batch // self.streams
         start = seen + stream * share
         index = torch.cat([self._positions(e, lo, hi) for e, lo, hi in self._pieces(start, start + share)])
@@ -47,7 +47,7 @@ class Loader:
         return [augment(to_float(batch.x), generator) for augment in self.augment], batch.y
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """The global positions start … stop as (epoch, from, to)."""
+        """Return the global positions start … stop as (epoch, from, to)."""
         size, pieces = len(self.images), []
         while start < stop:
             epoch, offset = divmod(start, size)

@@ -1,4 +1,4 @@
-"""Images that are not of the data, for critics and others to be trained against: p0 of binary adversarial training."""
+"""Images that are not from the data, to train critics and others against: p0 of binary adversarial training."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,26 +12,26 @@ from advebm.core.errors import UserError
 from advebm.data.ood_sets import fit_shape
 from advebm.data.sources import Augmentations, Data, Images, Source, to_float
 
-TRIES, ROUND = 30, 4096  # draws before squares of enough contrast are given up, and the least squares of a draw
+TRIES, ROUND = 30, 4096  # draws before giving up the search for contrast, and fewest squares per draw
 
 
 @dataclass(frozen=True)
 class Patches:
     """Random squares of scikit-learn's two photographs, resized: real images, offline.
 
-    The splits are cut from different columns of the photographs, so no pixel is in two of them.  The label is the
-    photograph.
+    The splits are cut from different columns of the photographs, so they share no pixel.  The label is the photograph's
+    index.
 
     Attributes:
         size: edge of the images in pixels.
         channels: 1 for grey, 3 for colour.
-        count: images in all.
-        smallest, largest: edge of the squares before they are resized, drawn uniformly.
-        contrast: least standard deviation of an image's grey levels in [0, 1]; flatter squares are drawn again, as a
-            search without noise takes all of them to the same place.
-        val, test: shares of the columns, and of the images, kept for selection and for reporting.
-        split_seed: of the squares.
-        augment: of the images where they are trained on.
+        count: total number of images.
+        smallest, largest: limits of the squares' edges before resizing; edges are drawn uniformly.
+        contrast: least standard deviation of an image's grey levels in [0, 1]; flatter squares are drawn again, because
+            a search without noise moves all flat squares to the same image.
+        val, test: shares of the columns, and of the images, kept for validation and test.
+        split_seed: seed for drawing the squares.
+        augment: augmentation of these images when they are used for training.
     """
 
     size: int = 8
@@ -59,7 +59,7 @@ class Patches:
             raise UserError(f"{self.count} images are too few to split into {self.val} and {self.test}")
 
     def load(self) -> Data:
-        """7,000 training, 1,000 validation and 2,000 test images by default."""
+        """Return 7,000 training, 1,000 validation and 2,000 test images by default."""
         from sklearn.datasets import load_sample_images
 
         photographs = torch.from_numpy(np.stack(load_sample_images().images)).movedim(3, 1)  # (2, 3, 427, 640)
@@ -71,7 +71,7 @@ class Patches:
         return Data("patches", ("china", "flower"), *splits)
 
     def _cut(self, photographs: Tensor, count: int, generator: torch.Generator) -> Images:
-        """``count`` squares of photographs (P, 3, H, W), as bytes."""
+        """Return ``count`` random squares of photographs (P, 3, H, W), as uint8."""
         height, width = photographs.shape[2:]
         if self.largest > min(height, width):
             raise UserError(f"largest is at most {min(height, width)}, what a split has, got {self.largest}")
@@ -88,7 +88,7 @@ class Patches:
                 columns = (across[at] * (width - edge + 1)).long()[:, None] + torch.arange(edge)
                 squares = photographs.movedim(1, 3)[y[at, None, None], rows[:, :, None], columns[:, None, :]]
                 x[at] = fit_shape(to_float(squares.movedim(3, 1)), (self.channels, self.size, self.size))
-            varied = x.mean(1).flatten(1).std(1, correction=0) >= self.contrast  # of grey levels: flat colour is flat
+            varied = x.mean(1).flatten(1).std(1, correction=0) >= self.contrast  # of grey levels, not across channels
             kept.append(Images((x[varied] * 255).round().to(torch.uint8), y[varied]))
             if sum(map(len, kept)) >= count:
                 return Images(torch.cat([k.x for k in kept])[:count], torch.cat([k.y for k in kept])[:count])
@@ -102,9 +102,9 @@ class NoiseImages:
     Attributes:
         size: edge of the images in pixels.
         channels: 1 for grey, 3 for colour.
-        count: training images; there are a tenth as many for selection, and a fifth for reporting.
-        split_seed: of the noise.
-        augment: of the images where they are trained on.
+        count: number of training images; validation has a tenth as many, test a fifth.
+        split_seed: seed of the noise.
+        augment: augmentation of these images when they are used for training.
     """
 
     size: int = 8
@@ -119,7 +119,7 @@ class NoiseImages:
             raise UserError(f"size is at least 1, channels 1 or 3 and count at least 10, got {got}")
 
     def load(self) -> Data:
-        """10,000 training, 1,000 validation and 2,000 test images by default."""
+        """Return 10,000 training, 1,000 validation and 2,000 test images by default."""
         splits = []
         for name, count in (("train", self.count), ("val", self.count // 10), ("test", self.count // 5)):
             generator = rng.generator(self.split_seed, "noise images", name)
@@ -133,12 +133,12 @@ class NoiseImages:
 class Mixture:
     """Several sources of one shape in equal shares: as many images of each as the smallest has, split by split.
 
-    The label is the source.
+    The label is the index of the source.
 
     Attributes:
         sources: at least two, such as ``patches,noise``.
-        split_seed: decides which images of a larger source are taken.
-        augment: of all images, instead of the sources' own.
+        split_seed: chooses which images of a larger source are used.
+        augment: augmentation of all images; those of the sources are ignored.
     """
 
     sources: tuple[Source, ...] = (Patches(), NoiseImages())
@@ -150,7 +150,6 @@ class Mixture:
             raise UserError("a mixture takes at least two sources, such as patches,noise")
 
     def load(self) -> Data:
-        """All splits."""
         parts = [source.load() for source in self.sources]
         if len(shapes := {data.shape for data in parts}) > 1:
             raise UserError(f"images of a mixture have one shape, got {' and '.join(map(str, sorted(shapes)))}")

@@ -1,4 +1,4 @@
-"""Images that are not of the data, to be told from it: noise, or the test split of another source."""
+"""Out-of-distribution images, to be distinguished from the data: noise, or the test split of another source."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, cast
@@ -13,16 +13,16 @@ from advebm.starts import ClassGaussians
 
 
 class Outlier(Protocol):
-    """A frozen dataclass: a :class:`Noise`, or a source of other images, whose test split is meant."""
+    """A frozen dataclass: a :class:`Noise`, or a source of other images, of which the test split is used."""
 
 
 class Noise:
-    """Images drawn rather than read."""
+    """Images that are drawn at random rather than read."""
 
     name: ClassVar[str]
 
     def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:
-        """Float32 (count, C, H, W) in [0, 1], of the data's shape, on the generator's device."""
+        """Return float32 (count, C, H, W) in [0, 1], of the data's shape, on the generator's device."""
         raise NotImplementedError
 
 
@@ -41,7 +41,7 @@ class GaussianNoise(Noise):
     """Normal pixels, each on its own, clamped to [0, 1].
 
     Attributes:
-        mean, std: before clamping, in pixels of [0, 1].
+        mean, std: before clamping, for pixels in [0, 1].
     """
 
     mean: float = 0.5
@@ -62,8 +62,8 @@ class GaussianNoise(Noise):
 class ClassGaussianNoise(Noise):
     """Draws from Gaussians fitted to the training images of each class, the seeds of Santurkar et al. (2019).
 
-    They share mean and covariance with the data, so they are the hardest of the noises.  Classes are drawn uniformly;
-    where images have no labels there is one Gaussian.
+    Up to shrinkage and clamping they have the data's mean and covariance, so they are the hardest of the noises.
+    Classes are drawn uniformly; for images without labels there is a single Gaussian.
     """
 
     name = "class-gaussian"
@@ -78,12 +78,12 @@ class ClassGaussianNoise(Noise):
 
 
 def draw_outliers(outlier: Outlier, data: Data, count: int, generator: torch.Generator) -> tuple[str, Tensor]:
-    """The name of a set and at most ``count`` of its images, float32 (M, C, H, W) in [0, 1], of the data's shape.
+    """Return a set's name and at most ``count`` of its images, float32 (M, C, H, W) in [0, 1], of the data's shape.
 
-    Of a source these are distinct images of its test split, fitted by :func:`fit_shape`; there may be fewer.
+    For a source these are distinct images of its test split, converted by :func:`fit_shape`; there may be fewer.
 
     Raises:
-        UserError: a source most of whose images are the data's own.
+        UserError: more than half of the images drawn from a source are in the data.
     """
     if isinstance(outlier, Noise):
         return outlier.name, outlier.draw(data, count, generator)
@@ -98,12 +98,12 @@ def draw_outliers(outlier: Outlier, data: Data, count: int, generator: torch.Gen
 
 
 def choose_images(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` distinct images in random order, or all if there are no more; files may stand class by class."""
+    """Return ``count`` distinct images, or all if there are fewer, in random order: files may be sorted by class."""
     return x[torch.randperm(len(x), generator=generator, device=generator.device)[:count].to(x.device)]
 
 
 def count_shared(x: Tensor, data: Data) -> int:
-    """How many of the images ``x``, uint8 (N, C, H, W), are in some split of the data, byte for byte."""
+    """Return how many of the images ``x``, uint8 (N, C, H, W), are in any split of the data, byte for byte."""
     if tuple(x.shape[1:]) != data.shape:
         return 0
     wanted = {image.tobytes() for image in x.numpy()}
@@ -113,9 +113,9 @@ def count_shared(x: Tensor, data: Data) -> int:
 
 
 def fit_shape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Images (N, C, H, W) in [0, 1] of another shape (C, H, W): resized bilinearly, with antialiasing.
+    """Convert images (N, C, H, W) in [0, 1] to another shape (C, H, W): resize bilinearly, with antialiasing.
 
-    Grey images are repeated over the channels; of colour images a grey one is the mean of the channels.
+    Grey images are repeated over the channels; colour images become grey by averaging over the channels.
     """
     channels, *size = shape
     if x.shape[1] != channels:

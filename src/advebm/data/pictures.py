@@ -1,4 +1,4 @@
-"""Grids of small images as PNG."""
+"""Grids of small images as PNG, and animations as GIF."""
 
 import io
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from torch import Tensor
 from advebm.core import files
 
 GAP = 1  # pixels between tiles, before enlarging
-GAP_GREY = 0.45  # their grey
+GAP_GREY = 0.45  # grey level of the gaps
 
 
 def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
-    """A picture of ``rows (R, N, C, H, W)`` in [0, 1]: R rows of N tiles, each enlarged to about ``tile`` pixels.
+    """Draw ``rows (R, N, C, H, W)`` in [0, 1] as R rows of N tiles, each enlarged to about ``tile`` pixels.
 
-    Pixels stay square and sharp: 8x8 images are shown as they are, not smoothed into something better.
+    Tiles are enlarged by a whole factor without smoothing, so pixels stay square and sharp.
     """
     row_count, column_count, channels, h, w = rows.shape
     canvas = torch.full((row_count * (h + GAP) + GAP, column_count * (w + GAP) + GAP, channels), GAP_GREY)
@@ -32,9 +32,9 @@ def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
 
 
 def rows_by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tensor:
-    """The first ``columns`` images of each class, (classes, columns, C, H, W) in [0, 1]; missing ones are white.
+    """Return the first ``columns`` images of each class, (classes, columns, C, H, W) in [0, 1]; missing ones are white.
 
-    ``x`` is floating point in [0, 1] or uint8.  Images without classes, all y < 0, come as they are, row by row.
+    ``x`` is floating point in [0, 1] or uint8.  Unlabelled images, all y < 0, fill the rows in their order.
     """
     if len(y) and int(y.max()) < 0:
         y = torch.arange(len(y)) // columns
@@ -47,20 +47,19 @@ def rows_by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tens
 
 
 def to_image(x: Tensor) -> Image.Image:
-    """One image, uint8 (C, H, W), at its own size."""
+    """Convert one image, uint8 (C, H, W), to a picture of the same size."""
     pixels = x.permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if len(x) == 1 else pixels)
 
 
 def encode_png(picture: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def stack_pngs(parts: Sequence[bytes]) -> bytes:
-    """PNG files one below the other, as one."""
+    """Stack PNG files vertically into one."""
     drawn = [Image.open(io.BytesIO(part)).convert("RGB") for part in parts]
     canvas = Image.new("RGB", (max(p.width for p in drawn), sum(p.height for p in drawn)), "white")
     top = 0
@@ -71,7 +70,7 @@ def stack_pngs(parts: Sequence[bytes]) -> bytes:
 
 
 def encode_gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
-    """The bytes of an animation that rests on its last frame for two seconds."""
+    """Return a GIF file of an endless animation that pauses on its last frame for two seconds."""
     buffer = io.BytesIO()
     times = [milliseconds] * (len(frames) - 1) + [2_000]
     frames[0].save(buffer, "GIF", save_all=True, append_images=list(frames[1:]), duration=times, loop=0)
@@ -79,7 +78,7 @@ def encode_gif(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
 
 
 def animate(film: Tensor, *, tile: int = 40) -> bytes:
-    """A film ``(N, F, C, H, W)`` in [0, 1] of N images side by side, as the bytes of an animation of F frames."""
+    """Return a GIF file with F frames of ``film (N, F, C, H, W)`` in [0, 1], which shows N images side by side."""
     return encode_gif([grid(frame[None], tile=tile) for frame in film.unbind(1)])
 
 

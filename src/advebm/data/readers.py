@@ -27,15 +27,15 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 @dataclass(frozen=True)
 class _Hub:
-    """A data set with the Hub's splits ``train`` and ``test``.
+    """A data set with the splits ``train`` and ``test`` of the Hugging Face Hub.
 
     Attributes:
-        path: local folder: parquet files ``train-*`` and ``test-*`` as the Hub stores them, or the original python
-            archives.  None takes the environment variable ``ADVEBM_DATA`` (that folder, or the one of this name
-            inside it), else the Hub through the ``datasets`` library.
-        val: share of the training images kept for selection.
-        split_seed: decides which ones.
-        augment: of the training images: zero-padded crops by 4 pixels and mirror images.
+        path: local folder with parquet files ``train-*`` and ``test-*`` as stored on the Hub, or with the unpacked
+            original python archive.  None: the folder in the environment variable ``ADVEBM_DATA``, or its sub-folder of
+            this name; without that variable the Hub, through the ``datasets`` library.
+        val: share of the training images kept for validation.
+        split_seed: chooses which ones.
+        augment: augmentation of the training images; default: zero-padded crops by 4 pixels, and flips.
         corrupt: whether an image that cannot be read is an error (``refuse``) or left out (``skip``).
     """
 
@@ -55,12 +55,12 @@ class _Hub:
         _check_share(self.val)
 
     def outline(self) -> DataSpec:
-        """Of the whole set; a folder may hold fewer images."""
+        """Return the specification of the whole set; a folder may hold fewer images."""
         kept = round(self.val * 50_000)
         return DataSpec((3, 32, 32), self.classes, 50_000 - kept, kept)
 
     def load(self) -> Data:
-        """Training, validation and test images; decoded once, then read from the cache."""
+        """Return training, validation and test images; files are decoded once, then read from the cache."""
         folder = self._folder()
         if folder is None:
             parts, classes = _from_hub(self.hub, self.corrupt)
@@ -102,11 +102,11 @@ class HubImages:
     """Any image classification set of the Hub with splits ``train`` and ``test`` (or ``validation``): ``hf:NAME``.
 
     Attributes:
-        path: its name there, or a local folder that the ``datasets`` library can load.
-        subset: which of its parts, where it has several, such as ``cropped_digits`` of SVHN.
-        size: edge of the square that images are cut and scaled to; None if they are square and of one size.
+        path: its name on the Hub, or a local folder that the ``datasets`` library can load.
+        subset: the configuration to load, if the set has several, such as ``cropped_digits`` of SVHN.
+        size: edge of the square that images are cut and scaled to; None: keep images, which must all have one size.
         channels: 3 or 1.
-        val, split_seed, augment, corrupt: as for ``cifar10``.
+        val, split_seed, augment, corrupt: as for ``cifar10``; default: no augmentation.
     """
 
     path: str
@@ -124,7 +124,7 @@ class HubImages:
         _check_shape(self.size, self.channels)
 
     def outline(self) -> DataSpec:
-        """The shape, if ``size`` is given."""
+        """Return the shape; raise UserError if ``size`` is not given."""
         if self.size is None:
             raise UserError(
                 f"the size of the images of {self.path!r} is not known beforehand; give it with --data.size"
@@ -132,7 +132,6 @@ class HubImages:
         return DataSpec((self.channels, self.size, self.size))
 
     def load(self) -> Data:
-        """Training, validation and test images."""
         parts, classes = _from_hub(self.path, self.corrupt, subset=self.subset, channels=self.channels, size=self.size)
         return _with_validation(Path(self.path).name, classes, parts, self.val, self.split_seed)
 
@@ -141,16 +140,17 @@ class HubImages:
 class Folder:
     """A folder with a sub-folder of images for each class: ``folder:PATH``.
 
-    With sub-folders ``train`` and ``test`` that hold the classes, these are the splits; else images are split here.
-    Images without sub-folders are unlabelled, for objectives that need no labels.
+    If it has sub-folders ``train`` and ``test`` that hold the classes, these are the splits; else images are split
+    here.  Images without sub-folders are unlabelled, for objectives that need no labels.
 
     Attributes:
         path: the folder.
         size: edge of the square that the middle of each image is cut and scaled to.
         channels: 3 for colour, 1 for grey; images are converted.
-        val, test: shares kept for selection and for reporting.
-        split_seed: decides which ones.
-        augment: of the training images; none by default.
+        val, test: shares kept for validation and test; with ``train`` and ``test`` given, ``val`` is a share of
+            ``train``.
+        split_seed: chooses which ones.
+        augment: augmentation of the training images; default: none.
         corrupt: whether an image that cannot be read is an error (``refuse``) or left out (``skip``).
     """
 
@@ -170,13 +170,12 @@ class Folder:
         _check_shape(self.size, self.channels)
 
     def outline(self) -> DataSpec:
-        """The shape, and where the folder is there the number of classes."""
+        """Return the shape and, if the folder exists, the number of classes."""
         root = Path(self.path).expanduser()
         root = root / "train" if (root / "train").is_dir() and (root / "test").is_dir() else root
         return DataSpec((self.channels, self.size, self.size), len(_class_names(root)) if root.is_dir() else None)
 
     def load(self) -> Data:
-        """Training, validation and test images."""
         root = _existing(self.path)
         name = root.resolve().name
         if (root / "train").is_dir() and (root / "test").is_dir():
@@ -208,14 +207,14 @@ class Folder:
 class Npz:
     """An npz archive: ``npz:PATH`` with ``x`` uint8 (N, H, W, C), (N, C, H, W) or (N, H, W) and labels ``y`` (N,).
 
-    With ``x_test`` and ``y_test`` these are the test split; else images are split here.  Without ``y`` the images are
-    unlabelled, for objectives that need no labels.
+    If it has ``x_test`` and ``y_test``, these are the test split; else images are split here.  Without ``y`` the images
+    are unlabelled, for objectives that need no labels.
 
     Attributes:
         path: the archive.
-        val, test: shares kept for selection and for reporting.
-        split_seed: decides which ones.
-        augment: of the training images; none by default.
+        val, test: shares kept for validation and test; with a test split given, ``val`` is a share of ``x``.
+        split_seed: chooses which ones.
+        augment: augmentation of the training images; default: none.
     """
 
     path: str
@@ -229,7 +228,6 @@ class Npz:
         _check_share(self.test)
 
     def load(self) -> Data:
-        """Training, validation and test images."""
         path = _existing(self.path)
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -269,14 +267,14 @@ class Npz:
         return Images(torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64)))
 
 
-# The three ways to read the Hub's layout ------------------------------------------------------------------------------
+# Three layouts: parquet files, the Hub, CIFAR's archives --------------------------------------------------------------
 
 
 Parts = dict[str, list[Images]]  # the shards of each split
 
 
 def _from_parquet(folder: Path, corrupt: Corrupt) -> tuple[Parts, tuple[str, ...]]:
-    """Splits and class names of ``train-*.parquet`` and ``test-*.parquet``, wherever they are below ``folder``."""
+    """Return splits and class names of ``train-*.parquet`` and ``test-*.parquet``, anywhere below ``folder``."""
     parquet = _optional("pyarrow.parquet")
     parts: Parts = {}
     classes: tuple[str, ...] = ()
@@ -339,7 +337,7 @@ def _from_hub(
 
 
 def _from_archive(folder: Path) -> Parts:
-    """The files of ``cifar-10-python.tar.gz`` or ``cifar-100-python.tar.gz``, unpacked."""
+    """Read the unpacked files of ``cifar-10-python.tar.gz`` or ``cifar-100-python.tar.gz``."""
     inside = next((folder / n for n in ("cifar-10-batches-py", "cifar-100-python") if (folder / n).is_dir()), folder)
     layouts = (
         {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
@@ -363,7 +361,7 @@ def _unpickle(path: Path) -> Images:
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads numpy arrays and plain values; anything else in the pickle is refused rather than run."""
+    """Reads numpy arrays and plain values; any other class in the pickle is refused instead of imported and run."""
 
     allowed: ClassVar[dict[str, Any]] = {
         "_reconstruct": np.empty(0).__reduce__()[0],
@@ -372,7 +370,6 @@ class _Arrays(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name in the file stands for, if it is one of numpy's three."""
         if module.split(".")[0] != "numpy" or name not in self.allowed:
             raise pickle.UnpicklingError(f"{module}.{name} is refused")
         return self.allowed[name]
@@ -411,7 +408,9 @@ def _class_names(root: Path) -> tuple[str, ...]:
 
 
 def read_folder(folder: Path, classes: Sequence[str], shape: tuple[int, ...]) -> Images:
-    """Images of ``shape (C, H, W)`` from a folder, as they are; y is -1 where it has no sub-folder for each class.
+    """Read a folder's images of ``shape (C, H, W)``, as they are, with the labels of their class sub-folders.
+
+    If there are no images in class sub-folders, all images below the folder are read, with the label -1.
 
     Raises:
         UserError: no image, one that cannot be read, or images of another size.
@@ -433,7 +432,7 @@ def read_folder(folder: Path, classes: Sequence[str], shape: tuple[int, ...]) ->
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """Every image below a folder, by its name's ending, in order."""
+    """Return every image file below a folder, recognised by its suffix, sorted."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
@@ -445,7 +444,7 @@ def _column(where: object, there: Sequence[str], wanted: Sequence[str]) -> str:
 
 
 def _names_in(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
-    """Class names that the Hub's parquet keeps in its metadata."""
+    """Return the class names in the metadata of the Hub's parquet files, if any."""
     try:
         return tuple(json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"])
     except (KeyError, TypeError, ValueError):

@@ -1,7 +1,7 @@
 """The augmentations of SimCLR (Chen et al., 2020) for a whole batch on its device: crops, colours, grey.
 
-Numbers are drawn first, one set an image, and applied afterwards.  Colours work on bytes and give what Pillow gives,
-pixel for pixel; crops are resampled in floating point, where Pillow rounds to bytes twice.
+Random numbers are first drawn for every image, and then applied.  Colour operations work on uint8 and reproduce Pillow
+exactly; crops are resampled in floating point, where Pillow rounds to uint8 twice.
 """
 
 import math
@@ -14,14 +14,14 @@ from advebm.core.errors import UserError
 from advebm.core.rng import rand
 from advebm.data.autoaugment import brightness, color, contrast, luma
 
-TRIES = 10  # draws of a crop, of which the first that fits counts
-RATIO = 4 / 3  # of a crop's sides, at most
-CHANCE = 0.8  # that colours are changed at all
+TRIES = 10  # draws of a crop, of which the first that fits is used
+RATIO = 4 / 3  # largest ratio of a crop's sides
+CHANCE = 0.8  # probability that an image's colours are changed
 STRENGTHS = (0.8, 0.8, 0.8, 0.2)  # of brightness, contrast, saturation and hue at strength 1
 
 
 class Crops(NamedTuple):
-    """Boxes in pixels, int64 (B,) each."""
+    """Crop boxes in pixels, int64 (B,) each."""
 
     top: Tensor
     left: Tensor
@@ -30,9 +30,9 @@ class Crops(NamedTuple):
 
 
 def draw_crops(x: Tensor, scale: float, generator: torch.Generator) -> Crops:
-    """A box of a share of the area in [``scale``, 1], sides in a ratio in [3/4, 4/3], for each of ``x (B, C, H, W)``.
+    """Draw a box per image of ``x (B, C, H, W)``: share of the area in [``scale``, 1], ratio of sides in [3/4, 4/3].
 
-    Both uniform, the ratio in its logarithm; the whole image where no draw of ten fits into it.
+    Both are uniform, the ratio in its logarithm; if none of ten draws fits into the image, the box is the whole image.
     """
     count, (height, width) = len(x), x.shape[2:]
     uniform = lambda *shape: torch.rand(*shape, generator=generator, device=x.device, dtype=torch.float64)
@@ -50,9 +50,9 @@ def draw_crops(x: Tensor, scale: float, generator: torch.Generator) -> Crops:
 
 
 def resized_crop(x: Tensor, crops: Crops) -> Tensor:
-    """Each box, enlarged to the whole size bilinearly.  ``x (B, C, H, W)`` -> the same shape.
+    """Enlarge each box to the whole size, bilinearly.  ``x (B, C, H, W)`` -> the same shape.
 
-    Pixels are squares around their centres; only those in the box count.
+    Pixels are squares around their centres; only those in the box have weight.
     """
     rows = _enlarge(crops.top, crops.height, x.shape[2]).to(x)
     columns = _enlarge(crops.left, crops.width, x.shape[3]).to(x)
@@ -60,7 +60,7 @@ def resized_crop(x: Tensor, crops: Crops) -> Tensor:
 
 
 def _enlarge(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """Weights (B, size, size) of the pixels ``start … start + length`` for each of ``size`` pixels between them."""
+    """Return the weights (B, size, size) that resample the pixels ``start … start + length`` to ``size`` pixels."""
     pixel = torch.arange(size, device=start.device)
     start, length = start[:, None, None], length[:, None, None]
     centre = start + (pixel[:, None] + 0.5) * (length / size)
@@ -69,12 +69,12 @@ def _enlarge(start: Tensor, length: Tensor, size: int) -> Tensor:
 
 
 class Colours(NamedTuple):
-    """What was drawn for each of B images.
+    """The random colour changes of B images.
 
     Attributes:
-        applied: bool (B,).
-        order: int64 (B, 4), a permutation of the operations an image.
-        magnitude: float64 (B, 4), factors of brightness, contrast and saturation, and a turn of the hue.
+        applied: bool (B,), whether an image is changed.
+        order: int64 (B, 4), a permutation of the operations for each image.
+        magnitude: float64 (B, 4), factors of brightness, contrast and saturation, and the hue's shift in turns.
     """
 
     applied: Tensor
@@ -83,7 +83,7 @@ class Colours(NamedTuple):
 
 
 def draw_colours(count: int, strength: float, generator: torch.Generator) -> Colours:
-    """Factors in ``1 ± 0.8 strength``, none below 0, a turn in ``± 0.2 strength``, an order; for 8 of 10 images."""
+    """Draw factors in ``1 ± 0.8 strength`` (>= 0), hue shifts in ``± 0.2 strength`` and orders, for 8 in 10 images."""
     uniform = lambda *shape: torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float64)
     span = strength * torch.tensor(STRENGTHS, dtype=torch.float64, device=generator.device)
     middle = torch.tensor([1.0, 1, 1, 0], dtype=torch.float64, device=generator.device)
@@ -93,7 +93,7 @@ def draw_colours(count: int, strength: float, generator: torch.Generator) -> Col
 
 
 def recolour(pixels: Tensor, colours: Colours) -> Tensor:
-    """Bytes (B, C, H, W) -> the same; grey images only change in brightness and contrast."""
+    """Change the colours of uint8 (B, C, H, W) -> the same; grey images only change in brightness and contrast."""
     pixels, operations = pixels.clone(), (brightness, contrast, color, hue)
     for turn in range(4):
         operation = torch.where(colours.applied, colours.order[:, turn], len(operations))
@@ -105,7 +105,7 @@ def recolour(pixels: Tensor, colours: Colours) -> Tensor:
 
 
 def hue(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Turn the hue by ``magnitude`` (B,) of a whole turn, in steps of 1/255, truncated; a grey image stays."""
+    """Shift the hue by ``magnitude`` (B,) of a whole turn, in steps of 1/255, truncated; a grey image stays."""
     if x.shape[1] == 1:
         return x
     h, s, v = _hsv(x)
@@ -113,7 +113,7 @@ def hue(x: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hue, saturation and value as integers in 0 … 255, (B, H, W) each, truncated as in Pillow."""
+    """Return hue, saturation and value as integers in 0 … 255, (B, H, W) each, truncated as in Pillow."""
     red, green, blue = x.long().unbind(1)
     top, bottom = x.long().amax(1), x.long().amin(1)
     span = (top - bottom).clamp(min=1).float()
@@ -125,7 +125,7 @@ def _hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rgb(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
-    """The inverse, bytes (B, 3, H, W), rounded as in Pillow."""
+    """Return uint8 (B, 3, H, W) for hue, saturation and value, rounded as in Pillow."""
     turn = (h.float() * 6 / 255).double()
     share, sector = s.float().double() / 255, turn.floor()
     inside = turn - sector
@@ -137,12 +137,12 @@ def _rgb(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
 
 
 def greyed(pixels: Tensor, chosen: Tensor) -> Tensor:
-    """Bytes (B, C, H, W), the ``chosen`` (B,) without their colours."""
+    """Return uint8 (B, C, H, W) with the ``chosen`` (B,) images converted to grey."""
     return torch.where(chosen[:, None, None, None], luma(pixels).to(torch.uint8), pixels)
 
 
 def augment(x: Tensor, jitter: float, grey: float, generator: torch.Generator) -> Tensor:
-    """Other colours, then none for a share ``grey`` of images: (B, C, H, W) in [0, 1] -> the same, in 1/255.
+    """Change colours, then convert a share ``grey`` of images to grey: (B, C, H, W) in [0, 1] -> the same, in 1/255.
 
     Raises:
         UserError: images that are neither grey nor RGB.

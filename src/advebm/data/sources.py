@@ -1,4 +1,4 @@
-"""Sources of labelled images.  Images live as one uint8 tensor and become float32 in [0, 1] a batch at a time."""
+"""Sources of labelled images.  They are kept as one uint8 tensor; batches are converted to float32 in [0, 1]."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
@@ -11,12 +11,12 @@ from advebm.core import rng
 from advebm.core.errors import UserError, unknown_name
 from advebm.data.augment import Augment
 
-UNLABELLED = ("unlabelled",)  # the classes of images that have none
+UNLABELLED = ("unlabelled",)  # the class names of images without labels
 
 
 @dataclass(frozen=True)
 class Images:
-    """A split.  ``x`` uint8 (N, C, H, W), ``y`` int64 (N,)."""
+    """The images of a split, ``x`` uint8 (N, C, H, W), and their labels, ``y`` int64 (N,)."""
 
     x: Tensor
     y: Tensor
@@ -26,15 +26,14 @@ class Images:
 
     @property
     def labelled(self) -> bool:
-        """Whether every image has a label; what has none has the label -1."""
+        """Return whether every image has a label; -1 stands for no label."""
         return bool((self.y >= 0).all())
 
     def float(self) -> Tensor:
-        """All images as float32 in [0, 1]."""
+        """Return all images as float32 in [0, 1]."""
         return to_float(self.x)
 
     def take(self, index: Tensor | slice) -> "Images":
-        """The images at some positions."""
         return Images(self.x[index], self.y[index])
 
 
@@ -49,11 +48,11 @@ class Data(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image, (C, H, W)."""
+        """Return the shape (C, H, W) of one image."""
         return tuple(self.train.x.shape[1:])
 
     def number(self, name: str) -> int:
-        """Of a class, by its name or as it is counted from 0."""
+        """Return the number of a class, given by name or by number (from 0); raise UserError if there is none."""
         if name in self.classes:
             return self.classes.index(name)
         if str(name).isdecimal() and int(name) < len(self.classes):
@@ -61,7 +60,7 @@ class Data(NamedTuple):
         raise unknown_name("class", name, self.classes)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation a channel, of the training split, from a histogram of its bytes."""
+        """Return mean and standard deviation of each channel of the training split, computed from histograms."""
         means, deviations = [], []
         levels = torch.arange(256, dtype=torch.float64) / 255
         for channel in self.train.x.unbind(1):
@@ -73,12 +72,12 @@ class Data(NamedTuple):
 
 
 class DataSpec(NamedTuple):
-    """What is known of a source's images before they are read.
+    """What is known about a source's images before they are read.
 
     Attributes:
-        shape: of one image, (C, H, W).
-        classes: how many; none where that takes the files.
-        train, val: images of the splits; none where that takes the files.
+        shape: (C, H, W) of one image.
+        classes: number of classes; None if the files must be read to know.
+        train, val: number of images in the splits; None if the files must be read to know.
     """
 
     shape: tuple[int, ...]
@@ -89,11 +88,11 @@ class DataSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentations:
-    """One augmentation a role.
+    """The augmentation of each role that images have in training.
 
     Attributes:
-        x: of the images trained on, and of these sources where they serve as ``outside`` or ``extra`` images.
-        view: of the second view of the same images, for objectives that need one; none draws it like ``x``.
+        x: of images trained on, including those of a source of ``outside`` or ``extra`` images.
+        view: of the second view of the same images, for objectives that need one; None: same as ``x``.
     """
 
     x: Augment = Augment()
@@ -101,15 +100,15 @@ class Augmentations:
 
 
 class Source(Protocol):
-    """A frozen dataclass that says which images, how they are split and augmented; ``load`` reads them."""
+    """A frozen dataclass that defines images, their splits and their augmentation; ``load`` reads them."""
 
     @property
     def augment(self) -> Augmentations:
-        """Of the training images."""
+        """Return the augmentation of the training images."""
         ...
 
     def load(self) -> Data:
-        """All splits."""
+        """Return all splits."""
         ...
 
 
@@ -118,10 +117,10 @@ class Digits:
     """The 1,797 real 8x8 digits of scikit-learn (UCI optical recognition, Alpaydin and Kaynak, 1998), offline.
 
     Attributes:
-        val: share of the images kept for selection.
-        test: share of the images kept for reporting.
-        split_seed: decides who is in which split; not the seed of a run, so that runs are comparable.
-        augment: of the training images; none by default.
+        val: share of the images kept for validation.
+        test: share of the images kept for test.
+        split_seed: determines the splits; it is not the seed of a run, so that runs are comparable.
+        augment: augmentation of the training images; default: none.
     """
 
     val: float = 0.1
@@ -138,7 +137,7 @@ class Digits:
             )
 
     def load(self) -> Data:
-        """1,258 training, 180 validation and 359 test images by default, each with the classes in proportion."""
+        """Return 1,258 training, 180 validation and 359 test images by default, each with the classes in proportion."""
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
@@ -150,13 +149,12 @@ class Digits:
 
 @dataclass(frozen=True)
 class Derived:
-    """Images made from another source's, augmented as those are."""
+    """Images taken from another source, with that source's augmentation."""
 
     source: Source = Digits()
 
     @property
     def augment(self) -> Augmentations:
-        """The source's."""
         return self.source.augment
 
 
@@ -168,9 +166,9 @@ class Part(Derived):
 
     Attributes:
         source: the other source; its validation and test images are kept as they are.
-        share: of the training images, class by class.
-        rest: whether to take the images that are not in the share.
-        split_seed: decides which ones.
+        share: share of the training images of each class.
+        rest: whether to use the images that are not in the share.
+        split_seed: chooses which ones.
     """
 
     share: float = 0.5
@@ -182,12 +180,11 @@ class Part(Derived):
             raise UserError(f"share lies in (0, 1), got {self.share}")
 
     def outline(self) -> DataSpec:
-        """The source's, with fewer training images."""
+        """Return the source's specification, with fewer training images."""
         found, share = find_spec(self.source), 1 - self.share if self.rest else self.share
         return found._replace(train=None if found.train is None else round(share * found.train))
 
     def load(self) -> Data:
-        """The source's data with fewer training images."""
         data = self.source.load()
         parts = partition([data.train], len(data.classes), (self.share,), self.split_seed)
         return data._replace(train=parts[self.rest])
@@ -197,15 +194,15 @@ class Part(Derived):
 class Unlabelled(Derived):
     """Another source's images without their labels: every label is -1, and what needs one refuses them.
 
-    The images and their splits are the source's, as are their training order and augmentation.
+    Images, splits, training order and augmentation are the source's.
     """
 
     def outline(self) -> DataSpec:
-        """The source's, of one class."""
+        """Return the source's specification, with one class."""
         return find_spec(self.source)._replace(classes=len(UNLABELLED))
 
     def load(self) -> Data:
-        """The source's data, all of one class that has no members."""
+        """Return the source's data with every label -1, and one class without members."""
         data = self.source.load()
         train, val, test = (Images(part.x, torch.full_like(part.y, -1)) for part in (data.train, data.val, data.test))
         return Data(data.name, UNLABELLED, train, val, test)
@@ -215,14 +212,14 @@ class Unlabelled(Derived):
 class Classes(Derived):
     """Some of another source's classes, or the others: for what is to be unseen, down to its kind.
 
-    ``--outside classes --outside.source cifar100 --outside.count 80`` trains against 80 classes; the 20 others, with
-    ``rest: true``, tell how the model fares with images of kinds that it never met.
+    ``--outside classes --outside.source cifar100 --outside.count 80`` trains against 80 classes; the other 20, with
+    ``rest: true``, show how the model handles classes that it has never seen.
 
     Attributes:
         source: the other source.
-        count: of classes to take.
-        rest: whether to take the classes that are not among them.
-        split_seed: decides which ones.
+        count: number of classes to use.
+        rest: whether to use the classes that are not among them.
+        split_seed: chooses which ones.
     """
 
     count: int = 5
@@ -234,13 +231,13 @@ class Classes(Derived):
             raise UserError(f"count is at least 1 class, got {self.count}")
 
     def outline(self) -> DataSpec:
-        """The shape, and how many classes."""
+        """Return the shape and the number of classes."""
         found = find_spec(self.source)
         others = None if found.classes is None else found.classes - self.count
         return DataSpec(found.shape, others if self.rest else self.count)
 
     def load(self) -> Data:
-        """Every split with the images of these classes alone, which are numbered anew."""
+        """Return every split with only the images of these classes, renumbered from 0."""
         data = self.source.load()
         if self.count >= len(data.classes):
             raise UserError(f"{data.name} has {len(data.classes)} classes, so count is less, got {self.count}")
@@ -258,7 +255,7 @@ class Classes(Derived):
 
 
 def find_spec(source: Source) -> DataSpec:
-    """What a source declares with a method ``outline``, which reads no images; else what it loads.
+    """Return what a source's method ``outline`` declares without reading images, or load the source if it has none.
 
     Raises:
         UserError: it cannot be loaded.
@@ -270,9 +267,9 @@ def find_spec(source: Source) -> DataSpec:
 
 
 def partition(shards: list[Images], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
-    """Cut a set into parts of these shares and what remains, class by class, so that each has them in proportion.
+    """Split a set into parts of these shares and a remainder, class by class, so that each keeps the class proportions.
 
-    The set is its shards laid end to end; the list is emptied, see :func:`gather`.
+    The set is the concatenation of ``shards``; that list is emptied, see :func:`gather`.
     """
     parts: list[list[Tensor]] = [[] for _ in (*shares, 1.0)]
     y = torch.cat([shard.y for shard in shards]).clamp_min(0)
@@ -288,9 +285,9 @@ def partition(shards: list[Images], classes: int, shares: tuple[float, ...], see
 
 
 def gather(shards: list[Images], *parts: Tensor) -> tuple[Images, ...]:
-    """The images at sorted positions, for each part, in shards laid end to end.
+    """Return, for each part, the images at its sorted positions in the concatenation of ``shards``.
 
-    The list is emptied on the way, so that there are never two copies of a whole set.
+    The list ``shards`` is emptied on the way, so that there are never two copies of a whole set in memory.
     """
     if len(shapes := {tuple(shard.x.shape[1:]) for shard in shards}) > 1:
         raise UserError(f"images of one set have one size, got {' and '.join(map(str, sorted(shapes)))}")
@@ -308,5 +305,5 @@ def gather(shards: list[Images], *parts: Tensor) -> tuple[Images, ...]:
 
 
 def to_float(x: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
+    """Convert uint8 to float32 in [0, 1]."""
     return x.float() / 255
