@@ -177,7 +177,7 @@ def test_a_module_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch, test_i
     weight, bias = (found.backbone[2].weight, found.backbone[2].bias)
     torch.testing.assert_close(found(x), x.flatten(1) @ weight.T + bias)
     assert not any(module.training for module in found.modules())
-    assert evaluate.Classifier("ones_own:linear").judge == "ones_own:linear"
+    assert evaluate.ClassifierFeatures("ones_own:linear").judge == "ones_own:linear"
     for name, message in (
         ("ones_own:text", "returns a str, not a torch module"),
         ("ones_own:missing", "cannot be imported"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from advebm.attacks.apgd import APGD
 from advebm.attacks.autoattack import AutoAttack
-from advebm.attacks.base import Adversary, correct
+from advebm.attacks.base import Adversary, is_correct
 from advebm.attacks.cw import CW
 from advebm.attacks.fab import FAB
 from advebm.attacks.projected import Attack
@@ -93,7 +93,7 @@ def same_draws(title: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, n
     """
     official = Official()
     with searching(model) as f:
-        right = correct(f, x, y)
+        right = is_correct(f, x, y)
     x, y = x[right], y[right]
     ours: dict[str, Adversary] = {
         "apgd-ce": APGD(eps, norm),
@@ -105,7 +105,7 @@ def same_draws(title: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, n
     rows = []
     for name, attack in ours.items():
         with searching(model) as f:
-            mine = correct(f, attack.find(f, x, y, torch.Generator().manual_seed(0)), y)
+            mine = is_correct(f, attack.find(f, x, y, torch.Generator().manual_seed(0)), y)
         theirs = official.attack(model, x, y, eps, norm, names=(name,), queries=1000)
         metric = f"{title}: {name} {norm} {eps:.3g}, accuracy on {len(x)} right points"
         rows.append(Row(metric, official.name, _share(theirs), _share(mine), int((mine != theirs).sum()), "points"))

@@ -10,7 +10,7 @@ from torch import nn
 
 from advebm.attacks.apgd import APGD, _look, ascend, maximise
 from advebm.attacks.autoattack import AutoAttack
-from advebm.attacks.base import Adversary, Run, correct, dlr, margin, two_classes
+from advebm.attacks.base import Adversary, Run, critic_as_classifier, dlr, is_correct, margin
 from advebm.attacks.cw import CW
 from advebm.attacks.fab import FAB, onto_plane
 from advebm.attacks.projected import Attack, Targeted
@@ -52,9 +52,9 @@ def test_an_attack_takes_a_model_images_and_labels(net, batch, attack):
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
     with searching(net) as f:
         assert torch.equal(attack(net, batch.x, batch.y, seeded(3)), attack.find(f, batch.x, batch.y, seeded(3)))
-        right = correct(f, batch.x, batch.y)
+        right = is_correct(f, batch.x, batch.y)
         assert right.any()
-        assert correct(f, found, batch.y).sum() < right.sum() or attack.norm == "linf"
+        assert is_correct(f, found, batch.y).sum() < right.sum() or attack.norm == "linf"
     assert not torch.equal(found, batch.x)
     assert ((found >= 0) & (found <= 1)).all()
     if attack.eps < 1:
@@ -97,10 +97,10 @@ def test_apgd_agrees_with_a_reference(model, batch, norm, loss):
     y = model(batch.x).argmax(1)
     ours = APGD(eps, norm, 30, loss, targets=2).find(model, batch.x, y, seeded())
     broken, losses = reference.apgd(model, batch.x, y, eps, norm, 30, loss, 2, seeded())
-    assert (correct(model, ours, y) == ~broken).all()
+    assert (is_correct(model, ours, y) == ~broken).all()
     assert broken.sum() > 0 or loss == "targeted-dlr"
     reached, best = APGD(eps, norm, 30, loss)._search(int(loss == "targeted-dlr"), model, batch.x, y, seeded()), losses
-    standing = correct(model, reached, y)
+    standing = is_correct(model, reached, y)
     found = reference.loss(model(reached), y, loss, reference.target(model, batch.x, y, 1))
     torch.testing.assert_close(found[standing], best[standing], rtol=1e-6, atol=1e-9)
 
@@ -230,7 +230,7 @@ def test_fab_stays_near_the_image_by_at_most_a_tenth(model, batch):
         for i in inside.nonzero().flatten().tolist():
             one = slice(i, i + 1)
             found = FAB(scale * shortest[i].item(), "linf", 4, 1).find(model, batch.x[one], y[one], seeded())
-            assert correct(model, found, y[one]).item() is stands
+            assert is_correct(model, found, y[one]).item() is stands
 
 
 def test_a_plane_outside_the_box_is_met_in_the_corner():
@@ -246,7 +246,7 @@ def test_fab_breaks_a_linear_classifier_from_its_distance_on(norm):
     dual = w.abs().sum() if norm == "linf" else w.norm()
     distance = ((x.flatten() @ w) / dual).item()
     assert 0 < distance < 0.3
-    broken = lambda eps: not correct(f, FAB(eps, norm, 20).find(f, x, y, seeded()), y).item()
+    broken = lambda eps: not is_correct(f, FAB(eps, norm, 20).find(f, x, y, seeded()), y).item()
     assert broken(1.01 * distance)
     assert not broken(0.99 * distance)
 
@@ -257,7 +257,7 @@ def test_fab_agrees_with_a_reference(model, batch):
     shortest = reference.fab(model, batch.x, y, 20, 2)
     for eps in (0.5, 0.9, 1.1, 2.0):
         radius = eps * shortest.median().item()
-        stands = correct(model, FAB(radius, "linf", 20, 2).find(model, batch.x, y, seeded()), y)
+        stands = is_correct(model, FAB(radius, "linf", 20, 2).find(model, batch.x, y, seeded()), y)
         assert (stands == (shortest > radius)).all()
 
 
@@ -363,11 +363,11 @@ def test_cw_finds_the_distance_to_a_plane():
     f = linear(w)
     distance = ((x.flatten() @ w) / w.norm()).item()
     found = CW(c=1.0, steps=300, searches=6).find(f, x, y, seeded())
-    assert not correct(f, found, y)
+    assert not is_correct(f, found, y)
     assert (found - x).norm().item() == pytest.approx(distance, rel=0.03)
     searched = CW(c=1e-3, steps=100, searches=8).find(f, x, y, seeded())
-    assert not correct(f, searched, y)
-    assert correct(f, CW(c=1e-3, steps=100).find(f, x, y, seeded()), y)
+    assert not is_correct(f, searched, y)
+    assert is_correct(f, CW(c=1e-3, steps=100).find(f, x, y, seeded()), y)
     assert torch.equal(CW(c=1e-6, steps=20).find(f, x, y, seeded()), x)  # the distance outweighs it
 
 
@@ -530,14 +530,14 @@ def test_what_cannot_be_judged_is_refused(tmp_path):
 
 def test_few_images_are_drawn_from_all_classes(small_run):
     from advebm.metrics.base import Subject
-    from advebm.metrics.robustness import some
+    from advebm.metrics.robustness import random_subset
 
     data = small_run.recipe.data.load()
     order = data.test.y.argsort()
     subject = Subject(small_run.model()[0], data, data.test.take(order), Attack())
-    assert len(some(subject, 60).split.y.unique()) == 10
-    assert torch.equal(some(subject, 60).split.x, some(subject, 60).split.x)
-    assert some(subject, 10_000) is subject
+    assert len(random_subset(subject, 60).split.y.unique()) == 10
+    assert torch.equal(random_subset(subject, 60).split.x, random_subset(subject, 60).split.x)
+    assert random_subset(subject, 10_000) is subject
     for metric in (RobustAccuracy, TargetedAccuracy):
         with pytest.raises(UserError, match="images is at least 1 or none"):
             metric(images=0)
@@ -608,7 +608,7 @@ def test_an_attack_that_leaves_its_ball_is_refused(described):
 def test_a_critic_is_attacked_as_two_classes():
     """One logit 4 (x - 0.5): class 1 above 0.5."""
     critic = Plain(lambda x: 4 * (x.flatten(1).mean(1) - 0.5))
-    torch.testing.assert_close(two_classes(critic)(POINTS).softmax(1)[:, 1], critic(POINTS).sigmoid())
+    torch.testing.assert_close(critic_as_classifier(critic)(POINTS).softmax(1)[:, 1], critic(POINTS).sigmoid())
     y = (POINTS.flatten() > 0.5).long()
     for shape in (lambda v: v, lambda v: v[:, None]):
         found = find_verdicts(Plain(lambda x, s=shape: s(critic(x))), POINTS, y, AutoAttack(0.1, version="quick"))

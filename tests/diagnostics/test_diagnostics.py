@@ -14,7 +14,7 @@ from advebm.metrics import similarity
 from advebm.models.network import Network, Normalize
 from advebm.reporting import figure_store
 from advebm.reporting.build import report
-from advebm.reporting.diagnostics import PORTRAITS
+from advebm.reporting.diagnostics import FIGURES
 from advebm.runs.run import Run
 from advebm.samplers.classifier import CS, TA, Langevin
 from advebm.training.loop import train
@@ -39,13 +39,13 @@ class TestLandscape:
         a, b = 0.1 * (torch.arange(21) - 10).view(-1, 1), 0.1 * (torch.arange(21) - 10)
         expected = 3.5 * ((a - 0.3) ** 2 + (b + 0.4) ** 2 - 0.25)
         torch.testing.assert_close(values, expected.double().expand(3, -1, -1), rtol=1e-6, atol=1e-6)
-        found = landscape.lie(values, 1.0)
+        found = landscape.measure_landscape(values, 1.0)
         torch.testing.assert_close(found.offset, torch.full((3,), 0.5, dtype=torch.float64))
         torch.testing.assert_close(found.curvature, torch.full((3,), 7.0, dtype=torch.float64), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found.tilt, torch.full((3,), 3.5, dtype=torch.float64), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found.depth, torch.full((3,), 0.875, dtype=torch.float64), rtol=1e-6, atol=1e-6)
         assert not found.edge.any()
-        near = landscape.lie(landscape.plane(energy, x, first, second, reach=0.2, count=5), 0.2)
+        near = landscape.measure_landscape(landscape.plane(energy, x, first, second, reach=0.2, count=5), 0.2)
         assert near.edge.all()
 
     def test_points_go_through_the_network_together(self, generator):
@@ -259,7 +259,7 @@ def test_diagnose_draws_every_figure_into_the_report(runs, capsys):
     assert main(["diagnose", *(str(run.folder) for run in runs), *arguments]) == 0
     out = capsys.readouterr().out
     hung = figure_store.load_figures(runs[0])
-    assert {f["name"] for f in hung} == set(PORTRAITS)
+    assert {f["name"] for f in hung} == set(FIGURES)
     assert not figure_store.load_figures(runs[1])
     assert "offset of the minimum" in out
     one, two = (str(run.folder) for run in runs)
@@ -279,7 +279,7 @@ def test_diagnose_of_a_critic(tmp_path, capsys):
     )
     run = train(recipe, tmp_path / "run", device="cpu")
     assert main(["diagnose", str(run.folder), "--images", "12", "--steps", "10", "--device", "cpu"]) == 0
-    assert {f["name"] for f in figure_store.load_figures(run)} == set(PORTRAITS) - {"gradients"}
+    assert {f["name"] for f in figure_store.load_figures(run)} == set(FIGURES) - {"gradients"}
     arguments = ["--what", "energies", "--method", "langevin", "--sampler.start", "noise", "--images", "12"]
     assert main(["diagnose", str(run.folder), *arguments, "--device", "cpu"]) == 0
     (numbers,) = next(f["numbers"] for f in figure_store.load_figures(run) if f["name"] == "energies").values()

@@ -21,7 +21,7 @@ from advebm.evaluation import compare
 from advebm.evaluation.suites import SUITES
 from advebm.metrics.base import Subject
 from advebm.metrics.energy import Energies
-from advebm.metrics.keys import Key, key_of, key_of_attack
+from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.ood import OutOfDistribution
 from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, measure
 from advebm.metrics.verdicts import find_verdicts
@@ -40,7 +40,7 @@ from advebm.reproduction.experiment import Experiment
 from advebm.runs.optim import Cyclic
 from advebm.runs.recipe import read, resolve
 from advebm.runs.run import Run
-from advebm.sampling.step_curve import Chains, Point
+from advebm.sampling.step_curve import Chains, CurvePoint
 from advebm.training.cost import passes_per_image
 from advebm.training.loop import train
 from advebm.workflows.sample import draw_set
@@ -238,7 +238,7 @@ def test_records_of_other_names_are_all_kept(run):
     attack = {"attack": config.describe(Attack())}
     about = {"value": 1.0, "error": 0.0, "count": 1, "series": {}, "settings": attack}
     records = [{**about, "name": f"margin, {how} under {Attack().name}"} for how in ("mean", "max")]
-    assert compare.evaluate.latest(records) == records
+    assert compare.evaluate.newest_records(records) == records
     merged = compare.over_seeds([{"x": records}, {"x": records}])["x"]
     assert [r["name"] for r in merged] == [r["name"] for r in records]
 
@@ -246,11 +246,11 @@ def test_records_of_other_names_are_all_kept(run):
 def test_an_attack_on_other_images_is_measured_again(run):
     for images in (10, 10, 20):
         attack = RobustAccuracy(Attack(eps=0.5, norm="l2", steps=1), images=images)
-        compare.measure(run, {Key("accuracy", key_of_attack(attack.attack)): attack})
+        compare.measure(run, {Key("accuracy", attack_key(attack.attack)): attack})
     assert [r["count"] for r in run.records()] == [10, 20]
     for precision in ("bfloat16", "float32", "bfloat16"):
         again = dataclasses.replace(attack, precision=precision)
-        found = compare.measure(run, {Key("accuracy", key_of_attack(attack.attack)): again})
+        found = compare.measure(run, {Key("accuracy", attack_key(attack.attack)): again})
         assert [asked_precision(r["settings"]["precision"]) for r in found] == [precision]
     assert [r["count"] for r in run.records()] == [10, 20, 20]
 
@@ -330,7 +330,7 @@ def test_steps_are_chosen_once_and_on_validation(critic, monkeypatch):
 
     def look(self, model, sampler, data, space, *, outside=None):
         asked.append((self.split, sampler.steps))
-        return [Point(k, 100.0 - k, abs(k - 6) / 10, k / 1000) for k in (2, 6, 8)]
+        return [CurvePoint(k, 100.0 - k, abs(k - 6) / 10, k / 1000) for k in (2, 6, 8)]
 
     monkeypatch.setattr(Chains, "__call__", look)
     for _ in range(2):
@@ -348,7 +348,7 @@ def test_efficiency_is_the_cost_of_equally_good_samples(monkeypatch):
     def along(run, recipe, judge, chains):
         samplers[run] = recipe
         assert chains.split == "train"
-        return [Point(k, fd, 0.0, k / 100) for k, fd in zip((1, 4, 8), fds[run], strict=True)]
+        return [CurvePoint(k, fd, 0.0, k / 100) for k, fd in zip((1, 4, 8), fds[run], strict=True)]
 
     class Named(str):
         recipe = resolve(recipes.find("digits-jem"))

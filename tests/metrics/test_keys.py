@@ -18,7 +18,7 @@ from advebm.metrics.calibration import Calibration
 from advebm.metrics.corruption import CorruptionAccuracy
 from advebm.metrics.detectors import Detectors
 from advebm.metrics.energy import Energies
-from advebm.metrics.keys import Attacked, Key, first_match, key_of, key_of_attack, label, matches
+from advebm.metrics.keys import AttackKey, Key, attack_key, first_match, key_of, label, matches
 from advebm.metrics.ood import EnergyScore, OutOfDistribution
 from advebm.metrics.probing import LinearProbe, NearestNeighbours
 from advebm.metrics.quality import SampleQuality
@@ -28,7 +28,7 @@ from advebm.reporting.records import as_text
 from advebm.sampling import generate
 
 PGD = Attack(eps=0.5, norm="l2", steps=2)
-UNDER = Attacked("PGD", 2, "PGD-2 l2 0.5")
+UNDER = AttackKey("PGD", 2, "PGD-2 l2 0.5")
 SPACE = "features of one"
 SCALED = " after temperature scaling"
 METRICS = {
@@ -37,11 +37,11 @@ METRICS = {
     "parts": (
         RobustAccuracy(AutoAttack(0.01, "l2", "rand"), images=2),
         {
-            Key("accuracy", Attacked("AutoAttack", None, "AutoAttack rand l2 0.01")),
-            Key("accuracy", Attacked("AutoAttack", None, "AutoAttack rand l2 0.01", "APGD-CE")),
+            Key("accuracy", AttackKey("AutoAttack", None, "AutoAttack rand l2 0.01")),
+            Key("accuracy", AttackKey("AutoAttack", None, "AutoAttack rand l2 0.01", "APGD-CE")),
         },
     ),
-    "targeted": (TargetedAccuracy(PGD), {Key("accuracy", Attacked("targeted PGD", 2, "targeted PGD-2 l2 0.5"))}),
+    "targeted": (TargetedAccuracy(PGD), {Key("accuracy", AttackKey("targeted PGD", 2, "targeted PGD-2 l2 0.5"))}),
     "probe": (
         LinearProbe(attack=PGD),
         {Key("accuracy", by="a linear probe"), Key("accuracy", UNDER, by="a linear probe")},
@@ -67,13 +67,13 @@ METRICS = {
         {
             Key(quantity, attack, set=outliers, by="energy")
             for quantity in ("AUROC", "AUPR-ID", "AUPR-OOD", "fpr95_id_recall", "fpr95_ood_recall")
-            for attack in (None, Attacked("APGD", 2, "APGD-2 l2 0.1"))
+            for attack in (None, AttackKey("APGD", 2, "APGD-2 l2 0.1"))
             for outliers in ("uniform", "gaussian", "class-gaussian")
         },
     ),
     "detectors": (
         Detectors(20, steps=2),
-        {Key("AUROC of detectors"), Key("AUROC of detectors", Attacked("APGD", 2, "APGD-2 l2 0.9"))},
+        {Key("AUROC of detectors"), Key("AUROC of detectors", AttackKey("APGD", 2, "APGD-2 l2 0.9"))},
     ),
     "quality": (
         SampleQuality(overlap=20),
@@ -132,12 +132,12 @@ def test_every_metric_is_keyed_here():
 )
 def test_the_key_of_an_attack_is_that_of_its_records(attack):
     record = {"name": f"accuracy under {attack.name}", "settings": {"attack": config.describe(attack)}}
-    assert key_of(record) == Key("accuracy", key_of_attack(attack))
+    assert key_of(record) == Key("accuracy", attack_key(attack))
 
 
 def test_kinds_of_attacks_are_told_apart():
     kinds = [fgsm(0.1), Attack(), Attack(loss="energy", steps=1, start="clean"), Attack(loss="margin"), APGD(), CW()]
-    found = [key_of_attack(attack).kind for attack in kinds]
+    found = [attack_key(attack).kind for attack in kinds]
     assert found == ["FGSM", "PGD", "energy attack", "C&W-PGD", "APGD", "C&W"]
 
 
@@ -149,7 +149,7 @@ def test_inception_names_its_own():
 
 
 def test_what_a_table_asks_for():
-    key = Key("accuracy", Attacked("PGD", 20, "PGD-20 l2 1"))
+    key = Key("accuracy", AttackKey("PGD", 20, "PGD-20 l2 1"))
     asked = {"quantity": "accuracy", "attack": "PGD"}
     assert matches(key, asked)
     assert matches(key, {**asked, "steps": 20, "least_steps": 2})
@@ -203,11 +203,11 @@ def test_what_is_not_known_keeps_its_name():
     described = config.describe(Mine())
     for text in ("accuracy", "margin, mean", "margin, max"):
         record = {"name": f"{text} under {Mine().name}", "settings": {"attack": described}}
-        assert key_of(record) == Key(text, key_of_attack(Mine()))
+        assert key_of(record) == Key(text, attack_key(Mine()))
         assert key_of(record).attack.kind == "other"
     old = {"eps": 0.1, "norm": "linf", "steps": 20, "loss": "energy", "start": "uniform"}  # before attacks had kinds
     record = {"name": "accuracy under energy attack-20 linf 0.1", "settings": {"attack": old}}
-    assert key_of(record).attack == Attacked("energy attack", 20, "energy attack-20 linf 0.1")
+    assert key_of(record).attack == AttackKey("energy attack", 20, "energy attack-20 linf 0.1")
     assert key_of({"name": "accuracy top 5", "settings": {}}).is_share
 
 

@@ -16,7 +16,7 @@ from advebm.attacks.projected import Attack
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Images
 from advebm.evaluation import compare
-from advebm.evaluation.evaluate import Classifier, evaluate_run, feature_space, find_space
+from advebm.evaluation.evaluate import ClassifierFeatures, evaluate_run, feature_space, find_space
 from advebm.metrics import overlap
 from advebm.metrics.base import Features, SampleSet, Subject
 from advebm.metrics.distances import Moments, inception_score, kernel_distance
@@ -277,8 +277,8 @@ def test_what_features_may_name(tmp_path):
     assert find_space("inception") == InceptionFeatures()
     assert find_space("inception:some/where.pth") == InceptionFeatures("some/where.pth")
     assert find_space("pixels") == Pixels()
-    assert find_space("./pixels") == Classifier("./pixels")
-    assert find_space("hf:user/name") == Classifier("hf:user/name")
+    assert find_space("./pixels") == ClassifierFeatures("./pixels")
+    assert find_space("hf:user/name") == ClassifierFeatures("hf:user/name")
     assert find_space("hf:user/name").judge == "hf:user/name"
     assert find_space(tmp_path / "a").name == "features of a"
     assert find_space(tmp_path / "a").judge == str(tmp_path / "a")

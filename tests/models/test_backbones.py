@@ -11,7 +11,7 @@ from advebm.attacks.projected import Attack
 from advebm.core import config, rng
 from advebm.core.errors import UserError
 from advebm.models import network
-from advebm.models.modes import DualBatchNorm2d, norms_fixed, searching, using
+from advebm.models.modes import DualBatchNorm2d, freeze_batch_norms, searching, using
 from advebm.models.network import Architecture
 from advebm.models.resnet import PreActResNet, ResNet
 from advebm.models.small import SmallConv
@@ -260,7 +260,7 @@ def losses(model, x, y, kind):
     match kind:
         case "two forwards":
             moving = F.cross_entropy(model(x.flip(0)), y)
-            with norms_fixed(model):
+            with freeze_batch_norms(model):
                 return moving + F.cross_entropy(model(x), y)
         case "branches":
             with using(model, "adversarial"):

@@ -10,7 +10,7 @@ from advebm.core import rng
 from advebm.core.errors import Interrupted
 from advebm.evaluation import compare
 from advebm.metrics.base import Subject
-from advebm.metrics.keys import Key, key_of_attack
+from advebm.metrics.keys import Key, attack_key
 from advebm.metrics.robustness import RobustAccuracy
 from advebm.models import precision
 from advebm.models.inference import faster_model
@@ -141,7 +141,7 @@ def test_a_record_of_either_kind_of_machine_is_held(hardware, small_run, tmp_pat
     shutil.copytree(small_run.folder, tmp_path / "run")
     run, threat = Run.open(tmp_path / "run"), Attack(0.5, "l2", steps=1)
     metric = RobustAccuracy(threat, precision="bfloat16", images=50)
-    wanted = {Key("accuracy", key_of_attack(threat)): metric}
+    wanted = {Key("accuracy", attack_key(threat)): metric}
     hardware(False)
     (record,) = compare.measure(run, wanted)
     assert record["settings"]["precision"] == "float32 for bfloat16"
@@ -149,5 +149,5 @@ def test_a_record_of_either_kind_of_machine_is_held(hardware, small_run, tmp_pat
         hardware(has)
         assert compare.measure(run, wanted) == [record]
     assert len(run.records()) == 1
-    other = {Key("accuracy", key_of_attack(threat)): RobustAccuracy(threat, images=50)}
+    other = {Key("accuracy", attack_key(threat)): RobustAccuracy(threat, images=50)}
     assert compare.measure(run, other)[0]["settings"]["precision"] == "float32"

@@ -24,7 +24,7 @@ from advebm.evaluation.suites import suite
 from advebm.metrics.base import Features, Subject
 from advebm.metrics.corruption import CorruptionAccuracy
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
-from advebm.models.modes import norms_fixed
+from advebm.models.modes import freeze_batch_norms
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context, r1
 from advebm.objectives.binary import BinaryAT, BinaryMLE, BinaryResult
@@ -159,7 +159,7 @@ def test_r1_is_half_the_squared_slope(critic, pair):
     torch.testing.assert_close(gradients(line, value)[0], line[1].weight.detach())
 
     def penalty(net):
-        with norms_fixed(net):
+        with freeze_batch_norms(net):
             return r1(lambda x: -net(x).squeeze(1), pair.x)
 
     ours, h = gradients(critic, penalty(critic)), 1e-6
@@ -306,7 +306,7 @@ def test_batch_norm_is_fixed_and_restored(critic, pair):
     quiet = copy.deepcopy(critic).eval()
 
     def fail():
-        with norms_fixed(critic):
+        with freeze_batch_norms(critic):
             torch.testing.assert_close(critic(pair.x), quiet(pair.x))
             assert critic.training
             raise ZeroDivisionError
@@ -315,7 +315,7 @@ def test_batch_norm_is_fixed_and_restored(critic, pair):
         fail()
     assert critic[1].training
     critic[1].eval()
-    with norms_fixed(critic):
+    with freeze_batch_norms(critic):
         pass
     assert not critic[1].training
 

@@ -20,7 +20,7 @@ from advebm.evaluation.evaluate import evaluate_run
 from advebm.objectives.at import AT, PreJEAT
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context, Loss
-from advebm.objectives.fast import FAST, Watch
+from advebm.objectives.fast import FAST, CollapseMonitor
 from advebm.objectives.free import FREE
 from advebm.objectives.langevin import JEAT, JEM, MLE, SGLD
 from advebm.objectives.rst import RST
@@ -128,7 +128,7 @@ def test_another_method_takes_the_radius_over_and_not_the_steps():
 
 
 def test_fast_stops_when_robustness_falls(net, batch):
-    objective, state = FAST(watch_every=100, fall=0.2), Watch()
+    objective, state = FAST(watch_every=100, fall=0.2), CollapseMonitor()
     looks = []
     for images, accuracy in ((50, None), (100, 0.9), (150, None), (200, 0.75), (300, 0.5)):
         ctx = Context(rng.generator(0), images, mean=lambda x, a=accuracy: looks.append(x) or torch.tensor(a))

@@ -99,7 +99,7 @@ def test_a_renamed_row_does_not_lose_its_numbers(monkeypatch):
         inventory, "find_table", lambda name: table(rows=(table().row("B"),), ours={"B": "noise"}, claims=())
     )
     with pytest.raises(UserError, match=r"two was measured with a row 'A', which papers\.yaml has no more"):
-        results_page.again(plain)
+        results_page.resummarize(plain)
 
 
 def test_images_that_are_asked_for_are_not_shortened(tmp_path):
@@ -392,7 +392,7 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.undo()
     monkeypatch.setattr(inventory, "tables", lambda: {"two": own})
-    assert results_page.again(plain) == plain
+    assert results_page.resummarize(plain) == plain
 
 
 def test_the_picture_of_a_table_has_first_stages(monkeypatch):
@@ -406,8 +406,8 @@ def test_the_picture_of_a_table_has_first_stages(monkeypatch):
         generate, "read_set", lambda name: SimpleNamespace(x=torch.zeros(20, 1, 8, 8), y=torch.arange(20) % 10)
     )
     monkeypatch.setattr(figures, "grids", lambda panels, texts: " ".join(panels).encode())
-    assert tables.drawing(table(), runs) == b"first last"
-    assert tables.drawing(table(), runs[:1]) is None
+    assert tables.samples_picture(table(), runs) == b"first last"
+    assert tables.samples_picture(table(), runs[:1]) is None
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ def test_the_page_is_what_the_files_give():
     assert set(pictures) <= found.keys()
     page, readme = (ROOT / "docs" / "results.md").read_text(), (ROOT / "README.md").read_text()
     assert page == results_page.page(found, pictures)
-    assert results_page.within(readme, results_page.short(found)) == readme
+    assert results_page.insert_table(readme, results_page.summary_table(found)) == readme
     for path in re.findall(r"\]\((\.\./[^)]+)\)", page):
         assert (ROOT / "docs" / path).exists(), path
 

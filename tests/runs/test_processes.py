@@ -124,7 +124,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
         except KeyboardInterrupt:
             pytest.fail("the second one acted at once")
         assert signalled()
-        monkeypatch.setattr(signals, "TWICE", 0.0)
+        monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", 0.0)
         time.sleep(0.01)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -29,7 +29,7 @@ from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.samplers.encoder import NPPGD, MaxEnt, NPLangevin
 from advebm.sampling import generate
-from advebm.sampling.step_curve import Chains, Point
+from advebm.sampling.step_curve import Chains, CurvePoint
 from advebm.training.loop import train
 from advebm.web.server import open_studios
 from advebm.workflows import probe
@@ -661,7 +661,7 @@ def test_each_row_of_the_table_takes_the_steps_of_validation(run, tmp_path, monk
     def look(self, model, sampler, data, space, *, outside=None):
         assert (self.split, self.steps[-1]) == ("val", 64)
         asked.append((kind := config.describe(sampler)["kind"], sampler.start))
-        return [Point(k, 1.0, abs(k - steps[kind]) / 10, 0.0) for k in self.steps]
+        return [CurvePoint(k, 1.0, abs(k - steps[kind]) / 10, 0.0) for k in self.steps]
 
     def contrast(run, samplers, per_class, seeds, *, features, say, device):
         asked.append({name: (sampler.steps, sampler.start) for name, sampler in samplers.items()})

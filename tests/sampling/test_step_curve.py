@@ -14,7 +14,7 @@ from advebm.metrics.base import Features
 from advebm.metrics.distances import Moments, frechet_distance, kernel_pairs, kernel_sum, unbiased_mmd
 from advebm.samplers.classifier import CS
 from advebm.samplers.critic import Ascent
-from advebm.sampling.step_curve import STEPS, Chains, Point, best_point, first_reaching
+from advebm.sampling.step_curve import STEPS, Chains, CurvePoint, best_point, first_reaching
 from tests.helpers import Plain
 
 PIXELS = Features("pixels", lambda x: x.flatten(1))
@@ -94,7 +94,12 @@ def test_looking_takes_no_time(bowl, monkeypatch):
 
 
 def test_best_and_reached():
-    points = [Point(1, 9.0, 0.5, 0.1), Point(2, 4.0, 0.2, 0.2), Point(4, 3.0, 0.3, 0.4), Point(8, 5.0, 0.2, 0.8)]
+    points = [
+        CurvePoint(1, 9.0, 0.5, 0.1),
+        CurvePoint(2, 4.0, 0.2, 0.2),
+        CurvePoint(4, 3.0, 0.3, 0.4),
+        CurvePoint(8, 5.0, 0.2, 0.8),
+    ]
     assert best_point(points) == points[1]
     assert first_reaching(points, 4.0) == points[1]
     assert first_reaching(points, 3.5) == points[2]

@@ -315,9 +315,9 @@ def test_this_machine_is_timed_on_the_recipes_network(monkeypatch, kind):
     monkeypatch.setattr(cost, "seconds", clock)
     for limit, fit, count in ((0.1, 1000, 16), (9.9, 1000, 100), (0.0, 1000, 1), (9.9, 50, 32)):
         room = [fit]
-        monkeypatch.setattr(cost, "TIMED", limit)
+        monkeypatch.setattr(cost, "LEAST_SECONDS", limit)
         stage = estimate(recipe("digits-at", train__precision=kind, train__batch=100))
-        found = cost.measured_here(stage, "cpu")
+        found = cost.measure_machine(stage, "cpu")
         each = stage.flops.forward + stage.flops.search
         assert found.rates == {kind: pytest.approx(each / 0.01)}
         assert max(len(x) for x in seen if len(x) <= fit) == count
@@ -327,7 +327,7 @@ def test_this_machine_is_timed_on_the_recipes_network(monkeypatch, kind):
         seen.clear()
     room = [0]
     with pytest.raises(UserError, match="not even one image"):
-        cost.measured_here(stage, "cpu")
+        cost.measure_machine(stage, "cpu")
 
 
 @pytest.mark.parametrize(("has", "kind"), [(True, "bfloat16"), (False, "float32")])

@@ -564,7 +564,7 @@ def test_a_path_that_stands_still_spans_no_plane():
 
 @pytest.mark.parametrize("through", ["path", "gradient", "random"])
 def test_a_slice_is_drawn(studio, critic, through, monkeypatch):
-    monkeypatch.setattr(slicing, "COUNT", 5)
+    monkeypatch.setattr(slicing, "GRID_POINTS", 5)
     seen, job = [], Job()
     job.tell = seen.append
     shown = slicing.slice_energy(studio, studio.sampler(), "3", through, 0, job)
@@ -588,7 +588,7 @@ def test_a_slice_is_of_the_energy_around_the_image(studio, monkeypatch):
     slicing.slice_energy(studio, studio.sampler(), "3", "gradient", 0, Job())
     plane, values, reach = caught["plane"], caught["values"], caught["reach"]
     assert torch.equal(plane.centre, caught["path"][-1])
-    offset = torch.linspace(-reach, reach, slicing.COUNT)
+    offset = torch.linspace(-reach, reach, slicing.GRID_POINTS)
     x = torch.stack([plane.centre, plane.centre + offset[3] * plane.first + offset[20] * plane.second])
     with torch.no_grad():
         energy = -studio.model(x)[:, 3]
@@ -598,7 +598,7 @@ def test_a_slice_is_of_the_energy_around_the_image(studio, monkeypatch):
 def test_the_toy_is_seen_while_it_trains_and_can_be_stopped():
     seen, job = [], Job()
     job.tell = seen.append
-    shown = planes.play("gaussian", "binary-at", "uniform", 6, 0, job)
+    shown = planes.train_density("gaussian", "binary-at", "uniform", 6, 0, job)
     assert len(seen) > 3
     assert seen[0].note == "update 0 of 6"
     values = {name: value for name, value, _ in shown.table}
@@ -610,7 +610,7 @@ def test_the_toy_is_seen_while_it_trains_and_can_be_stopped():
     stopped = Job()
     stopped.stop()
     with pytest.raises(Stopped):
-        planes.play("gaussian", "mle", "uniform", 2_000, 0, stopped)
+        planes.train_density("gaussian", "mle", "uniform", 2_000, 0, stopped)
     for bad in (
         ("x", "mle", "uniform", 6),
         ("moons", "x", "uniform", 6),
@@ -618,7 +618,7 @@ def test_the_toy_is_seen_while_it_trains_and_can_be_stopped():
         ("moons", "mle", "uniform", 1e6),
     ):
         with pytest.raises(UserError):
-            planes.play(*bad, 0, Job())
+            planes.train_density(*bad, 0, Job())
 
 
 def brush(*cells):

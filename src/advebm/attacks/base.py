@@ -91,12 +91,12 @@ class Adversary:
             if len(left) == 0:
                 break
             found[left] = run.search(f, x[left], y[left], generator)
-            left = left[correct(f, found[left], y[left])]
+            left = left[is_correct(f, found[left], y[left])]
         return found
 
 
 @torch.no_grad()
-def correct(f: Logits, x: Tensor, y: Tensor) -> Tensor:
+def is_correct(f: Logits, x: Tensor, y: Tensor) -> Tensor:
     """Return which images are classified as labelled, bool (B,)."""
     out = f(x)
     if out.ndim != 2 or out.shape[1] < 2:
@@ -104,7 +104,7 @@ def correct(f: Logits, x: Tensor, y: Tensor) -> Tensor:
     return out.argmax(1) == y
 
 
-def two_classes(f: Logits) -> Logits:
+def critic_as_classifier(f: Logits) -> Logits:
     """Turn a critic f into a classifier with the logits ``(0, f)``, whose softmax is the sigmoid of f."""
 
     def logits(x: Tensor) -> Tensor:

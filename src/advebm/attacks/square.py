@@ -14,7 +14,7 @@ from advebm.core.errors import UserError
 from advebm.descent import per_sample
 from advebm.energies import Logits
 
-SHARE = 0.8  # share of the pixels that the first square covers: p of the paper, as AutoAttack sets it
+FIRST_SHARE = 0.8  # share of the pixels that the first square covers: p of the paper, as AutoAttack sets it
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which that share is halved
 
 
@@ -68,7 +68,7 @@ class Square(Adversary):
                     return found
             if query == self.queries - 1:
                 break  # the start was the first query
-            share = SHARE / 2 ** bisect_left(HALVINGS, query)
+            share = FIRST_SHARE / 2 ** bisect_left(HALVINGS, query)
             tried = propose(best, origin, share, self.eps, generator)
             new = margin(f(tried), label)
             better = new > value

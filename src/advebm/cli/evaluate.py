@@ -135,10 +135,10 @@ def add_compare(verbs: Verbs) -> None:
 
 def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     """Measure runs; print a row per run and the path of the report."""
-    from advebm.reporting.terminal import one_a_line
+    from advebm.reporting.terminal import runs_table
     from advebm.workflows.compare import compare_runs
 
     options = {"features": args.features, "out": args.out, "seed": args.seed, "device": args.device}
     records, path = compare_runs(args.runs, overrides, **options)
-    one_a_line(records)
+    runs_table(records)
     print(path)

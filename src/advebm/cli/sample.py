@@ -41,7 +41,7 @@ def add_sample(verbs: Verbs) -> None:
 
 def sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """Draw a set and print the path of its grid; or compare methods and print their records and the figure's path."""
-    from advebm.reporting.terminal import one_a_line
+    from advebm.reporting.terminal import runs_table
     from advebm.runs.run import Run
     from advebm.workflows import sample as workflow
 
@@ -63,7 +63,7 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
         rows, path = workflow.compare_methods(
             run, methods, overrides, seeds=args.seeds or 1, features=features, **options
         )
-        one_a_line(rows)
+        runs_table(rows)
         print(path)
     else:
         print(workflow.sample(run, args.method, overrides, name=args.name, **options) / "grid.png")

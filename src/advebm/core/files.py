@@ -14,13 +14,13 @@ import filelock
 from advebm.core.errors import Busy, UserError
 
 
-def now() -> str:
+def timestamp() -> str:
     """Return the local time in the format used in files: ISO 8601 with the UTC offset."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary file that replaces ``path`` at the end, once it is on the disk; on an error ``path`` stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise unwritable(path, error) from None
+        raise write_error(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     except filelock.Timeout:
         raise Busy(busy) from None
     except OSError as error:
-        raise unwritable(path, error) from None
+        raise write_error(path, error) from None
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 def write(path: Path, content: str | bytes) -> None:
     """Replace ``path`` in one step, after its new content has reached the disk."""
-    with replacing(path) as file:
+    with replace_atomically(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
@@ -81,7 +81,7 @@ def read_json(path: Path, default: Any = None) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
+def write_error(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "make room there" if full else "choose a writable folder with --out"
     return UserError(f"cannot write {path}: {error.strerror or error}; {fix}")

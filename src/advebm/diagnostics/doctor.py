@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from advebm import energies
 from advebm.attacks.apgd import APGD
-from advebm.attacks.base import Adversary, correct
+from advebm.attacks.base import Adversary, is_correct
 from advebm.attacks.projected import Attack, fgsm
 from advebm.attacks.square import Square
 from advebm.core import checks, rng
@@ -147,7 +147,7 @@ class ModelUnderTest:
         left = []
         for x, y in zip(self.x.tensor_split(self.parts), self.y.tensor_split(self.parts), strict=True):
             found = attack.find(f or self.f, x, y, self.generator)
-            left.append(correct(self.f, found, y))  # find does not change images that are misclassified already
+            left.append(is_correct(self.f, found, y))  # find does not change images that are misclassified already
         return share(torch.cat(left))
 
     def above(self, a: float, b: float) -> bool:

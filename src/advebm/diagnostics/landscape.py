@@ -14,7 +14,7 @@ from advebm.models.batching import batch_size_for
 Along = Literal["random", "gradient", "pca"]
 
 
-class Lie(NamedTuple):
+class LandscapeStatistics(NamedTuple):
     """Shape of the energy around images in their planes; tensors (B,), float64 except ``edge``.
 
     Attributes:
@@ -87,7 +87,7 @@ def plane(
     return (values - values[:, count // 2, count // 2, None, None]).double().cpu()
 
 
-def lie(values: Tensor, reach: float) -> Lie:
+def measure_landscape(values: Tensor, reach: float) -> LandscapeStatistics:
     """Locate the lowest point of planes (B, n, n) of :func:`plane` and measure slope and curvature at the image.
 
     Derivatives are central differences over one step of the grid.
@@ -101,7 +101,9 @@ def lie(values: Tensor, reach: float) -> Lie:
     curvature = (down + up + left + right - 4 * centre) / (2 * h**2)
     tilt = ((down - up) ** 2 + (right - left) ** 2).sqrt() / (2 * h)
     offset = h * (a.double() ** 2 + b.double() ** 2).sqrt()
-    return Lie(offset, centre - values.flatten(1).amin(1), (a.abs() == m) | (b.abs() == m), curvature, tilt)
+    return LandscapeStatistics(
+        offset, centre - values.flatten(1).amin(1), (a.abs() == m) | (b.abs() == m), curvature, tilt
+    )
 
 
 def _unit(direction: Tensor) -> Tensor:

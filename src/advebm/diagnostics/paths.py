@@ -12,7 +12,7 @@ from advebm.models.modes import searching
 from advebm.samplers.base import Sampler, marginal
 
 
-class Slopes(NamedTuple):
+class GradientNorms(NamedTuple):
     """l2 norms of the input gradients of E(x, y) and E(x) along chains, each (steps, B), nats / pixel."""
 
     joint: Tensor
@@ -24,7 +24,7 @@ class Slopes(NamedTuple):
         return self.joint / (self.joint + self.marginal).clamp_min(1e-12)
 
 
-def slopes(model: nn.Module, sampler: Sampler, y: Tensor, begin: Tensor, generator: torch.Generator) -> Slopes:
+def slopes(model: nn.Module, sampler: Sampler, y: Tensor, begin: Tensor, generator: torch.Generator) -> GradientNorms:
     """Measure a classifier's gradients of ``E(x, y)`` and ``E(x)`` along a sampler's chains, JEAT figures 12 and 13."""
     with searching(model) as f:
         if f(begin[:1]).numel() == 1:
@@ -38,7 +38,7 @@ def slopes(model: nn.Module, sampler: Sampler, y: Tensor, begin: Tensor, generat
                 found.append(value_and_gradient(energy, x)[1].flatten(1).norm(dim=1).double().cpu())
 
     sampler(model, y, begin, generator=generator, observe=look)
-    return Slopes(torch.stack(joint), torch.stack(both))
+    return GradientNorms(torch.stack(joint), torch.stack(both))
 
 
 class Chain(NamedTuple):

@@ -137,7 +137,7 @@ class Edit:
             observe: called at every step, see :class:`advebm.descent.Descent`; it may raise to stop the edit.
             frames: number of film images, at most steps + 1; the start and the result are always among them.
         """
-        x, y = taken(x, model), None if y is None else y.to(device_of(model))
+        x, y = prepare_images(x, model), None if y is None else y.to(device_of(model))
         problem = self.pose(x, expand_hole(hole, x), generator)
         with searching(model) as f:
             return self.follow(problem, self.lowered(f, problem.start, y), f, y, observe, frames)
@@ -186,7 +186,7 @@ class Edit:
         film.append(found.cpu())
         with torch.no_grad():
             numbers = {"energy before": total(start), "energy after": total(found)}
-            numbers["distance"] = length(found - start)
+            numbers["distance"] = l2_norm(found - start)
             if f is not None and y is not None:
                 numbers["confidence before"], numbers["confidence after"] = (
                     confidence(f, z, y) for z in (start, found)
@@ -195,7 +195,7 @@ class Edit:
         return Edited(found.cpu(), start.cpu(), torch.stack(film, 1), wanted, told, {})
 
 
-def taken(x: Tensor, *models: nn.Module) -> Tensor:
+def prepare_images(x: Tensor, *models: nn.Module) -> Tensor:
     """Return the images, uint8 or floating point in [0, 1], as floating point on the first model's device.
 
     Other images raise an error, and so do encoders, whose outputs are not logits.
@@ -220,7 +220,7 @@ def confidence(f: Logits, x: Tensor, y: Tensor) -> Tensor:
     return (-energies.conditional(f(x), y)).exp()
 
 
-def length(x: Tensor) -> Tensor:
+def l2_norm(x: Tensor) -> Tensor:
     """Return the l2 norm of each sample, (B,)."""
     return x.flatten(1).norm(dim=1)
 

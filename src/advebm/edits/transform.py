@@ -21,7 +21,7 @@ from advebm.descent import (
     per_sample,
     unit,
 )
-from advebm.edits.base import Edit, Edited, Problem, confidence, hold_outside, length, outputs, taken
+from advebm.edits.base import Edit, Edited, Problem, confidence, hold_outside, l2_norm, outputs, prepare_images
 from advebm.models.modes import searching
 from advebm.samplers.base import geometric
 
@@ -103,7 +103,7 @@ class Compose(Edit):
         if not models or not len(models) == len(classes) == len(weights):
             got = f"{len(models)}, {len(classes)} and {len(weights)}"
             raise UserError(f"a composition takes as many models as classes and weights, got {got}")
-        x = taken(x, *models)
+        x = prepare_images(x, *models)
         problem, observe, frames = self.pose(x, None, None), options.get("observe"), options.get("frames", 7)
         with ExitStack() as stack:
             parts = []
@@ -156,7 +156,7 @@ class Interpolate(Edit):
         """
         if len(x) < 2:
             raise UserError(f"an interpolation takes at least 2 images, got {len(x)}")
-        x = taken(x, model)
+        x = prepare_images(x, model)
         t = torch.linspace(0, 1, self.count, dtype=x.dtype, device=x.device).repeat(len(x) - 1)
         first, second = x[:-1].repeat_interleave(self.count, 0), x[1:].repeat_interleave(self.count, 0)
         path = spherical(first, second, t) if self.way == "spherical" else torch.lerp(first, second, per_sample(t, x))
@@ -229,7 +229,7 @@ class Counterfactual(Edit):
         Raises:
             UserError: the network is a critic.
         """
-        x, frames = taken(x, model), max(options.get("frames", 7), 2)
+        x, frames = prepare_images(x, model), max(options.get("frames", 7), 2)
         with searching(model) as f, torch.no_grad():
             if outputs(f, x).shape[1] < 2:
                 raise UserError("a counterfactual takes a classifier; a critic has no classes")
@@ -241,13 +241,13 @@ class Counterfactual(Edit):
             there = confidence(f, x, y) >= self.level
             best = torch.where(per_sample(there, x), x, search(high))
             reached = confidence(f, best, y) >= self.level
-            low, high = torch.zeros_like(high), length(best - x)
+            low, high = torch.zeros_like(high), l2_norm(best - x)
             for _ in range(self.searches - 1):
                 radius = (low + high) / 2
                 found = search(radius)
                 hit = reached & ~there & (confidence(f, found, y) >= self.level)
                 best = torch.where(per_sample(hit, x), found, best)
-                low, high = torch.where(hit, low, radius), torch.where(hit, length(found - x), high)
+                low, high = torch.where(hit, low, radius), torch.where(hit, l2_norm(found - x), high)
             way = torch.linspace(0, 1, frames, dtype=x.dtype, device=x.device)
             film = torch.stack([torch.lerp(x, best, share) for share in way.tolist()], 1)
             along = lambda goal: torch.stack([confidence(f, z, goal) for z in film.unbind(1)], 1)

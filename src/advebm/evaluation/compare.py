@@ -14,7 +14,7 @@ from advebm.core import config, files
 from advebm.core.errors import UserError
 from advebm.evaluation import evaluate
 from advebm.metrics.base import Bar, Metric, no_bar
-from advebm.metrics.keys import Key, key_of, key_of_attack
+from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.models.precision import asked_precision
@@ -76,14 +76,14 @@ def compare(
         keys |= {k._replace(quantity=q) for k in wanted if k.samples for q in ("KID", "class score", "intended class")}
         found[title] = [
             r
-            for r in evaluate.latest(run.records())
+            for r in evaluate.newest_records(run.records())
             if key_of(r) in keys and r.get("judge") in judges and r["settings"].get("attack") in used
         ]
     return found
 
 
 def accuracy_metrics(attacks: Iterable[Attack]) -> Wanted:
-    return {Key("accuracy"): Accuracy()} | {Key("accuracy", key_of_attack(a)): RobustAccuracy(a) for a in attacks}
+    return {Key("accuracy"): Accuracy()} | {Key("accuracy", attack_key(a)): RobustAccuracy(a) for a in attacks}
 
 
 def quality_metrics(run: Run, features: str | Path | None) -> Wanted:
@@ -142,7 +142,7 @@ def training_costs(run: Run) -> Records:
     """Return passes per training image, counted on one training step, and the median logged speed (0 if none)."""
     speeds = [line["perf/img_per_s"] for line in run.history() if "perf/img_per_s" in line]
     values = (*passes_per_image(run.recipe), statistics.median(speeds) if speeds else 0.0)
-    about = {"error": 0.0, "settings": {}, "series": {}, "time": files.now()}
+    about = {"error": 0.0, "settings": {}, "series": {}, "time": files.timestamp()}
     counts = (1, 1, len(speeds))
     return [{"name": n, "value": v, "count": c, **about} for n, v, c in zip(COSTS, values, counts, strict=True)]
 
@@ -180,7 +180,7 @@ def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
 
 def space_name(features: str | Path | None) -> str:
     """Return the name of a feature space in records.  None: the run's own features."""
-    return evaluate.OWN if features is None else evaluate.find_space(features).name
+    return evaluate.OWN_FEATURES if features is None else evaluate.find_space(features).name
 
 
 def feature_weights(features: str | Path | None) -> str | None:

@@ -22,7 +22,7 @@ from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
 from advebm.sampling import generate
 
-OWN = "own features"  # name of the feature space of the run's own model
+OWN_FEATURES = "own features"  # name of the feature space of the run's own model
 
 
 def evaluate(
@@ -75,7 +75,7 @@ def evaluate_run(
     data = run.data
     samples = {name: generate.read_set(folder) for name, folder in run.samples().items()}
     judge = None if features is None else find_space(features)
-    space = feature_space(OWN, model) if judge is None else judge.load(device)
+    space = feature_space(OWN_FEATURES, model) if judge is None else judge.load(device)
     beside: dict[str, Any] = {"batch": batch_size_for(data.shape), "folder": run.folder / "verdicts", "bar": bar}
     beside["team"] = team
     subject = Subject(model, data, data.test, recipe.threat, samples, space, **beside)
@@ -85,7 +85,7 @@ def evaluate_run(
     records = []
     for metric in recipe.metrics:
         new = evaluate(subject, [metric], seed=seed, progress=progress)
-        about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": files.now()}
+        about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": files.timestamp()}
         whose = {"judge": None if judge is None else judge.judge}
         if team.main:
             run.append([{**dataclasses.asdict(r), **about, **(whose if "space" in r.settings else {})} for r in new])
@@ -94,7 +94,7 @@ def evaluate_run(
 
 
 @dataclasses.dataclass(frozen=True)
-class Classifier:
+class ClassifierFeatures:
     """Feature space: the penultimate features of the network of a run or model.
 
     Attributes:
@@ -129,7 +129,7 @@ def find_space(features: str | Path) -> Space:
     A folder called ``pixels`` is written ``./pixels``.
     """
     text = str(features)
-    return config.build(text, "space") if text.partition(":")[0] in config.KINDS["space"] else Classifier(text)
+    return config.build(text, "space") if text.partition(":")[0] in config.KINDS["space"] else ClassifierFeatures(text)
 
 
 def feature_space(name: str, model: Network) -> Features:
@@ -142,7 +142,7 @@ def feature_space(name: str, model: Network) -> Features:
     return Features(name, extract, None if model.encoder else model.head)
 
 
-def latest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def newest_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the last record of each name, set of samples, attack and image count, in order of first appearance."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in records:

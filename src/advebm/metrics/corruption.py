@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from advebm.attacks.base import correct
+from advebm.attacks.base import is_correct
 from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data.corruptions import CORRUPTIONS, SEVERITIES, check, corrupt
@@ -56,4 +56,4 @@ class CorruptionAccuracy:
 
 def _hits(subject: Subject, name: str, severity: int, generator: torch.Generator) -> Tensor:
     with searching(subject.model) as f:
-        return torch.cat([correct(f, corrupt(x, name, severity, generator), y) for x, y in subject.batches()])
+        return torch.cat([is_correct(f, corrupt(x, name, severity, generator), y) for x, y in subject.batches()])

@@ -13,7 +13,7 @@ NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}  # quantity -> its name
 IN_FEATURES = ("precision", "recall", "density", "coverage", "intended class", "counterfactual named so", *NAMES)
 
 
-class Attacked(NamedTuple):
+class AttackKey(NamedTuple):
     """The attack that the measured images were under.
 
     Attributes:
@@ -43,7 +43,7 @@ class Key(NamedTuple):
     """
 
     quantity: str
-    attack: Attacked | None = None
+    attack: AttackKey | None = None
     samples: str | None = None
     space: str | None = None
     set: str | None = None
@@ -90,10 +90,10 @@ def key_of(record: Mapping[str, Any]) -> Key:
     return Key(quantity, attack, samples)
 
 
-def key_of_attack(attack: Any, *, targeted: bool = False) -> Attacked:
+def attack_key(attack: Any, *, targeted: bool = False) -> AttackKey:
     """Return the ``attack`` field of a key; ``targeted``: of the targeted version that ``targeted-accuracy`` runs."""
     plain, words = config.describe(attack), "targeted " * targeted
-    return Attacked(words + _kind(plain), _steps(plain), words + attack.name)
+    return AttackKey(words + _kind(plain), _steps(plain), words + attack.name)
 
 
 def matches(key: Key, wanted: Mapping[str, Any]) -> bool:
@@ -138,17 +138,17 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _attacked(name: str, settings: Mapping[str, Any]) -> Attacked | None:
+def _attacked(name: str, settings: Mapping[str, Any]) -> AttackKey | None:
     """Return the attack from its stored description, or from the name that detection metrics store instead."""
     plain = settings.get("attack")
     if isinstance(plain, str):  # detection metrics: Auto-PGD on a score
         metric = settings.get("metric")
-        return Attacked("APGD", _steps(metric) if isinstance(metric, Mapping) else None, plain)
+        return AttackKey("APGD", _steps(metric) if isinstance(metric, Mapping) else None, plain)
     if not isinstance(plain, Mapping):
         return None
     text, part = name.partition(" under ")[2], _text(settings.get("part"))
     targeted = "targeted " * bool(settings.get("targeted"))
-    return Attacked(targeted + _kind(plain), _steps(plain), text.removesuffix(f", after {part}"), part)
+    return AttackKey(targeted + _kind(plain), _steps(plain), text.removesuffix(f", after {part}"), part)
 
 
 def _steps(plain: Mapping[str, Any]) -> int | None:

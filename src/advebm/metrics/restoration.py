@@ -19,7 +19,7 @@ from advebm.edits.base import Edit, box_hole
 from advebm.edits.restore import Denoise, Inpaint, Upsample, median
 from advebm.edits.transform import Counterfactual
 from advebm.metrics.base import Record, Subject, average, proportion
-from advebm.metrics.robustness import check_images, some
+from advebm.metrics.robustness import check_image_count, random_subset
 from advebm.metrics.similarity import paired_ssim, psnr
 
 Restore = Callable[[Tensor], Tensor]  # degraded images -> restored images
@@ -115,14 +115,17 @@ class Restoration:
     cites: ClassVar[tuple[str, ...]] = ("binary-at", "chambolle2004", "vanderwalt2014")
 
     def __post_init__(self) -> None:
-        check_images(self.images)
+        check_image_count(self.images)
         if not all(isinstance(edit, Denoise | Inpaint | Upsample) for edit in self.edits):
             raise UserError("edits that restore are denoise, inpaint and upsample")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return ``PSNR`` and ``SSIM`` for each task and method; the edit itself is the method ``energy``."""
-        subject = some(subject, self.images)
-        truth, tuning = subject.split.float(), some(subject._replace(split=subject.data.val), self.images).split.float()
+        subject = random_subset(subject, self.images)
+        truth, tuning = (
+            subject.split.float(),
+            random_subset(subject._replace(split=subject.data.val), self.images).split.float(),
+        )
         hole, records = middle_hole(truth.shape[2:]), []  # type: ignore[arg-type]
         seed = generator.initial_seed()
         for edit in self.edits:
@@ -186,14 +189,14 @@ class Counterfactuals:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_images(self.images)
+        check_image_count(self.images)
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return the share ``counterfactual reached``, and for those ``… distance`` (l2) and ``… named so``.
 
         The last is the share that the classifier of ``subject.features``, if it fits, assigns to the target class.
         """
-        split = some(subject, self.images).split
+        split = random_subset(subject, self.images).split
         goals = None
         if self.towards == "random":
             count = len(subject.data.classes)

@@ -23,13 +23,13 @@ def measure(subject: Subject, attack: Adversary | None, generator: torch.Generat
     return proportion(verdicts(subject, Attack(eps=0.0) if attack is None else attack, generator).standing())
 
 
-def check_images(images: int | None) -> None:
+def check_image_count(images: int | None) -> None:
     """Raise UserError if ``images`` is below 1.  None is allowed and means all images."""
     if images is not None and images < 1:
         raise UserError(f"images is at least 1 or none, which takes all, got {images}")
 
 
-def some(subject: Subject, images: int | None) -> Subject:
+def random_subset(subject: Subject, images: int | None) -> Subject:
     """Limit the subject to ``images`` random images of its split, the same ones at every call.  None: all."""
     if images is None or images >= len(subject.split):
         return subject
@@ -77,12 +77,12 @@ class RobustAccuracy:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_images(self.images)
+        check_image_count(self.images)
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return ``accuracy under`` the attack; for an attack made of several, also after each but the last."""
         attack = self.attack or subject.threat
-        found = verdicts(some(subject, self.images), attack, generator, self.precision)
+        found = verdicts(random_subset(subject, self.images), attack, generator, self.precision)
         computed = precision_label(self.precision, subject.device)
         settings: dict[str, Any] = {"attack": config.describe(attack), "precision": computed}
         settings |= {"fast": found.fast, "images": self.images}
@@ -110,11 +110,11 @@ class TargetedAccuracy:
     cites: ClassVar[tuple[str, ...]] = ("cem-workshop", "madry2018")
 
     def __post_init__(self) -> None:
-        check_images(self.images)
+        check_image_count(self.images)
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         attack = self.attack or subject.threat
-        found = verdicts(some(subject, self.images), Targeted(attack), generator)
+        found = verdicts(random_subset(subject, self.images), Targeted(attack), generator)
         settings = {"attack": config.describe(attack), "targeted": True, "fast": found.fast, "images": self.images}
         return [_record(f"accuracy under targeted {attack.name}", found.standing(), settings)]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import advebm
 from advebm import energies
-from advebm.attacks.base import Adversary, Run, correct, two_classes
+from advebm.attacks.base import Adversary, Run, critic_as_classifier, is_correct
 from advebm.core import checks, config, files, rng
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
@@ -83,7 +83,7 @@ def find_verdicts(
     with searching(model) as raw, float32():
         sample = as_images(x[:2], device)
         outputs = raw(sample).reshape(len(sample), -1).shape[1]
-        f, classes = (two_classes(raw), 2) if outputs == 1 else (raw, outputs)
+        f, classes = (critic_as_classifier(raw), 2) if outputs == 1 else (raw, outputs)
         if outputs == 1 and int(y.max()) > 1:
             raise UserError("accuracy needs a classifier, the model has one output; choose --metrics without it")
         checks.labels(y, len(x), classes)
@@ -92,9 +92,9 @@ def find_verdicts(
             tell(0, "")
         quick = faster_model(model, sample, precision=precision) if runs else raw
         used = quick.way.name if isinstance(quick, View) else "off"
-        quick = two_classes(quick) if outputs == 1 else quick
+        quick = critic_as_classifier(quick) if outputs == 1 else quick
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
-        right = torch.cat([correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
+        right = torch.cat([is_correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
         right = team.all_gather(right)[0]  # rounding may differ between processes: all use that of rank 0
         about: dict[str, Any] = {}
         if folder is not None:
@@ -141,12 +141,12 @@ def _attack_batch(
 ) -> Tensor:
     """Return which images survive a run, judged by ``f``, bool (B,); ``heard`` is ``quick`` with progress reports."""
     found = _within(attack, x, run.search(heard, x, y, draws))
-    stands = correct(f, found, y)
+    stands = is_correct(f, found, y)
     left = stands.nonzero().squeeze(1)
-    again = left[~correct(quick, found[left], y[left])] if quick is not f and len(left) else left[:0]
+    again = left[~is_correct(quick, found[left], y[left])] if quick is not f and len(left) else left[:0]
     if len(again):  # broken only according to the faster network
         found = _within(attack, x[again], run.search(f, x[again], y[again], draws))
-        stands[again] = correct(f, found, y[again])
+        stands[again] = is_correct(f, found, y[again])
     return stands
 
 

@@ -58,7 +58,7 @@ def searching(
 
 
 @contextmanager
-def norms_fixed(model: nn.Module) -> Iterator[nn.Module]:
+def freeze_batch_norms(model: nn.Module) -> Iterator[nn.Module]:
     """Let batch norms use their running statistics, without updates, while gradients reach their weights.
 
     Train mode is restored at the end.  Compute gradients before anything changes the statistics: torch's backward uses

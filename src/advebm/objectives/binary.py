@@ -13,9 +13,9 @@ from advebm import energies
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.descent import Constraint, Descent, Energy, both, box, l2_ball, unit
-from advebm.models.modes import norms_fixed, searching
+from advebm.models.modes import freeze_batch_norms, searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
-from advebm.objectives.curriculum import Curriculum, Level, auroc
+from advebm.objectives.curriculum import Curriculum, CurriculumState, auroc
 
 WON, STUCK = 0.99, 0.2  # the critic has won: accuracy > WON, negatives moved < STUCK * λK
 
@@ -74,10 +74,10 @@ class BinaryAT(Stateless):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} is > 0 or none, got {value}")
 
-    def init(self, like: Tensor, generator: torch.Generator) -> Level:
+    def init(self, like: Tensor, generator: torch.Generator) -> CurriculumState:
         return self.curriculum.init()
 
-    def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> BinaryResult:
+    def search(self, model: nn.Module, batch: Batch, state: CurriculumState, ctx: Context) -> BinaryResult:
         """Advance K, then move outside images to lower energy and, if ``inside_steps`` > 0, data to higher energy."""
         assert batch.outside is not None
         self.curriculum.advance(state, ctx.images)
@@ -91,9 +91,9 @@ class BinaryAT(Stateless):
         constraint: Constraint = box() if radius is None else both(l2_ball(radius), box())
         return Descent(steps, self.step_size, unit, constraint)(energy, x)
 
-    def loss(self, model: nn.Module, batch: Batch, found: BinaryResult, state: Level, ctx: Context) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, found: BinaryResult, state: CurriculumState, ctx: Context) -> Loss:
         """Return :meth:`contrast` plus the weighted R1 penalty, which takes a double backward pass."""
-        with norms_fixed(model):
+        with freeze_batch_norms(model):
             together = energies.binary(model(torch.cat([found.inside, found.outside])))
             data, negatives = together.split([len(found.inside), len(found.outside)])
             total = self.contrast(data, negatives)
@@ -117,7 +117,7 @@ class BinaryAT(Stateless):
         return energies.logistic(data, negatives)
 
     def after(
-        self, model: nn.Module, batch: Batch, found: BinaryResult, state: Level, loss: Loss, ctx: Context
+        self, model: nn.Module, batch: Batch, found: BinaryResult, state: CurriculumState, loss: Loss, ctx: Context
     ) -> None:
         """Record the step's readings; warn, once per stream, if the critic wins and negatives are stuck (figure 2)."""
         state.note(torch.stack([loss.terms[name] for name in ("auroc", "accuracy", "move")]), ctx.images)

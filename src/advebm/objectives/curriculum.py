@@ -11,7 +11,7 @@ from advebm.core.errors import UserError
 
 
 @dataclass
-class Level:
+class CurriculumState:
     """State of a stream's curriculum: K, since when, and the readings within the window with their times."""
 
     steps: int
@@ -73,10 +73,10 @@ class Curriculum:
                 f"window and images_per_step are at least 1 image, got {self.window} and {self.images_per_step}"
             )
 
-    def init(self) -> Level:
-        return Level(self.start, self.steps)
+    def init(self) -> CurriculumState:
+        return CurriculumState(self.start, self.steps)
 
-    def advance(self, level: Level, images: int) -> None:
+    def advance(self, level: CurriculumState, images: int) -> None:
         """Drop readings older than the window, and raise K by one if it is due; call before each step."""
         old = sum(images - at > self.window for at in level.at)
         level.at, level.seen = level.at[old:], level.seen[old:]

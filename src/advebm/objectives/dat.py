@@ -11,9 +11,9 @@ from advebm.attacks.projected import Attack
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.descent import Descent, box, unit
-from advebm.models.modes import norms_fixed, searching
+from advebm.models.modes import freeze_batch_norms, searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
-from advebm.objectives.curriculum import Curriculum, Level, auroc
+from advebm.objectives.curriculum import Curriculum, CurriculumState, auroc
 
 
 class DATResult(NamedTuple):
@@ -60,10 +60,10 @@ class DAT(Stateless):
         if not (self.step_size > 0 and self.r1 >= 0):
             raise UserError(f"step_size is > 0 and r1 >= 0, got {self.step_size} and {self.r1}")
 
-    def init(self, like: Tensor, generator: torch.Generator) -> Level:
+    def init(self, like: Tensor, generator: torch.Generator) -> CurriculumState:
         return self.curriculum.init()
 
-    def search(self, model: nn.Module, batch: Batch, state: Level, ctx: Context) -> DATResult:
+    def search(self, model: nn.Module, batch: Batch, state: CurriculumState, ctx: Context) -> DATResult:
         """Return adversarial images of the data, and outside images moved towards the data; advance K before."""
         assert batch.outside is not None
         self.curriculum.advance(state, ctx.images)
@@ -72,10 +72,10 @@ class DAT(Stateless):
             moved = self.attack.raise_loss(f, batch.x, batch.y, ctx.generator)
             return DATResult(moved, descent(lambda x: self._energy(f(x), batch.y), batch.outside))
 
-    def loss(self, model: nn.Module, batch: Batch, found: DATResult, state: Level, ctx: Context) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, found: DATResult, state: CurriculumState, ctx: Context) -> Loss:
         """Return the sum of both terms, plus the weighted R1 penalty, which takes a double backward pass."""
         assert batch.view is not None
-        with norms_fixed(model):
+        with freeze_batch_norms(model):
             every = torch.cat([found.moved, batch.view, found.contrast])
             classified, data, contrast = model(every).split(len(batch.y))
             penalty = r1(lambda x: energies.marginal(model(x)), batch.view) if self.r1 else None
@@ -98,7 +98,9 @@ class DAT(Stateless):
             }
         return Loss(total, terms)
 
-    def after(self, model: nn.Module, batch: Batch, found: DATResult, state: Level, loss: Loss, ctx: Context) -> None:
+    def after(
+        self, model: nn.Module, batch: Batch, found: DATResult, state: CurriculumState, loss: Loss, ctx: Context
+    ) -> None:
         state.note(loss.terms["auroc"][None], ctx.images)
 
     def adversarial(self, batch: Batch, found: DATResult) -> Tensor:

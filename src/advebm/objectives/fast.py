@@ -14,7 +14,7 @@ from advebm.objectives.base import Batch, Context, Loss
 
 
 @dataclass
-class Watch:
+class CollapseMonitor:
     """State of FAST's monitor: the images seen at the last check, and the robust accuracy measured then."""
 
     images: int = 0
@@ -59,10 +59,12 @@ class FAST(AT):
     def inner(self) -> Attack:
         return with_step(self.attack, 1.25)
 
-    def init(self, like: Tensor, generator: torch.Generator) -> Watch:
-        return Watch()
+    def init(self, like: Tensor, generator: torch.Generator) -> CollapseMonitor:
+        return CollapseMonitor()
 
-    def after(self, model: nn.Module, batch: Batch, found: Tensor, state: Watch, loss: Loss, ctx: Context) -> None:
+    def after(
+        self, model: nn.Module, batch: Batch, found: Tensor, state: CollapseMonitor, loss: Loss, ctx: Context
+    ) -> None:
         """Check accuracy under PGD-5 (step eps / 4, as in the code); raise EarlyStop if it fell by over ``fall``."""
         if not self.watch_every or ctx.images - state.images < self.watch_every:
             return

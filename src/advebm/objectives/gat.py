@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from advebm import energies
 from advebm.attacks.projected import Attack
-from advebm.models.modes import norms_fixed, searching
+from advebm.models.modes import freeze_batch_norms, searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.objectives.curriculum import auroc
 
@@ -54,7 +54,7 @@ class GAT(Stateless):
         return GATResult(moved, target)
 
     def loss(self, model: nn.Module, batch: Batch, found: GATResult, state: None, ctx: Context) -> Loss:
-        with norms_fixed(model):
+        with freeze_batch_norms(model):
             clean, moved = model(torch.cat([batch.x, found.moved])).split(len(batch.y))
         own, other = energies.joint(clean, batch.y), energies.joint(moved, found.target)
         total = energies.logistic(own, other) / 2

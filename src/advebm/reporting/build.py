@@ -16,7 +16,7 @@ from advebm.attacks.projected import Attack
 from advebm.core import citations, config, files
 from advebm.data import pictures
 from advebm.evaluation import compare, evaluate
-from advebm.metrics.keys import Key, key_of, key_of_attack
+from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.papers import render
 from advebm.reporting import figure_store, figures
 from advebm.reporting.records import as_text
@@ -47,7 +47,7 @@ def report(
     recipe, history = run.recipe, run.history()
     data = run.data
     runs = compare.by_title([run, *beside])
-    everyone = {title: evaluate.latest(r.records()) for title, r in runs.items()}
+    everyone = {title: evaluate.newest_records(r.records()) for title, r in runs.items()}
     own = next(iter(everyone.values()))
     count = len(data.classes)
     sets = {f"{title} · {n}" if len(runs) > 1 else n: f for title, r in runs.items() for n, f in r.samples().items()}
@@ -124,7 +124,7 @@ def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[st
     """Return clean accuracy, accuracy under the threat and under AutoAttack, and the lowest Fréchet distance."""
     keyed = [(key_of(record), record) for record in records]
     attacks = (threat, AutoAttack(threat.eps, threat.norm))
-    wanted = (Key("accuracy"), *(Key("accuracy", key_of_attack(attack)) for attack in attacks))
+    wanted = (Key("accuracy"), *(Key("accuracy", attack_key(attack)) for attack in attacks))
     shown = [record for key in wanted for k, record in keyed if k == key]
     shown += sorted((record for k, record in keyed if k.quantity == "FD"), key=lambda r: r["value"])[:1]
     cards = []

@@ -41,7 +41,9 @@ def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: 
     network.read_architecture(path)  # raises if loading would import user code
     model, architecture = run.model(checkpoint)
     known = files.read_json(path / "config.json")
-    records = evaluate.latest(r for r in run.records() if r.get("checkpoint") == path.name and _own(r, path.name))
+    records = evaluate.newest_records(
+        r for r in run.records() if r.get("checkpoint") == path.name and _own(r, path.name)
+    )
     own = ("name", "value", "error", "count")
     numbers = [{**{k: r[k] for k in own}, "samples": r["settings"].get("samples")} for r in records]
     options = _public(config.describe(run.recipe))
@@ -62,7 +64,7 @@ def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: 
             )
             (Path(draft) / "model").replace(folder)
     except OSError as error:
-        raise files.unwritable(folder, error) from None
+        raise files.write_error(folder, error) from None
     return folder
 
 

@@ -110,7 +110,7 @@ def landscapes(s: FigureContext) -> FigureResult:
             ways = landscape.directions(s.along, x, energy, generous, images=images)
             of = lambda index, f=f: joint_or_marginal(f, x, y[index])
             planes[title] = landscape.plane(of, x, *ways, reach=s.reach)
-            lies[title] = landscape.lie(planes[title], s.reach)
+            lies[title] = landscape.measure_landscape(planes[title], s.reach)
     middle = {title: values[0] for title, values in planes.items()}
     low = min(float(v.min()) for v in middle.values())
     high = float(np.median([float(v.max()) for v in middle.values()]))
@@ -367,7 +367,7 @@ def inversion(s: FigureContext) -> FigureResult:
     return FigureResult(picture, "Images from features", text, numbers)
 
 
-PORTRAITS: Mapping[str, Callable[[FigureContext], FigureResult]] = MappingProxyType(
+FIGURES: Mapping[str, Callable[[FigureContext], FigureResult]] = MappingProxyType(
     {
         "landscape": landscapes,
         "gradients": gradients,
@@ -381,7 +381,7 @@ PORTRAITS: Mapping[str, Callable[[FigureContext], FigureResult]] = MappingProxyT
 )
 
 
-OF_ENCODERS = ("neighbours", "interpolation", "inversion")  # these need no logits
+ENCODER_FIGURES = ("neighbours", "interpolation", "inversion")  # these need no logits
 
 
 def diagnose(
@@ -398,7 +398,7 @@ def diagnose(
 
     Args:
         runs: runs by title, all on the same data.
-        what: names of :data:`PORTRAITS`; empty: all that apply to these models.
+        what: names of :data:`FIGURES`; empty: all that apply to these models.
         sampler: sampler of chains; default: the first run's.
         checkpoint: checkpoint of every run.
         device: where to compute.
@@ -410,8 +410,8 @@ def diagnose(
             sampler or a ``count`` that does not fit the models.
     """
     for name in what:
-        if name not in PORTRAITS:
-            raise unknown_name("diagnostic", name, PORTRAITS)
+        if name not in FIGURES:
+            raise unknown_name("diagnostic", name, FIGURES)
     first = next(iter(runs.values()))
     recipe, data = first.recipe, first.data
     for title, run in runs.items():
@@ -428,9 +428,9 @@ def diagnose(
     encoders = {title for title, model in models.items() if model.encoder}
     if encoders and len(encoders) < len(models):
         raise UserError(f"{', '.join(sorted(encoders))}: encoders are diagnosed beside encoders only")
-    if encoders and (unfit := [name for name in what if name not in OF_ENCODERS]):
+    if encoders and (unfit := [name for name in what if name not in ENCODER_FIGURES]):
         raise UserError(
-            f"{unfit[0]} looks at energies of logits, and encoders have none; {', '.join(OF_ENCODERS)} do not"
+            f"{unfit[0]} looks at energies of logits, and encoders have none; {', '.join(ENCODER_FIGURES)} do not"
         )
     beginnings = start_images(first, chosen, checkpoint)
     if chosen.start == "outside":
@@ -441,10 +441,10 @@ def diagnose(
     if sitting.count < 2:
         raise UserError(f"numbers are taken over at least 2 images, got {sitting.count}")
     numbers, written = {}, []
-    everything = OF_ENCODERS if encoders else [n for n in PORTRAITS if not (critics and n == "gradients")]
+    everything = ENCODER_FIGURES if encoders else [n for n in FIGURES if not (critics and n == "gradients")]
     for name in what or everything:
         progress(name)
-        portrait = PORTRAITS[name](sitting)
+        portrait = FIGURES[name](sitting)
         numbers[name] = portrait.numbers
         written.append(figure_store.save_figure(first, name, *portrait))
     return numbers, written

@@ -36,7 +36,7 @@ def side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     _print_rows(*pivot(runs).quantities_down())
 
 
-def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+def runs_table(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """Print tables with a row for each run and at most 8 quantities as columns: for many runs."""
     table = pivot(runs)
     quantities = list(table.cells)
@@ -46,7 +46,7 @@ def one_a_line(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
         print()
 
 
-def beside(summary: Mapping[str, Any]) -> None:
+def paper_table(summary: Mapping[str, Any]) -> None:
     """Print the paper's numbers beside ours; above them how they were measured, below them the claims and verdict."""
     where, verdict = render.text_lines(summary)
     heads, rows = render.text_table(summary)

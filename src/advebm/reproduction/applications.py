@@ -18,7 +18,7 @@ from advebm.metrics.restoration import Counterfactuals, Restoration
 from advebm.metrics.robustness import Accuracy
 from advebm.reporting import figure_store, figures
 from advebm.reproduction.experiment import Experiment, Options, Results
-from advebm.reproduction.study import L2, find_recipe, measure_missing
+from advebm.reproduction.study import DIGITS_L2, find_recipe, measure_missing
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -33,10 +33,10 @@ def digits_applications(folder: Path, options: Options) -> Experiment:
 
     For each half two critics are trained: one with patches of photographs as p0, one with these and the other half.
     """
-    recipes = {m: find_recipe(f"digits-{m}", options, **L2) for m in ("standard", "at", "binary-at")}
+    recipes = {m: find_recipe(f"digits-{m}", options, **DIGITS_L2) for m in ("standard", "at", "binary-at")}
     for half, (own, other) in {"first": HALVES, "second": HALVES[::-1]}.items():
         for p0, outside in {"patches": "patches", "both": {"kind": "mixture", "sources": ["patches", other]}}.items():
-            change = {"data": own, "outside": outside, "train__images": 24_000, **L2}
+            change = {"data": own, "outside": outside, "train__images": 24_000, **DIGITS_L2}
             recipes[f"{half}-{p0}"] = find_recipe("digits-binary-at", options, **change)
 
     def measure(runs: Mapping[str, Run]) -> Results:
@@ -49,7 +49,7 @@ def digits_applications(folder: Path, options: Options) -> Experiment:
                 measure_missing(run, wanted, judge)
                 far = tuple(f"counterfactual {what}" for what in ("reached", "distance", "named so"))
                 shown = ("PSNR", "SSIM", "accuracy", *far)
-                found[title] = [r for r in evaluate.latest(run.records()) if key_of(r).quantity in shown]
+                found[title] = [r for r in evaluate.newest_records(run.records()) if key_of(r).quantity in shown]
             else:
                 other = HALVES[0] if title.startswith("second") else HALVES[1]
                 found[title] = translated(run, config.build(other, "source").load(), judge)

@@ -12,13 +12,13 @@ from advebm.evaluation import compare, evaluate
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
 from advebm.metrics.detectors import Detectors
-from advebm.metrics.keys import Key, key_of, key_of_attack
+from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.reporting import figures
 from advebm.reproduction.experiment import Experiment, Options, Results
 from advebm.reproduction.study import (
-    L2,
+    DIGITS_L2,
     draw_if_missing,
     find_recipe,
     measure_missing,
@@ -68,7 +68,7 @@ def digits_binary_at(folder: Path, options: Options) -> Experiment:
                 wanted |= {DETECTION: detection(run, 512, 1)}
             measure_missing(run, wanted, judge.folder)
             steps = Record("steps chosen on validation", setting.sampler.steps, 0.0, 1)
-            found[title] = [dataclasses.asdict(steps), *brief(run)]
+            found[title] = [dataclasses.asdict(steps), *table_records(run)]
         return found
 
     prepare = lambda: train_or_resume(judging, folder / "judge")
@@ -94,10 +94,10 @@ def detection_by(recipes: Mapping[str, Recipe], outliers: Sequence[Any], restart
     return Experiment(recipes, measure)
 
 
-def brief(run: Run) -> Records:
+def table_records(run: Run) -> Records:
     """Return the latest records of a run, only of the quantities that the table shows."""
     shown = ("accuracy", "FD", "KID", "AUROC", "AUROC of detectors", "fpr95_id_recall")
-    return [r for r in evaluate.latest(run.records()) if key_of(r).quantity in shown]
+    return [r for r in evaluate.newest_records(run.records()) if key_of(r).quantity in shown]
 
 
 def binary_at_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
@@ -128,7 +128,7 @@ def hybrid(method: str, folder: Path, options: Options) -> Recipe:
     changes: dict[str, dict[str, Any]] = {method: {"sampler__start": "global"} for method in ("standard", "at")}
     changes["gat"] = {"objective__attack": {"norm": "l2", "eps": 0.9, "steps": 10, "step_size": 0.225}}
     changes["short-run-mle"] = {"sampler": SHORT_RUN}
-    return find_recipe(f"digits-{method}", options, **L2, **changes.get(method, {}))
+    return find_recipe(f"digits-{method}", options, **DIGITS_L2, **changes.get(method, {}))
 
 
 def digits_hybrids(folder: Path, options: Options) -> Experiment:
@@ -149,10 +149,10 @@ def digits_hybrids(folder: Path, options: Options) -> Experiment:
             wanted: Wanted = compare.quality_metrics(run, judge.folder)
             wanted |= {DETECTION: detection(run, 512, 1)}
             if not critic and title != "short-run-mle":
-                wanted |= {Key("accuracy"): Accuracy(), Key("accuracy", key_of_attack(apgd)): RobustAccuracy(apgd)}
+                wanted |= {Key("accuracy"): Accuracy(), Key("accuracy", attack_key(apgd)): RobustAccuracy(apgd)}
                 wanted |= {Key("AUROC of detectors"): Detectors()}
             measure_missing(run, wanted, judge.folder)
-            found[title] = brief(run)
+            found[title] = table_records(run)
         return efficiency(everyone, judge, found)
 
     return Experiment(recipes, measure)

@@ -42,10 +42,10 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     order = [f"{table}-{scale}" for table in inventory.tables() for scale in SCALES]
     if strange := found.keys() - set(order):
         raise UserError(f"{folder / sorted(strange)[0]}.json is not named TABLE-SCALE.json")
-    return {name: again(found[name]) for name in order if name in found}
+    return {name: resummarize(found[name]) for name in order if name in found}
 
 
-def again(plain: Mapping[str, Any]) -> dict[str, Any]:
+def resummarize(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return a new summary of the same measurements, judged by the current inventory."""
     found = {row["name"]: row["ours"] for row in plain["rows"] if row["ours"]}
     table = inventory.find_table(plain["table"])
@@ -54,7 +54,7 @@ def again(plain: Mapping[str, Any]) -> dict[str, Any]:
     return render.summarize(table, plain["scale"], found, plain["about"])
 
 
-def short(found: Mapping[str, Mapping[str, Any]]) -> str:
+def summary_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the README's Markdown table, with a row per table of the papers."""
     rows = [
         [f"[{plain['table']}](docs/results.md#{name})", plain["what"], plain["scale"], plain["verdict"]]
@@ -67,7 +67,7 @@ def page(found: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) -> str
     """Return the whole page as Markdown; ``pictures`` are the names of the summaries that have one."""
     scales = "\n".join(f"- `{name}`: {scale.about}." for name, scale in SCALES.items())
     tolerances = ", ".join(f"{c.tolerance:g} ({c.heading})" for c in inventory.COLUMNS.values())
-    parts = [HEAD.format(scales=scales, tolerances=tolerances), short(found).replace("docs/results.md#", "#")]
+    parts = [HEAD.format(scales=scales, tolerances=tolerances), summary_table(found).replace("docs/results.md#", "#")]
     for name, plain in found.items():
         where, verdict = render.text_lines(plain)
         parts += [
@@ -83,7 +83,7 @@ def page(found: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) -> str
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def within(text: str, table: str) -> str:
+def insert_table(text: str, table: str) -> str:
     """Return the README's text with ``table`` between its two markers."""
     if not 0 <= text.find(BEGIN) < text.find(END):
         raise UserError(f"README.md has no place for the table: put {BEGIN} and {END} on lines of their own")
@@ -96,7 +96,7 @@ def write(root: Path) -> None:
     for name, plain in found.items():
         files.write_json(root / "results" / f"{name}.json", plain)
     files.write(root / "docs" / "results.md", page(found, [path.stem for path in (root / "results").glob("*.png")]))
-    files.write(root / "README.md", within((root / "README.md").read_text(), short(found)))
+    files.write(root / "README.md", insert_table((root / "README.md").read_text(), summary_table(found)))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from advebm.evaluation.compare import Records, Wanted
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
-from advebm.sampling.step_curve import Chains, Point, best_point
+from advebm.sampling.step_curve import Chains, CurvePoint, best_point
 from advebm.workflows.sample import draw_set
 from advebm.workflows.train import fit
 
 say = console.screen.print
-L2 = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}  # for digits
+DIGITS_L2 = {"threat": {"norm": "l2", "eps": 0.9, "steps": 20}}  # for digits
 
 
 def find_recipe(name: str, options: Sequence[tuple[str, Any]], **changes: Any) -> Recipe:
@@ -70,7 +70,7 @@ def compare_all(runs: Mapping[str, Run], judge: str, threat: Attack) -> dict[str
     return compare.compare(list(runs.values()), threat=threat, **options)
 
 
-def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: str = "") -> list[Point]:
+def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: str = "") -> list[CurvePoint]:
     """Return the quality of a run's samples after each number of steps; kept in ``chains-SPLIT + name.json``."""
     about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
     about |= {"features": str(compare.feature_weights(judge.folder)), "checkpoint": run.checkpoints.path().name}
@@ -83,7 +83,7 @@ def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: st
         points = chains(run.model()[0].to(device()), recipe.sampler, recipe.data.load(), space, outside=outside)
         known = {**about, "points": [point._asdict() for point in points]}
         files.write_json(file, known)
-    return [Point(**point) for point in known["points"]]
+    return [CurvePoint(**point) for point in known["points"]]
 
 
 def with_best_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains | None = None, name: str = "") -> Recipe:

@@ -10,7 +10,7 @@ from advebm.evaluation import compare, evaluate
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
 from advebm.metrics.energy import Energies
-from advebm.metrics.keys import Key, key_of_attack
+from advebm.metrics.keys import Key, attack_key
 from advebm.metrics.robustness import TargetedAccuracy
 from advebm.reproduction.experiment import Experiment, Options, Results
 from advebm.reproduction.study import compare_all, draw_if_missing, find_recipe, measure_missing, train_or_resume
@@ -74,7 +74,7 @@ def jeat_figure5(folder: Path, options: Options) -> Experiment:
         for run in runs.values():
             wanted = {**compare.accuracy_metrics(()), **compare.quality_metrics(run, judge)}
             measure_missing(run, wanted, judge)
-        return {label: evaluate.latest(run.records()) for label, run in runs.items()}
+        return {label: evaluate.newest_records(run.records()) for label, run in runs.items()}
 
     return Experiment(recipes, measure, per_class=20)
 
@@ -93,7 +93,7 @@ def cem_claims(folder: Path, options: Options) -> Experiment:
     }
 
     threat = recipes["at"].threat
-    towards: Wanted = {Key("accuracy", key_of_attack(threat, targeted=True)): TargetedAccuracy(threat)}
+    towards: Wanted = {Key("accuracy", attack_key(threat, targeted=True)): TargetedAccuracy(threat)}
 
     def stability(run: Run) -> Records:
         events = [line["attempt"] for line in run.history() if line.get("event") == "rollback"]

@@ -15,14 +15,14 @@ from advebm.core import files
 from advebm.data import pictures
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
-from advebm.metrics.keys import Key, key_of_attack
+from advebm.metrics.keys import Key, attack_key
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.papers import agreement, inventory, render
 from advebm.papers.inventory import Table
 from advebm.reporting import figures
 from advebm.reporting.build import report
-from advebm.reporting.terminal import beside
+from advebm.reporting.terminal import paper_table
 from advebm.reproduction import binary, study, supervised, unsupervised
 from advebm.reproduction.experiment import Experiment, Options, Results
 from advebm.reproduction.scales import SCALES, Scale
@@ -68,13 +68,13 @@ def write_table(
     table = inventory.find_table(name)
     command = [f"advebm reproduce {name} --scale {scale}", f"--seeds {seeds}" * (seeds > 1)]
     command += [f"--{key} {value}" for key, value in options]
-    about = {"command": " ".join(filter(None, command)), "seeds": seeds, **setting(SCALES[scale], results, runs)}
+    about = {"command": " ".join(filter(None, command)), "seeds": seeds, **provenance(SCALES[scale], results, runs)}
     plain = render.summarize(table, scale, agreement.table_cells(table, results), about)
     path = folder / f"{name}-{scale}.json"
     files.write_json(path, plain)
-    if (picture := drawing(table, runs)) is not None:
+    if (picture := samples_picture(table, runs)) is not None:
         files.write(path.with_suffix(".png"), picture)
-    beside(plain)
+    paper_table(plain)
     ordered = sorted(runs, key=lambda run: run.folder.name == "standard")  # the judge comes last
     shown = [stage for run in ordered for stage in reversed(run.stages)]
     report(shown[0], beside=shown[1:], out=folder / "report.html", title=f"{name}, scale {scale}", summary=plain)
@@ -111,7 +111,7 @@ def shortened(recipe: Recipe, share: float) -> Recipe:
     return dataclasses.replace(recipe, train=train, before=tuple(shortened(stage, share) for stage in recipe.before))
 
 
-def setting(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -> dict[str, Any]:
+def provenance(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -> dict[str, Any]:
     """Return what the numbers depend on: scale, hardware of the first run, latest date, and training of the runs."""
     machine = files.read_json(runs[0].folder / "env.json", default={})
     where = f"{machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} cores"
@@ -129,7 +129,7 @@ def setting(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -
     }
 
 
-def drawing(table: Table, runs: Sequence[Run]) -> bytes | None:
+def samples_picture(table: Table, runs: Sequence[Run]) -> bytes | None:
     """Return a PNG of the samples of all runs side by side, four of each class; None if none were drawn."""
     if table.by == "samplers":
         return unsupervised.cem_figure1({run.folder.name: run for run in runs})
@@ -180,7 +180,7 @@ def numbers(
     }
     wanted: Wanted = {Key("accuracy"): Accuracy()} if "clean" in table.columns else {}
     for key in attacks.keys() & table.columns.keys():
-        wanted[Key("accuracy", key_of_attack(attacks[key]))] = RobustAccuracy(attacks[key], images=scale.images)
+        wanted[Key("accuracy", attack_key(attacks[key]))] = RobustAccuracy(attacks[key], images=scale.images)
     features = scale.features or (judge.folder if judge else None)
     whose = compare.space_name(features)
     if "fid" in table.columns:

@@ -11,19 +11,19 @@ from advebm.data import pictures
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
-from advebm.metrics.keys import Key, key_of, key_of_attack
+from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.probing import LinearProbe, NearestNeighbours
 from advebm.reporting import figure_store, figures
 from advebm.reproduction.experiment import Experiment, Options, Results
-from advebm.reproduction.study import L2, find_recipe, measure_missing, say, with_best_steps
+from advebm.reproduction.study import DIGITS_L2, find_recipe, measure_missing, say, with_best_steps
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
 from advebm.sampling.step_curve import Chains
 from advebm.workflows.sample import compare_sets
 
-ALONE = "no steps"  # the row of the unchanged seeds
-SEEDS = {f"{given}, {ALONE}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
+NO_STEPS = "no steps"  # the row of the unchanged seeds
+SEEDS = {f"{given}, {NO_STEPS}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
 SUPERVISED_ROWS = {f"cond, {name}": (name.lower(), "class") for name in ("TA", "Langevin", "CS", "RCS")}
 UNSUPERVISED = {
     f"{given}, {name}": (kind, start)
@@ -45,7 +45,7 @@ def rows_of(label: str) -> dict[str, tuple[str, str]]:
 
 def unsupervised(label: str, folder: Path, options: Options) -> Recipe:
     """Return the recipe of an encoder, or of a classifier to compare with, on digits, l2 0.9."""
-    return find_recipe(f"digits-{label}", options, **L2)
+    return find_recipe(f"digits-{label}", options, **DIGITS_L2)
 
 
 def digits_unsupervised(folder: Path, options: Options) -> Experiment:
@@ -56,7 +56,7 @@ def digits_unsupervised(folder: Path, options: Options) -> Experiment:
     def measure(runs: Mapping[str, Run]) -> Results:
         probe, neighbours = LinearProbe(), NearestNeighbours()
         linear = Key("accuracy", by=probe.probe.name)
-        probes: Wanted = {linear: probe, linear._replace(attack=key_of_attack(threat)): probe}
+        probes: Wanted = {linear: probe, linear._replace(attack=attack_key(threat)): probe}
         probes[Key("accuracy", by=f"{neighbours.k} nearest neighbours")] = neighbours
         plain = compare.accuracy_metrics((threat,))
         found = {
@@ -109,7 +109,7 @@ def table2(
     for row, (kind, start) in rows.items():
         other = with_sampler(run, kind, start)
         name = f"-{generate.set_name(other.sampler)}"
-        count = 0 if ALONE in row else with_best_steps(run, other, judge, FEW, name).sampler.steps
+        count = 0 if NO_STEPS in row else with_best_steps(run, other, judge, FEW, name).sampler.steps
         samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=count)
     about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
     features = features or judge.folder
@@ -121,11 +121,11 @@ def table2(
         tell = lambda text: say(f"  {run.recipe.name}: {text}")
         count = samples // len(run.data.classes)
         found, _ = compare_sets(run, samplers, count, draws, features=features, say=tell, device=device())
-        known = {"about": about, "found": found, "time": files.now()}
+        known = {"about": about, "found": found, "time": files.timestamp()}
         files.write_json(file, known)
     taken = {name: Record("steps chosen on validation", sampler.steps, 0.0, 1) for name, sampler in samplers.items()}
     names = {row: folder_of(row) for row in rows}
-    day = {"time": known.get("time", files.now())}
+    day = {"time": known.get("time", files.timestamp())}
     found = {name: [dataclasses.asdict(taken[name]), *known["found"][name]] for name in names.values()}
     return {row: [{**record, **day} for record in found[name]] for row, name in names.items()}
 
@@ -143,8 +143,8 @@ def cem_figure1(runs: Mapping[str, Run]) -> bytes:
         for row in rows_of(title)
     }
     panels = {title: pictures.rows_by_class(some.x, some.y, 10, 4) for title, some in drawn.items()}
-    strips = [{t.partition(", ")[2]: x for t, x in panels.items() if ALONE in t}]
-    strips += [{t: x for t, x in panels.items() if t.startswith(f"{run}, ") and ALONE not in t} for run in runs]
+    strips = [{t.partition(", ")[2]: x for t, x in panels.items() if NO_STEPS in t}]
+    strips += [{t: x for t, x in panels.items() if t.startswith(f"{run}, ") and NO_STEPS not in t} for run in runs]
     return pictures.stack_pngs([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips if strip])
 
 
@@ -157,11 +157,11 @@ def winners(results: Mapping[str, Records]) -> list[str]:
     """Return a line per network and kind of start: which sampler has the lowest FD, and by how much."""
     fd = distances(results)
     lines = []
-    for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd if ALONE not in title):
-        rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and ALONE not in t}
+    for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd if NO_STEPS not in title):
+        rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and NO_STEPS not in t}
         (name, first), (other, second), *_ = sorted(rows.items(), key=lambda row: row[1][0])
         margin, error = second[0] - first[0], (first[1] ** 2 + second[1] ** 2) ** 0.5
-        seeds = fd[f"at, {group.rpartition(', ')[2]}, {ALONE}"][0]
+        seeds = fd[f"at, {group.rpartition(', ')[2]}, {NO_STEPS}"][0]
         line = f"{group}: {name} ({first[0]:.1f}) before {other} by {margin:.1f} ± {error:.1f} in FD"
         lines.append(f"{line}; its seeds have {seeds:.1f}")
     return lines

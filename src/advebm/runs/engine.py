@@ -17,7 +17,7 @@ from advebm.core.errors import Lost, UserError
 
 Thing = TypeVar("Thing")
 
-PATIENCE = datetime.timedelta(hours=2)  # timeout for a process that does not answer
+TIMEOUT = datetime.timedelta(hours=2)  # timeout for a process that does not answer
 
 
 def close_connections() -> None:
@@ -53,7 +53,7 @@ class Engine:
     """
 
     def __init__(self, device: str | None = None) -> None:
-        patient, several = InitProcessGroupKwargs(timeout=PATIENCE), processes.rank_and_world()[1] > 1
+        patient, several = InitProcessGroupKwargs(timeout=TIMEOUT), processes.rank_and_world()[1] > 1
         cpu = device == "cpu" or (several and not torch.cuda.is_available())  # accelerate does not detect this
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
         self.device = self.accelerator.device

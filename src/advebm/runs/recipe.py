@@ -193,7 +193,7 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
     roles = {
         f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type)) and f.name != "metrics"
     }
-    plain, rest, overrides = _loose(plain), [], list(overrides)
+    plain, rest, overrides = _unset_shared(plain), [], list(overrides)
     before = plain.pop("before", None) or ()
     if not isinstance(before, list | tuple):
         raise UserError(f"recipe.before takes a list of stages, got {before!r}")
@@ -232,10 +232,10 @@ def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _described(plain: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
     """Fill in every default, except those that the sampler takes from the objective."""
-    return _loose(config.describe(config.construct(Recipe, plain, where=where)))
+    return _unset_shared(config.describe(config.construct(Recipe, plain, where=where)))
 
 
-def _loose(plain: Mapping[str, Any]) -> dict[str, Any]:
+def _unset_shared(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Unset sampler options equal to those of the objective, so that they follow later changes of the objective."""
     sampler, objective = plain.get("sampler"), plain.get("objective")
     if not (isinstance(sampler, Mapping) and isinstance(objective, Mapping)):

@@ -196,10 +196,10 @@ def write_parts(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").unlink(missing_ok=True)
     except OSError as error:
-        raise files.unwritable(folder, error) from None
+        raise files.write_error(folder, error) from None
     first: dict[int, list[Tensor]] = {}
     done = 0
-    with files.replacing(folder / "images.npz") as file, zipfile.ZipFile(file, "w") as archive:
+    with files.replace_atomically(folder / "images.npz") as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open(_member("x"), "w", force_zip64=True) as out:
             about = {"descr": "|u1", "fortran_order": False, "shape": (len(y), *shape)}
             np.lib.format.write_array_header_1_0(out, about)

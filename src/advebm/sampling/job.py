@@ -170,7 +170,7 @@ def draw_set(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise files.unwritable(folder, error) from None
+        raise files.write_error(folder, error) from None
     busy = f"another process is drawing {folder}"
     with files.locked(folder / ".lock", busy) if team.main else contextlib.nullcontext():
         if team.main:

@@ -22,7 +22,7 @@ REAL = 10_000  # largest number of real images that samples are compared with
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
-class Point(NamedTuple):
+class CurvePoint(NamedTuple):
     """Quality and cost of samples after a number of steps.
 
     Attributes:
@@ -63,7 +63,7 @@ class Chains:
 
     def __call__(
         self, model: nn.Module, sampler: Sampler, data: Data, space: Features, *, outside: Data | None = None
-    ) -> list[Point]:
+    ) -> list[CurvePoint]:
         """Return one point per number of steps, all measured on the same chains.
 
         Chains run for the largest number of steps, whatever ``sampler.steps``; schedules span that number.
@@ -74,7 +74,7 @@ class Chains:
         real, points = RealFeatures(space.of(shown, device_of(model))), []
         for steps, (x, seconds) in self._images(model, sampler, data, outside).items():
             drawn = space.of(x, device_of(model))
-            points.append(Point(steps, real.frechet(drawn), real.kernel(drawn), seconds / len(x)))
+            points.append(CurvePoint(steps, real.frechet(drawn), real.kernel(drawn), seconds / len(x)))
         return points
 
     def _images(
@@ -105,11 +105,11 @@ class Chains:
         return {k: (torch.cat(seen[k]), spent[k]) for k in self.steps}
 
 
-def best_point(points: Iterable[Point]) -> Point:
+def best_point(points: Iterable[CurvePoint]) -> CurvePoint:
     """Return the point with the lowest KID (unbiased for any number of samples); the first one if several are equal."""
     return min(points, key=lambda point: point.kid)
 
 
-def first_reaching(points: Iterable[Point], fd: float) -> Point | None:
+def first_reaching(points: Iterable[CurvePoint], fd: float) -> CurvePoint | None:
     """Return the first point whose FD is at most ``fd``; None if there is none."""
     return next((point for point in points if point.fd <= fd), None)

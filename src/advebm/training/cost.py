@@ -28,15 +28,15 @@ from advebm.models.modes import searching
 from advebm.models.network import Architecture, Network
 from advebm.models.small import SmallConv
 from advebm.objectives.base import Batch, Context, Objective
-from advebm.objectives.curriculum import Curriculum, Level
+from advebm.objectives.curriculum import Curriculum, CurriculumState
 from advebm.runs.checkpoint import Progress
 from advebm.runs.recipe import Recipe, design
 from advebm.training.hardware import Machine, describe_device, seconds
 from advebm.training.setup import search_view
 from advebm.training.validate import validate
 
-TIMED = 0.1  # shortest time in seconds of a timed batch, unless a batch of the recipe's size is faster
-CLASSES = 1000  # assumed if the number of classes is unknown; the head hardly matters for the cost
+LEAST_SECONDS = 0.1  # shortest time in seconds of a timed batch, unless a batch of the recipe's size is faster
+ASSUMED_CLASSES = 1000  # assumed if the number of classes is unknown; the head hardly matters for the cost
 
 
 class Passes(NamedTuple):
@@ -165,7 +165,7 @@ def estimate(recipe: Recipe) -> Estimate:
     return Estimate(recipe, found, architecture, parameters, least, most, *times, flops, memory)
 
 
-def measured_here(stage: Estimate, device: str) -> Machine:
+def measure_machine(stage: Estimate, device: str) -> Machine:
     """Measure the speed of a local device on the stage's network, forward and backward to the images.
 
     Weights and images are random, and the precision is the recipe's.  The batch size is doubled until a batch
@@ -188,7 +188,7 @@ def measured_here(stage: Estimate, device: str) -> Machine:
         for images in (*itertools.takewhile(most.__gt__, (2**k for k in itertools.count())), most):
             search = functools.partial(value_and_gradient, lambda z: f(z).flatten(1).sum(1), x[:images])
             took, count = seconds(search, device), images
-            if took >= TIMED:
+            if took >= LEAST_SECONDS:
                 break
     if not took:
         raise UserError(f"not even one image of the recipe's size fits into the memory of {device}")
@@ -213,7 +213,7 @@ def blank_data(found: DataSpec) -> Data:
     x = torch.zeros(2, *found.shape, dtype=torch.uint8)
     x[1] = 255
     images = Images(x, torch.arange(2))
-    return Data("nothing", tuple(map(str, range(found.classes or CLASSES))), images, images, images)
+    return Data("nothing", tuple(map(str, range(found.classes or ASSUMED_CLASSES))), images, images, images)
 
 
 # Count passes, on a tiny network --------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def count_step(objective: Objective, seen: int, level: int | None = None) -> tup
         x = torch.rand(images, 3, 8, 8, generator=generator)
         batch = Batch(x, torch.arange(images), view=x, outside=x, extra=x)
         state = objective.init(x, generator)
-        if isinstance(state, Level):
+        if isinstance(state, CurriculumState):
             state.steps, state.since = state.largest if level is None else level, seen
         ctx, graph, penalty = Context(generator, seen), 0, 0
         with count_passes(model) as tally:

@@ -13,7 +13,7 @@ from advebm.runs.engine import Engine
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run, environment
 from advebm.training.setup import check_trainable, load_initial_weights, set_up
-from advebm.training.signals import going_on, stopping
+from advebm.training.signals import explain_resume, stopping
 from advebm.training.trainer import Report, Trainer
 
 Tick = Callable[[int], None]  # called with the images seen so far
@@ -73,7 +73,12 @@ def train(
         load_initial_weights(setup.model, str(last.folder), setup.data, recipe)
     trainer = Trainer(run, setup, report)
 
-    with going_on(run, again), run.locked(engine.main), stopping() as signalled, torch.random.fork_rng(devices=[]):
+    with (
+        explain_resume(run, again),
+        run.locked(engine.main),
+        stopping() as signalled,
+        torch.random.fork_rng(devices=[]),
+    ):
         trainer.begin()
         while not trainer.finished:
             due = trainer.progress.due_after(cfg.batch, cfg.images)

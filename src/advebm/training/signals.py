@@ -10,11 +10,13 @@ from typing import Any
 from advebm.core.errors import Lost
 from advebm.runs.run import Run
 
-TWICE = 1.0  # seconds in which a repeated signal counts as the same: torchrun forwards what the terminal sends as well
+SAME_SIGNAL_SECONDS = (
+    1.0  # seconds in which a repeated signal counts as the same: torchrun forwards what the terminal sends as well
+)
 
 
 @contextlib.contextmanager
-def going_on(run: Run, again: str) -> Iterator[None]:
+def explain_resume(run: Run, again: str) -> Iterator[None]:
     """Add the last checkpoint and the command that resumes the run to a :class:`Lost` error."""
     try:
         yield
@@ -30,7 +32,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
     def receive(number: int, frame: Any) -> None:
         received.append(time.monotonic())
-        if received[-1] - received[0] > TWICE:
+        if received[-1] - received[0] > SAME_SIGNAL_SECONDS:
             restore()
             signal.raise_signal(number)
 

@@ -13,7 +13,7 @@ from advebm.web.studio import Studio
 
 def table(studios: Sequence[Studio]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows: a row per quantity, those measured on most runs first, and a column per run."""
-    records = {studio.title: evaluate.latest(studio.run.records()) for studio in studios}
+    records = {studio.title: evaluate.newest_records(studio.run.records()) for studio in studios}
     return pivot(records).quantities_down(widest_first=True)
 
 

@@ -101,7 +101,7 @@ class Bounded:
 Canvas = ABCMeta.__new__(type(gr.ImageEditor), "ImageEditor", (Bounded, gr.ImageEditor), {})
 
 
-def sight(
+def image_view(
     label: str, *, value: Any = None, name: str | None = None, kind: str = "pixels", visible: bool = True
 ) -> gr.Image:
     """Return a component that shows a picture: ``pixels`` as squares, or a ``figure``."""
@@ -302,11 +302,11 @@ class Page:
                     seed = gr.Number(0, label="seed", precision=0, minimum=0)
                 go, stop = buttons("Draw", "draw")
             with gr.Column(scale=5):
-                picture = sight("images", name="samples")
+                picture = image_view("images", name="samples")
                 said = gr.Markdown("Press **Draw**: chains start from seeds and descend the energy.", elem_id="sampled")
                 with gr.Row():
-                    film = sight("from seed to image")
-                    figure = sight("energy", kind="figure")
+                    film = image_view("from seed to image")
+                    figure = image_view("energy", kind="figure")
 
         @told
         def chosen(title: str, name: str) -> list[Any]:
@@ -396,10 +396,10 @@ class Page:
                     elem_id="canvas",
                 )
             with gr.Column(scale=3, min_width=320):
-                result = sight("result", name="edited")
+                result = image_view("result", name="edited")
                 said = gr.Markdown("", elem_id="change")
-                began = sight("where the search began")
-        film = sight("on the way")
+                began = image_view("where the search began")
+        film = image_view("on the way")
 
         @told
         def chosen(name: str) -> list[Any]:
@@ -460,10 +460,10 @@ class Page:
             with gr.Column(scale=5):
                 share = gr.Slider(0, 100, 100, step=5, label="from the image to the counterfactual, %", elem_id="way")
                 with gr.Row():
-                    image = sight("image", value=views.enlarge(self.test_image(first.title, 0).x))
-                    added = sight("change")
+                    image = image_view("image", value=views.enlarge(self.test_image(first.title, 0).x))
+                    added = image_view("change")
                 at = gr.Markdown("")
-                figure = sight("what the model says", kind="figure")
+                figure = image_view("what the model says", kind="figure")
                 said = gr.Markdown("", elem_id="explained")
 
         def explain(job: Job, title: str, given: Given, target: str, level: Any, steps: Any) -> editing.Explained:
@@ -502,12 +502,12 @@ class Page:
                 go, stop = buttons("Attack", "attack")
             with gr.Column(scale=5):
                 with gr.Row():
-                    before = sight("image", value=views.enlarge(self.test_image(first.title, 0).x))
-                    after = sight("attacked", name="attacked")
-                    added = sight("what was added, amplified")
+                    before = image_view("image", value=views.enlarge(self.test_image(first.title, 0).x))
+                    after = image_view("attacked", name="attacked")
+                    added = image_view("what was added, amplified")
                 said = gr.Markdown("", elem_id="verdict")
                 with gr.Row():
-                    figure = sight("probabilities", kind="figure", visible=not first.critic)
+                    figure = image_view("probabilities", kind="figure", visible=not first.critic)
                     table = gr.Dataframe(headers=["", "before", "after"], interactive=False, wrap=True)
 
         def run(job: Job, title: str, given: Given, *more: Any) -> attacking.AttackShown:
@@ -550,9 +550,9 @@ class Page:
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
                 go, stop = buttons("Measure", "measure")
             with gr.Column(scale=5):
-                figure = sight("energy", name="slice", kind="figure")
+                figure = image_view("energy", name="slice", kind="figure")
                 said = gr.Markdown("", elem_id="sliced")
-                film = sight("from seed to image")
+                film = image_view("from seed to image")
 
         def measure(job: Job, title: str, name: str, kind: str, through: str, steps: Any, seed: Any) -> slicing.Sliced:
             studio = self.studio(title)
@@ -580,13 +580,13 @@ class Page:
                 go, stop = buttons("Train", "train")
             with gr.Column(scale=5):
                 with gr.Row():
-                    picture = sight("plane", name="plane", kind="figure")
+                    picture = image_view("plane", name="plane", kind="figure")
                     table = gr.Dataframe(headers=["", "value", ""], interactive=False, wrap=True)
                 said = gr.Markdown("", elem_id="played")
-                film = sight("the training", kind="figure")
+                film = image_view("the training", kind="figure")
 
-        def train(job: Job, density: str, method: str, p0: str, updates: Any, seed: Any) -> planes.Played:
-            return planes.play(density, method, p0, updates, seed, job)
+        def train(job: Job, density: str, method: str, p0: str, updates: Any, seed: Any) -> planes.ToyShown:
+            return planes.train_density(density, method, p0, updates, seed, job)
 
         self.at_work(go, stop, train, [density, method, p0, updates, seed], [picture, film, table, said])
 

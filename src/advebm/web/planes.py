@@ -25,7 +25,7 @@ ABOUT = {
 }
 
 
-class Played(NamedTuple):
+class ToyShown(NamedTuple):
     """Contents of the tab."""
 
     picture: Image
@@ -34,7 +34,7 @@ class Played(NamedTuple):
     note: str
 
 
-def play(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) -> Played:
+def train_density(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) -> ToyShown:
     """Train an energy on a density, reporting a picture of every recorded frame."""
     total, number = (
         parse_integer(updates, "the number of updates", 1, UPDATES),
@@ -43,14 +43,14 @@ def play(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) 
 
     def watch(frame: train.Frame) -> None:
         so_far = train.ToyRun(density, method, p0, (frame,), train.plane_points()[..., 0] > 0)
-        job.tell(Played(panel(so_far), None, None, f"update {frame.update} of {total}"))
+        job.tell(ToyShown(panel(so_far), None, None, f"update {frame.update} of {total}"))
 
     result = train.train_toy(density, method, p0, seed=number, updates=total, watch=watch)
     numbers = train.summarize(result, seed=number)
     with views.alone():
         film = figures.film(result)
     rows = [[name, f"{value:.3f}", ABOUT[name]] for name, value in numbers.items()]
-    return Played(panel(result), views.to_picture(film), rows, f"{total} updates of {method} from {p0} points")
+    return ToyShown(panel(result), views.to_picture(film), rows, f"{total} updates of {method} from {p0} points")
 
 
 def panel(play: train.ToyRun) -> Image:

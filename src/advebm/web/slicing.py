@@ -19,7 +19,7 @@ from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
 Through = Literal["path", "gradient", "random"]
-COUNT = 25  # points along each direction; must be odd
+GRID_POINTS = 25  # points along each direction; must be odd
 STEPS = 500  # upper limit of the tab
 
 
@@ -102,7 +102,7 @@ def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed
         plane = project_path(path, centre, first, second)
         reach = 1.25 * max(plane.at.abs().max().item(), 0.2)
         energy_of = lambda index: joint_or_marginal(f, end, y.expand(len(index)))
-        values = landscape.plane(energy_of, centre[None], first[None], second[None], reach=reach, count=COUNT)[0]
+        values = landscape.plane(energy_of, centre[None], first[None], second[None], reach=reach, count=GRID_POINTS)[0]
     symbol = "E(x)" if studio.critic else f"E(x, {studio.name(int(y))})"
     where = "middle" if through == "path" else "end"
     note = (

@@ -15,4 +15,4 @@ def print_costs(recipe: Recipe, machine: str, device: str | None) -> None:
     else:
         where = choose_device(device)
         stages = cost.estimates(recipe.computed_on(where))
-        costs_table(stages, [cost.measured_here(stage, where) for stage in stages])
+        costs_table(stages, [cost.measure_machine(stage, where) for stage in stages])

@@ -172,7 +172,7 @@ def search_settings(
 ) -> tuple[list[dict[str, Any]], Path]:
     """Call :func:`advebm.sampling.tune.tune`; return all trials, best first, and the path of a figure of them."""
     if features is None:
-        space = evaluate.feature_space(evaluate.OWN, run.model(checkpoint)[0].to(device))
+        space = evaluate.feature_space(evaluate.OWN_FEATURES, run.model(checkpoint)[0].to(device))
     else:
         space = evaluate.find_space(features).load(device)
     options |= {"judge": compare.feature_weights(features), "checkpoint": checkpoint, "device": device}
@@ -209,7 +209,7 @@ def compare_sets(
     data = run.data
     model = run.model(str(options.get("checkpoint", "latest")))[0].to(device)
     about = about or {}
-    own = evaluate.feature_space(evaluate.OWN, model)
+    own = evaluate.feature_space(evaluate.OWN_FEATURES, model)
     space = own if features is None else evaluate.find_space(features).load(device)
     sets: dict[str, SampleSet] = {}
     numbers = range(seed, seed + seeds)
