@@ -87,7 +87,7 @@ class ClassGaussians:
         measurements.
         """
         if not 0 <= shrinkage <= 1:
-            raise UserError(f"shrinkage lies in [0, 1], got {shrinkage}")
+            raise UserError(f"shrinkage must lie in [0, 1], got {shrinkage}")
         members = (
             tuple((y == k).nonzero().squeeze(1) for k in range(classes)) if y is not None else (torch.arange(len(x)),)
         )

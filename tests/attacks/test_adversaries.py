@@ -518,7 +518,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path):
         find_verdicts(ZERO, POINTS[:0], y[:0], Attack())
     with pytest.raises(UserError, match="divide by 255"):
         find_verdicts(ZERO, POINTS * 255, y, Attack())
-    with pytest.raises(UserError, match="labels lie in 0 to 1"):
+    with pytest.raises(UserError, match="labels must lie in 0 to 1"):
         find_verdicts(ZERO, POINTS, y + 2, Attack())
     undefined = Plain(lambda x: torch.stack([(x - x).sqrt().sum((1, 2, 3)), x.sum((1, 2, 3)) * 0], 1))
     with pytest.raises(UserError, match="gradient in the images is NaN"):
@@ -539,7 +539,7 @@ def test_few_images_are_drawn_from_all_classes(small_run):
     assert torch.equal(random_subset(subject, 60).split.x, random_subset(subject, 60).split.x)
     assert random_subset(subject, 10_000) is subject
     for metric in (RobustAccuracy, TargetedAccuracy):
-        with pytest.raises(UserError, match="images is at least 1 or none"):
+        with pytest.raises(UserError, match="images must be at least 1 or none"):
             metric(images=0)
 
 

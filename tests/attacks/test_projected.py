@@ -122,7 +122,7 @@ def test_the_clean_image_counts_as_an_attack(batch):
         ({"eps": 8.0}, "write 8/255, not 8"),
         ({"steps": 0}, "at least 1"),
         ({"restarts": 0}, "at least 1"),
-        ({"step_size": 0.0}, "step_size is > 0"),
+        ({"step_size": 0.0}, "step_size must be > 0"),
         ({"spread": -1.0}, "deviation >= 0"),
     ],
 )

@@ -241,10 +241,13 @@ MISTAKES = {
         [*AT, "--data.val", "0.0001"],
         "1797 images are too few to cut shares of 0.2, 0.0001",
     ),
-    "momentum": ([*AT, "--optimizer.momentum", "-1", "--optimizer.nesterov", "no"], r"momentum lies in \[0, 1\)"),
+    "momentum": (
+        [*AT, "--optimizer.momentum", "-1", "--optimizer.nesterov", "no"],
+        r"momentum must lie in \[0, 1\)",
+    ),
     "list that is none": ([*AT, "--optimizer", "adam", "--optimizer.betas", "[0.9, {"], "takes a list such as 1,2,3"),
     "empty module": ([*AT, "--data", ":"], "cannot be imported"),
-    "shrinkage": ([*AT, "--sampler.shrinkage", "7"], "shrinkage lies in"),
+    "shrinkage": ([*AT, "--sampler.shrinkage", "7"], "shrinkage must lie in"),
     "long name": ([*AT, "--device", "cpu", "--out", "x" * 300], "cannot write"),
     "infinite rate": ([*AT, "--optimizer.lr", "inf"], "takes a number"),
 }

@@ -47,7 +47,7 @@ def test_so_many_threads_here_and_in_processes_to_come(environment):
     threads.use_threads(1)
     assert torch.get_num_threads() == 1
     assert os.environ["OMP_NUM_THREADS"] == "1"
-    with pytest.raises(UserError, match="--threads is at least 1, got 0"):
+    with pytest.raises(UserError, match="--threads must be at least 1, got 0"):
         threads.use_threads(0)
 
 

@@ -215,7 +215,7 @@ def test_settings():
     for bad in ({"scale": 0.0}, {"scale": 1.5}, {"grey": 1.1}, {"jitter": -0.1}):
         with pytest.raises(UserError, match=r"scale is a share in \(0, 1\], grey one in \[0, 1\] and jitter"):
             Augment(**bad)
-    with pytest.raises(UserError, match=r"jitter is at most 2.5"):
+    with pytest.raises(UserError, match=r"jitter must be at most 2.5"):
         Augment(jitter=3.0)
     with pytest.raises(UserError, match="grey or RGB images"):
         Augment(jitter=0.5)(torch.rand(2, 2, 8, 8), rng.generator(0))

@@ -300,7 +300,7 @@ def test_npz_archives(tmp_path):
         ({"x": x.astype(float), "y": y}, "x is uint8"),
         ({"x": x, "y": y[:3]}, "y whole numbers"),
         ({"y": y}, "it needs arrays x and y"),
-        ({"x": x, "y": np.where(y == 1, -1, y)}, "labels y are >= 0, got -1"),
+        ({"x": x, "y": np.where(y == 1, -1, y)}, "labels y must be >= 0, got -1"),
         ({"x": x[..., :2], "y": y}, "1 or 3 channels"),
     ):
         np.savez(path, **arrays)

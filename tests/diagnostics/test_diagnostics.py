@@ -293,9 +293,9 @@ def test_diagnose_of_a_critic(tmp_path, capsys):
 
 MISTAKES = {
     "what": (["--what", "lanscape"], "no diagnostic 'lanscape' (did you mean 'landscape'?)"),
-    "images": (["--images", "1"], "--images is at least 2, got 1"),
-    "steps": (["--steps", "0"], "--steps is at least 2, got 0"),
-    "reach": (["--reach", "0"], "--reach is > 0, got 0.0"),
+    "images": (["--images", "1"], "--images must be at least 2, got 1"),
+    "steps": (["--steps", "0"], "--steps must be at least 2, got 0"),
+    "reach": (["--reach", "0"], "--reach must be > 0, got 0.0"),
     "along": (["--along", "up"], "random, gradient, pca"),
     "method": (["--method", "css"], "did you mean 'cs'"),
 }

@@ -398,13 +398,13 @@ def test_autoattack_has_to_be_as_strong_as_plain_descent(standard):
 @pytest.mark.parametrize(
     ("x", "y", "threat", "message"),
     [
-        (255 * X, Y, THREAT, r"images lie in \[0, 1\], got \[0, 255\]; divide by 255"),
+        (255 * X, Y, THREAT, r"images must lie in \[0, 1\], got \[0, 255\]; divide by 255"),
         ((255 * X).byte(), Y, THREAT, "divide bytes by 255"),
         (2 * X - 1, Y, THREAT, "undo the normalisation"),
         (X[0], Y, THREAT, "images are a tensor"),
         (X, Y[:-1], THREAT, r"labels are a tensor \(300,\), one for each image"),
         (X, Y.float(), THREAT, "labels are int64"),
-        (X, Y - 1, THREAT, "labels lie in 0 to"),
+        (X, Y - 1, THREAT, "labels must lie in 0 to"),
         (X[:40], Y[:40], THREAT, "at least 50 images, got 40"),
         (X, Y, Attack(eps=0), "radius above 0"),
     ],

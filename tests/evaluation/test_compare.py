@@ -166,7 +166,7 @@ def test_parts_of_a_source_are_disjoint_and_whole():
     key = lambda images: {tuple(x.flatten().tolist()) for x in images.x}
     assert key(first.train) | key(rest.train) == key(whole.train)
     assert torch.equal(first.test.x, whole.test.x)
-    with pytest.raises(UserError, match="share lies in"):
+    with pytest.raises(UserError, match="share must lie in"):
         Part(share=1.0)
 
 
@@ -292,7 +292,7 @@ def test_bad_experiments_are_refused(tmp_path, capsys):
     with pytest.raises(UserError, match="is a run; --out takes a folder for the whole experiment"):
         experiments.reproduce("jeat-figure5", run)
     shutil.rmtree(run)
-    with pytest.raises(UserError, match="seeds is at least 1"):
+    with pytest.raises(UserError, match="seeds must be at least 1"):
         experiments.reproduce("jeat-figure5", tmp_path, seeds=0)
     with pytest.raises(
         UserError,

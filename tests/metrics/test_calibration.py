@@ -159,7 +159,7 @@ def test_the_error_of_ece_is_about_its_spread(generator):
 
 
 def test_what_cannot_be_calibrated_is_refused(subject, generator):
-    with pytest.raises(UserError, match="bins is at least 1"):
+    with pytest.raises(UserError, match="bins must be at least 1"):
         Calibration(bins=0)
     with pytest.raises(UserError, match="needs a classifier"):
         Calibration()(subject._replace(model=Pixels(1.0, outputs=1)), generator)

@@ -384,7 +384,7 @@ REFUSED = [
     ({"scores": (ODIN(), ODIN())}, "named once each"),
     ({"eps": 8, "norm": "linf"}, "write 8/255"),
     ({"norm": "l1"}, "one of l2, linf"),
-    ({"count": 1}, "count is at least 2"),
+    ({"count": 1}, "count must be at least 2"),
     ({"restarts": 0}, "restarts at least 1"),
 ]
 
@@ -398,7 +398,7 @@ def test_settings_that_mean_nothing_are_refused(options, message):
 def test_two_sets_of_one_name_and_a_bad_temperature_are_refused(generator):
     with pytest.raises(UserError, match="two sets are called grey"):
         OutOfDistribution(sets=(Grey((1, 2)), Grey((3, 4))))(levels_subject(Brightness()), generator)
-    with pytest.raises(UserError, match="temperature is > 0"):
+    with pytest.raises(UserError, match="temperature must be > 0"):
         ODIN(temperature=0)
 
 
@@ -494,5 +494,5 @@ def test_detectors_restart_and_refuse_what_they_cannot_judge(monkeypatch):
     few = subject._replace(split=split.take(slice(4)))
     with pytest.raises(UserError, match="2 images of its class and of others, b has 1"):
         Detectors()(few, torch.Generator())
-    with pytest.raises(UserError, match="count is at least 2"):
+    with pytest.raises(UserError, match="count must be at least 2"):
         Detectors(count=1)

@@ -233,10 +233,10 @@ def test_weights_begin_as_documented(name, norm):
 BAD = [
     (lambda: WideResNet(depth=27), r"depth is 6n \+ 4, so one of 10, 16, 22, 28, 34, ..., got 27"),
     (lambda: WideResNet(depth=4), "depth is 6n .* got 4"),
-    (lambda: WideResNet(widen=0), "widen is at least 1, got 0"),
+    (lambda: WideResNet(widen=0), "widen must be at least 1, got 0"),
     (lambda: ResNet(depth=9), "depth is one of 8, 18, 50, got 9"),
-    (lambda: ResNet(width=0), "width is at least 1, got 0"),
-    (lambda: PreActResNet(width=0), "width is at least 1, got 0"),
+    (lambda: ResNet(width=0), "width must be at least 1, got 0"),
+    (lambda: PreActResNet(width=0), "width must be at least 1, got 0"),
     (lambda: ResNet(norm="layer"), "norm is one of batch, group, dual, none, got 'layer'"),
     (lambda: WideResNet(activation="gelu"), "activation is one of silu, relu, leaky_relu, got 'gelu'"),
     (lambda: PreActResNet(norm="batsh"), "did you mean 'batch'"),

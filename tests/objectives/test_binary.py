@@ -290,10 +290,10 @@ def test_a_critic_that_wins_is_noticed_once(accuracy, move, warned):
 
 def test_bad_settings_are_refused():
     for make, message in (
-        (lambda: BinaryAT(step_size=0), "step_size is > 0"),
-        (lambda: BinaryAT(r1=-1), "r1 and inside_steps are >= 0"),
-        (lambda: BinaryMLE(radius=0), "radius is > 0 or none"),
-        (lambda: BinaryAT(inside_radius=-1), "inside_radius is > 0"),
+        (lambda: BinaryAT(step_size=0), "step_size must be > 0"),
+        (lambda: BinaryAT(r1=-1), "r1 and inside_steps must be >= 0"),
+        (lambda: BinaryMLE(radius=0), "radius must be > 0 or none"),
+        (lambda: BinaryAT(inside_radius=-1), "inside_radius must be > 0"),
         (lambda: BinaryAT(r1_at="there"), "is one of perturbed, data"),
         (lambda: Ascent(start="class"), "a critic has no classes"),
     ):
@@ -373,7 +373,7 @@ def test_bad_sources_are_refused():
     for make, message in (
         (lambda: Patches(channels=2), "channels 1 or 3"),
         (lambda: Patches(smallest=9, largest=8), "smallest <= largest"),
-        (lambda: Patches(largest=80).load(), "largest is at most 64, what a split has, got 80"),
+        (lambda: Patches(largest=80).load(), "largest must be at most 64, what a split has, got 80"),
         (lambda: Patches(contrast=0.49, smallest=8, largest=8).load(), "too few squares have a contrast of 0.49"),
         (lambda: Patches(contrast=1), "contrast is a deviation"),
         (lambda: Patches(val=0.5, test=0.5), "positive shares"),

@@ -677,19 +677,19 @@ def test_a_classifier_may_begin_with_an_encoder(tmp_path):
 
 def test_bad_settings_are_refused(batch, generator, tmp_path):
     for bad, match in [
-        (lambda: InfoNCE(temperature=0.0), "temperature is > 0, got 0.0"),
-        (lambda: InfoNCE(temperature=float("nan")), "temperature is > 0"),
-        (lambda: InfoNCE(hidden=0), "hidden and outputs are at least 1, got 0 and 64"),
+        (lambda: InfoNCE(temperature=0.0), "temperature must be > 0, got 0.0"),
+        (lambda: InfoNCE(temperature=float("nan")), "temperature must be > 0"),
+        (lambda: InfoNCE(hidden=0), "hidden and outputs must be at least 1, got 0 and 64"),
         (lambda: InfoNCE(form="simclr"), "form is one of nt-xent, infonce"),
-        (lambda: Negatives(queue=-1), "queue and hardness are >= 0"),
-        (lambda: Negatives(hardness=-0.5), "queue and hardness are >= 0"),
-        (lambda: AdversarialInfoNCE(consistency=-1.0), "consistency and langevin are >= 0"),
-        (lambda: AdversarialInfoNCE(langevin=-1.0), "consistency and langevin are >= 0"),
+        (lambda: Negatives(queue=-1), "queue and hardness must be >= 0"),
+        (lambda: Negatives(hardness=-0.5), "queue and hardness must be >= 0"),
+        (lambda: AdversarialInfoNCE(consistency=-1.0), "consistency and langevin must be >= 0"),
+        (lambda: AdversarialInfoNCE(langevin=-1.0), "consistency and langevin must be >= 0"),
         (lambda: ACL(attack=Attack(restarts=2)), "attack.restarts is 1 here"),
         (lambda: AWP(InfoNCE()), "awp goes around an objective of classifiers or critics, not InfoNCE"),
         (lambda: InfoNCE().init(batch.x[:1], generator), "which has 1; raise train.batch"),
         (lambda: InfoNCE(negatives=Negatives(queue=5)).init(batch.x, generator), "a queue of 5 is smaller than the 6"),
-        (lambda: Architecture(SmallConv(), 6, 1, 8, (0.5,), (0.2,), hidden=0), "hidden is at least 1, or none"),
+        (lambda: Architecture(SmallConv(), 6, 1, 8, (0.5,), (0.2,), hidden=0), "hidden must be at least 1, or none"),
         (lambda: train(small(train__batch=1), tmp_path / "a", device="cpu"), "which has 1; raise train.batch"),
         (
             lambda: train(small(objective__negatives__queue=5_000), tmp_path / "b", device="cpu"),

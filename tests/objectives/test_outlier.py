@@ -122,7 +122,7 @@ def test_momentum_is_that_of_the_loop(net, batch):
     raised = lambda x: nn.functional.cross_entropy(f(x), batch.y, reduction="none")
     close(plain.raise_loss(f, batch.x, batch.y, None), reference.momentum_ascent(raised, batch.x, 0.5, 0.2, 4, 0.0))
     for options in ({"momentum": 0.9}, {"norm": "l2", "momentum": 1.0}, {"norm": "l2", "momentum": -0.1}):
-        with pytest.raises(UserError, match=r"momentum lies in \[0, 1\) and is for norm l2"):
+        with pytest.raises(UserError, match=r"momentum must lie in \[0, 1\) and is for norm l2"):
             Attack(**options)
 
 
@@ -247,11 +247,11 @@ def test_every_other_class_is_a_target(net):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OE(weight=-1), "weight is >= 0, got -1"),
-        (lambda: RATIO(weight=-1), "weight is >= 0, got -1"),
+        (lambda: OE(weight=-1), "weight must be >= 0, got -1"),
+        (lambda: RATIO(weight=-1), "weight must be >= 0, got -1"),
         (lambda: DAT(ascend="both"), "ascend is one of class, marginal"),
-        (lambda: DAT(step_size=0), "step_size is > 0 and r1 >= 0"),
-        (lambda: DAT(r1=-1), "step_size is > 0 and r1 >= 0"),
+        (lambda: DAT(step_size=0), "step_size must be > 0 and r1 >= 0"),
+        (lambda: DAT(r1=-1), "step_size must be > 0 and r1 >= 0"),
     ],
 )
 def test_bad_settings_are_refused(make, message):

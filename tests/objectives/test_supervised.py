@@ -422,13 +422,13 @@ def test_bad_settings_are_refused(tmp_path, batch):
         (lambda: FAST(Attack(steps=4)), "training by one step, got attack.steps 4"),
         (lambda: PreJEAT(Attack(steps=1)), "attack.loss is energy, got cross-entropy"),
         (lambda: JEAT(attack=Attack(steps=1)), "attack.loss is energy, got cross-entropy"),
-        (lambda: JEM(weight=-1), "weight is >= 0"),
+        (lambda: JEM(weight=-1), "weight must be >= 0"),
         (lambda: FREE(eps=8), "write 8/255, not 8"),
-        (lambda: FREE(replays=0), "replays is at least 1"),
+        (lambda: FREE(replays=0), "replays must be at least 1"),
         (lambda: AWP(FREE()), "without replays, not FREE"),
-        (lambda: AWP(gamma=-1), "gamma and warmup are >= 0"),
+        (lambda: AWP(gamma=-1), "gamma and warmup must be >= 0"),
         (lambda: SGLD(restart=2), "restart in"),
-        (lambda: SGLD(step_size=0), "step_size is > 0"),
+        (lambda: SGLD(step_size=0), "step_size must be > 0"),
         (lambda: JEM(SGLD(buffer=4)).init(batch.x, rng.generator(0)), "4 chains is smaller than the 6 images"),
     ):
         with pytest.raises(UserError, match=message):

@@ -339,7 +339,7 @@ def test_what_cannot_be_carried_out_is_refused(tmp_path, capsys):
     assert "say how large with --scale, one of full, gpu-30min, cpu-30min, digits" in refused("jeat-table2")
     assert "--quick is of experiments" in refused("dat", "--scale", "digits", "--quick")
     assert "no option --metrics" in refused("dat", "--scale", "digits", "--metrics", "accuracy")
-    assert "seeds is at least 1" in refused("dat", "--scale", "digits", "--seeds", "0")
+    assert "seeds must be at least 1" in refused("dat", "--scale", "digits", "--seeds", "0")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").touch()

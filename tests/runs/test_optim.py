@@ -59,7 +59,7 @@ def test_lars_resumes_skips_and_does_not_divide_by_zero():
     again.step()
     assert torch.equal(copies[0], moving)
     for bad in ({"momentum": 1.0}, {"trust": 0.0}):
-        with pytest.raises(UserError, match=r"momentum lies in \[0, 1\) and trust is > 0"):
+        with pytest.raises(UserError, match=r"momentum must lie in \[0, 1\) and trust must be > 0"):
             LARS(**bad)
-    with pytest.raises(UserError, match="lr is > 0"):
+    with pytest.raises(UserError, match="lr must be > 0"):
         LARS(lr=0.0)

@@ -306,8 +306,8 @@ def test_mistakes_are_named(net, batch, digits):
         too_many: lambda: NPPGD(count=2000).bank(digits),
         "NPLangevin contrasts samples with images": lambda: NPLangevin()(net, batch.y, batch.x),
         "interact in groups of at least 2, got group 1": lambda: MaxEnt(group=1),
-        "tau is > 0, got 0": lambda: MaxEnt(tau=0.0),
-        "count is at least 1, got 0": lambda: NPPGD(count=0),
+        "tau must be > 0, got 0": lambda: MaxEnt(tau=0.0),
+        "count must be at least 1, got 0": lambda: NPPGD(count=0),
         "samples of MaxEnt interact, and one is left alone": lambda: MaxEnt()(net, batch.y[:1], batch.x[:1]),
         "one is left alone; draw another number": lambda: generate.generate(net, MaxEnt(), digits, torch.zeros(501)),
         "interact in groups of 6, and batch 5 holds no group": lambda: MaxEnt()(net, batch.y, batch.x, batch=5),
@@ -627,8 +627,8 @@ def test_the_python_interface_draws_from_encoders(run, digits):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Probe(c=0.0), "c is > 0 and iterations at least 1"),
-        (lambda: NearestNeighbours(k=0), "k is at least 1, got 0"),
+        (lambda: Probe(c=0.0), "c must be > 0 and iterations at least 1"),
+        (lambda: NearestNeighbours(k=0), "k must be at least 1, got 0"),
     ],
 )
 def test_bad_probes_are_refused(make, message):

@@ -233,7 +233,7 @@ MISTAKES = [
     (["score", "--edit.steps", "3"], "score takes no --edit options"),
     (["compose", "--classes", "1,2", "--edit.weights", "1"], "as many models as classes and weights"),
     (["translate", "--out", "."], ". is a run; --out takes a folder for this edit"),
-    (["translate", "--count", "0"], "--count is at least 1"),
+    (["translate", "--count", "0"], "--count must be at least 1"),
     (["translate", "--frm", "x"], "unexpected '--frm'"),
 ]
 

@@ -254,9 +254,9 @@ def test_compared_methods_are_as_tuned_and_other_seeds_are_named(run, capsys):
 
 
 MISTAKES = {
-    "steps": (["--steps", "0"], "--steps is at least 1, got 0"),
-    "batch": (["--batch", "0"], "--batch is at least 1, got 0"),
-    "processes": (["--processes", "0"], "--processes is at least 1"),
+    "steps": (["--steps", "0"], "--steps must be at least 1, got 0"),
+    "batch": (["--batch", "0"], "--batch must be at least 1, got 0"),
+    "processes": (["--processes", "0"], "--processes must be at least 1"),
     "classes": (["--classes", "one"], "--classes takes numbers such as 0,3,7, got 'one'"),
     "class": (["--classes", "10"], "digits has classes 0 to 9, got 10"),
     "method": (["--compare", "ta,css"], "no sampler 'css' (did you mean 'cs'?)"),

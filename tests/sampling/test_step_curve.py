@@ -108,7 +108,7 @@ def test_best_and_reached():
 
 def test_bad_chains_are_refused(bowl):
     for options in ({"count": 1}, {"steps": ()}, {"steps": (3, 2)}, {"steps": (1, 1)}, {"steps": (-1, 2)}):
-        with pytest.raises(UserError, match="count is at least 2, and steps are rising numbers"):
+        with pytest.raises(UserError, match="count must be at least 2, and steps are rising numbers"):
             Chains(**options)
     with pytest.raises(UserError, match="is one of val, train"):
         Chains("test")

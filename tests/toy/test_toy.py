@@ -184,7 +184,7 @@ def test_chains_of_maximum_likelihood_go_on():
         ({"density": "moon"}, r"no density 'moon' \(did you mean 'moons'\?\); there is eight-gaussians"),
         ({"method": "at"}, "no method 'at'.*there is binary-at, mle"),
         ({"p0": "uniforn"}, r"no p0 'uniforn' \(did you mean 'uniform'\?\)"),
-        ({"updates": 0}, "updates and batch are at least 1 and frames 2, got 0, "),
+        ({"updates": 0}, "updates and batch must be at least 1 and frames 2, got 0, "),
         ({"frames": 1}, "frames 2, got .* and 1"),
     ],
 )

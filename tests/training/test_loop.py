@@ -346,7 +346,7 @@ def test_schedules_by_hand():
     assert [Cyclic(peak=0.4)(i, 100) for i in (0, 20, 40, 45, 70, 100)] == pytest.approx([0, 0.5, 1, 55 / 60, 0.5, 0])
     with pytest.raises(UserError, match="nesterov needs momentum"):
         SGD(momentum=0)
-    with pytest.raises(UserError, match="lr is > 0"):
+    with pytest.raises(UserError, match="lr must be > 0"):
         SGD(lr=-1)
 
 
@@ -461,7 +461,7 @@ def test_no_images_take_over_the_weights_as_they_are(tmp_path, small_run):
     # killed before its first checkpoint, it still begins with those weights
     shutil.rmtree(run.folder / "checkpoints")
     assert same(weights(train(recipe, run.folder, resume=True, device="cpu")), weights(small_run, "ema"))
-    with pytest.raises(UserError, match="images is at least 0, got -1"):
+    with pytest.raises(UserError, match="images must be at least 0, got -1"):
         tiny(train__images=-1)
 
 

@@ -54,7 +54,7 @@ class APGD(Adversary):
         check_radius(self.eps, self.norm)
         if min(self.steps, self.targets, self.restarts, self.samples) < 1:
             counts = f"{self.steps}, {self.targets}, {self.restarts} and {self.samples}"
-            raise UserError(f"steps, targets, restarts and samples are at least 1, got {counts}")
+            raise UserError(f"steps, targets, restarts and samples must be at least 1, got {counts}")
 
     @property
     def label(self) -> str:

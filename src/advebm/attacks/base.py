@@ -124,7 +124,7 @@ def check_radius(eps: float, norm: str) -> None:
     if not eps >= 0:
         raise UserError(f"eps is a radius >= 0 in pixels of [0, 1], got {eps}")
     if eps > 1 and norm == "linf":
-        raise UserError(f"an linf eps is at most 1 in pixels of [0, 1], got {eps}; write 8/255, not 8")
+        raise UserError(f"an linf eps must be at most 1 in pixels of [0, 1], got {eps}; write 8/255, not 8")
 
 
 def likely_class(f: Logits, x: Tensor, y: Tensor, rank: int) -> Tensor:

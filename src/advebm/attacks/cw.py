@@ -40,9 +40,9 @@ class CW(Adversary):
 
     def __post_init__(self) -> None:
         if not (self.c > 0 and self.rate > 0 and self.kappa >= 0):
-            raise UserError(f"c and rate are > 0 and kappa >= 0, got {self.c}, {self.rate} and {self.kappa}")
+            raise UserError(f"c and rate must be > 0 and kappa >= 0, got {self.c}, {self.rate} and {self.kappa}")
         if min(self.steps, self.searches) < 1:
-            raise UserError(f"steps and searches are at least 1, got {self.steps} and {self.searches}")
+            raise UserError(f"steps and searches must be at least 1, got {self.steps} and {self.searches}")
 
     @property
     def name(self) -> str:

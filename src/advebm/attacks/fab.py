@@ -46,7 +46,7 @@ class FAB(Adversary):
         check_radius(self.eps, self.norm)
         if min(self.steps, self.targets, self.restarts) < 1:
             counts = f"{self.steps}, {self.targets} and {self.restarts}"
-            raise UserError(f"steps, targets and restarts are at least 1, got {counts}")
+            raise UserError(f"steps, targets and restarts must be at least 1, got {counts}")
 
     @property
     def label(self) -> str:

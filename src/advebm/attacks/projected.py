@@ -53,13 +53,13 @@ class Attack(Adversary):
         check_choices(self)
         check_radius(self.eps, self.norm)
         if self.steps < 1 or self.restarts < 1:
-            raise UserError(f"steps and restarts are at least 1, got {self.steps} and {self.restarts}")
+            raise UserError(f"steps and restarts must be at least 1, got {self.steps} and {self.restarts}")
         if self.step_size is not None and not self.step_size > 0:
-            raise UserError(f"step_size is > 0 or none (2.5 eps / steps), got {self.step_size}")
+            raise UserError(f"step_size must be > 0 or none (2.5 eps / steps), got {self.step_size}")
         if self.spread < 0:
             raise UserError(f"spread is a deviation >= 0, got {self.spread}")
         if not 0 <= self.momentum < 1 or (self.momentum and self.norm == "linf"):
-            raise UserError(f"momentum lies in [0, 1) and is for norm l2, got {self.momentum} with {self.norm}")
+            raise UserError(f"momentum must lie in [0, 1) and is for norm l2, got {self.momentum} with {self.norm}")
 
     def raise_loss(self, f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return images (B, C, H, W) in [0, 1] within eps of ``x``, of high ``loss``; ``f`` may be wrong already."""

@@ -41,7 +41,7 @@ class Square(Adversary):
         check_choices(self)
         check_radius(self.eps, self.norm)
         if self.queries < 1:
-            raise UserError(f"queries is at least 1, got {self.queries}")
+            raise UserError(f"queries must be at least 1, got {self.queries}")
 
     @property
     def name(self) -> str:

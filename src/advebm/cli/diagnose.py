@@ -47,7 +47,7 @@ def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
 
     check_at_least(args, 2, "images", "steps")
     if not args.reach > 0:
-        raise UserError(f"--reach is > 0, got {args.reach}")
+        raise UserError(f"--reach must be > 0, got {args.reach}")
     runs = [Run.open(path) for path in args.runs]
     options = {"count": args.images, "along": args.along, "reach": args.reach, "steps": args.steps, "seed": args.seed}
     options |= {"checkpoint": args.checkpoint, "device": choose_device(args.device)}

@@ -103,6 +103,6 @@ def _check(args: argparse.Namespace) -> None:
             flag = {"goal": "class", "others": "with", "source": "from"}.get(name, name)
             raise UserError(f"--{flag} is for {', '.join(takers)}; {args.what} takes none")
     if args.count < 1:
-        raise UserError(f"--count is at least 1, got {args.count}")
+        raise UserError(f"--count must be at least 1, got {args.count}")
     if args.image and (args.split or args.source):
         raise UserError("--image or --split, not both; --from goes with --split")

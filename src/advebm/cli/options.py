@@ -121,4 +121,4 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
     """Raise UserError if a named option is below ``least``; ignore options that were not given."""
     for name in names:
         if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is at least {least}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")

@@ -27,7 +27,7 @@ def images(x: Tensor) -> Tensor:
         low, high = x.min().item(), x.max().item()
         if not (low >= 0 and high <= 1):  # also catches NaN
             fix = "divide by 255" if high > 2 else "undo the normalisation: it is the first layer of the model"
-            raise UserError(f"images lie in [0, 1], got [{low:.3g}, {high:.3g}]; {fix}")
+            raise UserError(f"images must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {fix}")
     return x
 
 
@@ -39,7 +39,7 @@ def labels(y: Tensor, count: int | None, classes: int) -> Tensor:
     if y.dtype != torch.int64:
         raise UserError(f"labels are int64, got {y.dtype}; call y.long()")
     if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
-        raise UserError(f"labels lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
+        raise UserError(f"labels must lie in 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
     return y
 
 

@@ -25,7 +25,7 @@ _given: list[int] = []  # the count that the user chose, if any
 def use_threads(count: int) -> None:
     """Compute with ``count`` threads from now on, in this process and those that it starts."""
     if count < 1:
-        raise UserError(f"--threads is at least 1, got {count}")
+        raise UserError(f"--threads must be at least 1, got {count}")
     import torch
 
     _given[:] = [count]

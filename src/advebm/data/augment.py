@@ -53,7 +53,7 @@ class Augment:
             got = f"{self.scale}, {self.grey} and {self.jitter}"
             raise UserError(f"scale is a share in (0, 1], grey one in [0, 1] and jitter a strength >= 0, got {got}")
         if self.jitter > 2.5:
-            raise UserError(f"jitter is at most 2.5, half a turn of the hue either way, got {self.jitter}")
+            raise UserError(f"jitter must be at most 2.5, half a turn of the hue either way, got {self.jitter}")
         if self.cutout < 0:
             raise UserError(f"cutout is a number of pixels >= 0, got {self.cutout}")
 

@@ -50,7 +50,7 @@ class Patches:
     def __post_init__(self) -> None:
         if self.size < 1 or self.channels not in (1, 3) or not 1 <= self.smallest <= self.largest:
             got = f"{self.size}, {self.channels}, {self.smallest} and {self.largest}"
-            raise UserError(f"size is at least 1, channels 1 or 3, 1 <= smallest <= largest, got {got}")
+            raise UserError(f"size must be at least 1, channels 1 or 3, 1 <= smallest <= largest, got {got}")
         if not 0 <= self.contrast < 0.5:
             raise UserError(f"contrast is a deviation in [0, 0.5), got {self.contrast}")
         if not (self.val > 0 and self.test > 0 and self.val + self.test < 1):
@@ -74,7 +74,7 @@ class Patches:
         """Return ``count`` random squares of photographs (P, 3, H, W), as uint8."""
         height, width = photographs.shape[2:]
         if self.largest > min(height, width):
-            raise UserError(f"largest is at most {min(height, width)}, what a split has, got {self.largest}")
+            raise UserError(f"largest must be at most {min(height, width)}, what a split has, got {self.largest}")
         kept: list[Images] = []
         drawn = max(count, ROUND)
         for _ in range(TRIES):
@@ -116,7 +116,7 @@ class NoiseImages:
     def __post_init__(self) -> None:
         if self.size < 1 or self.channels not in (1, 3) or self.count < 10:
             got = f"{self.size}, {self.channels} and {self.count}"
-            raise UserError(f"size is at least 1, channels 1 or 3 and count at least 10, got {got}")
+            raise UserError(f"size must be at least 1, channels 1 or 3 and count at least 10, got {got}")
 
     def load(self) -> Data:
         """Return 10,000 training, 1,000 validation and 2,000 test images by default."""

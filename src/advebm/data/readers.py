@@ -241,7 +241,9 @@ class Npz:
             arrays = {"x": arrays["x"], "y": np.full(arrays["x"].shape[:1], -1)}
         first = self._images(path, arrays["x"], arrays["y"])
         if not unlabelled and int(first.y.min()) < 0:
-            raise UserError(f"{path}: labels y are >= 0, got {int(first.y.min())}; leave y out for unlabelled images")
+            raise UserError(
+                f"{path}: labels y must be >= 0, got {int(first.y.min())}; leave y out for unlabelled images"
+            )
         if not int(first.y.max()):
             raise UserError(f"{path}: all labels y are 0; a classifier needs at least 2 classes")
         classes = UNLABELLED if unlabelled else tuple(str(k) for k in range(int(first.y.max()) + 1))

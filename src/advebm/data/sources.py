@@ -177,7 +177,7 @@ class Part(Derived):
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise UserError(f"share lies in (0, 1), got {self.share}")
+            raise UserError(f"share must lie in (0, 1), got {self.share}")
 
     def outline(self) -> DataSpec:
         """Return the source's specification, with fewer training images."""
@@ -228,7 +228,7 @@ class Classes(Derived):
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise UserError(f"count is at least 1 class, got {self.count}")
+            raise UserError(f"count must be at least 1 class, got {self.count}")
 
     def outline(self) -> DataSpec:
         """Return the shape and the number of classes."""

@@ -96,10 +96,12 @@ class Edit:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.steps < 0 or not 0 < self.step_decay <= 1:
-            raise UserError(f"steps is >= 0 and step_decay lies in (0, 1], got {self.steps} and {self.step_decay}")
+            raise UserError(
+                f"steps must be >= 0 and step_decay must lie in (0, 1], got {self.steps} and {self.step_decay}"
+            )
         for name in ("step_size", "radius"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} is > 0 or none, got {value}")
+                raise UserError(f"{name} must be > 0 or none, got {value}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         """Return the problem for images (B, C, H, W) and, if the edit takes one, a hole (B, 1, H, W), bool."""

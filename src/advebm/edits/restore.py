@@ -89,7 +89,7 @@ class Denoise(Edit):
         super().__post_init__()
         if not self.sigma > 0 or not self.prior >= 0 or not 0 <= self.off < 1:
             got = f"{self.sigma}, {self.prior} and {self.off}"
-            raise UserError(f"sigma is > 0, prior >= 0 and off lies in [0, 1), got {got}")
+            raise UserError(f"sigma must be > 0, prior >= 0 and off must lie in [0, 1), got {got}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         """Start from the noisy image, for salt and pepper with the noisy pixels replaced by medians."""
@@ -135,7 +135,7 @@ class Upsample(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.factor < 2:
-            raise UserError(f"factor is at least 2, got {self.factor}")
+            raise UserError(f"factor must be at least 2, got {self.factor}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         """Start from the bicubic enlargement, projected onto the constraint."""

@@ -44,7 +44,7 @@ class Translate(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.amount >= 0:
-            raise UserError(f"amount is >= 0, got {self.amount}")
+            raise UserError(f"amount must be >= 0, got {self.amount}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         return Problem(x, self.within(), x)
@@ -216,7 +216,9 @@ class Counterfactual(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.level < 1 or self.searches < 1:
-            raise UserError(f"level lies in (0, 1) and searches is at least 1, got {self.level} and {self.searches}")
+            raise UserError(
+                f"level must lie in (0, 1) and searches must be at least 1, got {self.level} and {self.searches}"
+            )
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None = None, **options: Any) -> Edited:
         """Find counterfactuals for classes ``y (B,)``; None: the second most likely class of each image.

@@ -126,7 +126,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.bins < 1:
-            raise UserError(f"bins is at least 1, got {self.bins}")
+            raise UserError(f"bins must be at least 1, got {self.bins}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return ``ECE``, ``MCE``, ``NLL``, ``Brier score``; then ``temperature`` and all four after scaling."""

@@ -39,7 +39,7 @@ class Detectors:
     def __post_init__(self) -> None:
         if self.count < 2 or min(self.steps, self.restarts) < 1:
             counts = f"{self.count}, {self.steps} and {self.restarts}"
-            raise UserError(f"count is at least 2, steps and restarts at least 1, got {counts}")
+            raise UserError(f"count must be at least 2, steps and restarts at least 1, got {counts}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return ``AUROC of detectors``, clean and under attack; ``series`` contains the AUROC of each class."""

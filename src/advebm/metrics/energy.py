@@ -30,7 +30,7 @@ class Energies:
 
     def __post_init__(self) -> None:
         if self.noise < 2 or self.bins < 1:
-            raise UserError(f"noise is at least 2 images and bins at least 1, got {self.noise} and {self.bins}")
+            raise UserError(f"noise must be at least 2 images and bins at least 1, got {self.noise} and {self.bins}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return a record ``E(x) of …`` for each set: the mean in nats, with the standard deviation in its settings."""

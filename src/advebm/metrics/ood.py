@@ -114,7 +114,7 @@ class ODIN:
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and self.step >= 0):
-            raise UserError(f"temperature is > 0 and step >= 0, got {self.temperature} and {self.step}")
+            raise UserError(f"temperature must be > 0 and step >= 0, got {self.temperature} and {self.step}")
 
     @property
     def name(self) -> str:
@@ -219,7 +219,7 @@ def _checked(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
         if scores.ndim != 1 or len(scores) < 2 or not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).sum())
             what = f"shape {tuple(scores.shape)}" + f", {bad} of them NaN or infinite" * (bad > 0)
-            raise UserError(f"{name} scores are at least 2 finite numbers (N,), got {what}")
+            raise UserError(f"{name} scores must be at least 2 finite numbers (N,), got {what}")
     return inside.double().cpu(), outside.double().cpu()
 
 
@@ -274,7 +274,7 @@ class OutOfDistribution:
             check_radius(self.eps, self.norm)
         if self.count < 2 or min(self.steps, self.restarts) < 1:
             counts = f"{self.count}, {self.steps} and {self.restarts}"
-            raise UserError(f"count is at least 2, steps and restarts at least 1, got {counts}")
+            raise UserError(f"count must be at least 2, steps and restarts at least 1, got {counts}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return five records, such as ``AUROC energy vs uniform``, for each set and score, clean and worst case."""

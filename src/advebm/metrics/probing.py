@@ -61,7 +61,7 @@ class Probe:
     def __post_init__(self) -> None:
         config.check_choices(self)
         if not self.c > 0 or self.iterations < 1:
-            raise UserError(f"c is > 0 and iterations at least 1, got {self.c} and {self.iterations}")
+            raise UserError(f"c must be > 0 and iterations at least 1, got {self.c} and {self.iterations}")
 
     @property
     def name(self) -> str:
@@ -149,7 +149,7 @@ class NearestNeighbours:
     def __post_init__(self) -> None:
         config.check_choices(self)
         if self.k < 1:
-            raise UserError(f"k is at least 1, got {self.k}")
+            raise UserError(f"k must be at least 1, got {self.k}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         subject.check_labelled()

@@ -26,7 +26,7 @@ def measure(subject: Subject, attack: Adversary | None, generator: torch.Generat
 def check_image_count(images: int | None) -> None:
     """Raise UserError if ``images`` is below 1.  None is allowed and means all images."""
     if images is not None and images < 1:
-        raise UserError(f"images is at least 1 or none, which takes all, got {images}")
+        raise UserError(f"images must be at least 1 or none, which takes all, got {images}")
 
 
 def random_subset(subject: Subject, images: int | None) -> Subject:

@@ -117,11 +117,11 @@ class Architecture:
     def __post_init__(self) -> None:
         if min(self.outputs, self.channels, self.size) < 1 or len(self.mean) != self.channels:
             raise UserError(
-                f"outputs, channels and size are at least 1 and there is a mean a channel, got "
+                f"outputs, channels and size must be at least 1 and there is a mean a channel, got "
                 f"{self.outputs}, {self.channels}, {self.size} and {len(self.mean)} means"
             )
         if self.hidden is not None and self.hidden < 1:
-            raise UserError(f"hidden is at least 1, or none for a linear head, got {self.hidden}")
+            raise UserError(f"hidden must be at least 1, or none for a linear head, got {self.hidden}")
 
     def build(self, seed: int = 0) -> Network:
         """Build a network with new weights that depend on ``seed`` alone; the global random state does not change."""

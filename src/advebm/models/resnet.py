@@ -117,7 +117,7 @@ class ResNet:
         if self.depth not in LAYOUTS:
             raise UserError(f"depth is one of {', '.join(map(str, LAYOUTS))}, got {self.depth}")
         if self.width is not None and self.width < 1:
-            raise UserError(f"width is at least 1, got {self.width}")
+            raise UserError(f"width must be at least 1, got {self.width}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
         """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is at least 8."""
@@ -159,7 +159,7 @@ class PreActResNet:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.width < 1:
-            raise UserError(f"width is at least 1, got {self.width}")
+            raise UserError(f"width must be at least 1, got {self.width}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
         """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is at least 8."""

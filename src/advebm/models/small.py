@@ -32,7 +32,7 @@ class SmallConv:
     def __post_init__(self) -> None:
         check_choices(self)
         if min(self.width, self.features or 1) < 1:
-            raise UserError(f"width and features are at least 1, got {self.width} and {self.features}")
+            raise UserError(f"width and features must be at least 1, got {self.width} and {self.features}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
         """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is 8, 16 or 32."""

@@ -56,7 +56,9 @@ class StarGAN:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.widest < 1 or (self.width is not None and not 1 <= self.width <= self.widest):
-            raise UserError(f"widest is at least 1 and width at most that or none, got {self.widest} and {self.width}")
+            raise UserError(
+                f"widest must be at least 1 and width at most that or none, got {self.widest} and {self.width}"
+            )
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
         """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is 8, 16, …, 1024."""

@@ -41,7 +41,7 @@ class WideResNet:
         if self.depth < 10 or self.depth % 6 != 4:
             raise UserError(f"depth is 6n + 4, so one of 10, 16, 22, 28, 34, ..., got {self.depth}")
         if self.widen < 1:
-            raise UserError(f"widen is at least 1, got {self.widen}")
+            raise UserError(f"widen must be at least 1, got {self.widen}")
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
         """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``; ``size`` is at least 8."""

@@ -56,7 +56,7 @@ class AWP(Wrapper):
 
     def __post_init__(self) -> None:
         if not self.gamma >= 0 or self.warmup < 0:
-            raise UserError(f"gamma and warmup are >= 0, got {self.gamma} and {self.warmup}")
+            raise UserError(f"gamma and warmup must be >= 0, got {self.gamma} and {self.warmup}")
         if self.objective.hidden is not None:
             raise UserError(
                 f"awp goes around an objective of classifiers or critics, not {type(self.objective).__name__}"

@@ -69,10 +69,10 @@ class BinaryAT(Stateless):
         check_choices(self)
         if not self.step_size > 0 or not self.r1 >= 0 or self.inside_steps < 0:
             got = f"{self.step_size}, {self.r1} and {self.inside_steps}"
-            raise UserError(f"step_size is > 0, r1 and inside_steps are >= 0, got {got}")
+            raise UserError(f"step_size must be > 0, r1 and inside_steps must be >= 0, got {got}")
         for name in ("radius", "inside_radius"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} is > 0 or none, got {value}")
+                raise UserError(f"{name} must be > 0 or none, got {value}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> CurriculumState:
         return self.curriculum.init()

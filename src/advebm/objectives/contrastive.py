@@ -56,7 +56,7 @@ class Negatives:
 
     def __post_init__(self) -> None:
         if self.queue < 0 or not self.hardness >= 0:
-            raise UserError(f"queue and hardness are >= 0, got {self.queue} and {self.hardness}")
+            raise UserError(f"queue and hardness must be >= 0, got {self.queue} and {self.hardness}")
 
 
 class Queue:
@@ -120,9 +120,9 @@ class InfoNCE:
     def __post_init__(self) -> None:
         check_choices(self)
         if min(self.hidden, self.outputs) < 1:
-            raise UserError(f"hidden and outputs are at least 1, got {self.hidden} and {self.outputs}")
+            raise UserError(f"hidden and outputs must be at least 1, got {self.hidden} and {self.outputs}")
         if not 0 < self.temperature < math.inf:
-            raise UserError(f"temperature is > 0, got {self.temperature}; SimCLR and ACL have 0.5 on CIFAR-10")
+            raise UserError(f"temperature must be > 0, got {self.temperature}; SimCLR and ACL have 0.5 on CIFAR-10")
 
     @property
     def cites(self) -> tuple[str, ...]:
@@ -288,7 +288,7 @@ class AdversarialInfoNCE(InfoNCE):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.consistency >= 0 or not (self.langevin is None or self.langevin >= 0):
-            raise UserError(f"consistency and langevin are >= 0, got {self.consistency} and {self.langevin}")
+            raise UserError(f"consistency and langevin must be >= 0, got {self.consistency} and {self.langevin}")
         if self.attack.restarts != 1:
             raise UserError("attack.restarts is 1 here, as the loss of an image depends on the others of its batch")
 

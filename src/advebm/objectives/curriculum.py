@@ -70,7 +70,7 @@ class Curriculum:
             raise UserError(f"gate is an AUROC in [0, 1) or none, got {self.gate}")
         if self.window < 1 or (self.images_per_step is not None and self.images_per_step < 1):
             raise UserError(
-                f"window and images_per_step are at least 1 image, got {self.window} and {self.images_per_step}"
+                f"window and images_per_step must be at least 1 image, got {self.window} and {self.images_per_step}"
             )
 
     def init(self) -> CurriculumState:

@@ -58,7 +58,7 @@ class DAT(Stateless):
     def __post_init__(self) -> None:
         check_choices(self)
         if not (self.step_size > 0 and self.r1 >= 0):
-            raise UserError(f"step_size is > 0 and r1 >= 0, got {self.step_size} and {self.r1}")
+            raise UserError(f"step_size must be > 0 and r1 >= 0, got {self.step_size} and {self.r1}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> CurriculumState:
         return self.curriculum.init()

@@ -52,7 +52,7 @@ class FAST(AT):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.watch_every < 0 or not 0 < self.fall <= 1:
-            raise UserError(f"watch_every is >= 0 and fall in (0, 1], got {self.watch_every} and {self.fall}")
+            raise UserError(f"watch_every must be >= 0 and fall in (0, 1], got {self.watch_every} and {self.fall}")
         if self.attack.steps != 1:
             raise UserError(f"fast is training by one step, got attack.steps {self.attack.steps}; see at for more")
 

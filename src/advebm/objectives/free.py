@@ -54,9 +54,9 @@ class FREE(Stateless):
         if not 0 <= self.eps <= 1:
             raise UserError(f"eps is a radius in [0, 1], got {self.eps}; write 8/255, not 8")
         if self.replays < 1:
-            raise UserError(f"replays is at least 1, got {self.replays}")
+            raise UserError(f"replays must be at least 1, got {self.replays}")
         if self.step_size is not None and not self.step_size > 0:
-            raise UserError(f"step_size is > 0 or none (eps), got {self.step_size}")
+            raise UserError(f"step_size must be > 0 or none (eps), got {self.step_size}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> Perturbation:
         """Return zero perturbations, as in the authors' code."""

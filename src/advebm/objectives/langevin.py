@@ -45,9 +45,9 @@ class SGLD:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.buffer < 0 or not 0 <= self.restart <= 1:
             got = f"{self.steps}, {self.buffer}, {self.restart}"
-            raise UserError(f"steps is at least 1, buffer at least 0 and restart in [0, 1], got {got}")
+            raise UserError(f"steps must be at least 1, buffer at least 0 and restart in [0, 1], got {got}")
         if not (self.step_size > 0 and self.noise >= 0):
-            raise UserError(f"step_size is > 0 and noise >= 0, got {self.step_size} and {self.noise}")
+            raise UserError(f"step_size must be > 0 and noise >= 0, got {self.step_size} and {self.noise}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> ReplayBuffer | None:
         """Return a replay buffer of uniform noise, or None without a buffer."""
@@ -106,7 +106,7 @@ class _Sampled(Stateless):
 
     def __post_init__(self) -> None:
         if not (self.data_noise >= 0 and self.energy_l2 >= 0):
-            raise UserError(f"data_noise and energy_l2 are >= 0, got {self.data_noise} and {self.energy_l2}")
+            raise UserError(f"data_noise and energy_l2 must be >= 0, got {self.data_noise} and {self.energy_l2}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> ReplayBuffer | None:
         return self.negatives.init(like, generator)
@@ -171,7 +171,7 @@ class JEM(_Sampled):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.weight >= 0:
-            raise UserError(f"weight is >= 0, got {self.weight}")
+            raise UserError(f"weight must be >= 0, got {self.weight}")
 
     def loss(
         self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context

@@ -69,7 +69,7 @@ class OE(Stateless):
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
-            raise UserError(f"weight is >= 0, got {self.weight}")
+            raise UserError(f"weight must be >= 0, got {self.weight}")
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Pair:
         assert batch.outside is not None
@@ -101,7 +101,7 @@ class RATIO(Stateless):
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
-            raise UserError(f"weight is >= 0, got {self.weight}")
+            raise UserError(f"weight must be >= 0, got {self.weight}")
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Pair:
         """Return adversarial images of the data, and outside images moved to high confidence."""

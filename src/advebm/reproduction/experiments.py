@@ -67,7 +67,7 @@ def reproduce(
     else:
         check_experiment(name, quick)
     if seeds < 1:
-        raise UserError(f"seeds is at least 1, got {seeds}")
+        raise UserError(f"seeds must be at least 1, got {seeds}")
     if (folder / "config.yaml").exists():
         whole = "experiment" if scale is None else "table"
         raise UserError(f"{folder} is a run; --out takes a folder for the whole {whole}")

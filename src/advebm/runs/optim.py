@@ -32,7 +32,7 @@ class SGD:
     def __post_init__(self) -> None:
         _check_rates(self.lr, self.weight_decay)
         if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum lies in [0, 1), got {self.momentum}")
+            raise UserError(f"momentum must lie in [0, 1), got {self.momentum}")
         if self.nesterov and not self.momentum > 0:
             raise UserError("nesterov needs momentum > 0; set nesterov to false")
 
@@ -110,7 +110,7 @@ class LARS:
     def __post_init__(self) -> None:
         _check_rates(self.lr, self.weight_decay)
         if not 0 <= self.momentum < 1 or not self.trust > 0:
-            raise UserError(f"momentum lies in [0, 1) and trust is > 0, got {self.momentum} and {self.trust}")
+            raise UserError(f"momentum must lie in [0, 1) and trust must be > 0, got {self.momentum} and {self.trust}")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return LayerwiseSGD(parameters, self.lr, self.momentum, self.weight_decay, self.trust)
@@ -118,7 +118,7 @@ class LARS:
 
 def _check_rates(lr: float, weight_decay: float) -> None:
     if not lr > 0 or not weight_decay >= 0:
-        raise UserError(f"lr is > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
+        raise UserError(f"lr must be > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
 
 
 class Schedule(Protocol):
@@ -170,7 +170,7 @@ class Steps:
     def __post_init__(self) -> None:
         if not (all(0 < at < 1 for at in self.at) and 0 <= self.warmup < 1 and self.factor > 0):
             got = f"{self.at}, {self.warmup}, {self.factor}"
-            raise UserError(f"at are shares in (0, 1), warmup is one in [0, 1) and factor is > 0, got {got}")
+            raise UserError(f"at are shares in (0, 1), warmup is one in [0, 1) and factor must be > 0, got {got}")
 
     def __call__(self, images: int, total: int) -> float:
         share = images / total

@@ -67,19 +67,19 @@ class Training:
     def __post_init__(self) -> None:
         config.check_choices(self)
         if self.images < 0:
-            raise UserError(f"images is at least 0, got {self.images}")
+            raise UserError(f"images must be at least 0, got {self.images}")
         for name in ("batch", "streams", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} is at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch % self.streams:
             raise UserError(f"batch {self.batch} cannot be cut into {self.streams} equal streams")
         if min(self.ema, self.rollbacks) < 0 or not 0 < self.backoff <= 1:
             got = f"{self.ema}, {self.rollbacks}, {self.backoff}"
-            raise UserError(f"ema and rollbacks are >= 0 and backoff lies in (0, 1], got {got}")
+            raise UserError(f"ema and rollbacks must be >= 0 and backoff must lie in (0, 1], got {got}")
         if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip is > 0 or none, got {self.clip}")
+            raise UserError(f"clip must be > 0 or none, got {self.clip}")
         if self.validate_with is not None and self.validate_with < 1:
-            raise UserError(f"validate_with is at least 1 or none, got {self.validate_with}")
+            raise UserError(f"validate_with must be at least 1 or none, got {self.validate_with}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,16 +88,16 @@ class Sampler:
             got = f"{self.steps}, {self.step_size}, {self.noise}"
             raise UserError(f"a sampler takes steps >= 0, finite step_size > 0 and noise >= 0, got {got}")
         if self.radius is not None and not self.radius > 0:
-            raise UserError(f"radius is > 0 or none, got {self.radius}")
+            raise UserError(f"radius must be > 0 or none, got {self.radius}")
         if not 0 <= self.momentum < 1 or not 0 <= self.shrinkage <= 1:
             got = f"{self.momentum}, {self.shrinkage}"
-            raise UserError(f"momentum lies in [0, 1) and shrinkage lies in [0, 1], got {got}")
+            raise UserError(f"momentum must lie in [0, 1) and shrinkage must lie in [0, 1], got {got}")
         if not (0 < self.step_decay <= 1 and 0 < self.noise_decay <= 1):
             got = f"{self.step_decay}, {self.noise_decay}"
             raise UserError(f"step_decay and noise_decay are shares in (0, 1], got {got}")
         if self.temperature is not None:
             if not self.temperature >= 0:
-                raise UserError(f"temperature is >= 0 or none, got {self.temperature}")
+                raise UserError(f"temperature must be >= 0 or none, got {self.temperature}")
             if self.direction != "raw" or self.momentum or self.noise:
                 raise UserError(
                     "a temperature is of Langevin dynamics: raw directions, no momentum, and no other noise; set "

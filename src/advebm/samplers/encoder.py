@@ -44,7 +44,7 @@ class OfEncoder(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tau is not None and not self.tau > 0:
-            raise UserError(f"tau is > 0, got {self.tau}; none takes the objective's")
+            raise UserError(f"tau must be > 0, got {self.tau}; none takes the objective's")
         if self.group < 2:
             raise UserError(f"samples interact in groups of at least 2, got group {self.group}")
 
@@ -123,7 +123,7 @@ class Contrasting(OfEncoder):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.count < 1:
-            raise UserError(f"count is at least 1, got {self.count}")
+            raise UserError(f"count must be at least 1, got {self.count}")
 
     @property
     def coupled(self) -> bool:

@@ -59,7 +59,7 @@ class Chains:
         config.check_choices(self)
         if self.count < 2 or not self.steps or list(self.steps) != sorted({*self.steps}) or self.steps[0] < 0:
             got = f"{self.count} and {self.steps}"
-            raise UserError(f"count is at least 2, and steps are rising numbers >= 0, got {got}")
+            raise UserError(f"count must be at least 2, and steps are rising numbers >= 0, got {got}")
 
     def __call__(
         self, model: nn.Module, sampler: Sampler, data: Data, space: Features, *, outside: Data | None = None

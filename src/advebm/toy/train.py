@@ -150,7 +150,7 @@ def train_toy(
         UserError: an unknown name, ``updates`` or ``batch`` below 1, ``frames`` below 2.
     """
     if updates < 1 or batch < 1 or frames < 2:
-        raise UserError(f"updates and batch are at least 1 and frames 2, got {updates}, {batch} and {frames}")
+        raise UserError(f"updates and batch must be at least 1 and frames 2, got {updates}, {batch} and {frames}")
     data, how, draws = densities.find_density(density), find_method(method), seeded("toy", seed)
     model = network(draws)
     optimizer = torch.optim.Adam(model.parameters(), rate)
