@@ -10,7 +10,7 @@ from torch import nn
 
 from advebm.attacks.apgd import APGD, _look, ascend, maximise
 from advebm.attacks.autoattack import AutoAttack
-from advebm.attacks.base import Adversary, Run, critic_as_classifier, dlr, is_correct, margin
+from advebm.attacks.base import Adversary, AttackRun, critic_as_classifier, dlr, is_correct, margin
 from advebm.attacks.cw import CW
 from advebm.attacks.fab import FAB, onto_plane
 from advebm.attacks.projected import Attack, Targeted
@@ -431,7 +431,7 @@ class Halves(Adversary):
 
             return run
 
-        return [Run("low", search(0.3), 1), Run("high", search(0.6), 1)]
+        return [AttackRun("low", search(0.3), 1), AttackRun("high", search(0.6), 1)]
 
 
 ZERO = Plain(lambda x: torch.stack([0.5 + 0 * x[:, 0, 0, 0], (x[:, 0, 0, 0] == 0).to(x.dtype)], 1))
@@ -539,7 +539,7 @@ def test_few_images_are_drawn_from_all_classes(small_run):
     assert torch.equal(random_subset(subject, 60).split.x, random_subset(subject, 60).split.x)
     assert random_subset(subject, 10_000) is subject
     for metric in (RobustAccuracy, TargetedAccuracy):
-        with pytest.raises(UserError, match="images must be at least 1 or none"):
+        with pytest.raises(UserError, match="images must be at least 1, or none"):
             metric(images=0)
 
 
@@ -598,7 +598,7 @@ def test_an_attack_that_leaves_its_ball_is_refused(described):
 
     class Outside(Halves):
         def runs(self, classes):
-            return [Run("out", lambda f, x, y, generator: x - 0.5, 1)]
+            return [AttackRun("out", lambda f, x, y, generator: x - 0.5, 1)]
 
     for attack in (Far(), Outside()):
         with pytest.raises(UserError, match="left its ball or the box"):
@@ -668,3 +668,10 @@ def test_what_cannot_be_folded_is_left_alone():
 
     for model in (Odd().eval(), Alternating().eval()):
         assert faster_model(model, torch.rand(2, 1, 4, 4)) is model
+
+
+def test_a_critic_is_refused_by_every_attack():
+    critic = nn.Sequential(nn.Flatten(), nn.Linear(4, 1))
+    for model in (critic, nn.Sequential(critic, nn.Flatten(0))):
+        with pytest.raises(UserError, match="accuracy needs a classifier, the model has one output"):
+            Attack()(model, torch.rand(3, 1, 2, 2), torch.tensor([0, 0, 0]))

@@ -150,14 +150,14 @@ def test_the_policy_is_the_published_one():
 def test_every_plan_is_followed_as_with_pillow(shape):
     plan, library = every_plan(), pictures(shape)
     x = library[torch.randint(len(library), (len(plan.sub),), generator=torch.Generator().manual_seed(1))]
-    out = autoaugment.apply(x.float() / 255, plan)
+    out = autoaugment.apply_plan(x.float() / 255, plan)
     assert torch.equal(out, planned(x, plan).float() / 255)
 
 
 def test_a_drawn_plan_is_the_whole_of_the_randomness():
     x = pictures((3, 32, 32)).repeat(8, 1, 1, 1)
     out = autoaugment.autoaugment(x.float() / 255, torch.Generator().manual_seed(3))
-    plan = autoaugment.draw(len(x), torch.Generator().manual_seed(3))
+    plan = autoaugment.draw_plan(len(x), torch.Generator().manual_seed(3))
     assert torch.equal(out, planned(x, plan).float() / 255)
     assert (out * 255 != x).flatten(1).any(1).float().mean() > 0.4
 
@@ -166,25 +166,25 @@ def test_an_image_depends_on_its_own_numbers_alone():
     plan, library = every_plan(), pictures((3, 32, 32)).float() / 255
     x = library[torch.arange(400) % len(library)]
     before = x.clone()
-    together = autoaugment.apply(x, plan)
+    together = autoaugment.apply_plan(x, plan)
     assert torch.equal(x, before)
     for i in range(0, 400, 7):
-        assert torch.equal(autoaugment.apply(x[i : i + 1], pick(plan, slice(i, i + 1))), together[i : i + 1])
+        assert torch.equal(autoaugment.apply_plan(x[i : i + 1], pick(plan, slice(i, i + 1))), together[i : i + 1])
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(autoaugment.apply(x[order], pick(plan, order)), together[order])
+    assert torch.equal(autoaugment.apply_plan(x[order], pick(plan, order)), together[order])
 
 
 def test_images_are_rounded_to_bytes_once():
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     plan = Plan(torch.zeros(4, dtype=torch.long), torch.zeros(4, 2, dtype=torch.bool), torch.ones(4, 2))
-    out = autoaugment.apply(x, plan)
+    out = autoaugment.apply_plan(x, plan)
     assert out.dtype == x.dtype
     assert torch.equal(out, (x * 255).round() / 255)
 
 
 def test_what_is_drawn_has_the_probabilities_of_the_policy():
     count = 100_000
-    plan = autoaugment.draw(count, torch.Generator().manual_seed(0))
+    plan = autoaugment.draw_plan(count, torch.Generator().manual_seed(0))
     members = plan.sub.bincount(minlength=25)
     assert ((members - count / 25).abs() < 5 * (count / 25) ** 0.5).all()
     for sub, pair in enumerate(POLICY):
@@ -204,7 +204,7 @@ def test_what_is_drawn_has_the_probabilities_of_the_policy():
 
 def test_the_generator_decides_and_nothing_else():
     state = torch.random.get_rng_state()
-    draw = lambda seed: autoaugment.draw(50, rng.generator(seed))
+    draw = lambda seed: autoaugment.draw_plan(50, rng.generator(seed))
     for a, b in zip(draw(0), draw(0), strict=True):
         assert torch.equal(a, b)
     for a, b in zip(draw(0), draw(1), strict=True):

@@ -23,7 +23,7 @@ from advebm.metrics.base import Subject
 from advebm.metrics.energy import Energies
 from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.ood import OutOfDistribution
-from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, measure
+from advebm.metrics.robustness import RobustAccuracy, TargetedAccuracy, measure_accuracy
 from advebm.metrics.verdicts import find_verdicts
 from advebm.models.precision import asked_precision
 from advebm.objectives.at import AT
@@ -155,7 +155,7 @@ def test_a_targeted_attack_goes_to_another_class(small_run):
     (record,) = TargetedAccuracy()(subject, torch.Generator().manual_seed(1))
     stands = find_verdicts(model, split.x, split.y, Targeted(attack), seed=3).standing().float().mean().item()
     assert record.value == pytest.approx(stands, abs=0.1)  # other goals
-    untargeted = measure(subject, attack, torch.Generator().manual_seed(1))[0]
+    untargeted = measure_accuracy(subject, attack, torch.Generator().manual_seed(1))[0]
     assert record.value > untargeted
 
 

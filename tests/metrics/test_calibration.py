@@ -11,7 +11,7 @@ from advebm.attacks.projected import Attack
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Images
 from advebm.metrics.base import Subject
-from advebm.metrics.calibration import Calibration, Reliability, brier, negative_log_likelihood, temperature
+from advebm.metrics.calibration import Calibration, Reliability, brier, fit_temperature, negative_log_likelihood
 from advebm.metrics.distances import jackknife
 from advebm.reporting import figures
 
@@ -26,37 +26,37 @@ def test_labels_drawn_from_the_models_probabilities_are_calibrated(generator):
     logits, y = honest(20_000, generator)
     assert Reliability.of(logits, y, 15).expected_error() < 0.01
     assert Reliability.of(3 * logits, y, 15).expected_error() > 0.1
-    t, error = temperature(logits, y)
+    t, error = fit_temperature(logits, y)
     assert abs(t - 1) < 4 * error
     assert error < 0.02
 
 
 def test_three_times_the_logits_have_three_times_the_temperature(generator):
     logits, y = honest(2_000, generator)
-    assert temperature(3 * logits, y) == pytest.approx([3 * v for v in temperature(logits, y)], rel=1e-9)
+    assert fit_temperature(3 * logits, y) == pytest.approx([3 * v for v in fit_temperature(logits, y)], rel=1e-9)
     grid = np.linspace(2, 4, 801)
     losses = [torch.nn.functional.cross_entropy(3 * logits / t, y).item() for t in grid]
-    assert temperature(3 * logits, y)[0] == pytest.approx(grid[np.argmin(losses)], abs=0.003)
+    assert fit_temperature(3 * logits, y)[0] == pytest.approx(grid[np.argmin(losses)], abs=0.003)
 
 
 def test_the_error_of_the_temperature_is_a_jackknifes(generator):
     """Also where the model is wrong by more than a temperature: images of large logits have labels that are noise."""
     logits, y = honest(300, generator)
     logits[:30], y[:30] = 5 * logits[:30], torch.randint(5, (30,), generator=generator)
-    error = jackknife(lambda kept: temperature(logits[list(kept)], y[list(kept)])[0], 300)
-    assert temperature(logits, y)[1] == pytest.approx(error, rel=0.05)
+    error = jackknife(lambda kept: fit_temperature(logits[list(kept)], y[list(kept)])[0], 300)
+    assert fit_temperature(logits, y)[1] == pytest.approx(error, rel=0.05)
 
 
 def test_there_may_be_no_best_temperature(subject, generator):
     logits, y = torch.eye(4, dtype=torch.float64).repeat(3, 1), torch.arange(4).repeat(3)
-    with pytest.raises(UserError, match="for 12 images of which all are classified right"):
-        temperature(logits, y)
-    with pytest.raises(UserError, match="of which too few"):
-        temperature(logits, (y + 1) % 4)
+    with pytest.raises(UserError, match="these 12 images: every image is classified correctly"):
+        fit_temperature(logits, y)
+    with pytest.raises(UserError, match="logits are on average not above"):
+        fit_temperature(logits, (y + 1) % 4)
     val = subject.data.val
     easy = val.take(Pixels(1.0)(val.float()).argmax(1) == val.y)
     subject = subject._replace(data=subject.data._replace(val=easy))
-    with pytest.warns(UserWarning, match="without temperature scaling: no temperature is the best"):
+    with pytest.warns(UserWarning, match="without temperature scaling: no finite temperature is optimal"):
         records = Calibration()(subject, generator)
     assert [r.name for r in records] == ["ECE", "MCE", "NLL", "Brier score"]
 
@@ -131,7 +131,9 @@ def subject(generator):
 def test_the_temperature_comes_from_the_validation_split(subject, generator):
     records = {r.name: r for r in Calibration()(subject, generator)}
     t = records["temperature"]
-    assert t.value == pytest.approx(temperature(Pixels(3.0)(subject.data.val.float()), subject.data.val.y)[0], rel=1e-6)
+    assert t.value == pytest.approx(
+        fit_temperature(Pixels(3.0)(subject.data.val.float()), subject.data.val.y)[0], rel=1e-6
+    )
     assert abs(t.value - 3) < 4 * t.error
     assert t.count == 3000
     for name in ("ECE", "MCE", "NLL", "Brier score"):

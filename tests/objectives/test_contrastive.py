@@ -648,7 +648,7 @@ def test_passes_of_both_views_are_counted():
 
 
 def test_validation_attacks_through_the_adversarial_branch_in_equal_parts(encoder, batch, monkeypatch):
-    monkeypatch.setattr("advebm.objectives.contrastive.PART", 3)
+    monkeypatch.setattr("advebm.objectives.contrastive.MAX_VALIDATION_GROUP", 3)
     objective, net = ACL(**TINY), copy.deepcopy(encoder).eval()
     scores = objective.validate(encoder, batch, GENTLE, rng.generator(0))
     clean, attacked = [], []

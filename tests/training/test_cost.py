@@ -15,7 +15,7 @@ from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data.sources import Classes, DataSpec, Digits, Part, Unlabelled, find_spec
 from advebm.metrics.base import Subject
-from advebm.metrics.robustness import measure
+from advebm.metrics.robustness import measure_accuracy
 from advebm.models import precision
 from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
@@ -176,7 +176,7 @@ def test_validation_is_counted_at_its_most():
         subject = Subject(model, data, images, dataclasses.replace(short.threat, eps=1e-7))
         COUNTS.update(forward=0, backward=0)
         for attack in (None, subject.threat):
-            assert measure(subject, attack, rng.generator(0))[0] == 1.0
+            assert measure_accuracy(subject, attack, rng.generator(0))[0] == 1.0
         taken.append(tuple(COUNTS.values()))
     forward, backward = ((more - less) / 30 for less, more in zip(*taken, strict=True))
     assert (told.validation.forward, told.validation.backward) == (forward, backward) == (8, 5)

@@ -241,7 +241,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, 
 def test_a_file_of_too_many_bytes_is_refused_before_it_is_opened(tmp_path):
     path = tmp_path / "large.png"
     with path.open("wb") as file:
-        file.truncate(inputs.BYTES + 1)
+        file.truncate(inputs.MAX_FILE_BYTES + 1)
     with pytest.raises(UserError, match="10 MB"):
         inputs.read_image(path, COLOUR)
 
@@ -311,17 +311,17 @@ def encoded(picture):
 
 
 def test_layers_are_read_as_they_were_brushed(tmp_path):
-    drawn = [layer(320, [(k, k)]) for k in range(inputs.LAYERS)]
+    drawn = [layer(320, [(k, k)]) for k in range(inputs.MAX_LAYERS)]
     (tmp_path / "last.png").write_bytes(encoded(drawn[-1]))
     found = inputs.read_layers([*map(encoded, drawn[:-1]), tmp_path / "last.png"])
     assert [picture.tobytes() for picture in found] == [picture.tobytes() for picture in drawn]
-    assert inputs.read_strokes(found, GREY)[1].sum() == inputs.LAYERS
+    assert inputs.read_strokes(found, GREY)[1].sum() == inputs.MAX_LAYERS
 
 
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ([b""] * (inputs.LAYERS + 1), "at most 4 brushed layers"),
+        ([b""] * (inputs.MAX_LAYERS + 1), "at most 4 brushed layers"),
         ([header(2_001, 2_000)], "too large"),
         ([header(60_000, 60_000)], "too large"),
         ([header(2_000, 2_000)], "cannot be read"),
@@ -502,7 +502,7 @@ def test_the_first_sample_is_there_in_three_seconds(small_run):
 
 def test_an_attack_shows_what_the_model_says(studio):
     x, label = studio.image(0)
-    for name in attacking.names(studio):
+    for name in attacking.attack_names(studio):
         norm = "linf" if name == "PGD" else "l2"
         target = str((label + 1) % 10)
         shown = attacking.attack(studio, x, label, name, norm, 0.2, 10, target, 0, Job())
@@ -515,12 +515,12 @@ def test_an_attack_shows_what_the_model_says(studio):
         rises = float(shown.table[1][2]) > float(shown.table[1][1])
         assert rises == (name != "nothing")
     with pytest.raises(UserError, match="already"):
-        attacking.attack(studio, x, label, attacking.TO_TARGET, "l2", 0.2, 10, str(label), 0, Job())
+        attacking.attack(studio, x, label, attacking.TARGETED_PGD, "l2", 0.2, 10, str(label), 0, Job())
 
 
 def test_a_critic_is_attacked_by_its_energy(critic):
     x, label = critic.image(0)
-    (name,) = attacking.names(critic)
+    (name,) = attacking.attack_names(critic)
     shown = attacking.attack(critic, x, label, name, "l2", 1.0, 10, "", 0, Job())
     assert float(shown.table[0][2]) > float(shown.table[0][1])
     assert shown.figure is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from advebm import energies
-from advebm.attacks.base import Adversary, Run, check_radius, dlr, likely_class, margin, radius_text
+from advebm.attacks.base import Adversary, AttackRun, ball_text, check_radius, dlr, margin, runner_up_class
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.core.rng import rand, randn
@@ -65,20 +65,22 @@ class APGD(Adversary):
     @property
     def name(self) -> str:
         """Return the name used in tables, such as ``APGD-CE 100 linf 8/255``."""
-        return f"{self.label} {self.steps} {radius_text(self.eps, self.norm)}"
+        return f"{self.label} {self.steps} {ball_text(self.eps, self.norm)}"
 
-    def runs(self, classes: int) -> list[Run]:
+    def runs(self, classes: int) -> list[AttackRun]:
         """Return one run for each target class and restart."""
         needed = {"dlr": 3, "targeted-dlr": 4}.get(self.loss, 2)
         if classes < needed:
             raise UserError(f"the loss {self.loss} takes at least {needed} classes, got {classes}; use margin")
         goals = range(1, min(self.targets, classes - 1) + 1) if self.loss == "targeted-dlr" else [0]
         passes = 1 + self.samples * (self.steps + 1)
-        return [Run(self.label, partial(self._search, goal), passes) for goal in goals for _ in range(self.restarts)]
+        return [
+            AttackRun(self.label, partial(self._search, goal), passes) for goal in goals for _ in range(self.restarts)
+        ]
 
     def _search(self, goal: int, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return misclassified points where the run found them, else the points of the highest loss."""
-        target = likely_class(f, x, y, goal) if goal else None
+        target = runner_up_class(f, x, y, goal) if goal else None
 
         def outcome(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             out = f(x)

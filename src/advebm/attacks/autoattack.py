@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from advebm.attacks.apgd import APGD
-from advebm.attacks.base import Adversary, Run, check_radius, radius_text
+from advebm.attacks.base import Adversary, AttackRun, ball_text, check_radius
 from advebm.attacks.fab import FAB
 from advebm.attacks.square import Square
 from advebm.core.config import check_choices
@@ -45,7 +45,7 @@ class AutoAttack(Adversary):
     def name(self) -> str:
         """Return the name used in tables, ``AutoAttack linf 8/255``; it includes any version but ``standard``."""
         version = "" if self.version == "standard" else f" {self.version}"
-        return f"AutoAttack{version} {radius_text(self.eps, self.norm)}"
+        return f"AutoAttack{version} {ball_text(self.eps, self.norm)}"
 
     def attacks(self, classes: int) -> list[Adversary]:
         """Return the attacks on a classifier of ``classes`` classes, in the order in which they run."""
@@ -63,5 +63,5 @@ class AutoAttack(Adversary):
             case "rand":
                 return [APGD(eps, norm, samples=20), replace(dlr, samples=20)]
 
-    def runs(self, classes: int) -> list[Run]:
+    def runs(self, classes: int) -> list[AttackRun]:
         return [run for attack in self.attacks(classes) for run in attack.runs(classes)]

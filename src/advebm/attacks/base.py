@@ -14,7 +14,7 @@ from advebm.models.modes import searching
 Search = Callable[[Logits, Tensor, Tensor, torch.Generator], Tensor]  # (f, x, y, generator) -> images like x
 
 
-class Run(NamedTuple):
+class AttackRun(NamedTuple):
     """One run of an attack, from one start towards at most one target class.
 
     Attributes:
@@ -49,7 +49,7 @@ class Adversary:
         """Return the name used in tables."""
         raise NotImplementedError
 
-    def runs(self, classes: int) -> Sequence[Run]:
+    def runs(self, classes: int) -> Sequence[AttackRun]:
         """Return the runs against a classifier of ``classes`` classes, in order.
 
         Raises:
@@ -85,23 +85,27 @@ class Adversary:
             generator: source of all random numbers.
         """
         with torch.no_grad():
-            out = f(x)
-        found, left = x.clone(), (out.argmax(1) == y).nonzero().squeeze(1)
-        for run in self.runs(out.shape[1]):
+            logits = check_classifier(f(x))
+        x_adv, left = x.clone(), (logits.argmax(1) == y).nonzero().squeeze(1)
+        for run in self.runs(logits.shape[1]):
             if len(left) == 0:
                 break
-            found[left] = run.search(f, x[left], y[left], generator)
-            left = left[is_correct(f, found[left], y[left])]
-        return found
+            x_adv[left] = run.search(f, x[left], y[left], generator)
+            left = left[is_correct(f, x_adv[left], y[left])]
+        return x_adv
 
 
 @torch.no_grad()
 def is_correct(f: Logits, x: Tensor, y: Tensor) -> Tensor:
     """Return which images are classified as labelled, bool (B,)."""
-    out = f(x)
-    if out.ndim != 2 or out.shape[1] < 2:
+    return check_classifier(f(x)).argmax(1) == y
+
+
+def check_classifier(outputs: Tensor) -> Tensor:
+    """Return the logits (B, K) of at least two classes; refuse other outputs."""
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise UserError("accuracy needs a classifier, the model has one output; choose --metrics without it")
-    return out.argmax(1) == y
+    return outputs
 
 
 def critic_as_classifier(f: Logits) -> Logits:
@@ -114,7 +118,7 @@ def critic_as_classifier(f: Logits) -> Logits:
     return logits
 
 
-def radius_text(eps: float, norm: str) -> str:
+def ball_text(eps: float, norm: str) -> str:
     """Return how tables write a ball: ``linf 8/255``, ``l2 0.5``."""
     return f"{norm} {eps * 255:.3g}/255" if norm == "linf" else f"{norm} {eps:.4g}"
 
@@ -127,7 +131,7 @@ def check_radius(eps: float, norm: str) -> None:
         raise UserError(f"an linf eps must be at most 1 in pixels of [0, 1], got {eps}; write 8/255, not 8")
 
 
-def likely_class(f: Logits, x: Tensor, y: Tensor, rank: int) -> Tensor:
+def runner_up_class(f: Logits, x: Tensor, y: Tensor, rank: int) -> Tensor:
     """Return each image's ``rank``-th most likely class other than ``y``, counted from 1: int64 (B,)."""
     with torch.no_grad():
         out = f(x).scatter(1, y[:, None], -torch.inf)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from advebm.attacks.base import Adversary, Run, margin
+from advebm.attacks.base import Adversary, AttackRun, margin
 from advebm.core.errors import UserError
 from advebm.descent import per_sample
 from advebm.energies import Logits
@@ -51,9 +51,9 @@ class CW(Adversary):
         kappa = f" kappa={self.kappa:g}" if self.kappa else ""
         return f"C&W-{self.steps}{times} l2 c={self.c:g}{kappa}"
 
-    def runs(self, classes: int) -> list[Run]:
+    def runs(self, classes: int) -> list[AttackRun]:
         """Return a single run, since each value of ``c`` depends on the result of the one before."""
-        return [Run("C&W", self._search, self.searches * self.steps)]
+        return [AttackRun("C&W", self._search, self.searches * self.steps)]
 
     def _search(self, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return the nearest misclassified points found; the images themselves where there were none."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advebm.attacks.base import Adversary, Run, check_radius, likely_class, margin, radius_text
+from advebm.attacks.base import Adversary, AttackRun, ball_text, check_radius, margin, runner_up_class
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.descent import per_sample, value_and_gradient
@@ -56,20 +56,20 @@ class FAB(Adversary):
     @property
     def name(self) -> str:
         """Return the name used in tables, such as ``FAB-T 100 linf 8/255``."""
-        return f"{self.label} {self.steps} {radius_text(self.eps, self.norm)}"
+        return f"{self.label} {self.steps} {ball_text(self.eps, self.norm)}"
 
-    def runs(self, classes: int) -> list[Run]:
+    def runs(self, classes: int) -> list[AttackRun]:
         """Return one run for each target class and restart."""
         goals = range(1, min(self.targets, classes - 1) + 1)
         return [
-            Run(self.label, partial(self._search, goal, start), 2 * self.steps + 1)
+            AttackRun(self.label, partial(self._search, goal, start), 2 * self.steps + 1)
             for goal in goals
             for start in range(self.restarts)
         ]
 
     def _search(self, goal: int, start: int, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return misclassified points within ``eps`` where the run found them, else the images themselves."""
-        target, found = likely_class(f, x, y, goal), x.clone()
+        target, found = runner_up_class(f, x, y, goal), x.clone()
         rows, at = torch.arange(len(x), device=x.device), x
         if start:
             at = (x + self.eps / 2 * self._direction(x, generator)).clamp(0, 1)

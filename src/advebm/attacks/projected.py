@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from advebm import energies
-from advebm.attacks.base import Adversary, Run, check_radius, margin, radius_text
+from advebm.attacks.base import Adversary, AttackRun, ball_text, check_radius, margin
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.descent import Descent, Energy, Observer, both, box, heavy_ball, l2_ball, linf_ball, sign, unit
@@ -105,9 +105,9 @@ class Attack(Adversary):
             return lambda x: -margin(f(x), y)
         return lambda x: -energies.conditional(f(x), y)
 
-    def runs(self, classes: int) -> list[Run]:
+    def runs(self, classes: int) -> list[AttackRun]:
         once = replace(self, restarts=1)
-        return [Run(self.name, once.raise_loss, self.steps)] * self.restarts
+        return [AttackRun(self.name, once.raise_loss, self.steps)] * self.restarts
 
     @property
     def name(self) -> str:
@@ -116,7 +116,7 @@ class Attack(Adversary):
         kind = "FGSM" if kind == "PGD" and self.start == "clean" and self.steps == 1 else kind
         times = "" if self.restarts == 1 else f" x {self.restarts}"
         steps = "" if kind == "FGSM" else f"-{self.steps}"
-        return f"{kind}{steps}{times} {radius_text(self.eps, self.norm)}"
+        return f"{kind}{steps}{times} {ball_text(self.eps, self.norm)}"
 
 
 def fgsm(eps: float, norm: Literal["linf", "l2"] = "linf") -> Attack:
@@ -147,11 +147,11 @@ class Targeted(Adversary):
         """Return the name used in tables, such as ``targeted PGD-20 linf 8/255``."""
         return f"targeted {self.attack.name}"
 
-    def runs(self, classes: int) -> list[Run]:
+    def runs(self, classes: int) -> list[AttackRun]:
         once = replace(self.attack, restarts=1)
 
         def search(f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
             goal = (y + torch.randint(1, classes, y.shape, generator=generator, device=y.device)) % classes
             return once.minimize(lambda z: energies.conditional(f(z), goal), x, generator)
 
-        return [Run(self.name, search, self.attack.steps)] * self.attack.restarts
+        return [AttackRun(self.name, search, self.attack.steps)] * self.attack.restarts

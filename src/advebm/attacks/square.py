@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from advebm.attacks.base import Adversary, Run, check_radius, margin, radius_text
+from advebm.attacks.base import Adversary, AttackRun, ball_text, check_radius, margin
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.descent import per_sample
@@ -46,10 +46,10 @@ class Square(Adversary):
     @property
     def name(self) -> str:
         """Return the name used in tables, such as ``Square 5000 linf 8/255``."""
-        return f"Square {self.queries} {radius_text(self.eps, self.norm)}"
+        return f"Square {self.queries} {ball_text(self.eps, self.norm)}"
 
-    def runs(self, classes: int) -> list[Run]:
-        return [Run("Square", self._search, self.queries)]
+    def runs(self, classes: int) -> list[AttackRun]:
+        return [AttackRun("Square", self._search, self.queries)]
 
     @torch.no_grad()
     def _search(self, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -118,11 +118,11 @@ def _tiles(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
         for j in range(0, width - size + 1, size):
             signs = _signs(b, c, 1, 1, like=x, generator=generator)
             delta[:, :, i : i + size, j : j + size] = bump(size, generator).to(x) * signs
-    return _at_length(x, delta, eps)
+    return _rescale_and_clip(x, delta, eps)
 
 
 def _two_windows(best: Tensor, origin: Tensor, share: float, eps: float, generator: torch.Generator) -> Tensor:
-    """Move the perturbation of one window, and the norm that clipping removed, to a bump added in another window."""
+    """Erase one window and spend its norm, and what clipping left unused, on a bump added in another window."""
     size = max(side(share, min(best.shape[2:])), 3)
     size = min(size + 1 - size % 2, *best.shape[2:])
     delta = best - origin
@@ -139,10 +139,10 @@ def _two_windows(best: Tensor, origin: Tensor, share: float, eps: float, generat
     new = new / norm(new).clamp_min(1e-12) * (available + unused).sqrt()
     delta[:, :, h2, w2] = 0
     delta[:, :, h, w] = new
-    return _at_length(origin, delta, eps)
+    return _rescale_and_clip(origin, delta, eps)
 
 
-def _at_length(x: Tensor, delta: Tensor, eps: float) -> Tensor:
+def _rescale_and_clip(x: Tensor, delta: Tensor, eps: float) -> Tensor:
     length = per_sample(delta.flatten(1).norm(dim=1).clamp_min(1e-12), x)
     return (x + eps * delta / length).clamp(0, 1)
 

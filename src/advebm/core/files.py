@@ -31,7 +31,7 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise write_error(path, error) from None
+        raise as_user_error(path, error) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     except filelock.Timeout:
         raise Busy(busy) from None
     except OSError as error:
-        raise write_error(path, error) from None
+        raise as_user_error(path, error) from None
     try:
         yield
     finally:
@@ -81,7 +81,7 @@ def read_json(path: Path, default: Any = None) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def write_error(path: Path, error: OSError) -> UserError:
+def as_user_error(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "make room there" if full else "choose a writable folder with --out"
     return UserError(f"cannot write {path}: {error.strerror or error}; {fix}")

@@ -1,8 +1,8 @@
 """AutoAugment's policy for CIFAR-10 (Cubuk et al., 2019), applied to a whole batch on its device.
 
 The operations work on uint8 and reproduce Pillow exactly: its fixed-point coordinates, its single and double
-precision, its truncations.  Random numbers are first drawn for all images (:func:`draw`) and then applied
-(:func:`apply`), so that the result for an image depends only on that image and its own numbers.
+precision, its truncations.  Random numbers are first drawn for all images (:func:`draw_plan`) and then applied
+(:func:`apply_plan`), so that the result for an image depends only on that image and its own numbers.
 """
 
 from collections.abc import Callable
@@ -66,10 +66,10 @@ def autoaugment(x: Tensor, generator: torch.Generator) -> Tensor:
     Raises:
         UserError: images that are neither grey nor RGB.
     """
-    return apply(x, draw(len(x), generator))
+    return apply_plan(x, draw_plan(len(x), generator))
 
 
-def draw(count: int, generator: torch.Generator) -> Plan:
+def draw_plan(count: int, generator: torch.Generator) -> Plan:
     """Draw the random choices for ``count`` images, on the generator's device."""
     device = generator.device
     sub = torch.randint(len(POLICY), (count,), generator=generator, device=device)
@@ -78,7 +78,7 @@ def draw(count: int, generator: torch.Generator) -> Plan:
     return Plan(sub, chance < _PROBABILITY.to(device)[sub], sign)
 
 
-def apply(x: Tensor, plan: Plan) -> Tensor:
+def apply_plan(x: Tensor, plan: Plan) -> Tensor:
     """Apply a plan to ``x (B, C, H, W)`` in [0, 1], rounded to uint8 once -> same shape and type, multiples of 1/255.
 
     Each operation is called once for all images that need it as their first or as their second operation.

@@ -197,7 +197,7 @@ def cached(content: Iterable[bytes], make: Callable[[], dict[str, Tensor]]) -> d
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        warnings.warn(f"decoded images are not cached: {files.write_error(path, OSError(str(error)))}", stacklevel=2)
+        warnings.warn(f"decoded images are not cached: {files.as_user_error(path, OSError(str(error)))}", stacklevel=2)
     return made
 
 

@@ -46,7 +46,7 @@ def rows_by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tens
     return rows
 
 
-def to_image(x: Tensor) -> Image.Image:
+def to_picture(x: Tensor) -> Image.Image:
     """Convert one image, uint8 (C, H, W), to a picture of the same size."""
     pixels = x.permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if len(x) == 1 else pixels)

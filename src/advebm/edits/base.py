@@ -212,6 +212,8 @@ def outputs(f: Logits, x: Tensor) -> Tensor:
     try:
         with torch.no_grad():
             return f(x[:1]).reshape(len(x[:1]), -1)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         size = " x ".join(map(str, x.shape[1:]))
         raise UserError(f"the network does not take images of {size}: {' '.join(str(error).split())}") from None
@@ -233,7 +235,9 @@ def expand_hole(hole: Tensor | None, x: Tensor) -> Tensor | None:
         return None
     hole = hole.to(x.device).bool()
     hole = hole.reshape(-1, 1, *hole.shape[-2:])
-    if hole.shape[-2:] != x.shape[-2:] or len(hole) not in (1, len(x)):
+    if len(hole) not in (1, len(x)):
+        raise UserError(f"there are {len(hole)} masks for {len(x)} images; give one, or one for each image")
+    if hole.shape[-2:] != x.shape[-2:]:
         got = " x ".join(map(str, hole.shape[-2:]))
         raise UserError(f"the mask is {got}, the images are {x.shape[2]} x {x.shape[3]}; make them the same size")
     share = hole.float().mean((1, 2, 3))

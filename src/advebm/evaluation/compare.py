@@ -52,7 +52,7 @@ def compare(
         runs: trained runs; those with samples are also compared by sample quality.
         threat: threat model for all runs; default: the first run's.
         features: feature space of sample quality, as for :func:`advebm.evaluation.evaluate.evaluate_run`.
-        progress: called with a run's title and a metric's name when the metric starts.
+        progress: called with ``TITLE: METRIC`` when a metric starts on a run.
         bar: progress bar of the attacks.
 
     Raises:
@@ -62,12 +62,12 @@ def compare(
     tests = {run.folder: run.data.test for run in runs}
     if any(not torch.equal(test.x, tests[runs[0].folder].x) for test in tests.values()):
         raise UserError("the runs have different test images; compare runs on the same data")
-    judged_by = jeat_attacks(threat or runs[0].recipe.threat)
-    used = (None, *map(config.describe, judged_by))
-    judges = (None, feature_weights(features))
+    attacks = jeat_attacks(threat or runs[0].recipe.threat)
+    described = (None, *map(config.describe, attacks))
+    weights = (None, feature_weights(features))
     found = {}
     for title, run in by_title(runs).items():
-        wanted = {**accuracy_metrics(judged_by), **quality_metrics(run, features)}
+        wanted = {**accuracy_metrics(attacks), **quality_metrics(run, features)}
         tell = lambda name, title=title: progress(f"{title}: {name}")
         measure(run, wanted, features=features, seed=seed, device=device, progress=tell, bar=bar)
         if not any(r["name"] == COSTS[0] for r in run.records()):
@@ -77,7 +77,7 @@ def compare(
         found[title] = [
             r
             for r in evaluate.newest_records(run.records())
-            if key_of(r) in keys and r.get("judge") in judges and r["settings"].get("attack") in used
+            if key_of(r) in keys and r.get("judge") in weights and r["settings"].get("attack") in described
         ]
     return found
 
@@ -154,15 +154,18 @@ def by_title(runs: Iterable[Run]) -> dict[str, Run]:
     return {str(run.folder) if names.count(name) > 1 else name: run for name, run in zip(names, runs, strict=True)}
 
 
-def over_seeds(records: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
-    """Average records over seeds, with the deviation as ``error``; drop what only one of several seeds has."""
-    if len(records) == 1:
-        return dict(records[0])
+def over_seeds(results: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
+    """Average the results of several seeds, with the deviation as ``error``; those of one seed stay as they are.
+
+    Records that only one of several seeds has are dropped, and titles that the first seed has not.
+    """
+    if len(results) == 1:
+        return dict(results[0])
     merged: dict[str, Records] = {}
-    for title in records[0]:
+    for title in results[0]:
         groups: dict[tuple[str, Any], Records] = {}
-        for seed in records:
-            for r in seed[title]:
+        for of_seed in results:
+            for r in of_seed[title]:
                 groups.setdefault((r["name"], r["settings"].get("samples")), []).append(r)
         merged[title] = [
             {

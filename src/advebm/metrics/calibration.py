@@ -19,8 +19,8 @@ from advebm.metrics.base import Record, Subject, average
 from advebm.metrics.distances import jackknife
 from advebm.models.modes import searching
 
-GROUPS = 20  # number of jackknife groups
-RANGE = 20.0  # log T is searched in [-RANGE, RANGE]
+JACKKNIFE_GROUPS = 20  # number of jackknife groups
+MAX_ABS_LOG_T = 20.0  # log T is searched in [-RANGE, RANGE]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def brier(logits: Tensor, y: Tensor) -> Tensor:
     return p.square().sum(1) - 2 * p.gather(1, y[:, None]).squeeze(1) + 1
 
 
-def temperature(logits: Tensor, y: Tensor) -> tuple[float, float]:
+def fit_temperature(logits: Tensor, y: Tensor) -> tuple[float, float]:
     """Fit temperature scaling, Guo et al. (2017): return T and its standard error.
 
     T minimises the mean negative log-likelihood of ``softmax(f / T)`` for logits f (N, K) and labels (N,).  Bisection
@@ -92,13 +92,14 @@ def temperature(logits: Tensor, y: Tensor) -> tuple[float, float]:
     z = logits.double()
     chosen = z.gather(1, y[:, None]).squeeze(1)
     if not z.mean(1).mean() < chosen.mean() < z.amax(1).mean():
-        what = "all" if (z.argmax(1) == y).all() else "too few"
-        raise UserError(f"no temperature is the best for {len(z)} images of which {what} are classified right")
+        too_few = "the labels' logits are on average not above the mean logit"
+        why = "every image is classified correctly" if (z.argmax(1) == y).all() else too_few
+        raise UserError(f"no finite temperature is optimal for these {len(z)} images: {why}")
 
     def slope(t: float) -> Tensor:
         return ((z / t).softmax(1) * z).sum(1) - chosen  # derivative with respect to 1/T, (N,)
 
-    low, high = -RANGE, RANGE
+    low, high = -MAX_ABS_LOG_T, MAX_ABS_LOG_T
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(math.exp(middle)).mean() < 0 else (middle, high)
@@ -133,7 +134,7 @@ class Calibration:
         validation, (logits, y) = _logits(subject, subject.data.val), _logits(subject, subject.split)
         records = self._records(logits, y, "", {"temperature": 1.0})
         try:
-            t, error = temperature(*validation)
+            t, error = fit_temperature(*validation)
         except UserError as reason:
             warnings.warn(f"calibration is measured without temperature scaling: {reason}", stacklevel=2)
             return records
@@ -141,7 +142,7 @@ class Calibration:
         return [*records, Record("temperature", t, error, len(validation[1]), {"fitted_on": "val"}), *scaled]
 
     def _records(self, logits: Tensor, y: Tensor, case: str, settings: dict[str, Any]) -> list[Record]:
-        whole, groups = Reliability.of(logits, y, self.bins), min(GROUPS, len(y))
+        whole, groups = Reliability.of(logits, y, self.bins), min(JACKKNIFE_GROUPS, len(y))
         parts = [Reliability.of(logits[g::groups], y[g::groups], self.bins) for g in range(groups)]
 
         def error(statistic: Callable[[Reliability], float]) -> float:

@@ -9,8 +9,16 @@ from typing import Any, NamedTuple
 from advebm.core import config
 
 INCEPTION = "inception"  # the feature space in which some quantities have other names
-NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}  # quantity -> its name in Inception features
-IN_FEATURES = ("precision", "recall", "density", "coverage", "intended class", "counterfactual named so", *NAMES)
+INCEPTION_NAMES = {"FD": "FID", "KID": "KID", "class score": "IS"}  # quantity -> its name in Inception features
+FEATURE_QUANTITIES = (
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "intended class",
+    "counterfactual named so",
+    *INCEPTION_NAMES,
+)
 
 
 class AttackKey(NamedTuple):
@@ -57,7 +65,7 @@ class Key(NamedTuple):
 
 def label(quantity: str, space: str) -> str:
     """Return a quantity's name in a feature space: FID, KID, IS for Inception, otherwise ending in the space's name."""
-    return NAMES[quantity] if space == INCEPTION and quantity in NAMES else f"{quantity} ({space})"
+    return INCEPTION_NAMES[quantity] if space == INCEPTION and quantity in INCEPTION_NAMES else f"{quantity} ({space})"
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
@@ -107,7 +115,7 @@ def matches(key: Key, wanted: Mapping[str, Any]) -> bool:
     attack = key.attack
     if key.quantity != wanted["quantity"] or (attack and attack.kind) != wanted.get("attack"):
         return False
-    if attack is not None and (attack.part is not None or not _many_enough(attack.steps, wanted)):
+    if attack is not None and (attack.part is not None or not _steps_fit(attack.steps, wanted)):
         return False
     if key.set != wanted.get("set") or (key.set is None and key.by is not None):
         return False
@@ -122,14 +130,14 @@ def first_match(records: Iterable[Mapping[str, Any]], wanted: Iterable[Mapping[s
 
 def _in_features(name: str) -> tuple[str, str] | None:
     """Parse quantity and space from a name that :func:`label` made: comparisons of samplers drop the settings."""
-    inception = next((quantity for quantity, shown in NAMES.items() if shown == name), None)
+    inception = next((quantity for quantity, shown in INCEPTION_NAMES.items() if shown == name), None)
     if inception is not None:
         return inception, INCEPTION
     quantity, _, space = name.partition(" (")
-    return (quantity, space.removesuffix(")")) if quantity in IN_FEATURES else None
+    return (quantity, space.removesuffix(")")) if quantity in FEATURE_QUANTITIES else None
 
 
-def _many_enough(steps: int | None, wanted: Mapping[str, Any]) -> bool:
+def _steps_fit(steps: int | None, wanted: Mapping[str, Any]) -> bool:
     return wanted.get("steps", steps) == steps and wanted.get("least_steps", 0) <= (steps or 0)
 
 

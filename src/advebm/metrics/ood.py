@@ -16,7 +16,7 @@ from torch import Tensor
 
 from advebm import energies
 from advebm.attacks.apgd import ascend
-from advebm.attacks.base import check_radius, radius_text
+from advebm.attacks.base import ball_text, check_radius
 from advebm.attacks.projected import Attack
 from advebm.core import config, rng
 from advebm.core.errors import UserError
@@ -348,7 +348,7 @@ class OutOfDistribution:
 
 def search_name(steps: int, restarts: int, eps: float, norm: str) -> str:
     """Return the name of the search of :func:`lowest_scores` in tables, such as ``APGD-100 x 5 l2 1``."""
-    return f"APGD-{steps}{'' if restarts == 1 else f' x {restarts}'} {radius_text(eps, norm)}"
+    return f"APGD-{steps}{'' if restarts == 1 else f' x {restarts}'} {ball_text(eps, norm)}"
 
 
 def lowest_scores(

@@ -17,7 +17,7 @@ from advebm.core import config
 from advebm.core.errors import UserError
 from advebm.data.sources import Images
 from advebm.metrics.base import Features, Record, Subject, proportion
-from advebm.metrics.robustness import verdicts
+from advebm.metrics.robustness import attack_split
 from advebm.models.batching import device_of
 from advebm.models.modes import fix_branch, searching, using
 from advebm.models.network import Network
@@ -121,8 +121,8 @@ class LinearProbe:
         model = self.probe.classifier(subject.model, data.train, len(data.classes), subject.batch)
         settings = {"metric": config.describe(self)}
         found, name = subject._replace(model=model), f"accuracy of {self.probe.name}"
-        clean = verdicts(found, Attack(eps=0.0), generator).standing()
-        attacked = verdicts(found, attack, generator).standing()
+        clean = attack_split(found, Attack(eps=0.0), generator).standing()
+        attacked = attack_split(found, attack, generator).standing()
         return [
             Record(name, *proportion(clean), settings),
             Record(

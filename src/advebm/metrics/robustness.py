@@ -18,15 +18,17 @@ from advebm.metrics.verdicts import Verdicts, find_verdicts
 from advebm.models.precision import Precision, precision_label
 
 
-def measure(subject: Subject, attack: Adversary | None, generator: torch.Generator) -> tuple[float, float, int]:
+def measure_accuracy(
+    subject: Subject, attack: Adversary | None, generator: torch.Generator
+) -> tuple[float, float, int]:
     """Return accuracy on the subject's split, under attack if one is given, its standard error and the image count."""
-    return proportion(verdicts(subject, Attack(eps=0.0) if attack is None else attack, generator).standing())
+    return proportion(attack_split(subject, Attack(eps=0.0) if attack is None else attack, generator).standing())
 
 
 def check_image_count(images: int | None) -> None:
     """Raise UserError if ``images`` is below 1.  None is allowed and means all images."""
     if images is not None and images < 1:
-        raise UserError(f"images must be at least 1 or none, which takes all, got {images}")
+        raise UserError(f"images must be at least 1, or none for all, got {images}")
 
 
 def random_subset(subject: Subject, images: int | None) -> Subject:
@@ -37,7 +39,7 @@ def random_subset(subject: Subject, images: int | None) -> Subject:
     return subject._replace(split=subject.split.take(rows.sort().values))
 
 
-def verdicts(
+def attack_split(
     subject: Subject, attack: Adversary, generator: torch.Generator, precision: Precision = "float32"
 ) -> Verdicts:
     subject.check_labelled()
@@ -53,7 +55,7 @@ class Accuracy:
     """Share of clean images that are classified as labelled."""
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        return [Record("accuracy", *measure(subject, None, generator))]
+        return [Record("accuracy", *measure_accuracy(subject, None, generator))]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class RobustAccuracy:
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return ``accuracy under`` the attack; for an attack made of several, also after each but the last."""
         attack = self.attack or subject.threat
-        found = verdicts(random_subset(subject, self.images), attack, generator, self.precision)
+        found = attack_split(random_subset(subject, self.images), attack, generator, self.precision)
         computed = precision_label(self.precision, subject.device)
         settings: dict[str, Any] = {"attack": config.describe(attack), "precision": computed}
         settings |= {"fast": found.fast, "images": self.images}
@@ -114,7 +116,7 @@ class TargetedAccuracy:
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         attack = self.attack or subject.threat
-        found = verdicts(random_subset(subject, self.images), Targeted(attack), generator)
+        found = attack_split(random_subset(subject, self.images), Targeted(attack), generator)
         settings = {"attack": config.describe(attack), "targeted": True, "fast": found.fast, "images": self.images}
         return [_record(f"accuracy under targeted {attack.name}", found.standing(), settings)]
 
@@ -137,7 +139,7 @@ class RobustnessCurve:
         attacks = [_scaled(subject.threat, factor) for factor in self.factors]
         records = []
         for attack in dict.fromkeys(attacks):
-            found = verdicts(subject, attack, generator)
+            found = attack_split(subject, attack, generator)
             settings = {"attack": config.describe(attack), "fast": found.fast}
             records.append(_record(f"accuracy under {attack.name}", found.standing(), settings))
         return records

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import advebm
 from advebm import energies
-from advebm.attacks.base import Adversary, Run, critic_as_classifier, is_correct
+from advebm.attacks.base import Adversary, AttackRun, critic_as_classifier, is_correct
 from advebm.core import checks, config, files, rng
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
@@ -137,7 +137,14 @@ def find_verdicts(
 
 
 def _attack_batch(
-    attack: Adversary, run: Run, f: Logits, quick: Logits, heard: Logits, x: Tensor, y: Tensor, draws: torch.Generator
+    attack: Adversary,
+    run: AttackRun,
+    f: Logits,
+    quick: Logits,
+    heard: Logits,
+    x: Tensor,
+    y: Tensor,
+    draws: torch.Generator,
 ) -> Tensor:
     """Return which images survive a run, judged by ``f``, bool (B,); ``heard`` is ``quick`` with progress reports."""
     found = _within(attack, x, run.search(heard, x, y, draws))

@@ -25,7 +25,7 @@ from advebm.objectives.trades import divergence
 
 Gather = Callable[[Tensor], Tensor]  # rows of this process -> rows of all processes, this one's first
 
-PART = 500  # largest number of images contrasted with one another in validation
+MAX_VALIDATION_GROUP = 500  # largest number of images contrasted with one another in validation
 
 
 def without_gathering(rows: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class InfoNCE:
         ``val/contrastive_accuracy``; under the threat ``val/robust_loss`` and ``val/robust_contrastive_accuracy``.
         """
         images, found = views(batch), dict[str, list[Tensor]]()
-        parts = math.ceil(len(images.x) / PART)
+        parts = math.ceil(len(images.x) / MAX_VALIDATION_GROUP)
         for clean in map(Views, images.x.tensor_split(parts), images.view.tensor_split(parts)):
             with searching(model) as f:
                 with using(model, self.branch):

@@ -64,7 +64,7 @@ def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: 
             )
             (Path(draft) / "model").replace(folder)
     except OSError as error:
-        raise files.write_error(folder, error) from None
+        raise files.as_user_error(folder, error) from None
     return folder
 
 

@@ -123,7 +123,7 @@ class Checkpoints:
             if engine.main:
                 self._publish(draft, name, progress)
         except OSError as error:
-            raise files.write_error(self.folder / name, error) from None
+            raise files.as_user_error(self.folder / name, error) from None
         finally:
             if engine.main:
                 shutil.rmtree(draft, ignore_errors=True)  # it was renamed, or writing failed

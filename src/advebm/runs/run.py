@@ -44,7 +44,7 @@ class Run:
         try:
             empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         except OSError as error:
-            raise files.write_error(folder, error) from None
+            raise files.as_user_error(folder, error) from None
         if not empty and folder.is_dir():
             hint = f"; to go on with it: advebm train --resume {folder}" if (folder / "config.yaml").exists() else ""
             raise UserError(f"{folder} is not empty{hint}")
@@ -150,7 +150,7 @@ class Run:
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise files.write_error(self.folder / "metrics.jsonl", error) from None
+            raise files.as_user_error(self.folder / "metrics.jsonl", error) from None
 
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``, without damaged ones such as a line cut off by a killed process."""

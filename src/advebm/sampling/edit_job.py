@@ -255,7 +255,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if not folder.exists() or not any(folder.iterdir()):
             return {}
     except OSError as error:
-        raise files.write_error(folder, error) from None
+        raise files.as_user_error(folder, error) from None
     manifest = files.read_json(folder / "manifest.json", default={})
     if not isinstance(manifest, dict) or not isinstance(manifest.get("edit"), dict):
         raise UserError(f"{folder} holds something that is not an edit; --out takes a new folder, or an edit's")
@@ -296,14 +296,14 @@ def write_edit(
         for name in before.get("images", {}):
             (folder / "results" / f"{Path(name).name}.png").unlink(missing_ok=True)
     except OSError as error:
-        raise files.write_error(folder, error) from None
+        raise files.as_user_error(folder, error) from None
     pictures.save(pictures.grid(comparison_rows(method, given, edited), tile=TILE), folder / "edit.png")
     pictures.save(pictures.grid(edited.film[:20], tile=TILE), folder / "film.png")
     if film:
         files.write(folder / "film.gif", pictures.animate(edited.film[:20], tile=TILE))
     results = to_bytes(edited.x)
     for name, x in zip(names, results, strict=True):
-        pictures.save(pictures.to_image(x), folder / "results" / f"{name}.png")
+        pictures.save(pictures.to_picture(x), folder / "results" / f"{name}.png")
     with files.replace_atomically(folder / "images.npz") as file:
         np.savez_compressed(
             file, x=results.numpy(), given=to_bytes(given).numpy(), begin=to_bytes(edited.begin).numpy()

@@ -196,7 +196,7 @@ def write_parts(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").unlink(missing_ok=True)
     except OSError as error:
-        raise files.write_error(folder, error) from None
+        raise files.as_user_error(folder, error) from None
     first: dict[int, list[Tensor]] = {}
     done = 0
     with files.replace_atomically(folder / "images.npz") as file, zipfile.ZipFile(file, "w") as archive:

@@ -96,7 +96,7 @@ class SampleJob:
 class WorkerState:
     """A sample job with everything loaded that a process needs to draw its chunks."""
 
-    drawing: SampleJob
+    job: SampleJob
     model: Network
     data: Data
     outside: Data | None
@@ -106,25 +106,25 @@ class WorkerState:
     bank: Tensor | None
 
     @classmethod
-    def open(cls, drawing: SampleJob) -> "WorkerState":
+    def open(cls, job: SampleJob) -> "WorkerState":
         """Load network and data; raise ``UserError`` for unknown or unusable classes and missing starting images."""
-        run, sampler, data = drawing.run, drawing.sampler, drawing.run.data
-        if any(not 0 <= k < len(data.classes) for k in drawing.classes or ()):
-            got = ", ".join(map(str, drawing.classes or ()))
+        run, sampler, data = job.run, job.sampler, job.run.data
+        if any(not 0 <= k < len(data.classes) for k in job.classes or ()):
+            got = ", ".join(map(str, job.classes or ()))
             raise UserError(f"{data.name} has classes 0 to {len(data.classes) - 1}, got {got}")
-        if drawing.classes is not None and not sampler.conditional and sampler.start != "class":
+        if job.classes is not None and not sampler.conditional and sampler.start != "class":
             method = generate.set_name(sampler)
             raise UserError(f"{method} draws from no class; leave the classes out, or set start to class")
-        outside = start_images(run, sampler, drawing.checkpoint)
-        model = run.model(drawing.checkpoint)[0].to(drawing.device)
-        y = generate.classes_to_draw(sampler, data, drawing.per_class, drawing.classes)
-        generate.check_groups(sampler, len(y), drawing.batch)
-        quick = generate.sampling_view(model, data, min(len(y), drawing.batch or len(y)), drawing.way)
-        return cls(drawing, model, data, outside, sampler.prepare(data, outside), y, quick, sampler.bank(data))
+        outside = start_images(run, sampler, job.checkpoint)
+        model = run.model(job.checkpoint)[0].to(job.device)
+        y = generate.classes_to_draw(sampler, data, job.per_class, job.classes)
+        generate.check_groups(sampler, len(y), job.batch)
+        quick = generate.sampling_view(model, data, min(len(y), job.batch or len(y)), job.way)
+        return cls(job, model, data, outside, sampler.prepare(data, outside), y, quick, sampler.bank(data))
 
     def draw(self, number: int) -> None:
         """Draw chunk ``number`` and write it to its file."""
-        d = self.drawing
+        d = self.job
         options: dict[str, Any] = {"shape": self.data.shape, "seed": d.seed, "batch": d.batch, "quick": self.quick}
         options["bank"] = self.bank
         images = generate.draw_chunk(self.model, d.sampler, self.start, self.y, number, **options)
@@ -142,7 +142,7 @@ def start_images(run: Run, sampler: Sampler, checkpoint: str = "latest") -> Data
 
 
 def draw_set(
-    drawing: SampleJob,
+    job: SampleJob,
     *,
     processes: int = 1,
     team: Team = ALONE,
@@ -155,7 +155,7 @@ def draw_set(
     plan, is discarded and drawn from the beginning.
 
     Args:
-        drawing: what to draw.
+        job: what to draw.
         processes: number of worker processes to start; 1 draws in this process.
         team: already running processes that all call this function and share the chunks; the main one writes the set.
         trajectory: whether to write ``film.gif`` with up to 60 frames, and 13 instead of 7 columns in ``film.png``.
@@ -164,45 +164,43 @@ def draw_set(
     Raises:
         Busy: another process is drawing the same set.
     """
-    folder, plan = drawing.folder, drawing.plan()
-    desk = WorkerState.open(drawing)
-    count = generate.count_chunks(len(desk.y))
+    folder, plan = job.folder, job.plan()
+    state = WorkerState.open(job)
+    count = generate.count_chunks(len(state.y))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise files.write_error(folder, error) from None
+        raise files.as_user_error(folder, error) from None
     busy = f"another process is drawing {folder}"
     with files.locked(folder / ".lock", busy) if team.main else contextlib.nullcontext():
         if team.main:
             _prepare(folder, plan)
-        todo = team.all_gather([number for number in range(count) if team.main and not drawing.part(number).exists()])[
-            0
-        ]
-        done = len(desk.y) - sum(len(desk.y[n * CHUNK : (n + 1) * CHUNK]) for n in todo)
+        todo = team.all_gather([number for number in range(count) if team.main and not job.part(number).exists()])[0]
+        done = len(state.y) - sum(len(state.y[n * CHUNK : (n + 1) * CHUNK]) for n in todo)
         progress(done)
-        for number in _draw_parts(desk, todo[team.rank :: team.world], processes):
-            done += len(desk.y[number * CHUNK : (number + 1) * CHUNK]) * team.world
-            progress(min(done, len(desk.y)))
+        for number in _draw_parts(state, todo[team.rank :: team.world], processes):
+            done += len(state.y[number * CHUNK : (number + 1) * CHUNK]) * team.world
+            progress(min(done, len(state.y)))
         team.all_gather(None)  # wait until every chunk is written
         if team.main:
-            _publish(desk, plan, count, trajectory)
+            _finish_set(state, plan, count, trajectory)
         team.all_gather(None)
     return folder
 
 
-def _publish(desk: WorkerState, plan: Mapping[str, Any], count: int, trajectory: bool) -> None:
+def _finish_set(state: WorkerState, plan: Mapping[str, Any], count: int, trajectory: bool) -> None:
     """Combine the chunks into the final set, and remove them."""
-    drawing, folder = desk.drawing, desk.drawing.folder
+    job, folder = state.job, state.job.folder
     frames = 60 if trajectory else 7
-    options: dict[str, Any] = {"outside": desk.outside, "classes": drawing.classes, "seed": drawing.seed}
-    moments, steps = generate.draw_trajectory(desk.model, drawing.sampler, desk.data, frames=frames, **options)
+    options: dict[str, Any] = {"outside": state.outside, "classes": job.classes, "seed": job.seed}
+    moments, steps = generate.draw_trajectory(state.model, job.sampler, state.data, frames=frames, **options)
     if trajectory:
         files.write(folder / "film.gif", pictures.animate(moments))
     shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 13 if trajectory else 7)})
     strip = moments[:, shown], [steps[i] for i in shown]
-    parts = (_read(drawing.part(number)) for number in range(count))
-    about = {**plan, "fast": "off" if desk.quick is None else desk.quick.way.name}
-    generate.write_parts(folder, parts, desk.y, desk.data.shape, about, len(desk.data.classes), strip)
+    parts = (_read(job.part(number)) for number in range(count))
+    about = {**plan, "fast": "off" if state.quick is None else state.quick.way.name}
+    generate.write_parts(folder, parts, state.y, state.data.shape, about, len(state.data.classes), strip)
     shutil.rmtree(folder / "parts", ignore_errors=True)
     (folder / "plan.json").unlink(missing_ok=True)
 
@@ -217,16 +215,16 @@ def _prepare(folder: Path, plan: Mapping[str, Any]) -> None:
         files.write_json(folder / "plan.json", dict(plan))
 
 
-def _draw_parts(desk: WorkerState, todo: list[int], processes: int) -> Iterator[int]:
+def _draw_parts(state: WorkerState, todo: list[int], processes: int) -> Iterator[int]:
     """Draw chunks, and yield the number of each as it is finished."""
     if min(processes, len(todo)) < 2:
         for number in todo:
-            desk.draw(number)
+            state.draw(number)
             yield number
         return
     threads = max(1, torch.get_num_threads() // processes)
     pool = ProcessPoolExecutor(
-        min(processes, len(todo)), multiprocessing.get_context("spawn"), _init_worker, (desk.drawing, threads)
+        min(processes, len(todo)), multiprocessing.get_context("spawn"), _init_worker, (state.job, threads)
     )
     try:
         for done in as_completed([pool.submit(_draw, number) for number in todo]):
@@ -235,10 +233,10 @@ def _draw_parts(desk: WorkerState, todo: list[int], processes: int) -> Iterator[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_desks: list[WorkerState] = []  # one entry, in each worker process
+_worker_states: list[WorkerState] = []  # one entry, in each worker process
 
 
-def _init_worker(drawing: SampleJob, threads: int) -> None:
+def _init_worker(job: SampleJob, threads: int) -> None:
     """Load the state of a worker process, and make the process end when its parent does, even if that is killed."""
 
     def follow() -> None:
@@ -248,11 +246,11 @@ def _init_worker(drawing: SampleJob, threads: int) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(threads)
-    _desks.append(WorkerState.open(drawing))
+    _worker_states.append(WorkerState.open(job))
 
 
 def _draw(number: int) -> int:
-    _desks[0].draw(number)
+    _worker_states[0].draw(number)
     return number
 
 

@@ -18,7 +18,7 @@ from advebm.models.batching import device_of
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate
 
-REAL = 10_000  # largest number of real images that samples are compared with
+MAX_REAL_IMAGES = 10_000  # largest number of real images that samples are compared with
 STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -70,7 +70,9 @@ class Chains:
         """
         if outside is not None and self.split == "val":
             outside = outside._replace(test=outside.val)
-        shown = ood_sets.choose_images(getattr(data, self.split).x, REAL, rng.generator(self.seed, "chains", "real"))
+        shown = ood_sets.choose_images(
+            getattr(data, self.split).x, MAX_REAL_IMAGES, rng.generator(self.seed, "chains", "real")
+        )
         real, points = RealFeatures(space.of(shown, device_of(model))), []
         for steps, (x, seconds) in self._images(model, sampler, data, outside).items():
             drawn = space.of(x, device_of(model))

@@ -152,7 +152,7 @@ def _run_trial(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise files.write_error(path.parent, error) from None
+        raise files.as_user_error(path.parent, error) from None
     lock = path.with_suffix(".lock")
     with contextlib.suppress(Busy):  # another process is running this trial
         with files.locked(lock, f"another process is at {path}"):

@@ -130,7 +130,7 @@ class Estimate:
 
     @property
     def images(self) -> int:
-        return whole_batches(self.recipe)
+        return images_in_whole_batches(self.recipe)
 
     @property
     def total(self) -> tuple[float, float]:
@@ -169,7 +169,7 @@ def measure_machine(stage: Estimate, device: str) -> Machine:
     """Measure the speed of a local device on the stage's network, forward and backward to the images.
 
     Weights and images are random, and the precision is the recipe's.  The batch size is doubled until a batch
-    takes ``TIMED`` seconds, has the recipe's size, or fills the memory.  Training is a little slower than this, since
+    takes ``LEAST_SECONDS``, has the recipe's size, or fills the memory.  Training is a little slower than this, since
     it also updates weights, augments images and validates.
 
     Raises:
@@ -203,7 +203,7 @@ def passes_per_image(recipe: Recipe) -> tuple[float, float]:
     return found.forward, found.backward
 
 
-def whole_batches(recipe: Recipe) -> int:
+def images_in_whole_batches(recipe: Recipe) -> int:
     """Return the number of training images, rounded up to whole batches."""
     return math.ceil(recipe.train.images / recipe.train.batch) * recipe.train.batch
 
@@ -325,7 +325,9 @@ def count_training(recipe: Recipe) -> tuple[Passes, Passes, ImagesHeld]:
         if curriculum is None or not seen:
             return longest, longest, held
         first, second = (count_step(objective, seen, level)[0] for level in (0, 1))
-    least, most = (first.towards(second, k) for k in curriculum.means(whole_batches(recipe), recipe.train.batch))
+    least, most = (
+        first.towards(second, k) for k in curriculum.means(images_in_whole_batches(recipe), recipe.train.batch)
+    )
     return least, most, held
 
 
@@ -359,7 +361,7 @@ def validated_images(recipe: Recipe, found: DataSpec) -> int:
         judged = objective.validate is not None
     else:
         judged = found.classes != 1 if objective.outputs != 1 else recipe.outside is not None  # one class: unlabelled
-    steps = range(0, whole_batches(recipe), cfg.batch)
+    steps = range(0, images_in_whole_batches(recipe), cfg.batch)
     times = sum(Progress(seen).due_after(cfg.batch, cfg.images)(cfg.validate_every) for seen in steps)
     return times * judged * min((n for n in (found.val, cfg.validate_with) if n is not None), default=0)
 

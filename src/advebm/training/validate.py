@@ -12,7 +12,7 @@ from advebm.data.sources import Data, Images
 from advebm.descent import Energy
 from advebm.metrics.base import Subject
 from advebm.metrics.ood import auroc
-from advebm.metrics.robustness import measure
+from advebm.metrics.robustness import measure_accuracy
 from advebm.models.batching import batch_size_for
 from advebm.models.modes import searching
 from advebm.objectives.base import Batch
@@ -65,4 +65,4 @@ def validate(
         names = ("val/auroc", "val/adversarial_auroc")
         return {name: auroc(inside, v).value for name, v in zip(names, outsides, strict=True)}
     scores = {"val/accuracy": None, "val/robust_accuracy": recipe.threat}
-    return {name: measure(subject, attack, generator)[0] for name, attack in scores.items()}
+    return {name: measure_accuracy(subject, attack, generator)[0] for name, attack in scores.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advebm import energies
 from advebm.attacks.apgd import APGD
-from advebm.attacks.base import radius_text
+from advebm.attacks.base import ball_text
 from advebm.attacks.projected import Attack
 from advebm.attacks.square import Square
 from advebm.core.errors import UserError, unknown_name
@@ -24,9 +24,9 @@ from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
 STEPS = 500  # upper limit of the tab
-Maker = Callable[[float, Any, int], Any]  # (eps, norm, steps) -> Adversary
+AttackFactory = Callable[[float, Any, int], Any]  # (eps, norm, steps) -> Adversary
 
-ATTACKS: MappingProxyType[str, Maker] = MappingProxyType(
+ATTACKS: MappingProxyType[str, AttackFactory] = MappingProxyType(
     {
         "PGD": lambda eps, norm, steps: Attack(eps=eps, norm=norm, steps=steps),
         "energy attack": lambda eps, norm, steps: Attack(eps=eps, norm=norm, steps=steps, loss="energy"),
@@ -35,8 +35,8 @@ ATTACKS: MappingProxyType[str, Maker] = MappingProxyType(
         "Square (no gradients)": lambda eps, norm, steps: Square(eps=eps, norm=norm, queries=10 * steps),
     }
 )
-TO_TARGET = "PGD to a class"
-ON_ENERGY = "raise E(x)"  # the only attack on a critic
+TARGETED_PGD = "PGD to a class"
+RAISE_ENERGY = "raise E(x)"  # the only attack on a critic
 
 
 class AttackShown(NamedTuple):
@@ -50,17 +50,17 @@ class AttackShown(NamedTuple):
     note: str
 
 
-def names(studio: Studio) -> list[str]:
+def attack_names(studio: Studio) -> list[str]:
     """Return the names of the attacks that fit the model."""
-    return [ON_ENERGY] if studio.critic else [*ATTACKS, TO_TARGET]
+    return [RAISE_ENERGY] if studio.critic else [*ATTACKS, TARGETED_PGD]
 
 
 def attack(
     studio: Studio, x: Tensor, label: int, name: str, norm: str, eps: Any, steps: Any, target: str, seed: Any, job: Job
 ) -> AttackShown:
     """Attack an image (C, H, W) with its label; -1: the class that the model predicts."""
-    if name not in names(studio):
-        raise unknown_name("attack", name, names(studio))
+    if name not in attack_names(studio):
+        raise unknown_name("attack", name, attack_names(studio))
     if norm not in ("linf", "l2"):
         raise unknown_name("norm", norm, ("linf", "l2"))
     most = 1.0 if norm == "linf" else math.sqrt(x.numel())
@@ -73,7 +73,7 @@ def attack(
             found = pgd.minimize(lambda z: -marginal(f)(z), image, draws)
         else:
             y = torch.tensor([label if label >= 0 else int(f(image).argmax())], device=studio.device)
-            if name == TO_TARGET:
+            if name == TARGETED_PGD:
                 goal = torch.tensor([studio.data.number(target)], device=studio.device)
                 if goal == y:
                     raise UserError(f"the image is of class {target} already; choose another class to attack towards")
@@ -103,6 +103,6 @@ def _shown(studio: Studio, image: Tensor, found: Tensor, y: Tensor | None, ball:
         )
     length = f"{size:.3g}" + ("/255" if ball[1] == "linf" else "")
     note = (
-        f"**{verdict}**, by a change of {ball[1]} length {length} within {radius_text(*ball[:2])}; shown x {factor:.1f}"
+        f"**{verdict}**, by a change of {ball[1]} length {length} within {ball_text(*ball[:2])}; shown x {factor:.1f}"
     )
     return AttackShown(views.enlarge(image[0]), views.enlarge(found[0]), added, figure, table, note)

@@ -13,12 +13,12 @@ from torch import Tensor
 from advebm.core.errors import UserError
 from advebm.data.decode import FORMATS, GREY, open_image
 
-BYTES = 10_000_000  # limit of an uploaded file
-PIXELS = 20_000_000  # limit of an uploaded picture, checked before decoding
-LAYERS = 4  # limit of brushed layers; the page itself uses one
-LAYER = 4_000_000  # limit of pixels of a brushed layer, checked before decoding
-LAYER_BYTES = 2_000_000
-PAINTED = 0.3  # share of a pixel that the brush must cover
+MAX_FILE_BYTES = 10_000_000  # limit of an uploaded file
+MAX_PIXELS = 20_000_000  # limit of an uploaded picture, checked before decoding
+MAX_LAYERS = 4  # limit of brushed layers; the page itself uses one
+MAX_LAYER_PIXELS = 4_000_000  # limit of pixels of a brushed layer, checked before decoding
+MAX_LAYER_BYTES = 2_000_000
+MIN_COVERAGE = 0.3  # share of a pixel that the brush must cover
 
 
 def parse_number(value: Any, what: str, low: float, high: float) -> float:
@@ -44,13 +44,13 @@ def read_image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
     Raises:
         UserError: the file or picture is too large, of an unsupported format, or damaged.
     """
-    if (size := Path(path).stat().st_size) > BYTES:
-        raise UserError(f"the file has {size / 1e6:.1f} MB; at most {BYTES / 1e6:.0f} MB are taken")
+    if (size := Path(path).stat().st_size) > MAX_FILE_BYTES:
+        raise UserError(f"the file has {size / 1e6:.1f} MB; at most {MAX_FILE_BYTES / 1e6:.0f} MB are taken")
     content, done = Path(path).read_bytes(), []
     wide, high, grey = _head(content)
-    if wide * high > PIXELS:
+    if wide * high > MAX_PIXELS:
         raise UserError(
-            f"the picture has more than {PIXELS / 1e6:.0f} megapixels, the most that are taken; scale it down"
+            f"the picture has more than {MAX_PIXELS / 1e6:.0f} megapixels, the most that are taken; scale it down"
         )
     x = open_image(content, shape, fit=True, name="the picture")
     if grey != (shape[0] == 1):
@@ -67,7 +67,7 @@ def _head(content: bytes) -> tuple[int, int, bool]:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             return picture.width, picture.height, picture.mode in GREY
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return 2 * PIXELS, 1, False
+        return 2 * MAX_PIXELS, 1, False
     except (OSError, SyntaxError, ValueError, EOFError):
         return 0, 0, False
 
@@ -78,13 +78,13 @@ def read_layers(parts: Sequence[bytes | Path]) -> list[Image.Image]:
     Raises:
         UserError: there are too many, or one is too large, of an unsupported format, or damaged.
     """
-    if len(parts) > LAYERS:
-        raise UserError(f"at most {LAYERS} brushed layers are taken, got {len(parts)}; clear them and brush again")
+    if len(parts) > MAX_LAYERS:
+        raise UserError(f"at most {MAX_LAYERS} brushed layers are taken, got {len(parts)}; clear them and brush again")
     found = []
     for part in parts:
         content = part if isinstance(part, bytes) else part.read_bytes()
         wide, high, _ = _head(content)
-        if wide * high > LAYER:
+        if wide * high > MAX_LAYER_PIXELS:
             raise UserError("a brushed layer is too large; clear it and brush again")
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
@@ -121,5 +121,5 @@ def read_strokes(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[T
         )
         paint = colour + (1 - alpha) * paint
         where = alpha + (1 - alpha) * where
-    over = where >= PAINTED
+    over = where >= MIN_COVERAGE
     return torch.where(over, paint / where.clamp_min(1e-6), paint).clamp(0, 1), over

@@ -83,7 +83,7 @@ class Bounded:
     @server
     def accept_blobs(self, data: Any) -> None:
         """Store a part of the brush strokes, which the browser sends before the request; ignore oversized ones."""
-        if len(str(data.data["index"])) > 4 or any(len(content) > inputs.LAYER_BYTES for _, content in data.files):
+        if len(str(data.data["index"])) > 4 or any(len(content) > inputs.MAX_LAYER_BYTES for _, content in data.files):
             return
         super().accept_blobs(data)  # type: ignore[misc]
         for old in list(self.blob_storage)[:-KEPT]:
@@ -492,7 +492,7 @@ class Page:
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
                 chooser = self.chooser(first, 0)
-                names = attacking.names(first)
+                names = attacking.attack_names(first)
                 attack = gr.Dropdown(names, value=names[0], label="attack")
                 target = self.classes(first, "class to attack towards", at=8, hidden=True)
                 norm = gr.Radio(["linf", "l2"], value=threat.norm, label="norm")
@@ -517,11 +517,13 @@ class Page:
             return attacking.attack(studio, chosen.x, chosen.label, name, norm, eps, steps, target, seed, job)
 
         self.depends(figure, lambda s: gr.Image(value=None, visible=not s.critic))
-        self.depends(attack, lambda s: gr.Dropdown(choices=attacking.names(s), value=attacking.names(s)[0]))
+        self.depends(
+            attack, lambda s: gr.Dropdown(choices=attacking.attack_names(s), value=attacking.attack_names(s)[0])
+        )
         self.depends(norm, lambda s: s.run.recipe.threat.norm)
         self.depends(eps, lambda s: round(s.run.recipe.threat.eps, 6))
         attack.change(
-            lambda name: gr.Dropdown(visible=name == attacking.TO_TARGET),
+            lambda name: gr.Dropdown(visible=name == attacking.TARGETED_PGD),
             attack,
             target,
             show_progress="hidden",
@@ -554,7 +556,9 @@ class Page:
                 said = gr.Markdown("", elem_id="sliced")
                 film = image_view("from seed to image")
 
-        def measure(job: Job, title: str, name: str, kind: str, through: str, steps: Any, seed: Any) -> slicing.Sliced:
+        def measure(
+            job: Job, title: str, name: str, kind: str, through: str, steps: Any, seed: Any
+        ) -> slicing.LandscapeShown:
             studio = self.studio(title)
             plain = config.describe(studio.sampler(name))
             whole = inputs.parse_integer(steps, "K, the number of steps", 2, slicing.STEPS)

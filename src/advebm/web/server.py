@@ -15,7 +15,7 @@ from advebm.core.errors import UserError
 from advebm.evaluation.compare import by_title
 from advebm.runs.run import Run
 from advebm.web import sampling
-from advebm.web.inputs import BYTES
+from advebm.web.inputs import MAX_FILE_BYTES
 from advebm.web.jobs import Job
 from advebm.web.studio import EVERY, Studio
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # as in URLs; "[": older versions of Starlette cut at the first colon
-BODY = 2 * BYTES  # limit of a request
+BODY = 2 * MAX_FILE_BYTES  # limit of a request
 WAITING = 32  # limit of jobs in the queue
 AT_ONCE = 4  # limit of running jobs of one kind; searches on one model still take turns
 
@@ -85,7 +85,14 @@ def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[
     options["app_kwargs"] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     options["blocked_paths"] = [str(studio.run.folder.resolve()) for studio in studios.values()]
     mounted = gradio.mount_gradio_app(
-        app, blocks, path="/", allowed_paths=[], max_file_size=BYTES, show_error=False, ssr_mode=False, **options
+        app,
+        blocks,
+        path="/",
+        allowed_paths=[],
+        max_file_size=MAX_FILE_BYTES,
+        show_error=False,
+        ssr_mode=False,
+        **options,
     )
     blocks.has_launched = True  # otherwise Gradio does not check that files given by name were uploaded
     return mounted

@@ -18,12 +18,12 @@ from advebm.web.inputs import parse_integer
 from advebm.web.jobs import Job
 from advebm.web.studio import Studio
 
-Through = Literal["path", "gradient", "random"]
+PlaneKind = Literal["path", "gradient", "random"]
 GRID_POINTS = 25  # points along each direction; must be odd
 STEPS = 500  # upper limit of the tab
 
 
-class Sliced(NamedTuple):
+class LandscapeShown(NamedTuple):
     """Contents of the tab."""
 
     figure: Image | None
@@ -73,13 +73,13 @@ def project_path(path: Tensor, centre: Tensor, first: Tensor, second: Tensor) ->
     return Plane(centre, first, second, at, share.item())
 
 
-def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, job: Job) -> Sliced:
+def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed: Any, job: Job) -> LandscapeShown:
     """Run a chain and measure E(x, y), of a critic E(x), in a plane around its path.
 
     The centre is the midpoint of the chain's two ends for ``path``, the chain's end for ``gradient`` and ``random``.
     """
-    if through not in get_args(Through):
-        raise unknown_name("plane", through, get_args(Through))
+    if through not in get_args(PlaneKind):
+        raise unknown_name("plane", through, get_args(PlaneKind))
     parse_integer(sampler.steps, "K, the number of steps", 2, STEPS)
     y, number = studio.labels(kind, 1), parse_integer(seed, "the seed", 0, 2**31)
     points: list[Tensor] = []
@@ -90,7 +90,7 @@ def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed
         path = torch.cat([*points, end])
         shown = sorted({round(k) for k in np.linspace(0, len(path) - 1, 9)})
         film = views.film_sheet(path[shown][None])
-        job.tell(Sliced(None, film, "the chain is there; its surroundings are being measured"))
+        job.tell(LandscapeShown(None, film, "the chain is there; its surroundings are being measured"))
         energy = joint_or_marginal(f, end, y)
         if through == "path":
             centre = (path[0] + path[-1]) / 2
@@ -109,7 +109,7 @@ def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed
         f"{symbol} within {reach:.2g} pixels of [0, 1], l2, of the {where} of the path; "
         f"the plane holds {100 * plane.share:.0f} % of the path's squared distances from there"
     )
-    return Sliced(draw_slice(values, reach, plane.at, symbol), film, note)
+    return LandscapeShown(draw_slice(values, reach, plane.at, symbol), film, note)
 
 
 def draw_slice(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:

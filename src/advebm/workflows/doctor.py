@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from advebm import recipes
-from advebm.attacks.base import radius_text
+from advebm.attacks.base import ball_text
 from advebm.core import config, console
 from advebm.core.errors import UserError
 from advebm.data.sources import find_spec
@@ -43,7 +43,7 @@ def examine_model(
     found = find_model(model, checkpoint=checkpoint).to(choose_device(device))
     data, threat = recipe.data.load(), recipe.threat
     count = min(images, len(data.test))
-    console.say(f"{model} on {count} test images of {data.name} at {radius_text(threat.eps, threat.norm)}")
+    console.say(f"{model} on {count} test images of {data.name} at {ball_text(threat.eps, threat.norm)}")
     return examine_split(found, data.test, threat=threat, count=count, seed=seed, progress=console.say)
 
 
