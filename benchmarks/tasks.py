@@ -277,7 +277,7 @@ def sampling(s: Setting) -> Contest:
     if s.way:
 
         def turn() -> None:
-            generate.to_bytes(generate.generate(model, sampler, data, y, way=cast(BackendName, s.way)).x)
+            generate.to_bytes(generate.generate(model, sampler, data, y, backend=cast(BackendName, s.way)).x)
     else:
         model.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         start, generator = sampler.prepare(data), rng.generator(0, device=s.device)

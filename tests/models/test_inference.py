@@ -210,7 +210,7 @@ def test_norms_that_are_not_the_convolutions_own_stay(make):
 def test_a_norm_with_branches_is_not_folded():
     model = network(SmallConv(width=4, norm="dual"))
     assert make_view(model, images(), Backend()) is None
-    assert make_view(model, images(), BACKENDS["bf16"]).way == Backend(fold=False, precision="bfloat16")
+    assert make_view(model, images(), BACKENDS["bf16"]).backend == Backend(fold=False, precision="bfloat16")
 
 
 # Low precision --------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_what_was_asked_for_and_does_not_apply_is_one_line():
     assert len(said) == 1
     with pytest.warns(RuntimeWarning, match="there is no batch norm after a convolution"):
         assert make_view(network(SmallConv(width=4, norm="none")), x, BACKENDS["fold"], loud=True) is None
-    assert make_view(Branching(), x, BACKENDS["bf16"], loud=True).way == Backend(fold=False, precision="bfloat16")
+    assert make_view(Branching(), x, BACKENDS["bf16"], loud=True).backend == Backend(fold=False, precision="bfloat16")
     assert make_view(Branching(), x, BACKENDS["off"], loud=True) is None
     assert make_view(Branching(), x, BACKENDS["fold"]) is None
 
@@ -282,7 +282,7 @@ def test_hardware_without_bfloat16_folds(monkeypatch):
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
     with pytest.warns(RuntimeWarning, match="this cpu does not multiply in bfloat16; searches run with fast fold"):
         made = make_view(network(SmallConv(width=4)), images(), BACKENDS["bf16"], loud=True)
-    assert made.way == Backend()
+    assert made.backend == Backend()
 
 
 def test_what_has_no_gradient_to_try_is_only_folded():
@@ -293,7 +293,7 @@ def test_what_has_no_gradient_to_try_is_only_folded():
     model = Steps(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)).eval()
     with pytest.warns(RuntimeWarning, match="fast bf16 does not apply: .* does not require grad.* with fast fold"):
         made = make_view(model, images(), BACKENDS["bf16"], loud=True)
-    assert made.way == Backend()
+    assert made.backend == Backend()
 
 
 # Compiling ------------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_gradients_are_compiled_at_one_size_of_batch(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     model, x = network(ResNet(8, width=8)), images()
     made = make_view(model, x, BACKENDS["compile"], loud=True)
-    assert made.way.name == "compile"
+    assert made.backend.name == "compile"
     for change in (1, 2):
         seen.clear()
         disturb(model, change)
@@ -336,7 +336,7 @@ def test_without_a_compiler_it_runs_as_it_is(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     with pytest.warns(RuntimeWarning, match=r"fast bf16\+compile .*: no C\+\+ compiler; searches run with fast bf16$"):
         made = make_view(network(SmallConv(width=4)), images(), BACKENDS["bf16+compile"], loud=True)
-    assert made.way == BACKENDS["bf16"]
+    assert made.backend == BACKENDS["bf16"]
 
 
 # What a fast search may not change ------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_samples_have_the_same_statistics(trained, way):
     y, found = torch.arange(10).repeat_interleave(20), []
     sampler = CS(steps=25, step_size=0.1, noise=0.005)
     for name in ("off", way):
-        drawn = generate.generate(model, sampler, data, y, way=name)
+        drawn = generate.generate(model, sampler, data, y, backend=name)
         assert drawn.manifest["fast"] == name
         with searching(model) as f, torch.no_grad():
             energy = energies.joint(f(drawn.x), y)

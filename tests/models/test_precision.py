@@ -132,7 +132,7 @@ def test_searches_of_evaluation_and_sampling_fold_instead(hardware, small_run):
     subject = Subject(model, data, data.val.take(slice(50)), Attack(0.9, "l2", steps=3))
     for has, label, way in ((True, "bfloat16", "bf16"), (False, "float32 for bfloat16", "fold")):
         hardware(has)
-        assert faster_model(model, x, precision="bfloat16").way.name == way
+        assert faster_model(model, x, precision="bfloat16").backend.name == way
         (record,) = RobustAccuracy(precision="bfloat16")(subject, rng.generator(0))
         assert (record.settings["precision"], record.settings["fast"]) == (label, way)
 

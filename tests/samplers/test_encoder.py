@@ -282,9 +282,9 @@ def test_chunks_do_not_depend_on_who_draws_what(digits, sampler):
     y = torch.arange(10).repeat_interleave(60)
     whole = generate.generate(encoder, sampler, digits, y, seed=3).x
     options = {"shape": digits.shape, "seed": 3, "bank": sampler.bank(digits)}
-    quick = generate.sampling_view(encoder, digits, len(y), "auto")
+    view = generate.sampling_view(encoder, digits, len(y), "auto")
     pieces = [
-        generate.draw_chunk(encoder, sampler, sampler.prepare(digits), y, n, quick=quick, **options) for n in (1, 0)
+        generate.draw_chunk(encoder, sampler, sampler.prepare(digits), y, n, view=view, **options) for n in (1, 0)
     ]
     assert torch.equal(torch.cat(pieces[::-1]), whole)
 

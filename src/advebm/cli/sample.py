@@ -57,7 +57,7 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
         overrides = [*overrides, ("sampler.steps", args.steps)]
     options = {"per_class": args.per_class, "seed": args.seed, "checkpoint": args.checkpoint, "batch": args.batch}
     options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _numbers(args.classes)}
-    options |= {"way": args.fast, "untuned": args.untuned, "device": args.device}
+    options |= {"backend": args.fast, "untuned": args.untuned, "device": args.device}
     if args.compare:
         methods, features = args.compare.split(","), args.features
         rows, path = workflow.compare_methods(

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     run = _train(args, overrides)
     if run is None:
         return
-    drawn = sample.sample(run, per_class=args.per_class, device=args.device, way=args.fast or "auto")
+    drawn = sample.sample(run, per_class=args.per_class, device=args.device, backend=args.fast or "auto")
     print(drawn / "grid.png")
     record_table(evaluate.measure(run, features=args.features, device=args.device))
     if not processes.rank_and_world()[0]:

@@ -91,7 +91,7 @@ def find_verdicts(
         if not runs:
             tell(0, "")
         quick = faster_model(model, sample, precision=precision) if runs else raw
-        used = quick.way.name if isinstance(quick, View) else "off"
+        used = quick.backend.name if isinstance(quick, View) else "off"
         quick = critic_as_classifier(quick) if outputs == 1 else quick
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
         right = torch.cat([is_correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])

@@ -46,8 +46,8 @@ class Backend:
 
 
 BACKENDS = {
-    way.name: way
-    for way in (
+    backend.name: backend
+    for backend in (
         Backend(fold=False),
         Backend(),
         Backend(compiled=True),
@@ -57,17 +57,17 @@ BACKENDS = {
 }
 
 
-def find_backend(way: str, precision: Precision = "float32") -> Backend:
+def find_backend(backend: str, precision: Precision = "float32") -> Backend:
     """Return the backend that ``--fast`` names; ``auto`` folds and computes in ``precision``.
 
     Raises:
         UserError: there is no backend of that name.
     """
-    if way == "auto":
+    if backend == "auto":
         return Backend(precision=precision)
-    if way not in BACKENDS:
-        raise unknown_name("fast", way, ["auto", *BACKENDS])
-    return BACKENDS[way]
+    if backend not in BACKENDS:
+        raise unknown_name("fast", backend, ["auto", *BACKENDS])
+    return BACKENDS[backend]
 
 
 Layer = nn.Conv2d | nn.Linear
@@ -98,28 +98,28 @@ class View(nn.Module):
     Made by :func:`make_view`.  Layers that are neither folded nor in bfloat16 are shared with the network.
     """
 
-    def __init__(self, model: nn.Module, way: Backend) -> None:
+    def __init__(self, model: nn.Module, backend: Backend) -> None:
         super().__init__()
         parts = (model.normalise, model.backbone, model.head) if isinstance(model, Network) else (None, model, None)
         self.normalise, self.body, self.head = (nn.Identity() if part is None else part for part in parts)
-        self.way, self.shape = Backend(fold=False), torch.Size()
+        self.backend, self.shape = Backend(fold=False), torch.Size()
         self.quick: Callable[[Tensor], Tensor] = self.plain
         self.copies: list[LayerCopy] = []
         self.searches = 0
-        if way.fold:
-            self.body, self.copies = fold(self.body, everything=way.precision != "float32")
-            self.way = Backend(fold=any(copied.norm is not None for copied in self.copies))
+        if backend.fold:
+            self.body, self.copies = fold(self.body, everything=backend.precision != "float32")
+            self.backend = Backend(fold=any(copied.norm is not None for copied in self.copies))
 
     def lower(self) -> None:
         """Switch to bfloat16: convert the copied layers, and use autocast for the rest."""
         for copied in self.copies:
             copied.layer.to(torch.bfloat16)
-        self.way = replace(self.way, precision="bfloat16")
+        self.backend = replace(self.backend, precision="bfloat16")
 
     def speed_up(self, shape: torch.Size) -> None:
         """Compile gradients at batches of ``shape``."""
         self.shape, self.quick = shape, torch.compile(self.plain, dynamic=False)
-        self.way = replace(self.way, compiled=True)
+        self.backend = replace(self.backend, compiled=True)
 
     def refresh(self) -> "View":
         """Update the copies from the network's current weights and running statistics; return the view."""
@@ -134,15 +134,15 @@ class View(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         """Return the same outputs, not compiled."""
-        if self.way.precision == "float32":
+        if self.backend.precision == "float32":
             return self.head(self.body(self.normalise(x)))
         with torch.autocast(x.device.type, torch.bfloat16):
             features = self.body(self.normalise(x))
         return self.head(features.to(x.dtype))
 
 
-def make_view(model: nn.Module, x: Tensor, way: Backend, *, loud: bool = False) -> View | None:
-    """Return a view of the model for searches in eval mode, with what applies of ``way``; None if nothing does.
+def make_view(model: nn.Module, x: Tensor, backend: Backend, *, loud: bool = False) -> View | None:
+    """Return a view of the model for searches in eval mode, with what applies of ``backend``; None if nothing does.
 
     Outputs differ from the model's by rounding only; evaluate results on the model itself.  A model that cannot be
     traced, or gives other outputs on ``x`` once folded, is not folded.
@@ -150,42 +150,42 @@ def make_view(model: nn.Module, x: Tensor, way: Backend, *, loud: bool = False) 
     Args:
         model: maps images (B, C, H, W) in [0, 1] to outputs.
         x: some images to compare outputs on; with ``compiled``, as many as a search has.
-        way: what to try.
+        backend: what to try.
         loud: warn of what does not apply.
     """
-    wanted, found, reason = way, None, "there is no batch norm after a convolution"
-    if usable_precision(way.precision, x.device) != way.precision:
-        way, reason = replace(way, precision="float32"), f"this {x.device.type} does not multiply in bfloat16"
-    eager = replace(way, compiled=False)
-    for candidate in dict.fromkeys((way, eager, replace(eager, fold=False), replace(eager, precision="float32"))):
+    wanted, found, reason = backend, None, "there is no batch norm after a convolution"
+    if usable_precision(backend.precision, x.device) != backend.precision:
+        backend, reason = replace(backend, precision="float32"), f"this {x.device.type} does not multiply in bfloat16"
+    eager = replace(backend, compiled=False)
+    for candidate in dict.fromkeys((backend, eager, replace(eager, fold=False), replace(eager, precision="float32"))):
         try:
             found = _try_view(model, x, candidate)
             break
         except Exception as error:  # tracing runs the model's code, which may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-    used = "off" if found is None else found.way.name
+    used = "off" if found is None else found.backend.name
     if loud and used != wanted.name:
         warnings.warn(f"fast {wanted.name} does not apply: {reason}; searches run with fast {used}", RuntimeWarning, 2)
     return found if used != "off" else None
 
 
-def _try_view(model: nn.Module, x: Tensor, way: Backend) -> View:
+def _try_view(model: nn.Module, x: Tensor, backend: Backend) -> View:
     """Return a view after testing it on ``x``.
 
     Raises:
         ValueError: the view gives other outputs on ``x``.  Whatever the model raises when traced is raised as well.
     """
     with searching(model):
-        made, own = View(model, way), View(model, Backend(fold=False))  # in float32, whatever the model's precision
+        made, own = View(model, backend), View(model, Backend(fold=False))  # in float32, whatever the model's precision
         with torch.no_grad():
-            looks = [own(x[:2]) for _ in range(LOOKS if way.fold else 0)]
+            looks = [own(x[:2]) for _ in range(LOOKS if backend.fold else 0)]
             if not all(torch.allclose(made(x[:2]), look, rtol=1e-4, atol=1e-4) for look in looks):
                 raise ValueError("folded it gives other outputs")
-        if way.precision != "float32":
+        if backend.precision != "float32":
             made.lower()
-        if way.compiled:
+        if backend.compiled:
             made.speed_up(x.shape)
-        if way.precision != "float32" or way.compiled:
+        if backend.precision != "float32" or backend.compiled:
             value_and_gradient(lambda z: made(z).flatten(1).sum(1), x)
         return made
 

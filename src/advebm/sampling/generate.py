@@ -32,7 +32,7 @@ def generate(
     *,
     outside: Data | None = None,
     seed: int = 0,
-    way: BackendName = "auto",
+    backend: BackendName = "auto",
     progress: Callable[[int], None] = lambda done: None,
 ) -> SampleSet:
     """Draw one sample for each entry of ``y``, without selecting among them; they are returned on the CPU.
@@ -44,16 +44,16 @@ def generate(
         y: class of each sample, int64 (N,); -1 for no class.
         outside: the data whose test images chains start from, with ``start: outside`` or ``start: buffer``.
         seed: seed of the starting images and of the noise.
-        way: how to compute the network, see :class:`advebm.models.inference.Backend`; ``auto`` folds batch norms.
+        backend: how to compute the network, see :class:`advebm.models.inference.Backend`; ``auto`` folds batch norms.
         progress: called with the number of images done so far.
     """
     check_groups(sampler, len(y))
     start, drawn = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
-    bank, quick = sampler.bank(data), sampling_view(model, data, len(y), way)
+    bank, view = sampler.bank(data), sampling_view(model, data, len(y), backend)
     for number in range(count_chunks(len(y))):
-        drawn.append(draw_chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, quick=quick, bank=bank))
+        drawn.append(draw_chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, view=view, bank=bank))
         progress(sum(map(len, drawn)))
-    about = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if quick is None else quick.way.name}
+    about = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if view is None else view.backend.name}
     return SampleSet(torch.cat(drawn), y.cpu(), about)
 
 
@@ -63,10 +63,10 @@ def check_groups(sampler: Sampler, count: int, batch: int | None = None) -> None
         sampler.parts(size, batch)
 
 
-def sampling_view(model: nn.Module, data: Data, count: int, way: BackendName) -> View | None:
-    """Return the faster network for sampling ``count`` images that ``way`` asks for; None if it cannot be applied."""
+def sampling_view(model: nn.Module, data: Data, count: int, backend: BackendName) -> View | None:
+    """Return the network as ``backend`` computes it, for ``count`` images; None if that cannot be applied."""
     example = as_images(data.train.x[: min(count, CHUNK, batch_size_for(data.shape))], device_of(model))
-    return make_view(model, example, find_backend(way), loud=way != "auto") if len(example) else None
+    return make_view(model, example, find_backend(backend), loud=backend != "auto") if len(example) else None
 
 
 def draw_chunk(
@@ -79,13 +79,13 @@ def draw_chunk(
     shape: Sequence[int],
     seed: int = 0,
     batch: int | None = None,
-    quick: View | None = None,
+    view: View | None = None,
     bank: Tensor | None = None,
 ) -> Tensor:
     """Draw chunk ``number`` of the images of classes ``y (N,)``, and return it on the CPU.
 
     The result does not depend on which chunks were drawn before.  ``batch`` (images per forward pass, default:
-    :func:`batch_size_for`) and ``quick`` (from :func:`sampling_view`) change rounding only.  ``bank`` is what
+    :func:`batch_size_for`) and ``view`` (from :func:`sampling_view`) change rounding only.  ``bank`` is what
     :meth:`Sampler.bank` returned.
     """
     batch = batch_size_for(shape) if batch is None else batch
@@ -93,7 +93,7 @@ def draw_chunk(
         first = number * CHUNK
         start = dataclasses.replace(start, order=deal_images(len(start.x), first, min(CHUNK, len(y) - first), seed))
     chains = start_chains(model, start, y, number, shape, seed, "sample")
-    return run_chains(model, sampler, chains, batch=batch, bank=bank, view=quick).cpu()
+    return run_chains(model, sampler, chains, batch=batch, bank=bank, view=view).cpu()
 
 
 class ChainStart(NamedTuple):

@@ -50,7 +50,7 @@ class SampleJob:
         checkpoint: name of the checkpoint: ``latest``, ``best``, or its number of training images.
         device: where to compute.
         batch: images per forward pass.  Default: 500 images of up to 32 x 32 pixels, fewer larger ones.
-        way: how to compute the network, see :class:`advebm.models.inference.Backend`; ``auto`` folds batch norms.
+        backend: how to compute the network, see :class:`advebm.models.inference.Backend`; ``auto`` folds batch norms.
         about: further entries of the plan and the manifest.
         within: folder in the run folder that holds the set.
     """
@@ -64,7 +64,7 @@ class SampleJob:
     checkpoint: str = "latest"
     device: str = "cpu"
     batch: int | None = None
-    way: BackendName = "auto"
+    backend: BackendName = "auto"
     about: Mapping[str, Any] = field(default_factory=dict)
     within: str = "samples"
 
@@ -84,7 +84,7 @@ class SampleJob:
             "chunk": CHUNK,
             "batch": self.batch,
             "device": torch.device(self.device).type,
-            "fast": self.way,
+            "fast": self.backend,
             **self.about,
         }
 
@@ -102,7 +102,7 @@ class WorkerState:
     outside: Data | None
     start: Start
     y: Tensor
-    quick: View | None
+    view: View | None
     bank: Tensor | None
 
     @classmethod
@@ -119,13 +119,13 @@ class WorkerState:
         model = run.model(job.checkpoint)[0].to(job.device)
         y = generate.classes_to_draw(sampler, data, job.per_class, job.classes)
         generate.check_groups(sampler, len(y), job.batch)
-        quick = generate.sampling_view(model, data, min(len(y), job.batch or len(y)), job.way)
-        return cls(job, model, data, outside, sampler.prepare(data, outside), y, quick, sampler.bank(data))
+        view = generate.sampling_view(model, data, min(len(y), job.batch or len(y)), job.backend)
+        return cls(job, model, data, outside, sampler.prepare(data, outside), y, view, sampler.bank(data))
 
     def draw(self, number: int) -> None:
         """Draw chunk ``number`` and write it to its file."""
         d = self.job
-        options: dict[str, Any] = {"shape": self.data.shape, "seed": d.seed, "batch": d.batch, "quick": self.quick}
+        options: dict[str, Any] = {"shape": self.data.shape, "seed": d.seed, "batch": d.batch, "view": self.view}
         options["bank"] = self.bank
         images = generate.draw_chunk(self.model, d.sampler, self.start, self.y, number, **options)
         buffer = io.BytesIO()
@@ -199,7 +199,7 @@ def _finish_set(state: WorkerState, plan: Mapping[str, Any], count: int, traject
     shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 13 if trajectory else 7)})
     strip = moments[:, shown], [steps[i] for i in shown]
     parts = (_read(job.part(number)) for number in range(count))
-    about = {**plan, "fast": "off" if state.quick is None else state.quick.way.name}
+    about = {**plan, "fast": "off" if state.view is None else state.view.backend.name}
     generate.write_parts(folder, parts, state.y, state.data.shape, about, len(state.data.classes), strip)
     shutil.rmtree(folder / "parts", ignore_errors=True)
     (folder / "plan.json").unlink(missing_ok=True)

@@ -158,7 +158,7 @@ class Trainer:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        way = self.view.way.name if self.view is not None and used else "off"
+        way = self.view.backend.name if self.view is not None and used else "off"
         self.write({**self.means.take(), **self.shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": way})
 
     def validate(self) -> None:
