@@ -74,11 +74,11 @@ def evaluate_run(
     model = run.model(path.name)[0].to(device)
     data = run.data
     samples = {name: generate.read_set(folder) for name, folder in run.samples().items()}
-    judge = None if features is None else find_space(features)
-    space = feature_space(OWN_FEATURES, model) if judge is None else judge.load(device)
-    beside: dict[str, Any] = {"batch": batch_size_for(data.shape), "folder": run.folder / "verdicts", "bar": bar}
-    beside["team"] = team
-    subject = Subject(model, data, data.test, recipe.threat, samples, space, **beside)
+    asked = None if features is None else find_space(features)
+    space = feature_space(OWN_FEATURES, model) if asked is None else asked.load(device)
+    options: dict[str, Any] = {"batch": batch_size_for(data.shape), "folder": run.folder / "verdicts", "bar": bar}
+    options["team"] = team
+    subject = Subject(model, data, data.test, recipe.threat, samples, space, **options)
     for name, drawn in samples.items():
         if (other := drawn.manifest.get("checkpoint", path.name)) != path.name:
             warnings.warn(f"samples {name} were drawn from checkpoint {other}, not {path.name}", stacklevel=2)
@@ -86,9 +86,9 @@ def evaluate_run(
     for metric in recipe.metrics:
         new = evaluate(subject, [metric], seed=seed, progress=progress)
         about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": files.timestamp()}
-        whose = {"judge": None if judge is None else judge.judge}
+        weights = {"judge": None if asked is None else asked.judge}
         if team.main:
-            run.append([{**dataclasses.asdict(r), **about, **(whose if "space" in r.settings else {})} for r in new])
+            run.append([{**dataclasses.asdict(r), **about, **(weights if "space" in r.settings else {})} for r in new])
         records += new
     return records
 

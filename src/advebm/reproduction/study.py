@@ -63,10 +63,10 @@ def measure_missing(run: Run, wanted: Wanted, features: str | Path | None = None
     return compare.measure(run, wanted, features=features, device=device(), progress=tell, bar=console.bar)
 
 
-def compare_all(runs: Mapping[str, Run], judge: str, threat: Attack) -> dict[str, Records]:
-    """Return the comparison of all runs under a threat, in the features of the run titled ``judge``."""
+def compare_all(runs: Mapping[str, Run], judge_title: str, threat: Attack) -> dict[str, Records]:
+    """Return the comparison of all runs under a threat, in the features of ``runs[judge_title]``."""
     tell = lambda text: say(f"  {text}")
-    options: dict[str, Any] = {"features": runs[judge].folder, "device": device(), "progress": tell}
+    options: dict[str, Any] = {"features": runs[judge_title].folder, "device": device(), "progress": tell}
     return compare.compare(list(runs.values()), threat=threat, **options)
 
 
@@ -80,7 +80,7 @@ def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: st
         say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
         outside = recipe.outside.load() if recipe.outside is not None else None
         space = evaluate.find_space(judge.folder).load(device())
-        points = chains(run.model()[0].to(device()), recipe.sampler, recipe.data.load(), space, outside=outside)
+        points = chains(run.model()[0].to(device()), recipe.sampler, run.data, space, outside=outside)
         known = {**about, "points": [point._asdict() for point in points]}
         files.write_json(file, known)
     return [CurvePoint(**point) for point in known["points"]]

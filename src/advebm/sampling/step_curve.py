@@ -69,14 +69,14 @@ class Chains:
         Chains run for the largest number of steps, whatever ``sampler.steps``; schedules span that number.
         """
         if outside is not None and self.split == "val":
-            outside = outside._replace(test=outside.val)
-        shown = ood_sets.choose_images(
+            outside = outside._replace(test=outside.val)  # chains begin from ``test``
+        real_images = ood_sets.choose_images(
             getattr(data, self.split).x, MAX_REAL_IMAGES, rng.generator(self.seed, "chains", "real")
         )
-        real, points = RealFeatures(space.of(shown, device_of(model))), []
+        real, points = RealFeatures(space.of(real_images, device_of(model))), []
         for steps, (x, seconds) in self._images(model, sampler, data, outside).items():
-            drawn = space.of(x, device_of(model))
-            points.append(CurvePoint(steps, real.frechet(drawn), real.kernel(drawn), seconds / len(x)))
+            features = space.of(x, device_of(model))
+            points.append(CurvePoint(steps, real.frechet(features), real.kernel(features), seconds / len(x)))
         return points
 
     def _images(

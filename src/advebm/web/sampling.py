@@ -66,9 +66,9 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
             job.tell(Sampled(views.image_sheet(x), None, None, note))
 
     with studio.search(job) as model:
-        seeds, draws = studio.seeds(sampler, y, parse_integer(seed, "the seed", 0, 2**31))
+        initial, source = studio.seeds(sampler, y, parse_integer(seed, "the seed", 0, 2**31))
         batch = batch_size_for(studio.data.shape)
-        x = sampler(model, y.to(seeds.device), seeds, generator=draws, observe=look, batch=batch)
+        x = sampler(model, y.to(initial.device), initial, generator=source, observe=look, batch=batch)
         look(total, x, studio.descended(sampler, x, y))
         seconds = time.perf_counter() - begun
         notes = [f"{len(x)} images in {seconds:.2f} s", f"energy {values[0].mean():.3g} → {values[-1].mean():.3g} nats"]

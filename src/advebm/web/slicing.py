@@ -84,13 +84,13 @@ def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed
     y, number = studio.labels(kind, 1), parse_integer(seed, "the seed", 0, 2**31)
     points: list[Tensor] = []
     with studio.search(job) as model, searching(model) as f:
-        seeds, draws = studio.seeds(sampler, y, number)
-        y = y.to(seeds.device)
-        end = sampler(model, y, seeds, generator=draws, observe=lambda k, x, value: points.append(x))
+        initial, source = studio.seeds(sampler, y, number)
+        y = y.to(initial.device)
+        end = sampler(model, y, initial, generator=source, observe=lambda k, x, value: points.append(x))
         path = torch.cat([*points, end])
         shown = sorted({round(k) for k in np.linspace(0, len(path) - 1, 9)})
         film = views.film_sheet(path[shown][None])
-        job.tell(LandscapeShown(None, film, "the chain is there; its surroundings are being measured"))
+        job.tell(LandscapeShown(None, film, "the chain is drawn; measuring the energy around it"))
         energy = joint_or_marginal(f, end, y)
         if through == "path":
             centre = (path[0] + path[-1]) / 2
@@ -106,8 +106,8 @@ def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed
     symbol = "E(x)" if studio.critic else f"E(x, {studio.name(int(y))})"
     where = "middle" if through == "path" else "end"
     note = (
-        f"{symbol} within {reach:.2g} pixels of [0, 1], l2, of the {where} of the path; "
-        f"the plane holds {100 * plane.share:.0f} % of the path's squared distances from there"
+        f"{symbol} up to an l2 distance of {reach:.2g} from the {where} of the path (pixel values in [0, 1]); "
+        f"the plane captures {100 * plane.share:.0f} % of the path's squared distances from there"
     )
     return LandscapeShown(draw_slice(values, reach, plane.at, symbol), film, note)
 
