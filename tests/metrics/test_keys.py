@@ -179,7 +179,7 @@ def test_records_of_comparisons_are_known_by_their_names():
 
 @dataclasses.dataclass(frozen=True)
 class Mine(Adversary):
-    """An attack of one's own."""
+    """An attack that a user wrote: its name repeats a norm and a radius, and its settings give them too."""
 
     eps: float = 0.1
     norm: str = "linf"

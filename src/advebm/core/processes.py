@@ -19,7 +19,7 @@ class Team(Protocol):
 
 
 class Alone:
-    """A team of one process."""
+    """The team of a run without distribution: this process alone, so that gathering returns its own value."""
 
     rank, world, main = 0, 1, True
 

@@ -108,7 +108,7 @@ class Source(Protocol):
         ...
 
     def load(self) -> Data:
-        """Return all splits."""
+        """Return the training, validation and test images, each with its labels if it has some."""
         ...
 
 

@@ -220,7 +220,7 @@ def outputs(f: Logits, x: Tensor) -> Tensor:
 
 
 def confidence(f: Logits, x: Tensor, y: Tensor) -> Tensor:
-    """Return ``p(y|x)``, (B,)."""
+    """Return the probability ``p(y|x)`` in [0, 1] that the classifier ``f`` gives each image's class ``y``, (B,)."""
     return (-energies.conditional(f(x), y)).exp()
 
 

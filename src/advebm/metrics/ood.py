@@ -40,7 +40,7 @@ class Score(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in tables."""
+        """Return the name of the score as tables and records write it."""
         ...
 
     @property

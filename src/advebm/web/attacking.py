@@ -40,7 +40,7 @@ RAISE_ENERGY = "raise E(x)"  # the only attack on a critic
 
 
 class AttackShown(NamedTuple):
-    """Contents of the tab."""
+    """What an attack on one image shows: the image before and after, the change, a figure, numbers, a sentence."""
 
     before: Image
     after: Image

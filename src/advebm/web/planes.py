@@ -26,7 +26,7 @@ ABOUT = {
 
 
 class ToyShown(NamedTuple):
-    """Contents of the tab."""
+    """What a training on a 2-D density shows: its picture, the film of its course, numbers, a sentence."""
 
     picture: Image
     film: Image | None

@@ -24,7 +24,7 @@ STEPS = 500  # upper limit of the tab
 
 
 class LandscapeShown(NamedTuple):
-    """Contents of the tab."""
+    """What a slice of the energy landscape shows: its figure, images along the path, a sentence."""
 
     figure: Image | None
     film: Image
