@@ -13,11 +13,11 @@ from advebm.core import checks, config, rng
 from advebm.core.allocator import tune_cpu_allocator as tune_cpu_allocator
 from advebm.core.errors import UserError
 from advebm.data.sources import Data
-from advebm.descent import Energy
 from advebm.evaluation import evaluate as evaluation
 from advebm.metrics.base import Metric, Record, SampleSet, Subject
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.models.batching import batch_size_for, device_of
+from advebm.models.inference import View
 from advebm.models.modes import searching
 from advebm.models.network import Network, Normalize
 from advebm.reporting.build import report as build_report
@@ -28,6 +28,7 @@ from advebm.sampling import generate
 from advebm.training import loop
 
 
+@torch.inference_mode(False)
 def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
     """Load the network of a run, a checkpoint or a published model: averaged weights, eval mode, on the CPU.
 
@@ -42,17 +43,20 @@ def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
     return find_model.find_model(path, checkpoint=str(checkpoint))
 
 
+@torch.inference_mode(False)
 def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float | Iterable[float] = 1.0) -> Network:
     """Wrap your own classifier as a network on images in [0, 1], in eval mode; its logits also serve as features.
 
     Args:
-        module: maps normalised images (B, C, H, W) to logits (B, K), not probabilities.
+        module: maps normalised images (B, C, H, W) to logits (B, K), not probabilities.  They may also be an attribute
+            or entry ``logits`` of the output, or the first of a tuple, and weights of any floating-point type.
         mean, std: the normalisation it was trained with, per channel or one for all; it becomes the first layer.
     """
     means, stds = ((float(v),) if isinstance(v, int | float) else tuple(v) for v in (mean, std))
-    return Network(Normalize(means, stds), module, nn.Identity()).eval()
+    return Network(Normalize(means, stds).to(device_of(module)), module, nn.Identity()).eval()
 
 
+@torch.inference_mode(False)
 def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
     """Return ``E(x)``, or ``E(x, y)`` if labels are given: (B,), in nats, low on data, known up to a constant.
 
@@ -63,16 +67,20 @@ def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
             are given for a critic, or the model is an encoder.
     """
     checks.no_encoder(model)
+    x, model = _check_images(model, x), _as_network(model)
     with searching(model) as f, torch.no_grad():
-        out = f(checks.images(x))
-        if out.ndim == 1 or out.shape[1] == 1:
+        outputs = f(x)
+        if outputs.ndim == 1 or outputs.shape[1] == 1:
             if y is not None:
                 raise UserError("a critic has one output and no classes; leave out y")
-            return energies.binary(out)
-        checks.logits(out, len(x))
-        return energies.marginal(out) if y is None else energies.joint(out, checks.labels(y, len(x), out.shape[1]))
+            return energies.binary(outputs)
+        logits = checks.logits(outputs, len(x))
+        if y is None:
+            return energies.marginal(logits)
+        return energies.joint(logits, checks.labels(y, len(x), logits.shape[1]))
 
 
+@torch.inference_mode(False)
 def attack(
     model: nn.Module,
     x: Tensor,
@@ -96,18 +104,19 @@ def attack(
         target: classes (B,) that the images should be taken for; None: any but ``y``.
         seed: seed of the random starts.
     """
-    _check_classifier(model, x, y)
+    x, model = _check_images(model, x), _as_network(model)
+    y = _check_classifier(model, x, y)
     search = Attack(eps=eps, norm=norm, steps=steps, step_size=step_size, loss=loss, restarts=restarts)
     generator = rng.generator(seed, "attack", device=x.device)
     with searching(model) as f:
-        lowered: Energy = search.negative_loss(f, y)
-        if target is not None:
-            goal = checks.labels(target, len(x), f(x[:1]).shape[1])
-            read = energies.joint if loss == "energy" else energies.conditional
-            lowered = lambda v: read(f(v), goal)
-        return search.minimize(lowered, x, generator)
+        if target is None:
+            return search.raise_loss(f, x, y, generator)
+        target = checks.labels(target, len(x), f(x[:1]).shape[1])
+        energy_of = energies.joint if loss == "energy" else energies.conditional
+        return search.minimize(lambda v: energy_of(f(v), target), x, generator)
 
 
+@torch.inference_mode(False)
 def sample(
     model: nn.Module,
     y: Tensor,
@@ -133,22 +142,24 @@ def sample(
         settings: settings of the sampler: ``steps``, ``step_size``, ``radius``, ``noise``, ``direction``, ``start``.
     """
     sampler = config.build({"kind": method, **settings}, "sampler")
+    model = model if sampler.encoder else _as_network(model)
     data = load_data(data) if isinstance(data, str) else data
     outside = load_data(outside) if isinstance(outside, str) else outside
-    two = torch.rand(2, *data.shape).to(device_of(model))
+    probe = torch.rand(2, *data.shape).to(device_of(model))
     with searching(model) as f, torch.no_grad():
-        critic = f(two).numel() == len(two)
+        critic = f(probe).numel() == len(probe)
     if sampler.encoder and (critic or not getattr(model, "encoder", True)):
         raise UserError(f"{method} draws from an encoder, and the model is none; choose cs, or langevin for a critic")
     if not sampler.encoder and (sampler.conditional or not critic):
-        _check_classifier(model, two)
+        _check_classifier(model, probe, torch.zeros(2, dtype=torch.long))
     if sampler.conditional or sampler.start == "class":
-        checks.labels(y, None, len(data.classes))
+        y = checks.labels(y, None, len(data.classes))
     else:
         y = torch.full_like(y, -1)
     return generate.generate(model, sampler, data, y, outside=outside, seed=seed).x
 
 
+@torch.inference_mode(False)
 def evaluate(
     model: nn.Module,
     *,
@@ -170,6 +181,7 @@ def evaluate(
         space = evaluation.find_space(features).load(device_of(model))
     elif features is not None:
         space = evaluation.feature_space("given features", features)
+    model = _as_network(model)
     subject = Subject(model, data, data.test, threat, samples or {}, space, batch_size_for(data.shape))
     x, y = next(subject.batches())
     if not getattr(model, "encoder", False):  # some metrics fit a classifier on an encoder
@@ -177,6 +189,7 @@ def evaluate(
     return evaluation.evaluate(subject, (Accuracy(), RobustAccuracy()) if metrics is None else metrics, seed=seed)
 
 
+@torch.inference_mode(False)
 def train(
     recipe: Recipe | str,
     *,
@@ -209,8 +222,9 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     return resolve(recipes.find(name), list((options or {}).items()))
 
 
+@torch.inference_mode(False)
 def load_data(name: str, **settings: Any) -> Data:
-    """Load training, validation and test images by the name of a data source: ``load_data("digits")``."""
+    """Load training, validation and test images: ``load_data("digits")``, ``load_data("folder:PATH", size=64)``."""
     return config.build({"kind": name, **settings}, "source").load()
 
 
@@ -220,12 +234,24 @@ def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), ou
     return build_report(first, beside=others, out=None if out is None else Path(out))
 
 
-def _check_classifier(model: nn.Module, x: Tensor, y: Tensor | None = None) -> None:
-    checks.images(x)
+def _as_network(model: nn.Module) -> nn.Module:
+    """Return a user's own module as a network, in the mode it is in; ours as they are."""
+    if isinstance(model, Network | View):
+        return model
+    return Network(Normalize((0.0,), (1.0,)).to(device_of(model)), model, nn.Identity())
+
+
+def _check_images(model: nn.Module, x: Tensor) -> Tensor:
+    """Return images as float32, or as float64 if that is the type of both images and weights."""
+    kinds = {x.dtype, *(p.dtype for p in model.parameters())} if isinstance(x, Tensor) else set()
+    return checks.images(x) if kinds == {torch.float64} else checks.images(x).float()
+
+
+def _check_classifier(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return the labels; raise UserError if the model gives no logits, or if labels do not fit them."""
     checks.no_encoder(model)
     with searching(model) as f, torch.no_grad():
-        out = checks.logits(f(x), len(x))
-    if out.shape[1] < 2:
+        classes = checks.logits(f(x), len(x)).shape[1]
+    if classes < 2:
         raise UserError("this needs a classifier; the model has one output")
-    if y is not None:
-        checks.labels(y, len(x), out.shape[1])
+    return checks.labels(y, len(x), classes)

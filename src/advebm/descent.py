@@ -81,8 +81,21 @@ def value_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
                 f"an energy must return one value per sample, shape {tuple(x.shape[:1])}; "
                 f"got {tuple(value.shape)} (did you call .mean()?)"
             )
-        (gradient,) = torch.autograd.grad(value.sum(), x)
-    return value.detach(), gradient
+        return value.detach(), gradient_of(value, x)
+
+
+def gradient_of(value: Tensor, x: Tensor) -> Tensor:
+    """Return ``∂Σ value / ∂x``.
+
+    Raises:
+        UserError: the values do not depend on ``x`` as far as autograd knows, as under ``torch.no_grad()``.
+    """
+    if not value.requires_grad:
+        raise UserError(
+            "the model's outputs have no gradient with respect to the images: its forward runs under torch.no_grad(), "
+            "detaches, or computes outside torch; remove that"
+        )
+    return torch.autograd.grad(value.sum(), x)[0]
 
 
 def in_parts(energies: Sequence[Energy], parts: Sequence[slice]) -> Energy:
@@ -93,15 +106,14 @@ def in_parts(energies: Sequence[Energy], parts: Sequence[slice]) -> Energy:
 
     def energy(x: Tensor) -> Tensor:
         value, gradient = x.new_empty(len(x)), torch.empty_like(x)
-        for own, part in zip(energies, parts, strict=True):
-            value[part], gradient[part] = value_and_gradient(own, x[part])
+        for part_energy, part in zip(energies, parts, strict=True):
+            value[part], gradient[part] = value_and_gradient(part_energy, x[part])
         return value + ((x - x.detach()) * gradient).flatten(1).sum(1)  # adds 0, whose gradient is ``gradient``
 
     return energy
 
 
 def at(value: float | Schedule, share: float) -> float:
-    """Return a number as it is, a schedule's value at ``share``."""
     return value(share) if callable(value) else value
 
 
@@ -125,10 +137,10 @@ def unit(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
 
 def adam(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
     """Return Adam's direction (Kingma and Ba, 2015) with its usual constants 0.9, 0.999 and 1e-8."""
-    first, second = 0.1 * gradient, 0.001 * gradient.square()
-    count = memory["count"] + 1 if memory else torch.ones(())
-    if memory:
-        first, second = first + 0.9 * memory["first"], second + 0.999 * memory["second"]
+    zero = torch.zeros(())
+    first = 0.1 * gradient + 0.9 * memory.get("first", zero)
+    second = 0.001 * gradient.square() + 0.999 * memory.get("second", zero)
+    count = memory.get("count", zero) + 1
     memory |= {"first": first, "second": second, "count": count}
     k = count.item()
     return first / (1 - 0.9**k) / ((second / (1 - 0.999**k)).sqrt() + 1e-8)
@@ -206,11 +218,11 @@ class means:
     factor: int
 
     def __call__(self, x: Tensor, origin: Tensor) -> Tensor:
-        wanted = avg_pool2d(origin, self.factor)
+        target_means = avg_pool2d(origin, self.factor)
         low, high = -max_pool2d(x, self.factor), 1 + max_pool2d(-x, self.factor)  # all pixels 0, all pixels 1
         for _ in range(40):
             middle = (low + high) / 2
-            dark = avg_pool2d((x + repeat_pixels(middle, self.factor)).clamp(0, 1), self.factor) < wanted
+            dark = avg_pool2d((x + repeat_pixels(middle, self.factor)).clamp(0, 1), self.factor) < target_means
             low, high = torch.where(dark, middle, low), torch.where(dark, high, middle)
         return (x + repeat_pixels((low + high) / 2, self.factor)).clamp(0, 1)
 
@@ -233,6 +245,11 @@ class both:
         for part in self.parts:
             x = part(x, origin)
         return x
+
+
+def lengths(x: Tensor, norm: str) -> Tensor:
+    """Return each sample's linf or l2 norm, (B,)."""
+    return x.flatten(1).abs().amax(1) if norm == "linf" else x.flatten(1).norm(dim=1)
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:

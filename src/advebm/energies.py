@@ -103,8 +103,8 @@ def nt_xent(
     row is not a negative of itself.
     """
     itself = torch.eye(len(z), len(references), dtype=torch.bool, device=z.device)
-    other, without = z.roll(len(z) // 2, 0), itself | itself.roll(len(z) // 2, 0)
-    return infonce(z, other, references, without=without, hardness=hardness, temperature=temperature, cosine=cosine)
+    positive, without = z.roll(len(z) // 2, 0), itself | itself.roll(len(z) // 2, 0)
+    return infonce(z, positive, references, without=without, hardness=hardness, temperature=temperature, cosine=cosine)
 
 
 def crowding(z: Tensor, others: Tensor | None = None, *, temperature: float = 0.5, cosine: bool = True) -> Tensor:
@@ -114,8 +114,8 @@ def crowding(z: Tensor, others: Tensor | None = None, *, temperature: float = 0.
     are the ``z_j``, usually ``z`` detached; None: ``z`` itself.
     """
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    alike = similarities(z, z if others is None else others, temperature=temperature, cosine=cosine)
-    return alike.masked_fill(itself, -torch.inf).logsumexp(1)
+    logits = similarities(z, z if others is None else others, temperature=temperature, cosine=cosine)
+    return logits.masked_fill(itself, -torch.inf).logsumexp(1)
 
 
 def binary(logit: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from advebm.core.errors import UserError
 from advebm.core.rng import rand, randn
-from advebm.descent import per_sample
+from advebm.descent import lengths, per_sample
 
 
 class Start(Protocol):
@@ -16,7 +16,6 @@ class Start(Protocol):
 
     def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return ``(B, C, H, W)`` for ``x (B, C, H, W)``."""
-        ...
 
 
 def clean(x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -29,6 +28,12 @@ def noise(x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Ten
     return rand(x, generator)
 
 
+def random_direction(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
+    """Draw random directions of norm 1, shaped like ``x``."""
+    noise = 2 * rand(x, generator) - 1 if norm == "linf" else randn(x, generator)
+    return noise / per_sample(lengths(noise, norm).clamp_min(1e-12), x)
+
+
 @dataclass(frozen=True)
 class UniformBall:
     """A point drawn uniformly from the eps-ball around each image (by volume, also in l2)."""
@@ -39,10 +44,10 @@ class UniformBall:
     def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
         if self.norm == "linf":
             return x + self.eps * (2 * rand(x, generator) - 1)
-        heading = randn(x, generator)
-        heading = heading / per_sample(heading.flatten(1).norm(dim=1), x)
+        direction = randn(x, generator)
+        direction = direction / per_sample(direction.flatten(1).norm(dim=1), x)
         length = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
-        return x + self.eps * per_sample(length, x) * heading
+        return x + self.eps * per_sample(length, x) * direction
 
 
 @dataclass(frozen=True)
@@ -110,21 +115,21 @@ class ClassGaussians:
         if len(y) and not (int(y.min()) >= 0 and int(y.max()) < len(self.members)):
             raise UserError(f"classes 0 to {len(self.members) - 1} have seeds, got {int(y.min())} to {int(y.max())}")
         white = randn(x.flatten(1), generator)
-        out = torch.empty_like(white)
+        seeds = torch.empty_like(white)
         for k in y.unique().tolist():
             rows, mean = (y == k).to(x.device), self.means[k].to(x)
             images = _rows(self.x, self.members[k]).to(x)
             draw = torch.randn(int(rows.sum()), len(images), generator=generator, device=x.device, dtype=x.dtype)
             coloured = (draw @ images - draw.sum(1, keepdim=True) * mean) / (len(images) - 1) ** 0.5
             isotropic = self.variances[k].to(x).sqrt() * white[rows]
-            out[rows] = mean + (1 - self.shrinkage) ** 0.5 * coloured + self.shrinkage**0.5 * isotropic
-        return out.view(len(x), *self.x.shape[1:]).clamp(0, 1)
+            seeds[rows] = mean + (1 - self.shrinkage) ** 0.5 * coloured + self.shrinkage**0.5 * isotropic
+        return seeds.view(len(x), *self.x.shape[1:]).clamp(0, 1)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """Return the images at ``index`` as floating-point rows in [0, 1], (n, D)."""
-    chosen = x[index].flatten(1)
-    return chosen if chosen.dtype.is_floating_point else chosen.float() / 255
+    rows = x[index].flatten(1)
+    return rows if rows.dtype.is_floating_point else rows.float() / 255
 
 
 @dataclass
@@ -142,8 +147,8 @@ class ImagePool:
     def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return as many images as ``x`` has, of its type and on its device."""
         while len(self.order) < len(x):
-            more = torch.randperm(len(self.x), generator=generator, device=x.device).cpu()
-            self.order = torch.cat([self.order, more])
+            permutation = torch.randperm(len(self.x), generator=generator, device=x.device)
+            self.order = torch.cat([self.order, permutation.cpu()])
         index, self.order = self.order[: len(x)], self.order[len(x) :]
         return _rows(self.x, index).to(x).view(len(x), *self.x.shape[1:])
 
@@ -166,10 +171,10 @@ class ReplayBuffer:
         """Return ``count`` distinct slots (count,) and their chains; each is new noise with probability ``restart``."""
         if count > len(self.chains):
             raise UserError(f"{count} chains are asked of a replay buffer of {len(self.chains)}; enlarge the buffer")
-        where = generator.device  # chains live on the host, the generator where the model is
-        slots = torch.randperm(len(self.chains), generator=generator, device=where)[:count].cpu()
-        fresh = (torch.rand(count, generator=generator, device=where) < restart).cpu()
-        noise = torch.rand(self.chains[slots].shape, generator=generator, device=where).cpu()
+        device = generator.device  # chains live on the host, the generator where the model is
+        slots = torch.randperm(len(self.chains), generator=generator, device=device)[:count].cpu()
+        fresh = (torch.rand(count, generator=generator, device=device) < restart).cpu()
+        noise = torch.rand(self.chains[slots].shape, generator=generator, device=device).cpu()
         return slots, torch.where(per_sample(fresh, noise), noise, self.chains[slots])
 
     def put(self, slots: Tensor, x: Tensor) -> None:

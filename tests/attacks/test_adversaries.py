@@ -8,7 +8,7 @@ from scipy.optimize import linprog, minimize
 from scipy.stats import binomtest
 from torch import nn
 
-from advebm.attacks.apgd import APGD, _look, ascend, maximise
+from advebm.attacks.apgd import APGD, _evaluate, ascend, maximise
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.base import Adversary, AttackRun, critic_as_classifier, dlr, is_correct, margin
 from advebm.attacks.cw import CW
@@ -163,7 +163,7 @@ def test_the_average_of_gradients_is_followed():
     turn = iter([1.0, -0.5] * 100)
     f = lambda x: torch.stack([0 * x.sum((1, 2, 3)) + 100, x.sum((1, 2, 3)) * next(turn)], 1)
     x, y = torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, dtype=torch.long)
-    _, gradient, _ = _look(lambda z, rows: (margin(f(z), y), y > 0), x, y, 2)
+    _, gradient, _ = _evaluate(lambda z, rows: (margin(f(z), y), y > 0), x, y, 2)
     torch.testing.assert_close(gradient, torch.full_like(x, 0.25))
 
 

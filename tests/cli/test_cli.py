@@ -239,7 +239,7 @@ MISTAKES = {
     "option of another command": (["demo", "--seeds", "1"], r"unexpected '--seeds' \(did you mean '--seed'\?\)"),
     "validation split too small": (
         [*AT, "--data.val", "0.0001"],
-        "1797 images are too few to cut shares of 0.2, 0.0001",
+        r"1797 images of 10 classes are too few to cut shares of 0.2, 0.0001 .*--data.val",
     ),
     "momentum": (
         [*AT, "--optimizer.momentum", "-1", "--optimizer.nesterov", "no"],

@@ -20,7 +20,7 @@ def environment(monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(threads, "_given", [])
+    monkeypatch.setattr(threads, "_user_count", [])
     before = torch.get_num_threads()
     yield monkeypatch
     torch.set_num_threads(before)

@@ -161,8 +161,8 @@ def test_parquet_without_the_columns_or_a_split_is_named(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", [encode(p) for p in colours(3)], [0, 1, 2])
     with pytest.raises(UserError, match="has no test-"):
         advebm.load_data("cifar10", path=str(tmp_path))
-    write_parquet(tmp_path / "train-0.parquet", [encode(p) for p in colours(3)], [0, 1, 2], image="picture")
-    with pytest.raises(UserError, match=r"train-0.parquet has the columns picture, label; it needs one of img, image"):
+    write_parquet(tmp_path / "train-0.parquet", [encode(p) for p in colours(3)], [0, 1, 2], image="drawing")
+    with pytest.raises(UserError, match=r"train-0.parquet has the columns drawing, label; it needs one of img, image"):
         advebm.load_data("cifar10", path=str(tmp_path))
     (tmp_path / "train-0.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match="is not parquet"):
@@ -249,7 +249,7 @@ def test_a_folder_with_its_own_splits(folder, tmp_path):
     assert len(data.test) == 36
     assert len(data.train) + len(data.val) == 36
     (root / "test" / "line").rename(root / "test" / "lines")
-    with pytest.raises(UserError, match="train has the classes circle, line, square, test circle, lines, square"):
+    with pytest.raises(UserError, match="test has the classes lines, which train has not"):
         advebm.load_data("folder", path=str(root))
 
 

@@ -325,7 +325,7 @@ def test_a_weak_attack_is_not_taken_for_a_strong_model(linear):
     weak = Attack(eps=0.9, norm="l2", steps=1, step_size=1e-4, start="clean", loss="energy")
     assert look(linear, threat=weak) == []
     patient = ModelUnderTest(linear, linear, X, Y, weak, torch.Generator(), {}, False)
-    assert patient.many == THREAT
+    assert patient.pgd == THREAT
 
 
 def test_chance_is_the_most_frequent_label(standard):
@@ -391,7 +391,7 @@ def test_autoattack_has_to_be_as_strong_as_plain_descent(standard):
     with searching(standard) as f:
         patient = ModelUnderTest(standard, f, X, Y, SMALL, torch.Generator().manual_seed(0), {}, False)
         assert autoattack(patient) is None
-        patient.__dict__["under_many"] = 0.0
+        patient.__dict__["pgd_accuracy"] = 0.0
         assert autoattack(patient).name == "weaker-autoattack"
 
 

@@ -14,7 +14,7 @@ from advebm.attacks.cw import CW
 from advebm.attacks.projected import Attack
 from advebm.core.config import KINDS, build, describe
 from advebm.core.errors import UserError
-from advebm.data.readers import read_folder
+from advebm.data.folders import read_folder
 from advebm.evaluation import suites
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.models import network

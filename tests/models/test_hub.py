@@ -19,7 +19,7 @@ from advebm.metrics.base import Record
 from advebm.models import hub, network
 from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
-from advebm.reporting.card import _public
+from advebm.reporting.card import _hide_local_paths
 from advebm.reporting.card import write_model as publish_run
 from advebm.reporting.terminal import record_table
 from advebm.runs.recipe import dump, resolve
@@ -491,7 +491,7 @@ def test_the_kept_models_can_be_used(folder):
     assert sum(p.stat().st_size for p in folder.iterdir()) < 25e6
     plain = json.loads((folder / "config.json").read_text())
     assert {"accuracy"} < {record["name"] for record in plain["measured"]}
-    assert _public(plain["options"]) == plain["options"]
+    assert _hide_local_paths(plain["options"]) == plain["options"]
     size = plain["architecture"]["size"]
     images = torch.rand(4, plain["architecture"]["channels"], size, size)
     assert advebm.energy(advebm.load(folder), images).isfinite().all()

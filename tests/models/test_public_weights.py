@@ -304,11 +304,11 @@ def test_running_means_tell_what_a_shortcut_takes(bare, size, generator):
     state = theirs.settle(net, torch.rand(16, 3, size, size, generator=generator)).state_dict()
     for names in (list(state), sorted(state), sorted(state, reverse=True)):
         named, _ = public_weights._rename({name: state[name] for name in names}, public_weights.PREACT)
-        assert public_weights._bare_shortcuts(named) == bare
+        assert public_weights._has_bare_shortcuts(named) == bare
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh, _ = public_weights._rename(theirs.PreActResNet(EIGHTEEN, 8).state_dict(), public_weights.PREACT)
-    assert not public_weights._bare_shortcuts(fresh), "statistics that nothing has moved tell nothing"
+    assert not public_weights._has_bare_shortcuts(fresh), "statistics that nothing has moved tell nothing"
 
 
 def test_mean_of_an_activation_by_sampling(generator):

@@ -58,7 +58,7 @@ def test_what_an_objective_is_the_wrapper_is(name):
 def test_the_inner_objective_does_the_rest(wrap, net, batch, tmp_path, monkeypatch):
     """On its own batch and with its own search result, whatever the wrapper's search gives besides."""
     CALLS.clear()
-    monkeypatch.setattr("advebm.objectives.rst._teacher", lambda where: net)
+    monkeypatch.setattr("advebm.objectives.rst._load_teacher", lambda where: net)
     objective = RST("teacher", Spy()) if wrap is RST else wrap(objective=Spy())
     batch = Batch(batch.x, batch.y, extra=batch.x.flip(0)) if wrap is RST else batch
     size = len(batch.x) * (2 if wrap is RST else 1)

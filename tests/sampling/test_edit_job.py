@@ -79,9 +79,9 @@ class TestOpening:
         (encoded(picture(channels=1)), (3, 8, 8), "is grey, the model takes colour images; convert it"),
         (encoded(picture()), (1, 8, 8), "is in colour, the model takes grey images; convert it"),
         (encoded(picture(64, 64))[:2000], (3, 64, 64), "is not an image that can be read .* is it whole"),
-        (b"", (3, 8, 8), "is not an image that can be read"),
-        (b"<svg></svg>", (3, 8, 8), "is not an image that can be read"),
-        (encoded(np.zeros((8, 8), np.uint16)), (1, 8, 8), "has more than 8 bits a channel"),
+        (b"", (3, 8, 8), "is empty"),
+        (b"<svg></svg>", (3, 8, 8), "is not an image of a kind that is read here"),
+        (encoded(np.zeros((8, 8), np.int32), "TIFF"), (1, 8, 8), "has 32-bit pixels: which value is white"),
     )
 
     @pytest.mark.parametrize(("source", "shape", "message"), BAD, ids=lambda v: str(v)[:20])

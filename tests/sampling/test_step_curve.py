@@ -39,7 +39,7 @@ def bowl():
 def test_points_are_those_of_samplers_that_stop_there(bowl, split):
     model, inside, outside = bowl
     chains, sampler = Chains(split, count=40, steps=(0, 1, 3, 6)), Ascent(steps=99, step_size=0.1)
-    seen = chains._images(model, sampler, inside, outside._replace(test=outside.val) if split == "val" else outside)
+    seen = chains._draw(model, sampler, inside, outside._replace(test=outside.val) if split == "val" else outside)
     begin = seen[0][0]
     expected = outside.val if split == "val" else outside.test
     assert {x.numpy().tobytes() for x in begin} <= {x.numpy().tobytes() for x in expected.x}
@@ -63,9 +63,9 @@ def test_chains_ask_for_every_class_and_may_have_noise(bowl):
     model = Plain(lambda x: x.flatten(1)[:, 20:30] * 5)
     chains = Chains(count=30, steps=(0, 2, 4), seed=3)
     sampler = CS(noise=0.05, start="noise", step_size=0.2)
-    one, two = (chains._images(model, sampler, digits, None) for _ in range(2))
+    one, two = (chains._draw(model, sampler, digits, None) for _ in range(2))
     assert all(torch.equal(one[k][0], two[k][0]) for k in one)
-    other = dataclasses.replace(chains, seed=4)._images(model, sampler, digits, None)
+    other = dataclasses.replace(chains, seed=4)._draw(model, sampler, digits, None)
     assert not torch.equal(one[4][0], other[4][0])
     lit = one[4][0].flatten(1)[:, 20:30].float() - one[0][0].flatten(1)[:, 20:30].float()
     assert lit.argmax(1).unique().numel() == 10

@@ -23,7 +23,7 @@ from advebm import recipes
 from advebm.core import console
 from advebm.core.errors import Diverged, Interrupted, UserError
 from advebm.core.rng import rand
-from advebm.data.readers import Npz
+from advebm.data.npz import Npz
 from advebm.models.factory import Own
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.standard import Standard

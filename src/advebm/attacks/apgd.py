@@ -12,9 +12,9 @@ from advebm import energies
 from advebm.attacks.base import Adversary, AttackRun, ball_text, check_radius, dlr, margin, runner_up_class
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
-from advebm.core.rng import rand, randn
-from advebm.descent import both, box, l2_ball, linf_ball, per_sample, sign, unit
+from advebm.descent import both, box, gradient_of, l2_ball, linf_ball, per_sample, sign, unit
 from advebm.energies import Logits
+from advebm.starts import random_direction
 
 # (images, their row indices in the batch) -> (value to maximise (B,), whether each point is finished, bool (B,))
 Outcome = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -68,7 +68,6 @@ class APGD(Adversary):
         return f"{self.label} {self.steps} {ball_text(self.eps, self.norm)}"
 
     def runs(self, classes: int) -> list[AttackRun]:
-        """Return one run for each target class and restart."""
         needed = {"dlr": 3, "targeted-dlr": 4}.get(self.loss, 2)
         if classes < needed:
             raise UserError(f"the loss {self.loss} takes at least {needed} classes, got {classes}; use margin")
@@ -83,9 +82,9 @@ class APGD(Adversary):
         target = runner_up_class(f, x, y, goal) if goal else None
 
         def outcome(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            out = f(x)
-            aim = None if target is None else target[rows]
-            return self._loss(out, y[rows], aim), out.argmax(1) != y[rows]
+            logits = f(x)
+            loss = self._loss(logits, y[rows], None if target is None else target[rows])
+            return loss, logits.argmax(1) != y[rows]
 
         return maximise(
             outcome, x, eps=self.eps, norm=self.norm, steps=self.steps, generator=generator, samples=self.samples
@@ -114,8 +113,8 @@ def ascend(
 
     ``value(x) -> (B,)`` may be any differentiable function of images.  The other arguments are those of :class:`APGD`.
     """
-    never = lambda x, rows: (value(x), torch.zeros(len(x), dtype=torch.bool, device=x.device))
-    return maximise(never, x, eps=eps, norm=norm, steps=steps, generator=generator)
+    outcome = lambda x, rows: (value(x), torch.zeros(len(x), dtype=torch.bool, device=x.device))
+    return maximise(outcome, x, eps=eps, norm=norm, steps=steps, generator=generator)
 
 
 def maximise(
@@ -134,65 +133,57 @@ def maximise(
     """
     constraint = both(linf_ball(eps) if norm == "linf" else l2_ball(eps), box())
     direction = sign if norm == "linf" else unit
-    found, values = x.clone(), x.new_full((len(x),), -torch.inf)
+    x_adv, values = x.clone(), x.new_full((len(x),), -torch.inf)
     rows = torch.arange(len(x), device=x.device)
-    at = constraint(x + eps * _full_length(x, norm, generator), x)
-    value, gradient, done = _look(outcome, at, rows, samples)
-    s = {"rows": rows, "origin": x, "x": at, "before": at, "gradient": gradient, "value": value, "done": done}
-    s |= {"best": at, "best_gradient": gradient, "best_value": value, "last_best": value}
-    s |= {"size": torch.full_like(value, 2 * eps), "rises": torch.zeros_like(value), "halved": torch.ones_like(done)}
-    stretch, since = max(int(FIRST * steps), 1), 0
+    start = constraint(x + eps * random_direction(x, norm, generator), x)
+    value, gradient, done = _evaluate(outcome, start, rows, samples)
+    state = {"rows": rows, "origin": x, "x": start, "before": start, "gradient": gradient, "value": value, "done": done}
+    state |= {"best": start, "best_gradient": gradient, "best_value": value, "last_best": value}
+    state |= {"size": torch.full_like(value, 2 * eps), "halved": torch.ones_like(done)}
+    state["rises"] = torch.zeros_like(value)
+    interval, since_check = max(int(FIRST * steps), 1), 0
     for k in range(steps):
-        if 8 * int(s["done"].sum()) >= len(s["done"]):  # drop finished points, an eighth or more at a time
-            out = s["done"]
-            found[s["rows"][out]], values[s["rows"][out]] = s["x"][out], s["value"][out]
-            s = {name: v[~out] for name, v in s.items()}
-            if len(s["rows"]) == 0:
-                return found, values
-        size = per_sample(s["size"], s["x"])
-        step = constraint(s["x"] - size * direction(-s["gradient"], {}), s["origin"])
+        if 8 * int(state["done"].sum()) >= len(state["done"]):  # drop finished points, an eighth or more at a time
+            done = state["done"]
+            x_adv[state["rows"][done]], values[state["rows"][done]] = state["x"][done], state["value"][done]
+            state = {name: v[~done] for name, v in state.items()}
+            if len(state["rows"]) == 0:
+                return x_adv, values
+        size = per_sample(state["size"], state["x"])
+        step = constraint(state["x"] - size * direction(-state["gradient"], {}), state["origin"])
         share = MOMENTUM if k else 1.0
-        move = share * (step - s["x"]) + (1 - share) * (s["x"] - s["before"])
-        moving = per_sample(~s["done"], s["x"])
-        new = torch.where(moving, constraint(s["x"] + move, s["origin"]), s["x"])
-        value, gradient, done = _look(outcome, new, s["rows"], samples)
-        s["before"], s["x"], s["gradient"] = s["x"], new, gradient
-        s["rises"] = s["rises"] + (value > s["value"])
-        s["value"], s["done"] = value, s["done"] | done
-        better = value > s["best_value"]
-        s["best_value"] = torch.where(better, value, s["best_value"])
-        for best, current in (("best", new), ("best_gradient", gradient)):
-            s[best] = torch.where(per_sample(better, new), current, s[best])
-        since += 1
-        if since == stretch:
-            stuck = ~s["halved"] & (s["last_best"] >= s["best_value"])
-            halve = (s["rises"] <= RISES * stretch) | stuck
-            back = per_sample(halve & ~s["done"], new)
-            s["size"] = torch.where(halve, s["size"] / 2, s["size"])
-            s["x"], s["gradient"] = (
-                torch.where(back, s[b], s[a]) for a, b in (("x", "best"), ("gradient", "best_gradient"))
-            )
-            s["last_best"], s["halved"], s["rises"] = s["best_value"], halve, torch.zeros_like(value)
-            stretch, since = max(stretch - max(int(SHORTER * steps), 1), max(int(SHORTEST * steps), 1)), 0
-    over = per_sample(s["done"], s["x"])
-    found[s["rows"]] = torch.where(over, s["x"], s["best"])
-    values[s["rows"]] = torch.where(s["done"], s["value"], s["best_value"])
-    return found, values
+        move = share * (step - state["x"]) + (1 - share) * (state["x"] - state["before"])
+        moving = per_sample(~state["done"], state["x"])
+        new = torch.where(moving, constraint(state["x"] + move, state["origin"]), state["x"])
+        value, gradient, done = _evaluate(outcome, new, state["rows"], samples)
+        state["before"], state["x"], state["gradient"] = state["x"], new, gradient
+        state["rises"] = state["rises"] + (value > state["value"])
+        state["value"], state["done"] = value, state["done"] | done
+        better = value > state["best_value"]
+        state["best_value"] = torch.where(better, value, state["best_value"])
+        state["best"] = torch.where(per_sample(better, new), new, state["best"])
+        state["best_gradient"] = torch.where(per_sample(better, new), gradient, state["best_gradient"])
+        since_check += 1
+        if since_check == interval:
+            stuck = ~state["halved"] & (state["last_best"] >= state["best_value"])
+            halve = (state["rises"] <= RISES * interval) | stuck
+            back = per_sample(halve & ~state["done"], new)
+            state["size"] = torch.where(halve, state["size"] / 2, state["size"])
+            state["x"] = torch.where(back, state["best"], state["x"])
+            state["gradient"] = torch.where(back, state["best_gradient"], state["gradient"])
+            state["last_best"], state["halved"], state["rises"] = state["best_value"], halve, torch.zeros_like(value)
+            interval, since_check = max(interval - max(int(SHORTER * steps), 1), max(int(SHORTEST * steps), 1)), 0
+    x_adv[state["rows"]] = torch.where(per_sample(state["done"], state["x"]), state["x"], state["best"])
+    values[state["rows"]] = torch.where(state["done"], state["value"], state["best_value"])
+    return x_adv, values
 
 
-def _look(outcome: Outcome, x: Tensor, rows: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def _evaluate(outcome: Outcome, x: Tensor, rows: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the value (B,), its gradient averaged over ``samples`` passes, and what is finished; all detached."""
     gradient = torch.zeros_like(x)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         for _ in range(samples):
             value, done = outcome(x, rows)
-            gradient += torch.autograd.grad(value.sum(), x)[0] / samples
+            gradient += gradient_of(value, x) / samples
     return value.detach(), gradient, done
-
-
-def _full_length(x: Tensor, norm: str, generator: torch.Generator) -> Tensor:
-    """Draw random directions of norm 1, shaped like ``x``."""
-    noise = 2 * rand(x, generator) - 1 if norm == "linf" else randn(x, generator)
-    length = noise.flatten(1).abs().amax(1) if norm == "linf" else noise.flatten(1).norm(dim=1)
-    return noise / per_sample(length.clamp_min(1e-12), x)

@@ -31,11 +31,7 @@ class AutoAttack(Adversary):
     norm: Literal["linf", "l2"] = "linf"
     version: Literal["quick", "standard", "full", "rand"] = "standard"
 
-    cites: ClassVar[tuple[str, ...]] = (
-        "croce2020reliable",
-        "croce2020minimally",
-        "andriushchenko2020",
-    )
+    cites: ClassVar[tuple[str, ...]] = ("croce2020reliable", "croce2020minimally", "andriushchenko2020")
 
     def __post_init__(self) -> None:
         check_choices(self)

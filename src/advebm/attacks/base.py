@@ -86,12 +86,12 @@ class Adversary:
         """
         with torch.no_grad():
             logits = check_classifier(f(x))
-        x_adv, left = x.clone(), (logits.argmax(1) == y).nonzero().squeeze(1)
+        x_adv, remaining = x.clone(), (logits.argmax(1) == y).nonzero().squeeze(1)
         for run in self.runs(logits.shape[1]):
-            if len(left) == 0:
+            if len(remaining) == 0:
                 break
-            x_adv[left] = run.search(f, x[left], y[left], generator)
-            left = left[is_correct(f, x_adv[left], y[left])]
+            x_adv[remaining] = run.search(f, x[remaining], y[remaining], generator)
+            remaining = remaining[is_correct(f, x_adv[remaining], y[remaining])]
         return x_adv
 
 
@@ -112,8 +112,8 @@ def critic_as_classifier(f: Logits) -> Logits:
     """Turn a critic f into a classifier with the logits ``(0, f)``, whose softmax is the sigmoid of f."""
 
     def logits(x: Tensor) -> Tensor:
-        out = f(x).reshape(len(x))
-        return torch.stack([torch.zeros_like(out), out], 1)
+        logit = f(x).reshape(len(x))
+        return torch.stack([torch.zeros_like(logit), logit], 1)
 
     return logits
 
@@ -134,8 +134,8 @@ def check_radius(eps: float, norm: str) -> None:
 def runner_up_class(f: Logits, x: Tensor, y: Tensor, rank: int) -> Tensor:
     """Return each image's ``rank``-th most likely class other than ``y``, counted from 1: int64 (B,)."""
     with torch.no_grad():
-        out = f(x).scatter(1, y[:, None], -torch.inf)
-    return out.argsort(1, descending=True)[:, rank - 1]
+        logits = f(x).scatter(1, y[:, None], -torch.inf)
+    return logits.argsort(1, descending=True)[:, rank - 1]
 
 
 # Losses that attacks maximise: logits (B, K) and labels (B,) -> (B,), positive where misclassified --------------------

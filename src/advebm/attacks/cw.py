@@ -9,7 +9,7 @@ from torch import Tensor
 
 from advebm.attacks.base import Adversary, AttackRun, margin
 from advebm.core.errors import UserError
-from advebm.descent import per_sample
+from advebm.descent import gradient_of, per_sample
 from advebm.energies import Logits
 
 
@@ -71,16 +71,16 @@ class CW(Adversary):
         adam, crossed = torch.optim.Adam([free], lr=self.rate), torch.zeros_like(y, dtype=torch.bool)
         for _ in range(self.steps):
             with torch.enable_grad():
-                at = (free.tanh() + 1) / 2
-                squared = (at - x).square().flatten(1).sum(1)
-                ahead = margin(f(at), y)
+                x_adv = (free.tanh() + 1) / 2
+                squared = (x_adv - x).square().flatten(1).sum(1)
+                ahead = margin(f(x_adv), y)
                 loss = squared + c * (-ahead).clamp_min(-self.kappa)
-            (free.grad,) = torch.autograd.grad(loss.sum(), free)
+            free.grad = gradient_of(loss, free)
             with torch.no_grad():
-                over = (ahead > 0) & (ahead >= self.kappa)
-                better = over & (squared < distance)
-                nearest.copy_(torch.where(per_sample(better, x), at, nearest))
+                reached = (ahead > 0) & (ahead >= self.kappa)
+                better = reached & (squared < distance)
+                nearest.copy_(torch.where(per_sample(better, x), x_adv, nearest))
                 distance.copy_(torch.where(better, squared, distance))
-                crossed |= over
+                crossed |= reached
             adam.step()
         return crossed

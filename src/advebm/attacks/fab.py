@@ -10,8 +10,9 @@ from torch import Tensor
 from advebm.attacks.base import Adversary, AttackRun, ball_text, check_radius, margin, runner_up_class
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
-from advebm.descent import per_sample, value_and_gradient
+from advebm.descent import lengths, per_sample, value_and_gradient
 from advebm.energies import Logits
+from advebm.starts import random_direction
 
 FARTHEST = 0.1  # alpha_max of the paper: largest weight of the step that starts at the image itself
 OVERSHOOT = 1.05  # eta of the paper: factor on each step to the boundary
@@ -59,57 +60,45 @@ class FAB(Adversary):
         return f"{self.label} {self.steps} {ball_text(self.eps, self.norm)}"
 
     def runs(self, classes: int) -> list[AttackRun]:
-        """Return one run for each target class and restart."""
-        goals = range(1, min(self.targets, classes - 1) + 1)
         return [
             AttackRun(self.label, partial(self._search, goal, start), 2 * self.steps + 1)
-            for goal in goals
+            for goal in range(1, min(self.targets, classes - 1) + 1)
             for start in range(self.restarts)
         ]
 
     def _search(self, goal: int, start: int, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return misclassified points within ``eps`` where the run found them, else the images themselves."""
-        target, found = runner_up_class(f, x, y, goal), x.clone()
-        rows, at = torch.arange(len(x), device=x.device), x
+        target, x_adv = runner_up_class(f, x, y, goal), x.clone()
+        rows, point = torch.arange(len(x), device=x.device), x
         if start:
-            at = (x + self.eps / 2 * self._direction(x, generator)).clamp(0, 1)
+            point = (x + self.eps / 2 * random_direction(x, self.norm, generator)).clamp(0, 1)
+
+        def margins(rows: Tensor, z: Tensor) -> Tensor:
+            return margin(f(z), y[rows], target[rows])
+
         for _ in range(self.steps):
-            origin, label, aim = x[rows], y[rows], target[rows]
-            gap, normal = value_and_gradient(partial(self._gap, f, label, aim), at)
+            origin = x[rows]
+            gap, normal = value_and_gradient(partial(margins, rows), point)
             moves = onto_plane(
-                torch.cat([at, origin]).flatten(1),
+                torch.cat([point, origin]).flatten(1),
                 normal.flatten(1).repeat(2, 1),
-                torch.cat([-gap, -gap + (normal * (at - origin)).flatten(1).sum(1)]),
+                torch.cat([-gap, -gap + (normal * (point - origin)).flatten(1).sum(1)]),
                 self.norm,
             )
-            here, home = (move.view_as(at) for move in moves.chunk(2))
-            lengths = (self._length(move).clamp_min(1e-8) for move in (here, home))
-            near, far = (per_sample(length, at) for length in lengths)
+            move, origin_move = (part.view_as(point) for part in moves.chunk(2))
+            near, far = (per_sample(lengths(v, self.norm).clamp_min(1e-8), point) for v in (move, origin_move))
             share = (near / (near + far)).clamp_max(FARTHEST)
-            at = ((1 - share) * (at + OVERSHOOT * here) + share * (origin + OVERSHOOT * home)).clamp(0, 1)
+            point = (1 - share) * (point + OVERSHOOT * move) + share * (origin + OVERSHOOT * origin_move)
+            point = point.clamp(0, 1)
             with torch.no_grad():
-                crossed = f(at).argmax(1) != label
-            done = crossed & (self._length(at - origin) <= self.eps)
-            found[rows[done]] = at[done]
-            at = torch.where(per_sample(crossed, at), origin + BACK * (at - origin), at)[~done]
+                crossed = f(point).argmax(1) != y[rows]
+            done = crossed & (lengths(point - origin, self.norm) <= self.eps)
+            x_adv[rows[done]] = point[done]
+            point = torch.where(per_sample(crossed, point), origin + BACK * (point - origin), point)[~done]
             rows = rows[~done]
             if len(rows) == 0:
                 break
-        return found
-
-    @staticmethod
-    def _gap(f: Logits, y: Tensor, target: Tensor, x: Tensor) -> Tensor:
-        return margin(f(x), y, target)
-
-    def _length(self, move: Tensor) -> Tensor:
-        flat = move.flatten(1)
-        return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
-
-    def _direction(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        draw = torch.rand if self.norm == "linf" else torch.randn
-        noise = draw(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        noise = 2 * noise - 1 if self.norm == "linf" else noise
-        return noise / per_sample(self._length(noise).clamp_min(1e-12), x)
+        return x_adv
 
 
 def onto_plane(x: Tensor, w: Tensor, gap: Tensor, norm: str) -> Tensor:
@@ -120,17 +109,17 @@ def onto_plane(x: Tensor, w: Tensor, gap: Tensor, norm: str) -> Tensor:
     never overshoots, without sorting.  If the plane misses the box, the move ends in the corner nearest to it.
     """
     room = torch.where(w * gap[:, None] > 0, 1 - x, x)
-    weight, wanted = w.abs(), gap.abs()
+    weight, distance = w.abs(), gap.abs()
     rate = torch.ones_like(w) if norm == "linf" else weight
     factor, steps = torch.zeros_like(gap), weight * rate
     for _ in range(x.shape[1] + 1):
         scaled = factor[:, None] * rate
-        missing = wanted - (weight * torch.minimum(scaled, room)).sum(1)
+        missing = distance - (weight * torch.minimum(scaled, room)).sum(1)
         slope = (steps * (scaled < room)).sum(1)
-        more = torch.where(slope > 0, missing / slope, torch.inf)  # no coordinate can move: go to the corner
-        open_ = (missing > 1e-6 * wanted) & torch.isfinite(factor)
-        if not open_.any():
+        increase = torch.where(slope > 0, missing / slope, torch.inf)  # no coordinate can move: go to the corner
+        unfinished = (missing > 1e-6 * distance) & torch.isfinite(factor)
+        if not unfinished.any():
             break
-        factor = torch.where(open_, factor + more, factor)
+        factor = torch.where(unfinished, factor + increase, factor)
     size = torch.where(rate > 0, torch.minimum(factor[:, None] * rate.clamp_min(1e-30), room), 0)
     return size * w.sign() * gap.sign()[:, None]

@@ -69,17 +69,15 @@ class Attack(Adversary):
         self, energy: Energy, x: Tensor, generator: torch.Generator | None, *, observe: Observer | None = None
     ) -> Tensor:
         """Return images (B, C, H, W) in [0, 1] within eps of ``x``, of low energy."""
-        runs = [self._run(energy, x, generator, observe) for _ in range(self.restarts)]
+        descent, runs = self.descent(), []
+        for _ in range(self.restarts):
+            start = self.begin(x, generator)
+            runs.append(descent(energy, start, origin=x, generator=generator, observe=observe))
         if self.restarts == 1:
             return runs[0]
         with torch.no_grad():
             best = torch.stack([energy(run) for run in runs]).argmin(0)
         return torch.stack(runs)[best, torch.arange(len(x), device=x.device)]
-
-    def _run(
-        self, energy: Energy, x: Tensor, generator: torch.Generator | None, observe: Observer | None = None
-    ) -> Tensor:
-        return self.descent()(energy, self.begin(x, generator), origin=x, generator=generator, observe=observe)
 
     def begin(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Return where a run starts, (B, C, H, W) in the ball and in [0, 1]."""
@@ -151,7 +149,7 @@ class Targeted(Adversary):
         once = replace(self.attack, restarts=1)
 
         def search(f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-            goal = (y + torch.randint(1, classes, y.shape, generator=generator, device=y.device)) % classes
-            return once.minimize(lambda z: energies.conditional(f(z), goal), x, generator)
+            target = (y + torch.randint(1, classes, y.shape, generator=generator, device=y.device)) % classes
+            return once.minimize(lambda z: energies.conditional(f(z), target), x, generator)
 
         return [AttackRun(self.name, search, self.attack.steps)] * self.attack.restarts

@@ -54,28 +54,27 @@ class Square(Adversary):
     @torch.no_grad()
     def _search(self, f: Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Return misclassified points where the run found them, else the points of the largest margin."""
-        found, rows = x.clone(), torch.arange(len(x), device=x.device)
+        x_adv, rows = x.clone(), torch.arange(len(x), device=x.device)
         start, propose = (_stripes, _square) if self.norm == "linf" else (_tiles, _two_windows)
-        origin, label = x, y
-        best = start(x, self.eps, generator)
+        origin, label, best = x, y, start(x, self.eps, generator)
         value = margin(f(best), label)
         for query in range(self.queries):
-            broken = value > 0
-            if broken.any():
-                found[rows[broken]] = best[broken]
-                rows, origin, label, best, value = (v[~broken] for v in (rows, origin, label, best, value))
+            misclassified = value > 0
+            if misclassified.any():
+                x_adv[rows[misclassified]] = best[misclassified]
+                rows, origin, label, best, value = (v[~misclassified] for v in (rows, origin, label, best, value))
                 if len(rows) == 0:
-                    return found
+                    return x_adv
             if query == self.queries - 1:
                 break  # the start was the first query
             share = FIRST_SHARE / 2 ** bisect_left(HALVINGS, query)
-            tried = propose(best, origin, share, self.eps, generator)
-            new = margin(f(tried), label)
+            candidate = propose(best, origin, share, self.eps, generator)
+            new = margin(f(candidate), label)
             better = new > value
             value = torch.where(better, new, value)
-            best = torch.where(per_sample(better, best), tried, best)
-        found[rows] = best
-        return found
+            best = torch.where(per_sample(better, best), candidate, best)
+        x_adv[rows] = best
+        return x_adv
 
 
 def side(share: float, size: int) -> int:
@@ -83,30 +82,29 @@ def side(share: float, size: int) -> int:
     return min(max(round(math.sqrt(share) * size), 1), size)
 
 
-def _place(size: int, shape: torch.Size, generator: torch.Generator) -> tuple[slice, slice]:
+def _random_window(size: int, shape: torch.Size, generator: torch.Generator) -> tuple[slice, slice]:
     """Draw a window of ``size`` x ``size`` pixels anywhere within the image; return its row and column slices."""
     corner = [int(torch.randint(0, n - size + 1, (), generator=generator, device=generator.device)) for n in shape[2:]]
     return slice(corner[0], corner[0] + size), slice(corner[1], corner[1] + size)
 
 
-def _signs(*shape: int, like: Tensor, generator: torch.Generator) -> Tensor:
+def _random_signs(*shape: int, like: Tensor, generator: torch.Generator) -> Tensor:
     return 2.0 * torch.randint(0, 2, shape, generator=generator, device=like.device).to(like.dtype) - 1
 
 
 def _stripes(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
     """Add vertical stripes of plus or minus eps, with a random sign for each image, channel and column."""
     b, c, _, w = x.shape
-    return (x + eps * _signs(b, c, 1, w, like=x, generator=generator)).clamp(0, 1)
+    return (x + eps * _random_signs(b, c, 1, w, like=x, generator=generator)).clamp(0, 1)
 
 
 def _square(best: Tensor, origin: Tensor, share: float, eps: float, generator: torch.Generator) -> Tensor:
     """Set all pixels of a random square to the original values plus or minus eps, one sign per channel."""
-    h, w = _place(side(share, min(best.shape[2:])), best.shape, generator)
-    tried = best.clone()
-    tried[:, :, h, w] = (origin[:, :, h, w] + eps * _signs(best.shape[1], 1, 1, like=best, generator=generator)).clamp(
-        0, 1
-    )
-    return tried
+    h, w = _random_window(side(share, min(best.shape[2:])), best.shape, generator)
+    signs = _random_signs(best.shape[1], 1, 1, like=best, generator=generator)
+    candidate = best.clone()
+    candidate[:, :, h, w] = (origin[:, :, h, w] + eps * signs).clamp(0, 1)
+    return candidate
 
 
 def _tiles(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
@@ -116,7 +114,7 @@ def _tiles(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
     delta = torch.zeros_like(x)
     for i in range(0, height - size + 1, size):
         for j in range(0, width - size + 1, size):
-            signs = _signs(b, c, 1, 1, like=x, generator=generator)
+            signs = _random_signs(b, c, 1, 1, like=x, generator=generator)
             delta[:, :, i : i + size, j : j + size] = bump(size, generator).to(x) * signs
     return _rescale_and_clip(x, delta, eps)
 
@@ -126,15 +124,15 @@ def _two_windows(best: Tensor, origin: Tensor, share: float, eps: float, generat
     size = max(side(share, min(best.shape[2:])), 3)
     size = min(size + 1 - size % 2, *best.shape[2:])
     delta = best - origin
-    h, w = _place(size, best.shape, generator)
-    h2, w2 = _place(size, best.shape, generator)
+    h, w = _random_window(size, best.shape, generator)
+    h2, w2 = _random_window(size, best.shape, generator)
     both = torch.zeros_like(delta[:1, :1], dtype=torch.bool)
     both[:, :, h, w] = both[:, :, h2, w2] = True
     norm = lambda v: v.flatten(2).norm(dim=2)[:, :, None, None]
     available = norm(delta * both) ** 2
     unused = (eps**2 - delta.flatten(1).square().sum(1)).clamp_min(0)[:, None, None, None] / delta.shape[1]
     old = delta[:, :, h, w]
-    new = bump(size, generator).to(best) * _signs(*delta.shape[:2], 1, 1, like=best, generator=generator)
+    new = bump(size, generator).to(best) * _random_signs(*delta.shape[:2], 1, 1, like=best, generator=generator)
     new = new + old / norm(old).clamp_min(1e-12)
     new = new / norm(new).clamp_min(1e-12) * (available + unused).sqrt()
     delta[:, :, h2, w2] = 0

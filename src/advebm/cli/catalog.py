@@ -18,7 +18,6 @@ def add_list(verbs: Verbs) -> None:
 
 
 def print_list(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print a line per recipe and a line per kind."""
     what = None if args.what is None else args.what.rstrip("s")
     if what is not None and what not in ("recipe", *KINDS):
         raise unknown_name("kind of thing", args.what, ["recipe", *KINDS])
@@ -31,18 +30,18 @@ def print_list(args: argparse.Namespace, overrides: Overrides) -> None:
         if what in (None, role):
             print(role)
             for kind, target in kinds.items():
-                print(f"  {kind:20} {_summary(target)}")
+                print(f"  {kind:20} {_first_line_of_docstring(target)}")
 
 
-def _summary(target: str) -> str:
-    """Return the first line of a class's docstring, without importing its module."""
+def _first_line_of_docstring(target: str) -> str:
+    """Return the first line of the docstring of a class ``MODULE:NAME``, without importing the module."""
     module, _, name = target.partition(":")
-    tree = _parsed(module)
-    node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    classes = (node for node in _parse_source(module).body if isinstance(node, ast.ClassDef))
+    node = next((node for node in classes if node.name == name), None)
     return (ast.get_docstring(node) or "").splitlines()[0].replace("``", "") if node else ""
 
 
 @functools.cache
-def _parsed(module: str) -> ast.Module:
+def _parse_source(module: str) -> ast.Module:
     spec = importlib.util.find_spec(module)
     return ast.Module([], []) if spec is None or spec.origin is None else ast.parse(Path(spec.origin).read_text())

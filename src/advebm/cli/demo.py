@@ -12,20 +12,18 @@ from advebm.core.errors import UserError
 def add_demo(verbs: Verbs) -> None:
     parser = verbs.add("demo", demo, "Train on digits, draw images, evaluate and report: a minute on a laptop.")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the runs go (runs)")
-    parser.add_seed()
-    parser.add_threads()
+    parser.add_shared("seed", "threads")
 
 
 def demo(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Carry out the demo and print the records of its runs side by side."""
     from advebm.reporting.terminal import side_by_side
     from advebm.runs.run import new_folder
     from advebm.workflows import demo as workflow
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     path, records = workflow.demo(new_folder(args.out, "demo"), seed=args.seed)
     side_by_side(records)
-    print(f"{time.perf_counter() - begun:.0f} s; report: {path}")
+    print(f"{time.perf_counter() - start:.0f} s; report: {path}")
 
 
 def add_toy(verbs: Verbs) -> None:
@@ -44,24 +42,21 @@ def add_toy(verbs: Verbs) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/toy"), metavar="DIR", help="where pictures go (runs/toy)"
     )
-    parser.add_seed()
-    parser.add_threads()
+    parser.add_shared("seed", "threads")
 
 
 def toy(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Draw the pictures; print the numbers and the paths of the pictures."""
     from advebm.reporting.terminal import numbers_table
     from advebm.toy import densities, figures, train
 
     if args.all and args.density:
         raise UserError("--all is every density; leave out the name or --all")
     rows: dict[str, dict[str, float]] = {}
-    written: list[Path] = []
+    pictures: list[Path] = []
     for density in densities.DENSITIES if args.all else [args.density or "gaussian"]:
         console.say(density)
-        plays, paths = figures.draw_density(density, args.out, method=args.method, p0=args.p0, seed=args.seed)
-        rows |= {f"{play.density} {play.method} {play.p0}": train.summarize(play, seed=args.seed) for play in plays}
-        written += paths
+        runs, paths = figures.draw_density(density, args.out, method=args.method, p0=args.p0, seed=args.seed)
+        rows |= {f"{run.density} {run.method} {run.p0}": train.summarize(run, seed=args.seed) for run in runs}
+        pictures += paths
     numbers_table(rows)
-    for path in written:
-        print(path)
+    print(*pictures, sep="\n")

@@ -30,14 +30,10 @@ def add_diagnose(verbs: Verbs) -> None:
     )
     parser.add_argument("--reach", type=float, default=2.0, metavar="R", help="of landscapes, pixels of [0, 1], l2 (2)")
     parser.add_argument("--steps", type=int, default=1000, metavar="K", help="of long chains (1000)")
-    parser.add_seed()
-    parser.add_checkpoint()
-    parser.add_device()
-    parser.add_threads()
+    parser.add_shared("seed", "checkpoint", "device", "threads")
 
 
 def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Print the numbers and the paths of the figures."""
     from advebm.evaluation.compare import by_title
     from advebm.reporting.diagnostics import diagnose
     from advebm.reporting.terminal import figures_list
@@ -53,9 +49,9 @@ def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     options |= {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
     options["sampler"] = choose_sampler(runs[0], args.method, overrides)
     what = args.what.split(",") if args.what else ()
-    numbers, written = diagnose(by_title(runs), what, progress=console.say, **options)
+    numbers, paths = diagnose(by_title(runs), what, progress=console.say, **options)
     figures_list(numbers)
-    for path in written:
+    for path in paths:
         print(path)
 
 
@@ -80,11 +76,9 @@ def add_doctor(verbs: Verbs) -> None:
         help="check this machine instead: its speed, and the convolutions of MODEL (of CIFAR-10 recipes) by float64",
     )
     parser.add_argument("--images", type=int, default=300, metavar="N", help="test images to try it on (300)")
-    parser.add_seed()
-    parser.add_checkpoint()
+    parser.add_shared("seed", "checkpoint")
     parser.add_argument("--json", action="store_true", help="print findings as JSON, one a line")
-    parser.add_device()
-    parser.add_threads()
+    parser.add_shared("device", "threads")
 
 
 def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -93,11 +87,11 @@ def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     from advebm.workflows.doctor import examine_model
 
     if args.machine:
-        return _machine(args, overrides)
+        return _check_this_machine(args, overrides)
     if args.model is None:
         raise UserError("doctor takes a MODEL, or --machine to check this machine")
-    options = {"images": args.images, "checkpoint": args.checkpoint, "seed": args.seed}
-    findings = examine_model(args.model, overrides, **options, device=args.device)
+    options = {"images": args.images, "checkpoint": args.checkpoint, "seed": args.seed, "device": args.device}
+    findings = examine_model(args.model, overrides, **options)
     if args.json:
         for finding in findings:
             print(json.dumps(dataclasses.asdict(finding)))
@@ -106,7 +100,7 @@ def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     return int(any(finding.severity == "fault" for finding in findings))
 
 
-def _machine(args: argparse.Namespace, overrides: Overrides) -> int:
+def _check_this_machine(args: argparse.Namespace, overrides: Overrides) -> int:
     """Check this machine and print the results; return 1 if a convolution of the models is computed wrongly."""
     from advebm.training import hardware
     from advebm.workflows.doctor import check_machine
@@ -115,18 +109,18 @@ def _machine(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError(f"--machine checks the CPU, got --device {args.device}")
     if not args.json:
         print(hardware.report("cpu"))
-    done = check_machine(args.model, overrides, checkpoint=args.checkpoint)
+    result = check_machine(args.model, overrides, checkpoint=args.checkpoint)
     if args.json:
-        for verdict in (done.known, *done.verdicts):
+        for verdict in (result.known, *result.verdicts):
             print(json.dumps({**dataclasses.asdict(verdict), "wrong": verdict.wrong}))
-        return int(bool(done.wrong))
-    for verdict in done.wrong:
+        return int(bool(result.wrong))
+    for verdict in result.wrong:
         print(f"fault: {verdict}")
-    if done.known.wrong:
-        print(f"warning: {done.known}; advebm's networks avoid it, training code of your own may not: docs/cpu.md")
-    right = len(done.verdicts) - len(done.wrong)
-    error = "" if done.error is None else f", in float32 to {done.error:.1g}"
-    print(f"{right} of {done.convolutions} convolutions of {', '.join(done.models)} agree with float64{error}")
-    if len(done.verdicts) < done.convolutions:
-        print(f"{done.convolutions - len(done.verdicts)} were not checked: time was up")
-    return int(bool(done.wrong))
+    if result.known.wrong:
+        print(f"warning: {result.known}; advebm's networks avoid it, training code of your own may not: docs/cpu.md")
+    correct = len(result.verdicts) - len(result.wrong)
+    error = "" if result.error is None else f", in float32 to {result.error:.1g}"
+    print(f"{correct} of {result.convolutions} convolutions of {', '.join(result.models)} agree with float64{error}")
+    if len(result.verdicts) < result.convolutions:
+        print(f"{result.convolutions - len(result.verdicts)} were not checked: time was up")
+    return int(bool(result.wrong))

@@ -48,21 +48,17 @@ def add_edit(verbs: Verbs) -> None:
     parser.add_argument("--amount", metavar="A", help="translate: short for --edit.amount; 0 nothing, 1 all steps")
     parser.add_argument("--film", action="store_true", help="also film.gif")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (RUN/edits/WHAT)")
-    parser.add_seed()
-    parser.add_checkpoint()
-    parser.add_device()
-    parser.add_threads()
+    parser.add_shared("seed", "checkpoint", "device", "threads")
 
 
 def edit(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Edit or score images; print numbers of each image and the path of the picture."""
     from advebm.reporting.terminal import numbers_table
     from advebm.runs.run import Run
     from advebm.sampling import edit_job
     from advebm.workflows.devices import choose_device
 
-    _check(args)
-    order = edit_job.EditRequest(
+    _check_arguments(args)
+    request = edit_job.EditRequest(
         run=Run.open(args.run),
         others=tuple(Run.open(path) for path in args.others),
         source=Run.open(args.source) if args.source else None,
@@ -81,20 +77,20 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.what == "score":
         if overrides:
             raise UserError("score takes no --edit options")
-        numbers_table(edit_job.score_images(order))
+        numbers_table(edit_job.score_images(request))
         return
     amount = [("edit.amount", args.amount)] if args.amount else []
-    plain: Any = {"edit": config.describe(config.build(args.what, "edit"))}
+    settings: Any = {"edit": config.describe(config.build(args.what, "edit"))}
     for name, value in [*overrides, *amount]:
-        plain = config.override(plain, name, value)
-    method = config.build(plain["edit"], "edit")
-    with console.bar(args.what, len(edit_job.list_images(order.images)) if order.images else args.count, 0) as tell:
-        path, numbers = edit_job.run_edit(order, method, args.out, film=args.film, progress=tell)
+        settings = config.override(settings, name, value)
+    method = config.build(settings["edit"], "edit")
+    with console.bar(args.what, len(edit_job.list_images(request.images)) if request.images else args.count, 0) as tell:
+        path, numbers = edit_job.run_edit(request, method, args.out, film=args.film, progress=tell)
     numbers_table(numbers)
     print(path)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for an unknown edit or options that it does not take."""
     if args.what not in ("score", *KINDS["edit"]):
         raise unknown_name("edit", args.what, ["score", *KINDS["edit"]])

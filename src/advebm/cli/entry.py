@@ -13,7 +13,7 @@ from advebm.cli.options import check_options, split_overrides
 from advebm.cli.parser import build_parser
 from advebm.core import processes
 from advebm.core.allocator import tune_cpu_allocator
-from advebm.core.errors import Diverged, Interrupted, Lost, UserError
+from advebm.core.errors import Diverged, Interrupted, Lost, Notice, UserError
 from advebm.core.threads import bound_waiting, use_threads
 
 GRACE = 3.0  # seconds that other processes give the main one to report the error
@@ -21,9 +21,9 @@ GRACE = 3.0  # seconds that other processes give the main one to report the erro
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 (diverged, process lost, faults), 2 (wrong input), 130 (stopped)."""
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # for user-defined package.module:Class
-    warnings.showwarning = lambda message, *rest: _say(f"warning: {message}")
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)  # for user-defined package.module:Class
+    warnings.showwarning = lambda message, kind, *rest: _say(f"{'' if kind is Notice else 'warning: '}{message}")
     tune_cpu_allocator()
     bound_waiting()
     rank, world = processes.rank_and_world()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from advebm.cli.options import FEATURES, Overrides, Verbs
-from advebm.core import processes
+from advebm.core import config, console, processes
 from advebm.core.errors import UserError
 
 
@@ -35,31 +35,31 @@ def add_evaluate(verbs: Verbs) -> None:
         "--samples", type=Path, action="append", default=[], metavar="DIR", help="images to judge as samples; repeat"
     )
     parser.add_argument("--features", metavar="RUN", help=FEATURES)
-    parser.add_seed()
-    parser.add_checkpoint()
+    parser.add_shared("seed", "checkpoint")
     parser.add_argument("--json", action="store_true", help="print records as JSON, one a line")
-    parser.add_device()
-    parser.add_threads()
+    parser.add_shared("device", "threads")
 
 
 def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Measure a run or a model; print the records as a table or as JSON."""
+    from advebm.attacks.projected import Attack
+    from advebm.evaluation.suites import suite
     from advebm.reporting.terminal import record_table
-    from advebm.runs.run import Run
-    from advebm.workflows import evaluate as workflow
+    from advebm.runs.run import Run, new_folder
+    from advebm.workflows.adopt import adopt
+    from advebm.workflows.evaluate import measure
 
     tier = args.tier or "standard"
     if (args.run is None) == (args.model is None):
         raise UserError("evaluate takes a RUN, or --model and --data for a model without one")
-    measured = [pair for pair in overrides if pair[0].partition(".")[0] in ("threat", "metrics")]
-    if args.model is None and (args.out or measured != overrides):
+    metric_overrides = [pair for pair in overrides if pair[0].partition(".")[0] in ("threat", "metrics")]
+    if args.model is None and (args.out or metric_overrides != overrides):
         raise UserError("--out, --data and --normalise go with --model; a run has its own")
     if args.tier and not args.suite:
         raise UserError("--tier goes with --suite")
     if args.suite:
         if any(name.partition(".")[0] == "metrics" for name, _ in overrides):
             raise UserError("--suite says which metrics; leave --metrics out")
-        workflow.check_suite(args.suite, tier)  # raises for a wrong name before anything is written
+        suite(args.suite, Attack(), tier)  # raises for a wrong name before anything is written
     for folder in args.samples:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
@@ -68,10 +68,11 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.model is None:
         run = Run.open(args.run)
     else:
-        run = workflow.adopt_model(args.model, args.out, overrides, args.device)
+        folder = args.out or new_folder(Path("runs"), "model")
+        run = adopt(args.model, folder, overrides, device=args.device)
         print(run.folder)
     options = {"features": args.features, "checkpoint": args.checkpoint, "seed": args.seed, "device": args.device}
-    records = workflow.measure(run, measured, suite_name=args.suite, tier=tier, samples=args.samples, **options)
+    records = measure(run, metric_overrides, suite_name=args.suite, tier=tier, samples=args.samples, **options)
     if args.json:
         for record in records:
             print(json.dumps(dataclasses.asdict(record)))
@@ -94,27 +95,24 @@ def add_probe(verbs: Verbs) -> None:
         "--branch", default="clean", metavar="NAME", help="of dual batch norms: clean or adversarial (clean)"
     )
     parser.add_argument("--neighbours", type=int, default=20, metavar="K", help="that vote (20)")
-    parser.add_seed("of the attack")
-    parser.add_checkpoint()
-    parser.add_device()
-    parser.add_threads()
+    parser.add_argument("--seed", type=int, default=0, help="of the attack")
+    parser.add_shared("checkpoint", "device", "threads")
 
 
 def probe(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Fit a probe; print its run's folder, and the records of the probe and of nearest neighbours."""
     from advebm.metrics.probing import NearestNeighbours, Probe
     from advebm.reporting.terminal import record_table
     from advebm.runs.run import Run
     from advebm.workflows.devices import choose_device
     from advebm.workflows.probe import measure_probe, probe
 
-    run, by = Run.open(args.run), Probe(args.c, branch=args.branch)
+    run = Run.open(args.run)
     neighbours = NearestNeighbours(args.neighbours, args.branch)
     options = {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
     folder = args.out or run.folder.with_name(f"{run.folder.resolve().name}-probe")
-    probed = probe(run, folder, by=by, overrides=overrides, **options)
-    print(probed.folder)
-    record_table(measure_probe(run, probed, neighbours, seed=args.seed, **options))
+    probe_run = probe(run, folder, by=Probe(args.c, branch=args.branch), overrides=overrides, **options)
+    print(probe_run.folder)
+    record_table(measure_probe(run, probe_run, neighbours, seed=args.seed, **options))
 
 
 def add_compare(verbs: Verbs) -> None:
@@ -128,17 +126,21 @@ def add_compare(verbs: Verbs) -> None:
     parser.add_run(several=True)
     parser.add_argument("--features", metavar="RUN", help=FEATURES)
     parser.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help="comparison.html")
-    parser.add_seed()
-    parser.add_device()
-    parser.add_threads()
+    parser.add_shared("seed", "device", "threads")
 
 
 def compare(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Measure runs; print a row per run and the path of the report."""
+    from advebm.evaluation.compare import compare
+    from advebm.reporting.build import report
     from advebm.reporting.terminal import runs_table
-    from advebm.workflows.compare import compare_runs
+    from advebm.runs.recipe import resolve
+    from advebm.runs.run import Run
+    from advebm.workflows.devices import choose_device
 
-    options = {"features": args.features, "out": args.out, "seed": args.seed, "device": args.device}
-    records, path = compare_runs(args.runs, overrides, **options)
+    runs = [Run.open(folder) for folder in args.runs]
+    threat = resolve(config.describe(runs[0].recipe), overrides).threat
+    options = {"features": args.features, "seed": args.seed, "device": choose_device(args.device)}
+    records = compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)
+    path = report(runs[0], beside=runs[1:], out=args.out)
     runs_table(records)
     print(path)

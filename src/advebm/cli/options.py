@@ -19,6 +19,12 @@ FEATURES = (
     "weights once), or inception:PATH of torch-fidelity's weight file"
 )
 WAYS = "auto, off, fold, compile, bf16 or bf16+compile"  # values of --fast
+SHARED: dict[str, dict[str, Any]] = {  # options that many commands take
+    "seed": {"type": int, "default": 0},
+    "checkpoint": {"default": "latest", "metavar": "WHICH", "help": "latest, best or a number of images"},
+    "device": {"metavar": "NAME", "help": "cpu, cuda, …; the best there is by default"},
+    "threads": {"type": int, "metavar": "N", "help": "of the CPU; all cores by default"},  # main() applies it
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,29 +35,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError, which :func:`advebm.cli.entry.main` prints like all other errors."""
-        if bad := re.search(r"invalid choice: '([^']*)'.*choose from (.*)\)", message):
-            known = [word.strip(" '") for word in bad[2].split(",")]
-            raise UserError(f"no command {bad[1]!r}{suggest(bad[1], known)}; there is {', '.join(known)}")
+        if match := re.search(r"invalid choice: '([^']*)'.*choose from (.*)\)", message):
+            known = [word.strip(" '") for word in match[2].split(",")]
+            raise UserError(f"no command {match[1]!r}{suggest(match[1], known)}; there is {', '.join(known)}")
         raise UserError(f"{message}; see {self.prog} --help")
 
     def add_run(self, *, several: bool = False) -> None:
-        if several:
-            self.add_argument("runs", type=Path, metavar="RUN", nargs="+")
-        else:
-            self.add_argument("run", type=Path, metavar="RUN")
+        name, nargs = ("runs", "+") if several else ("run", None)
+        self.add_argument(name, type=Path, metavar="RUN", nargs=nargs)
 
-    def add_seed(self, about: str | None = None) -> None:
-        self.add_argument("--seed", type=int, default=0, help=about)
-
-    def add_checkpoint(self) -> None:
-        self.add_argument("--checkpoint", default="latest", metavar="WHICH", help="latest, best or a number of images")
-
-    def add_device(self) -> None:
-        self.add_argument("--device", metavar="NAME", help="cpu, cuda, …; the best there is by default")
-
-    def add_threads(self) -> None:
-        """Add --threads, which :func:`advebm.cli.entry.main` applies."""
-        self.add_argument("--threads", type=int, metavar="N", help="of the CPU; all cores by default")
+    def add_shared(self, *names: str) -> None:
+        """Add options of :data:`SHARED`, in this order."""
+        for name in names:
+            self.add_argument(f"--{name}", **SHARED[name])
 
 
 class Verbs:
@@ -61,14 +57,7 @@ class Verbs:
         self.subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(
-        self,
-        name: str,
-        call: Call,
-        about: str,
-        more: str = "",
-        *,
-        takes: Sequence[str] = (),
-        shared: bool = False,
+        self, name: str, call: Call, about: str, more: str = "", *, takes: Sequence[str] = (), shared: bool = False
     ) -> Parser:
         """Add a command and return its parser.
 
@@ -111,9 +100,8 @@ def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides
         word = unexpected[0].partition("=")[0]
         raise UserError(f"unexpected {word!r}{suggest(word, args.options)}{more}")
     for name, _ in overrides:
-        block = name.partition(".")[0]
-        if block not in args.takes:
-            what = f"this command takes {allowed}" if allowed else "this command takes no options of a recipe"
+        if (block := name.partition(".")[0]) not in args.takes:
+            what = f"this command takes {allowed or 'no options of a recipe'}"
             raise UserError(f"no option --{name}{suggest(block, args.takes)}; {what}")
 
 

@@ -15,15 +15,12 @@ def add_app(verbs: Verbs) -> None:
     parser.add_run(several=True)
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="the address to answer at (127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="the port to answer at (7860)")
-    parser.add_checkpoint()
-    parser.add_device()
-    parser.add_threads()
+    parser.add_shared("checkpoint", "device", "threads")
 
 
 def app(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Serve the page until it is stopped."""
     from advebm.web.server import serve
     from advebm.workflows.devices import choose_device
 
-    where = {"host": args.host, "port": args.port}
-    serve(args.runs, **where, checkpoint=args.checkpoint, device=choose_device(args.device), say=print)
+    options = {"host": args.host, "port": args.port, "checkpoint": args.checkpoint}
+    serve(args.runs, **options, device=choose_device(args.device), say=print)

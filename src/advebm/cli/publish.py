@@ -14,7 +14,6 @@ def add_report(verbs: Verbs) -> None:
 
 
 def report(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Write the report and print its path."""
     from advebm.reporting.build import report
     from advebm.runs.run import Run
 
@@ -29,7 +28,6 @@ def add_export(verbs: Verbs) -> None:
 
 
 def export(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Write the model into a folder and print its path."""
     from advebm.reporting.card import write_model
     from advebm.runs.run import Run
 
@@ -44,7 +42,6 @@ def add_push(verbs: Verbs) -> None:
 
 
 def push(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Publish the model on the Hub and print where it is."""
     from advebm.models import hub
     from advebm.reporting.card import write_model
     from advebm.runs.run import Run
@@ -57,4 +54,4 @@ def push(args: argparse.Namespace, overrides: Overrides) -> None:
 def _add_model_options(parser: Parser) -> None:
     parser.add_run()
     parser.add_argument("--weights", default="float32", metavar="KIND", help="float32, float16 or bfloat16 (float32)")
-    parser.add_checkpoint()
+    parser.add_shared("checkpoint")

@@ -27,7 +27,7 @@ def add_reproduce(verbs: Verbs) -> None:
         "--quick", action="store_true", help="shorter training, where an experiment has that; labelled so"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME, runs/NAME-SCALE)")
-    parser.add_threads()
+    parser.add_shared("threads")
 
 
 def reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -52,8 +52,8 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
                     print(f"  {'':28} {row['status']:9} {row['name']}: {values}")
         return
     if args.scale is not None:
-        runs = tables()[name].runs if name in tables() else ""
-        folder = args.out or Path("runs") / f"{runs or name}-{args.scale}"
+        folder_name = tables()[name].runs if name in tables() else ""
+        folder = args.out or Path("runs") / f"{folder_name or name}-{args.scale}"
     else:
         folder = args.out or Path("runs") / f"{name}{'-quick' * args.quick}"
     options = {"seeds": args.seeds, "quick": args.quick, "options": overrides}

@@ -25,8 +25,7 @@ def add_sample(verbs: Verbs) -> None:
     parser.add_argument("--classes", metavar="K,K", help="their numbers; all by default")
     parser.add_argument("--fast", default="auto", metavar="WAY", help=f"how the network is computed: {WAYS}")
     parser.add_argument("--name", help="of the set, METHOD-START by default; replaces a set of that name")
-    parser.add_seed()
-    parser.add_checkpoint()
+    parser.add_shared("seed", "checkpoint")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share the work; the same bytes (1)")
     parser.add_argument(
         "--batch", type=int, metavar="N", help="images the network sees at once (500); changes rounding"
@@ -35,8 +34,7 @@ def add_sample(verbs: Verbs) -> None:
     parser.add_argument("--compare", metavar="A,B", help="draw by several methods from the same seeds and judge them")
     parser.add_argument("--seeds", type=int, metavar="N", help="with --compare: sampling seeds; mean and deviation (1)")
     parser.add_argument("--features", metavar="RUN", help=f"with --compare: {FEATURES}")
-    parser.add_device()
-    parser.add_threads()
+    parser.add_shared("device", "threads")
 
 
 def sample(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -56,20 +54,18 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.steps:
         overrides = [*overrides, ("sampler.steps", args.steps)]
     options = {"per_class": args.per_class, "seed": args.seed, "checkpoint": args.checkpoint, "batch": args.batch}
-    options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _numbers(args.classes)}
+    options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _parse_numbers(args.classes)}
     options |= {"backend": args.fast, "untuned": args.untuned, "device": args.device}
     if args.compare:
-        methods, features = args.compare.split(","), args.features
-        rows, path = workflow.compare_methods(
-            run, methods, overrides, seeds=args.seeds or 1, features=features, **options
-        )
-        runs_table(rows)
+        options |= {"seeds": args.seeds or 1, "features": args.features}
+        records, path = workflow.compare_methods(run, args.compare.split(","), overrides, **options)
+        runs_table(records)
         print(path)
     else:
         print(workflow.sample(run, args.method, overrides, name=args.name, **options) / "grid.png")
 
 
-def _numbers(text: str | None) -> tuple[int, ...] | None:
+def _parse_numbers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
@@ -94,10 +90,7 @@ def add_tune_sampler(verbs: Verbs) -> None:
     parser.add_argument("--by", choices=("KID", "FD"), default="KID", help="the distance; KID is unbiased (KID)")
     parser.add_argument("--features", metavar="RUN", help=FEATURES)
     parser.add_argument("--per-class", type=int, default=20, metavar="N", help="images of each class in a trial (20)")
-    parser.add_seed()
-    parser.add_checkpoint()
-    parser.add_device()
-    parser.add_threads()
+    parser.add_shared("seed", "checkpoint", "device", "threads")
 
 
 def tune_sampler(args: argparse.Namespace, overrides: Overrides) -> None:
@@ -114,8 +107,8 @@ def tune_sampler(args: argparse.Namespace, overrides: Overrides) -> None:
     trials, best, figure = workflow.tune_sampler(Run.open(args.run), args.method, overrides, values, **options)
     rows = {}
     for number, trial in enumerate(trials[:10], 1):
-        settings = {name: trial["sampler"][name] for name in SETTINGS}
-        rows[str(number)] = {trial["name"]: trial["value"], **{k: v for k, v in settings.items() if v is not None}}
+        settings = {name: value for name in SETTINGS if (value := trial["sampler"][name]) is not None}
+        rows[str(number)] = {trial["name"]: trial["value"], **settings}
     numbers_table(rows)
     if best.exists():
         print(best)

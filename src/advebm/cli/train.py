@@ -10,6 +10,7 @@ from advebm.core import processes
 from advebm.core.errors import UserError
 
 if TYPE_CHECKING:
+    from advebm.runs.recipe import Recipe
     from advebm.runs.run import Run
 
 TAKES = (*BLOCKS, "train", "threat", "metrics", "normalise", "before")
@@ -23,40 +24,40 @@ def add_train(verbs: Verbs) -> None:
     parser = verbs.add("train", train, "Train a recipe, or go on with a run.", OPTIONS, takes=TAKES, shared=True)
     _add_training_options(parser)
     parser.add_argument("--labels", choices=("none",), help="none: train an encoder or a critic on the images alone")
-    parser.add_threads()
+    parser.add_shared("threads")
 
 
 def train(args: argparse.Namespace, overrides: Overrides) -> None:
-    """Train and print the run's folder."""
     if (run := _train(args, overrides)) is not None:
         print(run.folder)
 
 
 def add_run(verbs: Verbs) -> None:
-    about = "Train, sample, evaluate and report, in one command."
-    parser = verbs.add("run", run, about, OPTIONS, takes=TAKES, shared=True)
+    summary = "Train, sample, evaluate and report, in one command."
+    parser = verbs.add("run", run, summary, OPTIONS, takes=TAKES, shared=True)
     _add_training_options(parser)
     parser.set_defaults(labels=None)  # advebm run measures accuracy, which needs labels
     parser.add_argument("--per-class", type=int, default=10, metavar="N", help="images to draw of each class (10)")
     parser.add_argument("--features", metavar="RUN", help=FEATURES)
-    parser.add_threads()
+    parser.add_shared("threads")
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
     """Train, draw, measure and report; print the grid's path, the records and the report's path."""
+    from advebm.evaluation.evaluate import find_space
     from advebm.reporting.build import report
     from advebm.reporting.terminal import record_table
-    from advebm.workflows import evaluate, sample
+    from advebm.workflows.evaluate import measure
+    from advebm.workflows.sample import sample
 
     check_at_least(args, 1, "per_class")
     if args.features:
-        evaluate.check_features(args.features)  # raises before training rather than after
-    run = _train(args, overrides)
-    if run is None:
+        find_space(args.features).load("cpu")  # raises before training rather than after
+    if (run := _train(args, overrides)) is None:
         return
-    drawn = sample.sample(run, per_class=args.per_class, device=args.device, backend=args.fast or "auto")
-    print(drawn / "grid.png")
-    record_table(evaluate.measure(run, features=args.features, device=args.device))
+    folder = sample(run, per_class=args.per_class, device=args.device, backend=args.fast or "auto")
+    print(folder / "grid.png")
+    record_table(measure(run, features=args.features, device=args.device))
     if not processes.rank_and_world()[0]:
         print(report(run))
 
@@ -72,7 +73,7 @@ def _add_training_options(parser: Parser) -> None:
         "--init", metavar="RUN", help="begin with the weights of a run, a model or a file; other classes: new head"
     )
     parser.add_argument("--seed", type=int)
-    parser.add_device()
+    parser.add_shared("device")
     parser.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {WAYS}; --train.fast")
     parser.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
     parser.add_argument(
@@ -108,9 +109,24 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
         print(dump(recipe), end="")
         return None
     if args.dry_run is not None:
-        from advebm.workflows.cost import print_costs
-
-        print_costs(recipe, args.dry_run, args.device)
+        _print_costs(recipe, args.dry_run, args.device)
         return None
     folder = args.resume or args.out or new_folder(Path("runs"), recipe.name)
     return fit(recipe, folder, resume=args.resume is not None, device=args.device)
+
+
+def _print_costs(recipe: "Recipe", machine: str, device: str | None) -> None:
+    """Print passes, FLOP, memory and hours of a recipe on the named machine; on this one if the name is empty."""
+    from advebm.reporting.terminal import costs_table
+    from advebm.training import cost, hardware
+    from advebm.workflows.devices import choose_device
+
+    if machine:
+        named = hardware.find_machine(machine)
+        stages = cost.estimates(recipe)
+        machines = [named] * len(stages)
+    else:
+        device = choose_device(device)
+        stages = cost.estimates(recipe.computed_on(device))
+        machines = [cost.measure_machine(stage, device) for stage in stages]
+    costs_table(stages, machines)

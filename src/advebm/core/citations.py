@@ -8,14 +8,10 @@ from typing import Any
 
 def keys(thing: Any) -> list[str]:
     """Return the citation keys of a method object and of everything inside it, without duplicates."""
-    found = dict.fromkeys(getattr(thing, "cites", ()))
+    parts = list(thing) if isinstance(thing, tuple) else []
     if dataclasses.is_dataclass(thing):
-        for field in dataclasses.fields(thing):
-            found |= dict.fromkeys(keys(getattr(thing, field.name)))
-    if isinstance(thing, tuple):
-        for item in thing:
-            found |= dict.fromkeys(keys(item))
-    return list(found)
+        parts = [getattr(thing, field.name) for field in dataclasses.fields(thing)]
+    return list(dict.fromkeys([*getattr(thing, "cites", ()), *(key for part in parts for key in keys(part))]))
 
 
 def bibtex(thing: Any) -> str:

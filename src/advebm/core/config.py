@@ -25,8 +25,8 @@ KINDS: dict[str, dict[str, str]] = {
         "digits": "advebm.data.sources:Digits",
         "cifar10": "advebm.data.readers:Cifar10",
         "cifar100": "advebm.data.readers:Cifar100",
-        "folder": "advebm.data.readers:Folder",
-        "npz": "advebm.data.readers:Npz",
+        "folder": "advebm.data.folders:Folder",
+        "npz": "advebm.data.npz:Npz",
         "hf": "advebm.data.readers:HubImages",
         "part": "advebm.data.sources:Part",
         "unlabelled": "advebm.data.sources:Unlabelled",
@@ -163,6 +163,8 @@ def build(data: Any, role: str, *, where: str = "", foreign: bool = True) -> Any
         raise UserError(f"{where} takes a block of options with a kind, got {data!r}")
     if "kind" not in data:
         raise UserError(f"{where} has no kind; there is {', '.join(sorted(KINDS[role]))}")
+    if isinstance(data["kind"], str):
+        data = {**short(data["kind"], role), **{k: v for k, v in data.items() if k != "kind"}}
     cls = lookup(role, data["kind"], foreign=foreign)
     if not foreign and getattr(cls, "imports", False):
         raise UserError(f"{where} {data['kind']!r} would import foreign code, which a model from elsewhere may not")
@@ -242,7 +244,7 @@ def construct(cls: type, options: Mapping[str, Any], *, where: str = "", foreign
                 f"{where} has no option {key!r}{suggest(key, fields)}; it takes {', '.join(fields) or 'none'}"
             )
     for name, f in fields.items():
-        if name not in options and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        if name not in options and f.default is f.default_factory is dataclasses.MISSING:
             raise UserError(f"{where} needs {name!r}")
     values = {k: _convert(v, hints[k], f"{where}.{k}", foreign) for k, v in options.items()}
     try:
@@ -261,7 +263,7 @@ def override(data: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]
 
 
 def _override(data: Any, path: list[str], value: Any, dotted: str) -> Any:
-    head, rest = path[0], path[1:]
+    head, *rest = path
     if isinstance(data, list):
         if not head.isdigit() or int(head) >= len(data):
             raise UserError(f"--{dotted}: {head!r} is not an item of a list of {len(data)}; items count from 0")
@@ -280,10 +282,10 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``old`` updated with ``new``: blocks of the same kind option by option, others as a whole."""
     merged = {**old, **new}
     for name, block in new.items():
-        before = old.get(name)
-        if isinstance(block, Mapping) and isinstance(before, Mapping):
-            same = "kind" not in block or block["kind"] == before.get("kind")
-            merged[name] = {**before, **block} if same else block
+        old_block = old.get(name)
+        if isinstance(block, Mapping) and isinstance(old_block, Mapping):
+            same_kind = "kind" not in block or block["kind"] == old_block.get("kind")
+            merged[name] = {**old_block, **block} if same_kind else block
     return merged
 
 
@@ -296,24 +298,22 @@ def switch(data: Mapping[str, Any], role: str, kind: str) -> dict[str, Any]:
     its role, as ``awp`` wraps ``at``, gets the old block as its inner one.  Options that either kind lists as its
     ``own`` are not kept: a step size for raw gradients does not suit unit gradients.
     """
-    given = short(kind, role)
-    cls = lookup(role, given["kind"])
+    block = short(kind, role)
+    cls = lookup(role, block["kind"])
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     kinds = (cls, lookup(role, data["kind"])) if "kind" in data else (cls,)
     own = {name for kind in kinds for name in getattr(kind, "own", ())} if len(set(kinds)) == 2 else set()
     if role in fields and data and role not in data:
-        return {**given, role: dict(data)}
-    kept = {}
+        return {**block, role: dict(data)}
+    options = {}
     for name, value in data.items():
         if name in fields and name != "kind" and name not in own:
             carried = getattr(fields[name].default, "carried", None)
             if isinstance(value, Mapping) and carried:
-                value = {
-                    **describe(fields[name].default, type(fields[name].default)),
-                    **{k: v for k, v in value.items() if k in carried},
-                }
-            kept[name] = value
-    return {**kept, **given}
+                defaults = describe(fields[name].default, type(fields[name].default))
+                value = defaults | {k: v for k, v in value.items() if k in carried}
+            options[name] = value
+    return {**options, **block}
 
 
 def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
@@ -340,8 +340,8 @@ def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
             raise UserError(f"{where} takes a list, got {value!r}")
         return tuple(_convert(v, args[0], f"{where}.{i}", foreign) for i, v in enumerate(value))
     if (role := role_of(hint)) is not None:
-        made = dataclasses.is_dataclass(value) and not isinstance(value, type)
-        return value if made else build(value, role, where=where, foreign=foreign)
+        is_built = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        return value if is_built else build(value, role, where=where, foreign=foreign)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):
             return construct(cast(type, hint), value, where=where, foreign=foreign)

@@ -76,13 +76,11 @@ class Bar:
         seconds = time.perf_counter() - began
         if self.done <= first or seconds <= 0:
             return "", ""
-        if self.done >= self.total:
-            return f"{(self.done - first) / seconds:,.0f}/s", f", {seconds:.1f} s"
         speed = (self.done - first) / seconds
-        return (
-            f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s",
-            f", {(self.total - self.done) / speed:.0f} s left",
-        )
+        if self.done >= self.total:
+            return f"{speed:,.0f}/s", f", {seconds:.1f} s"
+        shown = f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s"
+        return shown, f", {(self.total - self.done) / speed:.0f} s left"
 
     def tell(self) -> None:
         count = f"{min(self.done, self.total):,}/{self.total:,}"
@@ -104,10 +102,10 @@ def bar(name: str, total: int, done: int | None = None) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
     with Progress(*columns, console=screen, expand=True, disable=not screen.is_terminal) as progress:
-        drawn = Bar(progress, name, total, done)
-        yield drawn
+        progress_bar = Bar(progress, name, total, done)
+        yield progress_bar
     if not screen.is_terminal:
-        drawn.tell()
+        progress_bar.tell()
 
 
 def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:
@@ -116,5 +114,5 @@ def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:
     names |= {"val/auroc": "AUROC", "val/adversarial_auroc": "attacked", "train/steps": "K"}
     names |= {"val/contrastive_accuracy": "clean", "val/robust_contrastive_accuracy": "robust"}
     seen.update({k: v for k, v in line.items() if k in names})
-    shown = {names[k]: seen[k] for k in names if k in seen}
-    return "  ".join(f"{k} {v:.3g}" for k, v in shown.items())
+    values = {label: seen[k] for k, label in names.items() if k in seen}
+    return "  ".join(f"{label} {value:.3g}" for label, value in values.items())

@@ -26,8 +26,8 @@ class Interrupted(RuntimeError):
 
 def suggest(word: object, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'eps'?)"`` if a known word is similar, else the empty string."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    matches = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def unknown_name(what: str, word: object, known: Iterable[str]) -> UserError:
@@ -37,3 +37,7 @@ def unknown_name(what: str, word: object, known: Iterable[str]) -> UserError:
 
 class Busy(UserError):
     """Another process holds a lock."""
+
+
+class Notice(UserWarning):
+    """A warning category for what is no fault: how an input was understood."""

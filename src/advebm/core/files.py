@@ -44,17 +44,14 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     Raises:
         Busy: another process holds the lock; the message is ``busy``.
     """
-    lock = filelock.FileLock(path, timeout=0)
     try:
-        lock.acquire()
+        lock = filelock.FileLock(path, timeout=0).acquire()
     except filelock.Timeout:
         raise Busy(busy) from None
     except OSError as error:
         raise as_user_error(path, error) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -18,12 +18,12 @@ def exports(
         names: further names, each with the module of the package that defines it.
     """
     targets = [target.partition(":")[::2] for role in roles for target in KINDS[role].values()]
-    where = {name: module for module, name in targets if module.startswith(f"{package}.")}
-    where |= {name: f"{package}.{module}" for name, module in names.items()}
+    modules = {name: module for module, name in targets if module.startswith(f"{package}.")}
+    modules |= {name: f"{package}.{module}" for name, module in names.items()}
 
     def get(name: str) -> Any:
-        if name not in where:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}; there is {', '.join(sorted(where))}")
-        return getattr(import_module(where[name]), name)
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; there is {', '.join(sorted(modules))}")
+        return getattr(import_module(modules[name]), name)
 
-    return get, lambda: sorted(where), sorted(where)
+    return get, lambda: sorted(modules), sorted(modules)

@@ -15,7 +15,6 @@ class Team(Protocol):
 
     def all_gather(self, thing: Thing) -> list[Thing]:
         """Return every process's value, in the order of ranks; each process waits for all others."""
-        ...
 
 
 class Alone:
@@ -41,7 +40,7 @@ def launch_command(world: int) -> str:
     """Return the command that starts ``world`` processes: ``advebm``, or ``torchrun … -m advebm``."""
     if world == 1:
         return "advebm"
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    nodes = world // here if rank_and_world()[1] == world else 1
-    each = f"--nproc-per-node {world // nodes}"
-    return f"torchrun {f'--nnodes {nodes} {each}' if nodes > 1 else each} -m advebm"
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    nodes = world // local_world if rank_and_world()[1] == world else 1
+    options = f"--nproc-per-node {world // nodes}"
+    return f"torchrun {f'--nnodes {nodes} ' if nodes > 1 else ''}{options} -m advebm"

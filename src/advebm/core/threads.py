@@ -19,7 +19,7 @@ def bound_waiting() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
-_given: list[int] = []  # the count that the user chose, if any
+_user_count: list[int] = []  # the count that the user chose, if any
 
 
 def use_threads(count: int) -> None:
@@ -28,7 +28,7 @@ def use_threads(count: int) -> None:
         raise UserError(f"--threads must be at least 1, got {count}")
     import torch
 
-    _given[:] = [count]
+    _user_count[:] = [count]
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
 
@@ -42,7 +42,7 @@ def take_over_threads(count: int | None) -> str:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if count is None or _given or count == torch.get_num_threads():
+    if count is None or _user_count or count == torch.get_num_threads():
         return ""
     if count > cores:
         return f"it was begun with {count} threads, and there are {cores} cores: results will differ by rounding"

@@ -1,10 +1,13 @@
 """Decoding of image files to one uint8 tensor: in parallel, once, cached under the hash of their content."""
 
 import contextlib
+import functools
 import hashlib
+import importlib
 import io
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,19 +15,40 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
 
 from advebm.core import files
-from advebm.core.errors import UserError
+from advebm.core.errors import Notice, UserError
 
 Corrupt = Literal["refuse", "skip"]
 SHOWN = 3  # number of bad images that a message names
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # accepted from users; some others run programs
+# Formats that are read.  Pillow knows more, of which some run programs; AVIF and HEIF depend on how it was built and on
+# the package pillow-heif.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA")
 LARGEST = 50_000_000  # pixels of a user's image, at most
-GREY = ("1", "L", "LA", "La")  # modes without colour
+LARGEST_IN_SET = 179_000_000  # pixels of an image of a set, at most
+GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F")  # modes without colour
+READER = b"2"  # changes whenever the same file gives other pixels, so that no old cache is read
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Return those of ``FORMATS`` that this machine reads; HEIF needs the package pillow-heif."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def readable_suffixes() -> frozenset[str]:
+    """Return the suffixes, such as ``.png``, of the formats that this machine reads."""
+    formats = readable_formats()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return frozenset(known | {".jfif", ".jpe", ".pnm"})
 
 
 def decode(
@@ -32,8 +56,10 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Return the readable images as uint8 (M, C, H, W), and their indices (M,) in ``blobs``.
 
+    Each image is read as :func:`open_image` reads it: upright, in sRGB, over white, with 8 bits a channel.
+
     Args:
-        blobs: encoded images, or paths of image files.
+        blobs: encoded images, or paths of image files; an empty one cannot be read.
         names: names of the images in messages.
         channels: 3 or 1; images of another mode are converted.
         size: edge of the square that the middle of each image is cut and scaled to; None keeps images as they are,
@@ -44,19 +70,20 @@ def decode(
     if not blobs:
         raise UserError("there are no images")
 
-    def read(item: tuple[bytes | Path, str]) -> np.ndarray | str:
-        blob, name = item
+    def read(item: tuple[bytes | Path, str]) -> tuple[np.ndarray | str, set[str]]:
         try:
-            with Image.open(io.BytesIO(blob) if isinstance(blob, bytes) else blob) as picture:
-                return _pixels(picture, channels, size)
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            return f"{name} ({type(error).__name__})"
+            with _opened(item[0], item[1], LARGEST_IN_SET) as (picture, remarks):
+                return _pixels(_over(picture, "white"), channels, size), remarks
+        except UserError as error:
+            return str(error), set()
 
     pixels: np.ndarray | None = None
     kept: list[int] = []
     bad: list[str] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for position, result in enumerate(pool.map(read, zip(blobs, names, strict=True))):
+    remarked: Counter[str] = Counter()
+    with _no_warnings_of_pillow(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for position, (result, remarks) in enumerate(pool.map(read, zip(blobs, names, strict=True))):
+            remarked.update(remarks)
             if isinstance(result, str):
                 bad.append(result)
                 continue
@@ -70,10 +97,12 @@ def decode(
             pixels[len(kept)] = result
             kept.append(position)
     if bad:
-        what = f"{len(bad)} of {len(blobs)} images cannot be read: {', '.join(bad[:SHOWN])}{', …' * (len(bad) > SHOWN)}"
+        what = f"{len(bad)} of {len(blobs)} images cannot be read: {'; '.join(bad[:SHOWN])}{'; …' * (len(bad) > SHOWN)}"
         if corrupt == "refuse" or pixels is None:
             raise UserError(f"{what}; leave such images out with --data.corrupt skip")
         warnings.warn(f"{what}; left out", stacklevel=2)
+    for remark, count in remarked.items():
+        warnings.warn(f"{count} of {len(blobs)} images: {remark}", Notice, stacklevel=2)
     assert pixels is not None
     return torch.from_numpy(pixels[: len(kept)]), torch.tensor(kept)
 
@@ -93,8 +122,8 @@ def _pixels(picture: Image.Image, channels: int, size: int | None) -> np.ndarray
 def open_image(source: bytes | Path, shape: Sequence[int], *, fit: bool = False, name: str = "the image") -> Tensor:
     """Load a user's image as a model's input, float32 (C, H, W) in [0, 1].
 
-    The image is rotated as its EXIF data say, transparent areas become white, and of an animation the first frame is
-    used.
+    The image is rotated as its EXIF data say, converted to sRGB by its colour profile, and to 8 bits from 16 bits or
+    floating point; transparent areas become white, and of an animation the first frame is used.
 
     Args:
         source: an encoded image, or the path of an image file, which is then its name in messages.
@@ -103,15 +132,18 @@ def open_image(source: bytes | Path, shape: Sequence[int], *, fit: bool = False,
         name: the name in messages.
 
     Raises:
-        UserError: not an image, a damaged one, over 50 million pixels or 8 bits per channel; without ``fit`` also
-            another size or colour (a colour file that contains only greys is accepted as grey).
+        UserError: not an image, a damaged one, over 50 million pixels, or 32-bit pixels without a known white; without
+            ``fit`` also another size or colour (a colour file that contains only greys is accepted as grey).
     """
     channels, height, width = shape
-    with _opened(source, name) as (picture, name):
+    if fit and height != width:
+        raise UserError(
+            f"images are cut to squares, and the model takes {width} x {height}; cut them and leave out fit"
+        )
+    name = name if isinstance(source, bytes) else str(source)
+    with _no_warnings_of_pillow(), _opened(source, name, LARGEST) as (picture, remarks):
         grey = picture.mode in GREY
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            layer = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        picture = _over(picture, "white")
         if not fit:
             _check_size(name, picture, (width, height))
             if grey != (channels == 1) and not _colourless(picture, channels):
@@ -121,6 +153,8 @@ def open_image(source: bytes | Path, shape: Sequence[int], *, fit: bool = False,
                     "convert it, or have it fitted (--fit)"
                 )
         pixels = _pixels(picture, channels, width if fit else None)
+    for remark in sorted(remarks):
+        warnings.warn(f"{name}: {remark}", Notice, stacklevel=2)
     return torch.from_numpy(pixels.copy()).float() / 255
 
 
@@ -129,38 +163,107 @@ def open_mask(source: bytes | Path, size: tuple[int, int], *, fit: bool = False,
 
     ``size`` is (H, W); with ``fit`` a mask of another size is cut to its middle square and scaled.
     """
-    with _opened(source, name) as (picture, name):
+    name = name if isinstance(source, bytes) else str(source)
+    with _no_warnings_of_pillow(), _opened(source, name, LARGEST) as (picture, _):
         if not fit:
             _check_size(name, picture, (size[1], size[0]))
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
-        pixels = _pixels(picture, 1, size[1] if fit else None)
+        pixels = _pixels(_over(picture, "black"), 1, size[1] if fit else None)
     return torch.from_numpy(pixels[0] > 127)
 
 
 @contextlib.contextmanager
-def _opened(source: bytes | Path, name: str) -> Iterator[tuple[Image.Image, str]]:
-    """Yield the first frame, decoded and upright, and its name; every failure is raised as UserError."""
-    name = name if isinstance(source, bytes) else str(source)
+def _no_warnings_of_pillow() -> Iterator[None]:
+    """Ignore warnings of large or slightly damaged files; not to be entered in threads, which share the filters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _opened(source: bytes | Path, name: str, largest: int) -> Iterator[tuple[Image.Image, set[str]]]:
+    """Yield the first frame, upright, in sRGB, with 8 bits a channel, and remarks; every failure is a UserError."""
+    remarks: set[str] = set()
+    if source == b"":
+        raise UserError(f"{name} is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # LARGEST is the limit
-            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
-        with picture:
-            if (count := picture.width * picture.height) > LARGEST:
-                raise UserError(f"{name} has {count:,} pixels, the most is {LARGEST:,}; make it smaller")
-            if picture.mode.startswith(("I", "F")):
-                raise UserError(f"{name} has more than 8 bits a channel (mode {picture.mode}); save it with 8")
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=readable_formats()) as picture:
+            if (count := picture.width * picture.height) > largest:
+                raise UserError(f"{name} has {count:,} pixels, the most is {largest:,}; make it smaller")
+            if getattr(picture, "is_animated", False) and picture.format != "MPO":  # phones' photos are MPO
+                remarks.add("an animation or a file of several pages, of which the first is used")
             picture.load()
-            yield ImageOps.exif_transpose(picture), name
+            profile = picture.info.get("icc_profile")
+            upright = _in_bytes(ImageOps.exif_transpose(picture), name, sixteen=picture.format == "PNG")
+            yield (_in_srgb(upright, profile, remarks) if profile else upright), remarks
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"there is no {name}") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{name} has more than {LARGEST:,} pixels; make it smaller") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{name} has more than {largest:,} pixels; make it smaller") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{name} is not an image of a kind that is read here; is it whole?") from None
+    except Exception as error:  # damaged files can raise anything
         raise UserError(f"{name} is not an image that can be read ({type(error).__name__}); is it whole?") from None
+
+
+def _in_bytes(picture: Image.Image, name: str, *, sixteen: bool) -> Image.Image:
+    """Return a picture of 16-bit, 32-bit or floating-point pixels with 8 bits, black and white staying what they are.
+
+    ``sixteen`` says that mode ``I`` holds 16 bits, as of PNG in older versions of Pillow.
+
+    Raises:
+        UserError: 32-bit whole numbers, or floating point outside [0, 1]: which value is white is not known.
+    """
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "F":
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise UserError(f"{name} has floating-point pixels outside [0, 1]: which is white? save it with 8 bits")
+        level = values * 255.0
+    elif sixteen or picture.mode.startswith("I;16") or (values.min() >= 0 and 255 < values.max() < 2**16):
+        level = values.astype(np.float64) / 257  # 65535 is white
+    else:
+        raise UserError(f"{name} has 32-bit pixels: which value is white? save it with 8 or 16 bits")
+    grey = Image.fromarray(np.rint(level).astype(np.uint8))
+    if isinstance(key := picture.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _in_srgb(picture: Image.Image, profile: bytes, remarks: set[str]) -> Image.Image:
+    """Return the picture converted from the colours of its ICC profile to sRGB."""
+    if picture.mode in ("P", "PA"):
+        picture = picture.convert("RGBA" if has_alpha(picture) else "RGB")
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(given):
+            return picture
+        space = given.profile.xcolor_space.strip()
+        if picture.mode not in {"RGB": ("RGB", "RGBA"), "GRAY": ("L",), "CMYK": ("CMYK",)}.get(space, ()):
+            return picture
+        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(picture, given, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        remarks.add("a colour profile that cannot be read; taken as sRGB")
+        return picture
+    assert converted is not None
+    return converted.convert("L") if space == "GRAY" else converted
+
+
+def has_alpha(picture: Image.Image) -> bool:
+    """Return whether parts of a picture can be transparent, by an alpha channel or by a colour that stands for it."""
+    return "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info
+
+
+def _over(picture: Image.Image, background: str) -> Image.Image:
+    """Return the picture with its transparent areas laid over a background of one colour."""
+    if not has_alpha(picture):
+        return picture
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
 
 
 def _check_size(name: str, picture: Image.Image, wanted: tuple[int, int]) -> None:
@@ -181,7 +284,7 @@ def cached(content: Iterable[bytes], make: Callable[[], dict[str, Tensor]]) -> d
     The folder is ``ADVEBM_CACHE``, else ``advebm`` in the user's cache folder.  If the cache cannot be written, a
     warning is given; a damaged cache file is replaced.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(READER)
     for piece in content:
         digest.update(hashlib.sha256(piece).digest())
     path = cache_folder() / f"{digest.hexdigest()[:32]}.safetensors"

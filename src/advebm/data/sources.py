@@ -280,7 +280,11 @@ def partition(shards: list[Images], classes: int, shares: tuple[float, ...], see
         for part, chunk in zip(parts, members.tensor_split(cuts), strict=True):
             part.append(chunk)
     if not all(sum(map(len, part)) for part in parts):
-        raise UserError(f"{len(y)} images are too few to cut shares of {', '.join(map(str, shares))} from each class")
+        cut = ", ".join(map(str, shares))
+        raise UserError(
+            f"{len(y)} images of {classes} classes are too few to cut shares of {cut} from each class; give larger "
+            "shares with --data.val and --data.test, or more images"
+        )
     return gather(shards, *(torch.cat(part).sort().values for part in parts))
 
 

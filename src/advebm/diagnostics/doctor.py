@@ -89,7 +89,7 @@ class ModelUnderTest:
         return share(self.right)
 
     @cached_property
-    def trained(self) -> Tensor:
+    def train_mode_logits(self) -> Tensor:
         """Logits in train mode, with batch norm statistics of each batch; those of eval mode if train mode fails."""
         with searching(self.model, training=True) as f:
             try:
@@ -104,14 +104,14 @@ class ModelUnderTest:
         For a layer: the root mean square of the log ratio over channels.  For the model: the median over layers, as a
         factor; 1 if it has no batch norm or fails in train mode.
         """
-        found: dict[Any, list[Tensor]] = {}
+        variances: dict[Any, list[Tensor]] = {}
 
-        def look(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        def record(norm: Any, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].double()
-            found.setdefault(norm, []).append(x.var([d for d in range(x.ndim) if d != 1]))
+            variances.setdefault(norm, []).append(x.var([d for d in range(x.ndim) if d != 1]))
 
         norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
-        handles = [norm.register_forward_pre_hook(look) for norm in norms]
+        handles = [norm.register_forward_pre_hook(record) for norm in norms]
         with searching(self.model, training=True) as f:
             try:
                 self.outputs(self.x, f)
@@ -120,7 +120,7 @@ class ModelUnderTest:
             finally:
                 for handle in handles:
                     handle.remove()
-        ratios = [(torch.stack(v).mean(0) + m.eps) / (m.running_var.double() + m.eps) for m, v in found.items()]
+        ratios = [(torch.stack(v).mean(0) + m.eps) / (m.running_var.double() + m.eps) for m, v in variances.items()]
         layers = [ratio.log().square().mean().sqrt() for ratio in ratios]
         return torch.stack(layers).quantile(0.5).exp().item() if layers else 1.0
 
@@ -133,30 +133,26 @@ class ModelUnderTest:
         return self.y.bincount().max().item() / len(self.y)
 
     @cached_property
-    def many(self) -> Attack:
+    def pgd(self) -> Attack:
         """PGD with the threat's radius, norm and steps (but at least 20); its other settings are not used."""
         return Attack(eps=self.threat.eps, norm=self.threat.norm, steps=max(self.threat.steps, 20))
 
     @cached_property
-    def under_many(self) -> float:
-        """Accuracy under :attr:`many`."""
-        return self.under(self.many)
+    def pgd_accuracy(self) -> float:
+        """Accuracy under :attr:`pgd`."""
+        return self.accuracy_under(self.pgd)
 
-    def under(self, attack: Adversary, f: Logits | None = None) -> float:
+    def accuracy_under(self, attack: Adversary, f: Logits | None = None) -> float:
         """Return the model's accuracy under an attack that searches on ``f`` (None: on the model itself)."""
-        left = []
+        standing = []
         for x, y in zip(self.x.tensor_split(self.parts), self.y.tensor_split(self.parts), strict=True):
-            found = attack.find(f or self.f, x, y, self.generator)
-            left.append(is_correct(self.f, found, y))  # find does not change images that are misclassified already
-        return share(torch.cat(left))
+            x_adv = attack.find(f or self.f, x, y, self.generator)  # misclassified images stay as they are
+            standing.append(is_correct(self.f, x_adv, y))
+        return share(torch.cat(standing))
 
-    def above(self, a: float, b: float) -> bool:
+    def is_above(self, a: float, b: float) -> bool:
         """Return whether share ``a`` of the images is significantly above share ``b``, see :func:`exceeds`."""
         return exceeds(a, b, len(self.x))
-
-    def learnt(self, accuracy: float) -> bool:
-        """Return whether only a trained network reaches an accuracy; untrained ones may reach twice chance by luck."""
-        return accuracy > min(0.5, 4 * self.chance)
 
 
 Check = Callable[[ModelUnderTest], Finding | None]
@@ -187,9 +183,9 @@ def examine(
     Raises:
         UserError: images outside [0, 1] or fewer than 50, labels that do not fit them, a radius of zero, an encoder.
     """
-    checks.images(x)
+    x = checks.images(x)
     checks.no_encoder(model)
-    checks.labels(y, len(x), torch.iinfo(torch.int32).max)
+    y = checks.labels(y, len(x), torch.iinfo(torch.int32).max)
     if len(x) < FEWEST:
         raise UserError(f"a model is examined on at least {FEWEST} images, got {len(x)}")
     if not threat.eps > 0:
@@ -198,20 +194,20 @@ def examine(
     findings: list[Finding] = []
     faults: dict[Check, str] = {}
     with preserve_state(model, generator) as state, searching(model) as f:
-        patient = ModelUnderTest(model, f, x.float().to(device), y.to(device), threat, generator, state, training)
+        tested = ModelUnderTest(model, f, x.float().to(device), y.to(device), threat, generator, state, training)
         for check, needs in CHECKS.items():
             progress(title(check))
             if (first := next((faults[need] for need in needs if need in faults), None)) is not None:
                 findings.append(Finding(title(check), "skipped", f"not checked: {first}", f"mend {first} first"))
                 continue
             try:
-                found = check(patient)
+                finding = check(tested)
             except Exception as error:  # the model may raise anything
-                found = fault(title(check), f"the model fails: {described(error)}", "mend what the message says")
-            if found is not None:
-                findings.append(found)
-            if found is not None and found.severity == "fault":
-                faults[check] = found.name
+                finding = fault(title(check), f"the model fails: {describe_error(error)}", "mend what the message says")
+            if finding is not None:
+                findings.append(finding)
+                if finding.severity == "fault":
+                    faults[check] = finding.name
     return findings
 
 
@@ -228,8 +224,8 @@ def examine_split(
     if not split.labelled:
         raise UserError("a model is examined on labelled images, these have none")
     rows = torch.randperm(len(split), generator=rng.generator(seed, "doctor", "images"))[: max(count, 0)]
-    drawn, generator = split.take(rows), rng.generator(seed, "doctor", device=device_of(model))
-    return examine(model, drawn.float(), drawn.y, threat=threat, generator=generator, progress=progress)
+    subset, generator = split.take(rows), rng.generator(seed, "doctor", device=device_of(model))
+    return examine(model, subset.float(), subset.y, threat=threat, generator=generator, progress=progress)
 
 
 @contextmanager
@@ -278,7 +274,7 @@ def fault(name: str, what: str, fix: str) -> Finding:
     return Finding(name, "fault", what, fix)
 
 
-def described(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"
 
@@ -296,14 +292,13 @@ def percent(value: float) -> str:
 
 def outputs(p: ModelUnderTest) -> Finding | None:
     """It takes images in [0, 1] and returns finite logits (batch, classes), at least one for each label."""
-    shape = " x ".join(map(str, p.x.shape[1:]))
-    x = p.x[:PART]
+    x, shape = p.x[:PART], " x ".join(map(str, p.x.shape[1:]))
     try:
         with torch.no_grad():
             out = p.f(x)
     except Exception as error:  # the model may raise anything
         fix = f"it has to take float32 images (batch, {', '.join(map(str, x.shape[1:]))}) on {x.device}"
-        return fault("forward", f"the model fails on images of {shape}: {described(error)}", fix)
+        return fault("forward", f"the model fails on images of {shape}: {describe_error(error)}", fix)
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x) or not out.dtype.is_floating_point:
         got = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         fix = "return the logits alone, a floating-point tensor of a row an image and a column a class"
@@ -337,10 +332,8 @@ def randomness(p: ModelUnderTest) -> Finding | None:
     gap = (again - p.logits).abs().max().item()
     if gap <= 1e-4 * p.logits.abs().max().item():  # another order of float32 sums: relative error 1e-6
         return None
-    turned = share(again.argmax(1) != p.logits.argmax(1))
-    what = (
-        f"two passes over the same images differ by up to {gap:.3g} in the logits, in the class for {percent(turned)}"
-    )
+    changed = percent(share(again.argmax(1) != p.logits.argmax(1)))
+    what = f"two passes over the same images differ by up to {gap:.3g} in the logits, in the class for {changed}"
     fix = (
         "switch dropout and noise off in eval mode; where randomness is the defence, attack its expectation: average "
         "gradients over passes (APGD samples, AutoAttack version rand)"
@@ -355,7 +348,7 @@ def batch(p: ModelUnderTest) -> Finding | None:
         with torch.no_grad():
             alone = torch.cat([p.f(x) for x in p.x[:8].split(1)])
     except Exception as error:  # the model may raise anything
-        return fault("batch", f"the model fails on one image alone: {described(error)}", fix)
+        return fault("batch", f"the model fails on one image alone: {describe_error(error)}", fix)
     gap, spread = (alone - p.logits[:8]).abs().max().item(), p.logits.std(0).max().item()
     if gap <= 0.01 * spread:  # kernels chosen by batch size differ by less, in half precision too
         return None
@@ -365,18 +358,18 @@ def batch(p: ModelUnderTest) -> Finding | None:
 
 def modes(p: ModelUnderTest) -> Finding | None:
     """It is as good in eval mode, in which everything is measured, as in train mode, and its batch norms fit."""
-    training = p.accuracy_of(p.trained)
+    training = p.accuracy_of(p.train_mode_logits)
     accuracies = f"accuracy {percent(p.accuracy)} in eval mode, {percent(training)} in train mode"
     stale = p.misfit > MISFIT and training >= p.accuracy
-    if stale or p.above(training, p.accuracy):
-        kept = f"; the variances that batch norms keep are off by a factor of {p.misfit:.3g}" if stale else ""
+    if stale or p.is_above(training, p.accuracy):
+        misfit = f"; the variances that batch norms keep are off by a factor of {p.misfit:.3g}" if stale else ""
         fix = (
             "advebm measures in eval mode and puts the mode back: the batch norm's running statistics do not fit the "
             "images; load the buffers with the weights, pass training images through it in train mode, or prepare the "
             "images as in training"
         )
-        return fault("modes", accuracies + kept, fix)
-    if p.training and (p.trained - p.logits).abs().max() > 0.01 * p.logits.std(0).max():
+        return fault("modes", accuracies + misfit, fix)
+    if p.training and (p.train_mode_logits - p.logits).abs().max() > 0.01 * p.logits.std(0).max():
         fix = "call model.eval() before measuring elsewhere; advebm does so by itself and puts the mode back"
         return Finding("train-mode", "warning", f"the model came in train mode; {accuracies}", fix)
     return None
@@ -386,8 +379,8 @@ def logits(p: ModelUnderTest) -> Finding | None:
     """Its outputs are logits, not probabilities or their logarithms."""
     sums, normalisers = p.logits.float().sum(1), p.logits.float().logsumexp(1)
     if p.logits.min() >= 0 and p.logits.max() <= 1:
-        each = ", each row sums to 1" if (sums - 1).abs().max() < 1e-3 else ""
-        what = f"all outputs lie in [0, 1]{each}: probabilities, whose E(x) = -logsumexp is next to constant"
+        unit_sums = ", each row sums to 1" if (sums - 1).abs().max() < 1e-3 else ""
+        what = f"all outputs lie in [0, 1]{unit_sums}: probabilities, whose E(x) = -logsumexp is next to constant"
         return fault("probabilities", what, "return logits: remove the softmax or sigmoid at the end")
     if normalisers.abs().max() < 1e-3:
         what = "logsumexp of the outputs is 0 for every image: log-probabilities, so that E(x) is the same everywhere"
@@ -414,48 +407,50 @@ def inputs(p: ModelUnderTest) -> Finding | None:
     numbers = " and ".join("(" + ", ".join(f"{k:.3g}" for k in v.flatten().tolist()) + ")" for v in (mean, std))
     first = "let the first layer normalise, by the constants of training: advebm.wrap(module, mean=..., std=...)"
     once = "normalise once: the model's first layer does it, so hand it images in [0, 1]; or take that layer out"
-    others = {
+    rescaled = {
         "normalisation-missing": ((p.x - mean) / std, f"normalised by mean and deviation {numbers}", first),
         "normalisation-twice": (p.x * std + mean, f"scaled back by mean and deviation {numbers}", once),
         "range-255": (255 * p.x, "as 0 to 255", "multiply by 255 in the first layer (wrap: std=1/255)"),
         "range-symmetric": (2 * p.x - 1, "in [-1, 1]", "take 2 x - 1 in the first layer (wrap: mean=0.5, std=0.5)"),
     }
+    least = min(0.5, 4 * p.chance)  # only trained networks reach more; untrained ones may reach twice chance by luck
     better: dict[str, tuple[float, float]] = {}
-    for name, (x, _, _) in others.items():
+    for name, (x, _, _) in rescaled.items():
         try:
             out = p.outputs(x)
         except Exception:  # a model that rejects another input range does not want it
             continue
         accuracy = p.accuracy_of(out)
-        if p.above(accuracy, p.accuracy) and p.learnt(accuracy):
+        if p.is_above(accuracy, p.accuracy) and accuracy > least:
             better[name] = (energies.conditional(out, p.y).mean().item(), accuracy)
     if not better:
         return None
     name = min(better, key=lambda name: better[name][0])
-    if p.above(p.accuracy_of(p.trained), better[name][1]):  # then the batch norm statistics are the cause
+    if p.is_above(p.accuracy_of(p.train_mode_logits), better[name][1]):  # then the batch norm statistics are the cause
         return None
-    _, how, fix = others[name]
+    _, how, fix = rescaled[name]
     what = f"accuracy {percent(p.accuracy)} on images in [0, 1], {percent(better[name][1])} on images {how}"
     return fault(name, what, fix)
 
 
 def labels(p: ModelUnderTest) -> Finding | None:
     """It is better than chance, and its classes are in the order of the labels."""
-    classes = p.logits.shape[1]
-    told = p.logits.argmax(1)
-    pairs = (p.y[0::2] * classes + told[0::2]).bincount(minlength=classes**2).view(classes, classes)
-    renamed = (pairs + 0.5 * torch.eye(classes, device=p.x.device)).argmax(1)  # classes without images keep their name
-    held, hits = share(told[1::2] == p.y[1::2]), share(told[1::2] == renamed[p.y[1::2]])
-    if exceeds(hits, held, len(p.y[1::2])) and len(renamed.unique()) == classes:  # untrained heads merge classes
-        moved = [f"{k} -> {renamed[k]}" for k in range(classes) if renamed[k] != k]
-        shown = ", ".join(moved[:10]) + ", …" * (len(moved) > 10)
-        what = f"accuracy {percent(held)}, {percent(hits)} if classes are renamed ({shown}), on images held out"
+    classes, predicted = p.logits.shape[1], p.logits.argmax(1)
+    pairs = (p.y[0::2] * classes + predicted[0::2]).bincount(minlength=classes**2).view(classes, classes)
+    new_class = (pairs + 0.5 * torch.eye(classes, device=p.x.device)).argmax(
+        1
+    )  # classes without images keep their name
+    y, predicted = p.y[1::2], predicted[1::2]
+    before, after = share(predicted == y), share(predicted == new_class[y])
+    if exceeds(after, before, len(y)) and len(new_class.unique()) == classes:  # untrained heads merge classes
+        renames = [f"{k} -> {new_class[k]}" for k in range(classes) if new_class[k] != k]
+        shown = ", ".join(renames[:10]) + ", …" * (len(renames) > 10)
+        what = f"accuracy {percent(before)}, {percent(after)} if classes are renamed ({shown}), on images held out"
         return fault("labels-permuted", what, "bring labels and outputs into one order: often folders sorted as text")
-    if not p.above(p.accuracy, p.chance):
+    if not p.is_above(p.accuracy, p.chance):
         what = f"accuracy {percent(p.accuracy)} on {len(p.x)} images, of the most frequent label {percent(p.chance)}"
-        return fault(
-            "chance", what, "check weights, images and preprocessing: is it the model, and what it was trained on?"
-        )
+        fix = "check weights, images and preprocessing: is it the model, and what it was trained on?"
+        return fault("chance", what, fix)
     return None
 
 
@@ -464,21 +459,21 @@ def labels(p: ModelUnderTest) -> Finding | None:
 
 def gradient(p: ModelUnderTest) -> Finding | None:
     """Its logits have a gradient in the images that is neither zero nor NaN."""
-    found = []
+    gradients = []
     for part in p.x.tensor_split(p.parts):
         with torch.enable_grad():
             x = part.detach().requires_grad_()
             out = p.f(x)
             top = out.topk(2, 1).values
             lead = (top[:, 0] - top[:, 1]).sum()
-            found.append(torch.autograd.grad(lead, x, allow_unused=True)[0] if out.requires_grad else None)
-    gradients = [g for g in found if g is not None]
-    if len(gradients) < len(found):
-        fix = "remove torch.no_grad, .detach, .item and numpy between images and logits, or attack by Square alone"
-        return fault("no-gradient", "the logits do not depend on the images as far as autograd knows", fix)
+            lead_gradient = torch.autograd.grad(lead, x, allow_unused=True)[0] if out.requires_grad else None
+        if lead_gradient is None:
+            fix = "remove torch.no_grad, .detach, .item and numpy between images and logits, or attack by Square alone"
+            return fault("no-gradient", "the logits do not depend on the images as far as autograd knows", fix)
+        gradients.append(lead_gradient)
     flat = torch.cat(gradients).flatten(1)
     nan, zero = share(~flat.isfinite().all(1)), share((flat == 0).all(1))
-    if not p.above(nan + zero, 0.0):
+    if not p.is_above(nan + zero, 0.0):
         return None
     what = f"the gradient of the leading logit over the next is zero for {percent(zero)} of the images"
     fix = (
@@ -493,14 +488,14 @@ def flat_loss(p: ModelUnderTest) -> Finding | None:
     lead = (top[:, 0] - top[:, 1]).median().item()
     if lead <= LEAD:
         return None
-    scaled = p.under(p.many, lambda x: p.f(x) * (LEAD / lead))
-    if not p.above(p.under_many, scaled):
+    scaled_accuracy = p.accuracy_under(p.pgd, lambda x: p.f(x) * (LEAD / lead))
+    if not p.is_above(p.pgd_accuracy, scaled_accuracy):
         return None
-    none = share(energies.conditional(p.logits, p.y) == 0)
+    zero = share(energies.conditional(p.logits, p.y) == 0)
     what = (
-        f"accuracy {percent(p.under_many)} under {p.many.name}, {percent(scaled)} with logits divided by "
+        f"accuracy {percent(p.pgd_accuracy)} under {p.pgd.name}, {percent(scaled_accuracy)} with logits divided by "
         f"{lead / LEAD:.3g}; the first logit leads by {lead:.3g} (median), the cross-entropy is exactly 0 for "
-        f"{percent(none)} of the images"
+        f"{percent(zero)} of the images"
     )
     fix = (
         "scale the logits down, or judge by losses that no scale flattens: AutoAttack, APGD with dlr, PGD on the margin"
@@ -510,11 +505,11 @@ def flat_loss(p: ModelUnderTest) -> Finding | None:
 
 def one_step(p: ModelUnderTest) -> Finding | None:
     """An attack of many steps is at least as strong as one step."""
-    once = fgsm(p.many.eps, p.many.norm)
-    single = p.under(once)
-    if not p.above(p.under_many, single):
+    once = fgsm(p.pgd.eps, p.pgd.norm)
+    single = p.accuracy_under(once)
+    if not p.is_above(p.pgd_accuracy, single):
         return None
-    what = f"accuracy {percent(p.under_many)} under {p.many.name}, {percent(single)} under {once.name}"
+    what = f"accuracy {percent(p.pgd_accuracy)} under {p.pgd.name}, {percent(single)} under {once.name}"
     fix = (
         "gradients off the images mislead (masking, or catastrophic overfitting of one-step training): judge by "
         "AutoAttack, and train with more steps or from random starts"
@@ -526,50 +521,48 @@ def noise(p: ModelUnderTest) -> Finding | None:
     """The gradient does more harm than random noise of the same radius."""
     standing = p.right.clone()
     for _ in range(DRAWS):
-        drawn = rng.randn(p.x, p.generator)
-        if p.many.norm == "linf":
-            drawn = drawn.sign()
+        delta = rng.randn(p.x, p.generator)
+        if p.pgd.norm == "linf":
+            delta = delta.sign()
         else:
-            drawn = drawn / per_sample(drawn.flatten(1).norm(dim=1), drawn)
-        standing &= p.outputs((p.x + p.many.eps * drawn).clamp(0, 1)).argmax(1) == p.y
-    if not p.above(p.under_many, share(standing)):
+            delta = delta / per_sample(delta.flatten(1).norm(dim=1), delta)
+        standing &= p.outputs((p.x + p.pgd.eps * delta).clamp(0, 1)).argmax(1) == p.y
+    if not p.is_above(p.pgd_accuracy, share(standing)):
         return None
     worst = f"{percent(share(standing))} under the worst of {DRAWS} draws of noise of that radius"
-    return fault("weaker-than-noise", f"accuracy {percent(p.under_many)} under {p.many.name}, {worst}", MASKED)
+    return fault("weaker-than-noise", f"accuracy {percent(p.pgd_accuracy)} under {p.pgd.name}, {worst}", MASKED)
 
 
 def square(p: ModelUnderTest) -> Finding | None:
     """The gradient does more harm than a search that sees outputs alone."""
-    search = Square(p.many.eps, p.many.norm, QUERIES)
-    searched = p.under(search)
-    if not p.above(p.under_many, searched):
+    search = Square(p.pgd.eps, p.pgd.norm, QUERIES)
+    searched = p.accuracy_under(search)
+    if not p.is_above(p.pgd_accuracy, searched):
         return None
-    what = f"accuracy {percent(p.under_many)} under {p.many.name}, {percent(searched)} under {search.name}"
+    what = f"accuracy {percent(p.pgd_accuracy)} under {p.pgd.name}, {percent(searched)} under {search.name}"
     return fault("weaker-than-square", f"{what}, which sees no gradient", MASKED)
 
 
 def autoattack(p: ModelUnderTest) -> Finding | None:
     """AutoAttack's first attack is at least as strong as plain projected gradient descent."""
-    first = APGD(p.many.eps, p.many.norm, p.many.steps)
-    adaptive = p.under(first)
-    if not p.above(adaptive, p.under_many):
+    first = APGD(p.pgd.eps, p.pgd.norm, p.pgd.steps)
+    adaptive = p.accuracy_under(first)
+    if not p.is_above(adaptive, p.pgd_accuracy):
         return None
-    what = f"accuracy {percent(adaptive)} under {first.name}, {percent(p.under_many)} under {p.many.name}"
+    what = f"accuracy {percent(adaptive)} under {first.name}, {percent(p.pgd_accuracy)} under {p.pgd.name}"
     fix = "APGD sets its steps by the loss, which does not follow its gradient: report the worst case, look for masking"
     return fault("weaker-autoattack", what, fix)
 
 
 def radius(p: ModelUnderTest) -> Finding | None:
     """Accuracy falls to chance where the ball holds every image."""
-    attacks = [Attack(eps=eps, norm="linf", steps=p.many.steps) for eps in (0.5, 1.0)]
-    left = [p.under(attack) for attack in attacks]
-    if not p.above(min(left), p.chance):
+    attacks = [Attack(eps=eps, norm="linf", steps=p.pgd.steps) for eps in (0.5, 1.0)]
+    accuracies = {attack.name: p.accuracy_under(attack) for attack in attacks}
+    if not p.is_above(min(accuracies.values()), p.chance):
         return None
-    each = ", ".join(f"{percent(value)} under {a.name}" for value, a in zip(left, attacks, strict=True))
-    what = (
-        f"accuracy {each}, where every ball holds the grey image: nobody can be right on more than {percent(p.chance)}"
-    )
-    return fault("large-radius", what, MASKED)
+    measured = ", ".join(f"{percent(accuracy)} under {name}" for name, accuracy in accuracies.items())
+    limit = f"where every ball holds the grey image: nobody can be right on more than {percent(p.chance)}"
+    return fault("large-radius", f"accuracy {measured}, {limit}", MASKED)
 
 
 MASKED = (

@@ -110,19 +110,19 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[Convolution, None] = {}
+        self.convolutions: dict[Convolution, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
             x, w, bias, stride, padding, dilation, transposed, output_padding, groups = args
-            layout = (_channels_last(x), _channels_last(w))
+            layout = (_is_channels_last(x), _is_channels_last(w))
             dims = [tuple(v) for v in (stride, padding, dilation, output_padding)]
             shape = (tuple(x.shape), tuple(w.shape), layout, bias is not None, *dims[:3], transposed, dims[3], groups)
-            self.found[Convolution(*shape)] = None
+            self.convolutions[Convolution(*shape)] = None
         return func(*args, **(kwargs or {}))
 
 
-def _channels_last(x: Tensor) -> bool:
+def _is_channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) == x.shape[1]
 
 
@@ -131,35 +131,31 @@ def convolutions(model: nn.Module, shape: Sequence[int], batch: int, precision: 
     weight = next(iter(model.parameters()), torch.empty(0))
     with _Recorder() as recorder, torch.no_grad():
         model(torch.rand(batch, *shape, device=weight.device))
-    used = usable_precision(precision, weight.device)
-    kinds = dict.fromkeys(("float32", used))
-    return [replace(c, dtype=kind) for kind in kinds for c in recorder.found]
+    dtypes = dict.fromkeys(("float32", usable_precision(precision, weight.device)))
+    return [replace(c, dtype=dtype) for dtype in dtypes for c in recorder.convolutions]
 
 
 def errors(c: Convolution) -> tuple[float, ...]:
     """Return the errors of one call, see :class:`Verdict`; float64 gets the same inputs, rounded to ``c.dtype``."""
     dtype, generator = getattr(torch, c.dtype), torch.Generator().manual_seed(0)
-    each = 2 * c.outputs
-    for n in (*c.weight[1:], *c.input[2:]):
-        each *= n
-    shapes = ((max(1, min(c.input[0], int(FLOP / each))), *c.input[1:]), c.weight)
+    flop_per_image = 2 * c.outputs * math.prod(c.weight[1:]) * math.prod(c.input[2:])
+    shapes = ((max(1, min(c.input[0], int(FLOP / flop_per_image))), *c.input[1:]), c.weight)
     x, w = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     bias = torch.randn(c.outputs, generator=generator).to(dtype) if c.bias else None
-    found: list[list[Tensor]] = []
+    results: list[list[Tensor]] = []
     upstream: Tensor | None = None
     for kind in (torch.float64, dtype):
         formats = [
             torch.channels_last if last and kind == dtype else torch.contiguous_format for last in c.channels_last
         ]
-        own = [v.to(kind).clone(memory_format=f).requires_grad_() for v, f in zip((x, w), formats, strict=True)]
-        added = None if bias is None else bias.to(kind)
-        rest = (c.stride, c.padding, c.dilation, c.transposed, c.output_padding, c.groups)
-        out = torch.convolution(own[0], own[1], added, *rest)
+        leaves = [v.to(kind).clone(memory_format=f).requires_grad_() for v, f in zip((x, w), formats, strict=True)]
+        settings = (c.stride, c.padding, c.dilation, c.transposed, c.output_padding, c.groups)
+        out = torch.convolution(leaves[0], leaves[1], None if bias is None else bias.to(kind), *settings)
         if upstream is None:
             upstream = torch.randn(out.shape, generator=generator).to(dtype)
-        given = torch.empty_like(out).copy_(upstream)
-        found.append([v.double() for v in (out.detach(), *torch.autograd.grad(out, own, given))])
-    return tuple(((b - a).norm() / a.norm()).item() for a, b in zip(*found, strict=True))
+        gradients = torch.autograd.grad(out, leaves, torch.empty_like(out).copy_(upstream))
+        results.append([v.double() for v in (out.detach(), *gradients)])
+    return tuple(((b - a).norm() / a.norm()).item() for a, b in zip(*results, strict=True))
 
 
 class _Worker:

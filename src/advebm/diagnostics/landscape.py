@@ -49,15 +49,14 @@ def directions(
         if images is None or len(images) < 3:
             raise UserError("principal components take at least 3 images")
         flat = images.flatten(1)
-        _, axes = torch.linalg.eigh(flat.double().T.cov())  # in ascending order of eigenvalues
-        found = [axis * axis[axis.abs().argmax()].sign() for axis in (axes[:, -1], axes[:, -2])]  # makes signs unique
-        first, second = (axis.view(1, *x.shape[1:]).expand_as(x).to(x) for axis in found)
+        _, vectors = torch.linalg.eigh(flat.double().T.cov())  # in ascending order of eigenvalues
+        axes = [v * v[v.abs().argmax()].sign() for v in (vectors[:, -1], vectors[:, -2])]  # makes signs unique
+        first, second = (axis.view(1, *x.shape[1:]).expand_as(x).to(x) for axis in axes)
         return first, second
-    first = value_and_gradient(energy, x)[1] if along == "gradient" else randn(x, generator)
-    first = _unit(first)
+    first = _normalise(value_and_gradient(energy, x)[1] if along == "gradient" else randn(x, generator))
     second = randn(x, generator)
     second = second - per_sample((second * first).flatten(1).sum(1), x) * first
-    return first, _unit(second)
+    return first, _normalise(second)
 
 
 def plane(
@@ -77,13 +76,13 @@ def plane(
     if count < 3 or count % 2 == 0:
         raise UserError(f"a plane has an odd number of points along a direction, at least 3, got {count}")
     steps = torch.linspace(-reach, reach, count, dtype=x.dtype, device=x.device)
-    at, found = torch.cartesian_prod(steps, steps), []
+    points, parts = torch.cartesian_prod(steps, steps), []
     with torch.no_grad():
-        for rows in torch.arange(len(x) * len(at), device=x.device).split(batch_size_for(x.shape[1:])):
-            image, point = rows // len(at), rows % len(at)
-            a, b = (per_sample(way, x) for way in at[point].T)
-            found.append(energy_of(image)(x[image] + a * first[image] + b * second[image]))
-    values = torch.cat(found).view(-1, count, count)
+        for rows in torch.arange(len(x) * len(points), device=x.device).split(batch_size_for(x.shape[1:])):
+            image, point = rows // len(points), rows % len(points)
+            a, b = (per_sample(offsets, x) for offsets in points[point].T)
+            parts.append(energy_of(image)(x[image] + a * first[image] + b * second[image]))
+    values = torch.cat(parts).view(-1, count, count)
     return (values - values[:, count // 2, count // 2, None, None]).double().cpu()
 
 
@@ -92,19 +91,17 @@ def measure_landscape(values: Tensor, reach: float) -> LandscapeStatistics:
 
     Derivatives are central differences over one step of the grid.
     """
-    n, h = values.shape[1], 2 * reach / (values.shape[1] - 1)
-    lowest = values.flatten(1).argmin(1)
-    a, b = lowest // n - n // 2, lowest % n - n // 2
-    m = n // 2
+    n = values.shape[1]
+    m, h = n // 2, 2 * reach / (n - 1)
+    minimum, index = values.flatten(1).min(1)
+    a, b = index // n - m, index % n - m
     centre = values[:, m, m]
     down, up, left, right = values[:, m + 1, m], values[:, m - 1, m], values[:, m, m - 1], values[:, m, m + 1]
     curvature = (down + up + left + right - 4 * centre) / (2 * h**2)
     tilt = ((down - up) ** 2 + (right - left) ** 2).sqrt() / (2 * h)
     offset = h * (a.double() ** 2 + b.double() ** 2).sqrt()
-    return LandscapeStatistics(
-        offset, centre - values.flatten(1).amin(1), (a.abs() == m) | (b.abs() == m), curvature, tilt
-    )
+    return LandscapeStatistics(offset, centre - minimum, (a.abs() == m) | (b.abs() == m), curvature, tilt)
 
 
-def _unit(direction: Tensor) -> Tensor:
+def _normalise(direction: Tensor) -> Tensor:
     return direction / per_sample(direction.flatten(1).norm(dim=1), direction).clamp_min(1e-12)

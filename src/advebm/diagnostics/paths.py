@@ -29,16 +29,16 @@ def slopes(model: nn.Module, sampler: Sampler, y: Tensor, begin: Tensor, generat
     with searching(model) as f:
         if f(begin[:1]).numel() == 1:
             raise UserError("gradients of E(x, y) and E(x) take a classifier; a critic has one energy")
-    joint: list[Tensor] = []
-    both: list[Tensor] = []
+    joint_norms: list[Tensor] = []
+    marginal_norms: list[Tensor] = []
 
-    def look(k: int, x: Tensor, value: Tensor) -> None:
+    def record(k: int, x: Tensor, value: Tensor) -> None:
         with searching(model) as f:
-            for energy, found in ((lambda v: energies.joint(f(v), y), joint), (marginal(f), both)):
-                found.append(value_and_gradient(energy, x)[1].flatten(1).norm(dim=1).double().cpu())
+            for energy, norms in ((lambda v: energies.joint(f(v), y), joint_norms), (marginal(f), marginal_norms)):
+                norms.append(value_and_gradient(energy, x)[1].flatten(1).norm(dim=1).double().cpu())
 
-    sampler(model, y, begin, generator=generator, observe=look)
-    return GradientNorms(torch.stack(joint), torch.stack(both))
+    sampler(model, y, begin, generator=generator, observe=record)
+    return GradientNorms(torch.stack(joint_norms), torch.stack(marginal_norms))
 
 
 class Chain(NamedTuple):
@@ -68,9 +68,9 @@ class Chain(NamedTuple):
         The error is over chains.  If 0 lies within twice the error, the chains may have reached a steady state;
         otherwise they have not.
         """
-        last, quarter = self.steps[-1], [s / self.steps[-1] for s in self.steps]
-        third = [i for i, s in enumerate(quarter) if 0.5 <= s < 0.75]
-        fourth = [i for i, s in enumerate(quarter) if s >= 0.75]
+        last = self.steps[-1]
+        third = [i for i, step in enumerate(self.steps) if 0.5 * last <= step < 0.75 * last]
+        fourth = [i for i, step in enumerate(self.steps) if step >= 0.75 * last]
         if not third or not fourth or last == 0:
             raise UserError("drift takes looks in the third and in the last quarter of a run")
         change = self.energy[fourth].mean(0) - self.energy[third].mean(0)
@@ -81,20 +81,22 @@ def chain(
     model: nn.Module, sampler: Sampler, y: Tensor, begin: Tensor, generator: torch.Generator, *, looks: int = 60
 ) -> Chain:
     """Run chains of a sampler and record them at ``looks`` evenly spaced steps, the first and the last included."""
-    when = sorted({round(k * sampler.steps / (looks - 1)) for k in range(looks)})
-    seen: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+    selected = {round(k * sampler.steps / (looks - 1)) for k in range(looks)}
+    steps: list[int] = []
+    states: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    def look(k: int, x: Tensor, value: Tensor) -> None:
-        if k in when:
+    def record(k: int, x: Tensor, value: Tensor) -> None:
+        if k in selected:
             with searching(model) as f:
                 energy, gradient = value_and_gradient(marginal(f), x)
-            border = ((x <= 0) | (x >= 1)).flatten(1).double().mean(1)
-            seen.append((k, energy, gradient.flatten(1).norm(dim=1), border, x))
+            saturated = ((x <= 0) | (x >= 1)).flatten(1).double().mean(1)
+            steps.append(k)
+            states.append((energy, gradient.flatten(1).norm(dim=1), saturated, x))
 
-    end = sampler(model, y, begin, generator=generator, observe=look)
-    look(sampler.steps, end, end)
-    columns = [torch.stack([s[i] for s in seen]).cpu() for i in range(1, 5)]  # type: ignore[misc]
-    return Chain([s[0] for s in seen], columns[0].double(), columns[1].double(), columns[2], columns[3])
+    end = sampler(model, y, begin, generator=generator, observe=record)
+    record(sampler.steps, end, end)
+    energy, slope, saturated, x = (torch.stack(column).cpu() for column in zip(*states, strict=True))
+    return Chain(steps, energy.double(), slope.double(), saturated, x)
 
 
 def between(first: Tensor, second: Tensor, centre: Tensor, count: int) -> Tensor:

@@ -38,13 +38,13 @@ def invert(
         x, and its distance to x* in features divided by the initial distance, (B,).
     """
     with searching(model):
-        wanted = model.features(target).detach()
-        distance = lambda x: (model.features(x) - wanted).square().sum(1)
+        target_features = model.features(target).detach()
+        distance = lambda x: (model.features(x) - target_features).square().sum(1)
         length = size * begin[0].numel() ** 0.5
         x = Descent(steps, lambda share: length * last**share, unit, box())(distance, begin)
         with torch.no_grad():
-            left = (distance(x) / distance(begin).clamp_min(1e-12)).sqrt()
-    return x, left
+            relative_distance = (distance(x) / distance(begin).clamp_min(1e-12)).sqrt()
+    return x, relative_distance
 
 
 def populations(model: nn.Module, sets: Mapping[str, Tensor], *, batch: int = 500) -> dict[str, Tensor]:

@@ -96,9 +96,8 @@ class Edit:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.steps < 0 or not 0 < self.step_decay <= 1:
-            raise UserError(
-                f"steps must be >= 0 and step_decay must lie in (0, 1], got {self.steps} and {self.step_decay}"
-            )
+            got = f"{self.steps} and {self.step_decay}"
+            raise UserError(f"steps must be >= 0 and step_decay must lie in (0, 1], got {got}")
         for name in ("step_size", "radius"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} must be > 0 or none, got {value}")
@@ -109,7 +108,11 @@ class Edit:
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
         """Return the descent; ``values`` (B,) is the number of values of each image that may change."""
-        size = values.sqrt() * self.stride if self.step_size is None else torch.full_like(values, self.step_size)
+        return self._unit_descent(values.sqrt() * self.stride, constraint)
+
+    def _unit_descent(self, size: Tensor, constraint: Constraint) -> Descent:
+        """Return a descent by unit gradients times ``step_size``, or times ``size`` (B,) if that is None."""
+        size = size if self.step_size is None else torch.full_like(size, self.step_size)
         direction: Direction = lambda gradient, memory: per_sample(size, gradient) * unit(gradient, memory)
         return Descent(self.steps, geometric(1.0, self.step_decay), direction, constraint)
 
@@ -150,17 +153,15 @@ class Edit:
         Raises:
             UserError: classes for a critic, or classes that do not fit the images ``x`` or the outputs.
         """
-        out = outputs(f, x)
+        classes = outputs(f, x).shape[1]
         if y is None:
             return marginal(f)
-        if out.shape[1] == 1:
+        if classes == 1:
             raise UserError("a critic has one energy and no classes; leave the class out")
-        if len(y) != len(x) or (len(y) and not 0 <= int(y.min()) <= int(y.max()) < out.shape[1]):
-            raise UserError(
-                f"there is a class of 0 to {out.shape[1] - 1} for each of {len(x)} images, got {y.tolist()}"
-            )
-        read = energies.joint if self.energy == "joint" else energies.conditional
-        return lambda z: read(f(z), y)
+        if len(y) != len(x) or (len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes):
+            raise UserError(f"there is a class of 0 to {classes - 1} for each of {len(x)} images, got {y.tolist()}")
+        class_energy = energies.joint if self.energy == "joint" else energies.conditional
+        return lambda z: class_energy(f(z), y)
 
     def follow(
         self,
@@ -175,26 +176,27 @@ class Edit:
         start, data = problem.start, problem.data
         total = lambda z: energy(problem.fixed(z)) + (0.0 if data is None else data(z))
         search = self.descent(problem.constraint, start.new_full((len(start),), start[0].numel()) * problem.share)
-        wanted = sorted({round(k * search.steps / max(frames - 1, 1)) for k in range(frames)} | {search.steps})
+        moments = sorted({round(k * search.steps / max(frames - 1, 1)) for k in range(frames)} | {search.steps})
         film: list[Tensor] = []
 
-        def look(k: int, x: Tensor, value: Tensor) -> None:
-            if k in wanted:
+        def record(k: int, x: Tensor, value: Tensor) -> None:
+            if k in moments:
                 film.append(x.cpu())
             if observe is not None:
                 observe(k, x, value)
 
-        found = search(total, start, origin=problem.origin, observe=look)
-        film.append(found.cpu())
+        x = search(total, start, origin=problem.origin, observe=record)
+        film.append(x.cpu())
         with torch.no_grad():
-            numbers = {"energy before": total(start), "energy after": total(found)}
-            numbers["distance"] = l2_norm(found - start)
+            numbers = {"energy before": total(start), "energy after": total(x), "distance": l2_norm(x - start)}
             if f is not None and y is not None:
-                numbers["confidence before"], numbers["confidence after"] = (
-                    confidence(f, z, y) for z in (start, found)
-                )
-        told = {name: value.double().cpu() for name, value in numbers.items()}
-        return Edited(found.cpu(), start.cpu(), torch.stack(film, 1), wanted, told, {})
+                numbers |= {"confidence before": confidence(f, start, y), "confidence after": confidence(f, x, y)}
+        return Edited(x.cpu(), start.cpu(), torch.stack(film, 1), moments, to_cpu(numbers), {})
+
+
+def to_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values as float64 on the CPU."""
+    return {name: value.double().cpu() for name, value in values.items()}
 
 
 def prepare_images(x: Tensor, *models: nn.Module) -> Tensor:
@@ -225,7 +227,6 @@ def confidence(f: Logits, x: Tensor, y: Tensor) -> Tensor:
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """Return the l2 norm of each sample, (B,)."""
     return x.flatten(1).norm(dim=1)
 
 
@@ -233,8 +234,7 @@ def expand_hole(hole: Tensor | None, x: Tensor) -> Tensor | None:
     """Return one mask per image, bool (B, 1, H, W); raise UserError if its size differs or it is empty or full."""
     if hole is None:
         return None
-    hole = hole.to(x.device).bool()
-    hole = hole.reshape(-1, 1, *hole.shape[-2:])
+    hole = hole.to(x.device).bool().reshape(-1, 1, *hole.shape[-2:])
     if len(hole) not in (1, len(x)):
         raise UserError(f"there are {len(hole)} masks for {len(x)} images; give one, or one for each image")
     if hole.shape[-2:] != x.shape[-2:]:

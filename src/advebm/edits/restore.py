@@ -29,7 +29,6 @@ class Inpaint(Edit):
     stride: ClassVar[float] = 0.003
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """Start from the filled image, with known pixels held fixed."""
         if hole is None:
             raise UserError("inpainting takes a hole: a mask, true or white where pixels are to be made")
         known = ~hole
@@ -53,8 +52,9 @@ def smooth(x: Tensor, hole: Tensor) -> Tensor:
     coarse = smooth(adaptive_avg_pool2d(x * ~hole, half) / share.clamp_min(1e-12), share == 0)
     x = torch.where(hole, interpolate(coarse, x.shape[2:], mode="bilinear", align_corners=False), x)
     for _ in range(50):
-        near = pad(x, (1, 1, 1, 1), mode="replicate")
-        mean = (near[..., :-2, 1:-1] + near[..., 2:, 1:-1] + near[..., 1:-1, :-2] + near[..., 1:-1, 2:]) / 4
+        padded = pad(x, (1, 1, 1, 1), mode="replicate")
+        rows, columns = padded[..., 1:-1], padded[..., 1:-1, :]
+        mean = (rows[..., :-2, :] + rows[..., 2:, :] + columns[..., :-2] + columns[..., 2:]) / 4
         x = torch.where(hole, mean, x)
     return x
 
@@ -92,21 +92,18 @@ class Denoise(Edit):
             raise UserError(f"sigma must be > 0, prior >= 0 and off must lie in [0, 1), got {got}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """Start from the noisy image, for salt and pepper with the noisy pixels replaced by medians."""
         if self.noise == "gaussian":
             data: Energy = lambda z: (z - x).square().flatten(1).sum(1) / (2 * self.sigma**2)
             return Problem(x, self.within(), x, data=data)
-        near = median(x)
-        extreme = ((x == 0) | (x == 1)).all(1, keepdim=True) & ((x - near).abs().amax(1, keepdim=True) > self.off)
-        start = torch.where(extreme, near, x)
-        return hold_outside(start, extreme, self.within(hold(~extreme)))
+        medians = median(x)
+        extreme = ((x == 0) | (x == 1)).all(1, keepdim=True) & ((x - medians).abs().amax(1, keepdim=True) > self.off)
+        return hold_outside(torch.where(extreme, medians, x), extreme, self.within(hold(~extreme)))
 
     def lowered(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
         energy = super().lowered(f, x, y)
         return lambda z: self.prior * energy(z)
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
-        """Return a descent by raw gradients for gaussian noise, else that of :class:`Edit`."""
         if self.noise == "gaussian":
             size = self.step_size or self.sigma**2 / 2
             return Descent(self.steps, geometric(size, self.step_decay), raw, constraint)
@@ -115,9 +112,8 @@ class Denoise(Edit):
 
 def median(x: Tensor) -> Tensor:
     """Return the median of the 3 x 3 pixels around each pixel, per channel; the border is replicated."""
-    count, channels, height, width = x.shape
-    near = pad(x, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
-    return near.reshape(count, channels, height, width, 9).median(-1).values
+    neighbours = pad(x, (1, 1, 1, 1), mode="replicate").unfold(2, 3, 1).unfold(3, 3, 1)
+    return neighbours.flatten(-2).median(-1).values
 
 
 @dataclass(frozen=True)
@@ -138,9 +134,7 @@ class Upsample(Edit):
             raise UserError(f"factor must be at least 2, got {self.factor}")
 
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
-        """Start from the bicubic enlargement, projected onto the constraint."""
-        blocks = repeat_pixels(x, self.factor)
-        keep = means(self.factor)
-        start = keep(interpolate(x, scale_factor=self.factor, mode="bicubic", align_corners=False), blocks)
+        blocks, keep_means = repeat_pixels(x, self.factor), means(self.factor)
+        start = keep_means(interpolate(x, scale_factor=self.factor, mode="bicubic", align_corners=False), blocks)
         fixed = lambda z: z + repeat_pixels(x - avg_pool2d(z, self.factor), self.factor)
-        return Problem(start, self.within(keep), blocks, fixed, share=1 - 1 / self.factor**2)
+        return Problem(start, self.within(keep_means), blocks, fixed, share=1 - 1 / self.factor**2)

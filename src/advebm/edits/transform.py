@@ -10,20 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from advebm.core.errors import UserError
-from advebm.descent import (
-    Constraint,
-    Descent,
-    Direction,
-    both,
-    box,
-    hold,
-    l2_ball,
-    per_sample,
-    unit,
-)
-from advebm.edits.base import Edit, Edited, Problem, confidence, hold_outside, l2_norm, outputs, prepare_images
+from advebm.descent import Constraint, Descent, Direction, both, box, hold, l2_ball, per_sample
+from advebm.edits.base import Edit, Edited, Problem, confidence, hold_outside, l2_norm, outputs, prepare_images, to_cpu
 from advebm.models.modes import searching
-from advebm.samplers.base import geometric
 
 
 @dataclass(frozen=True)
@@ -50,7 +39,6 @@ class Translate(Edit):
         return Problem(x, self.within(), x)
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
-        """Return the descent with ``amount`` times the steps."""
         return replace(super().descent(constraint, values), steps=round(self.amount * self.steps))
 
 
@@ -89,11 +77,7 @@ class Compose(Edit):
         return Problem(x, self.within(), x)
 
     def __call__(  # type: ignore[override]
-        self,
-        models: Sequence[nn.Module],
-        x: Tensor,
-        classes: Sequence[int | None],
-        **options: Any,
+        self, models: Sequence[nn.Module], x: Tensor, classes: Sequence[int | None], **options: Any
     ) -> Edited:
         """Edit seeds ``x (B, C, H, W)``; each network has a class, or None for its E(x).
 
@@ -140,7 +124,6 @@ class Interpolate(Edit):
             raise UserError(f"an interpolation has at least its 2 ends, got count {self.count}")
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
-        """Return the descent with steps scaled by the position on the way, if ends are held."""
         search = super().descent(constraint, values)
         if self.ends == "moved":
             return search
@@ -166,10 +149,8 @@ class Interpolate(Edit):
         with searching(model) as f:
             energy = self.lowered(f, path, None)
             if y is not None:
-                ends = [
-                    y.to(x.device)[part].repeat_interleave(self.count) for part in (slice(None, -1), slice(1, None))
-                ]
-                a, b = (self.lowered(f, path, goal) for goal in ends)
+                y = y.to(x.device)
+                a, b = (self.lowered(f, path, ends.repeat_interleave(self.count)) for ends in (y[:-1], y[1:]))
                 energy = lambda z: (1 - t) * a(z) + t * b(z)
             return self.follow(problem, energy, f, None, options.get("observe"), options.get("frames", 7))
 
@@ -184,11 +165,11 @@ def spherical(a: Tensor, b: Tensor, t: Tensor, centre: float = 0.5) -> Tensor:
     first, second = (z.norm(dim=1, keepdim=True) for z in (u, v))
     angle = ((u * v).sum(1, keepdim=True) / (first * second).clamp_min(1e-12)).clamp(-1, 1).arccos()
     sine = angle.sin().clamp_min(1e-12)
-    turned = ((1 - share) * angle).sin() / sine * u / first.clamp_min(1e-12)
-    turned = turned + (share * angle).sin() / sine * v / second.clamp_min(1e-12)
+    direction = ((1 - share) * angle).sin() / sine * u / first.clamp_min(1e-12)
+    direction = direction + (share * angle).sin() / sine * v / second.clamp_min(1e-12)
     turns = (angle.sin() > 1e-4) & (first > 0) & (second > 0)
-    way = torch.where(turns, torch.lerp(first, second, share) * turned, torch.lerp(u, v, share))
-    return centre + way.view_as(a)
+    offset = torch.where(turns, torch.lerp(first, second, share) * direction, torch.lerp(u, v, share))
+    return centre + offset.view_as(a)
 
 
 @dataclass(frozen=True)
@@ -216,9 +197,8 @@ class Counterfactual(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.level < 1 or self.searches < 1:
-            raise UserError(
-                f"level must lie in (0, 1) and searches must be at least 1, got {self.level} and {self.searches}"
-            )
+            got = f"{self.level} and {self.searches}"
+            raise UserError(f"level must lie in (0, 1) and searches must be at least 1, got {got}")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor | None = None, **options: Any) -> Edited:
         """Find counterfactuals for classes ``y (B,)``; None: the second most likely class of each image.
@@ -238,7 +218,11 @@ class Counterfactual(Edit):
             top = f(x).topk(2, 1).indices
             y = top[:, 1] if y is None else y.to(x.device)
             energy = self.lowered(f, x, y)
-            search = lambda radius: self._within(radius)(energy, x, observe=options.get("observe"))
+
+            def search(radius: Tensor) -> Tensor:
+                descent = self._unit_descent(2.5 * radius / max(self.steps, 1), both(l2_ball(radius), box()))
+                return descent(energy, x, observe=options.get("observe"))
+
             high = x.new_full((len(x),), 0.25 * x[0].numel() ** 0.5 if self.radius is None else self.radius)
             there = confidence(f, x, y) >= self.level
             best = torch.where(per_sample(there, x), x, search(high))
@@ -246,27 +230,18 @@ class Counterfactual(Edit):
             low, high = torch.zeros_like(high), l2_norm(best - x)
             for _ in range(self.searches - 1):
                 radius = (low + high) / 2
-                found = search(radius)
-                hit = reached & ~there & (confidence(f, found, y) >= self.level)
-                best = torch.where(per_sample(hit, x), found, best)
-                low, high = torch.where(hit, low, radius), torch.where(hit, l2_norm(found - x), high)
-            way = torch.linspace(0, 1, frames, dtype=x.dtype, device=x.device)
-            film = torch.stack([torch.lerp(x, best, share) for share in way.tolist()], 1)
-            along = lambda goal: torch.stack([confidence(f, z, goal) for z in film.unbind(1)], 1)
-            series = {"confidence": along(y), "confidence in the old class": along(top[:, 0])}
-            series["distance"] = (film - x[:, None]).flatten(2).norm(dim=2)
-            numbers = {"energy before": energy(x), "energy after": energy(best), "distance": series["distance"][:, -1]}
-            numbers |= {
-                "confidence before": series["confidence"][:, 0],
-                "confidence after": series["confidence"][:, -1],
-            }
+                candidate = search(radius)
+                hit = reached & ~there & (confidence(f, candidate, y) >= self.level)
+                best = torch.where(per_sample(hit, x), candidate, best)
+                low, high = torch.where(hit, low, radius), torch.where(hit, l2_norm(candidate - x), high)
+            shares = torch.linspace(0, 1, frames, dtype=x.dtype, device=x.device).tolist()
+            film = torch.stack([torch.lerp(x, best, share) for share in shares], 1)
+            film_confidence = lambda label: torch.stack([confidence(f, z, label) for z in film.unbind(1)], 1)
+            target, distance = film_confidence(y), (film - x[:, None]).flatten(2).norm(dim=2)
+            series = {"confidence": target, "confidence in the old class": film_confidence(top[:, 0])}
+            series["distance"] = distance
+            numbers = {"energy before": energy(x), "energy after": energy(best), "distance": distance[:, -1]}
+            numbers |= {"confidence before": target[:, 0], "confidence after": target[:, -1]}
             numbers |= {"reached": reached, "from": top[:, 0], "to": y}
-        told, shown = ({k: v.double().cpu() for k, v in named.items()} for named in (numbers, series))
-        moments = [round(100 * share) for share in way.tolist()]
-        return Edited(best.cpu(), x.cpu(), film.cpu(), moments, told, shown)
-
-    def _within(self, radius: Tensor) -> Descent:
-        """Return the descent within l2 balls of radii (B,), one for each image."""
-        size = 2.5 * radius / max(self.steps, 1) if self.step_size is None else torch.full_like(radius, self.step_size)
-        direction: Direction = lambda gradient, memory: per_sample(size, gradient) * unit(gradient, memory)
-        return Descent(self.steps, geometric(1.0, self.step_decay), direction, both(l2_ball(radius), box()))
+        moments = [round(100 * share) for share in shares]
+        return Edited(best.cpu(), x.cpu(), film.cpu(), moments, to_cpu(numbers), to_cpu(series))

@@ -28,9 +28,9 @@ Wanted = dict[Key, Metric]  # key of a record -> metric that produces it
 
 def jeat_attacks(threat: Attack) -> tuple[Attack, ...]:
     """Return PGD of 10 and 50 steps, and the energy attack with the threat's steps, in its ball, JEAT section 4.1."""
-    one = dataclasses.replace(threat, loss="cross-entropy", restarts=1)
-    sized = [dataclasses.replace(one, steps=steps) for steps in (10, 50)]
-    return (*sized, dataclasses.replace(one, loss="energy"))
+    pgd = dataclasses.replace(threat, loss="cross-entropy", restarts=1)
+    pgd10, pgd50 = (dataclasses.replace(pgd, steps=steps) for steps in (10, 50))
+    return pgd10, pgd50, dataclasses.replace(pgd, loss="energy")
 
 
 def compare(
@@ -59,13 +59,13 @@ def compare(
         UserError: the runs have different test images.
     """
     share_images(runs)
-    tests = {run.folder: run.data.test for run in runs}
-    if any(not torch.equal(test.x, tests[runs[0].folder].x) for test in tests.values()):
+    test_images = [run.data.test.x for run in runs]
+    if any(not torch.equal(x, test_images[0]) for x in test_images):
         raise UserError("the runs have different test images; compare runs on the same data")
     attacks = jeat_attacks(threat or runs[0].recipe.threat)
     described = (None, *map(config.describe, attacks))
     weights = (None, feature_weights(features))
-    found = {}
+    results = {}
     for title, run in by_title(runs).items():
         wanted = {**accuracy_metrics(attacks), **quality_metrics(run, features)}
         tell = lambda name, title=title: progress(f"{title}: {name}")
@@ -74,12 +74,12 @@ def compare(
             run.append(training_costs(run))
         keys = {*wanted, *map(Key, COSTS)}
         keys |= {k._replace(quantity=q) for k in wanted if k.samples for q in ("KID", "class score", "intended class")}
-        found[title] = [
+        results[title] = [
             r
             for r in evaluate.newest_records(run.records())
             if key_of(r) in keys and r.get("judge") in weights and r["settings"].get("attack") in described
         ]
-    return found
+    return results
 
 
 def accuracy_metrics(attacks: Iterable[Attack]) -> Wanted:
@@ -90,49 +90,42 @@ def quality_metrics(run: Run, features: str | Path | None) -> Wanted:
     return {Key("FD", samples=name, space=space_name(features)): SampleQuality() for name in run.samples()}
 
 
-def measure(
-    run: Run,
-    wanted: Wanted,
-    *,
-    features: str | Path | None = None,
-    seed: int = 0,
-    **rest: Any,
-) -> Records:
+def measure(run: Run, wanted: Wanted, *, features: str | Path | None = None, seed: int = 0, **options: Any) -> Records:
     """Evaluate the metrics that the run has no current records of, and return the newest record of each wanted key.
 
     A record is current if checkpoint (the latest), seed, attack, number of images, precision and metric settings agree;
     for sample quality also the set of samples (by its manifest) and the weights of the feature network.
     """
     about = {"checkpoint": run.checkpoints.path().name, "seed": seed}
-    whose = feature_weights(features)
+    judge = feature_weights(features)
     manifests = {name: generate.read_set(folder).manifest for name, folder in run.samples().items()}
 
-    def held(records: Records, key: Key, metric: Metric) -> Records:
-        drawn = key.samples if key.space is not None else None  # the set whose quality is measured
-        settings = {"samples": drawn, **manifests[drawn]} if drawn else {}
+    def find_current(records: Records, key: Key, metric: Metric) -> Records:
+        samples = key.samples if key.space is not None else None  # the set whose quality is measured
+        settings = {"samples": samples, **manifests[samples]} if samples else {}
         if (attack := getattr(metric, "attack", None)) is not None:
             settings["attack"] = config.describe(attack)
         settings |= {"images": metric.images} if hasattr(metric, "images") else {}
-        asked = getattr(metric, "precision", None)
-        expected = {**about, "judge": whose} if drawn else about
-        own = json.loads(json.dumps({k: v for k, v in config.describe(metric).items() if v is not None}))
+        precision = getattr(metric, "precision", None)
+        expected = {**about, "judge": judge} if samples else about
+        spec = json.loads(json.dumps({k: v for k, v in config.describe(metric).items() if v is not None}))
         return [
             r
             for r in records
             if key_of(r) == key
             and all(r.get(name) == value for name, value in expected.items())
             and all(r["settings"].get(name) == value for name, value in settings.items())
-            and (asked is None or asked_precision(r["settings"].get("precision", "")) == asked)
-            and own.items() <= r["settings"].get("metric", own).items()  # not every metric stores its settings
+            and (precision is None or asked_precision(r["settings"].get("precision", "")) == precision)
+            and spec.items() <= r["settings"].get("metric", spec).items()  # not every metric stores its settings
         ]
 
     records = run.records()
-    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not held(records, key, metric)))
+    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not find_current(records, key, metric)))
     if missing:
         recipe = dataclasses.replace(run.recipe, metrics=missing)
-        evaluate.evaluate_run(run, recipe=recipe, features=features, seed=seed, **rest)
+        evaluate.evaluate_run(run, recipe=recipe, features=features, seed=seed, **options)
         records = run.records()
-    return [found[-1] for key, metric in wanted.items() if (found := held(records, key, metric))]
+    return [current[-1] for key, metric in wanted.items() if (current := find_current(records, key, metric))]
 
 
 COSTS = ("forward passes an image", "backward passes an image", "training images a second")
@@ -164,8 +157,8 @@ def over_seeds(results: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
     merged: dict[str, Records] = {}
     for title in results[0]:
         groups: dict[tuple[str, Any], Records] = {}
-        for of_seed in results:
-            for r in of_seed[title]:
+        for results_of_seed in results:
+            for r in results_of_seed[title]:
                 groups.setdefault((r["name"], r["settings"].get("samples")), []).append(r)
         merged[title] = [
             {

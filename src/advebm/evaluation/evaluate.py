@@ -74,19 +74,18 @@ def evaluate_run(
     model = run.model(path.name)[0].to(device)
     data = run.data
     samples = {name: generate.read_set(folder) for name, folder in run.samples().items()}
-    asked = None if features is None else find_space(features)
-    space = feature_space(OWN_FEATURES, model) if asked is None else asked.load(device)
+    chosen_space = None if features is None else find_space(features)
+    space = feature_space(OWN_FEATURES, model) if chosen_space is None else chosen_space.load(device)
     options: dict[str, Any] = {"batch": batch_size_for(data.shape), "folder": run.folder / "verdicts", "bar": bar}
-    options["team"] = team
-    subject = Subject(model, data, data.test, recipe.threat, samples, space, **options)
-    for name, drawn in samples.items():
-        if (other := drawn.manifest.get("checkpoint", path.name)) != path.name:
-            warnings.warn(f"samples {name} were drawn from checkpoint {other}, not {path.name}", stacklevel=2)
+    subject = Subject(model, data, data.test, recipe.threat, samples, space, team=team, **options)
+    for name, sample_set in samples.items():
+        if (origin := sample_set.manifest.get("checkpoint", path.name)) != path.name:
+            warnings.warn(f"samples {name} were drawn from checkpoint {origin}, not {path.name}", stacklevel=2)
     records = []
     for metric in recipe.metrics:
         new = evaluate(subject, [metric], seed=seed, progress=progress)
         about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": files.timestamp()}
-        weights = {"judge": None if asked is None else asked.judge}
+        weights = {"judge": None if chosen_space is None else chosen_space.judge}
         if team.main:
             run.append([{**dataclasses.asdict(r), **about, **(weights if "space" in r.settings else {})} for r in new])
         records += new

@@ -49,7 +49,7 @@ TIERS: Mapping[str, Extent] = MappingProxyType(
 
 def robustbench(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
     """Return clean and AutoAttack accuracy, as the RobustBench leaderboard reports them."""
-    return Accuracy(), _under(AutoAttack(threat.eps, threat.norm, extent.version), extent)
+    return Accuracy(), _robust_accuracy(AutoAttack(threat.eps, threat.norm, extent.version), extent)
 
 
 def jeat(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
@@ -58,15 +58,21 @@ def jeat(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
     Clean accuracy and energies are added.
     """
     pgd = replace(threat, loss="cross-entropy", steps=50, step_size=threat.eps / 4 or None, restarts=extent.restarts)
-    cross = RobustAccuracy(CW(c=0.2), images=extent.images)  # C&W has no restarts
-    attacks = (_under(pgd, extent), _under(replace(pgd, loss="energy"), extent), cross)
+    cw = RobustAccuracy(CW(c=0.2), images=extent.images)  # C&W has no restarts
+    attacks = (_robust_accuracy(pgd, extent), _robust_accuracy(replace(pgd, loss="energy"), extent), cw)
     clean, auto = robustbench(threat, extent)
     return (clean, *attacks, auto, SampleQuality(), Energies())
 
 
 def cem(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
     """Return clean accuracy, the threat untargeted and targeted, sample quality and energies, CEM section 4."""
-    return Accuracy(), _under(threat, extent), TargetedAccuracy(images=extent.images), SampleQuality(), Energies()
+    return (
+        Accuracy(),
+        _robust_accuracy(threat, extent),
+        TargetedAccuracy(images=extent.images),
+        SampleQuality(),
+        Energies(),
+    )
 
 
 def binary_at(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
@@ -76,9 +82,8 @@ def binary_at(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
 
 def everything(threat: Attack, extent: Extent) -> tuple[Metric, ...]:
     """Return the metrics of all other suites, detectors, calibration and accuracy under corruptions."""
-    suites = (jeat, cem, binary_at)
-    found = [metric for suite in suites for metric in suite(threat, extent)]
-    return (*dict.fromkeys(found), Detectors(count=extent.outliers), Calibration(), CorruptionAccuracy())
+    metrics = (*jeat(threat, extent), *cem(threat, extent), *binary_at(threat, extent))
+    return (*dict.fromkeys(metrics), Detectors(count=extent.outliers), Calibration(), CorruptionAccuracy())
 
 
 SUITES: Mapping[str, Callable[[Attack, Extent], tuple[Metric, ...]]] = MappingProxyType(
@@ -101,5 +106,5 @@ def suite(name: str, threat: Attack, tier: str = "standard") -> tuple[Metric, ..
     return SUITES[name](threat, TIERS[tier])
 
 
-def _under(attack: Attack | AutoAttack, extent: Extent) -> RobustAccuracy:
+def _robust_accuracy(attack: Attack | AutoAttack, extent: Extent) -> RobustAccuracy:
     return RobustAccuracy(attack, images=extent.images)

@@ -19,8 +19,8 @@ from advebm.metrics.base import Record, Subject, average
 from advebm.metrics.distances import jackknife
 from advebm.models.modes import searching
 
-JACKKNIFE_GROUPS = 20  # number of jackknife groups
-MAX_ABS_LOG_T = 20.0  # log T is searched in [-RANGE, RANGE]
+JACKKNIFE_GROUPS = 20
+MAX_ABS_LOG_T = 20.0  # log T is searched in [-20, 20]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Reliability:
     def of(cls, logits: Tensor, y: Tensor, bins: int) -> "Reliability":
         """Compute the sums from logits (N, K) and labels int64 (N,)."""
         confidence, predicted = logits.double().softmax(1).max(1)
-        place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-        sums = lambda values: torch.zeros(bins, dtype=torch.float64, device=place.device).index_add(0, place, values)
+        index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+        sums = lambda values: torch.zeros(bins, dtype=torch.float64, device=index.device).index_add(0, index, values)
         return cls(sums(torch.ones_like(confidence)), sums(confidence), sums((predicted == y).double()))
 
     def __add__(self, other: "Reliability") -> "Reliability":
@@ -57,12 +57,12 @@ class Reliability:
 
     def series(self) -> dict[str, list[float]]:
         """Return lower edge, mean confidence, accuracy and share of all predictions of each non-empty bin."""
-        held = self.count.nonzero().squeeze(1)
-        n = self.count[held]
+        filled = self.count.nonzero().squeeze(1)
+        n = self.count[filled]
         return {
-            "lower": (held / len(self.count)).tolist(),
-            "confidence": (self.confidence[held] / n).tolist(),
-            "accuracy": (self.right[held] / n).tolist(),
+            "lower": (filled / len(self.count)).tolist(),
+            "confidence": (self.confidence[filled] / n).tolist(),
+            "accuracy": (self.right[filled] / n).tolist(),
             "share": (n / self.count.sum()).tolist(),
         }
 
@@ -90,14 +90,15 @@ def fit_temperature(logits: Tensor, y: Tensor) -> tuple[float, float]:
             logits are on average not above the mean logit (T -> ∞).
     """
     z = logits.double()
-    chosen = z.gather(1, y[:, None]).squeeze(1)
-    if not z.mean(1).mean() < chosen.mean() < z.amax(1).mean():
-        too_few = "the labels' logits are on average not above the mean logit"
-        why = "every image is classified correctly" if (z.argmax(1) == y).all() else too_few
+    z_y = z.gather(1, y[:, None]).squeeze(1)
+    if not z.mean(1).mean() < z_y.mean() < z.amax(1).mean():
+        why = "the labels' logits are on average not above the mean logit"
+        if (z.argmax(1) == y).all():
+            why = "every image is classified correctly"
         raise UserError(f"no finite temperature is optimal for these {len(z)} images: {why}")
 
     def slope(t: float) -> Tensor:
-        return ((z / t).softmax(1) * z).sum(1) - chosen  # derivative with respect to 1/T, (N,)
+        return ((z / t).softmax(1) * z).sum(1) - z_y  # derivative with respect to 1/T, (N,)
 
     low, high = -MAX_ABS_LOG_T, MAX_ABS_LOG_T
     for _ in range(80):
@@ -146,7 +147,7 @@ class Calibration:
         parts = [Reliability.of(logits[g::groups], y[g::groups], self.bins) for g in range(groups)]
 
         def error(statistic: Callable[[Reliability], float]) -> float:
-            return jackknife(lambda kept: statistic(reduce(add, [parts[g] for g in kept])), groups)
+            return jackknife(lambda subset: statistic(reduce(add, [parts[g] for g in subset])), groups)
 
         settings = {**settings, "bins": self.bins}
         records = []
@@ -162,11 +163,11 @@ def _logits(subject: Subject, split: Images) -> tuple[Tensor, Tensor]:
     """Return logits (N, K) in float64 and labels (N,) of a split, on the CPU."""
     if not split.labelled:
         raise UserError(f"calibration needs labels, {subject.data.name} has none; choose --metrics without it")
-    found = []
+    batches = []
     with searching(subject.model) as f, torch.no_grad():
         for x, y in subject._replace(split=split).batches():
-            found.append((checks.logits(f(x), len(x)).double().cpu(), y.cpu()))
-    logits, y = (torch.cat(parts) for parts in zip(*found, strict=True))
+            batches.append((checks.logits(f(x), len(x)).double().cpu(), y.cpu()))
+    logits, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if logits.shape[1] < 2:
         raise UserError("calibration needs a classifier, the model has one output")
     return logits, y

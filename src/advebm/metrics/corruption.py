@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from advebm.attacks.base import is_correct
 from advebm.core import rng
@@ -41,19 +40,17 @@ class CorruptionAccuracy:
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return ``accuracy under gaussian-noise 3`` etc. and their mean, ``accuracy under corruptions``."""
         subject.check_labelled()
-        records, everything = [], []
+        records, all_hits = [], []
         for name in self.corruptions:
             for severity in self.severities:
-                own = rng.generator(generator.initial_seed(), name, severity, device=generator.device)
-                hits = _hits(subject, name, severity, own)
+                draws = rng.generator(generator.initial_seed(), name, severity, device=generator.device)
+                with searching(subject.model) as f:
+                    hits = torch.cat(
+                        [is_correct(f, corrupt(x, name, severity, draws), y) for x, y in subject.batches()]
+                    )
                 settings = {"corruption": name, "severity": severity, "parameters": "advebm"}
                 records.append(Record(f"accuracy under {name} {severity}", *proportion(hits), settings))
-                everything.append(hits)
+                all_hits.append(hits)
         settings = {"corruption": list(self.corruptions), "severity": list(self.severities), "parameters": "advebm"}
-        shares = torch.stack(everything).double().mean(0)  # per image: repeated images are not independent
+        shares = torch.stack(all_hits).double().mean(0)  # per image: repeated images are not independent
         return [*records, Record("accuracy under corruptions", *average(shares), settings)]
-
-
-def _hits(subject: Subject, name: str, severity: int, generator: torch.Generator) -> Tensor:
-    with searching(subject.model) as f:
-        return torch.cat([is_correct(f, corrupt(x, name, severity, generator), y) for x, y in subject.batches()])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,48 +46,40 @@ class Detectors:
         subject.check_labelled()
         threat, split, names = subject.threat, subject.split, subject.data.classes
         attack = search_name(self.steps, self.restarts, threat.eps, threat.norm)
-        plain, attacked = dict[str, Estimate](), dict[str, Estimate]()
+        options: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "generator": generator}
+        options |= {"steps": self.steps, "restarts": self.restarts}
+        clean_aurocs, attacked_aurocs = dict[str, Estimate](), dict[str, Estimate]()
         with searching(subject.model) as f:
-            quick = faster_model(subject.model, subject.on_device(split.x[:2]))
+            fast = faster_model(subject.model, subject.on_device(split.x[:2]))
             for k, name in enumerate(names):
-                own, other = split.x[split.y == k], split.x[split.y != k]
-                if min(len(own), len(other)) < 2:
+                own, others = split.x[split.y == k], split.x[split.y != k]
+                if min(len(own), len(others)) < 2:
                     raise UserError(f"a detector takes 2 images of its class and of others, {name} has {len(own)}")
-                own, other = (ood_sets.choose_images(x, self.count, generator) for x in (own, other))
+                own, others = (ood_sets.choose_images(x, self.count, generator) for x in (own, others))
 
                 def score(x: Tensor, k: int = k, f: Logits = f) -> Tensor:
-                    out = f(x)
-                    if out.ndim != 2 or out.shape[1] != len(names):
+                    logits = f(x)
+                    if logits.ndim != 2 or logits.shape[1] != len(names):
                         raise UserError(f"detectors need a classifier of {len(names)} classes; a critic is one already")
-                    return -out[:, k].double()
+                    return -logits[:, k].double()
 
-                inside, outside, moved = [], [], []
+                inside, clean, lowest = [], [], []
                 for part in own.split(subject.batch):
                     inside.append(score(subject.on_device(part)).detach().cpu())
-                for part in other.split(subject.batch):
+                for part in others.split(subject.batch):
                     x = subject.on_device(part)
-                    outside.append(score(x).detach().cpu())
-                    found = lowest_scores(
-                        score,
-                        x,
-                        eps=threat.eps,
-                        norm=threat.norm,
-                        steps=self.steps,
-                        restarts=self.restarts,
-                        generator=generator,
-                        search=partial(score, f=quick),
-                    )
-                    moved.append(found)
-                plain[name] = auroc(torch.cat(inside), torch.cat(outside))
-                attacked[name] = auroc(torch.cat(inside), torch.cat(moved))
+                    clean.append(score(x).detach().cpu())
+                    lowest.append(lowest_scores(score, x, search=partial(score, f=fast), **options))
+                clean_aurocs[name] = auroc(torch.cat(inside), torch.cat(clean))
+                attacked_aurocs[name] = auroc(torch.cat(inside), torch.cat(lowest))
         settings = {"metric": config.describe(self)}
         return [
-            _mean("AUROC of detectors", plain, len(split), settings),
-            _mean(f"AUROC of detectors, {attack}", attacked, len(split), {**settings, "attack": attack}),
+            _mean("AUROC of detectors", clean_aurocs, len(split), settings),
+            _mean(f"AUROC of detectors, {attack}", attacked_aurocs, len(split), {**settings, "attack": attack}),
         ]
 
 
-def _mean(name: str, each: dict[str, Estimate], count: int, settings: dict[str, object]) -> Record:
-    value = sum(e.value for e in each.values()) / len(each)
-    error = sum(e.error**2 for e in each.values()) ** 0.5 / len(each)
-    return Record(name, value, error, count, settings, {k: [e.value] for k, e in each.items()})
+def _mean(name: str, aurocs: dict[str, Estimate], count: int, settings: dict[str, object]) -> Record:
+    value = sum(e.value for e in aurocs.values()) / len(aurocs)
+    error = sum(e.error**2 for e in aurocs.values()) ** 0.5 / len(aurocs)
+    return Record(name, value, error, count, settings, {k: [e.value] for k, e in aurocs.items()})

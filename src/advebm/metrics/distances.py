@@ -15,13 +15,10 @@ from advebm.core.errors import UserError
 def check_features(features: Tensor) -> Tensor:
     """Return features as float64; raise UserError if they are not finite and of shape (N, D)."""
     if features.ndim != 2 or not torch.isfinite(features).all():
-        raise UserError(f"features are finite and of shape (N, D), got {_what(features)}")
+        bad = int((~torch.isfinite(features)).sum())
+        what = f"shape {tuple(features.shape)}" + f" with {bad} values that are NaN or infinite" * (bad > 0)
+        raise UserError(f"features are finite and of shape (N, D), got {what}")
     return features.double()
-
-
-def _what(features: Tensor) -> str:
-    bad = int((~torch.isfinite(features)).sum())
-    return f"shape {tuple(features.shape)}" + (f" with {bad} values that are NaN or infinite" if bad else "")
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,7 @@ class Moments:
     @property
     def covariance(self) -> Tensor:
         """Covariance, (D, D), with divisor N - 1."""
-        centred = self.outer - torch.outer(self.total, self.total) / self.count
-        return centred / (self.count - 1)
+        return (self.outer - torch.outer(self.total, self.total) / self.count) / (self.count - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -64,14 +60,14 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if min(a.count, b.count) < 2 or a.mean.shape != b.mean.shape:
         sizes = f"{a.count} x {len(a.total)} and {b.count} x {len(b.total)}"
         raise UserError(f"a Fréchet distance takes two sets of at least 2 features of one dimension, got {sizes}")
-    first, second = a.covariance, b.covariance
+    cov_a, cov_b = a.covariance, b.covariance
     try:
-        root = torch.linalg.cholesky(first)
+        root = torch.linalg.cholesky(cov_a)
     except torch.linalg.LinAlgError:  # fewer samples than dimensions
-        values, vectors = torch.linalg.eigh(first)
+        values, vectors = torch.linalg.eigh(cov_a)
         root = vectors * values.clamp_min(0).sqrt()
-    cross = torch.linalg.eigvalsh(root.T @ second @ root).clamp_min(0).sqrt().sum()
-    return ((a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross).item()
+    cross = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return ((a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
@@ -143,11 +139,11 @@ def inception_score(logits: Tensor, splits: int = 10, generator: torch.Generator
     if generator is not None:
         logits = logits[torch.randperm(len(logits), generator=generator, device=generator.device).to(logits.device)]
     ends = [i * len(logits) // splits for i in range(1, splits)]
-    scores = torch.stack([_score(part) for part in logits.log_softmax(1).tensor_split(ends)])
+    scores = torch.stack([_split_score(part) for part in logits.log_softmax(1).tensor_split(ends)])
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def _score(log_p: Tensor) -> Tensor:
+def _split_score(log_p: Tensor) -> Tensor:
     """Return the score of one split from log-probabilities (N, K), which do not underflow."""
     log_q = log_p.logsumexp(0) - math.log(len(log_p))
     return (log_p.exp() * (log_p - log_q)).sum(1).mean().exp()
@@ -156,7 +152,7 @@ def _score(log_p: Tensor) -> Tensor:
 def jackknife(statistic: Callable[[Sequence[int]], float], groups: int) -> float:
     """Return the jackknife standard error ``√((g-1)/g Σ (θ_i - θ̄)²)``, leaving out one of g equal groups at a time.
 
-    ``statistic(kept)`` computes θ from the groups whose indices it is given.
+    ``statistic(subset)`` computes θ from the groups whose indices it is given.
     """
-    left = torch.tensor([statistic([g for g in range(groups) if g != out]) for out in range(groups)])
-    return ((groups - 1) * left.double().var(correction=0)).sqrt().item()
+    estimates = torch.tensor([statistic([g for g in range(groups) if g != out]) for out in range(groups)])
+    return ((groups - 1) * estimates.double().var(correction=0)).sqrt().item()

@@ -74,25 +74,27 @@ def key_of(record: Mapping[str, Any]) -> Key:
     A record of unknown form, such as one of a user-defined metric, has its whole name as the quantity.
     """
     name, settings = record["name"], record["settings"]
-    samples, attack = _text(settings.get("samples")), _attacked(name, settings)
-    if (measured := _in_features(name)) is not None:
-        quantity, space = measured
+    samples, attack = _text(settings.get("samples")), _parse_attack(name, settings)
+    if (quantity_and_space := _parse_feature_name(name)) is not None:
+        quantity, space = quantity_and_space
         return Key(quantity, attack, samples, space)
-    outliers, score, way = (_text(settings.get(field)) for field in ("outliers", "score", "way"))
+    outliers, score, method = (_text(settings.get(field)) for field in ("outliers", "score", "way"))
     if outliers and score and f" vs {outliers}" in name:
         return Key(name.partition(" ")[0], attack, samples, set=outliers, by=score)
-    if way and name.endswith(f" by {way}"):
-        quantity, _, task = name.removesuffix(f" by {way}").partition(" ")
-        return Key(quantity, set=task, by=way)
+    if method and name.endswith(f" by {method}"):
+        quantity, _, task = name.removesuffix(f" by {method}").partition(" ")
+        return Key(quantity, set=task, by=method)
     if "corruption" in settings and name.startswith("accuracy under "):
         return Key("accuracy", set=name.removeprefix("accuracy under "))
     if name.startswith("E(x) of "):
-        kind, _, which = (of := name.removeprefix("E(x) of ")).partition(" ")
-        return Key("E(x)", samples=which) if kind == "samples" else Key("E(x)", set=of)
+        images = name.removeprefix("E(x) of ")
+        if images.startswith("samples "):
+            return Key("E(x)", samples=images.removeprefix("samples "))
+        return Key("E(x)", set=images)
     quantity = name
     if attack is not None:
-        whole = attack.text + (f", after {attack.part}" if attack.part else "")
-        quantity = name.removesuffix(f" under {whole}").removesuffix(f", {whole}")
+        text = attack.text + (f", after {attack.part}" if attack.part else "")
+        quantity = name.removesuffix(f" under {text}").removesuffix(f", {text}")
     if quantity.startswith("accuracy of "):
         return Key("accuracy", attack, samples, by=quantity.removeprefix("accuracy of "))
     return Key(quantity, attack, samples)
@@ -100,8 +102,8 @@ def key_of(record: Mapping[str, Any]) -> Key:
 
 def attack_key(attack: Any, *, targeted: bool = False) -> AttackKey:
     """Return the ``attack`` field of a key; ``targeted``: of the targeted version that ``targeted-accuracy`` runs."""
-    plain, words = config.describe(attack), "targeted " * targeted
-    return AttackKey(words + _kind(plain), _steps(plain), words + attack.name)
+    spec, prefix = config.describe(attack), "targeted " * targeted
+    return AttackKey(prefix + _kind(spec), _steps(spec), prefix + attack.name)
 
 
 def matches(key: Key, wanted: Mapping[str, Any]) -> bool:
@@ -122,17 +124,17 @@ def matches(key: Key, wanted: Mapping[str, Any]) -> bool:
     return wanted.get("space", key.space) == key.space
 
 
-def first_match(records: Iterable[Mapping[str, Any]], wanted: Iterable[Mapping[str, Any]]) -> Any:
+def first_match(records: Iterable[Mapping[str, Any]], patterns: Iterable[Mapping[str, Any]]) -> Any:
     """Return the first record that matches the first pattern that any record matches.  None: no match."""
     keyed = [(key_of(record), record) for record in records]
-    return next((r for pattern in wanted for k, r in keyed if matches(k, pattern)), None)
+    return next((r for pattern in patterns for k, r in keyed if matches(k, pattern)), None)
 
 
-def _in_features(name: str) -> tuple[str, str] | None:
+def _parse_feature_name(name: str) -> tuple[str, str] | None:
     """Parse quantity and space from a name that :func:`label` made: comparisons of samplers drop the settings."""
-    inception = next((quantity for quantity, shown in INCEPTION_NAMES.items() if shown == name), None)
-    if inception is not None:
-        return inception, INCEPTION
+    for quantity, inception_name in INCEPTION_NAMES.items():
+        if inception_name == name:
+            return quantity, INCEPTION
     quantity, _, space = name.partition(" (")
     return (quantity, space.removesuffix(")")) if quantity in FEATURE_QUANTITIES else None
 
@@ -146,28 +148,28 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _attacked(name: str, settings: Mapping[str, Any]) -> AttackKey | None:
+def _parse_attack(name: str, settings: Mapping[str, Any]) -> AttackKey | None:
     """Return the attack from its stored description, or from the name that detection metrics store instead."""
-    plain = settings.get("attack")
-    if isinstance(plain, str):  # detection metrics: Auto-PGD on a score
+    spec = settings.get("attack")
+    if isinstance(spec, str):  # detection metrics: Auto-PGD on a score
         metric = settings.get("metric")
-        return AttackKey("APGD", _steps(metric) if isinstance(metric, Mapping) else None, plain)
-    if not isinstance(plain, Mapping):
+        return AttackKey("APGD", _steps(metric) if isinstance(metric, Mapping) else None, spec)
+    if not isinstance(spec, Mapping):
         return None
     text, part = name.partition(" under ")[2], _text(settings.get("part"))
     targeted = "targeted " * bool(settings.get("targeted"))
-    return AttackKey(targeted + _kind(plain), _steps(plain), text.removesuffix(f", after {part}"), part)
+    return AttackKey(targeted + _kind(spec), _steps(spec), text.removesuffix(f", after {part}"), part)
 
 
-def _steps(plain: Mapping[str, Any]) -> int | None:
-    steps = plain.get("steps")
+def _steps(spec: Mapping[str, Any]) -> int | None:
+    steps = spec.get("steps")
     return steps if isinstance(steps, int) else None
 
 
-def _kind(plain: Mapping[str, Any]) -> str:
+def _kind(spec: Mapping[str, Any]) -> str:
     """Return the kind of an attack, without ``targeted``; ``other`` for user-defined attacks."""
-    words = {"apgd": "APGD", "fab": "FAB", "square": "Square", "cw": "C&W", "autoattack": "AutoAttack"}
-    if not (plain.get("kind") == "pgd" or ("kind" not in plain and {"loss", "start"} <= plain.keys())):
-        return words.get(str(plain.get("kind")), "other")
-    kind = {"energy": "energy attack", "margin": "C&W-PGD"}.get(plain.get("loss", ""), "PGD")
-    return "FGSM" if kind == "PGD" and plain.get("start") == "clean" and plain.get("steps") == 1 else kind
+    names = {"apgd": "APGD", "fab": "FAB", "square": "Square", "cw": "C&W", "autoattack": "AutoAttack"}
+    if not (spec.get("kind") == "pgd" or ("kind" not in spec and {"loss", "start"} <= spec.keys())):
+        return names.get(str(spec.get("kind")), "other")
+    kind = {"energy": "energy attack", "margin": "C&W-PGD"}.get(spec.get("loss", ""), "PGD")
+    return "FGSM" if kind == "PGD" and spec.get("start") == "clean" and spec.get("steps") == 1 else kind

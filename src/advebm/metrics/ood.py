@@ -5,7 +5,7 @@ literature often uses the opposite; functions with both options say which is mea
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -30,7 +30,7 @@ from advebm.models.inference import faster_model
 from advebm.models.modes import searching
 
 BINS = 40  # number of bins of the histograms in records
-GROUPS = 20  # number of jackknife groups
+GROUPS = 20  # of the jackknife
 
 # Scores: network and images -> (B,) float64, high = more out of distribution -----------------------------------------
 
@@ -41,16 +41,13 @@ class Score(Protocol):
     @property
     def name(self) -> str:
         """Return the name of the score as tables and records write it."""
-        ...
 
     @property
     def classes(self) -> bool:
         """Whether the score needs a classifier, rather than a critic (one output)."""
-        ...
 
     def __call__(self, f: Logits, x: Tensor) -> Tensor:
         """Return scores (B,) float64 of images (B, C, H, W), with ``f`` giving logits (B, K), or (B,) for a critic."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class MaxSoftmax:
     cites: ClassVar[tuple[str, ...]] = ("hendrycks2017",)
 
     def __call__(self, f: Logits, x: Tensor) -> Tensor:
-        return _doubt(_outputs(f, x))
+        return _log_odds(_outputs(f, x))
 
 
 @dataclass(frozen=True)
@@ -121,9 +118,9 @@ class ODIN:
         return f"odin T {self.temperature:g} step {self.step:g}"
 
     def __call__(self, f: Logits, x: Tensor) -> Tensor:
-        doubt = lambda x: _doubt(_outputs(f, x) / self.temperature)
-        _, gradient = value_and_gradient(doubt, x)
-        return doubt(x - self.step * gradient.sign())
+        log_odds = lambda x: _log_odds(_outputs(f, x) / self.temperature)
+        _, gradient = value_and_gradient(log_odds, x)
+        return log_odds(x - self.step * gradient.sign())
 
 
 def _outputs(f: Logits, x: Tensor) -> Tensor:
@@ -131,7 +128,7 @@ def _outputs(f: Logits, x: Tensor) -> Tensor:
     return f(x).double().reshape(len(x), -1)
 
 
-def _doubt(logits: Tensor) -> Tensor:
+def _log_odds(logits: Tensor) -> Tensor:
     """Return the log-odds against the most likely class, in nats; (B, K) -> (B,)."""
     if logits.shape[1] < 2:
         raise UserError("this score needs a classifier, the model has one output; use energy or max-logit")
@@ -154,10 +151,10 @@ def auroc(inside: Tensor, outside: Tensor) -> Estimate:
 
     The standard error is that of DeLong et al. (1988).
     """
-    inside, outside = _checked(inside, outside)
-    caught, passed = _share_below(outside, inside), _share_below(inside, outside)
-    variance = caught.var() / len(outside) + passed.var() / len(inside)
-    return Estimate(caught.mean().item(), variance.sqrt().item())
+    inside, outside = _check_scores(inside, outside)
+    below_outside, below_inside = _share_below(outside, inside), _share_below(inside, outside)
+    variance = below_outside.var() / len(outside) + below_inside.var() / len(inside)
+    return Estimate(below_outside.mean().item(), variance.sqrt().item())
 
 
 def aupr(inside: Tensor, outside: Tensor, *, positive: Literal["ood", "id"] = "ood") -> Estimate:
@@ -165,7 +162,7 @@ def aupr(inside: Tensor, outside: Tensor, *, positive: Literal["ood", "id"] = "o
 
     The standard error is a jackknife estimate over groups of both sets.
     """
-    return _jackknifed(_average_precision, *_checked(inside, outside), positive)
+    return _jackknife_estimate(_average_precision, *_check_scores(inside, outside), positive)
 
 
 def fpr95(inside: Tensor, outside: Tensor, *, recall: Literal["ood", "id"]) -> Estimate:
@@ -176,7 +173,7 @@ def fpr95(inside: Tensor, outside: Tensor, *, recall: Literal["ood", "id"]) -> E
     the literature, the second more often.  The standard error is a jackknife estimate over groups of both sets, so it
     includes the uncertainty of the threshold.
     """
-    return _jackknifed(_false_positives, *_checked(inside, outside), recall)
+    return _jackknife_estimate(_false_positives, *_check_scores(inside, outside), recall)
 
 
 def _share_below(scores: Tensor, others: Tensor) -> Tensor:
@@ -188,10 +185,10 @@ def _share_below(scores: Tensor, others: Tensor) -> Tensor:
 
 def _average_precision(positive: Tensor, negative: Tensor) -> float:
     """Return ``Σ_t (R_t - R_{t-1}) P_t`` over the distinct positive scores t, highest first; no interpolation."""
-    found, counts = positive.unique(return_counts=True)
-    at_least = lambda scores: (len(scores) - torch.searchsorted(scores.sort().values, found)).double()
-    true, false = at_least(positive), at_least(negative)
-    return (counts * true / (true + false)).sum().item() / len(positive)
+    thresholds, counts = positive.unique(return_counts=True)
+    at_least = lambda scores: (len(scores) - torch.searchsorted(scores.sort().values, thresholds)).double()
+    true_positives, false_positives = at_least(positive), at_least(negative)
+    return (counts * true_positives / (true_positives + false_positives)).sum().item() / len(positive)
 
 
 def _false_positives(positive: Tensor, negative: Tensor) -> float:
@@ -201,20 +198,19 @@ def _false_positives(positive: Tensor, negative: Tensor) -> float:
     return (negative >= threshold).double().mean().item()
 
 
-def _jackknifed(
+def _jackknife_estimate(
     statistic: Callable[[Tensor, Tensor], float], inside: Tensor, outside: Tensor, positive: Literal["ood", "id"]
 ) -> Estimate:
     pair = (outside, inside) if positive == "ood" else (-inside, -outside)
     groups = min(GROUPS, *map(len, pair))
 
-    def kept(groups_kept: Any) -> float:
-        keep = [torch.isin(torch.arange(len(s)) % groups, torch.tensor(groups_kept)) for s in pair]
-        return statistic(pair[0][keep[0]], pair[1][keep[1]])
+    def statistic_of(subset: Sequence[int]) -> float:
+        return statistic(*(s[torch.isin(torch.arange(len(s)) % groups, torch.tensor(subset))] for s in pair))
 
-    return Estimate(statistic(*pair), jackknife(kept, groups))
+    return Estimate(statistic(*pair), jackknife(statistic_of, groups))
 
 
-def _checked(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+def _check_scores(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
     for name, scores in (("in-distribution", inside), ("out-of-distribution", outside)):
         if scores.ndim != 1 or len(scores) < 2 or not torch.isfinite(scores).all():
             bad = int((~torch.isfinite(scores)).sum())
@@ -278,49 +274,43 @@ class OutOfDistribution:
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return five records, such as ``AUROC energy vs uniform``, for each set and score, clean and worst case."""
-        seed, where = generator.initial_seed(), generator.device
+        seed, device = generator.initial_seed(), generator.device
         eps = self._radius(subject.threat)
         metric = config.describe(replace(self, eps=eps))
         inside = ood_sets.choose_images(subject.split.x, self.count, generator)
         sets: dict[str, Tensor] = {}
         for outlier in self.sets:
-            own = rng.generator(seed, str(config.describe(outlier)), device=where)
-            name, x = ood_sets.draw_outliers(outlier, subject.data, self.count, own)
+            draws = rng.generator(seed, str(config.describe(outlier)), device=device)
+            name, x = ood_sets.draw_outliers(outlier, subject.data, self.count, draws)
             if name in sets:
                 raise UserError(f"two sets are called {name}; measure them one at a time")
             sets[name] = x
+        ball: dict[str, Any] = {"eps": eps, "norm": self.norm, "steps": self.steps, "restarts": self.restarts}
         records = []
         with searching(subject.model) as f:
-            quick = faster_model(subject.model, subject.on_device(inside[:2]))
+            fast = faster_model(subject.model, subject.on_device(inside[:2]))
             for score in self._scores(f, subject.on_device(inside[:2])):
-                known = _scored(score, f, inside, subject)
+                inside_scores = _compute_scores(score, f, inside, subject)
                 for name, x in sets.items():
                     about = {"score": score.name, "outliers": name, "metric": metric}
-                    cases: dict[str | None, Tensor] = {None: _scored(score, f, x, subject)}
+                    cases: dict[str | None, Tensor] = {None: _compute_scores(score, f, x, subject)}
                     if eps > 0:
-                        own = rng.generator(seed, "worst case", name, score.name, device=where)
-                        worst = lambda x, s=score, g=own: lowest_scores(
-                            partial(s, f),
-                            x,
-                            eps=eps,
-                            norm=self.norm,
-                            steps=self.steps,
-                            restarts=self.restarts,
-                            generator=g,
-                            search=partial(s, quick),
-                        )
-                        parts = map(subject.on_device, x.split(subject.batch))
-                        cases[self._attack(eps)] = torch.cat([worst(part) for part in parts])
-                    records += self._records(known, cases, about)
+                        draws = rng.generator(seed, "worst case", name, score.name, device=device)
+                        lowest = [
+                            lowest_scores(partial(score, f), part, search=partial(score, fast), generator=draws, **ball)
+                            for part in map(subject.on_device, x.split(subject.batch))
+                        ]
+                        cases[search_name(self.steps, self.restarts, eps, self.norm)] = torch.cat(lowest)
+                    records += self._records(inside_scores, cases, about)
         return records
 
     def _scores(self, f: Logits, x: Tensor) -> list[Score]:
         """Return the scores that the model supports; raise UserError if there are none."""
         with torch.no_grad():
             critic = _outputs(f, x).shape[1] < 2
-        if not (kept := [score for score in self.scores if not (critic and score.classes)]):
+        if not (scores := [score for score in self.scores if not (critic and score.classes)]):
             raise UserError("these scores need a classifier, the model has one output; use energy or max-logit")
-        return kept
+        return scores
 
     def _records(self, inside: Tensor, cases: dict[str | None, Tensor], about: dict[str, Any]) -> list[Record]:
         edges = np.histogram_bin_edges(torch.cat([inside, *cases.values()]).numpy(), BINS)
@@ -331,9 +321,9 @@ class OutOfDistribution:
             name = f"{about['score']} vs {about['outliers']}"
             if attack is not None:
                 name, settings["attack"] = f"{name}, {attack}", attack
-            shown = {"score": edges.tolist(), "inside": density(inside), "outside": density(outside)}
+            histograms = {"score": edges.tolist(), "inside": density(inside), "outside": density(outside)}
             for measure, function in MEASURES.items():
-                count, series = len(inside) + len(outside), shown if measure == "AUROC" else {}
+                count, series = len(inside) + len(outside), histograms if measure == "AUROC" else {}
                 records.append(Record(f"{measure} {name}", *function(inside, outside), count, settings, series))
         return records
 
@@ -341,9 +331,6 @@ class OutOfDistribution:
         if self.eps is not None:
             return self.eps
         return threat.eps if threat.norm == self.norm else {"l2": 1.0, "linf": 8 / 255}[self.norm]
-
-    def _attack(self, eps: float) -> str:
-        return search_name(self.steps, self.restarts, eps, self.norm)
 
 
 def search_name(steps: int, restarts: int, eps: float, norm: str) -> str:
@@ -370,18 +357,14 @@ def lowest_scores(
         steps, restarts: settings of Auto-PGD.
         search: faster version of ``score`` for Auto-PGD to minimise; the result is scored by ``score``.
     """
-    likeness = lambda z: -(search or score)(z).to(z.dtype)
-    found = [x] + [
-        ascend(likeness, x, eps=eps, norm=norm, steps=steps, generator=generator)[0] for _ in range(restarts)
-    ]
+    negated = lambda z: -(search or score)(z).to(z.dtype)
+    candidates = [x]
+    for _ in range(restarts):
+        candidates.append(ascend(negated, x, eps=eps, norm=norm, steps=steps, generator=generator)[0])
     with torch.no_grad():
-        return torch.stack([score(z) for z in found]).amin(0).cpu()
+        return torch.stack([score(z) for z in candidates]).amin(0).cpu()
 
 
-def _plain(score: Score, f: Logits, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return score(f, x).cpu()
-
-
-def _scored(score: Score, f: Logits, x: Tensor, subject: Subject) -> Tensor:
-    return torch.cat([_plain(score, f, subject.on_device(part)) for part in x.split(subject.batch)])
+@torch.no_grad()
+def _compute_scores(score: Score, f: Logits, x: Tensor, subject: Subject) -> Tensor:
+    return torch.cat([score(f, subject.on_device(part)).cpu() for part in x.split(subject.batch)])

@@ -30,7 +30,7 @@ def representations(model: nn.Module, x: Tensor, batch: int = 500) -> Tensor:
         UserError: the model is not a :class:`Network` with a head, so it has no features to read.
     """
     with searching(model):
-        return Features("", _headed(model).features).of(x, device_of(model), batch)
+        return Features("", _require_head(model).features).of(x, device_of(model), batch)
 
 
 def through(branch: str) -> str:
@@ -38,7 +38,7 @@ def through(branch: str) -> str:
     return "" if branch == "clean" else f" on the {branch} branch"
 
 
-def _headed(model: nn.Module) -> Network:
+def _require_head(model: nn.Module) -> Network:
     if not isinstance(model, Network) or isinstance(model.head, nn.Identity):
         raise UserError("a probe reads the features before a network's head, and the model returns logits only")
     return model
@@ -78,8 +78,8 @@ class Probe:
             raise UserError(f"a probe is fitted on images of every class, and class {missing[0]} has none")
         rows = z.double().numpy()
         scaler = StandardScaler().fit(rows)
-        found = LogisticRegression(C=self.c, max_iter=self.iterations).fit(scaler.transform(rows), y.numpy())
-        weight, bias = (torch.from_numpy(part) for part in (found.coef_, found.intercept_))
+        regression = LogisticRegression(C=self.c, max_iter=self.iterations).fit(scaler.transform(rows), y.numpy())
+        weight, bias = (torch.from_numpy(part) for part in (regression.coef_, regression.intercept_))
         if classes == 2:  # scikit-learn returns only the difference of the two logits
             weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
         mean, scale = torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_)
@@ -91,7 +91,7 @@ class Probe:
 
     def classifier(self, model: nn.Module, split: Images, classes: int, batch: int = 500) -> Network:
         """Return a copy of the network, fixed to ``branch``, whose head is a probe fitted to a split; in eval mode."""
-        network = fix_branch(_headed(model), self.branch)
+        network = fix_branch(_require_head(model), self.branch)
         layer = self.fit(representations(network, split.x, batch), split.y, classes)
         return Network(network.normalise, network.backbone, layer.to(device_of(model))).eval()
 
@@ -120,15 +120,12 @@ class LinearProbe:
         data, attack = subject.data, self.attack or subject.threat
         model = self.probe.classifier(subject.model, data.train, len(data.classes), subject.batch)
         settings = {"metric": config.describe(self)}
-        found, name = subject._replace(model=model), f"accuracy of {self.probe.name}"
-        clean = attack_split(found, Attack(eps=0.0), generator).standing()
-        attacked = attack_split(found, attack, generator).standing()
-        return [
-            Record(name, *proportion(clean), settings),
-            Record(
-                f"{name} under {attack.name}", *proportion(attacked), {**settings, "attack": config.describe(attack)}
-            ),
-        ]
+        probed, name = subject._replace(model=model), f"accuracy of {self.probe.name}"
+        clean = attack_split(probed, Attack(eps=0.0), generator).standing()
+        attacked = attack_split(probed, attack, generator).standing()
+        records = [Record(name, *proportion(clean), settings)]
+        settings = {**settings, "attack": config.describe(attack)}
+        return [*records, Record(f"{name} under {attack.name}", *proportion(attacked), settings)]
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,8 @@ class NearestNeighbours:
             raise UserError(f"{self.k} neighbours are asked of {len(train)} training images; lower k")
         with using(subject.model, self.branch):
             near, z = (normalize(representations(subject.model, x, subject.batch)) for x in (train.x, subject.split.x))
-        voted = KNeighborsClassifier(self.k).fit(near.numpy(), train.y.numpy()).predict(z.numpy())
+        predicted = KNeighborsClassifier(self.k).fit(near.numpy(), train.y.numpy()).predict(z.numpy())
         settings = {"metric": config.describe(self)}
-        hits = torch.from_numpy(voted) == subject.split.y
+        hits = torch.from_numpy(predicted) == subject.split.y
         name = f"accuracy of {self.k} nearest neighbours{through(self.branch)}"
         return [Record(name, *proportion(hits), settings)]

@@ -76,48 +76,47 @@ class SampleQuality:
             return []
         if (space := subject.features) is None:
             raise UserError("sample quality needs a feature space: give --features RUN, inception or pixels")
-        if not (sets := _enough(subject.samples)):
+        if not (sets := _drop_small_sets(subject.samples)):
             return []
         features = space.of(subject.data.train.x, subject.device, subject.batch)
-        some = features[_order(len(features))[: self.overlap]]
-        real = Reference(RealFeatures(features), Balls.around(some, NEAR), Balls.around(some, WIDE))
-        _warn_of_few(space, sets, features.shape[1])
+        centres = features[_fixed_permutation(len(features))[: self.overlap]]
+        real = Reference(RealFeatures(features), Balls.around(centres, NEAR), Balls.around(centres, WIDE))
+        _warn_of_small_sets(space, sets, features.shape[1])
         records = []
         for name, samples in sets.items():
-            records += self._one(name, samples, space, subject, real)
+            records += self._rate(name, samples, space, subject, real)
         return records
 
-    def _one(self, name: str, samples: SampleSet, space: Features, subject: Subject, real: Reference) -> list[Record]:
+    def _rate(self, name: str, samples: SampleSet, space: Features, subject: Subject, real: Reference) -> list[Record]:
         count, groups = len(samples.x), min(self.groups, len(samples.x) // 2)
-        order = _order(count)
+        order = _fixed_permutation(count)
         fake, classes = space.of(samples.x[order], subject.device, subject.batch), samples.y[order]
-        parts, some = fake.tensor_split(groups), fake[: self.overlap]
+        parts, limited = fake.tensor_split(groups), fake[: self.overlap]
         settings = {"samples": name, "space": space.name, "dimensions": fake.shape[1], "reference": "train"}
         settings |= {"reference_count": len(real.features), "few": count <= fake.shape[1], **samples.manifest}
-        beside = {**settings, "reference_count": len(real.near.centres)}
-        measured = [("FD", frechet(parts, real), count, settings), ("KID", kernel(parts, real), count, settings)]
-        overlaps = overlap(some.tensor_split(groups), real)
-        measured += [(quantity, value, len(some), beside) for quantity, value in overlaps.items()]
+        statistics = [("FD", frechet(parts, real), count, settings), ("KID", kernel(parts, real), count, settings)]
+        about = {**settings, "reference_count": len(real.near.centres)}
+        for quantity, statistic in overlap(limited.tensor_split(groups), real).items():
+            statistics.append((quantity, statistic, len(limited), about))
         records = [
-            Record(label(quantity, space.name), of(range(groups)), jackknife(of, groups), n, about)
-            for quantity, of, n, about in measured
+            Record(label(quantity, space.name), statistic(range(groups)), jackknife(statistic, groups), n, about)
+            for quantity, statistic, n, about in statistics
         ]
-        if space.logits is not None:
-            logits = _logits(space, subject, fake)
-        if space.logits is not None and logits.shape[1] > 1:  # a classifier, not a critic
+        logits = _logits(space, subject, fake)
+        if logits is not None and logits.shape[1] > 1:  # a classifier, not a critic
             score, deviation = inception_score(logits, groups)
             about = {**settings, "splits": groups, "deviation": deviation}
             error = deviation / (groups - 1) ** 0.5
             records.append(Record(label("class score", space.name), score, error, count, about))
             if logits.shape[1] == len(subject.data.classes) and (classes >= 0).all():
-                records.append(_intended(logits.argmax(1) == classes, classes, space, subject, settings))
+                records.append(_intended_class(logits.argmax(1) == classes, classes, space, subject, settings))
         return records
 
 
 def frechet(parts: Sequence[Tensor], real: Reference) -> Statistic:
     """Return the Fréchet distance to the real images as a statistic of groups of samples."""
     moments = [Moments.of(part) for part in parts]
-    return lambda kept: frechet_distance(reduce(add, [moments[i] for i in kept]), real.features.moments)
+    return lambda subset: frechet_distance(reduce(add, [moments[i] for i in subset]), real.features.moments)
 
 
 def kernel(parts: Sequence[Tensor], real: Reference) -> Statistic:
@@ -125,10 +124,10 @@ def kernel(parts: Sequence[Tensor], real: Reference) -> Statistic:
     within = [[kernel_sum(p, q) if p is not q else kernel_pairs(p) for q in parts] for p in parts]
     across = [kernel_sum(part, real.features.features) for part in parts]
 
-    def distance(kept: Sequence[int]) -> float:
-        own = sum(within[i][j] for i in kept for j in kept)
-        count = sum(len(parts[i]) for i in kept)
-        return unbiased_mmd(count, own, len(real.features), real.features.pairs, sum(across[i] for i in kept))
+    def distance(subset: Sequence[int]) -> float:
+        own = sum(within[i][j] for i in subset for j in subset)
+        count = sum(len(parts[i]) for i in subset)
+        return unbiased_mmd(count, own, len(real.features), real.features.pairs, sum(across[i] for i in subset))
 
     return distance
 
@@ -136,25 +135,24 @@ def kernel(parts: Sequence[Tensor], real: Reference) -> Statistic:
 def overlap(parts: Sequence[Tensor], real: Reference) -> dict[str, Statistic]:
     """Return precision, recall, density and coverage as statistics of groups; balls of samples use all groups."""
     balls = Balls.around(torch.cat(list(parts)), NEAR).split([len(part) for part in parts])
-    precise = [hits(part, real.near)[0] for part in parts]
+    near = [hits(part, real.near)[0] for part in parts]
     recalled = torch.stack([hits(real.near.centres, group)[0] for group in balls])
-    dense, covered = zip(*(hits(part, real.wide) for part in parts), strict=True)
-    reached = torch.stack(covered)
+    wide, covered = zip(*(hits(part, real.wide) for part in parts), strict=True)
     return {
-        "precision": lambda kept: share(torch.cat([precise[i] for i in kept])),
-        "recall": lambda kept: share(recalled[list(kept)].sum(0)),
-        "density": lambda kept: torch.cat([dense[i] for i in kept]).double().mean().item() / real.wide.k,
-        "coverage": lambda kept: share(reached[list(kept)].sum(0)),
+        "precision": lambda subset: share(torch.cat([near[i] for i in subset])),
+        "recall": lambda subset: share(recalled[list(subset)].sum(0)),
+        "density": lambda subset: torch.cat([wide[i] for i in subset]).double().mean().item() / real.wide.k,
+        "coverage": lambda subset: share(torch.stack(covered)[list(subset)].sum(0)),
     }
 
 
-def _intended(hits: Tensor, classes: Tensor, space: Features, subject: Subject, settings: dict) -> Record:
+def _intended_class(hits: Tensor, classes: Tensor, space: Features, subject: Subject, settings: dict) -> Record:
     names = {k: name for k, name in enumerate(subject.data.classes) if (classes == k).any()}
     shares = {name: [hits[classes == k].float().mean().item()] for k, name in names.items()}
     return Record(label("intended class", space.name), *proportion(hits), settings, shares)
 
 
-def _enough(sets: Mapping[str, SampleSet]) -> dict[str, SampleSet]:
+def _drop_small_sets(sets: Mapping[str, SampleSet]) -> dict[str, SampleSet]:
     """Drop, with a warning, sets that are too small for two groups and ``NEAR`` neighbours."""
     for name, samples in sets.items():
         if len(samples.x) <= NEAR:
@@ -163,7 +161,7 @@ def _enough(sets: Mapping[str, SampleSet]) -> dict[str, SampleSet]:
     return {name: samples for name, samples in sets.items() if len(samples.x) > NEAR}
 
 
-def _warn_of_few(space: Features, sets: Mapping[str, SampleSet], dimensions: int) -> None:
+def _warn_of_small_sets(space: Features, sets: Mapping[str, SampleSet], dimensions: int) -> None:
     """Warn once about all sets that are too small for a Fréchet distance that means something by itself."""
     published = space.name == INCEPTION
     least = PUBLISHED if published else dimensions + 1
@@ -177,12 +175,13 @@ def _warn_of_few(space: Features, sets: Mapping[str, SampleSet], dimensions: int
         )
 
 
-def _order(count: int) -> Tensor:
+def _fixed_permutation(count: int) -> Tensor:
     """Return a fixed random permutation, so that groups and splits do not depend on how samples are sorted."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def _logits(space: Features, subject: Subject, features: Tensor) -> Tensor:
-    assert space.logits is not None
+def _logits(space: Features, subject: Subject, features: Tensor) -> Tensor | None:
+    if space.logits is None:
+        return None
     return torch.cat([space.logits(part.to(subject.device)).cpu() for part in features.split(subject.batch)])

@@ -1,7 +1,7 @@
 """Evaluation of edits: restoration against the original images and baseline methods, and counterfactuals."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -64,20 +64,18 @@ def baselines(method: Edit, hole: Tensor) -> dict[str, Restore]:
     Raises:
         UserError: the edit is inpainting and scikit-image is not installed.
     """
-    begin = lambda edit: lambda x: edit.pose(x, hole.expand(len(x), 1, -1, -1), None).start
+    start_of = lambda edit: lambda x: edit.pose(x, hole.expand(len(x), 1, -1, -1), None).start
     if isinstance(method, Inpaint):
-        restoration = scikit_image()
-        each = lambda x: restoration.inpaint_biharmonic(x.permute(1, 2, 0).numpy(), hole.numpy(), channel_axis=-1)
-        smooth = lambda x: torch.stack([torch.from_numpy(each(z)).to(x).permute(2, 0, 1) for z in x]).clamp(0, 1)
-        filled = {f"{fill} fill": begin(replace(method, fill=fill)) for fill in ("mean", "smooth")}
-        return {**filled, "biharmonic": smooth}
+        inpaint = partial(scikit_image().inpaint_biharmonic, mask=hole.numpy(), channel_axis=-1)
+        fills = {f"{fill} fill": start_of(replace(method, fill=fill)) for fill in ("mean", "smooth")}
+        return {**fills, "biharmonic": for_each_image(inpaint)}
     if isinstance(method, Upsample):
-        return {"blocks": lambda x: repeat_pixels(x, method.factor), "bicubic": begin(method)}
+        return {"blocks": lambda x: repeat_pixels(x, method.factor), "bicubic": start_of(method)}
     assert isinstance(method, Denoise)
-    given: dict[str, Restore] = {"nothing": lambda x: x}
+    nothing: dict[str, Restore] = {"nothing": lambda x: x}
     if method.noise == "gaussian":
-        return given
-    return {**given, "median": median, "median where found": begin(method)}
+        return nothing
+    return {**nothing, "median": median, "median where found": start_of(method)}
 
 
 def scikit_image() -> Any:
@@ -90,10 +88,15 @@ def scikit_image() -> Any:
     return restoration
 
 
+def for_each_image(method: Callable[[Any], Any]) -> Restore:
+    """Return the restoration of a batch by a method of scikit-image, which takes one NumPy image (H, W, C)."""
+    one = lambda x: torch.from_numpy(method(x.permute(1, 2, 0).numpy())).to(x).permute(2, 0, 1)
+    return lambda x: torch.stack([one(image) for image in x]).clamp(0, 1)
+
+
 def total_variation(weight: float) -> Restore:
     """Return total-variation denoising, Chambolle (2004), by scikit-image; a larger weight smooths more."""
-    one = lambda x: scikit_image().denoise_tv_chambolle(x.permute(1, 2, 0).numpy(), weight=weight, channel_axis=-1)
-    return lambda x: torch.stack([torch.from_numpy(one(z)).to(x).permute(2, 0, 1) for z in x]).clamp(0, 1)
+    return for_each_image(partial(scikit_image().denoise_tv_chambolle, weight=weight, channel_axis=-1))
 
 
 @dataclass(frozen=True)
@@ -122,39 +125,38 @@ class Restoration:
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return ``PSNR`` and ``SSIM`` for each task and method; the edit itself is the method ``energy``."""
         subject = random_subset(subject, self.images)
-        truth, tuning = (
-            subject.split.float(),
-            random_subset(subject._replace(split=subject.data.val), self.images).split.float(),
-        )
+        truth = subject.split.float()
+        validation = random_subset(subject._replace(split=subject.data.val), self.images).split.float()
         hole, records = middle_hole(truth.shape[2:]), []  # type: ignore[arg-type]
         seed = generator.initial_seed()
         for edit in self.edits:
             name = task(edit)
-            draw = lambda x, part, name=name, edit=edit: corrupt_for(edit, x, hole, rng.generator(seed, name, part))
-            given, practice = draw(truth, "test"), draw(tuning, "validation")
-            chosen, ways = self._edit(edit, subject, practice, tuning, hole), baselines(edit, hole)
+            degraded = corrupt_for(edit, truth, hole, rng.generator(seed, name, "test"))
+            degraded_validation = corrupt_for(edit, validation, hole, rng.generator(seed, name, "validation"))
+            tuned = self._tune(edit, subject, degraded_validation, validation, hole)
+            methods = baselines(edit, hole)
             if isinstance(edit, Denoise):
-                best = max(VARIATIONS, key=lambda w: psnr(tuning, total_variation(w)(practice)).mean().item())
-                ways["total variation"] = total_variation(best)
-            ways["energy"] = partial(self._by, chosen, subject, hole)
-            for way, restore in ways.items():
-                about = {"edit": config.describe(chosen), "way": way, "metric": config.describe(self)}
-                for quantity, values in fidelity(truth, restore(given)).items():
-                    records.append(Record(f"{quantity} {name} by {way}", *average(values), about))
+                score = lambda weight, x=degraded_validation: psnr(validation, total_variation(weight)(x)).mean().item()
+                methods["total variation"] = total_variation(max(VARIATIONS, key=score))
+            methods["energy"] = partial(self._apply, tuned, subject, hole)
+            for method, restore in methods.items():
+                about = {"edit": config.describe(tuned), "way": method, "metric": config.describe(self)}
+                for quantity, values in fidelity(truth, restore(degraded)).items():
+                    records.append(Record(f"{quantity} {name} by {method}", *average(values), about))
         return records
 
-    def _edit(self, edit: Edit, subject: Subject, given: Tensor, truth: Tensor, hole: Tensor) -> Edit:
-        """Return the edit with the strength that has the highest mean PSNR on the given (validation) images."""
+    def _tune(self, edit: Edit, subject: Subject, x: Tensor, truth: Tensor, hole: Tensor) -> Edit:
+        """Return the edit with the strength that has the highest mean PSNR on degraded (validation) images ``x``."""
         if isinstance(edit, Denoise) and edit.noise == "gaussian":
-            tried: list[Edit] = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
+            candidates: list[Edit] = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
         else:
-            share = torch.as_tensor(edit.pose(given, hole.expand(len(given), 1, -1, -1), None).share).double().mean()
-            own = edit.step_size or edit.stride * math.sqrt(share.item() * truth[0].numel())
-            tried = [replace(edit, step_size=own * strength) for strength in STRENGTHS]
-        return max(tried, key=lambda e: psnr(truth, self._by(e, subject, hole, given)).mean().item())
+            share = torch.as_tensor(edit.pose(x, hole.expand(len(x), 1, -1, -1), None).share).double().mean()
+            step_size = edit.step_size or edit.stride * math.sqrt(share.item() * truth[0].numel())
+            candidates = [replace(edit, step_size=step_size * strength) for strength in STRENGTHS]
+        return max(candidates, key=lambda e: psnr(truth, self._apply(e, subject, hole, x)).mean().item())
 
     @staticmethod
-    def _by(edit: Edit, subject: Subject, hole: Tensor, x: Tensor) -> Tensor:
+    def _apply(edit: Edit, subject: Subject, hole: Tensor, x: Tensor) -> Tensor:
         generator = rng.generator(0, "restoration", device=subject.device)
         mask = hole if isinstance(edit, Inpaint) else None
         parts = [edit(subject.model, z, hole=mask, generator=generator, frames=2).x for z in x.split(subject.batch)]
@@ -197,28 +199,27 @@ class Counterfactuals:
         The last is the share that the classifier of ``subject.features``, if it fits, assigns to the target class.
         """
         split = random_subset(subject, self.images).split
-        goals = None
+        targets = None
         if self.towards == "random":
             count = len(subject.data.classes)
-            step = torch.randint(1, count, split.y.shape, generator=generator, device=generator.device).cpu()
-            goals = (split.y + step) % count
+            offset = torch.randint(1, count, split.y.shape, generator=generator, device=generator.device).cpu()
+            targets = (split.y + offset) % count
         parts = []
         for first in range(0, len(split), subject.batch):
             rows = slice(first, first + subject.batch)
-            parts.append(self.edit(subject.model, split.x[rows], None if goals is None else goals[rows], frames=2))
-        reached, distance, to = (
-            torch.cat([part.numbers[name] for part in parts]) for name in ("reached", "distance", "to")
-        )
-        about: Mapping[str, Any] = {"metric": config.describe(self), "images": self.images}
-        records = [Record("counterfactual reached", *proportion(reached.bool()), dict(about))]
-        if (hit := reached.bool()).sum() > 1:
-            records.append(Record("counterfactual distance", *average(distance[hit]), dict(about)))
+            parts.append(self.edit(subject.model, split.x[rows], None if targets is None else targets[rows], frames=2))
+        column = lambda name: torch.cat([part.numbers[name] for part in parts])
+        reached = column("reached").bool()
+        about: dict[str, Any] = {"metric": config.describe(self), "images": self.images}
+        records = [Record("counterfactual reached", *proportion(reached), about)]
+        if reached.sum() > 1:
+            records.append(Record("counterfactual distance", *average(column("distance")[reached]), about))
             space = subject.features
             if space is not None and space.logits is not None:
-                found = space.of(torch.cat([part.x for part in parts])[hit], subject.device, subject.batch)
-                logits = space.logits(found.to(subject.device)).detach().cpu()
-                name = f"counterfactual named so ({space.name})"
+                features = space.of(torch.cat([part.x for part in parts])[reached], subject.device, subject.batch)
+                logits = space.logits(features.to(subject.device)).detach().cpu()
                 if logits.shape[1] == len(subject.data.classes):
-                    named = proportion(logits.argmax(1) == to[hit].long())
+                    named = proportion(logits.argmax(1) == column("to")[reached].long())
+                    name = f"counterfactual named so ({space.name})"
                     records.append(Record(name, *named, {**about, "space": space.name}))
         return records

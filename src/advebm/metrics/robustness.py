@@ -44,10 +44,11 @@ def attack_split(
 ) -> Verdicts:
     subject.check_labelled()
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    options: dict[str, Any] = {"seed": seed, "batch": subject.batch, "precision": precision, "folder": subject.folder}
-    options["team"] = subject.team
-    with subject.bar(attack.name if attack.eps > 0 else "accuracy", len(subject.split)) as tell:
-        return find_verdicts(subject.model, subject.split.x, subject.split.y, attack, **options, tell=tell)
+    split = subject.split
+    options: dict[str, Any] = {"batch": subject.batch, "folder": subject.folder, "team": subject.team}
+    options |= {"seed": seed, "precision": precision}
+    with subject.bar(attack.name if attack.eps > 0 else "accuracy", len(split)) as tell:
+        return find_verdicts(subject.model, split.x, split.y, attack, tell=tell, **options)
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,14 @@ class RobustAccuracy:
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         """Return ``accuracy under`` the attack; for an attack made of several, also after each but the last."""
         attack = self.attack or subject.threat
-        found = attack_split(random_subset(subject, self.images), attack, generator, self.precision)
-        computed = precision_label(self.precision, subject.device)
-        settings: dict[str, Any] = {"attack": config.describe(attack), "precision": computed}
-        settings |= {"fast": found.fast, "images": self.images}
-        records = [_record(f"accuracy under {attack.name}", found.standing(), settings)]
-        for count, part in enumerate(found.attacks[:-1], 1):
+        verdicts = attack_split(random_subset(subject, self.images), attack, generator, self.precision)
+        label = precision_label(self.precision, subject.device)
+        settings: dict[str, Any] = {"attack": config.describe(attack), "precision": label}
+        settings |= {"fast": verdicts.fast, "images": self.images}
+        records = [_record(f"accuracy under {attack.name}", verdicts.standing(), settings)]
+        for count, part in enumerate(verdicts.attacks[:-1], 1):
             name = f"accuracy under {attack.name}, after {part}"
-            records.append(_record(name, found.standing(count), {**settings, "part": part}))
+            records.append(_record(name, verdicts.standing(count), {**settings, "part": part}))
         return records
 
 
@@ -116,9 +117,9 @@ class TargetedAccuracy:
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
         attack = self.attack or subject.threat
-        found = attack_split(random_subset(subject, self.images), Targeted(attack), generator)
-        settings = {"attack": config.describe(attack), "targeted": True, "fast": found.fast, "images": self.images}
-        return [_record(f"accuracy under targeted {attack.name}", found.standing(), settings)]
+        verdicts = attack_split(random_subset(subject, self.images), Targeted(attack), generator)
+        settings = {"attack": config.describe(attack), "targeted": True, "fast": verdicts.fast, "images": self.images}
+        return [_record(f"accuracy under targeted {attack.name}", verdicts.standing(), settings)]
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,15 @@ class RobustnessCurve:
             raise UserError(f"factors are multiples >= 0 of the threat's eps, got {self.factors}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
-        attacks = [_scaled(subject.threat, factor) for factor in self.factors]
         records = []
-        for attack in dict.fromkeys(attacks):
-            found = attack_split(subject, attack, generator)
-            settings = {"attack": config.describe(attack), "fast": found.fast}
-            records.append(_record(f"accuracy under {attack.name}", found.standing(), settings))
+        for attack in dict.fromkeys(_scale(subject.threat, factor) for factor in self.factors):
+            verdicts = attack_split(subject, attack, generator)
+            settings = {"attack": config.describe(attack), "fast": verdicts.fast}
+            records.append(_record(f"accuracy under {attack.name}", verdicts.standing(), settings))
         return records
 
 
-def _scaled(attack: Attack, factor: float) -> Attack:
+def _scale(attack: Attack, factor: float) -> Attack:
     """Multiply radius and step size (if given) by a factor; linf radii are capped at 1, a ball of all images."""
     eps = attack.eps * factor if attack.norm == "l2" else min(attack.eps * factor, 1.0)
     step = None if attack.step_size is None else attack.step_size * factor

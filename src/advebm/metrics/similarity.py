@@ -1,6 +1,6 @@
 """Distances between images, and the nearest training images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,13 +29,13 @@ def ssim(a: Tensor, b: Tensor, *, sigma: float = 1.5, width: int = 11) -> Tensor
     if a.shape[1:] != b.shape[1:]:
         raise UserError(f"images to compare have one shape, got {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
     offsets = torch.arange(size, dtype=a.dtype, device=a.device) - size // 2
-    bell = torch.exp(-(offsets**2) / (2 * sigma**2))
-    window = bell / bell.sum()
+    gaussian = torch.exp(-(offsets**2) / (2 * sigma**2))
+    window = gaussian / gaussian.sum()
 
     def smooth(x: Tensor) -> Tensor:
         single = x.reshape(-1, 1, *x.shape[2:])
-        found = conv2d(conv2d(single, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
-        return found.view(len(x), x.shape[1], *found.shape[2:])
+        smoothed = conv2d(conv2d(single, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        return smoothed.view(len(x), x.shape[1], *smoothed.shape[2:])
 
     mean_b, square_b = smooth(b), smooth(b * b)
     variance_b = square_b - mean_b**2
@@ -44,9 +44,9 @@ def ssim(a: Tensor, b: Tensor, *, sigma: float = 1.5, width: int = 11) -> Tensor
         x = image[None]
         mean_a = smooth(x)
         variance_a = smooth(x * x) - mean_a**2
-        shared = smooth(x * b) - mean_a * mean_b
+        covariance = smooth(x * b) - mean_a * mean_b
         same_mean = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
-        same_shape = (2 * shared + 0.03**2) / (variance_a + variance_b + 0.03**2)
+        same_shape = (2 * covariance + 0.03**2) / (variance_a + variance_b + 0.03**2)
         rows.append((same_mean * same_shape).flatten(1).mean(1))
     return torch.stack(rows)
 
@@ -78,19 +78,13 @@ def nearest(x: Tensor, others: Tensor, k: int, distances: Distances = l2, *, blo
     if not 1 <= k <= len(others):
         raise UserError(f"there are {len(others)} images to be near to, asked for {k}")
     best = Near(torch.empty(len(x), 0, dtype=torch.int64), torch.empty(len(x), 0))
-    for start, part in _blocks(others, block):
-        found = distances(x, part)
-        index = torch.cat([best.which, torch.arange(start, start + len(part)).expand(len(x), -1)], 1)
-        distance = torch.cat([best.distance, found], 1)
+    for indices, part in zip(torch.arange(len(others)).split(block), others.split(block), strict=True):
+        images = to_float(part) if part.dtype == torch.uint8 else part
+        index = torch.cat([best.which, indices.expand(len(x), -1)], 1)
+        distance = torch.cat([best.distance, distances(x, images)], 1)
         order = distance.argsort(stable=True, dim=1)[:, :k]
         best = Near(index.gather(1, order), distance.gather(1, order))
     return best
-
-
-def _blocks(x: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(x), size):
-        part = x[start : start + size]
-        yield start, to_float(part) if part.dtype == torch.uint8 else part
 
 
 def copies(generated: Tensor, held_out: Tensor) -> tuple[float, float]:

@@ -17,16 +17,13 @@ class Space(Protocol):
     @property
     def name(self) -> str:
         """Name of the space in the names of records."""
-        ...
 
     @property
     def judge(self) -> str:
         """Name of the network weights, as records store it."""
-        ...
 
     def load(self, device: torch.device | str) -> Features:
         """Return the features, computed on ``device``, where the images must be."""
-        ...
 
 
 @dataclass(frozen=True)

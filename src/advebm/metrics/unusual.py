@@ -25,9 +25,9 @@ def unusual(model: nn.Module, x: Tensor, known: Tensor, score: Score | None = No
     device, score = device_of(model), score or EnergyScore()
     with searching(model) as f:
         outputs(f, as_images(x[:1], device))
-        ours, theirs = (
+        scores, known_scores = (
             torch.cat([score(f, as_images(part, device)).detach().cpu() for part in images.split(batch)])
             for images in (x, known)
         )
-    share = torch.searchsorted(theirs.sort().values, ours).double() / len(theirs)
-    return Unusual(ours, share)
+    share = torch.searchsorted(known_scores.sort().values, scores).double() / len(known_scores)
+    return Unusual(scores, share)

@@ -78,7 +78,7 @@ def find_verdicts(
     if not len(x):
         raise UserError("there are no images to attack")
     if x.dtype != torch.uint8:
-        checks.images(x)
+        x = checks.images(x)
     device = device_of(model)
     with searching(model) as raw, float32():
         sample = as_images(x[:2], device)
@@ -86,25 +86,27 @@ def find_verdicts(
         f, classes = (critic_as_classifier(raw), 2) if outputs == 1 else (raw, outputs)
         if outputs == 1 and int(y.max()) > 1:
             raise UserError("accuracy needs a classifier, the model has one output; choose --metrics without it")
-        checks.labels(y, len(x), classes)
+        y = checks.labels(y, len(x), classes)
         runs = attack.runs(classes) if attack.eps > 0 else []
         if not runs:
             tell(0, "")
-        quick = faster_model(model, sample, precision=precision) if runs else raw
-        used = quick.backend.name if isinstance(quick, View) else "off"
-        quick = critic_as_classifier(quick) if outputs == 1 else quick
+        fast = faster_model(model, sample, precision=precision) if runs else raw
+        backend = fast.backend.name if isinstance(fast, View) else "off"
+        fast = critic_as_classifier(fast) if outputs == 1 else fast
         parts = [slice(i, i + batch) for i in range(0, len(x), batch)]
         right = torch.cat([is_correct(f, as_images(x[part], device), y[part].to(device)).cpu() for part in parts])
         right = team.all_gather(right)[0]  # rounding may differ between processes: all use that of rank 0
         about: dict[str, Any] = {}
         if folder is not None:
-            about = {"attack": config.describe(attack), "seed": seed, "batch": batch}
-            about["precision"] = precision_label(precision, device)
-            outputs_of_sample = [round(v, 2) for v in f(sample).flatten().tolist()]
-            about |= {"right": _digest({"right": right}), "outputs": outputs_of_sample}
-            about |= {
-                "model": _digest(model.state_dict()),
-                "data": _digest({"x": x, "y": y}),
+            about = {
+                "attack": config.describe(attack),
+                "seed": seed,
+                "batch": batch,
+                "precision": precision_label(precision, device),
+                "right": _hash({"right": right}),
+                "outputs": [round(v, 2) for v in f(sample).flatten().tolist()],
+                "model": _hash(model.state_dict()),
+                "data": _hash({"x": x, "y": y}),
                 "version": advebm.__version__,
             }
         state = State(folder if team.main else None, about)
@@ -120,52 +122,53 @@ def find_verdicts(
         for number in range(state.run, len(runs)):
             left = state.left(number)
             for first in range(state.next, len(left), batch * team.world):
-                start, fallen = first + batch * team.rank, list[int]()
+                start, broken = first + batch * team.rank, list[int]()
                 if rows := left[start : start + batch]:
-                    part, label = as_images(x[rows], device), y[rows].to(device)
+                    images, labels = as_images(x[rows], device), y[rows].to(device)
                     note = f"{runs[number].attack}, {state.broken.count(STANDS)} stand"
-                    heard = progress.listen(quick, number, first / len(left), len(left) / team.world, note)
+                    reporting = progress.report_calls(fast, number, first / len(left), len(left) / team.world, note)
                     draws = rng.generator(seed, number, start, device=device)
-                    stands = _attack_batch(attack, runs[number], f, quick, heard, part, label, draws).tolist()
-                    fallen = [row for row, stood in zip(rows, stands, strict=True) if not stood]
-                state.save(number, first + batch * team.world, list(chain(*team.all_gather(fallen))))
+                    stands = _attack_batch(attack, runs[number], f, fast, reporting, images, labels, draws).tolist()
+                    broken = [row for row, stood in zip(rows, stands, strict=True) if not stood]
+                state.save(number, first + batch * team.world, list(chain(*team.all_gather(broken))))
             state.save(number + 1, 0, [])
         tell(len(x), f"{state.broken.count(STANDS)} stand")
     attacks = list(dict.fromkeys(run.attack for run in runs))
     table = torch.tensor([WRONG, *(attacks.index(run.attack) + 1 for run in runs), STANDS])
-    return Verdicts(tuple(attacks), table[torch.tensor(state.broken, dtype=torch.long)], used)
+    return Verdicts(tuple(attacks), table[torch.tensor(state.broken, dtype=torch.long)], backend)
 
 
 def _attack_batch(
     attack: Adversary,
     run: AttackRun,
     f: Logits,
-    quick: Logits,
-    heard: Logits,
+    fast: Logits,
+    reporting: Logits,
     x: Tensor,
     y: Tensor,
     draws: torch.Generator,
 ) -> Tensor:
-    """Return which images survive a run, judged by ``f``, bool (B,); ``heard`` is ``quick`` with progress reports."""
-    found = _within(attack, x, run.search(heard, x, y, draws))
-    stands = is_correct(f, found, y)
+    """Return which images survive a run, judged by ``f``, bool (B,); ``reporting`` is ``fast`` with reports."""
+    x_adv = run.search(reporting, x, y, draws)
+    _check_ball(attack, x, x_adv)
+    stands = is_correct(f, x_adv, y)
     left = stands.nonzero().squeeze(1)
-    again = left[~is_correct(quick, found[left], y[left])] if quick is not f and len(left) else left[:0]
+    again = left[~is_correct(fast, x_adv[left], y[left])] if fast is not f and len(left) else left[:0]
     if len(again):  # broken only according to the faster network
-        found = _within(attack, x[again], run.search(f, x[again], y[again], draws))
-        stands[again] = is_correct(f, found, y[again])
+        x_adv = run.search(f, x[again], y[again], draws)
+        _check_ball(attack, x[again], x_adv)
+        stands[again] = is_correct(f, x_adv, y[again])
     return stands
 
 
-def _within(attack: Adversary, x: Tensor, found: Tensor) -> Tensor:
-    """Return ``found``; raise UserError if it is NaN or lies outside the attack's ball around ``x`` or [0, 1]."""
-    move = (found - x).flatten(1)
+def _check_ball(attack: Adversary, x: Tensor, x_adv: Tensor) -> None:
+    """Raise UserError if ``x_adv`` is NaN or lies outside the attack's ball around ``x`` or [0, 1]."""
+    move = (x_adv - x).flatten(1)
     if not torch.isfinite(move).all():
         raise UserError(f"{attack.name} found images that are NaN; see advebm doctor")
     length = move.abs().amax(1) if attack.norm == "linf" else move.norm(dim=1)
-    if not (length <= attack.eps * (1 + 1e-4) + 1e-6).all() or not ((found >= 0) & (found <= 1)).all():
+    if not (length <= attack.eps * (1 + 1e-4) + 1e-6).all() or not ((x_adv >= 0) & (x_adv <= 1)).all():
         raise UserError(f"{attack.name} left its ball or the box: moves of up to {length.max():.4g}")
-    return found
 
 
 def _check_gradient(f: Logits, x: Tensor, y: Tensor) -> None:
@@ -186,20 +189,20 @@ class _Progress:
     def __init__(self, tell: Tell, images: int, costs: list[int]) -> None:
         self.tell, self.images, self.costs = tell, images, costs
 
-    def listen(self, f: Logits, number: int, share: float, left: float, note: str) -> Logits:
+    def report_calls(self, f: Logits, number: int, share: float, left: float, note: str) -> Logits:
         """Return ``f``, made to report progress at each call.
 
         ``share`` of the run with index ``number`` is done; the run attacks ``left`` images in each process.
         """
-        seen = 0
+        passes = 0
 
-        def heard(x: Tensor) -> Tensor:
-            nonlocal seen
-            seen += len(x)
-            self.say(number, share + seen / left / self.costs[number], note)
+        def reporting(x: Tensor) -> Tensor:
+            nonlocal passes
+            passes += len(x)
+            self.say(number, share + passes / left / self.costs[number], note)
             return f(x)
 
-        return heard
+        return reporting
 
     def say(self, number: int, share: float, note: str) -> None:
         passes = sum(self.costs[:number]) + self.costs[number] * min(share, 1)
@@ -220,9 +223,9 @@ class State:
         self.about, self.run, self.next = about, 0, 0
         self.broken: list[int] = []
         if self.path is not None and self.path.exists():
-            kept = files.read_json(self.path)
+            saved = files.read_json(self.path)
             try:
-                self.run, self.next, self.broken = kept["run"], kept["next"], kept["broken"]
+                self.run, self.next, self.broken = saved["run"], saved["next"], saved["broken"]
             except (TypeError, KeyError):
                 raise UserError(f"{self.path} is damaged; delete it to judge anew") from None
 
@@ -240,7 +243,7 @@ class State:
             files.write(self.path, json.dumps(state))
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _hash(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -39,9 +39,9 @@ class Own:
         Raises:
             UserError: the name cannot be imported, or the factory takes arguments, fails or returns no torch module.
         """
-        module, _, name = self.path.partition(":")
+        module_name, _, name = self.path.partition(":")
         try:
-            factory = getattr(import_module(module), name)
+            factory = getattr(import_module(module_name), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"{self.path!r} cannot be imported: {error}") from error
         try:
@@ -49,9 +49,9 @@ class Own:
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.path} is called without arguments: {error}") from None
         try:
-            made = factory()
+            module = factory()
         except Exception as error:  # user code may raise anything
             raise UserError(f"{self.path} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
-        if not isinstance(made, nn.Module):
-            raise UserError(f"{self.path} returns a {type(made).__name__}, not a torch module")
-        return made
+        if not isinstance(module, nn.Module):
+            raise UserError(f"{self.path} returns a {type(module).__name__}, not a torch module")
+        return module

@@ -27,13 +27,13 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
             reached, or ``private`` was asked for and the model is public already.
     """
     _check_model(folder, "is not a published model")
-    plain = files.read_json(folder / "config.json")
-    if not isinstance(plain, dict) or "architecture" not in plain:
+    configuration = files.read_json(folder / "config.json")
+    if not isinstance(configuration, dict) or "architecture" not in configuration:
         raise UserError(f"{folder} is not a published model: config.json has no architecture")
     _check_name(name)
     from huggingface_hub import HfApi, get_token
 
-    with _in_one_line(name, f"cannot push {name}"):
+    with _as_user_error(name, f"cannot push {name}"):
         if get_token() is None:
             raise UserError("nobody is logged in to the Hub; run: hf auth login")
         api = HfApi()
@@ -66,7 +66,7 @@ def pull(name: str, *, revision: str | None = None) -> Path:
     _check_name(name)
     from huggingface_hub import HfApi
 
-    with _in_one_line(name, f"cannot pull {name}" + (f" at {revision}" if revision else "")):
+    with _as_user_error(name, f"cannot pull {name}" + (f" at {revision}" if revision else "")):
         folder = Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=FILES))
     _check_model(folder, f"is {name} of the Hub, which is not a model of advebm")
     return folder
@@ -91,7 +91,7 @@ def _check_name(name: str) -> None:
 
 
 @contextmanager
-def _in_one_line(name: str, what: str) -> Iterator[None]:
+def _as_user_error(name: str, what: str) -> Iterator[None]:
     """Turn errors of the Hub's client into a one-line :class:`UserError` that names the cause."""
     from huggingface_hub import errors
 
@@ -104,15 +104,15 @@ def _in_one_line(name: str, what: str) -> Iterator[None]:
         status = next((e.response.status_code for e in causes if isinstance(e, errors.HfHubHTTPError)), None)
         unreached = (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError)
         if isinstance(error, errors.RevisionNotFoundError):
-            why = "there is no such revision"
+            reason = "there is no such revision"
         elif status == 404 or isinstance(error, errors.RepositoryNotFoundError):
-            why = "there is no such model, or it is not open to you; if it should be, run: hf auth login"
+            reason = "there is no such model, or it is not open to you; if it should be, run: hf auth login"
         elif status == 401:
-            why = "the Hub does not accept the login; run: hf auth login"
+            reason = "the Hub does not accept the login; run: hf auth login"
         elif status == 403:
-            why = f"the login may not do that; {name.split('/')[0]} has to be you, with a token that may write"
+            reason = f"the login may not do that; {name.split('/')[0]} has to be you, with a token that may write"
         elif status is None and any(isinstance(e, unreached) for e in causes):
-            why = "the Hub cannot be reached; check the connection and HF_HUB_OFFLINE"
+            reason = "the Hub cannot be reached; check the connection and HF_HUB_OFFLINE"
         else:
-            why = " ".join(" ".join(map(str, causes)).split())
-        raise UserError(f"{what}: {why}") from None
+            reason = " ".join(" ".join(map(str, causes)).split())
+        raise UserError(f"{what}: {reason}") from None

@@ -55,10 +55,10 @@ class Mixed(nn.Module):
     ) -> None:
         super().__init__()
         self.pool = pool
-        self.chains = [self._chain(name, inputs, steps) for name, steps in branches.items()]
+        self.chains = [self._add_branch(name, inputs, steps) for name, steps in branches.items()]
         self.branch_pool = Unit(inputs, pooled, 1) if pooled else nn.Identity()
 
-    def _chain(self, branch: str, inputs: int, steps: Sequence[Step]) -> list[list[str]]:
+    def _add_branch(self, branch: str, inputs: int, steps: Sequence[Step]) -> list[list[str]]:
         """Add a branch's units under the names of the published file; return these names, step by step."""
         chain = []
         for number, step in enumerate(steps, 1):
@@ -73,12 +73,12 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, inputs, H, W)`` to ``(B, C, H', W')``."""
-        found = []
+        outputs = []
         for chain in self.chains:
             h = x
             for names in chain:
                 h = torch.cat([self.get_submodule(name)(h) for name in names], 1)
-            found.append(h)
+            outputs.append(h)
         match self.pool:
             case "average":
                 pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
@@ -86,7 +86,7 @@ class Mixed(nn.Module):
                 pooled = F.max_pool2d(x, 3, 1, 1)
             case "halve":
                 pooled = F.max_pool2d(x, 3, 2)
-        return torch.cat([*found, self.branch_pool(pooled)], 1)
+        return torch.cat([*outputs, self.branch_pool(pooled)], 1)
 
 
 def _chain(*steps: tuple[int, Kernel]) -> list[Step]:
@@ -180,11 +180,11 @@ def resize(x: Tensor, size: int = SIZE) -> Tensor:
 
 def _weights(old: int, new: int) -> Tensor:
     """Return the share ``(new, old)`` of each old pixel in each new one; positions are float32, as in the graph."""
-    where = torch.arange(new, dtype=torch.float32) * torch.tensor(old / new, dtype=torch.float32)
-    low = where.long().clamp_max(old - 1)
-    share = (where - low)[:, None]
-    one = torch.eye(old)
-    return (1 - share) * one[low] + share * one[(low + 1).clamp_max(old - 1)]
+    positions = torch.arange(new, dtype=torch.float32) * torch.tensor(old / new, dtype=torch.float32)
+    low = positions.long().clamp_max(old - 1)
+    share = (positions - low)[:, None]
+    identity = torch.eye(old)
+    return (1 - share) * identity[low] + share * identity[(low + 1).clamp_max(old - 1)]
 
 
 def load(path: str | Path | None = None) -> Inception:
@@ -199,7 +199,7 @@ def load(path: str | Path | None = None) -> Inception:
     Raises:
         UserError: the file is missing, is another one, or cannot be downloaded.
     """
-    file = _cached() if path is None else Path(path)
+    file = _download() if path is None else Path(path)
     try:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
@@ -214,7 +214,7 @@ def load(path: str | Path | None = None) -> Inception:
     return network.requires_grad_(False).eval()
 
 
-def _cached() -> Path:
+def _download() -> Path:
     """Return the file in torch.hub's cache, after downloading it if it is not there."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / NAME
     if not file.exists():

@@ -15,10 +15,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from advebm.core.errors import unknown_name
 from advebm.descent import value_and_gradient
 from advebm.models.modes import DualBatchNorm2d, searching
-from advebm.models.network import Network
+from advebm.models.network import Network, call_foreign
 from advebm.models.precision import Precision, usable_precision
 
-LOOKS = 8  # forward passes that must agree before folding: a random network must not be traced
+CHECKS = 8  # forward passes that must agree before folding: a random network must not be traced
 
 BackendName = Literal["auto", "off", "fold", "compile", "bf16", "bf16+compile"]
 
@@ -46,14 +46,11 @@ class Backend:
 
 
 BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend(fold=False),
-        Backend(),
-        Backend(compiled=True),
-        Backend(precision="bfloat16"),
-        Backend(precision="bfloat16", compiled=True),
-    )
+    "off": Backend(fold=False),
+    "fold": Backend(),
+    "compile": Backend(compiled=True),
+    "bf16": Backend(precision="bfloat16"),
+    "bf16+compile": Backend(precision="bfloat16", compiled=True),
 }
 
 
@@ -103,41 +100,46 @@ class View(nn.Module):
         parts = (model.normalise, model.backbone, model.head) if isinstance(model, Network) else (None, model, None)
         self.normalise, self.body, self.head = (nn.Identity() if part is None else part for part in parts)
         self.backend, self.shape = Backend(fold=False), torch.Size()
-        self.quick: Callable[[Tensor], Tensor] = self.plain
+        self.fast: Callable[[Tensor], Tensor] = self.plain
         self.copies: list[LayerCopy] = []
         self.searches = 0
         if backend.fold:
             self.body, self.copies = fold(self.body, everything=backend.precision != "float32")
-            self.backend = Backend(fold=any(copied.norm is not None for copied in self.copies))
+            self.backend = Backend(fold=any(layer_copy.norm is not None for layer_copy in self.copies))
 
     def lower(self) -> None:
         """Switch to bfloat16: convert the copied layers, and use autocast for the rest."""
-        for copied in self.copies:
-            copied.layer.to(torch.bfloat16)
+        for layer_copy in self.copies:
+            layer_copy.layer.to(torch.bfloat16)
         self.backend = replace(self.backend, precision="bfloat16")
 
     def speed_up(self, shape: torch.Size) -> None:
         """Compile gradients at batches of ``shape``."""
-        self.shape, self.quick = shape, torch.compile(self.plain, dynamic=False)
+        self.shape, self.fast = shape, torch.compile(self.plain, dynamic=False)
         self.backend = replace(self.backend, compiled=True)
 
     def refresh(self) -> "View":
         """Update the copies from the network's current weights and running statistics; return the view."""
-        for copied in self.copies:
-            copied.refresh()
+        for layer_copy in self.copies:
+            layer_copy.refresh()
         self.searches += 1
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the network's outputs, in the type of ``x``."""
-        return (self.quick if x.shape == self.shape and torch.is_grad_enabled() else self.plain)(x)
+        return (self.fast if x.shape == self.shape and torch.is_grad_enabled() else self.plain)(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the input of the head, as :meth:`Network.features` does."""
+        x = self.normalise(x)
+        return call_foreign(self.body, x) if isinstance(self.head, nn.Identity) else self.body(x)
 
     def plain(self, x: Tensor) -> Tensor:
         """Return the same outputs, not compiled."""
         if self.backend.precision == "float32":
-            return self.head(self.body(self.normalise(x)))
+            return self.head(self.features(x))
         with torch.autocast(x.device.type, torch.bfloat16):
-            features = self.body(self.normalise(x))
+            features = self.features(x)
         return self.head(features.to(x.dtype))
 
 
@@ -153,20 +155,20 @@ def make_view(model: nn.Module, x: Tensor, backend: Backend, *, loud: bool = Fal
         backend: what to try.
         loud: warn of what does not apply.
     """
-    wanted, found, reason = backend, None, "there is no batch norm after a convolution"
+    asked, view, reason = backend, None, "there is no batch norm after a convolution"
     if usable_precision(backend.precision, x.device) != backend.precision:
         backend, reason = replace(backend, precision="float32"), f"this {x.device.type} does not multiply in bfloat16"
     eager = replace(backend, compiled=False)
     for candidate in dict.fromkeys((backend, eager, replace(eager, fold=False), replace(eager, precision="float32"))):
         try:
-            found = _try_view(model, x, candidate)
+            view = _try_view(model, x, candidate)
             break
         except Exception as error:  # tracing runs the model's code, which may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-    used = "off" if found is None else found.backend.name
-    if loud and used != wanted.name:
-        warnings.warn(f"fast {wanted.name} does not apply: {reason}; searches run with fast {used}", RuntimeWarning, 2)
-    return found if used != "off" else None
+    used = "off" if view is None else view.backend.name
+    if loud and used != asked.name:
+        warnings.warn(f"fast {asked.name} does not apply: {reason}; searches run with fast {used}", RuntimeWarning, 2)
+    return view if used != "off" else None
 
 
 def _try_view(model: nn.Module, x: Tensor, backend: Backend) -> View:
@@ -176,24 +178,24 @@ def _try_view(model: nn.Module, x: Tensor, backend: Backend) -> View:
         ValueError: the view gives other outputs on ``x``.  Whatever the model raises when traced is raised as well.
     """
     with searching(model):
-        made, own = View(model, backend), View(model, Backend(fold=False))  # in float32, whatever the model's precision
+        # both in float32, whatever the model's precision
+        view, original = View(model, backend), View(model, Backend(fold=False))
         with torch.no_grad():
-            looks = [own(x[:2]) for _ in range(LOOKS if backend.fold else 0)]
-            if not all(torch.allclose(made(x[:2]), look, rtol=1e-4, atol=1e-4) for look in looks):
+            outputs = [original(x[:2]) for _ in range(CHECKS if backend.fold else 0)]
+            if not all(torch.allclose(view(x[:2]), expected, rtol=1e-4, atol=1e-4) for expected in outputs):
                 raise ValueError("folded it gives other outputs")
         if backend.precision != "float32":
-            made.lower()
+            view.lower()
         if backend.compiled:
-            made.speed_up(x.shape)
+            view.speed_up(x.shape)
         if backend.precision != "float32" or backend.compiled:
-            value_and_gradient(lambda z: made(z).flatten(1).sum(1), x)
-        return made
+            value_and_gradient(lambda z: view(z).flatten(1).sum(1), x)
+        return view
 
 
 def faster_model(model: nn.Module, x: Tensor, *, precision: Precision = "float32") -> nn.Module:
     """Return the model folded and in ``precision``, as far as that applies, for searches inside ``searching``."""
-    made = make_view(model, x, Backend(precision=precision))
-    return model if made is None else made
+    return make_view(model, x, Backend(precision=precision)) or model
 
 
 @contextmanager

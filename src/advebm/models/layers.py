@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
@@ -56,18 +57,13 @@ def avoid_wrong_gradient(module: nn.Module) -> None:
         if type(m) is not nn.Conv2d or m.kernel_size != (1, 1) or m.padding not in ((0, 0), "valid") or m.groups > 1:
             continue
         if m.stride != (1, 1) and 1 < m.in_channels < 8:
-            m.register_forward_pre_hook(_Subsample(*m.stride))
+            m.register_forward_pre_hook(partial(_subsample, m.stride))
             m.stride = (1, 1)
 
 
-class _Subsample:
-    """A forward pre-hook that keeps every ``rows``-th row and ``columns``-th column of a module's input (…, H, W)."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        return inputs[0][..., :: self.rows, :: self.columns]
+def _subsample(stride: tuple[int, ...], module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Return the rows and columns of a module's input (…, H, W) that a stride keeps: a forward pre-hook."""
+    return inputs[0][..., :: stride[0], :: stride[1]]
 
 
 class Staged(nn.Module):
@@ -94,10 +90,10 @@ class Staged(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the last stage's output after ``closing``, averaged over its pixels, ``(B, D)``."""
         x = self.stem(x)
-        again = self.recompute and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        recomputing = self.recompute and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         for stage in self.stages:
             for block in stage if isinstance(stage, nn.Sequential) else (stage,):
-                x = recompute(block, x) if again else block(x)
+                x = recompute(block, x) if recomputing else block(x)
         return self.closing(x).mean((2, 3))
 
 
@@ -107,13 +103,13 @@ def recompute(block: nn.Module, x: Tensor) -> Tensor:
     It does so with the weights, statistics, modes and branches of this call, and updates running statistics only once.
     """
     weights = dict(block.named_parameters())
-    then = _AsThen(block)
+    snapshot = _AsThen(block)
 
     def run(z: Tensor, *values: Tensor) -> Tensor:
-        given = dict(zip(weights, values, strict=True))
-        return torch.func.functional_call(block, given | (then.statistics if then.entered else {}), (z,))
+        tensors = dict(zip(weights, values, strict=True)) | (snapshot.statistics if snapshot.entered else {})
+        return torch.func.functional_call(block, tensors, (z,))
 
-    return checkpoint(run, x, *weights.values(), use_reentrant=False, context_fn=lambda: (nullcontext(), then))
+    return checkpoint(run, x, *weights.values(), use_reentrant=False, context_fn=lambda: (nullcontext(), snapshot))
 
 
 class _AsThen:
@@ -121,21 +117,21 @@ class _AsThen:
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.entered = block, False
-        self.state, self.statistics = self._look(), {name: value.clone() for name, value in block.named_buffers()}
+        self.state, self.statistics = self._modes(), {name: value.clone() for name, value in block.named_buffers()}
 
     def __enter__(self) -> None:
-        self.now, self.entered = self._look(), True
-        self._set(self.state)
+        self.now, self.entered = self._modes(), True
+        self._restore(self.state)
 
     def __exit__(self, *error: object) -> None:
-        self._set(self.now)
+        self._restore(self.now)
         self.entered = False
 
-    def _look(self) -> list[tuple[nn.Module, bool, str | None]]:
+    def _modes(self) -> list[tuple[nn.Module, bool, str | None]]:
         return [(m, m.training, m.branch if isinstance(m, DualBatchNorm2d) else None) for m in self.block.modules()]
 
     @staticmethod
-    def _set(state: list[tuple[nn.Module, bool, str | None]]) -> None:
+    def _restore(state: list[tuple[nn.Module, bool, str | None]]) -> None:
         for module, training, branch in state:
             module.training = training
             if isinstance(module, DualBatchNorm2d) and branch is not None:
@@ -146,12 +142,12 @@ def stages(
     block: Callable[[int, int, int], nn.Module], inputs: int, widths: Sequence[int], counts: Sequence[int]
 ) -> list[nn.Module]:
     """Return stages of ``counts[i]`` blocks ``block(inputs, widths[i], stride)``; from the second on, with stride 2."""
-    made: list[nn.Module] = []
+    sequence: list[nn.Module] = []
     for width, count in zip(widths, counts, strict=True):
-        first = block(inputs, width, 2 if made else 1)
-        made.append(nn.Sequential(first, *(block(width, width, 1) for _ in range(count - 1))))
+        first = block(inputs, width, 2 if sequence else 1)
+        sequence.append(nn.Sequential(first, *(block(width, width, 1) for _ in range(count - 1))))
         inputs = width
-    return made
+    return sequence
 
 
 def check_size(kind: str, size: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from advebm.core.errors import UserError
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -17,7 +19,6 @@ class SearchView(Protocol):
 
     def refresh(self) -> Callable[[Tensor], Tensor]:
         """Return the function (B, C, H, W) -> outputs, with the network's current weights and statistics."""
-        ...
 
 
 @contextmanager
@@ -37,7 +38,12 @@ def searching(
         view: a view of this model, refreshed and used in its place; None: the model itself.  Objectives get a view from
             training, as ``ctx.view``.  Views are for eval mode only: with ``training`` the model itself is used.
         training: use train mode, in which batch norm takes the batch's statistics (as FAST does), not the running ones.
+
+    Raises:
+        UserError: the model was made under ``torch.inference_mode()``.
     """
+    if any(p.is_inference() for p in model.parameters()):
+        raise UserError("the model was made under torch.inference_mode(), so it has no gradients; make it outside")
     modes = {m: m.training for m in model.modules()}
     norms = {m: m.track_running_stats for m in model.modules() if isinstance(m, _BatchNorm)}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -47,14 +53,15 @@ def searching(
             norm.track_running_stats = False  # in train mode: use the batch's statistics, update nothing
         for p in trainable:
             p.requires_grad_(False)
-        yield model if view is None or training else view.refresh()
+        with torch.inference_mode(False):
+            yield model if view is None or training else view.refresh()
     finally:
         for p in trainable:
             p.requires_grad_(True)
         for norm, tracked in norms.items():
             norm.track_running_stats = tracked
-        for m, was in modes.items():
-            m.training = was
+        for m, mode in modes.items():
+            m.training = mode
 
 
 @contextmanager
@@ -110,8 +117,8 @@ def fix_branch(model: Module, branch: str) -> Module:
     model = copy.deepcopy(model)
     for norm in model.modules():
         if isinstance(norm, DualBatchNorm2d):
-            for other in norm.branches.values():
-                other.load_state_dict(norm.branches[branch].state_dict())
+            for batch_norm in norm.branches.values():
+                batch_norm.load_state_dict(norm.branches[branch].state_dict())
     return model
 
 

@@ -25,7 +25,6 @@ class Backbone(Protocol):
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int | None]:
         """Return the module for ``size`` x ``size`` images, and its number of features; None: it returns logits."""
-        ...
 
 
 class Normalize(nn.Module):
@@ -79,9 +78,15 @@ class Network(nn.Module):
         with torch.autocast(x.device.type, self.precision):
             return self.head(self.features(x)).float()
 
+    @property
+    def foreign(self) -> bool:
+        """Return whether the backbone is somebody's own module, whose inputs and outputs are adapted to ours."""
+        return isinstance(self.head, nn.Identity)
+
     def features(self, x: Tensor) -> Tensor:
         """Return the input of the head, ``(B, W)``; for an encoder the representation before the projection."""
-        return self.backbone(self.normalise(x))
+        x = self.normalise(x)
+        return call_foreign(self.backbone, x) if self.foreign else self.backbone(x)
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """Return the outputs of the backbone's stages, ``(B, C_i, H_i, W_i)``, before a closing norm and the pooling.
@@ -94,6 +99,38 @@ class Network(nn.Module):
         return self.backbone.feature_maps(self.normalise(x))
 
 
+def call_foreign(module: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits (B, K) of a module that was not written for this package, in the type of ``x``.
+
+    Images are passed in the type of its weights and in the default memory layout.  Logits may be the output itself, its
+    attribute or entry ``logits``, the first of a tuple or list, or the only tensor of a mapping.
+
+    Raises:
+        UserError: logits cannot be found in the output.
+    """
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
+    out = module(x.contiguous().to(own))
+    return out.to(x.dtype) if isinstance(out, Tensor) else find_logits(out).to(x.dtype)
+
+
+def find_logits(out: Any) -> Tensor:
+    """Return the logits in what a module returned: in ``.logits``, ``["logits"]``, a tuple or the only tensor."""
+    inside = getattr(out, "logits", None)
+    if inside is None and isinstance(out, Mapping):
+        inside = out.get("logits")
+        tensors = [value for value in out.values() if isinstance(value, Tensor)]
+        inside = tensors[0] if inside is None and len(tensors) == 1 else inside
+    elif inside is None and isinstance(out, tuple | list) and out:
+        inside = out[0]
+    if not isinstance(inside, Tensor):
+        keys = f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
+        raise UserError(
+            f"the model returns a {type(out).__name__}{keys}, in which logits are not found; return a tensor (B, K) "
+            "or an object with logits"
+        )
+    return inside
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """All that is needed to build a network again, except its weights.
@@ -101,9 +138,10 @@ class Architecture:
     Attributes:
         backbone: the feature extractor.
         outputs: number of logits (the classes, or 1 for a critic), or the dimension of an encoder's g(x).
-        channels, size: of the square input images.
+        channels, size: channels and height of the images.
         mean, std: normalisation of each channel.
         hidden: width of an encoder's :class:`Projection`; None: a linear head.
+        width: width of the images; None: they are square.
     """
 
     backbone: Backbone
@@ -113,6 +151,12 @@ class Architecture:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     hidden: int | None = None
+    width: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of the images."""
+        return self.channels, self.size, self.width or self.size
 
     def __post_init__(self) -> None:
         if min(self.outputs, self.channels, self.size) < 1 or len(self.mean) != self.channels:
@@ -131,25 +175,25 @@ class Architecture:
             avoid_wrong_gradient(backbone)
             if width is None and self.hidden is not None:
                 raise UserError("an encoder takes a backbone with features, and this one has outputs of its own")
-            model = Network(Normalize(self.mean, self.std), backbone, self._head(width))
-            if width is None:
-                self._check(model)
+            model = Network(Normalize(self.mean, self.std), backbone, self._build_head(width))
+            if width is None or self.width is not None:
+                self._check_outputs(model)
             return model
 
-    def _head(self, width: int | None) -> nn.Module:
+    def _build_head(self, width: int | None) -> nn.Module:
         if width is None:
             return nn.Identity()
         if self.hidden is None:
             return nn.Linear(width, self.outputs)
         return Projection(width, self.hidden, self.outputs)
 
-    def _check(self, model: Network) -> None:
-        """Raise a UserError if a network without a separate head gives other than ``outputs`` logits on grey images."""
+    def _check_outputs(self, model: Network) -> None:
+        """Raise a UserError if the network gives other than ``outputs`` numbers on grey images."""
         try:
             with searching(model) as f, torch.no_grad():
-                got = tuple(f(torch.full((2, self.channels, self.size, self.size), 0.5)).shape)
+                got = tuple(f(torch.full((2, *self.shape), 0.5)).shape)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            shape = f"{self.channels} x {self.size} x {self.size}"
+            shape = " x ".join(map(str, self.shape))
             raise UserError(f"the network does not take images of {shape}: {' '.join(str(error).split())}") from None
         if got not in ((2, self.outputs), (2,) if self.outputs == 1 else ()):
             raise UserError(f"the network returns {got} for 2 images, there have to be {self.outputs} logits an image")
@@ -168,7 +212,7 @@ tags: [energy-based-model, adversarial-training]
 import advebm
 
 model = advebm.load("PATH OF THIS FOLDER")
-{example} images (B, {channels}, {size}, {size}) in [0, 1]
+{example} images (B, {channels}, {height}, {width}) in [0, 1]
 ```
 
 Backbone `{backbone}`, {parameters:,} parameters, {outputs} outputs. `config.json` holds the architecture and what is
@@ -196,17 +240,17 @@ def save(
     ``summary`` at its top and ``more`` at its end.  ``weights`` is the type in which matrices and filters are stored;
     None: as they are.  Biases, scales and statistics, which are few, always stay as they are.
     """
-    plain = config.describe(architecture)
+    description = config.describe(architecture)
     large = {name for name, p in model.named_parameters() if p.ndim > 1}
     for name, state in (("model", model.state_dict()), ("ema", ema)):
         if state is not None:
             tensors = {k: v.detach().clone().contiguous() for k, v in state.items()}
-            kept = {k: v.to(getattr(torch, weights)) if weights and k in large else v for k, v in tensors.items()}
-            if lost := [k for k in large if tensors[k].isfinite().all() and not kept[k].isfinite().all()]:
+            stored = {k: v.to(getattr(torch, weights)) if weights and k in large else v for k, v in tensors.items()}
+            if lost := [k for k in large if tensors[k].isfinite().all() and not stored[k].isfinite().all()]:
                 raise UserError(f"{lost[0]} is too large for {weights}; bfloat16 and float32 hold it")
-            files.write(folder / f"{name}.safetensors", safetensors.save(kept))
-    record = {"advebm": advebm.__version__, "architecture": plain, **(extra or {})}
-    files.write_json(folder / "config.json", record)
+            files.write(folder / f"{name}.safetensors", safetensors.save(stored))
+    configuration = {"advebm": advebm.__version__, "architecture": description, **(extra or {})}
+    files.write_json(folder / "config.json", configuration)
     example = "energy = advebm.energy(model, images)  # (B,), low on data;"
     if architecture.hidden is not None:
         example = "features, projection = model.features(images), model(images)  # (B, W) and g(x), (B, D);"
@@ -215,10 +259,13 @@ def save(
         title=title,
         summary=summary,
         more=more and f"\n{more}\n",
-        backbone=plain["backbone"]["kind"],
+        backbone=description["backbone"]["kind"],
         parameters=sum(p.numel() for p in model.parameters()),
         version=advebm.__version__,
-        **{k: plain[k] for k in ("channels", "size", "outputs")},
+        channels=architecture.channels,
+        height=architecture.shape[1],
+        width=architecture.shape[2],
+        outputs=architecture.outputs,
     )
     files.write(folder / "README.md", card)
 
@@ -262,15 +309,14 @@ def locate(where: str | Path) -> tuple[Path, bool]:
 
 
 def read_architecture(folder: Path, *, foreign: bool = False) -> Architecture:
-    """Read the architecture in the ``config.json`` of ``folder``."""
     path = folder / "config.json"
     try:
-        plain = json.loads(path.read_text())["architecture"]
+        description = json.loads(path.read_text())["architecture"]
     except FileNotFoundError:
         raise UserError(f"no model at {folder}: config.json is missing") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
-    return config.construct(Architecture, plain, where=str(path), foreign=foreign)
+    return config.construct(Architecture, description, where=str(path), foreign=foreign)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -295,18 +341,18 @@ def transfer(source: nn.Module, target: nn.Module) -> list[str]:
     Raises:
         UserError: something else differs; then nothing is copied.
     """
-    theirs, own = source.state_dict(), target.state_dict()
+    source_state, target_state = source.state_dict(), target.state_dict()
     colour = {1: "grey", 3: "colour"}
-    channels, wanted = (len(state["normalise.mean"].flatten()) for state in (own, theirs))
-    if channels != wanted:
+    channels, expected = (len(state["normalise.mean"].flatten()) for state in (target_state, source_state))
+    if channels != expected:
         raise UserError(
             f"the images have {channels} channels ({colour.get(channels, 'other')}), the weights belong to a network "
-            f"of {wanted} ({colour.get(wanted, 'other')}); --data.channels converts images where it is an option"
+            f"of {expected} ({colour.get(expected, 'other')}); --data.channels converts images where it is an option"
         )
-    fits = {name: v for name, v in theirs.items() if name in own and own[name].shape == v.shape}
-    different = sorted((theirs.keys() | own.keys()) - fits.keys())
+    fits = {name: v for name, v in source_state.items() if name in target_state and target_state[name].shape == v.shape}
+    different = sorted((source_state.keys() | target_state.keys()) - fits.keys())
     if others := [name for name in different if not name.startswith("head.")]:
         shown = ", ".join(others[:5]) + ", …" * (len(others) > 5)
         raise UserError(f"the weights belong to another network: {len(others)} entries differ ({shown})")
-    target.load_state_dict({**own, **fits})
+    target.load_state_dict({**target_state, **fits})
     return different

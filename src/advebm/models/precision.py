@@ -23,8 +23,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if not re.search("BF16|FP16|AMX|AVX10|DEFAULT|ALL", bound.upper()):
         return False
     if hasattr(torch.cpu, "get_capabilities"):
-        known: Mapping[str, Any] = torch.cpu.get_capabilities()
-        return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+        capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())  # older versions of torch
 
 

@@ -50,9 +50,9 @@ class Layout:
     def translate(self, name: str) -> str:
         """Return our name of an entry; unknown names are returned unchanged."""
         part, _, entry = name.rpartition(".")
-        if found := re.fullmatch(self.block, part):
-            if found[3] in self.parts:
-                return f"backbone.stages.{int(found[1]) - 1}.{found[2]}.{self.parts[found[3]]}.{entry}"
+        if match := re.fullmatch(self.block, part):
+            if match[3] in self.parts:
+                return f"backbone.stages.{int(match[1]) - 1}.{match[2]}.{self.parts[match[3]]}.{entry}"
         elif part in self.others:
             return f"{self.others[part]}.{entry}"
         return name
@@ -98,7 +98,7 @@ def read(path: Path) -> Weights:
     Raises:
         UserError: the file is missing or damaged, holds more than tensors, or has no state dict.
     """
-    *_, weights = _stripped(_state_dict(path))
+    *_, weights = _strip_prefixes(_read_state_dict(path))
     return weights
 
 
@@ -117,60 +117,58 @@ def load(model: Network, path: Path) -> list[str]:
             pre-activation network without closing norm, or whose shortcuts take the bare input, norms without running
             statistics, or a model whose activation is not ReLU.
     """
-    own, readings = model.state_dict(), list(_stripped(_state_dict(path)))
-    weights = next((w for w in readings if _wrapped(w, own)), readings[-1])
-    layout = _recognise(weights, own, path)
-    named, origin = _rename(weights, layout)
-    unused = [name for name in named if layout is WIDE and name.startswith("sub_block1.")]
+    expected, readings = model.state_dict(), list(_strip_prefixes(_read_state_dict(path)))
+    weights = next((w for w in readings if _is_wrapped(w, expected)), readings[-1])
+    layout = _recognise(weights, expected, path)
+    renamed, origin = _rename(weights, layout)
+    unused = [name for name in renamed if layout is WIDE and name.startswith("sub_block1.")]
     for name in unused:
-        del named[name]
-    _shape_constants(named, own, path)
-    if layout in PUBLIC and (why := _lacks(named)):
-        raise UserError(f"{path} has {layout.title}, but {why}")
-    fresh = _other_classes(named, own)
+        del renamed[name]
+    _shape_constants(renamed, expected, path)
+    if layout in PUBLIC and (reason := _find_missing_part(renamed)):
+        raise UserError(f"{path} has {layout.title}, but {reason}")
+    fresh = _find_other_head(renamed, expected)
     for name in fresh:
-        named.pop(name, None)
-    _check_fit({k: v for k, v in own.items() if k not in fresh}, named, origin, f"{path}, which has {layout.title},")
-    if layout in PUBLIC and (why := _differs(named, model, layout)):
-        raise UserError(f"{path} has {layout.title}, but {why}")
-    model.load_state_dict({**own, **named})
+        renamed.pop(name, None)
+    needed = {name: value for name, value in expected.items() if name not in fresh}
+    _check_fit(needed, renamed, origin, f"{path}, which has {layout.title},")
+    if layout in PUBLIC and (reason := _find_difference(renamed, model, layout)):
+        raise UserError(f"{path} has {layout.title}, but {reason}")
+    model.load_state_dict({**expected, **renamed})
     if unused:
         warnings.warn(f"{path}: left out {len(unused)} entries of sub_block1, which no output uses", stacklevel=2)
     return fresh
 
 
-def _state_dict(path: Path) -> Weights:
+def _read_state_dict(path: Path) -> Weights:
     """Return the tensors in a file, under the names used there."""
-    plain = _open(path)
-    while isinstance(plain, Mapping):
-        inside = next((plain[key] for key in CONTAINERS if isinstance(plain.get(key), Mapping)), None)
-        if inside is None:
+    content = _read_file(path)
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
             break
-        plain = inside
-    if not isinstance(plain, Mapping) or not plain:
-        kind = "an empty dict" if isinstance(plain, Mapping) else f"a {type(plain).__name__}"
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        kind = "an empty dict" if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise UserError(f"{path} holds no state_dict, but {kind}")
-    if other := [str(key) for key, value in plain.items() if not isinstance(value, Tensor)]:
-        raise UserError(f"{path} holds no state_dict: {_some(other)} are no tensors, nor one of {_some(CONTAINERS, 9)}")
-    return {str(name): value for name, value in plain.items() if name != "n_averaged"}
+    if extra := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
+        known = _join_names(CONTAINERS, 9)
+        raise UserError(f"{path} holds no state_dict: {_join_names(extra)} are no tensors, nor one of {known}")
+    return {str(name): value for name, value in content.items() if name != "n_averaged"}
 
 
-def _stripped(weights: Weights) -> Iterator[Weights]:
+def _strip_prefixes(weights: Weights) -> Iterator[Weights]:
     """Yield the weights, then again after each removal of a shared prefix; a second copy of the network is dropped."""
     yield weights
-    copies = set()
-    for name in weights:
-        if "attacker.model." in name:
-            twin = weights.get(name.replace("attacker.model.", "model."))
-            if twin is not None and torch.equal(twin, weights[name]):
-                copies.add(name)
+    twins = {n: weights.get(n.replace("attacker.model.", "model.")) for n in weights if "attacker.model." in n}
+    copies = {name for name, twin in twins.items() if twin is not None and torch.equal(twin, weights[name])}
     weights = {name: value for name, value in weights.items() if name not in copies}
-    while prefix := next((p for p in PREFIXES if _shared(p, weights)), None):
+    while prefix := next((p for p in PREFIXES if _is_shared(p, weights)), None):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
         yield weights
 
 
-def _open(path: Path) -> Any:
+def _read_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"no weights at {path}")
     try:
@@ -178,122 +176,120 @@ def _open(path: Path) -> Any:
             return safetensors.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
+        if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{path} holds {found[1]}, which only running code of the file could read; if you trust it, load it "
+                f"{path} holds {match[1]}, which only running code of the file could read; if you trust it, load it "
                 "where it comes from and save its state_dict alone"
             ) from None
         raise UserError(f"{path} is damaged or no torch checkpoint") from None
     except Exception as error:  # a damaged file can raise anything
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is damaged or cannot be read: {why}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged or cannot be read: {reason}") from None
 
 
-def _some(names: Iterable[str], count: int = 5) -> str:
+def _join_names(names: Iterable[str], count: int = 5) -> str:
     """Return the first few of a list, and how many there are, as text."""
     names = list(names)
     return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")
 
 
-def _constant(name: str) -> str | None:
+def _constant_of(name: str) -> str | None:
     """Return ``mean`` or ``std`` for the name of a normalisation constant, else None."""
     return CONSTANTS.get(name.rpartition(".")[2])
 
 
-def _shared(prefix: str, weights: Weights) -> bool:
-    rest = [name for name in weights if not _constant(name)]
-    return bool(rest) and all(name.startswith(prefix) for name in rest)
+def _is_shared(prefix: str, weights: Weights) -> bool:
+    names = [name for name in weights if not _constant_of(name)]
+    return bool(names) and all(name.startswith(prefix) for name in names)
 
 
-def _wrapped(weights: Weights, own: Weights) -> bool:
+def _is_wrapped(weights: Weights, expected: Weights) -> bool:
     """Return whether the names are those of the module inside a network."""
-    return all(f"backbone.{name}" in own for name in weights)
+    return all(f"backbone.{name}" in expected for name in weights)
 
 
-def _recognise(weights: Weights, own: Weights, path: Path) -> Layout:
+def _recognise(weights: Weights, expected: Weights, path: Path) -> Layout:
     """Return the layout, by names or, where two layouts share them, by the order of a block's norm and convolution."""
     if any(name.startswith(("backbone.", "head.")) for name in weights):
         return OURS
-    if _wrapped(weights, own):
+    if _is_wrapped(weights, expected):
         return WRAPPED
     if any(re.match(WIDE.block, name) for name in weights):
         return WIDE
     if any(re.match(LAYER, name) for name in weights):
         # a norm before its convolution has as many channels as the convolution has inputs
-        norms = {
-            name: value
-            for name, value in weights.items()
-            if re.fullmatch(r"layer\d+\.0\.bn1\.weight", name) and value.ndim
-        }
+        norms = {n: v for n, v in weights.items() if re.fullmatch(r"layer\d+\.0\.bn1\.weight", n) and v.ndim}
         convolutions = {name: weights.get(name.replace("bn1", "conv1")) for name in norms}
         before = any(c is not None and c.ndim and len(c) != len(norms[name]) for name, c in convolutions.items())
         return PREACT if before else RESNET
     if "init_conv.weight" in weights or "conv_2d.weight" in weights:
         raise UserError(f"{path} is a DeepMind network, whose strided convolutions pad one side only; none here does")
-    raise UserError(f"{path} has names that are not known: {_some(weights)}")
+    raise UserError(f"{path} has names that are not known: {_join_names(weights)}")
 
 
 def _rename(weights: Weights, layout: Layout) -> tuple[Weights, dict[str, str]]:
     """Return the entries under our names, and the original name of each; public layouts' constants are renamed, too."""
-    named: Weights = {}
+    renamed: Weights = {}
     origin: dict[str, str] = {}
     for name, value in weights.items():
         ours = f"backbone.{name}" if layout is WRAPPED else layout.translate(name)
-        if layout in PUBLIC and (constant := _constant(name)):
+        if layout in PUBLIC and (constant := _constant_of(name)):
             ours = f"normalise.{constant}"
-            if ours in named and torch.equal(named[ours].flatten(), value.flatten()):
+            if ours in renamed and torch.equal(renamed[ours].flatten(), value.flatten()):
                 continue
-        ours = name if ours in named else ours
-        named[ours], origin[ours] = value, name
-    return named, origin
+        ours = name if ours in renamed else ours
+        renamed[ours], origin[ours] = value, name
+    return renamed, origin
 
 
-def _shape_constants(named: Weights, own: Weights, path: Path) -> None:
+def _shape_constants(renamed: Weights, expected: Weights, path: Path) -> None:
     """Give the normalisation constants, one in all or one per channel, the shape of ours."""
-    given = [name for name in ("normalise.mean", "normalise.std") if name in named and name in own]
-    if len(given) == 1:
-        raise UserError(f"{path} has only one of the two constants of a normalisation, {given[0]}")
-    for name in given:
-        value, shape = named[name].flatten(), own[name].shape
+    constants = [name for name in ("normalise.mean", "normalise.std") if name in renamed and name in expected]
+    if len(constants) == 1:
+        raise UserError(f"{path} has only one of the two constants of a normalisation, {constants[0]}")
+    for name in constants:
+        value, shape = renamed[name].flatten(), expected[name].shape
         if value.numel() not in (1, shape[1]):
             raise UserError(f"{path} normalises {value.numel()} channels, the model's images have {shape[1]}")
         if not value.isfinite().all() or (name == "normalise.std" and not (value > 0).all()):
             raise UserError(f"{path} cannot normalise by {name.removeprefix('normalise.')} {value.tolist()}")
-        named[name] = value.view(1, -1, 1, 1).expand(shape)
+        renamed[name] = value.view(1, -1, 1, 1).expand(shape)
 
 
-def _other_classes(named: Weights, own: Weights) -> list[str]:
+def _find_other_head(renamed: Weights, expected: Weights) -> list[str]:
     """Return the head's names if it differs in its number of classes and in nothing else, else an empty list."""
-    theirs, ours = named.get("head.weight"), own.get("head.weight")
+    theirs, ours = renamed.get("head.weight"), expected.get("head.weight")
     if theirs is None or ours is None or len(theirs) == len(ours) or theirs.shape[1:] != ours.shape[1:]:
         return []
-    return sorted(name for name in own if name.startswith("head."))
+    return sorted(name for name in expected if name.startswith("head."))
 
 
-def _check_fit(own: Weights, named: Weights, origin: Mapping[str, str], what: str) -> None:
+def _check_fit(expected: Weights, renamed: Weights, origin: Mapping[str, str], what: str) -> None:
     """Raise a UserError unless names and shapes match, but for missing ``normalise.*`` and ``num_batches_tracked``."""
-    needed = [name for name in own if not name.startswith("normalise.") and not name.endswith("num_batches_tracked")]
-    missing = [name for name in needed if name not in named]
-    unexpected = [origin[name] for name in named if name not in own]
-    both = [name for name in named if name in own]
+    needed = [
+        name for name in expected if not name.startswith("normalise.") and not name.endswith("num_batches_tracked")
+    ]
+    missing = [name for name in needed if name not in renamed]
+    unexpected = [origin[name] for name in renamed if name not in expected]
+    common = [name for name in renamed if name in expected]
     shapes = [
-        f"{origin[name]} {tuple(named[name].shape)}, not {tuple(own[name].shape)}"
-        for name in both
-        if named[name].shape != own[name].shape
+        f"{origin[name]} {tuple(renamed[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in common
+        if renamed[name].shape != expected[name].shape
     ]
     lists = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if not any(lists.values()):
         return
-    wrong = "; ".join(f"{kind}: {_some(names)}" for kind, names in lists.items() if names)
-    theirs, ours = _options(named), _options(own)
+    wrong = "; ".join(f"{kind}: {_join_names(names)}" for kind, names in lists.items() if names)
+    theirs, ours = _describe_backbone(renamed), _describe_backbone(expected)
     fix = "" if theirs == ours else f"; likely fix: {theirs} (the model is {ours})"
-    matched = f"{len(both) - len(shapes)} of {len(named)} entries do"
+    matched = f"{len(common) - len(shapes)} of {len(renamed)} entries do"
     raise UserError(f"{what} does not fit the model: {matched}; {wrong}{fix}")
 
 
-def _options(weights: Weights) -> str:
+def _describe_backbone(weights: Weights) -> str:
     """Return the backbone that weights with our names belong to, as command-line options."""
-    places = {found.groups() for name in weights if (found := re.match(PLACE, name))}
+    places = {match.groups() for name in weights if (match := re.match(PLACE, name))}
     counts = tuple(count for _, count in sorted(Counter(stage for stage, _ in places).items()))
     first = "backbone.stages.0.0."
     if (inner := weights.get(first + "residual.0.weight")) is None or not inner.ndim:
@@ -308,10 +304,10 @@ def _options(weights: Weights) -> str:
         kind = f"wide-resnet --backbone.depth {6 * counts[0] + 4} --backbone.widen {width // 16}"
     else:
         return f"a backbone of {', '.join(map(str, counts))} blocks, which there is not here"
-    return f"--backbone {kind} --backbone.norm {_norm(weights)}"
+    return f"--backbone {kind} --backbone.norm {_norm_kind(weights)}"
 
 
-def _norm(weights: Weights) -> str:
+def _norm_kind(weights: Weights) -> str:
     """Return the kind of the norms, judged by the names."""
     if any(".branches." in name for name in weights):
         return "dual"
@@ -320,24 +316,24 @@ def _norm(weights: Weights) -> str:
     return "group" if "backbone.stages.0.0.residual.1.weight" in weights else "none"
 
 
-def _lacks(named: Weights) -> str | None:
+def _find_missing_part(renamed: Weights) -> str | None:
     """Return what keeps a network with foreign names from being one of ours, or None."""
-    if "backbone.stem.weight" in named and not any(name.startswith("backbone.closing.") for name in named):
+    if "backbone.stem.weight" in renamed and not any(name.startswith("backbone.closing.") for name in renamed):
         return "no norm after the last block: it pools what the blocks add up to, ours a norm and an activation of it"
-    if "head.weight" in named and "head.bias" not in named:
+    if "head.weight" in renamed and "head.bias" not in renamed:
         return "no biases in its head: such heads take normalised features, ours takes them as they are"
-    if _norm(named) in ("group", "none"):
+    if _norm_kind(renamed) in ("group", "none"):
         return "no running statistics of batch norm: what its norms do instead is not in the file"
     return None
 
 
-def _differs(named: Weights, model: nn.Module, layout: Layout) -> str | None:
+def _find_difference(renamed: Weights, model: nn.Module, layout: Layout) -> str | None:
     """Return how a network that fits by names and shapes computes another function, or None."""
     kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.ReLU | nn.SiLU | nn.LeakyReLU)}
     if kinds != {"ReLU"}:
         theirs, ours = "such networks compute with ReLU", ", ".join(sorted(kinds))
         return f"{theirs}, the model with {ours}; likely fix: --backbone.activation relu"
-    if layout is PREACT and _bare_shortcuts(named):
+    if layout is PREACT and _has_bare_shortcuts(renamed):
         return (
             "by its running means its shortcuts take a block's bare input, as in some code bases; "
             "ours take the activated input, as in He et al. (2016b)"
@@ -345,7 +341,7 @@ def _differs(named: Weights, model: nn.Module, layout: Layout) -> str | None:
     return None
 
 
-def _bare_shortcuts(w: Weights) -> bool:
+def _has_bare_shortcuts(w: Weights) -> bool:
     """Return whether running means show that shortcuts take a block's bare input, not its activated input.
 
     Both kinds have the same names and shapes.  But the running mean of the norm after a block is the mean of its
@@ -353,8 +349,7 @@ def _bare_shortcuts(w: Weights) -> bool:
     predicted as if the norm's output were normal.  In a trained network the errors of the two kinds differ by an order
     of magnitude; the factor of 3 spares a network whose statistics have hardly changed, which tell nothing.
     """
-    found = filter(None, (re.match(PLACE, name) for name in w))
-    places = sorted({(int(place[1]), int(place[2])) for place in found})
+    places = sorted({(int(match[1]), int(match[2])) for name in w if (match := re.match(PLACE, name))})
     blocks = [f"backbone.stages.{stage}.{index}." for stage, index in places]
     after = [*(f"{block}opening.0" for block in blocks[1:]), "backbone.closing.0"]
     bare = activated = 0.0
@@ -363,10 +358,11 @@ def _bare_shortcuts(w: Weights) -> bool:
             continue
         matrix, mean = shortcut.double()[:, :, 0, 0], w[f"{block}opening.0.running_mean"].double()
         residual = w[f"{block}residual.3.weight"].double().sum((2, 3)) @ _mean_activation(w, f"{block}residual.1")
-        wanted = w[f"{following}.running_mean"].double() - residual
+        shortcut_mean = w[f"{following}.running_mean"].double() - residual
         scale = w[f"{following}.running_var"].double()
-        bare += ((wanted - matrix @ mean).square() / scale).mean().item()
-        activated += ((wanted - matrix @ _mean_activation(w, f"{block}opening.0")).square() / scale).mean().item()
+        bare += ((shortcut_mean - matrix @ mean).square() / scale).mean().item()
+        activated_mean = matrix @ _mean_activation(w, f"{block}opening.0")
+        activated += ((shortcut_mean - activated_mean).square() / scale).mean().item()
     return 3 * bare < activated
 
 

@@ -22,9 +22,8 @@ class Down(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, act: Callable[[], nn.Module]) -> None:
         super().__init__()
-        half = lambda: nn.AvgPool2d(2)
         self.residual = nn.Sequential(
-            act(), conv2d(inputs, inputs, 3, 1, "none"), half(), act(), conv2d(inputs, outputs, 3, 1, "none")
+            act(), conv2d(inputs, inputs, 3, 1, "none"), nn.AvgPool2d(2), act(), conv2d(inputs, outputs, 3, 1, "none")
         )
         self.shortcut = nn.Identity() if inputs == outputs else conv2d(inputs, outputs, 1, 1, "batch")
 

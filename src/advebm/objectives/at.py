@@ -45,9 +45,8 @@ class AT(Stateless):
         check_choices(self)
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
-        attack = self.inner()
         with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
-            return attack.raise_loss(f, batch.x, batch.y, ctx.generator)
+            return self.inner().raise_loss(f, batch.x, batch.y, ctx.generator)
 
     def inner(self) -> Attack:
         """Return the attack that :meth:`search` runs; subclasses override it to set a default step size."""

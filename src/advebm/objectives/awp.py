@@ -57,12 +57,11 @@ class AWP(Wrapper):
     def __post_init__(self) -> None:
         if not self.gamma >= 0 or self.warmup < 0:
             raise UserError(f"gamma and warmup must be >= 0, got {self.gamma} and {self.warmup}")
+        name = type(self.objective).__name__
         if self.objective.hidden is not None:
-            raise UserError(
-                f"awp goes around an objective of classifiers or critics, not {type(self.objective).__name__}"
-            )
+            raise UserError(f"awp goes around an objective of classifiers or critics, not {name}")
         if self.objective.replays != 1:
-            raise UserError(f"awp goes around an objective without replays, not {type(self.objective).__name__}")
+            raise UserError(f"awp goes around an objective without replays, not {name}")
 
     def inner(self, batch: Batch, found: AWPResult) -> tuple[Batch, Any]:
         return batch, found.inner
@@ -86,5 +85,5 @@ class AWP(Wrapper):
 
     def loss(self, model: nn.Module, batch: Batch, found: AWPResult, state: Any, ctx: Context) -> Loss:
         """Return the inner loss at the weights w + v; its gradient flows to w."""
-        moved = {name: p + found.moves[name] for name, p in model.named_parameters() if name in found.moves}
-        return _Loss(model, self.objective).at(moved, batch, found.inner, state, ctx)
+        perturbed = {name: p + found.moves[name] for name, p in model.named_parameters() if name in found.moves}
+        return _Loss(model, self.objective).at(perturbed, batch, found.inner, state, ctx)

@@ -53,22 +53,18 @@ class Objective(Protocol):
     @property
     def needs(self) -> frozenset[str]:
         """The parts that a batch must have, out of ``labels``, ``view``, ``outside`` and ``extra``."""
-        ...
 
     @property
     def outputs(self) -> int | None:
         """Number of outputs of the network: 1 for a critic, D for an encoder; None: one logit per class."""
-        ...
 
     @property
     def hidden(self) -> int | None:
         """Hidden width of the projection head of an encoder; None: the objective does not train an encoder."""
-        ...
 
     @property
     def replays(self) -> int:
         """Number of optimiser steps on each batch: 1, or m for "free" training."""
-        ...
 
     @property
     def validate(self) -> Validation | None:
@@ -76,34 +72,27 @@ class Objective(Protocol):
 
         None: the training loop scores a classifier or critic itself; an encoder is not validated.
         """
-        ...
 
     def check(self, images: int, threat: Attack) -> None:
         """Raise UserError if the number of training images or the threat is unsuitable; called before any output."""
-        ...
 
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
         """Return a stream's state: None, or an object with ``state_dict`` and ``load_state_dict``.
 
         ``like`` has the shape of the stream's images in a step, (B, C, H, W).
         """
-        ...
 
     def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> Any:
         """Run the inner loops, and return their result for :meth:`loss`.  Leaves the network unchanged."""
-        ...
 
     def loss(self, model: nn.Module, batch: Batch, found: Any, state: Any, ctx: Context) -> Loss:
         """Return the loss at the result of the search."""
-        ...
 
     def after(self, model: nn.Module, batch: Batch, found: Any, state: Any, loss: Loss, ctx: Context) -> None:
         """Update the state, once the optimiser has updated the weights."""
-        ...
 
     def adversarial(self, batch: Batch, found: Any) -> Tensor | None:
         """Return the attacked images (B, C, H, W) in the order of the batch, for monitoring; None: there are none."""
-        ...
 
 
 def r1(energy: Energy, x: Tensor) -> Tensor:

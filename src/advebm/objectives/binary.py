@@ -94,22 +94,26 @@ class BinaryAT(Stateless):
     def loss(self, model: nn.Module, batch: Batch, found: BinaryResult, state: CurriculumState, ctx: Context) -> Loss:
         """Return :meth:`contrast` plus the weighted R1 penalty, which takes a double backward pass."""
         with freeze_batch_norms(model):
-            together = energies.binary(model(torch.cat([found.inside, found.outside])))
-            data, negatives = together.split([len(found.inside), len(found.outside)])
+            both_sets = energies.binary(model(torch.cat([found.inside, found.outside])))
+            data, negatives = both_sets.split([len(found.inside), len(found.outside)])
             total = self.contrast(data, negatives)
             terms = {"loss": total.detach()}
             if self.r1:
-                critic: Energy = lambda x: energies.binary(model(x))
-                penalty = r1(critic, found.inside if self.r1_at == "perturbed" else batch.x)
+                x = found.inside if self.r1_at == "perturbed" else batch.x
+                penalty = r1(lambda z: energies.binary(model(z)), x)
                 total = total + self.r1 * penalty
                 terms = {"loss": total.detach(), "r1": penalty.detach()}
+        steps = found.move.new_tensor(found.steps)
         with torch.no_grad():
-            terms |= {"energy_data": data.mean(), "energy_negative": negatives.mean()}
-            terms["accuracy"] = ((data < 0).double().mean() + (negatives > 0).double().mean()) / 2
-            terms["auroc"] = auroc(data, negatives)
-            terms["move"] = found.move.mean()
-            terms["steps"] = found.move.new_tensor(found.steps)
-            terms["reach"] = self.step_size * terms["steps"]
+            terms |= {
+                "energy_data": data.mean(),
+                "energy_negative": negatives.mean(),
+                "accuracy": ((data < 0).double().mean() + (negatives > 0).double().mean()) / 2,
+                "auroc": auroc(data, negatives),
+                "move": found.move.mean(),
+                "steps": steps,
+                "reach": self.step_size * steps,
+            }
         return Loss(total, terms)
 
     def contrast(self, data: Tensor, negatives: Tensor) -> Tensor:

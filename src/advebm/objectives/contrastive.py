@@ -28,11 +28,6 @@ Gather = Callable[[Tensor], Tensor]  # rows of this process -> rows of all proce
 MAX_VALIDATION_GROUP = 500  # largest number of images contrasted with one another in validation
 
 
-def without_gathering(rows: Tensor) -> Tensor:
-    """Return the rows unchanged: the ``gather`` of a single process."""
-    return rows
-
-
 class Views(NamedTuple):
     """Two augmentations of the same images, (B, C, H, W) each, clean or attacked."""
 
@@ -82,11 +77,9 @@ class Queue:
         self.next, self.filled, self.fresh = (self.next + count) % size, min(self.filled + count, size), None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the stored encodings and positions for a checkpoint, without ``fresh``."""
         return {"rows": self.rows.cpu(), "next": self.next, "filled": self.filled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, with no ``fresh`` encodings."""
         self.rows, self.next, self.filled, self.fresh = state["rows"], state["next"], state["filled"], None
 
 
@@ -131,9 +124,8 @@ class InfoNCE:
 
     def check(self, images: int, threat: Attack) -> None:
         """Raise UserError for a queue larger than the training split, or a threat with restarts."""
-        if self.negatives.queue > images:
-            wanted = self.negatives.queue
-            raise UserError(f"negatives.queue is {wanted}, but there are {images} training images; lower it")
+        if (size := self.negatives.queue) > images:
+            raise UserError(f"negatives.queue is {size}, but there are {images} training images; lower it")
         if threat.restarts != 1:
             raise UserError(
                 f"threat.restarts is 1 in the training of an encoder, got {threat.restarts}: the loss of an image "
@@ -146,14 +138,12 @@ class InfoNCE:
         Raises:
             UserError: the stream has fewer than 2 images in a step, or more than the queue holds.
         """
-        if len(like) < 2:
+        if (count := len(like)) < 2:
             raise UserError("an image is told apart from others of its stream, which has 1; raise train.batch")
         if not (size := self.negatives.queue):
             return None
-        if size < len(like):
-            raise UserError(
-                f"a queue of {size} is smaller than the {len(like)} images of a step; raise negatives.queue"
-            )
+        if size < count:
+            raise UserError(f"a queue of {size} is smaller than the {count} images of a step; raise negatives.queue")
         return Queue(size, self.outputs)
 
     def search(self, model: nn.Module, batch: Batch, state: Queue | None, ctx: Context) -> Views:
@@ -194,29 +184,29 @@ class InfoNCE:
         """Return the mean loss of ``anchors``, contrasted with the references of all processes and the queue."""
         candidates = with_queue(ctx.gather(references), state)
         total = self.per_anchor_loss(anchors, candidates).mean()
-        right = self.positive_is_nearest(anchors.detach(), candidates.detach()).float().mean()
-        return Loss(total, {"loss": total.detach(), "contrastive_accuracy": right})
+        accuracy = self.positive_is_nearest(anchors.detach(), candidates.detach()).float().mean()
+        return Loss(total, {"loss": total.detach(), "contrastive_accuracy": accuracy})
 
     def per_anchor_loss(self, anchors: Tensor, candidates: Tensor) -> Tensor:
         """Return the loss of each anchor, (N,), nats; the first candidates are this process's references."""
-        form = energies.nt_xent if self.form == "nt-xent" else energies.in_batch
+        loss = energies.nt_xent if self.form == "nt-xent" else energies.in_batch
         hardness = self.negatives.hardness
-        return form(anchors, candidates, hardness=hardness, temperature=self.temperature, cosine=self.cosine)
+        return loss(anchors, candidates, hardness=hardness, temperature=self.temperature, cosine=self.cosine)
 
     def positive_is_nearest(self, anchors: Tensor, candidates: Tensor) -> Tensor:
         """Return whether each anchor's positive is the most similar of its candidates, bool (N,)."""
-        scores, own = self.similarities(anchors, candidates), torch.arange(len(anchors), device=anchors.device)
+        scores, positive = self.similarities(anchors, candidates), torch.arange(len(anchors), device=anchors.device)
         if self.form == "nt-xent":
-            scores[own, own] = -torch.inf
-            own = own.roll(len(own) // 2)
-        return scores.argmax(1) == own
+            scores.fill_diagonal_(-torch.inf)
+            positive = positive.roll(len(positive) // 2)
+        return scores.argmax(1) == positive
 
     def similarities(self, z: Tensor, references: Tensor) -> Tensor:
         """Return ``f(x_i, z_k)``, (N, M)."""
         return energies.similarities(z, references, temperature=self.temperature, cosine=self.cosine)
 
     def negative_loss(
-        self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = without_gathering
+        self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = lambda rows: rows
     ) -> Energy:
         """Return the energy that an attack lowers: minus the loss of each anchor, CEM eq. 11.
 
@@ -244,21 +234,20 @@ class InfoNCE:
         Images are contrasted within parts of at most 500, of about equal size.  Keys are ``val/loss`` and
         ``val/contrastive_accuracy``; under the threat ``val/robust_loss`` and ``val/robust_contrastive_accuracy``.
         """
-        images, found = views(batch), dict[str, list[Tensor]]()
+        images, results = views(batch), dict[str, list[Tensor]]()
         parts = math.ceil(len(images.x) / MAX_VALIDATION_GROUP)
         for clean in map(Views, images.x.tensor_split(parts), images.view.tensor_split(parts)):
             with searching(model) as f:
                 with using(model, self.branch):
-                    attacked = self.moved(
-                        clean, threat.minimize(self.negative_loss(f, clean), self.moving(clean), generator)
-                    )
+                    x_adv = threat.minimize(self.negative_loss(f, clean), self.moving(clean), generator)
+                attacked = self.moved(clean, x_adv)
                 for name, pair, branch in (("", clean, "clean"), ("robust_", attacked, self.branch)):
                     with using(model, branch), torch.no_grad():
                         anchors, references = self.encode(f, pair)
-                    right = self.positive_is_nearest(anchors, references).double()
-                    found.setdefault(f"val/{name}contrastive_accuracy", []).append(right)
-                    found.setdefault(f"val/{name}loss", []).append(self.per_anchor_loss(anchors, references))
-        return {name: torch.cat(values).mean().item() for name, values in found.items()}
+                    correct = self.positive_is_nearest(anchors, references).double()
+                    results.setdefault(f"val/{name}contrastive_accuracy", []).append(correct)
+                    results.setdefault(f"val/{name}loss", []).append(self.per_anchor_loss(anchors, references))
+        return {name: torch.cat(values).mean().item() for name, values in results.items()}
 
 
 @dataclass(frozen=True)
@@ -293,25 +282,26 @@ class AdversarialInfoNCE(InfoNCE):
             raise UserError("attack.restarts is 1 here, as the loss of an image depends on the others of its batch")
 
     def search(self, model: nn.Module, batch: Batch, state: Queue | None, ctx: Context) -> Views:
-        """Return the views after the attack, or after Langevin dynamics."""
         images = views(batch)
+        x = self.moving(images)
         with searching(model, view=ctx.view) as f, using(model, self.branch):
             if self.langevin is None:
-                found = self.attack.minimize(
-                    self.negative_loss(f, images, state, ctx.gather), self.moving(images), ctx.generator
-                )
+                energy = self.negative_loss(f, images, state, ctx.gather)
+                x_adv = self.attack.minimize(energy, x, ctx.generator)
             else:
-                drift = self.langevin_energy(f, images, state, ctx.gather)
-                found = self._run_langevin(drift, self.moving(images), self.langevin, ctx.generator)
-        return self.moved(images, found)
+                energy = self.langevin_energy(f, images, state, ctx.gather)
+                descent = replace(self.attack.descent(), noise=self.langevin)
+                start = self.attack.begin(x, ctx.generator)
+                x_adv = descent(energy, start, origin=x, generator=ctx.generator)
+        return self.moved(images, x_adv)
 
     def langevin_energy(
-        self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = without_gathering
+        self, f: Logits, images: Views, state: Queue | None = None, gather: Gather = lambda rows: rows
     ) -> Energy:
         """Return ``-log Σ_k exp f(x, z_k)``, which eq. 10 descends; z_k are fixed encodings of the other views."""
         with torch.no_grad():
-            others = (images.view, images.x) if self.form == "nt-xent" else (images.view,)
-            references = [with_queue(gather(f(other)), state) for other in others]
+            other_views = (images.view, images.x) if self.form == "nt-xent" else (images.view,)
+            references = [with_queue(gather(f(view)), state) for view in other_views]
 
         def energy(x: Tensor) -> Tensor:
             pairs = zip(f(x).chunk(len(references)), references, strict=True)
@@ -319,34 +309,30 @@ class AdversarialInfoNCE(InfoNCE):
 
         return energy
 
-    def _run_langevin(self, energy: Energy, x: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-        descent = replace(self.attack.descent(), noise=noise)
-        return descent(energy, self.attack.begin(x, generator), origin=x, generator=generator)
-
     def loss(self, model: nn.Module, batch: Batch, found: Views, state: Queue | None, ctx: Context) -> Loss:
         """Return the loss at the attacked views (ACL: its mean with the loss at clean views), plus consistency."""
         with using(model, self.branch):
-            moved, references = self.encode(model, found, state)
-        total, terms = self.contrast(moved, references, state, ctx)
+            attacked, references = self.encode(model, found, state)
+        total, terms = self.contrast(attacked, references, state, ctx)
         if self.halves or self.consistency:
             with using(model, "clean"):
-                anchors, references = self.encode(model, views(batch))  # without ``state``: these do not join the queue
+                clean, references = self.encode(model, views(batch))  # without ``state``: these do not join the queue
         if self.halves:
-            clean, seen = self.contrast(anchors, references, state, ctx)
-            terms = {"adversarial_loss": total.detach(), "clean_loss": clean.detach(), **terms}
-            terms["clean_contrastive_accuracy"] = seen["contrastive_accuracy"]
-            total = (total + clean) / 2
+            clean_total, clean_terms = self.contrast(clean, references, state, ctx)
+            terms = {"adversarial_loss": total.detach(), "clean_loss": clean_total.detach(), **terms}
+            terms["clean_contrastive_accuracy"] = clean_terms["contrastive_accuracy"]
+            total = (total + clean_total) / 2
         if self.consistency:
-            gap = self.gap(anchors, moved, references, ctx.gather)
+            gap = self.gap(clean, attacked, references, ctx.gather)
             total, terms = total + self.consistency * gap, {**terms, "consistency": gap.detach()}
         return Loss(total, {**terms, "loss": total.detach()})
 
-    def gap(self, clean: Tensor, moved: Tensor, references: Tensor, gather: Gather = without_gathering) -> Tensor:
+    def gap(self, clean: Tensor, moved: Tensor, references: Tensor, gather: Gather = lambda rows: rows) -> Tensor:
         """Return mean ``KL(p(k|x) ‖ p(k|x̂))``; z_k are clean encodings of the other views, without gradient."""
         count = 2 if self.form == "nt-xent" else 1
-        others = [gather(part) for part in reversed(references.detach().chunk(count))]
-        sides = zip(clean.chunk(count), moved.chunk(count), others, strict=True)
-        log_p = [[log_softmax(self.similarities(z, other), 1) for z in (a, b)] for a, b, other in sides]
+        candidates = [gather(part) for part in reversed(references.detach().chunk(count))]
+        sides = zip(clean.chunk(count), moved.chunk(count), candidates, strict=True)
+        log_p = [[log_softmax(self.similarities(z, z_k), 1) for z in (a, b)] for a, b, z_k in sides]
         return torch.cat([divergence(*pair) for pair in log_p]).mean()
 
 

@@ -69,9 +69,8 @@ class Curriculum:
         if self.gate is not None and not 0 <= self.gate < 1:
             raise UserError(f"gate is an AUROC in [0, 1) or none, got {self.gate}")
         if self.window < 1 or (self.images_per_step is not None and self.images_per_step < 1):
-            raise UserError(
-                f"window and images_per_step must be at least 1 image, got {self.window} and {self.images_per_step}"
-            )
+            got = f"{self.window} and {self.images_per_step}"
+            raise UserError(f"window and images_per_step must be at least 1 image, got {got}")
 
     def init(self) -> CurriculumState:
         return CurriculumState(self.start, self.steps)

@@ -69,28 +69,28 @@ class DAT(Stateless):
         self.curriculum.advance(state, ctx.images)
         descent = Descent(state.steps, self.step_size, unit, box())
         with searching(model, view=ctx.view) as f:
-            moved = self.attack.raise_loss(f, batch.x, batch.y, ctx.generator)
-            return DATResult(moved, descent(lambda x: self._energy(f(x), batch.y), batch.outside))
+            x_adv = self.attack.raise_loss(f, batch.x, batch.y, ctx.generator)
+            return DATResult(x_adv, descent(lambda x: self._energy(f(x), batch.y), batch.outside))
 
     def loss(self, model: nn.Module, batch: Batch, found: DATResult, state: CurriculumState, ctx: Context) -> Loss:
         """Return the sum of both terms, plus the weighted R1 penalty, which takes a double backward pass."""
         assert batch.view is not None
         with freeze_batch_norms(model):
-            every = torch.cat([found.moved, batch.view, found.contrast])
-            classified, data, contrast = model(every).split(len(batch.y))
+            x = torch.cat([found.moved, batch.view, found.contrast])
+            logits, data, contrast = model(x).split(len(batch.y))
             penalty = r1(lambda x: energies.marginal(model(x)), batch.view) if self.r1 else None
         real, fake = energies.marginal(data), energies.marginal(contrast)
         binary = energies.logistic(real, fake) / 2
-        total = energies.conditional(classified, batch.y).mean() + binary
+        total = energies.conditional(logits, batch.y).mean() + binary
         terms = {"binary": binary.detach()}
         if penalty is not None:
             total, terms["r1"] = total + self.r1 * penalty, penalty.detach()
         with torch.no_grad():
             terms |= {
                 "loss": total.detach(),
-                "accuracy": (classified.argmax(1) == batch.y).float().mean(),
-                "energy_joint": energies.joint(classified, batch.y).mean(),
-                "energy_marginal": energies.marginal(classified).mean(),
+                "accuracy": (logits.argmax(1) == batch.y).float().mean(),
+                "energy_joint": energies.joint(logits, batch.y).mean(),
+                "energy_marginal": energies.marginal(logits).mean(),
                 "energy_data": real.mean(),
                 "energy_negative": fake.mean(),
                 "auroc": auroc(self._energy(data, batch.y), self._energy(contrast, batch.y)),

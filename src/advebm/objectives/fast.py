@@ -70,9 +70,9 @@ class FAST(AT):
             return
         pgd = replace(self.attack, steps=5, step_size=self.attack.eps / 4)
         with searching(model) as f:
-            moved = pgd.raise_loss(f, batch.x, batch.y, ctx.generator)
+            x_adv = pgd.raise_loss(f, batch.x, batch.y, ctx.generator)
             with torch.no_grad():
-                accuracy = ctx.mean((f(moved).argmax(1) == batch.y).float().mean()).item()
+                accuracy = ctx.mean((f(x_adv).argmax(1) == batch.y).float().mean()).item()
         previous, state.images, state.accuracy = state.accuracy, ctx.images, accuracy
         if previous - accuracy > self.fall:
             raise EarlyStop(

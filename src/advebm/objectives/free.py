@@ -22,11 +22,9 @@ class Perturbation:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a checkpoint's perturbations; raise UserError if their shape differs."""
-        if state["delta"].shape != self.delta.shape:
-            raise UserError(
-                f"the checkpoint's perturbations are {tuple(state['delta'].shape)}, this run's "
-                f"{tuple(self.delta.shape)}; was the batch changed?"
-            )
+        old, new = tuple(state["delta"].shape), tuple(self.delta.shape)
+        if old != new:
+            raise UserError(f"the checkpoint's perturbations are {old}, this run's {new}; was the batch changed?")
         self.delta = state["delta"].to(self.delta)
 
 
@@ -75,7 +73,6 @@ class FREE(Stateless):
     def after(
         self, model: nn.Module, batch: Batch, found: Tensor, state: Perturbation, loss: Loss, ctx: Context
     ) -> None:
-        """Update δ in the direction that raises the loss, with the gradient from the backward pass."""
         assert found.grad is not None
         step = self.eps if self.step_size is None else self.step_size
         state.delta = (found.detach() + step * found.grad.sign()).clamp(-self.eps, self.eps)

@@ -44,26 +44,25 @@ class GAT(Stateless):
     cites: ClassVar[tuple[str, ...]] = ("yin2020gat",)
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> GATResult:
-        """Draw another class for each image, and move the image towards it."""
         with searching(model, view=ctx.view) as f:
             with torch.no_grad():
                 classes = f(batch.x[:1]).shape[1]
             shift = torch.randint(1, classes, batch.y.shape, generator=ctx.generator, device=batch.y.device)
             target = (batch.y + shift) % classes
-            moved = self.attack.minimize(lambda x: energies.joint(f(x), target), batch.x, ctx.generator)
-        return GATResult(moved, target)
+            x_adv = self.attack.minimize(lambda x: energies.joint(f(x), target), batch.x, ctx.generator)
+        return GATResult(x_adv, target)
 
     def loss(self, model: nn.Module, batch: Batch, found: GATResult, state: None, ctx: Context) -> Loss:
         with freeze_batch_norms(model):
-            clean, moved = model(torch.cat([batch.x, found.moved])).split(len(batch.y))
-        own, other = energies.joint(clean, batch.y), energies.joint(moved, found.target)
-        total = energies.logistic(own, other) / 2
+            clean, adversarial = model(torch.cat([batch.x, found.moved])).split(len(batch.y))
+        positive, negative = energies.joint(clean, batch.y), energies.joint(adversarial, found.target)
+        total = energies.logistic(positive, negative) / 2
         with torch.no_grad():
             terms = {
                 "loss": total.detach(),
                 "accuracy": (clean.argmax(1) == batch.y).float().mean(),
-                "energy_joint": own.mean(),
-                "energy_negative": other.mean(),
-                "auroc": auroc(own, other),
+                "energy_joint": positive.mean(),
+                "energy_negative": negative.mean(),
+                "auroc": auroc(positive, negative),
             }
-        return Loss(total, {name: term.detach() for name, term in terms.items()})
+        return Loss(total, terms)

@@ -50,7 +50,6 @@ class SGLD:
             raise UserError(f"step_size must be > 0 and noise >= 0, got {self.step_size} and {self.noise}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> ReplayBuffer | None:
-        """Return a replay buffer of uniform noise, or None without a buffer."""
         if not self.buffer:
             return None
         if self.buffer < len(like):
@@ -112,20 +111,13 @@ class _Sampled(Stateless):
         return self.negatives.init(like, generator)
 
     def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> ChainResult:
-        """Add noise to the data, and draw negatives with the network in eval mode."""
         positive = batch.x + self.data_noise * randn(batch.x, ctx.generator) if self.data_noise else batch.x
         with searching(model, view=ctx.view) as f:
             slots, negative = self.negatives(lambda x: energies.marginal(f(x)), batch.x, state, ctx.generator)
         return ChainResult(positive, negative, slots)
 
     def after(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        found: ChainResult,
-        state: ReplayBuffer | None,
-        loss: Loss,
-        ctx: Context,
+        self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, loss: Loss, ctx: Context
     ) -> None:
         if state is not None and found.slots is not None:
             state.put(found.slots, found.negative)
@@ -147,7 +139,6 @@ class MLE(_Sampled):
     def loss(
         self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
     ) -> Loss:
-        """Return the difference of mean energies, plus the penalty on their squares."""
         positive, negative = (energies.marginal(model(x)) for x in (found.positive, found.negative))
         total, terms = contrast(positive, negative, self.energy_l2)
         return Loss(total, {"loss": total.detach(), **terms})
@@ -209,11 +200,11 @@ class JEAT(_Sampled):
 
     def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> ChainResult:
         """Return adversarial images of the (noisy) data, clamped to [0, 1] before the attack, and negatives."""
-        found = super().search(model, batch, state, ctx)
+        chains = super().search(model, batch, state, ctx)
         attack = with_step(self.attack, 1.0)
         with searching(model, view=ctx.view) as f:
-            moved = attack.raise_loss(f, found.positive.clamp(0, 1), batch.y, ctx.generator)
-        return found._replace(positive=moved, adversarial=moved)
+            x_adv = attack.raise_loss(f, chains.positive.clamp(0, 1), batch.y, ctx.generator)
+        return chains._replace(positive=x_adv, adversarial=x_adv)
 
     def loss(
         self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context

@@ -104,7 +104,6 @@ class RATIO(Stateless):
             raise UserError(f"weight must be >= 0, got {self.weight}")
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Pair:
-        """Return adversarial images of the data, and outside images moved to high confidence."""
         assert batch.outside is not None
         with searching(model, view=ctx.view) as f:
             inside = self.attack.raise_loss(f, batch.x, batch.y, ctx.generator)

@@ -47,7 +47,7 @@ class RST(Wrapper):
     def init(self, like: Tensor, generator: torch.Generator) -> Any:
         """Return the inner objective's state for joint batches; UserError if the images do not fit the teacher."""
         try:
-            with searching(_teacher(self.teacher)) as f, torch.no_grad():
+            with searching(_load_teacher(self.teacher)) as f, torch.no_grad():
                 f(like[:2].cpu())
         except RuntimeError as error:
             shape = " x ".join(map(str, like.shape[1:]))
@@ -57,17 +57,17 @@ class RST(Wrapper):
     def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> tuple[Batch, Any]:
         """Label the extra images, and return the joint batch and the inner objective's search result on it."""
         assert batch.extra is not None
-        with searching(_teacher(self.teacher).to(batch.x.device)) as f, torch.no_grad():
+        with searching(_load_teacher(self.teacher).to(batch.x.device)) as f, torch.no_grad():
             labels = f(batch.extra).argmax(1)
-        whole = Batch(torch.cat([batch.x, batch.extra]), torch.cat([batch.y, labels]))
-        return whole, self.objective.search(model, whole, state, ctx)
+        joint = Batch(torch.cat([batch.x, batch.extra]), torch.cat([batch.y, labels]))
+        return joint, self.objective.search(model, joint, state, ctx)
 
     def adversarial(self, batch: Batch, found: tuple[Batch, Any]) -> Tensor | None:
         """Return the attacked images that have true labels; None: the inner objective has no attacked images."""
-        moved = super().adversarial(batch, found)
-        return None if moved is None else moved[: len(batch.x)]
+        x_adv = super().adversarial(batch, found)
+        return None if x_adv is None else x_adv[: len(batch.x)]
 
 
 @functools.lru_cache(maxsize=1)
-def _teacher(where: str) -> network.Network:
+def _load_teacher(where: str) -> network.Network:
     return network.load_model(where)

@@ -71,7 +71,7 @@ class TRADES(Stateless):
                 "energy_joint": energies.joint(adversarial, y).mean(),
                 "energy_marginal": energies.marginal(adversarial).mean(),
             }
-        return Loss(total, {name: term.detach() for name, term in terms.items()})
+        return Loss(total, terms)
 
     def _weights(self, clean: Tensor) -> Tensor:
         return torch.ones_like(clean[:, 0])

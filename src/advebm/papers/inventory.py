@@ -37,7 +37,7 @@ class Column(NamedTuple):
     tolerance: float = 1.0
 
 
-def _in_features(quantity: str) -> tuple[Mapping[str, Any], ...]:
+def _feature_patterns(quantity: str) -> tuple[Mapping[str, Any], ...]:
     """Return patterns for a quantity in Inception features, as published, or else in any features."""
     return {"quantity": quantity, "space": "inception"}, {"quantity": quantity}
 
@@ -47,8 +47,8 @@ COLUMNS = {
     "pgd50": Column("PGD-50 %", ({"quantity": "accuracy", "attack": "PGD", "steps": 50},)),
     "cw": Column("C&W %", ({"quantity": "accuracy", "attack": "C&W"},)),
     "aa": Column("AutoAttack %", ({"quantity": "accuracy", "attack": "AutoAttack"},)),
-    "is": Column("IS", _in_features("class score"), 1.0, 0.2),
-    "fid": Column("FID", _in_features("FD"), 1.0, 2.0),
+    "is": Column("IS", _feature_patterns("class score"), 1.0, 0.2),
+    "fid": Column("FID", _feature_patterns("FD"), 1.0, 2.0),
 }
 
 
@@ -102,13 +102,13 @@ class Table:
         """Return what to train: titles of the columns, if they have any; else methods of ``ours`` and ``beside``."""
         if titles := [title for title in self.columns.values() if title]:
             return titles
-        own = [self.of(name)["method"].partition(", ")[0] for name in (*self.ours, *self.beside)]
-        return list(dict.fromkeys(own))
+        methods = [self.of(name)["method"].partition(", ")[0] for name in (*self.ours, *self.beside)]
+        return list(dict.fromkeys(methods))
 
     def of(self, name: str) -> dict[str, Any]:
         """Return what a row is compared with, ``{method, …}``; ``method`` may be a title that starts with a method."""
-        plain = self.ours.get(name, name)
-        return plain if isinstance(plain, dict) else {"method": plain}
+        ours = self.ours.get(name, name)
+        return ours if isinstance(ours, dict) else {"method": ours}
 
     def row(self, name: str) -> Mapping[str, Any]:
         """Return the row called ``name``; one of status ``unpublished`` if the paper has none."""
@@ -121,15 +121,15 @@ class Table:
 
 def tables() -> dict[str, Table]:
     """Return the tables of the inventory that can be reproduced, by name."""
-    found = {}
+    by_name = {}
     for paper in papers():
         for item in paper["items"]:
-            if plain := item.get("table"):
-                columns = plain["columns"]
+            if spec := item.get("table"):
+                columns = spec["columns"]
                 columns = columns if isinstance(columns, Mapping) else dict.fromkeys(columns, "")
                 about = {"paper": paper["key"], "item": item["id"], "what": item["what"], "rows": tuple(item["rows"])}
-                found[plain["name"]] = Table(**about, **{**plain, "columns": columns})
-    return found
+                by_name[spec["name"]] = Table(**about, **{**spec, "columns": columns})
+    return by_name
 
 
 def find_table(name: str) -> Table:

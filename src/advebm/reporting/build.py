@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files as resources
 from pathlib import Path
 from types import MappingProxyType
@@ -44,58 +44,54 @@ def report(
         shown: PNG figures by title, placed at the top of the page.
         summary: a table of :func:`advebm.papers.render.summarize`, placed at the top instead of the run's main numbers.
     """
-    recipe, history = run.recipe, run.history()
-    data = run.data
+    recipe, data, history = run.recipe, run.data, run.history()
     runs = compare.by_title([run, *beside])
-    everyone = {title: evaluate.newest_records(r.records()) for title, r in runs.items()}
-    own = next(iter(everyone.values()))
+    records = {title: evaluate.newest_records(r.records()) for title, r in runs.items()}
+    own_records = next(iter(records.values()))
     count = len(data.classes)
-    sets = {f"{title} · {n}" if len(runs) > 1 else n: f for title, r in runs.items() for n, f in r.samples().items()}
+
+    def label(run_title: str, name: str) -> str:
+        return f"{run_title} · {name}" if len(runs) > 1 else name
+
+    def plot_each_run(plot: Callable[[Run], bytes | None]) -> list[dict[str, str | None]]:
+        plots = {title: plot(r) for title, r in runs.items()}
+        return [{"title": title, "image": _uri(png)} for title, png in plots.items() if png is not None]
+
     real = pictures.rows_by_class(data.train.x, data.train.y, count)
-    samples = [{"title": "training images", "text": data.name, "image": _picture(real)}]
+    samples = [{"title": "training images", "text": data.name, "image": _grid_uri(real)}]
     films = []
-    for name, folder in sets.items():
-        drawn = generate.read_set(folder)
-        text = describe_sampler(drawn.manifest)
-        samples.append(
-            {"title": name, "text": text, "image": _picture(pictures.rows_by_class(drawn.x, drawn.y, count))}
-        )
+    for name, folder in {label(title, n): f for title, r in runs.items() for n, f in r.samples().items()}.items():
+        sample_set = generate.read_set(folder)
+        grid = _grid_uri(pictures.rows_by_class(sample_set.x, sample_set.y, count))
+        samples.append({"title": name, "text": describe_sampler(sample_set.manifest), "image": grid})
         if (folder / "film.png").exists() and folder.parent.parent == run.folder:
-            steps = ", ".join(map(str, drawn.manifest.get("film", [])))
+            steps = ", ".join(map(str, sample_set.manifest.get("film", [])))
             films.append({"title": name, "text": f"steps {steps}", "image": _uri((folder / "film.png").read_bytes())})
-    html = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
+    template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         resources("advebm.reporting").joinpath("template.html").read_text()
     )
-    page = html.render(
+    page = template.render(
         title=title or recipe.name,
         subtitle=_subtitle(run, history),
         events=[line for line in history if "event" in line],
-        cards=[] if summary else _cards(own, recipe.threat),
+        cards=[] if summary else _cards(own_records, recipe.threat),
         paper=summary and _paper(summary),
         shown=[{"title": title, "image": _uri(figure)} for title, figure in shown.items()],
-        samples=samples if sets else [],
+        samples=samples if len(samples) > 1 else [],
         films=films,
         curves=_uri(figures.curves(history)) if any("train/loss" in line for line in history) else None,
-        shifts=[
-            {"title": title, "image": _uri(figure)}
-            for title, r in runs.items()
-            if (figure := figures.shifts(r.history(), len(data.train))) is not None
-        ],
-        moves=[
-            {"title": title, "image": _uri(figure)}
-            for title, r in runs.items()
-            if (figure := figures.moves(r.history())) is not None
-        ],
-        robustness=_uri(figures.robustness(everyone, config.describe(recipe.threat))),
-        energies=_uri(figures.energies(own)),
-        reliability=_uri(figures.reliability(own)),
-        detection=_uri(figures.detection(own)),
+        shifts=plot_each_run(lambda r: figures.shifts(r.history(), len(data.train))),
+        moves=plot_each_run(lambda r: figures.moves(r.history())),
+        robustness=_uri(figures.robustness(records, config.describe(recipe.threat))),
+        energies=_uri(figures.energies(own_records)),
+        reliability=_uri(figures.reliability(own_records)),
+        detection=_uri(figures.detection(own_records)),
         gallery=[
-            {**f, "title": f"{title} · {f['title']}" if len(runs) > 1 else f["title"], "image": _uri(f["picture"])}
+            {**figure, "title": label(title, figure["title"]), "image": _uri(figure["picture"])}
             for title, r in runs.items()
-            for f in figure_store.load_figures(r)
+            for figure in figure_store.load_figures(r)
         ],
-        tables=[{"name": name, "rows": [as_text(r) for r in records]} for name, records in everyone.items() if records],
+        tables=[{"name": name, "rows": [as_text(r) for r in rows]} for name, rows in records.items() if rows],
         config=dump(recipe),
         environment=json.dumps(files.read_json(run.folder / "env.json", default={}), indent=2),
         citations=citations.bibtex(recipe),
@@ -109,26 +105,29 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
     """Return the sampler settings of a set of samples as one line, from its manifest."""
     if "images" in manifest:
         return f"from {manifest['images']}"
-    s = manifest["sampler"]
-    parts = [f"{s['kind'].upper()}: {s['steps']} {s['direction']} steps of {s['step_size']:g} from {s['start']} seeds"]
-    parts += [f"ball {s['radius']:g}"] if s["radius"] else []
-    parts += [f"noise {s['noise']:g}"] if s["noise"] else []
-    parts += [f"temperature {s['temperature']:g}"] if s.get("temperature") is not None else []
-    parts += [f"momentum {s['momentum']:g}"] if s.get("momentum") else []
-    parts += ["Gaussians of test images"] if s.get("fit") == "test" else []
+    sampler = manifest["sampler"]
+    parts = [
+        f"{sampler['kind'].upper()}: {sampler['steps']} {sampler['direction']} steps of {sampler['step_size']:g} "
+        f"from {sampler['start']} seeds"
+    ]
+    parts += [f"ball {sampler['radius']:g}"] if sampler["radius"] else []
+    parts += [f"noise {sampler['noise']:g}"] if sampler["noise"] else []
+    parts += [f"temperature {sampler['temperature']:g}"] if sampler.get("temperature") is not None else []
+    parts += [f"momentum {sampler['momentum']:g}"] if sampler.get("momentum") else []
+    parts += ["Gaussians of test images"] if sampler.get("fit") == "test" else []
     parts += ["tuned on validation images"] if "tuned" in manifest else []
     return ", ".join(parts)
 
 
 def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[str, str]]:
     """Return clean accuracy, accuracy under the threat and under AutoAttack, and the lowest Fréchet distance."""
-    keyed = [(key_of(record), record) for record in records]
+    records_with_keys = [(key_of(record), record) for record in records]
     attacks = (threat, AutoAttack(threat.eps, threat.norm))
-    wanted = (Key("accuracy"), *(Key("accuracy", attack_key(attack)) for attack in attacks))
-    shown = [record for key in wanted for k, record in keyed if k == key]
-    shown += sorted((record for k, record in keyed if k.quantity == "FD"), key=lambda r: r["value"])[:1]
+    keys = (Key("accuracy"), *(Key("accuracy", attack_key(attack)) for attack in attacks))
+    chosen = [record for key in keys for k, record in records_with_keys if k == key]
+    chosen += sorted((record for k, record in records_with_keys if k.quantity == "FD"), key=lambda r: r["value"])[:1]
     cards = []
-    for text in map(as_text, shown):
+    for text in map(as_text, chosen):
         name = " · ".join(filter(None, [text["name"], text["samples"]]))
         cards.append({"value": text["value"], "name": f"{name}, n = {text['count']}"})
     return cards
@@ -142,12 +141,11 @@ def _paper(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _subtitle(run: Run, history: Iterable[Mapping[str, Any]]) -> str:
     images = max((line["images"] for line in history), default=0)
-    written = time.strftime("written %Y-%m-%d %H:%M")
-    parts = [run.folder.resolve().name, f"{images:,} training images seen", written]
-    return " · ".join(parts)
+    time_written = time.strftime("written %Y-%m-%d %H:%M")
+    return f"{run.folder.resolve().name} · {images:,} training images seen · {time_written}"
 
 
-def _picture(rows: Any) -> str:
+def _grid_uri(rows: Any) -> str:
     return str(_uri(pictures.encode_png(pictures.grid(rows, tile=32))))
 
 

@@ -26,7 +26,7 @@ from advebm.models.batching import device_of
 from advebm.models.modes import searching
 from advebm.models.network import Network
 from advebm.reporting import figure_store
-from advebm.reporting.figures import STYLE, png
+from advebm.reporting.figures import STYLE, png, show_images
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler, joint_or_marginal
 from advebm.sampling.generate import classes_to_draw, generate
@@ -100,52 +100,52 @@ class FigureResult(NamedTuple):
 def landscapes(s: FigureContext) -> FigureResult:
     """Plot E(x, y) around one test image as contours and in 3-D; measure offsets and curvatures of many images."""
     x, y = s.test()
-    planes, lies = {}, {}
-    few = lambda: to_float(ood_sets.choose_images(s.data.train.x, 2000, generator(0, "landscape"))).to(x)
-    images = few() if s.along == "pca" else None
+    planes, measures = {}, {}
+    images = None
+    if s.along == "pca":
+        images = to_float(ood_sets.choose_images(s.data.train.x, 2000, generator(0, "landscape"))).to(x)
     for title, model in s.models.items():
         with searching(model) as f:
-            generous = s.random("landscape")
             energy = joint_or_marginal(f, x, y)
-            ways = landscape.directions(s.along, x, energy, generous, images=images)
-            of = lambda index, f=f: joint_or_marginal(f, x, y[index])
-            planes[title] = landscape.plane(of, x, *ways, reach=s.reach)
-            lies[title] = landscape.measure_landscape(planes[title], s.reach)
-    middle = {title: values[0] for title, values in planes.items()}
-    low = min(float(v.min()) for v in middle.values())
-    high = float(np.median([float(v.max()) for v in middle.values()]))
-    levels, n = np.linspace(low, max(high, low + 1e-6), 21), next(iter(middle.values())).shape[0]
+            directions = landscape.directions(s.along, x, energy, s.random("landscape"), images=images)
+            energy_of = lambda index, f=f: joint_or_marginal(f, x, y[index])
+            planes[title] = landscape.plane(energy_of, x, *directions, reach=s.reach)
+            measures[title] = landscape.measure_landscape(planes[title], s.reach)
+    first_planes = {title: values[0] for title, values in planes.items()}
+    low = min(float(v.min()) for v in first_planes.values())
+    high = float(np.median([float(v.max()) for v in first_planes.values()]))
+    levels, n = np.linspace(low, max(high, low + 1e-6), 21), next(iter(first_planes.values())).shape[0]
     axis_values = np.linspace(-s.reach, s.reach, n)
     with plt.rc_context(PLAIN):
-        figure = plt.figure(figsize=(3.1 * len(middle) + 0.8, 6.0), layout="constrained")
-        flat = []
-        for i, (title, values) in enumerate(middle.items()):
-            axis = figure.add_subplot(2, len(middle), i + 1)
-            drawn = axis.contourf(axis_values, axis_values, values, levels=levels, cmap="viridis", extend="both")
+        figure = plt.figure(figsize=(3.1 * len(first_planes) + 0.8, 6.0), layout="constrained")
+        contour_axes = []
+        for i, (title, values) in enumerate(first_planes.items()):
+            axis = figure.add_subplot(2, len(first_planes), i + 1)
+            contours = axis.contourf(axis_values, axis_values, values, levels=levels, cmap="viridis", extend="both")
             axis.plot(0, 0, "w+", ms=9)
             a, b = divmod(int(values.argmin()), n)
             axis.plot(axis_values[b], axis_values[a], "r.", ms=9)
             axis.set(
                 title=title, aspect="equal", xlabel="pixels along 2nd", ylabel="pixels along 1st" if i == 0 else ""
             )
-            flat.append(axis)
-            solid: Any = figure.add_subplot(2, len(middle), len(middle) + i + 1, projection="3d")
+            contour_axes.append(axis)
+            surface_axis: Any = figure.add_subplot(2, len(first_planes), len(first_planes) + i + 1, projection="3d")
             across, down = np.meshgrid(axis_values, axis_values)
             clipped = values.clamp(levels[0], levels[-1]).numpy()
-            solid.plot_surface(across, down, clipped, cmap="viridis", vmin=levels[0], vmax=levels[-1], lw=0)
-            solid.set_zlim(levels[0], levels[-1])
-            solid.tick_params(labelsize=6)
-        figure.colorbar(drawn, ax=flat, shrink=0.8, label="E(x, y) - E of the image, nats")
+            surface_axis.plot_surface(across, down, clipped, cmap="viridis", vmin=levels[0], vmax=levels[-1], lw=0)
+            surface_axis.set_zlim(levels[0], levels[-1])
+            surface_axis.tick_params(labelsize=6)
+        figure.colorbar(contours, ax=contour_axes, shrink=0.8, label="E(x, y) - E of the image, nats")
         picture = png(figure, tight=False)
     numbers = {
         title: {
-            "offset of the minimum (pixels)": _mean(found.offset),
-            "depth of the minimum (nats)": _mean(found.depth),
-            "minimum on the border (share)": _mean(found.edge),
-            "curvature (nats / pixel²)": _mean(found.curvature),
-            "slope (nats / pixel)": _mean(found.tilt),
+            "offset of the minimum (pixels)": _mean(m.offset),
+            "depth of the minimum (nats)": _mean(m.depth),
+            "minimum on the border (share)": _mean(m.edge),
+            "curvature (nats / pixel²)": _mean(m.curvature),
+            "slope (nats / pixel)": _mean(m.tilt),
         }
-        for title, found in lies.items()
+        for title, m in measures.items()
     }
     text = (
         f"Two {s.along} directions around one test image (white cross; red: the lowest point), one scale for all, cut "
@@ -157,19 +157,19 @@ def landscapes(s: FigureContext) -> FigureResult:
 def gradients(s: FigureContext) -> FigureResult:
     """Plot the gradient norms of E(x, y) and E(x) at each step of generation, and the share of E(x, y)."""
     y = torch.arange(len(s.data.classes)).repeat_interleave(max(1, s.count // len(s.data.classes)))
-    begin, numbers = s.seeds(y, "gradients"), {}
+    initial, numbers = s.seeds(y, "gradients"), {}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(s.models), figsize=(3.4 * len(s.models) + 0.6, 4.8), squeeze=False)
         for column, (title, model) in zip(axes.T, s.models.items(), strict=True):
-            found = paths.slopes(model, s.sampler, y.to(begin.device), begin, s.random("gradients"))
-            for values, name in ((found.joint, "∇E(x, y)"), (found.marginal, "∇E(x)")):
-                _band(column[0], range(len(values)), values, name)
-            _band(column[1], range(len(found.share)), found.share, "share of ∇E(x, y)")
+            slopes = paths.slopes(model, s.sampler, y.to(initial.device), initial, s.random("gradients"))
+            for values, name in ((slopes.joint, "∇E(x, y)"), (slopes.marginal, "∇E(x)")):
+                _plot_band(column[0], range(len(values)), values, name)
+            _plot_band(column[1], range(len(slopes.share)), slopes.share, "share of ∇E(x, y)")
             column[1].axhline(0.5, color="#999999", lw=0.8, ls="--")
             column[0].set(title=title, ylabel="nats / pixel")
             column[0].legend(frameon=False)
             column[1].set(xlabel="step", ylabel="share")
-            numbers[title] = {"share at the first step": _mean(found.share[0]), "at the last": _mean(found.share[-1])}
+            numbers[title] = {"share at the first step": _mean(slopes.share[0]), "at the last": _mean(slopes.share[-1])}
         picture = png(figure)
     text = (
         f"Along {len(y)} chains of {type(s.sampler).__name__}: mean and deviation of the gradients' lengths, and "
@@ -197,14 +197,14 @@ def populations(s: FigureContext) -> FigureResult:
                 sets[noise.name] = noise.draw(s.data, len(x), s.random(noise.name))
             if s.others is not None and s.others.shape == s.data.shape:
                 sets[f"outside: {s.others.name}"] = s.others.test.x[: len(x)]
-            found = probes.populations(model, sets)
-            together = torch.cat(list(found.values()))
-            edges = np.linspace(float(together.quantile(0.002)), float(together.quantile(0.998)) + 1e-6, 45)
-            for name, values in found.items():
+            energies = probes.populations(model, sets)
+            pooled = torch.cat(list(energies.values()))
+            edges = np.linspace(float(pooled.quantile(0.002)), float(pooled.quantile(0.998)) + 1e-6, 45)
+            for name, values in energies.items():
                 density, _ = np.histogram(values.numpy(), edges, density=True)
                 axis.stairs(density, edges, label=name, lw=1.4)
             axis.set(title=title, xlabel="E(x), nats; low = like data", yticks=[])
-            numbers[title] = {name: _mean(values) for name, values in found.items()}
+            numbers[title] = {name: _mean(values) for name, values in energies.items()}
         axes.flat[0].legend(frameon=False, fontsize=7)
         picture = png(figure)
     text = (
@@ -218,22 +218,20 @@ def neighbours(s: FigureContext) -> FigureResult:
     labels = classes_to_draw(s.sampler, s.data, max(1, s.count // len(s.data.classes)))
     x = generate(s.first, s.sampler, s.data, labels, outside=s.outside, seed=s.seed).x
     train = s.data.train.x
-    few = x[:: max(1, len(x) // 10)][:10]
+    shown = x[:: max(1, len(x) // 10)][:10]
     blocks = []
     for distances in (similarity.l2, similarity.dissimilarity):
-        near = similarity.nearest(few, train, 6, distances)
-        rows = zip(few, near.which, strict=True)
-        found = torch.stack([torch.cat([one[None], train[i].float() / 255]) for one, i in rows])
-        blocks.append(found)
+        nearest = zip(shown, similarity.nearest(shown, train, 6, distances).which, strict=True)
+        blocks.append(torch.stack([torch.cat([image[None], train[i].float() / 255]) for image, i in nearest]))
     held_out = similarity.nearest(s.test(len(x))[0].cpu(), train, 1).distance.flatten()
-    own = similarity.nearest(x, train, 1).distance.flatten()
-    share, ratio = similarity.copies(own, held_out)
+    generated = similarity.nearest(x, train, 1).distance.flatten()
+    share, ratio = similarity.copies(generated, held_out)
     with plt.rc_context(PLAIN):
         figure, axes = plt.subplots(1, 3, figsize=(11, 4.6), width_ratios=(1, 1, 1.1))
-        for axis, found, name in zip(axes, blocks, ("by l2", "by SSIM"), strict=False):
-            _images(axis, found, f"nearest {name}; first: generated")
-        edges = np.linspace(0, float(max(own.max(), held_out.max())), 30)
-        for values, name in ((held_out, "test images"), (own, "generated images")):
+        for axis, images, name in zip(axes, blocks, ("by l2", "by SSIM"), strict=False):
+            show_images(axis, images.cpu().float(), f"nearest {name}; first: generated")
+        edges = np.linspace(0, float(max(generated.max(), held_out.max())), 30)
+        for values, name in ((held_out, "test images"), (generated, "generated images")):
             axes[2].hist(values.numpy(), edges, density=True, histtype="step", lw=1.4, label=name)
         axes[2].set(xlabel="l2 distance to the nearest training image, pixels", yticks=[])
         axes[2].legend(frameon=False)
@@ -250,24 +248,21 @@ def interpolation(s: FigureContext) -> FigureResult:
     """Show images generated from interpolated seeds, one row for each of the first 10 classes."""
     y = torch.arange(min(10, len(s.data.classes)))
     first, second = s.seeds(y, "interpolation"), s.seeds(y, "interpolation, the other")
-    spread = s.seeds(y.repeat_interleave(64), "interpolation, centre").view(len(y), 64, *s.data.shape)
-    between = paths.between(first, second, spread.mean(1), 9)
-    quiet = dataclasses.replace(s.sampler, noise=0.0, temperature=0.0 if s.sampler.temperature is not None else None)
-    rows, bank = {}, quiet.bank(s.data)
+    centres = s.seeds(y.repeat_interleave(64), "interpolation, centre").view(len(y), 64, *s.data.shape)
+    between = paths.between(first, second, centres.mean(1), 9)
+    temperature = None if s.sampler.temperature is None else 0.0
+    noiseless = dataclasses.replace(s.sampler, noise=0.0, temperature=temperature)
+    rows, bank = {}, noiseless.bank(s.data)
     for title, model in s.models.items():
         flat = between.flatten(0, 1)
         labels, draws = y.repeat_interleave(9).to(flat.device), s.random("interpolation, negatives")
-        rows[title] = quiet(model, labels, flat, generator=draws, bank=bank).view_as(between).cpu()
+        rows[title] = noiseless(model, labels, flat, generator=draws, bank=bank).view_as(between).cpu()
     numbers = {}
-    for title, found in rows.items():
-        steps = (found[:, 1:] - found[:, :-1]).flatten(2).norm(dim=2)
-        ends = (found[:, -1] - found[:, 0]).flatten(1).norm(dim=1)
+    for title, images in rows.items():
+        steps = (images[:, 1:] - images[:, :-1]).flatten(2).norm(dim=2)
+        ends = (images[:, -1] - images[:, 0]).flatten(1).norm(dim=1)
         numbers[title] = {"largest step / distance of the ends": _mean(steps.amax(1) / ends.clamp_min(1e-9))}
-    with plt.rc_context(PLAIN):
-        figure, axes = plt.subplots(1, 1 + len(rows), figsize=(3.4 * (1 + len(rows)), 4.2), squeeze=False)
-        for axis, (title, found) in zip(axes.flat, {"seeds": between.cpu(), **rows}.items(), strict=True):
-            _images(axis, found, title)
-        picture = png(figure)
+    picture = _plot_panels({"seeds": between, **rows}, (3.4, 4.2))
     text = "Each row goes from one seed of a class to another, without noise; a jump is a border between basins."
     return FigureResult(picture, "Between two seeds", text, numbers)
 
@@ -276,37 +271,34 @@ def chains(s: FigureContext) -> FigureResult:
     """Plot long chains: their energies beside the data's, gradients, share of pixels at 0 or 1, and images."""
     y = torch.arange(len(s.data.classes)).repeat_interleave(max(2, 40 // len(s.data.classes)))
     long = dataclasses.replace(s.sampler, steps=max(8, s.steps))
-    begin, numbers, rows = s.seeds(y, "chains"), {}, {}
+    initial, numbers, rows = s.seeds(y, "chains"), {}, {}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(11, 3.1))
         colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
         for colour, (title, model) in zip(colours, s.models.items(), strict=False):
-            found = paths.chain(model, long, y.to(begin.device), begin, s.random("chains"))
+            chain = paths.chain(model, long, y.to(initial.device), initial, s.random("chains"))
             data = probes.populations(model, {"data": s.test()[0]})["data"].mean().item()
-            _band(axes[0], found.steps, found.energy, title, colour)
+            _plot_band(axes[0], chain.steps, chain.energy, title, colour)
             axes[0].axhline(data, color=colour, lw=0.8, ls="--")
-            _band(axes[1], found.steps, found.slope, title, colour)
-            _band(axes[2], found.steps, found.saturated, title, colour)
-            drift, error = found.drift()
+            _plot_band(axes[1], chain.steps, chain.slope, title, colour)
+            _plot_band(axes[2], chain.steps, chain.saturated, title, colour)
+            drift, error = chain.drift()
             numbers[title] = {
                 "drift of E(x), third to last quarter (nats)": [drift, error],
-                "r: mean slope (nats / pixel)": found.slope.mean().item(),
-                "d: E of data - E of chains at the end (nats)": found.strength(data)[-1].item(),
-                f"d after {s.sampler.steps} steps": _nearest(found, s.sampler.steps, data),
-                "pixels on the border at the end (share)": found.saturated[-1].mean().item(),
+                "r: mean slope (nats / pixel)": chain.slope.mean().item(),
+                "d: E of data - E of chains at the end (nats)": chain.strength(data)[-1].item(),
+                f"d after {s.sampler.steps} steps": _strength_at(chain, s.sampler.steps, data),
+                "pixels on the border at the end (share)": chain.saturated[-1].mean().item(),
             }
-            shown = sorted({int(i) for i in np.linspace(0, len(found.steps) - 1, 9)})
-            rows[title] = found.x[shown].transpose(0, 1)[:: len(y) // min(len(s.data.classes), 10)][:10]
+            frames = sorted({int(i) for i in np.linspace(0, len(chain.steps) - 1, 9)})
+            rows[title] = chain.x[frames].transpose(0, 1)[:: len(y) // min(len(s.data.classes), 10)][:10]
         axes[0].set(title="E(x), dashed: test images", xlabel="step", ylabel="nats")
         axes[1].set(title="‖∇E(x)‖", xlabel="step", ylabel="nats / pixel")
         axes[2].set(title="pixels at 0 or 1", xlabel="step", ylabel="share")
         axes[0].legend(frameon=False)
-        above = png(figure)
-    with plt.rc_context(PLAIN):
-        figure, axes = plt.subplots(1, len(rows), figsize=(4.6 * len(rows), 4.6), squeeze=False)
-        for axis, (title, found_rows) in zip(axes.flat, rows.items(), strict=True):
-            _images(axis, found_rows, f"{title}: steps 0 to {long.steps}")
-        picture = pictures.stack_pngs([above, png(figure)])
+        curves = png(figure)
+    panels = {f"{title}: steps 0 to {long.steps}": images for title, images in rows.items()}
+    picture = pictures.stack_pngs([curves, _plot_panels(panels, (4.6, 4.6))])
     text = (
         f"{len(y)} chains of {type(s.sampler).__name__} run {long.steps} steps instead of {s.sampler.steps}. A steady "
         "state has no drift: its number lies within twice its error of 0. r and d as in Nijkamp et al. (2019)."
@@ -322,22 +314,16 @@ def saliency(s: FigureContext) -> FigureResult:
         gradient = probes.saliency(model, x, y)
         scale = gradient.flatten(1).abs().quantile(0.99, dim=1).view(-1, 1, 1, 1).clamp_min(1e-12)
         rows[title] = (0.5 + 0.5 * gradient / scale).clamp(0, 1)
-    with plt.rc_context(PLAIN):
-        figure, axes = plt.subplots(len(rows), 1, figsize=(8, 1.25 * len(rows)))
-        for axis, (title, found) in zip(axes, rows.items(), strict=True):
-            _images(axis, found[None].cpu(), title, left=True)
-        picture = png(figure)
-    many, labels = s.test()
+    picture = _plot_rows(rows)
+    x, y = s.test()
+    centred = (x - x.mean(0)).flatten(1)
     numbers = {}
     for title, model in s.models.items():
-        g = probes.saliency(model, many, labels).flatten(1)
-        centred = (many - many.mean(0)).flatten(1)
-        numbers[title] = {
-            "cosine with the image's difference from the mean": _mean(torch.cosine_similarity(g, centred))
-        }
+        cosine = torch.cosine_similarity(probes.saliency(model, x, y).flatten(1), centred)
+        numbers[title] = {"cosine with the image's difference from the mean": _mean(cosine)}
     text = (
         "-∇E(x, y), each scaled by itself, grey is 0 (Tsipras et al., 2019): what would make the image more like its "
-        f"class. The cosine is over {len(many)} test images."
+        f"class. The cosine is over {len(x)} test images."
     )
     return FigureResult(picture, "Input gradients", text, numbers)
 
@@ -345,22 +331,18 @@ def saliency(s: FigureContext) -> FigureResult:
 def inversion(s: FigureContext) -> FigureResult:
     """Show images that are reconstructed from the features of test images, starting from noise."""
     x, _ = s.test(16)
-    begin = torch.rand(x.shape, generator=s.random("inversion"), device=x.device)
+    initial = torch.rand(x.shape, generator=s.random("inversion"), device=x.device)
     rows, numbers = {"images": x}, {}
     for title, model in s.models.items():
-        found, left = probes.invert(model, x, begin)
-        rows[title] = found
-        away = (found - x).flatten(1).norm(dim=1) / (begin - x).flatten(1).norm(dim=1)
+        inverted, feature_error = probes.invert(model, x, initial)
+        rows[title] = inverted
+        pixel_error = (inverted - x).flatten(1).norm(dim=1) / (initial - x).flatten(1).norm(dim=1)
         numbers[title] = {
-            "distance left in features (share)": _mean(left),
-            "distance left in pixels (share)": _mean(away),
-            "SSIM with the image": _mean(similarity.ssim(found.cpu(), x.cpu()).diagonal()),
+            "distance left in features (share)": _mean(feature_error),
+            "distance left in pixels (share)": _mean(pixel_error),
+            "SSIM with the image": _mean(similarity.ssim(inverted.cpu(), x.cpu()).diagonal()),
         }
-    with plt.rc_context(PLAIN):
-        figure, axes = plt.subplots(len(rows), 1, figsize=(8, 1.25 * len(rows)))
-        for axis, (title, images) in zip(axes, rows.items(), strict=True):
-            _images(axis, images[None, :8].cpu(), title, left=True)
-        picture = png(figure)
+    picture = _plot_rows({title: images[:8] for title, images in rows.items()})
     text = (
         "From noise down ‖g(x) - g(x*)‖², g the features (Engstrom et al., 2019); shares are of the noise's distance."
     )
@@ -379,8 +361,6 @@ FIGURES: Mapping[str, Callable[[FigureContext], FigureResult]] = MappingProxyTyp
         "inversion": inversion,
     }
 )
-
-
 ENCODER_FIGURES = ("neighbours", "interpolation", "inversion")  # these need no logits
 
 
@@ -415,15 +395,16 @@ def diagnose(
     first = next(iter(runs.values()))
     recipe, data = first.recipe, first.data
     for title, run in runs.items():
-        other = run.data
-        if other.shape != data.shape or other.classes != data.classes:
-            raise UserError(f"{title} is of {other.name}, {recipe.name} of {data.name}; diagnose runs on the same data")
+        run_data = run.data
+        if run_data.shape != data.shape or run_data.classes != data.classes:
+            names = f"{title} is of {run_data.name}, {recipe.name} of {data.name}"
+            raise UserError(f"{names}; diagnose runs on the same data")
     models = {title: run.model(checkpoint)[0].to(device) for title, run in runs.items()}
-    chosen = sampler or recipe.sampler
+    sampler = sampler or recipe.sampler
     critics = any(run.recipe.objective.outputs == 1 for run in runs.values())
-    if critics and chosen.conditional:
+    if critics and sampler.conditional:
         raise UserError(
-            f"{type(chosen).__name__} draws from classes, and one of the runs is a critic; choose --method langevin"
+            f"{type(sampler).__name__} draws from classes, and one of the runs is a critic; choose --method langevin"
         )
     encoders = {title for title, model in models.items() if model.encoder}
     if encoders and len(encoders) < len(models):
@@ -432,22 +413,21 @@ def diagnose(
         raise UserError(
             f"{unfit[0]} looks at energies of logits, and encoders have none; {', '.join(ENCODER_FIGURES)} do not"
         )
-    beginnings = start_images(first, chosen, checkpoint)
-    if chosen.start == "outside":
-        beyond = beginnings
-    else:
-        beyond = None if recipe.outside is None else recipe.outside.load()
-    sitting = FigureContext(models, data, chosen, recipe.threat, beginnings, beyond, **options)
-    if sitting.count < 2:
-        raise UserError(f"numbers are taken over at least 2 images, got {sitting.count}")
-    numbers, written = {}, []
-    everything = ENCODER_FIGURES if encoders else [n for n in FIGURES if not (critics and n == "gradients")]
-    for name in what or everything:
+    initial = start_images(first, sampler, checkpoint)
+    others = initial
+    if sampler.start != "outside":
+        others = None if recipe.outside is None else recipe.outside.load()
+    context = FigureContext(models, data, sampler, recipe.threat, initial, others, **options)
+    if context.count < 2:
+        raise UserError(f"numbers are taken over at least 2 images, got {context.count}")
+    numbers, paths = {}, []
+    applicable = ENCODER_FIGURES if encoders else [n for n in FIGURES if not (critics and n == "gradients")]
+    for name in what or applicable:
         progress(name)
-        portrait = FIGURES[name](sitting)
-        numbers[name] = portrait.numbers
-        written.append(figure_store.save_figure(first, name, *portrait))
-    return numbers, written
+        result = FIGURES[name](context)
+        numbers[name] = result.numbers
+        paths.append(figure_store.save_figure(first, name, *result))
+    return numbers, paths
 
 
 def _mean(values: Tensor) -> list[float]:
@@ -456,23 +436,32 @@ def _mean(values: Tensor) -> list[float]:
     return [values.mean().item(), (values.std() / len(values) ** 0.5).item()]
 
 
-def _nearest(found: paths.Chain, step: int, data: float) -> float:
-    k = min(range(len(found.steps)), key=lambda i: abs(found.steps[i] - step))
-    return found.strength(data)[k].item()
+def _strength_at(chain: paths.Chain, step: int, data: float) -> float:
+    k = min(range(len(chain.steps)), key=lambda i: abs(chain.steps[i] - step))
+    return chain.strength(data)[k].item()
 
 
-def _band(axis: Any, x: Sequence[int], values: Tensor, label: str, colour: str | None = None) -> None:
+def _plot_band(axis: Any, x: Sequence[int], values: Tensor, label: str, colour: str | None = None) -> None:
     """Plot mean and standard deviation of ``values`` over the second dimension."""
     centre, spread = values.mean(1), values.std(1)
     (line,) = axis.plot(x, centre, label=label, color=colour)
     axis.fill_between(x, centre - spread, centre + spread, alpha=0.15, color=line.get_color(), lw=0)
 
 
-def _images(axis: Any, rows: Tensor, title: str, *, left: bool = False) -> None:
-    axis.imshow(np.asarray(pictures.grid(rows.cpu().float())), cmap="gray", vmin=0, vmax=255, interpolation="none")
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-    if left:
-        axis.set_ylabel(title, rotation=0, ha="right", va="center")
-    else:
-        axis.set_title(title)
+def _plot_rows(rows: Mapping[str, Tensor]) -> bytes:
+    """Plot a row of images (N, C, H, W) for each title."""
+    with plt.rc_context(PLAIN):
+        figure, axes = plt.subplots(len(rows), 1, figsize=(8, 1.25 * len(rows)))
+        for axis, (title, images) in zip(axes, rows.items(), strict=True):
+            show_images(axis, images[None].cpu().float())
+            axis.set_ylabel(title, rotation=0, ha="right", va="center")
+        return png(figure)
+
+
+def _plot_panels(panels: Mapping[str, Tensor], size: tuple[float, float]) -> bytes:
+    """Plot images (rows, columns, C, H, W) side by side, each in a panel of ``size`` below its title."""
+    with plt.rc_context(PLAIN):
+        figure, axes = plt.subplots(1, len(panels), figsize=(size[0] * len(panels), size[1]), squeeze=False)
+        for axis, (title, images) in zip(axes.flat, panels.items(), strict=True):
+            show_images(axis, images.cpu().float(), title)
+        return png(figure)

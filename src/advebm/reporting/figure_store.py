@@ -28,8 +28,8 @@ def save_figure(
 
 def load_figures(run: Run) -> list[dict[str, Any]]:
     """Return ``name``, ``title``, ``text``, ``numbers`` and ``picture`` of each saved figure, sorted by name."""
-    found = []
-    for path in sorted((run.folder / "figures").glob("*.json")):
-        if path.with_suffix(".png").exists():
-            found.append({**files.read_json(path), "name": path.stem, "picture": path.with_suffix(".png").read_bytes()})
-    return found
+    return [
+        {**files.read_json(path), "name": path.stem, "picture": path.with_suffix(".png").read_bytes()}
+        for path in sorted((run.folder / "figures").glob("*.json"))
+        if path.with_suffix(".png").exists()
+    ]

@@ -37,7 +37,7 @@ def series(history: History, name: str) -> tuple[list[float], list[float]]:
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _over_images(axis: Axes, title: str) -> None:
+def _format_images_axis(axis: Axes, title: str) -> None:
     """Set the title and the x axis of a plot against images seen, with ticks such as 200k."""
     axis.set(xlabel="images seen", title=title)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -71,7 +71,7 @@ def curves(history: History) -> bytes:
                 x, y = series(history, name)
                 if x:
                     axis.plot(x, y, label=label, marker="." if name.startswith("val") else None)
-            _over_images(axis, title)
+            _format_images_axis(axis, title)
             if axis.lines:
                 axis.legend(frameon=False)
         axes[0].set_yscale("log")
@@ -85,25 +85,20 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
     ``threat`` is the attack of the threat model, as plain settings; records of attacks that differ from it in more than
     radius and step size are left out.  Clean accuracy is radius 0, and bars are 1.96 standard errors.
     """
-
-    def others(attack: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in attack.items() if k not in ("eps", "step_size")}
-
+    family = lambda attack: {k: v for k, v in attack.items() if k not in ("eps", "step_size")}
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.2, 3.2))
         for name, records in runs.items():
             points = {}
             for r in records:
                 attack = r["settings"].get("attack", {**threat, "eps": 0.0})
-                key = key_of(r)
-                plain = key._replace(attack=None) == Key("accuracy") and not r["settings"].get("targeted")
-                if plain and others(attack) == others(threat):
+                is_accuracy = key_of(r)._replace(attack=None) == Key("accuracy") and not r["settings"].get("targeted")
+                if is_accuracy and family(attack) == family(threat):
                     points[attack["eps"]] = (r["value"], r["error"])
             if len(points) > 1:
                 x = sorted(points)
-                axis.errorbar(
-                    x, [points[e][0] for e in x], [1.96 * points[e][1] for e in x], label=name, marker=".", capsize=2
-                )
+                values, errors = [points[eps][0] for eps in x], [1.96 * points[eps][1] for eps in x]
+                axis.errorbar(x, values, errors, label=name, marker=".", capsize=2)
         if not axis.has_data():
             plt.close(figure)
             return None
@@ -161,7 +156,7 @@ def moves(history: History) -> bytes | None:
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
             for name, label in lines.items():
                 axis.plot(*series(history, name), label=label)
-            _over_images(axis, title)
+            _format_images_axis(axis, title)
             axis.legend(frameon=False)
         axes[1].set_ylim(0, 1.02)
         return png(figure)
@@ -198,12 +193,12 @@ def bars(values: Mapping[str, tuple[float, float]], ylabel: str) -> bytes:
 
 def energies(records: Records) -> bytes | None:
     """Plot histograms of E(x); None if no record has one."""
-    chosen = [r for r in records if r["series"].get("edges")]
-    if not chosen:
+    histograms = [r for r in records if r["series"].get("edges")]
+    if not histograms:
         return None
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(5.2, 3.2))
-        for r in chosen:
+        for r in histograms:
             axis.stairs(r["series"]["density"], r["series"]["edges"], label=r["name"].removeprefix("E(x) of "), lw=1.4)
         axis.set(xlabel="E(x) (nats; low = like data)", ylabel="density", title="energy of data, samples and noise")
         axis.legend(frameon=False, fontsize=7)
@@ -243,13 +238,13 @@ def detection(records: Records) -> bytes | None:
     with plt.rc_context(STYLE):
         size = (4.2 * len(columns), 2.6 * len(rows))
         figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
-        for axis, place in zip(axes.flat, [(row, column) for row in rows for column in columns], strict=True):
-            for i, r in enumerate(panels.get(place, [])):
-                s, label = r["series"], r["settings"].get("attack", place[0])
+        for axis, panel in zip(axes.flat, [(row, column) for row in rows for column in columns], strict=True):
+            for i, r in enumerate(panels.get(panel, [])):
+                s, label = r["series"], r["settings"].get("attack", panel[0])
                 if i == 0:
                     axis.stairs(s["inside"], s["score"], label="test images", lw=1.4)
                 axis.stairs(s["outside"], s["score"], label=f"{label}: AUROC {r['value']:.3f}", lw=1.4)
-            axis.set(title=f"{place[1]} · {place[0]}", xlabel="score (high = out of distribution)", ylabel="density")
+            axis.set(title=f"{panel[1]} · {panel[0]}", xlabel="score (high = out of distribution)", ylabel="density")
             axis.margins(y=0.4)  # for the legend
             axis.legend(frameon=False, fontsize=7, loc="upper left")
         return png(figure)
@@ -258,15 +253,19 @@ def detection(records: Records) -> bytes | None:
 def grids(panels: Mapping[str, Tensor], texts: Mapping[str, Sequence[str]]) -> bytes:
     """Show grids of images (rows, columns, C, H, W) side by side, each below its name and above some lines of text."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        tall = max(3 * rows.shape[0] / rows.shape[1] for rows in panels.values())
-        figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 0.9 + tall), squeeze=False)
+        height = max(3 * rows.shape[0] / rows.shape[1] for rows in panels.values())
+        figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 0.9 + height), squeeze=False)
         for axis, (name, rows) in zip(axes.flat, panels.items(), strict=True):
-            axis.imshow(np.asarray(pictures.grid(rows)), cmap="gray", vmin=0, vmax=255, interpolation="none")
-            axis.set_title(name)
+            show_images(axis, rows, name)
             axis.set_xlabel("\n".join(texts[name]))
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
         return png(figure)
+
+
+def show_images(axis: Axes, rows: Tensor, title: str = "") -> None:
+    """Show images (rows, columns, C, H, W) without ticks and frame."""
+    axis.imshow(np.asarray(pictures.grid(rows)), cmap="gray", vmin=0, vmax=255, interpolation="none")
+    axis.set(xticks=[], yticks=[], title=title)
+    axis.spines[:].set_visible(False)
 
 
 def responses(curves: Mapping[str, Sequence[tuple[Any, float, float]]], name: str) -> bytes:

@@ -14,12 +14,12 @@ def as_text(record: Mapping[str, Any]) -> dict[str, str]:
     scale, unit = (100, " %") if share else (1, "")
     value, error = record["value"] * scale, record["error"] * scale
     digits = 1 if share else 3
-    exact = f"{value:,.0f}" if value == round(value) or value > 100 else f"{value:.1f}"  # counts have no error
+    text = f"{value:.{digits}f} ± {error:.{digits}f}{unit}"
+    if error == 0 and not share and not record["settings"]:  # a count
+        text = f"{value:,.0f}" if value == round(value) or value > 100 else f"{value:.1f}"
     return {
         "name": record["name"],
-        "value": exact
-        if error == 0 and not share and not record["settings"]
-        else f"{value:.{digits}f} ± {error:.{digits}f}{unit}",
+        "value": text,
         "count": f"{record['count']:,}",
         "samples": str(record["settings"].get("samples", "")),
     }
@@ -65,12 +65,12 @@ def class_tables(records: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], 
     shares: dict[str, dict[str, dict[str, float]]] = {}  # percent, by name of record, samples and class
     for record in records:
         if (key := key_of(record)).quantity == "intended class":
-            of = {name: 100 * values[0] for name, values in record["series"].items()}
-            shares.setdefault(record["name"], {})[key.samples or ""] = of
+            percent = {name: 100 * values[0] for name, values in record["series"].items()}
+            shares.setdefault(record["name"], {})[key.samples or ""] = percent
     tables = []
     for name, sets in shares.items():
-        classes = dict.fromkeys(k for of in sets.values() for k in of)
-        rows = [[k, *(f"{of[k]:.0f} %" if k in of else "" for of in sets.values())] for k in classes]
+        classes = dict.fromkeys(k for percent in sets.values() for k in percent)
+        rows = [[k, *(f"{percent[k]:.0f} %" if k in percent else "" for percent in sets.values())] for k in classes]
         tables.append(([name, *sets], rows))
     return tables
 

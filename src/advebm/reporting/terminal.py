@@ -19,16 +19,11 @@ from advebm.training.hardware import GB, TERA, Machine
 def record_table(records: Iterable[Record]) -> None:
     """Print one row for each record; then, for samples, the share of each class that is classified as intended."""
     plain = [asdict(record) for record in records]
-    table = Table("measured", "samples", "value", "n", box=None, pad_edge=False)
-    for text in map(as_text, plain):
-        table.add_row(text["name"], text["samples"], text["value"], text["count"])
-    _print(table)
+    rows = [[text[key] for key in ("name", "samples", "value", "count")] for text in map(as_text, plain)]
+    _print_rows(["measured", "samples", "value", "n"], rows)
     for heads, rows in class_tables(plain):
         print()
         _print_rows(heads, rows)
-
-
-ABREAST = 8  # quantities in one table of one_a_line
 
 
 def side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
@@ -40,9 +35,9 @@ def runs_table(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """Print tables with a row for each run and at most 8 quantities as columns: for many runs."""
     table = pivot(runs)
     quantities = list(table.cells)
-    for first in range(0, len(quantities), ABREAST):
-        some = quantities[first : first + ABREAST]
-        _print_rows(*table.runs_down(some), width=60 + 14 * len(some))
+    for first in range(0, len(quantities), 8):
+        columns = quantities[first : first + 8]
+        _print_rows(*table.runs_down(columns), width=60 + 14 * len(columns))
         print()
 
 
@@ -58,60 +53,51 @@ def paper_table(summary: Mapping[str, Any]) -> None:
 def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
     """Print named numbers, with a row for each title; the cell is empty where a title lacks a number."""
     columns = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
-    table = Table("", *columns, box=None, pad_edge=False)
-    for title, numbers in rows.items():
-        table.add_row(title, *(f"{numbers[name]:.3f}" if name in numbers else "" for name in columns))
-    _print(table, 150)
+    texts = [
+        [title, *(f"{numbers[name]:.3f}" if name in numbers else "" for name in columns)]
+        for title, numbers in rows.items()
+    ]
+    _print_rows(["", *columns], texts, width=150)
 
 
 def figures_list(figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a table for each figure, with a row for each number and a column for each model, if they are by model."""
     for name, numbers in figures.items():
         models = numbers if all(isinstance(v, Mapping) for v in numbers.values()) else {"": numbers}
-        table = Table(name, *models, box=None, pad_edge=False)
-        for quantity in dict.fromkeys(q for values in models.values() for q in values):
-            table.add_row(quantity, *(_number(values.get(quantity)) for values in models.values()))
-        _print(table)
+        _print_columns(name, {model: {q: _number(v) for q, v in values.items()} for model, values in models.items()})
 
 
 def _number(value: Any) -> str:
-    if value is None:
-        return ""
     return f"{value[0]:.3g} ± {value[1]:.2g}" if isinstance(value, list) else f"{value:.3g}"
 
 
 def findings_list(findings: Iterable[doctor.Finding]) -> None:
     """Print each finding, then the skipped checks; if there is no fault, print what was checked."""
     findings = list(findings)
-    shown = [f for f in findings if f.severity != "skipped"]
-    for finding in shown:
+    for finding in (f for f in findings if f.severity != "skipped"):
         print(f"{finding.severity}: {finding.name}")
         for line in (f"found: {finding.what}", f"to do: {finding.fix}"):
             print(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="         "))
     if skipped := [f.name for f in findings if f.severity == "skipped"]:
         print(textwrap.fill(f"skipped until that is mended: {', '.join(skipped)}", 100, subsequent_indent="  "))
-    faults = sum(f.severity == "fault" for f in shown)
-    if not faults:
+    if faults := sum(f.severity == "fault" for f in findings):
+        print(f"{faults} fault{'s' * (faults > 1)}")
+    else:
         print("no faults found; checked:")
         for check in doctor.CHECKS:
             print(f"  {doctor.title(check):12}{doctor.about(check)}")
-    else:
-        print(f"{faults} fault{'s' * (faults > 1)}")
 
 
 def costs_table(stages: Sequence[Estimate], machines: Sequence[Machine]) -> None:
     """Print estimated costs, with a column for each training stage, and the machine speeds that hours are based on."""
     pairs = list(zip(stages, machines, strict=True))
     columns = {stage.recipe.name: _costs(stage, machine) for stage, machine in pairs}
-    table = Table("", *columns, box=None, pad_edge=False)
-    for quantity in dict.fromkeys(q for column in columns.values() for q in column):
-        table.add_row(quantity, *(column.get(quantity, "") for column in columns.values()))
-    _print(table)
+    _print_columns("", columns)
     for text in dict.fromkeys(_rate(stage, machine) for stage, machine in pairs):
         print(f"hours: on {text}")
-    memory, most = machines[0].memory, max(sum(stage.memory) for stage in stages)
-    if memory is not None and most > memory:
-        print(f"memory: {most / GB:.3g} GB are more than the {memory / GB:.3g} there are")
+    memory, needed = machines[0].memory, max(sum(stage.memory) for stage in stages)
+    if memory is not None and needed > memory:
+        print(f"memory: {needed / GB:.3g} GB are more than the {memory / GB:.3g} there are")
     for stage in stages:
         if stage.outline.classes is None and stage.recipe.objective.outputs is None:
             print(f"{stage.recipe.name}: the images are not there; {stage.architecture.outputs:,} classes are assumed")
@@ -144,7 +130,7 @@ def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
     rows |= {name: f"{part / GB:.3g}" for name, part in zip(names, stage.memory, strict=True)}
     hours = [machine.hours(flops, cfg.precision) for flops in stage.total]
     if stage.images:
-        rows["images a second"] = _span(stage.images / 3600 / each for each in reversed(hours))
+        rows["images a second"] = _span(stage.images / 3600 / duration for duration in reversed(hours))
     rows["hours"] = _span(hours)
     return {name: text for name, text in rows.items() if text}
 
@@ -154,14 +140,17 @@ def _span(values: Iterable[float]) -> str:
     return " to ".join(dict.fromkeys(f"{value:.3g}" for value in values))
 
 
+def _print_columns(corner: str, columns: Mapping[str, Mapping[str, str]]) -> None:
+    """Print a row for each quantity that any column has."""
+    quantities = dict.fromkeys(quantity for column in columns.values() for quantity in column)
+    rows = [[quantity, *(column.get(quantity, "") for column in columns.values())] for quantity in quantities]
+    _print_rows([corner, *columns], rows)
+
+
 def _print_rows(heads: Sequence[str], rows: Iterable[Sequence[str]], width: int = 120) -> None:
     table = Table(*heads, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    _print(table, width)
-
-
-def _print(table: Table, width: int = 120) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, width)  # a pipe has no width
     console.print(table)

@@ -36,29 +36,29 @@ def digits_applications(folder: Path, options: Options) -> Experiment:
     recipes = {m: find_recipe(f"digits-{m}", options, **DIGITS_L2) for m in ("standard", "at", "binary-at")}
     for half, (own, other) in {"first": HALVES, "second": HALVES[::-1]}.items():
         for p0, outside in {"patches": "patches", "both": {"kind": "mixture", "sources": ["patches", other]}}.items():
-            change = {"data": own, "outside": outside, "train__images": 24_000, **DIGITS_L2}
-            recipes[f"{half}-{p0}"] = find_recipe("digits-binary-at", options, **change)
+            changes = {"data": own, "outside": outside, "train__images": 24_000, **DIGITS_L2}
+            recipes[f"{half}-{p0}"] = find_recipe("digits-binary-at", options, **changes)
 
     def measure(runs: Mapping[str, Run]) -> Results:
-        judge, found = runs["standard"].folder, {}
+        judge, results = runs["standard"].folder, {}
         for title, run in runs.items():
             if title in ("standard", "at", "binary-at"):
-                wanted: Wanted = {Key("PSNR", set="inpainting", by="energy"): Restoration()}
+                metrics: Wanted = {Key("PSNR", set="inpainting", by="energy"): Restoration()}
                 if title != "binary-at":
-                    wanted |= {Key("counterfactual reached"): Counterfactuals(), Key("accuracy"): Accuracy()}
-                measure_missing(run, wanted, judge)
-                far = tuple(f"counterfactual {what}" for what in ("reached", "distance", "named so"))
-                shown = ("PSNR", "SSIM", "accuracy", *far)
-                found[title] = [r for r in evaluate.newest_records(run.records()) if key_of(r).quantity in shown]
+                    metrics |= {Key("counterfactual reached"): Counterfactuals(), Key("accuracy"): Accuracy()}
+                measure_missing(run, metrics, judge)
+                counterfactuals = tuple(f"counterfactual {what}" for what in ("reached", "distance", "named so"))
+                shown = ("PSNR", "SSIM", "accuracy", *counterfactuals)
+                results[title] = [r for r in evaluate.newest_records(run.records()) if key_of(r).quantity in shown]
             else:
                 other = HALVES[0] if title.startswith("second") else HALVES[1]
-                found[title] = translated(run, config.build(other, "source").load(), judge)
-        return found
+                results[title] = measure_translation(run, config.build(other, "source").load(), judge)
+        return results
 
     return Experiment(recipes, measure)
 
 
-def translated(run: Run, source: Data, judge: Path) -> Records:
+def measure_translation(run: Run, source: Data, judge: Path) -> Records:
     """Return, for each amount of translation, the share of ``source``'s test images that a judge takes for the target.
 
     The target is the data that the critic is trained on.  Save a figure of some translations, Binary-AT figure 7.
@@ -69,17 +69,15 @@ def translated(run: Run, source: Data, judge: Path) -> Records:
     model, films = run.model()[0], torch.empty(0)
     for amount in AMOUNTS:
         method = Translate(steps=sampler.steps, step_size=sampler.step_size, amount=amount)
-        found = method(model, source.test.x)
-        named = space.logits(space.of(found.x, torch.device("cpu"))).argmax(1)
-        hits = torch.isin(named, torch.tensor(classes))
+        edited = method(model, source.test.x)
+        predicted = space.logits(space.of(edited.x, torch.device("cpu"))).argmax(1)
+        hits = torch.isin(predicted, torch.tensor(classes))
         records.append(Record(f"named as the target, amount {amount:g}", *proportion(hits)))
-        films = found.film[:: len(found.x) // 10][:10] if amount == 1 else films
-    text = (
-        f"from {source.name}, a row an image, from left to right; the critic's own kind: {', '.join(map(str, classes))}"
-    )
-    figure_store.save_figure(
-        run, "translation", pictures.encode_png(pictures.grid(films, tile=48)), "Translation", text
-    )
+        films = edited.film[:: len(edited.x) // 10][:10] if amount == 1 else films
+    own_kind = ", ".join(map(str, classes))
+    text = f"from {source.name}, a row an image, from left to right; the critic's own kind: {own_kind}"
+    picture = pictures.encode_png(pictures.grid(films, tile=48))
+    figure_store.save_figure(run, "translation", picture, "Translation", text)
     return [dataclasses.asdict(record) for record in records]
 
 
@@ -99,10 +97,9 @@ def jeat_figure4(folder: Path, options: Options) -> Experiment:
         panels, texts = {}, {}
         for title, kind in FIGURE4:
             settings = [("steps", 100), ("step_size", 0.05), ("temperature", 1e-4), ("start", "class")]
-            chosen = [("sampler", kind), *((f"sampler.{name}", value) for name, value in settings)]
-            sampler = resolve(config.describe(runs[title].recipe), chosen).sampler
-            where = draw_set(runs[title], kind, sampler, 10, classes=ships)
-            x = generate.read_set(where).x
+            overrides = [("sampler", kind), *((f"sampler.{name}", value) for name, value in settings)]
+            sampler = resolve(config.describe(runs[title].recipe), overrides).sampler
+            x = generate.read_set(draw_set(runs[title], kind, sampler, 10, classes=ships)).x
             panels[f"{title}, {kind}"] = x[:10].view(2, 5, *x.shape[1:])
             texts[f"{title}, {kind}"] = ["the same seeds"]
         text = "Equation 16 descends E(x, y) - E(x), 17 descends E(x, y); 100 steps of 0.05 at temperature 1e-4."

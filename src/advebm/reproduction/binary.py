@@ -35,43 +35,44 @@ DETECTION = Key("AUROC", set="uniform", by="energy")  # if a run has this record
 
 def detection(run: Run, count: int, restarts: int) -> OutOfDistribution:
     """Return the metric that detects noises and test images of p0 (default: patches), clean and in the worst case."""
-    outside = () if run.recipe.outside is None else (run.recipe.outside,)
-    sets = (*OutOfDistribution().sets, *(outside or (config.build("patches", "source"),)))
+    p0 = config.build("patches", "source") if run.recipe.outside is None else run.recipe.outside
+    sets = (*OutOfDistribution().sets, p0)
     return OutOfDistribution(sets=sets, count=count, eps=run.recipe.threat.eps, restarts=restarts)
 
 
 def digits_binary_at(folder: Path, options: Options) -> Experiment:
     """Binary AT on digits from patches of photographs: steps K, fixed or growing, three other p0, no R1, detection."""
-    judging = find_recipe("digits-standard", ())
+    judge_recipe = find_recipe("digits-standard", ())
     critic = lambda **changes: find_recipe("digits-binary-at", options, **changes)
     recipes = {"k-grows": critic()}
     schedule = config.describe(recipes["k-grows"].objective)["curriculum"]
     images, largest = recipes["k-grows"].train.images, schedule["steps"]
     for k in sorted({1, largest // 4, largest // 2, largest}):
         recipes[f"k-{k}"] = critic(objective__curriculum={**schedule, "start": k, "steps": k})
-    for of in ("k-grows", f"k-{largest // 4}", f"k-{largest}"):  # constant learning rate: the start of the longer runs
+    # The learning rate is constant, so shorter runs are the beginnings of longer ones.
+    for label in ("k-grows", f"k-{largest // 4}", f"k-{largest}"):
         for count in (images // 4, images // 2):
-            short = dataclasses.replace(recipes[of].train, images=count)
-            recipes[f"{of}@{count}"] = dataclasses.replace(recipes[of], train=short)
+            train = dataclasses.replace(recipes[label].train, images=count)
+            recipes[f"{label}@{count}"] = dataclasses.replace(recipes[label], train=train)
     recipes["no-r1"] = critic(objective__r1=0.0)
-    few = {"kind": "part", "source": {"kind": "patches"}, "share": 0.01}
-    for name, outside in (("70-patches", few), ("noise", "noise"), ("patches-and-noise", "mixture")):
+    one_percent = {"kind": "part", "source": {"kind": "patches"}, "share": 0.01}
+    for name, outside in (("70-patches", one_percent), ("noise", "noise"), ("patches-and-noise", "mixture")):
         recipes[f"p0-{name}"] = critic(outside=outside)
 
     def measure(runs: Mapping[str, Run]) -> Results:
-        found, judge = {}, Run.open(folder / "judge")
+        results, judge = {}, Run.open(folder / "judge")
         for title, run in runs.items():
-            setting = with_best_steps(run, run.recipe, judge)
-            draw_if_missing(run, setting, 100)
-            wanted: Wanted = compare.quality_metrics(run, judge.folder)
+            recipe = with_best_steps(run, run.recipe, judge)
+            draw_if_missing(run, recipe, 100)
+            metrics: Wanted = compare.quality_metrics(run, judge.folder)
             if "@" not in title:
-                wanted |= {DETECTION: detection(run, 512, 1)}
-            measure_missing(run, wanted, judge.folder)
-            steps = Record("steps chosen on validation", setting.sampler.steps, 0.0, 1)
-            found[title] = [dataclasses.asdict(steps), *table_records(run)]
-        return found
+                metrics |= {DETECTION: detection(run, 512, 1)}
+            measure_missing(run, metrics, judge.folder)
+            steps = Record("steps chosen on validation", recipe.sampler.steps, 0.0, 1)
+            results[title] = [dataclasses.asdict(steps), *table_records(run)]
+        return results
 
-    prepare = lambda: train_or_resume(judging, folder / "judge")
+    prepare = lambda: train_or_resume(judge_recipe, folder / "judge")
     return Experiment(recipes, measure, prepare=prepare, figures=binary_at_figures)
 
 
@@ -81,15 +82,15 @@ def detection_by(recipes: Mapping[str, Recipe], outliers: Sequence[Any], restart
     sets = tuple(config.build(s, "outlier") for s in outliers)
 
     def measure(runs: Mapping[str, Run]) -> Results:
-        found = {}
+        results = {}
         for method, run in runs.items():
             # the scores of the methods' papers: confidence, or log p(x)
             score = MaxSoftmax() if method in ("oe", "ratio") else EnergyScore()
             metric = OutOfDistribution((score,), sets, eps=1.0, restarts=restarts)
             first = measure_missing(run, {DETECTION._replace(by=score.name): metric})[0]
-            own = [r for r in run.records() if r["time"] == first["time"] and r["settings"].get("metric")]
-            found[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in own]
-        return found
+            records = [r for r in run.records() if r["time"] == first["time"] and r["settings"].get("metric")]
+            results[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in records]
+        return results
 
     return Experiment(recipes, measure)
 
@@ -104,18 +105,18 @@ def binary_at_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
     """Return figures of FD against K, against training images, and for each p0: Binary-AT figures 4, 5 and 3."""
     fd = {t: next((r["value"], r["error"]) for r in rs if key_of(r).quantity == "FD") for t, rs in results.items()}
     fixed = {float(t[2:]): v for t, v in fd.items() if t[2:].isdigit()}
-    during: dict[str, dict[float, tuple[float, float]]] = {}
+    curves: dict[str, dict[float, tuple[float, float]]] = {}
     for title, value in fd.items():
         if "@" in title:
-            of, _, count = title.partition("@")
-            during.setdefault(of, {})[float(count)] = value
-    for of, points in during.items():
-        points[2 * max(points)] = fd[of]
+            label, _, count = title.partition("@")
+            curves.setdefault(label, {})[float(count)] = value
+    for label, points in curves.items():
+        points[2 * max(points)] = fd[label]
     p0 = {"patches": fd["k-grows"], **{t.removeprefix("p0-"): v for t, v in fd.items() if t.startswith("p0-")}}
     name = "FD in the features of a standard classifier"
     return {
         "FD against the number of steps K in training, K fixed": figures.lines({"": fixed}, "K", name, log=True),
-        "FD during training": figures.lines(during, "images", name),
+        "FD during training": figures.lines(curves, "images", name),
         "FD for each p0": figures.bars(p0, name),
     }
 
@@ -139,21 +140,21 @@ def digits_hybrids(folder: Path, options: Options) -> Experiment:
     def measure(runs: Mapping[str, Run]) -> Results:
         judge = runs["standard"]
         stage = Run.open(runs["dat"].before[0])
-        everyone = {title: run for title, run in runs.items() if title != "dat"}
-        everyone |= {"dat, stage 1": stage, "dat, stage 2": runs["dat"]}
-        found = {}
-        for title, run in everyone.items():
-            critic = run.recipe.objective.outputs == 1
-            setting = with_best_steps(run, run.recipe, judge) if critic else run.recipe
-            draw_if_missing(run, setting, 50)
-            wanted: Wanted = compare.quality_metrics(run, judge.folder)
-            wanted |= {DETECTION: detection(run, 512, 1)}
-            if not critic and title != "short-run-mle":
-                wanted |= {Key("accuracy"): Accuracy(), Key("accuracy", attack_key(apgd)): RobustAccuracy(apgd)}
-                wanted |= {Key("AUROC of detectors"): Detectors()}
-            measure_missing(run, wanted, judge.folder)
-            found[title] = table_records(run)
-        return efficiency(everyone, judge, found)
+        stages = {title: run for title, run in runs.items() if title != "dat"}
+        stages |= {"dat, stage 1": stage, "dat, stage 2": runs["dat"]}
+        results = {}
+        for title, run in stages.items():
+            is_critic = run.recipe.objective.outputs == 1
+            recipe = with_best_steps(run, run.recipe, judge) if is_critic else run.recipe
+            draw_if_missing(run, recipe, 50)
+            metrics: Wanted = compare.quality_metrics(run, judge.folder)
+            metrics |= {DETECTION: detection(run, 512, 1)}
+            if not is_critic and title != "short-run-mle":
+                metrics |= {Key("accuracy"): Accuracy(), Key("accuracy", attack_key(apgd)): RobustAccuracy(apgd)}
+                metrics |= {Key("AUROC of detectors"): Detectors()}
+            measure_missing(run, metrics, judge.folder)
+            results[title] = table_records(run)
+        return efficiency(stages, judge, results)
 
     return Experiment(recipes, measure)
 
@@ -161,23 +162,19 @@ def digits_hybrids(folder: Path, options: Options) -> Experiment:
 SHORT_RUN = {"kind": "sgld", "steps": 40, "step_size": 0.1, "noise": 0.01}  # the sampler that the recipe trains with
 
 
-def efficiency(runs: Mapping[str, Run], judge: Run, found: dict[str, Records]) -> dict[str, Records]:
+def efficiency(runs: Mapping[str, Run], judge: Run, results: dict[str, Records]) -> dict[str, Records]:
     """Return the records with the sampling cost of three generators at equal FD added, Binary-AT section 5."""
-    points = {}
+    curves = {}
     for title in ("binary-at", "jem", "short-run-mle"):
-        run = runs[title]
-        own = (
-            run.recipe
-            if title != "jem"
-            else dataclasses.replace(run.recipe, sampler=config.build(SHORT_RUN, "sampler"))
-        )
-        points[title] = measure_steps(run, own, judge, Chains("train"))
-    level = max(min(p.fd for p in of) for of in points.values())
-    for title, of in points.items():
-        point = first_reaching(of, level)
+        recipe = runs[title].recipe
+        if title == "jem":
+            recipe = dataclasses.replace(recipe, sampler=config.build(SHORT_RUN, "sampler"))
+        curves[title] = measure_steps(runs[title], recipe, judge, Chains("train"))
+    level = max(min(p.fd for p in curve) for curve in curves.values())
+    for title, curve in curves.items():
+        point = first_reaching(curve, level)
         assert point is not None
-        about = {"level": level}
         for name, value in (("gradients an image", point.steps), ("milliseconds an image", 1000 * point.seconds)):
-            record = Record(f"{name} to equal FD", value, 0.0, Chains().count, about)
-            found[title].append(dataclasses.asdict(record))
-    return found
+            record = Record(f"{name} to equal FD", value, 0.0, Chains().count, {"level": level})
+            results[title].append(dataclasses.asdict(record))
+    return results

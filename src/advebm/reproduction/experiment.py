@@ -43,8 +43,8 @@ def carry_out(experiment: Experiment, folder: Path, seeds: int) -> tuple[Results
     With several seeds the records hold means over seeds, with standard deviations as errors.
     """
     experiment.prepare()
-    found: list[Results] = []
-    first: list[Run] = []
+    results: list[Results] = []
+    first_runs: list[Run] = []
     for seed in range(seeds):
         runs = {}
         for number, (label, recipe) in enumerate(experiment.recipes.items(), 1):
@@ -52,9 +52,9 @@ def carry_out(experiment: Experiment, folder: Path, seeds: int) -> tuple[Results
             before = tuple(dataclasses.replace(stage, seed=seed) for stage in recipe.before)
             seeded = dataclasses.replace(recipe, name=label, seed=seed, before=before)
             runs[label] = train_or_resume(seeded, folder / f"seed-{seed}" / label)
-            share_images([*first, *runs.values()])
+            share_images([*first_runs, *runs.values()])
             if experiment.per_class:
                 draw_if_missing(runs[label], seeded, experiment.per_class)
-        found.append(experiment.measure(runs))
-        first = first or list(runs.values())
-    return compare.over_seeds(found), first
+        results.append(experiment.measure(runs))
+        first_runs = first_runs or list(runs.values())
+    return compare.over_seeds(results), first_runs

@@ -36,13 +36,7 @@ QUICK: dict[str, Options] = {
 
 
 def reproduce(
-    name: str,
-    folder: Path,
-    *,
-    scale: str | None = None,
-    seeds: int = 1,
-    quick: bool = False,
-    options: Options = (),
+    name: str, folder: Path, *, scale: str | None = None, seeds: int = 1, quick: bool = False, options: Options = ()
 ) -> Path:
     """Carry out an experiment or a table; skip what an earlier call has already done in ``folder``.
 
@@ -62,10 +56,7 @@ def reproduce(
         UserError: the name or scale is unknown, ``seeds`` is below 1, there is no quick form, ``folder`` is a run, or a
             recipe does not take the options.
     """
-    if scale is not None:
-        check_table(name, scale, quick)
-    else:
-        check_experiment(name, quick)
+    check_name(name, scale, quick)
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")
     if (folder / "config.yaml").exists():
@@ -84,22 +75,20 @@ def reproduce(
     for line in experiment.conclude(results):
         say(line)
     title = f"{name} --quick: shorter training than the experiment's" if quick else name
-    shown = experiment.figures(results)
-    return report(runs[0], beside=runs[1:], out=folder / "report.html", title=title, shown=shown)
+    pngs = experiment.figures(results)
+    return report(runs[0], beside=runs[1:], out=folder / "report.html", title=title, shown=pngs)
 
 
-def check_table(name: str, scale: str, quick: bool) -> None:
-    """Raise UserError if the table or its scale does not exist, or if ``quick`` is set."""
-    if quick:
-        raise UserError("--quick is of experiments; a table has --scale alone")
-    table = inventory.find_table(name)
-    if scale not in SCALES:
-        raise unknown_name("scale", scale, SCALES)
-    table.share(scale)
-
-
-def check_experiment(name: str, quick: bool) -> None:
-    """Raise UserError if the experiment or its quick form does not exist, or if the name is a table's."""
+def check_name(name: str, scale: str | None, quick: bool) -> None:
+    """Raise UserError if there is no such experiment, or no table at that scale, or no quick form of it."""
+    if scale is not None:
+        if quick:
+            raise UserError("--quick is of experiments; a table has --scale alone")
+        table = inventory.find_table(name)
+        if scale not in SCALES:
+            raise unknown_name("scale", scale, SCALES)
+        table.share(scale)
+        return
     if name in inventory.tables():
         scales = ", ".join(inventory.tables()[name].scales)
         raise UserError(f"{name} is a table; say how large with --scale, one of {scales}")

@@ -38,46 +38,46 @@ on them are listed and do not count. `quoted` ones are other papers', `unpublish
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the summaries in a folder by file name, with verdicts recomputed from the current inventory."""
-    found = {path.stem: files.read_json(path) for path in folder.glob("*.json")}
+    summaries = {path.stem: files.read_json(path) for path in folder.glob("*.json")}
     order = [f"{table}-{scale}" for table in inventory.tables() for scale in SCALES]
-    if strange := found.keys() - set(order):
-        raise UserError(f"{folder / sorted(strange)[0]}.json is not named TABLE-SCALE.json")
-    return {name: resummarize(found[name]) for name in order if name in found}
+    if unknown := summaries.keys() - set(order):
+        raise UserError(f"{folder / sorted(unknown)[0]}.json is not named TABLE-SCALE.json")
+    return {name: resummarize(summaries[name]) for name in order if name in summaries}
 
 
-def resummarize(plain: Mapping[str, Any]) -> dict[str, Any]:
+def resummarize(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return a new summary of the same measurements, judged by the current inventory."""
-    found = {row["name"]: row["ours"] for row in plain["rows"] if row["ours"]}
-    table = inventory.find_table(plain["table"])
-    if lost := found.keys() - set(table.names()):
-        raise UserError(f"{table.name} was measured with a row {sorted(lost)[0]!r}, which papers.yaml has no more")
-    return render.summarize(table, plain["scale"], found, plain["about"])
+    cells = {row["name"]: row["ours"] for row in summary["rows"] if row["ours"]}
+    table = inventory.find_table(summary["table"])
+    if unknown := cells.keys() - set(table.names()):
+        raise UserError(f"{table.name} was measured with a row {sorted(unknown)[0]!r}, which papers.yaml has no more")
+    return render.summarize(table, summary["scale"], cells, summary["about"])
 
 
-def summary_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the README's Markdown table, with a row per table of the papers."""
     rows = [
-        [f"[{plain['table']}](docs/results.md#{name})", plain["what"], plain["scale"], plain["verdict"]]
-        for name, plain in found.items()
+        [f"[{summary['table']}](docs/results.md#{name})", summary["what"], summary["scale"], summary["verdict"]]
+        for name, summary in summaries.items()
     ]
     return markdown(["table", "what", "scale", "verdict"], rows)
 
 
-def page(found: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) -> str:
+def page(summaries: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) -> str:
     """Return the whole page as Markdown; ``pictures`` are the names of the summaries that have one."""
     scales = "\n".join(f"- `{name}`: {scale.about}." for name, scale in SCALES.items())
     tolerances = ", ".join(f"{c.tolerance:g} ({c.heading})" for c in inventory.COLUMNS.values())
-    parts = [HEAD.format(scales=scales, tolerances=tolerances), summary_table(found).replace("docs/results.md#", "#")]
-    for name, plain in found.items():
-        where, verdict = render.text_lines(plain)
-        parts += [
-            f"## {name}",
-            f"{plain['what']} ({plain['paper']}, {plain['item']})",
-            f"`{plain['about']['command']}`",
-        ]
-        parts += [where + ".", markdown(*render.text_table(plain)), "\n".join(f"- {line}" for line in verdict)]
-        notes = [f"{row['name']}: {row['note']}" for row in plain["rows"] if row["ours"] and row["note"]]
-        trained = (f"{run} {images}" for run, images in plain["about"]["trained"].items())
+    parts = [
+        HEAD.format(scales=scales, tolerances=tolerances),
+        summary_table(summaries).replace("docs/results.md#", "#"),
+    ]
+    for name, summary in summaries.items():
+        where, verdict = render.text_lines(summary)
+        heading = f"{summary['what']} ({summary['paper']}, {summary['item']})"
+        parts += [f"## {name}", heading, f"`{summary['about']['command']}`", f"{where}."]
+        parts += [markdown(*render.text_table(summary)), "\n".join(f"- {line}" for line in verdict)]
+        notes = [f"{row['name']}: {row['note']}" for row in summary["rows"] if row["ours"] and row["note"]]
+        trained = (f"{run} {images}" for run, images in summary["about"]["trained"].items())
         parts += [f"Notes. {'. '.join(notes)}."] * bool(notes) + [f"Trained on: {'; '.join(trained)}."]
         parts += [f"![Samples, {name}](../results/{name}.png)"] * (name in set(pictures))
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -92,11 +92,11 @@ def insert_table(text: str, table: str) -> str:
 
 def write(root: Path) -> None:
     """Write the page, the README's table and the recomputed summaries into the checkout ``root``."""
-    found = load(root / "results")
-    for name, plain in found.items():
-        files.write_json(root / "results" / f"{name}.json", plain)
-    files.write(root / "docs" / "results.md", page(found, [path.stem for path in (root / "results").glob("*.png")]))
-    files.write(root / "README.md", insert_table((root / "README.md").read_text(), summary_table(found)))
+    summaries = load(root / "results")
+    for name, summary in summaries.items():
+        files.write_json(root / "results" / f"{name}.json", summary)
+    files.write(root / "docs" / "results.md", page(summaries, [path.stem for path in (root / "results").glob("*.png")]))
+    files.write(root / "README.md", insert_table((root / "README.md").read_text(), summary_table(summaries)))
 
 
 if __name__ == "__main__":

@@ -34,11 +34,8 @@ class Scale:
     restarts: int = 1
 
 
-P0 = {
-    "kind": "classes",
-    "source": "cifar100",
-    "count": 80,
-}  # outside images that critics and detectors of CIFAR-10 are trained on
+# Outside images that critics and detectors of CIFAR-10 are trained on.
+P0 = {"kind": "classes", "source": "cifar100", "count": 80}
 SVHN = {"kind": "hf", "path": "ufldl-stanford/svhn", "subset": "cropped_digits"}
 IMAGENET = {"kind": "hf", "path": "benjamin-paine/imagenet-1k-32x32"}
 OUTLIERS = (P0, {**P0, "rest": True}, "digits", "uniform", "gaussian")

@@ -59,14 +59,14 @@ def draw_if_missing(run: Run, recipe: Recipe, per_class: int, name: str | None =
 
 def measure_missing(run: Run, wanted: Wanted, features: str | Path | None = None) -> Records:
     """Return the wanted records; measure those that the run does not have."""
-    tell = lambda name: say(f"  {run.recipe.name}: {name}")
-    return compare.measure(run, wanted, features=features, device=device(), progress=tell, bar=console.bar)
+    progress = lambda name: say(f"  {run.recipe.name}: {name}")
+    return compare.measure(run, wanted, features=features, device=device(), progress=progress, bar=console.bar)
 
 
 def compare_all(runs: Mapping[str, Run], judge_title: str, threat: Attack) -> dict[str, Records]:
     """Return the comparison of all runs under a threat, in the features of ``runs[judge_title]``."""
-    tell = lambda text: say(f"  {text}")
-    options: dict[str, Any] = {"features": runs[judge_title].folder, "device": device(), "progress": tell}
+    progress = lambda text: say(f"  {text}")
+    options: dict[str, Any] = {"features": runs[judge_title].folder, "device": device(), "progress": progress}
     return compare.compare(list(runs.values()), threat=threat, **options)
 
 
@@ -75,15 +75,15 @@ def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: st
     about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
     about |= {"features": str(compare.feature_weights(judge.folder)), "checkpoint": run.checkpoints.path().name}
     file = run.folder / f"chains-{chains.split}{name}.json"
-    known = files.read_json(file, default={})
-    if {k: known.get(k) for k in about} != about:
+    saved = files.read_json(file, default={})
+    if {k: saved.get(k) for k in about} != about:
         say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
         outside = recipe.outside.load() if recipe.outside is not None else None
         space = evaluate.find_space(judge.folder).load(device())
         points = chains(run.model()[0].to(device()), recipe.sampler, run.data, space, outside=outside)
-        known = {**about, "points": [point._asdict() for point in points]}
-        files.write_json(file, known)
-    return [CurvePoint(**point) for point in known["points"]]
+        saved = {**about, "points": [point._asdict() for point in points]}
+        files.write_json(file, saved)
+    return [CurvePoint(**point) for point in saved["points"]]
 
 
 def with_best_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains | None = None, name: str = "") -> Recipe:

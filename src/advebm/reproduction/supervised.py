@@ -17,6 +17,7 @@ from advebm.reproduction.study import compare_all, draw_if_missing, find_recipe,
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 
+AT_LINF = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
 LINF = {"threat__norm": "linf", "threat__eps": 0.2, "threat__step_size": 0.025, "sampler__start": "global"}
 ADVERSARIAL = ("fast", "free", "trades", "weat", "at-awp", "trades-awp", "prejeat", "jeat")
 SUPERVISED = ("standard", "at", "noise", *ADVERSARIAL, "jem", "persistent-mle", "short-run-mle", "rst-awp")
@@ -24,8 +25,7 @@ SUPERVISED = ("standard", "at", "noise", *ADVERSARIAL, "jem", "persistent-mle", 
 
 def supervised(method: str, folder: Path, options: Options) -> Recipe:
     """Return the recipe of a supervised method on digits, linf 0.2."""
-    attack = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
-    changes = {"standard": LINF, "at": {**attack, **LINF}, "rst-awp": teacher_option(folder)}
+    changes = {"standard": LINF, "at": {**AT_LINF, **LINF}, "rst-awp": teacher_option(folder)}
     return find_recipe(f"digits-{method}", options, **changes.get(method, {}))
 
 
@@ -51,29 +51,24 @@ def digits_supervised(folder: Path, options: Options) -> Experiment:
 def attacks_on(recipes: Mapping[str, Recipe]) -> Experiment:
     """Return an experiment: normal and energy attack, by one step and by the steps of the first recipe's threat."""
     threat = next(iter(recipes.values())).threat
-    one = [
-        dataclasses.replace(threat, steps=1, step_size=threat.eps, start="clean", loss=loss)
-        for loss in ("cross-entropy", "energy")
-    ]
-    many = [dataclasses.replace(threat, loss=loss) for loss in ("cross-entropy", "energy")]
-
-    wanted = compare.accuracy_metrics((*one, *many))
-    return Experiment(recipes, lambda runs: {label: measure_missing(run, wanted) for label, run in runs.items()})
+    many_steps = [dataclasses.replace(threat, loss=loss) for loss in ("cross-entropy", "energy")]
+    one_step = [dataclasses.replace(a, steps=1, step_size=threat.eps, start="clean") for a in many_steps]
+    metrics = compare.accuracy_metrics((*one_step, *many_steps))
+    return Experiment(recipes, lambda runs: {label: measure_missing(run, metrics) for label, run in runs.items()})
 
 
 def jeat_figure5(folder: Path, options: Options) -> Experiment:
     """Noise injection at 8, 16 and 24/255, read as deviation and as variance: the shape of JEAT figure 5."""
-    recipes = {}
+    recipes = {"standard": find_recipe("cifar10-standard-small", options)}
     for level in (8, 16, 24):
         for reading, std in (("deviation", level / 255), ("variance", (level / 255) ** 0.5)):
             recipes[f"{reading}-{level}"] = find_recipe("cifar10-noise-small", options, objective__std=std)
-    recipes = {"standard": find_recipe("cifar10-standard-small", options), **recipes}
 
     def measure(runs: Mapping[str, Run]) -> Results:
         judge = runs["standard"].folder
         for run in runs.values():
-            wanted = {**compare.accuracy_metrics(()), **compare.quality_metrics(run, judge)}
-            measure_missing(run, wanted, judge)
+            metrics = {**compare.accuracy_metrics(()), **compare.quality_metrics(run, judge)}
+            measure_missing(run, metrics, judge)
         return {label: evaluate.newest_records(run.records()) for label, run in runs.items()}
 
     return Experiment(recipes, measure, per_class=20)
@@ -82,32 +77,31 @@ def jeat_figure5(folder: Path, options: Options) -> Experiment:
 def cem_claims(folder: Path, options: Options) -> Experiment:
     """CEM sections 3 and 4.1 on digits: how often P-CEM by Langevin diverges, and what targets do to an attack."""
     common = {"threat__norm": "linf", "threat__eps": 0.2, "threat__step_size": 0.025, "train__rollbacks": 20}
-    at = {"objective": {"kind": "at", "attack": {"norm": "linf", "eps": 0.2, "steps": 7}}}
     langevin = {"objective": {"kind": "jeat", "attack": {"eps": 0.0, "steps": 1, "loss": "energy"}}}
     langevin["objective"]["negatives"] = {"buffer": 2000}
     # same network, optimiser and learning rate, so that only the negatives differ
     shared = {"backbone__norm": "none", "train__images": 40_000, "optimizer__lr": 0.1}
     recipes = {
-        "at": find_recipe("digits-at", options, **at, **common, **shared),
+        "at": find_recipe("digits-at", options, **AT_LINF, **common, **shared),
         "p-cem-langevin": find_recipe("digits-at", options, **langevin, **common, **shared),
     }
 
     threat = recipes["at"].threat
-    towards: Wanted = {Key("accuracy", attack_key(threat, targeted=True)): TargetedAccuracy(threat)}
+    targeted: Wanted = {Key("accuracy", attack_key(threat, targeted=True)): TargetedAccuracy(threat)}
 
     def stability(run: Run) -> Records:
         events = [line["attempt"] for line in run.history() if line.get("event") == "rollback"]
         count = Record("rollbacks", max(events, default=0), 0.0, 1)
-        return [dataclasses.asdict(count), *measure_missing(run, towards)]
+        return [dataclasses.asdict(count), *measure_missing(run, targeted)]
 
     def measure(runs: Mapping[str, Run]) -> Results:
         for kind in ("ta", "cs"):
             draw_if_missing(runs["at"], resolve(config.describe(runs["at"].recipe), [("sampler", kind)]), 100)
         records = compare_all(runs, "at", threat)
-        found = {label: [*records[label], *stability(run)] for label, run in runs.items()}
+        results = {label: [*records[label], *stability(run)] for label, run in runs.items()}
         # CEM section 4.1: TA pushes up E(x), CS does not
-        wanted = [Key("E(x)", set="test images"), *(Key("E(x)", samples=name) for name in ("ta-class", "cs-class"))]
-        found["at"] += measure_missing(runs["at"], dict.fromkeys(wanted, Energies()))
-        return found
+        keys = [Key("E(x)", set="test images"), *(Key("E(x)", samples=name) for name in ("ta-class", "cs-class"))]
+        results["at"] += measure_missing(runs["at"], dict.fromkeys(keys, Energies()))
+        return results
 
     return Experiment(recipes, measure)

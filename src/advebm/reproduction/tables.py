@@ -83,9 +83,9 @@ def write_table(
 
 def recipes_of(table: Table, scale: str, folder: Path, options: Options) -> dict[str, Recipe]:
     """Return the recipes of a table at a scale by method, the judge of samples first; leave out methods without one."""
-    judge = ["standard"] * ("fid" in table.columns and bool(table.data))
-    found = {method: recipe_of(table, scale, method, folder, options) for method in (*judge, *table.methods())}
-    return {method: recipe for method, recipe in found.items() if recipe is not None}
+    judge = ["standard"] if "fid" in table.columns and table.data else []
+    candidates = {method: recipe_of(table, scale, method, folder, options) for method in (*judge, *table.methods())}
+    return {method: recipe for method, recipe in candidates.items() if recipe is not None}
 
 
 def recipe_of(table: Table, scale: str, method: str, folder: Path, options: Options) -> Recipe | None:
@@ -97,29 +97,30 @@ def recipe_of(table: Table, scale: str, method: str, folder: Path, options: Opti
     if name not in recipes.names():
         return None
     roles = {"outside", "extra"} - recipes.find(name).keys()  # that this recipe does not have
-    own = [(key, value) for key, value in options if key.partition(".")[0] not in roles]
-    share = 1.0 if "train.images" in dict(own) else table.share(scale)
+    overrides = [(key, value) for key, value in options if key.partition(".")[0] not in roles]
+    share = 1.0 if "train.images" in dict(overrides) else table.share(scale)
     if scale == "digits":
-        return shortened(FAMILIES[table.digits](method, folder, own), share)
-    taught = supervised.teacher_option(folder) if method == "rst-awp" else {}
-    return shortened(study.find_recipe(name, own, **SCALES[scale].changes, **taught), share)
+        return shorten(FAMILIES[table.digits](method, folder, overrides), share)
+    teacher = supervised.teacher_option(folder) if method == "rst-awp" else {}
+    return shorten(study.find_recipe(name, overrides, **SCALES[scale].changes, **teacher), share)
 
 
-def shortened(recipe: Recipe, share: float) -> Recipe:
+def shorten(recipe: Recipe, share: float) -> Recipe:
     """Return a recipe with a share of its training images, in every stage."""
     train = dataclasses.replace(recipe.train, images=round(share * recipe.train.images))
-    return dataclasses.replace(recipe, train=train, before=tuple(shortened(stage, share) for stage in recipe.before))
+    return dataclasses.replace(recipe, train=train, before=tuple(shorten(stage, share) for stage in recipe.before))
 
 
 def provenance(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -> dict[str, Any]:
     """Return what the numbers depend on: scale, hardware of the first run, latest date, and training of the runs."""
     machine = files.read_json(runs[0].folder / "env.json", default={})
-    where = f"{machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} cores"
-    trained = {}
-    for stage in (stage for run in runs for stage in run.stages):
-        recipe = stage.recipe
-        trained[recipe.name] = f"{recipe.train.images:,} images of {len(stage.data.train):,}"
-    hardware = f"{where}, {machine.get('system')}, torch {machine.get('torch')}"
+    hardware = f"{machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} cores, "
+    hardware += f"{machine.get('system')}, torch {machine.get('torch')}"
+    trained = {
+        stage.recipe.name: f"{stage.recipe.train.images:,} images of {len(stage.data.train):,}"
+        for run in runs
+        for stage in run.stages
+    }
     days = [record["time"][:10] for records in results.values() for record in records if "time" in record]
     return {
         "date": max(days, default=time.strftime("%Y-%m-%d")),
@@ -147,14 +148,14 @@ def by_methods(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> E
     threat = by_method[table.methods()[0]].threat
 
     def measure(runs: Mapping[str, Run]) -> Results:
-        found = {}
+        results = {}
         for name in table.names():
-            of = table.of(name)
-            if (run := runs.get(of["method"])) is not None:
-                if of.get("stage") == "first":
+            row = table.of(name)
+            if (run := runs.get(row["method"])) is not None:
+                if row.get("stage") == "first":
                     run = Run.open(run.before[0])
-                found[name] = numbers(table, scale, run, threat, runs.get("standard"), of.get("sampler"))
-        return found
+                results[name] = numbers(table, scale, run, threat, runs.get("standard"), row.get("sampler"))
+        return results
 
     return Experiment(by_method, measure)
 
@@ -178,19 +179,20 @@ def numbers(
         "cw": CW(c=0.2),
         "aa": AutoAttack(threat.eps, threat.norm, scale.version),
     }
-    wanted: Wanted = {Key("accuracy"): Accuracy()} if "clean" in table.columns else {}
+    metrics: Wanted = {Key("accuracy"): Accuracy()} if "clean" in table.columns else {}
     for key in attacks.keys() & table.columns.keys():
-        wanted[Key("accuracy", attack_key(attacks[key]))] = RobustAccuracy(attacks[key], images=scale.images)
+        metrics[Key("accuracy", attack_key(attacks[key]))] = RobustAccuracy(attacks[key], images=scale.images)
     features = scale.features or (judge.folder if judge else None)
-    whose = compare.space_name(features)
+    space = compare.space_name(features)
     if "fid" in table.columns:
-        own = run.recipe if kind is None else unsupervised.with_sampler(run, kind, "class")
+        recipe = run.recipe if kind is None else unsupervised.with_sampler(run, kind, "class")
         if judge is not None:
-            own = study.with_best_steps(run, own, judge, unsupervised.FEW, f"-{generate.set_name(own.sampler)}")
+            suffix = f"-{generate.set_name(recipe.sampler)}"
+            recipe = study.with_best_steps(run, recipe, judge, unsupervised.FEW, suffix)
         count = scale.samples // max(1, len(run.data.classes))
-        drawn = study.draw_if_missing(run, own, count, table.name)
-        wanted |= {Key(q, samples=drawn, space=whose): SampleQuality() for q in ("FD", "class score")}
-    return study.measure_missing(run, wanted, features)
+        set_name = study.draw_if_missing(run, recipe, count, table.name)
+        metrics |= {Key(q, samples=set_name, space=space): SampleQuality() for q in ("FD", "class score")}
+    return study.measure_missing(run, metrics, features)
 
 
 def by_samplers(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
@@ -199,19 +201,9 @@ def by_samplers(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> 
     return Experiment(by_method, lambda runs: unsupervised.compare_samplers(runs, **options))
 
 
-def by_attacks(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
-    """Return an experiment with a row per attack and a column per data set, on all test images."""
-    return supervised.attacks_on(by_method)
-
-
-def by_detection(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
-    """Return an experiment with a row per set of outliers, clean or attacked, and a column per method."""
-    return binary.detection_by(by_method, scale.outliers, scale.restarts)
-
-
 COMPUTATIONS: dict[str, Callable[[Table, Scale, Mapping[str, Recipe]], Experiment]] = {
     "methods": by_methods,
     "samplers": by_samplers,
-    "attacks": by_attacks,
-    "detection": by_detection,
+    "attacks": lambda table, scale, by_method: supervised.attacks_on(by_method),
+    "detection": lambda table, scale, by_method: binary.detection_by(by_method, scale.outliers, scale.restarts),
 }

@@ -30,17 +30,13 @@ UNSUPERVISED = {
     for given, start in (("uncond", "global"), ("cond", "class"))
     for name, kind in (("PGD", "np-pgd"), ("Langevin", "np-langevin"), ("MaxEnt", "maxent"))
 }
-TABLE2 = {
-    "at": SEEDS | SUPERVISED_ROWS,
-    "infonce": UNSUPERVISED,
-    "acl": UNSUPERVISED,
-}  # for each run: rows as (kind, start)
+TABLE2 = {"at": SEEDS | SUPERVISED_ROWS, "infonce": UNSUPERVISED, "acl": UNSUPERVISED}  # rows as (kind, start), by run
 
 
 def rows_of(label: str) -> dict[str, tuple[str, str]]:
     """Return the rows of CEM's tables for the run with this label."""
-    everyone = {**TABLE2, "jem": {"SGLD": ("sgld", "noise")}}
-    return next((rows for name, rows in everyone.items() if label.startswith(name)), {})
+    rows_by_run = {**TABLE2, "jem": {"SGLD": ("sgld", "noise")}}
+    return next((rows for name, rows in rows_by_run.items() if label.startswith(name)), {})
 
 
 def unsupervised(label: str, folder: Path, options: Options) -> Recipe:
@@ -58,11 +54,11 @@ def digits_unsupervised(folder: Path, options: Options) -> Experiment:
         linear = Key("accuracy", by=probe.probe.name)
         probes: Wanted = {linear: probe, linear._replace(attack=attack_key(threat)): probe}
         probes[Key("accuracy", by=f"{neighbours.k} nearest neighbours")] = neighbours
-        plain = compare.accuracy_metrics((threat,))
-        found = {
-            t: measure_missing(run, plain if run.recipe.objective.hidden is None else probes) for t, run in runs.items()
-        }
-        return found | compare_samplers(runs)
+        accuracies = compare.accuracy_metrics((threat,))
+        results = {}
+        for title, run in runs.items():
+            results[title] = measure_missing(run, accuracies if run.recipe.objective.hidden is None else probes)
+        return results | compare_samplers(runs)
 
     return Experiment(recipes, measure, figures=unsupervised_figures, conclude=winners)
 
@@ -72,15 +68,14 @@ def compare_samplers(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Recor
 
     Save CEM's figure 1 with that classifier's run.  ``drawing`` are options of :func:`table2`.
     """
-    judge, found = runs["standard"], dict[str, Records]()
+    judge, results = runs["standard"], dict[str, Records]()
     for title, run in runs.items():
         if rows := rows_of(title):
             table = table2(run, rows, judge, **drawing)
-            found |= {f"{title}, {row}": records for row, records in table.items()}
-    figure_store.save_figure(
-        judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", "Uncurated; seeds, then a row a network."
-    )
-    return found
+            results |= {f"{title}, {row}": records for row, records in table.items()}
+    text = "Uncurated; seeds, then a row a network."
+    figure_store.save_figure(judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", text)
+    return results
 
 
 def with_sampler(run: Run, kind: str, start: str) -> Recipe:
@@ -107,27 +102,29 @@ def table2(
     """
     samplers = {}
     for row, (kind, start) in rows.items():
-        other = with_sampler(run, kind, start)
-        name = f"-{generate.set_name(other.sampler)}"
-        count = 0 if NO_STEPS in row else with_best_steps(run, other, judge, FEW, name).sampler.steps
-        samplers[folder_of(row)] = dataclasses.replace(other.sampler, steps=count)
+        recipe = with_sampler(run, kind, start)
+        name = f"-{generate.set_name(recipe.sampler)}"
+        count = 0 if NO_STEPS in row else with_best_steps(run, recipe, judge, FEW, name).sampler.steps
+        samplers[folder_of(row)] = dataclasses.replace(recipe.sampler, steps=count)
     about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
     features = features or judge.folder
     about |= {"features": compare.feature_weights(features), "checkpoint": run.checkpoints.path().name}
     about |= {"samples": samples, "draws": draws}
     file = run.folder / "table2.json"
-    known = files.read_json(file, default={})
-    if known.get("about") != about:
-        tell = lambda text: say(f"  {run.recipe.name}: {text}")
+    saved = files.read_json(file, default={})
+    if saved.get("about") != about:
+        progress = lambda text: say(f"  {run.recipe.name}: {text}")
         count = samples // len(run.data.classes)
-        found, _ = compare_sets(run, samplers, count, draws, features=features, say=tell, device=device())
-        known = {"about": about, "found": found, "time": files.timestamp()}
-        files.write_json(file, known)
-    taken = {name: Record("steps chosen on validation", sampler.steps, 0.0, 1) for name, sampler in samplers.items()}
-    names = {row: folder_of(row) for row in rows}
-    day = {"time": known.get("time", files.timestamp())}
-    found = {name: [dataclasses.asdict(taken[name]), *known["found"][name]] for name in names.values()}
-    return {row: [{**record, **day} for record in found[name]] for row, name in names.items()}
+        found, _ = compare_sets(run, samplers, count, draws, features=features, say=progress, device=device())
+        saved = {"about": about, "found": found, "time": files.timestamp()}
+        files.write_json(file, saved)
+    time = saved.get("time", files.timestamp())
+    results = {}
+    for row in rows:
+        name = folder_of(row)
+        steps = Record("steps chosen on validation", samplers[name].steps, 0.0, 1)
+        results[row] = [{**record, "time": time} for record in (dataclasses.asdict(steps), *saved["found"][name])]
+    return results
 
 
 def folder_of(row: str) -> str:
@@ -137,12 +134,12 @@ def folder_of(row: str) -> str:
 
 def cem_figure1(runs: Mapping[str, Run]) -> bytes:
     """Return a PNG of samples of the first sampling seed, four of each class: the seeds, then a row per network."""
-    drawn = {
+    sets = {
         f"{title}, {row}": generate.read_set(run.folder / "comparison" / f"{folder_of(row)}-0")
         for title, run in runs.items()
         for row in rows_of(title)
     }
-    panels = {title: pictures.rows_by_class(some.x, some.y, 10, 4) for title, some in drawn.items()}
+    panels = {title: pictures.rows_by_class(samples.x, samples.y, 10, 4) for title, samples in sets.items()}
     strips = [{t.partition(", ")[2]: x for t, x in panels.items() if NO_STEPS in t}]
     strips += [{t: x for t, x in panels.items() if t.startswith(f"{run}, ") and NO_STEPS not in t} for run in runs]
     return pictures.stack_pngs([figures.grids(strip, dict.fromkeys(strip, ())) for strip in strips if strip])
@@ -159,10 +156,10 @@ def winners(results: Mapping[str, Records]) -> list[str]:
     lines = []
     for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd if NO_STEPS not in title):
         rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and NO_STEPS not in t}
-        (name, first), (other, second), *_ = sorted(rows.items(), key=lambda row: row[1][0])
+        (name, first), (second_name, second), *_ = sorted(rows.items(), key=lambda row: row[1][0])
         margin, error = second[0] - first[0], (first[1] ** 2 + second[1] ** 2) ** 0.5
         seeds = fd[f"at, {group.rpartition(', ')[2]}, {NO_STEPS}"][0]
-        line = f"{group}: {name} ({first[0]:.1f}) before {other} by {margin:.1f} ± {error:.1f} in FD"
+        line = f"{group}: {name} ({first[0]:.1f}) before {second_name} by {margin:.1f} ± {error:.1f} in FD"
         lines.append(f"{line}; its seeds have {seeds:.1f}")
     return lines
 

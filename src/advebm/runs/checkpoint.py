@@ -64,25 +64,24 @@ class Checkpoints:
         """Return the folder of a verified checkpoint: ``latest``, ``best``, or a number of images such as ``20000``."""
         name = self.latest() if which in ("latest", "best") else which
         if name not in self.names():
-            there, hint = ", ".join(self.names()) or "none", self._way_out(name) if which == "latest" else ""
-            raise UserError(f"there is no checkpoint {name!r} in {self.folder}; there is {there}{hint}")
+            existing, hint = ", ".join(self.names()) or "none", self._recovery(name) if which == "latest" else ""
+            raise UserError(f"there is no checkpoint {name!r} in {self.folder}; there is {existing}{hint}")
         if which == "best":
-            name = str(files.read_json(self._verified(name) / "state" / "progress.json")["best_images"])
-        return self._verified(name)
+            name = str(files.read_json(self._verify(name) / "state" / "progress.json")["best_images"])
+        return self._verify(name)
 
     def latest(self) -> str:
         """Return the name in LATEST; an empty string before the first checkpoint."""
+        path = self.folder / "LATEST"
         try:
-            name = (self.folder / "LATEST").read_text().strip()
-        except FileNotFoundError:
-            if self.names() in ([], ["0"]):  # interrupted before LATEST was first written
+            name = path.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            if isinstance(error, FileNotFoundError) and self.names() in ([], ["0"]):  # interrupted before the first
                 return ""
             name = ""
-        except (OSError, UnicodeDecodeError):
-            name = ""
         if not name.isdigit():
-            there = self._way_out("") or "; there is no whole checkpoint"
-            raise UserError(f"{self.folder / 'LATEST'} is damaged: it names no checkpoint{there}")
+            hint = self._recovery("") or "; there is no whole checkpoint"
+            raise UserError(f"{path} is damaged: it names no checkpoint{hint}")
         return name
 
     def names(self) -> list[str]:
@@ -113,11 +112,11 @@ class Checkpoints:
             engine.barrier()
             for stream, state in states.items():
                 if state is not None:
-                    files.write(draft / "state" / f"stream-{stream}.pt", _pack(state.state_dict()))
+                    files.write(draft / "state" / f"stream-{stream}.pt", _serialize(state.state_dict()))
             if engine.main:
                 average = None if ema is None else ema.state_dict()
                 network.save(draft, model, architecture, title=title, summary="A checkpoint.", ema=average, extra=extra)
-                files.write(draft / "state" / "optimizer.pt", _pack(optimizer.state_dict()))
+                files.write(draft / "state" / "optimizer.pt", _serialize(optimizer.state_dict()))
                 files.write_json(draft / "state" / "progress.json", dataclasses.asdict(progress))
             engine.barrier()
             if engine.main:
@@ -130,11 +129,7 @@ class Checkpoints:
         engine.barrier()
 
     def load(
-        self,
-        model: Network,
-        ema: EMA | None,
-        optimizer: torch.optim.Optimizer,
-        states: Mapping[int, Any],
+        self, model: Network, ema: EMA | None, optimizer: torch.optim.Optimizer, states: Mapping[int, Any]
     ) -> Progress:
         """Load the latest checkpoint into the arguments, and return its progress."""
         path = self.path()
@@ -150,8 +145,8 @@ class Checkpoints:
         return progress
 
     def _publish(self, draft: Path, name: str, progress: Progress) -> None:
-        written = sorted(p for p in draft.rglob("*") if p.is_file())
-        files.write_json(draft / "state" / "sha256.json", {str(p.relative_to(draft)): _digest(p) for p in written})
+        paths = sorted(p for p in draft.rglob("*") if p.is_file())
+        files.write_json(draft / "state" / "sha256.json", {str(p.relative_to(draft)): _sha256(p) for p in paths})
         target, previous = self.folder / name, self.latest()
         shutil.rmtree(target, ignore_errors=True)  # left by a process that was killed before it wrote LATEST
         draft.rename(target)
@@ -159,18 +154,18 @@ class Checkpoints:
         for old in set(self.names()) - {name, previous, str(progress.best_images)}:
             shutil.rmtree(self.folder / old)
 
-    def _verified(self, name: str) -> Path:
+    def _verify(self, name: str) -> Path:
         """Return the folder of a checkpoint; raise ``UserError`` if a file differs from its sha256."""
         path = self.folder / name
         digests = files.read_json(path / "state" / "sha256.json", default={})
         if not isinstance(digests, dict) or not digests.keys() >= NEEDED:
-            raise UserError(f"checkpoint {path} is damaged: state/sha256.json is not whole{self._way_out(name)}")
+            raise UserError(f"checkpoint {path} is damaged: state/sha256.json is not whole{self._recovery(name)}")
         for file, digest in digests.items():
-            if not (path / file).exists() or _digest(path / file) != digest:
-                raise UserError(f"checkpoint {path} is damaged: {file} is not what was written{self._way_out(name)}")
+            if not (path / file).exists() or _sha256(path / file) != digest:
+                raise UserError(f"checkpoint {path} is damaged: {file} is not what was written{self._recovery(name)}")
         return path
 
-    def _way_out(self, name: str) -> str:
+    def _recovery(self, name: str) -> str:
         others = [other for other in self.names() if other != name]
         return f"; to go on from {others[-1]}: echo {others[-1]} > {self.folder / 'LATEST'}" if others else ""
 
@@ -178,7 +173,7 @@ class Checkpoints:
 NEEDED = {"model.safetensors", "config.json", "state/optimizer.pt", "state/progress.json"}
 
 
-def _pack(state: Mapping[str, Any]) -> bytes:
+def _serialize(state: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
@@ -190,7 +185,7 @@ def weights(path: Path) -> str:
     return digests.get("ema.safetensors", digests["model.safetensors"])
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -53,9 +53,9 @@ class Engine:
     """
 
     def __init__(self, device: str | None = None) -> None:
-        patient, several = InitProcessGroupKwargs(timeout=TIMEOUT), processes.rank_and_world()[1] > 1
-        cpu = device == "cpu" or (several and not torch.cuda.is_available())  # accelerate does not detect this
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
+        timeout, distributed = InitProcessGroupKwargs(timeout=TIMEOUT), processes.rank_and_world()[1] > 1
+        cpu = device == "cpu" or (distributed and not torch.cuda.is_available())  # accelerate does not detect this
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
         self.device = self.accelerator.device
         if device not in (None, self.device.type, str(self.device)):
             raise UserError(f"there is no device {device!r} for this process, which has {str(self.device)!r}")
@@ -80,8 +80,8 @@ class Engine:
         except RuntimeError as error:  # backends raise no more specific type
             if self.world == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            why = re.sub(r"^\[\S+\] ", "", str(error).strip()).partition(". ")[0]
-            raise Lost(f"another process of this job has ended ({why})") from error
+            reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).partition(". ")[0]
+            raise Lost(f"another process of this job has ended ({reason})") from error
 
     def reduce(self, value: Tensor, how: str) -> Tensor:
         """Reduce over processes; ``how`` is ``sum`` or ``mean``."""

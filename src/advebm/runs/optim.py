@@ -79,8 +79,9 @@ class LayerwiseSGD(torch.optim.Optimizer):
             for w in (p for p in group["params"] if p.grad is not None):
                 update, rate = w.grad, w.new_ones(())
                 if w.ndim > 1:
-                    length, slope = w.norm(), update.norm() + group["weight_decay"] * w.norm()
-                    rate = torch.where((length > 0) & (slope > 0), group["trust"] * length / slope, rate)
+                    weight_norm, update_norm = w.norm(), update.norm() + group["weight_decay"] * w.norm()
+                    nonzero = (weight_norm > 0) & (update_norm > 0)
+                    rate = torch.where(nonzero, group["trust"] * weight_norm / update_norm, rate)
                     update = update + group["weight_decay"] * w
                 state = self.state[w]
                 if not state:

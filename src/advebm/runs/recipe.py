@@ -139,19 +139,20 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
             raise UserError(f"a name is part of a folder's, without /, got {self.name!r}")
-        needs = self.objective.needs
         for role in ("outside", "extra"):
-            given, needed = getattr(self, role) is not None, role in needs
-            if given != needed:
+            needed = role in self.objective.needs
+            if needed != (getattr(self, role) is not None):
                 kind = type(self.objective).__name__
                 fix = f"give them with --{role} KIND" if needed else f"leave {role} out"
                 raise UserError(f"objective {kind} {'needs' if needed else 'takes no'} {role} images; {fix}")
         object.__setattr__(self, "sampler", self.sampler.trained_by(self.objective))
         kind, method = type(self.objective).__name__, type(self.sampler).__name__
         if (encoder := self.objective.hidden is not None) != self.sampler.encoder:
-            of, trains = ("logits", "an encoder") if encoder else ("an encoder", "none")
+            source, trains = ("logits", "an encoder") if encoder else ("an encoder", "none")
             fix = "np-langevin, np-pgd or maxent" if encoder else "cs, or langevin for a critic"
-            raise UserError(f"sampler {method} draws from {of}, and objective {kind} trains {trains}; --sampler {fix}")
+            raise UserError(
+                f"sampler {method} draws from {source}, and objective {kind} trains {trains}; --sampler {fix}"
+            )
         if self.objective.outputs == 1 and self.sampler.conditional:
             raise UserError(
                 f"sampler {method} draws from classes, and objective {kind} trains a critic, which has none; "
@@ -160,8 +161,8 @@ class Recipe:
 
     def computed_on(self, device: str) -> "Recipe":
         """Return the recipe with float32 instead of bfloat16 in all stages if the device does not support bfloat16."""
-        used: Any = usable_precision(self.train.precision, torch.device(device))
-        train = dataclasses.replace(self.train, precision=used)
+        precision: Any = usable_precision(self.train.precision, torch.device(device))
+        train = dataclasses.replace(self.train, precision=precision)
         before = tuple(stage.computed_on(device) for stage in self.before)
         return dataclasses.replace(self, train=train, before=before)
 
@@ -208,29 +209,28 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
             plain[block] = config.switch(old if isinstance(old, Mapping) else {}, roles[block], value)
         else:
             rest.append((dotted, value))
-    described = _described(plain)
+    described = _fill_defaults(plain)
     for dotted, value in sorted(rest, key=lambda pair: pair[0].count(".")):
         described = config.override(described, dotted, value)
-        if any(other.startswith(f"{dotted}.") for other, _ in rest):
-            described = _described(described)
-    described["before"] = [_stage(stage, described, f"before.{i}") for i, stage in enumerate(before)]
+        if any(inner.startswith(f"{dotted}.") for inner, _ in rest):
+            described = _fill_defaults(described)
+    described["before"] = [_complete_stage(stage, described, f"before.{i}") for i, stage in enumerate(before)]
     for dotted, value in [pair for pair in overrides if pair[0].startswith("before")]:
         described = config.override(described, dotted, value)
     return config.construct(Recipe, described, where="recipe")
 
 
-def _stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _complete_stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a stage with its missing options, also those inside blocks of the same kind, taken from the final one."""
     if not isinstance(stage, Mapping) or "name" not in stage:
         raise UserError(f"recipe.{where} takes a block with a name and the options that differ, got {stage!r}")
     if stage.get("before") or stage.get("init"):
         raise UserError(f"recipe.{where} is a stage: it begins with the stage before it and has no init or before")
     inherited = {k: v for k, v in final.items() if k not in ("before", "init", "outside", "extra")}
-    merged = config.merge(inherited, stage)
-    return _described(merged, f"recipe.{where}")
+    return _fill_defaults(config.merge(inherited, stage), f"recipe.{where}")
 
 
-def _described(plain: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
+def _fill_defaults(plain: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
     """Fill in every default, except those that the sampler takes from the objective."""
     return _unset_shared(config.describe(config.construct(Recipe, plain, where=where)))
 
@@ -248,12 +248,11 @@ def _unset_shared(plain: Mapping[str, Any]) -> dict[str, Any]:
 def design(recipe: Recipe, data: Data) -> Architecture:
     """Return the architecture (normalisation, backbone, head) that the recipe needs for these images."""
     channels, height, width = data.shape
-    if height != width:
-        raise UserError(f"networks take square images, {data.name} has {height} x {width}")
-    own, wanted = data.statistics(), (recipe.normalise.mean, recipe.normalise.std)
-    mean, std = (a if b is None else b * channels if len(b) == 1 else b for a, b in zip(own, wanted, strict=True))
+    measured, fixed = data.statistics(), (recipe.normalise.mean, recipe.normalise.std)
+    mean, std = (a if b is None else b * channels if len(b) == 1 else b for a, b in zip(measured, fixed, strict=True))
     outputs = recipe.objective.outputs or len(data.classes)
-    return Architecture(recipe.backbone, outputs, channels, height, mean, std, recipe.objective.hidden)
+    wide = None if width == height else width
+    return Architecture(recipe.backbone, outputs, channels, height, mean, std, recipe.objective.hidden, wide)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,9 @@ class Run:
         """Open an existing run; raise ``UserError`` if there is none."""
         folder = Path(folder)
         if not (folder / "config.yaml").is_file():
-            near = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml")) if folder.parent.is_dir() else []
-            there = f"; in {folder.parent} there is {', '.join(near)}" if near else ""
-            raise UserError(f"there is no run at {folder} (no config.yaml){there}")
+            runs = sorted(p.parent.name for p in folder.parent.glob("*/config.yaml")) if folder.parent.is_dir() else []
+            hint = f"; in {folder.parent} there is {', '.join(runs)}" if runs else ""
+            raise UserError(f"there is no run at {folder} (no config.yaml){hint}")
         return cls(folder)
 
     @functools.cached_property
@@ -110,11 +109,11 @@ class Run:
 
     def check_processes(self, world: int) -> None:
         """Raise ``UserError`` if an unfinished run would continue with a different number of processes."""
-        if (kept := self.processes) != world and not self.finished and not self.stopped_early:
+        if (count := self.processes) != world and not self.finished and not self.stopped_early:
             raise UserError(
-                f"{self.folder} was trained by {kept} process{'es' * (kept > 1)} so far, and there "
+                f"{self.folder} was trained by {count} process{'es' * (count > 1)} so far, and there "
                 f"{'is' if world == 1 else 'are'} {world}; with another number its results would not be what they are: "
-                f"{processes.launch_command(kept)} train --resume {self.folder}"
+                f"{processes.launch_command(count)} train --resume {self.folder}"
             )
 
     def model(self, which: str = "latest") -> tuple[Network, Architecture]:
@@ -138,9 +137,8 @@ class Run:
     @contextlib.contextmanager
     def locked(self, main: bool = True) -> Iterator[None]:
         """Raise ``Busy`` if another process trains this run; the lock is released even if the process is killed."""
-        with (
-            files.locked(self.folder / ".lock", f"another process is training {self.folder}") if main else nullcontext()
-        ):
+        busy = f"another process is training {self.folder}"
+        with files.locked(self.folder / ".lock", busy) if main else contextlib.nullcontext():
             yield
 
     # metrics.jsonl: one line per training event ---------------------------------------------------------------------
@@ -166,16 +164,16 @@ class Run:
         """Remove log lines after ``images`` or of attempts after ``attempt``, which are about to be computed again."""
         if not main:
             return
-        kept = [line for line in self.history() if line["images"] <= images and line.get("attempt", 0) <= attempt]
-        files.write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in self.history() if line["images"] <= images and line.get("attempt", 0) <= attempt]
+        files.write(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     # metrics.json: evaluation records ---------------------------------------------------------------------------------
 
     def records(self) -> list[dict[str, Any]]:
         """Return all evaluation records, oldest first."""
         records = files.read_json(self.folder / "metrics.json", default=[])
-        whole = {"name", "value", "error", "count", "settings", "series"}
-        if not isinstance(records, list) or not all(isinstance(r, dict) and whole <= r.keys() for r in records):
+        required = {"name", "value", "error", "count", "settings", "series"}
+        if not isinstance(records, list) or not all(isinstance(r, dict) and required <= r.keys() for r in records):
             raise UserError(f"{self.folder / 'metrics.json'} is damaged: it is not a list of records")
         return records
 
@@ -189,11 +187,11 @@ def share_images(runs: Iterable[Run]) -> None:
     """Make runs with the same data source share one copy of its images in memory."""
     loaded: list[tuple[Source, Data]] = []
     for run in runs:
-        known = next((data for source, data in loaded if source == run.recipe.data), None)
-        if known is None:
+        shared = next((data for source, data in loaded if source == run.recipe.data), None)
+        if shared is None:
             loaded.append((run.recipe.data, run.data))
         else:
-            run.data = known
+            run.data = shared
 
 
 def new_folder(parent: Path, name: str) -> Path:

@@ -162,13 +162,12 @@ class Sampler:
         return [slice(first, first + batch) for first in range(0, count, batch)]
 
     def descent(self) -> Descent:
-        """Return the descent with this sampler's steps, direction, constraint and noise."""
         constraint: Constraint = box() if self.radius is None else both(l2_ball(self.radius), box())
         size, direction = geometric(self.step_size, self.step_decay), DIRECTIONS[self.direction]
         noise = geometric(self.noise, self.noise_decay)
-        if (nats := self.temperature) is not None:
-            fading = geometric(1.0, self.noise_decay)
-            noise = lambda share: (2 * at(size, share) * nats) ** 0.5 * at(fading, share)
+        if (temperature := self.temperature) is not None:
+            decay = geometric(1.0, self.noise_decay)
+            noise = lambda share: (2 * at(size, share) * temperature) ** 0.5 * at(decay, share)
         if self.momentum:
             direction = heavy_ball(self.momentum, direction)
         return Descent(self.steps, size, direction, constraint, noise)
@@ -193,8 +192,8 @@ class Sampler:
         with searching(model, view=view) as f:
             parts = self.parts(len(y), batch)
             negatives = self.contrast(f, bank, seeds, generator, batch or len(y))
-            each = [self.begun(f, y[part], seeds[part], negatives) for part in parts]
-            energy = each[0] if len(parts) == 1 else in_parts(each, parts)
+            part_energies = [self.begun(f, y[part], seeds[part], negatives) for part in parts]
+            energy = part_energies[0] if len(parts) == 1 else in_parts(part_energies, parts)
             return self.descent()(energy, seeds, generator=generator, observe=observe)
 
 
@@ -208,7 +207,7 @@ def marginal(f: Logits) -> Energy:
     return lambda x: energies.marginal(f(x).reshape(len(x), -1))
 
 
-def in_turn(negatives: Tensor | None) -> Iterator[Tensor | None]:
+def cycle_negatives(negatives: Tensor | None) -> Iterator[Tensor | None]:
     """Yield the set of negatives of each step, repeated without end; None each time if there are none."""
     return itertools.cycle([None] if negatives is None else negatives)
 

@@ -42,12 +42,11 @@ class RCS(Sampler):
     cites: ClassVar[tuple[str, ...]] = ("cem-slides",)
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
-
-        def both_energies(x: Tensor) -> Tensor:
+        def weighted_sum(x: Tensor) -> Tensor:
             logits = f(x)
             return energies.joint(logits, y) + self.weight * energies.marginal(logits)
 
-        return both_energies
+        return weighted_sum
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class Langevin(Sampler):
     own: ClassVar[tuple[str, ...]] = ("noise",)
 
     def energy(self, f: Logits, y: Tensor) -> Energy:
-        """Return ``-log Σ_k exp f_k(x)``; ``y`` is not used."""
         return marginal(f)
 
 

@@ -1,5 +1,6 @@
 """Samplers of encoders, whose energies compare features of images: NP-Langevin, NP-PGD and MaxEnt."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from advebm.data.sources import Data, to_float
 from advebm.descent import Energy
 from advebm.energies import Logits
 from advebm.models.modes import using
-from advebm.samplers.base import Sampler, in_turn
+from advebm.samplers.base import Sampler, cycle_negatives
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class OfEncoder(Sampler):
     def trained_by(self, objective: Any) -> Sampler:
         """Return a copy with the objective's temperature and ``cosine`` where ``tau`` and ``cosine`` are None."""
         tau = getattr(objective, "temperature", None) if self.tau is None else self.tau
-        return replace(self, tau=tau, cosine=getattr(objective, "cosine", None) if self.cosine is None else self.cosine)
+        cosine = getattr(objective, "cosine", None) if self.cosine is None else self.cosine
+        return replace(self, tau=tau, cosine=cosine)
 
     @property
     def alike(self) -> dict[str, Any]:
@@ -59,7 +61,6 @@ class OfEncoder(Sampler):
         return {"temperature": 0.5 if self.tau is None else self.tau, "cosine": self.cosine is not False}
 
     def __call__(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """Draw images as :class:`Sampler` does, with batch norms on ``branch``."""
         with using(model, self.branch):
             return super().__call__(model, *args, **options)
 
@@ -71,13 +72,13 @@ class OfEncoder(Sampler):
         """
         if not self.coupled:
             return super().parts(count, batch)
+        name = type(self).__name__
         if count < 2:
-            kind = type(self).__name__
-            raise UserError(f"samples of {kind} interact, and one is left alone; draw another number of images")
-        groups = min(-(-count // self.group), count // 2)
-        if batch is not None and batch < (largest := -(-count // groups)):
+            raise UserError(f"samples of {name} interact, and one is left alone; draw another number of images")
+        groups = min(math.ceil(count / self.group), count // 2)
+        if batch is not None and batch < (largest := math.ceil(count / groups)):
             raise UserError(
-                f"samples of {type(self).__name__} interact in groups of {largest}, and batch {batch} holds no group; "
+                f"samples of {name} interact in groups of {largest}, and batch {batch} holds no group; "
                 "raise --batch, or lower --sampler.group, which draws other samples"
             )
         return [slice(first, None, groups) for first in range(groups)]
@@ -102,7 +103,6 @@ class MaxEnt(OfEncoder):
         return True
 
     def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
-        """Return ``log Σ_{j≠i} exp f(x_i, g(x_j))``; ``y`` and the seeds are not used."""
         return lambda x: energies.crowding(f(x), **self.alike)
 
 
@@ -158,8 +158,8 @@ class Contrasting(OfEncoder):
             draw = lambda: torch.randperm(len(bank), generator=generator, device=generator.device)[: self.count].cpu()
             sets = [draw() for _ in range(self.steps)]
         encode = lambda x: f((to_float(x) if x.dtype == torch.uint8 else x).to(like))
-        found = [torch.cat([encode(bank[rows]) for rows in chosen.split(batch)]) for chosen in sets]
-        return torch.stack(found) if found else None
+        features = [torch.cat([encode(bank[rows]) for rows in indices.split(batch)]) for indices in sets]
+        return torch.stack(features) if features else None
 
     def density(self, z: Tensor, negatives: Tensor | None) -> Tensor:
         """Return ``-log Σ_k exp f(x, z_k)``, (B,), for ``z (B, D)``; negatives None: the other rows of z, fixed."""
@@ -177,8 +177,7 @@ class NPLangevin(Contrasting):
     own: ClassVar[tuple[str, ...]] = ("noise",)
 
     def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
-        """Return ``-log Σ_k exp f(x, z_k)``; ``y`` and the seeds are not used."""
-        sets = in_turn(negatives)
+        sets = cycle_negatives(negatives)
         return lambda x: self.density(f(x), next(sets))
 
 
@@ -193,14 +192,12 @@ class NPPGD(Contrasting):
     """
 
     def begun(self, f: Logits, y: Tensor, seeds: Tensor, negatives: Tensor | None) -> Energy:
-        """Return ``-log Σ_k exp f(x, z_k) + f(x, g(seed))``; ``y`` is not used."""
-        sets = in_turn(negatives)
+        sets = cycle_negatives(negatives)
         with torch.no_grad():
             anchor = f(seeds)
 
         def energy(x: Tensor) -> Tensor:
             z = f(x)
-            alike = -energies.similarity(z, anchor, **self.alike)
-            return self.density(z, next(sets)) + alike
+            return self.density(z, next(sets)) - energies.similarity(z, anchor, **self.alike)
 
         return energy

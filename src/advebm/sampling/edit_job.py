@@ -15,7 +15,7 @@ from advebm.core import config, files, rng
 from advebm.core.errors import UserError
 from advebm.data import pictures
 from advebm.data.decode import open_image, open_mask
-from advebm.data.readers import picture_files
+from advebm.data.folders import list_pictures
 from advebm.data.sources import Data
 from advebm.descent import repeat_pixels
 from advebm.edits.base import Edit, Edited, box_hole, join_parts
@@ -92,27 +92,26 @@ class EditRequest:
         if data.shape != tuple(shape):
             raise UserError(f"images of {data.name} are {data.shape}, the model takes {tuple(shape)}")
         split = data.test if self.split == "test" else data.val
-        members = [(split.y == k).nonzero().squeeze(1) for k in split.y.unique()]
-        turns = torch.cat([torch.arange(len(rows)) for rows in members])
-        return split.take(torch.cat(members)[turns.argsort(stable=True)][: self.count]).float()
+        per_class = [(split.y == k).nonzero().squeeze(1) for k in split.y.unique()]
+        ranks = torch.cat([torch.arange(len(indices)) for indices in per_class])
+        return split.take(torch.cat(per_class)[ranks.argsort(stable=True)][: self.count]).float()
 
     def begin(self, data: Data) -> Tensor:
         """Draw seeds (count, C, H, W) as the run's sampler does; class seeds are replaced by the global Gaussian."""
         sampler = self.run.recipe.sampler
         sampler = replace(sampler, start="global") if sampler.start == "class" else sampler
-        begin = sampler.prepare(data, start_images(self.run, sampler, self.checkpoint))
-        return begin(torch.empty(self.count, *data.shape), None, rng.generator(self.seed, "seeds"))
+        start = sampler.prepare(data, start_images(self.run, sampler, self.checkpoint))
+        return start(torch.empty(self.count, *data.shape), None, rng.generator(self.seed, "seeds"))
 
 
 def score_images(order: EditRequest) -> dict[str, dict[str, float]]:
     """Return the energy of each image, by name, and the share of validation images with a lower energy."""
     data = order.run.data
-    x, names = _given(order, data.shape)
-    found = unusual(
-        order.run.model(order.checkpoint)[0].to(order.device), x, data.val.x, batch=batch_size_for(data.shape)
-    )
+    x, names = _load_inputs(order, data.shape)
+    model = order.run.model(order.checkpoint)[0].to(order.device)
+    energies = unusual(model, x, data.val.x, batch=batch_size_for(data.shape))
     return {
-        name: {"energy": found.score[i].item(), "share of validation images below": found.share[i].item()}
+        name: {"energy": energies.score[i].item(), "share of validation images below": energies.share[i].item()}
         for i, name in enumerate(names)
     }
 
@@ -141,37 +140,37 @@ def run_edit(
     models = [r.model(which)[0].to(order.device) for r, which in order.models()]
     hole, truth = order.hole(method, (height, width)), None
     if not order.images and order.split is None and isinstance(method, Compose | Interpolate):
-        given, names = order.begin(data), [f"seed-{i}" for i in range(order.count)]
+        x, names = order.begin(data), [f"seed-{i}" for i in range(order.count)]
         method = replace(method, ends="moved") if isinstance(method, Interpolate) else method
     elif order.images:
         small = method.factor if isinstance(method, Upsample) else 1
-        given, names = _given(order, (channels, height // small, width // small))
+        x, names = _load_inputs(order, (channels, height // small, width // small))
     else:
-        truth, names = _given(order, data.shape)
-        given = corrupt_for(method, truth, hole, rng.generator(order.seed, "spoil"))
-        truth = None if given is truth else truth
+        truth, names = _load_inputs(order, data.shape)
+        x = corrupt_for(method, truth, hole, rng.generator(order.seed, "spoil"))
+        truth = None if x is truth else truth
     goal = None if order.goal is None else find_class(data, order.goal)
-    y = None if goal is None else torch.full((len(given),), goal)
+    y = None if goal is None else torch.full((len(x),), goal)
     classes: list[int | None] = [find_class(data, text) for text in order.classes] or [None] * len(models)
     if len(models) == 1:
         models = models * len(classes)
     options: dict[str, Any] = {"hole": hole, "seed": order.seed, "frames": 13, "progress": progress}
-    edited = apply_edit(method, models, given, y, classes=classes, **options)
+    edited = apply_edit(method, models, x, y, classes=classes, **options)
     if isinstance(method, Interpolate):
         pairs = itertools.pairwise(names)
         names = [f"{a}-{b}-{i}" for a, b in pairs for i in range(method.count)]
     elif truth is not None:
-        better: dict[str, Tensor] = {}
-        for when, z in (("before", edited.begin), ("after", edited.x)):
-            better |= {f"{name} {when}": v for name, v in fidelity(truth, z).items()}
-        edited = edited._replace(numbers={**edited.numbers, **better})
+        restoration: dict[str, Tensor] = {}
+        for when, images in (("before", edited.begin), ("after", edited.x)):
+            restoration |= {f"{name} {when}": v for name, v in fidelity(truth, images).items()}
+        edited = edited._replace(numbers={**edited.numbers, **restoration})
     manifest = {"models": [weights_of(*pair) for pair in order.models()], "seed": order.seed}
     manifest |= {"class": goal, "classes": classes if isinstance(method, Compose) else None}
-    path = write_edit(folder, method, given, edited, names, manifest, film=film)
+    path = write_edit(folder, method, x, edited, names, manifest, film=film)
     return path, {name: {k: v[i].item() for k, v in edited.numbers.items()} for i, name in enumerate(names)}
 
 
-def _given(order: EditRequest, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
+def _load_inputs(order: EditRequest, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
     if order.images:
         return read_images(order.images, shape, fit=order.fit)
     x = order.own(shape)
@@ -209,31 +208,31 @@ def apply_edit(
         return edited
     size, device, parts = batch_size_for(x.shape[1:]), device_of(models[0]), []
     for first in range(0, len(x), size):
-        some = slice(first, first + size)
+        rows = slice(first, first + size)
         if isinstance(method, Compose):
-            parts.append(method(models, x[some], classes, frames=frames))
+            parts.append(method(models, x[rows], classes, frames=frames))
         else:
             generator = rng.generator(seed, "edit", first, device=device)
-            mask = hole if hole is None or hole.ndim < 4 or len(hole) == 1 else hole[some]
-            goal = None if y is None else y[some]
-            parts.append(method(models[0], x[some], goal, hole=mask, generator=generator, frames=frames))
+            mask = hole if hole is None or hole.ndim < 4 or len(hole) == 1 else hole[rows]
+            goal = None if y is None else y[rows]
+            parts.append(method(models[0], x[rows], goal, hole=mask, generator=generator, frames=frames))
         progress(min(first + size, len(x)))
     return join_parts(parts)
 
 
 def read_images(paths: Sequence[Path], shape: Sequence[int], *, fit: bool = False) -> tuple[Tensor, list[str]]:
     """Load image files, and all those in folders, as float32 (N, C, H, W) in [0, 1], with a unique name for each."""
-    found = list_images(paths)
-    names = [p.stem for p in found]
+    image_paths = list_images(paths)
+    names = [path.stem for path in image_paths]
     names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
-    return torch.stack([open_image(p, shape, fit=fit) for p in found]), names
+    return torch.stack([open_image(p, shape, fit=fit) for p in image_paths]), names
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
-    found = [p for path in paths for p in (picture_files(path) if path.is_dir() else [path])]
-    if not found:
+    images = [image for path in paths for image in (list_pictures(path) if path.is_dir() else [path])]
+    if not images:
         raise UserError(f"there is no image in {', '.join(map(str, paths)) or 'nothing'}")
-    return found
+    return images
 
 
 def find_class(data: Data, text: str) -> int | None:
@@ -323,8 +322,7 @@ def comparison_rows(method: Edit, given: Tensor, edited: Edited) -> Tensor:
     """
     if isinstance(method, Interpolate):
         return edited.x.view(-1, method.count, *edited.x.shape[1:])
-    shown = given
     if given.shape != edited.x.shape:
-        shown = repeat_pixels(given, edited.x.shape[-1] // given.shape[-1])
-    begun = edited.begin if isinstance(method, Upsample) else shown
-    return torch.stack([shown, edited.x, 0.5 + (edited.x - begun) / 2], 1)[:20]
+        given = repeat_pixels(given, edited.x.shape[-1] // given.shape[-1])
+    reference = edited.begin if isinstance(method, Upsample) else given
+    return torch.stack([given, edited.x, 0.5 + (edited.x - reference) / 2], 1)[:20]

@@ -48,13 +48,13 @@ def generate(
         progress: called with the number of images done so far.
     """
     check_groups(sampler, len(y))
-    start, drawn = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
+    start, chunks = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
     bank, view = sampler.bank(data), sampling_view(model, data, len(y), backend)
     for number in range(count_chunks(len(y))):
-        drawn.append(draw_chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, view=view, bank=bank))
-        progress(sum(map(len, drawn)))
-    about = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if view is None else view.backend.name}
-    return SampleSet(torch.cat(drawn), y.cpu(), about)
+        chunks.append(draw_chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, view=view, bank=bank))
+        progress(sum(map(len, chunks)))
+    manifest = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if view is None else view.backend.name}
+    return SampleSet(torch.cat(chunks), y.cpu(), manifest)
 
 
 def check_groups(sampler: Sampler, count: int, batch: int | None = None) -> None:
@@ -154,16 +154,16 @@ def draw_trajectory(
 
     A single class gets two chains if samples interact.
     """
-    alone = sampler.coupled and len(data.classes if classes is None else classes) == 1
-    device, y = device_of(model), classes_to_draw(sampler, data, 1 + alone, classes)
+    pair = sampler.coupled and len(data.classes if classes is None else classes) == 1
+    device, y = device_of(model), classes_to_draw(sampler, data, 1 + pair, classes)
     generator = rng.generator(seed, "film", device=device)
-    begin = sampler.prepare(data, outside)(torch.empty(len(y), *data.shape, device=device), y.to(device), generator)
+    x = sampler.prepare(data, outside)(torch.empty(len(y), *data.shape, device=device), y.to(device), generator)
     path: list[Tensor] = []
     options: dict[str, Any] = {"generator": generator, "bank": sampler.bank(data)}
-    end = sampler(model, y.to(device), begin, observe=lambda k, x, value: path.append(x.cpu()), **options)
+    end = sampler(model, y.to(device), x, observe=lambda k, x, value: path.append(x.cpu()), **options)
     path.append(end.cpu())
-    shown = sorted({round(i) for i in np.linspace(0, sampler.steps, frames)})
-    return torch.stack([path[k] for k in shown], 1), shown
+    steps = sorted({round(i) for i in np.linspace(0, sampler.steps, frames)})
+    return torch.stack([path[k] for k in steps], 1), steps
 
 
 def write_set(folder: Path, samples: SampleSet, classes: int) -> None:
@@ -200,16 +200,16 @@ def write_parts(
     first: dict[int, list[Tensor]] = {}
     done = 0
     with files.replace_atomically(folder / "images.npz") as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open(_member("x"), "w", force_zip64=True) as out:
-            about = {"descr": "|u1", "fortran_order": False, "shape": (len(y), *shape)}
-            np.lib.format.write_array_header_1_0(out, about)
+        with archive.open(_archive_entry("x"), "w", force_zip64=True) as out:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(y), *shape)}
+            np.lib.format.write_array_header_1_0(out, header)
             for part in parts:
                 out.write(part.numpy().tobytes())
                 for x, k in zip(part, y[done : done + len(part)].tolist(), strict=True):
                     if len(row := first.setdefault(k, [])) < (10 if k >= 0 else 10 * classes):  # the grid shows no more
                         row.append(x.clone())
                 done += len(part)
-        with archive.open(_member("y"), "w") as out:
+        with archive.open(_archive_entry("y"), "w") as out:
             np.lib.format.write_array(out, y.numpy())
     shown = [(x, k) for k, row in sorted(first.items()) for x in row]
     images = torch.stack([x for x, _ in shown]) if shown else torch.empty(0, *shape)
@@ -220,7 +220,7 @@ def write_parts(
     files.write_json(folder / "manifest.json", {**manifest, "count": len(y), "film": [] if strip is None else strip[1]})
 
 
-def _member(name: str) -> zipfile.ZipInfo:
+def _archive_entry(name: str) -> zipfile.ZipInfo:
     """Return the archive entry of an array, dated 1980 so that equal content gives equal bytes."""
     info = zipfile.ZipInfo(f"{name}.npy")
     info.compress_type = zipfile.ZIP_DEFLATED
@@ -235,8 +235,8 @@ def read_set(folder: Path) -> SampleSet:
             x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
     except (OSError, KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{folder / 'images.npz'} is damaged ({type(error).__name__}); sample again") from None
-    known = isinstance(manifest, dict) and ({"sampler", "seed"} <= manifest.keys() or "images" in manifest)
-    if not known or x.ndim != 4:
+    complete = isinstance(manifest, dict) and ({"sampler", "seed"} <= manifest.keys() or "images" in manifest)
+    if not complete or x.ndim != 4:
         raise UserError(f"{folder / 'manifest.json'} is damaged; sample again")
     return SampleSet(to_float(x), y, manifest)
 

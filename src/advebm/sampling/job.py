@@ -110,8 +110,8 @@ class WorkerState:
         """Load network and data; raise ``UserError`` for unknown or unusable classes and missing starting images."""
         run, sampler, data = job.run, job.sampler, job.run.data
         if any(not 0 <= k < len(data.classes) for k in job.classes or ()):
-            got = ", ".join(map(str, job.classes or ()))
-            raise UserError(f"{data.name} has classes 0 to {len(data.classes) - 1}, got {got}")
+            numbers = ", ".join(map(str, job.classes or ()))
+            raise UserError(f"{data.name} has classes 0 to {len(data.classes) - 1}, got {numbers}")
         if job.classes is not None and not sampler.conditional and sampler.start != "class":
             method = generate.set_name(sampler)
             raise UserError(f"{method} draws from no class; leave the classes out, or set start to class")
@@ -124,13 +124,13 @@ class WorkerState:
 
     def draw(self, number: int) -> None:
         """Draw chunk ``number`` and write it to its file."""
-        d = self.job
-        options: dict[str, Any] = {"shape": self.data.shape, "seed": d.seed, "batch": d.batch, "view": self.view}
-        options["bank"] = self.bank
-        images = generate.draw_chunk(self.model, d.sampler, self.start, self.y, number, **options)
+        job = self.job
+        options: dict[str, Any] = {"shape": self.data.shape, "seed": job.seed, "batch": job.batch}
+        options |= {"view": self.view, "bank": self.bank}
+        images = generate.draw_chunk(self.model, job.sampler, self.start, self.y, number, **options)
         buffer = io.BytesIO()
         np.save(buffer, generate.to_bytes(images).numpy())
-        files.write(d.part(number), buffer.getvalue())
+        files.write(job.part(number), buffer.getvalue())
 
 
 def start_images(run: Run, sampler: Sampler, checkpoint: str = "latest") -> Data | None:
@@ -193,11 +193,11 @@ def _finish_set(state: WorkerState, plan: Mapping[str, Any], count: int, traject
     job, folder = state.job, state.job.folder
     frames = 60 if trajectory else 7
     options: dict[str, Any] = {"outside": state.outside, "classes": job.classes, "seed": job.seed}
-    moments, steps = generate.draw_trajectory(state.model, job.sampler, state.data, frames=frames, **options)
+    film, steps = generate.draw_trajectory(state.model, job.sampler, state.data, frames=frames, **options)
     if trajectory:
-        files.write(folder / "film.gif", pictures.animate(moments))
+        files.write(folder / "film.gif", pictures.animate(film))
     shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, 13 if trajectory else 7)})
-    strip = moments[:, shown], [steps[i] for i in shown]
+    strip = film[:, shown], [steps[i] for i in shown]
     parts = (_read(job.part(number)) for number in range(count))
     about = {**plan, "fast": "off" if state.view is None else state.view.backend.name}
     generate.write_parts(folder, parts, state.y, state.data.shape, about, len(state.data.classes), strip)

@@ -1,5 +1,6 @@
 """Measure sample quality (FD and KID) as a function of the number of sampling steps."""
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -74,37 +75,35 @@ class Chains:
             getattr(data, self.split).x, MAX_REAL_IMAGES, rng.generator(self.seed, "chains", "real")
         )
         real, points = RealFeatures(space.of(real_images, device_of(model))), []
-        for steps, (x, seconds) in self._images(model, sampler, data, outside).items():
+        for steps, (x, seconds) in self._draw(model, sampler, data, outside).items():
             features = space.of(x, device_of(model))
             points.append(CurvePoint(steps, real.frechet(features), real.kernel(features), seconds / len(x)))
         return points
 
-    def _images(
+    def _draw(
         self, model: nn.Module, sampler: Sampler, data: Data, outside: Data | None
     ) -> Mapping[int, tuple[Tensor, float]]:
         """Return, for each number of steps, the samples as uint8 and the total computing time in seconds."""
         longest = replace(sampler, steps=self.steps[-1])
-        start, y = (
-            longest.prepare(data, outside),
-            generate.classes_to_draw(longest, data, -(-self.count // len(data.classes))),
-        )
+        start = longest.prepare(data, outside)
+        y = generate.classes_to_draw(longest, data, math.ceil(self.count / len(data.classes)))
         y = y[torch.randperm(len(y), generator=rng.generator(self.seed, "chains"))[: self.count]]
-        bank, seen = longest.bank(data), {k: list[Tensor]() for k in self.steps}
-        spent = dict.fromkeys(self.steps, 0.0)
+        bank, samples = longest.bank(data), {k: list[Tensor]() for k in self.steps}
+        elapsed = dict.fromkeys(self.steps, 0.0)
         for number in range(generate.count_chunks(len(y))):
             chains = generate.start_chains(model, start, y, number, data.shape, self.seed, "chains")
             since = [time.perf_counter()]
 
-            def look(k: int, x: Tensor, energy: Tensor | None = None, since: list[float] = since) -> None:
+            def record(k: int, x: Tensor, energy: Tensor | None = None, since: list[float] = since) -> None:
                 now = time.perf_counter()
-                if k + 1 in spent:  # the gradient at x has been computed already
-                    spent[k + 1] += now - since[0]
-                if k in seen:
-                    seen[k].append(generate.to_bytes(x).cpu())
+                if k + 1 in elapsed:  # the gradient at x has been computed already
+                    elapsed[k + 1] += now - since[0]
+                if k in samples:
+                    samples[k].append(generate.to_bytes(x).cpu())
                 since[0] += time.perf_counter() - now  # exclude the time spent here
 
-            look(longest.steps, generate.run_chains(model, longest, chains, observe=look, bank=bank))
-        return {k: (torch.cat(seen[k]), spent[k]) for k in self.steps}
+            record(longest.steps, generate.run_chains(model, longest, chains, observe=record, bank=bank))
+        return {k: (torch.cat(samples[k]), elapsed[k]) for k in self.steps}
 
 
 def best_point(points: Iterable[CurvePoint]) -> CurvePoint:

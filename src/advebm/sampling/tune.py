@@ -41,12 +41,12 @@ def settings_grid(sampler: Sampler, values: Mapping[str, Sequence[Any]]) -> list
     for name in values:
         if name not in SETTINGS:
             raise UserError(f"tuning searches {', '.join(SETTINGS)}, got {name!r}")
-    halved: dict[str, list[Any]] = {name: [getattr(sampler, name)] for name in SETTINGS}
-    halved["step_size"] = [sampler.step_size * factor for factor in FACTORS]
-    halved["steps"] = [max(1, round(sampler.steps * factor)) for factor in FACTORS]
-    choices = {name: values.get(name, halved[name]) for name in SETTINGS}
-    found = (dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values()))
-    return list(dict.fromkeys(dataclasses.replace(sampler, **settings) for settings in found))
+    grid: dict[str, Sequence[Any]] = {name: [getattr(sampler, name)] for name in SETTINGS}
+    grid["step_size"] = [sampler.step_size * factor for factor in FACTORS]
+    grid["steps"] = [max(1, round(sampler.steps * factor)) for factor in FACTORS]
+    grid |= values
+    combinations = (dict(zip(grid, settings, strict=True)) for settings in itertools.product(*grid.values()))
+    return list(dict.fromkeys(dataclasses.replace(sampler, **settings) for settings in combinations))
 
 
 def tune(
@@ -95,12 +95,12 @@ def tune(
     for path, sampler in trials.items():
         if not path.exists():
             _run_trial(path, sampler, model, data, outside, real, space, about)
-        progress(sum(other.exists() for other in trials))
-    done = [files.read_json(path) for path in trials if path.exists()]
-    done.sort(key=lambda trial: trial["value"])
-    if len(done) == len(trials):
-        files.write_json(result_path(run, samplers[0]), {**done[0], "trials": len(done)})
-    return done
+        progress(sum(trial.exists() for trial in trials))
+    records = [files.read_json(path) for path in trials if path.exists()]
+    records.sort(key=lambda trial: trial["value"])
+    if len(records) == len(trials):
+        files.write_json(result_path(run, samplers[0]), {**records[0], "trials": len(records)})
+    return records
 
 
 def result_path(run: Run, like: Sampler) -> Path:
@@ -122,15 +122,15 @@ def find_tuned(run: Run, like: Sampler) -> tuple[Sampler, dict[str, Any]] | None
 
 def response_curves(trials: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float, float]]]:
     """Return, for each setting that varies, (value, best distance, median distance) over the trials with that value."""
-    found = {}
+    curves = {}
     for name in SETTINGS:
         groups: dict[Any, list[float]] = {}
         for trial in trials:
             groups.setdefault(trial["sampler"][name], []).append(trial["value"])
         if len(groups) > 1:
             order = sorted(groups, key=lambda value: float("inf") if value is None else value)
-            found[name] = [(v, min(groups[v]), torch.tensor(groups[v]).double().quantile(0.5).item()) for v in order]
-    return found
+            curves[name] = [(v, min(groups[v]), torch.tensor(groups[v]).double().quantile(0.5).item()) for v in order]
+    return curves
 
 
 def _trial_path(run: Run, sampler: Sampler, about: Mapping[str, Any]) -> Path:
@@ -160,8 +160,8 @@ def _run_trial(
                 return
             y = generate.classes_to_draw(sampler, data, about["per_class"])
             x = generate.generate(model, sampler, data, y, outside=outside, seed=about["seed"]).x
-            drawn = space.of(x, device_of(model))
-            value = real.frechet(drawn) if about["by"] == "FD" else real.kernel(drawn)
+            features = space.of(x, device_of(model))
+            value = real.frechet(features) if about["by"] == "FD" else real.kernel(features)
             name = f"{label(about['by'], space.name)} on validation images"
             files.write_json(path, {"sampler": config.describe(sampler), "name": name, "value": value, **about})
         lock.unlink(missing_ok=True)

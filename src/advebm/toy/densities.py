@@ -34,12 +34,12 @@ class Mixture:
     spread: float
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        means = torch.tensor(self.means)[_choose(len(self.means), count, generator)]
-        return means + self.spread * torch.randn(count, 2, generator=generator)
+        component = torch.randint(len(self.means), (count,), generator=generator)
+        return torch.tensor(self.means)[component] + self.spread * torch.randn(count, 2, generator=generator)
 
     def log_density(self, x: Tensor) -> Tensor:
         offset = (x[:, None] - x.new_tensor(self.means)) / self.spread
-        return (_normal(offset).sum(2) - 2 * math.log(self.spread)).logsumexp(1) - math.log(len(self.means))
+        return (_log_normal(offset).sum(2) - 2 * math.log(self.spread)).logsumexp(1) - math.log(len(self.means))
 
 
 @dataclass(frozen=True)
@@ -63,32 +63,28 @@ class Pinwheel:
     twist: float = 0.6
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        arm = _choose(self.arms, count, generator)
+        arm = torch.randint(self.arms, (count,), generator=generator)
         along, across = torch.randn(2, count, generator=generator)
         straight = torch.stack([self.reach + self.along * along, self.across * across], 1)
-        return _turn(straight, 2 * math.pi * arm / self.arms + self.twist * straight.norm(dim=1))
+        return _rotate(straight, 2 * math.pi * arm / self.arms + self.twist * straight.norm(dim=1))
 
     def log_density(self, x: Tensor) -> Tensor:
         parts = []
         for arm in range(self.arms):
-            along, across = _turn(x, -2 * math.pi * arm / self.arms - self.twist * x.norm(dim=1)).unbind(1)
-            parts.append(_normal((along - self.reach) / self.along) + _normal(across / self.across))
+            along, across = _rotate(x, -2 * math.pi * arm / self.arms - self.twist * x.norm(dim=1)).unbind(1)
+            parts.append(_log_normal((along - self.reach) / self.along) + _log_normal(across / self.across))
         return torch.stack(parts).logsumexp(0) - math.log(self.arms * self.along * self.across)
 
 
-def _choose(options: int, count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(options, (count,), generator=generator)
-
-
-def _normal(z: Tensor) -> Tensor:
+def _log_normal(z: Tensor) -> Tensor:
     """Return the log-density of the standard normal distribution, elementwise."""
     return -0.5 * (z.square() + math.log(2 * math.pi))
 
 
-def _turn(x: Tensor, angle: Tensor) -> Tensor:
+def _rotate(x: Tensor, angle: Tensor) -> Tensor:
     """Rotate points (N, 2) about the origin, each by its angle (N,) in radians."""
-    c, s = angle.cos(), angle.sin()
-    return torch.stack([c * x[:, 0] - s * x[:, 1], s * x[:, 0] + c * x[:, 1]], 1)
+    (x1, x2), cos, sin = x.unbind(1), angle.cos(), angle.sin()
+    return torch.stack([cos * x1 - sin * x2, sin * x1 + cos * x2], 1)
 
 
 def _circle(count: int, radius: float) -> tuple[tuple[float, float], ...]:
@@ -112,7 +108,6 @@ DENSITIES: dict[str, Callable[[], Density]] = {
 
 
 def find_density(name: str) -> Density:
-    """Return the density called ``name``; raise a UserError if there is none."""
     if name not in DENSITIES:
         raise unknown_name("density", name, DENSITIES)
     return DENSITIES[name]()

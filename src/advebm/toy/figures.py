@@ -33,18 +33,19 @@ def draw_density(
     If ``method`` or ``p0`` is given, run one training and draw its film and animation.  Otherwise train binary AT with
     both p0 and maximum likelihood, and draw comparisons as well.
     """
-    one = [(method or "binary-at", p0 or "uniform")]
-    three = [("binary-at", "uniform"), ("binary-at", "concentrated"), ("mle", "uniform")]
-    plays = [train.train_toy(density, *which, seed=seed) for which in (one if method or p0 else three)]
-    drawn = {f"{density}-{play.method}-{play.p0}.png": film(play) for play in plays}
-    drawn[f"{density}-{plays[0].method}-{plays[0].p0}.gif"] = animation(plays[0])
+    settings = [("binary-at", "uniform"), ("binary-at", "concentrated"), ("mle", "uniform")]
+    if method or p0:
+        settings = [(method or "binary-at", p0 or "uniform")]
+    plays = [train.train_toy(density, *setting, seed=seed) for setting in settings]
+    images = {f"{density}-{play.method}-{play.p0}.png": film(play) for play in plays}
+    images[f"{density}-{plays[0].method}-{plays[0].p0}.gif"] = animation(plays[0])
     if len(plays) == 3:
         uniform, concentrated, likelihood = plays
-        drawn[f"{density}-p0.png"] = before_and_after([uniform, concentrated])
-        drawn[f"{density}-density.png"] = density_or_support(uniform, likelihood)
-    for name, content in drawn.items():
+        images[f"{density}-p0.png"] = before_and_after([uniform, concentrated])
+        images[f"{density}-density.png"] = density_or_support(uniform, likelihood)
+    for name, content in images.items():
         files.write(folder / name, content)
-    return plays, [folder / name for name in drawn]
+    return plays, [folder / name for name in images]
 
 
 def film(play: train.ToyRun, count: int = 6) -> bytes:
@@ -63,8 +64,7 @@ def film(play: train.ToyRun, count: int = 6) -> bytes:
 def before_and_after(plays: Sequence[train.ToyRun]) -> bytes:
     """Draw D before and after training for each p0, with p0's points before and after their search: figure 1."""
     with plt.rc_context(PLANE):
-        size = (2.9 * 2 * len(plays), 3.1)
-        figure, axes = plt.subplots(1, 2 * len(plays), figsize=size)
+        figure, axes = plt.subplots(1, 2 * len(plays), figsize=(2.9 * 2 * len(plays), 3.1))
         for k, play in enumerate(plays):
             for axis, frame, when in zip(axes[2 * k :], (play.frames[0], play.frames[-1]), "ab", strict=False):
                 panel(axis, play, frame, moved=when == "b")
@@ -86,8 +86,8 @@ def density_or_support(adversarial: train.ToyRun, likelihood: train.ToyRun) -> b
         for axis, (name, values) in zip(axes, names.items(), strict=False):
             span = 8.0 if "binary" not in name else float(values.max() - values.min())
             values = (values - values.max()).clamp_min(-span)
-            drawn = axis.contourf(points[..., 0], points[..., 1], values, levels=16, cmap="viridis")
-            figure.colorbar(drawn, ax=axis, shrink=0.8, format="%.2g")
+            contours = axis.contourf(points[..., 0], points[..., 1], values, levels=16, cmap="viridis")
+            figure.colorbar(contours, ax=axis, shrink=0.8, format="%.2g")
             axis.set_title(f"{name} (highest 0)")
             _square(axis)
         true = density.log_density(data)

@@ -16,7 +16,7 @@ from advebm import energies
 from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import generator as seeded
 from advebm.core.rng import rand, randn
-from advebm.descent import Descent, box, free, raw, unit
+from advebm.descent import Descent, Energy, box, free, raw, unit
 from advebm.models.modes import searching
 from advebm.objectives.langevin import contrast
 from advebm.toy import densities
@@ -79,13 +79,6 @@ METHODS = {
     "binary-at": Method(Descent(20, 0.3, unit, free), 1.0, energies.logistic),
     "mle": Method(Descent(20, LANGEVIN, raw, box(-SIDE, SIDE), (2 * LANGEVIN) ** 0.5), 0.01, likelihood),
 }
-
-
-def find_method(name: str) -> Method:
-    """Return the method called ``name``; raise a UserError if there is none."""
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    return METHODS[name]
 
 
 @dataclass(frozen=True)
@@ -151,37 +144,40 @@ def train_toy(
     """
     if updates < 1 or batch < 1 or frames < 2:
         raise UserError(f"updates and batch must be at least 1 and frames 2, got {updates}, {batch} and {frames}")
-    data, how, draws = densities.find_density(density), find_method(method), seeded("toy", seed)
+    data = densities.find_density(density)
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    settings, draws = METHODS[method], seeded("toy", seed)
     model = network(draws)
     optimizer = torch.optim.Adam(model.parameters(), rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, updates)
-    kept, moments = [], {round(updates * (k / (frames - 1)) ** 2) for k in range(frames)}
+    history, moments = [], {round(updates * (k / (frames - 1)) ** 2) for k in range(frames)}
     cells = round(2 * SIDE / CELL)
     visited = torch.zeros(cells, cells, dtype=torch.bool)
     chains = contrastive_points(p0, batch, draws)
     for update in range(updates + 1):
-        fresh = torch.rand(batch, 1, generator=draws) < how.restart
+        fresh = torch.rand(batch, 1, generator=draws) < settings.restart
         began = torch.where(fresh, contrastive_points(p0, batch, draws), chains)
-        chains, path = move_contrastive(model, how, began, draws)
+        chains, path = move_contrastive(model, settings, began, draws)
         mark_visited(visited, path)
         if update in moments:
-            kept.append(Frame(update, copy.deepcopy(model), began, chains))
-            watch(kept[-1])
+            history.append(Frame(update, copy.deepcopy(model), began, chains))
+            watch(history[-1])
         if update < updates:
             positive, negative = energies.binary(model(torch.cat([data.sample(batch, draws), chains]))).chunk(2)
             optimizer.zero_grad()
-            how.loss(positive, negative).backward()
+            settings.loss(positive, negative).backward()
             optimizer.step()
             schedule.step()
-    return ToyRun(density, method, p0, tuple(kept), visited)
+    return ToyRun(density, method, p0, tuple(history), visited)
 
 
 def move_contrastive(model: nn.Module, how: Method, began: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return a model's contrastive points (B, 2), and all points of the search from start to end, (·, 2)."""
     path: list[Tensor] = []
     with searching(model) as f:
-        low = lambda x: energies.binary(f(x))
-        ended = how.search(low, began, generator=draws, observe=lambda k, x, value: path.append(x))
+        energy: Energy = lambda x: energies.binary(f(x))
+        ended = how.search(energy, began, generator=draws, observe=lambda k, x, value: path.append(x))
     return ended, torch.cat([*path, ended])
 
 
@@ -219,20 +215,18 @@ def summarize(result: ToyRun, *, seed: int = 0, count: int = 5_000) -> dict[str,
     data, last = densities.find_density(result.density), result.frames[-1]
     x = data.sample(count, seeded("toy-numbers", seed))
     truth, learnt = data.log_density(x), -energy(last.model, x)
-    found = {}
+    numbers: dict[str, float] = {}
     if result.method == "binary-at":
         dense, sparse = truth.quantile(0.05), truth.quantile(0.001)
         points = plane_points()
         d = energy(last.model, points).neg().sigmoid()
         off = data.log_density(points.view(-1, 2)).view(d.shape) < sparse
         on = learnt.sigmoid()[truth >= dense]
-        found["D on support"] = on.mean().item()
-        found["deviation"] = on.std().item()
-        found["D off support"] = d[off].mean().item()
-        found["highest off"] = d[off].max().item()
-        if (never := off & ~result.visited).any():
-            found["highest unvisited"] = d[never].max().item()
-        found["objective"] = -energies.logistic(-learnt, energy(last.model, last.ended)).item()
-    found["correlation"] = torch.corrcoef(torch.stack([learnt, truth]))[0, 1].item()
-    found["slope"] = torch.cov(torch.stack([learnt, truth]))[0, 1].item() / truth.var().item()
-    return found
+        numbers |= {"D on support": on.mean().item(), "deviation": on.std().item()}
+        numbers |= {"D off support": d[off].mean().item(), "highest off": d[off].max().item()}
+        if (unvisited := off & ~result.visited).any():
+            numbers["highest unvisited"] = d[unvisited].max().item()
+        numbers["objective"] = -energies.logistic(-learnt, energy(last.model, last.ended)).item()
+    pair = torch.stack([learnt, truth])
+    slope = torch.cov(pair)[0, 1].item() / truth.var().item()
+    return numbers | {"correlation": torch.corrcoef(pair)[0, 1].item(), "slope": slope}

@@ -30,14 +30,14 @@ class BatchSource:
         for role, source in (("outside", recipe.outside), ("extra", recipe.extra)):
             if source is None:
                 continue
-            other = source.load()
-            if other.shape != data.shape:
-                raise UserError(f"the images of --{role} are {other.shape}, those of {data.name} {data.shape}")
-            self.others[role] = loader(other.train, (source.augment.x,), role)
+            dataset = source.load()
+            if dataset.shape != data.shape:
+                raise UserError(f"the images of --{role} are {dataset.shape}, those of {data.name} {data.shape}")
+            self.others[role] = loader(dataset.train, (source.augment.x,), role)
             if role == "outside":
-                self.outside = other.val.take(slice(recipe.train.validate_with))
-                if (known := count_shared(other.train.x, data)) and engine.main:
-                    what = f"{known:,} of the {len(other.train):,} images of --outside are images of {data.name}"
+                self.outside = dataset.val.take(slice(recipe.train.validate_with))
+                if (shared := count_shared(dataset.train.x, data)) and engine.main:
+                    what = f"{shared:,} of the {len(dataset.train):,} images of --outside are images of {data.name}"
                     warnings.warn(f"{what} itself; the objective takes them for what is not", stacklevel=3)
 
     def __call__(self, seen: int, stream: int, keys: tuple[int, ...]) -> Batch:

@@ -1,19 +1,18 @@
 """Estimate the cost of a recipe before training: network passes, FLOP and memory."""
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,21 +39,13 @@ ASSUMED_CLASSES = 1000  # assumed if the number of classes is unknown; the head 
 
 
 class Passes(NamedTuple):
-    """Number of network passes of each kind per image; or the FLOP of one pass of each kind.
-
-    Attributes:
-        forward: forward passes.
-        teacher: forward passes through a teacher network.
-        search: backward passes to the images, with frozen weights.
-        loss: backward passes to the weights.
-        penalty: backward passes to the images that are differentiated again (R1).
-    """
+    """Number of network passes of each kind per image; or the FLOP of one pass of each kind."""
 
     forward: float
-    teacher: float
-    search: float
-    loss: float
-    penalty: float
+    teacher: float  # forward passes through a teacher network
+    search: float  # backward passes to the images, with frozen weights
+    loss: float  # backward passes to the weights
+    penalty: float  # backward passes to the images that are differentiated again (R1)
 
     @property
     def backward(self) -> float:
@@ -62,71 +53,44 @@ class Passes(NamedTuple):
 
     def times(self, flops: "Passes") -> float:
         """Return the FLOP of these passes, given the FLOP of one pass of each kind."""
-        return sum(count * each for count, each in zip(self, flops, strict=True))
-
-    def towards(self, other: "Passes", share: float) -> "Passes":
-        """Interpolate linearly from this (``share`` 0) to ``other`` (1), or extrapolate beyond."""
-        return Passes(*(a + share * (b - a) for a, b in zip(self, other, strict=True)))
+        return sum(count * flop for count, flop in zip(self, flops, strict=True))
 
 
 class ImagesHeld(NamedTuple):
-    """Number of images whose activations are in memory at once, divided by the number of images of a step.
+    """Number of images whose activations are in memory at once, divided by the number of images of a step."""
 
-    Attributes:
-        search: for the largest backward pass of the search.
-        loss: for the backward pass of the loss.
-        penalty: the part of ``loss`` that belongs to a gradient penalty.
-    """
-
-    search: float
-    loss: float
-    penalty: float
+    search: float  # for the largest backward pass of the search
+    loss: float  # for the backward pass of the loss
+    penalty: float  # the part of ``loss`` that belongs to a gradient penalty
 
 
 class Memory(NamedTuple):
-    """Memory of one process, in bytes.
+    """Memory of one process, in bytes."""
 
-    Attributes:
-        weights: parameters and buffers of the network.
-        optimizer: state of the optimiser.
-        average: averaged weights.
-        step: activations and gradients at their peak.
-    """
-
-    weights: int
-    optimizer: int
-    average: int
-    step: int
+    weights: int  # parameters and buffers of the network
+    optimizer: int  # state of the optimiser
+    average: int  # averaged weights
+    step: int  # activations and gradients at their peak
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """The estimated cost of one training stage.
 
-    Attributes:
-        recipe: the stage.
-        outline: shape and number of its images.
-        architecture: its network.
-        parameters: number of trainable parameters.
-        least, most: lower and upper bound of the passes per training image, for search and loss together; they differ
-            if a curriculum increases the number of search steps K.
-        validation: passes per validation image that is classified correctly even under attack, so that no attack on it
-            ends early.
-        validated: number of images over all validations.
-        flops: FLOP per image of one pass of each kind.
-        memory: memory of one process.
+    ``least`` and ``most`` bound the passes per training image, for search and loss together; they differ if a
+    curriculum increases the number of search steps K.
     """
 
     recipe: Recipe
-    outline: DataSpec
+    outline: DataSpec  # shape and number of the images
     architecture: Architecture
-    parameters: int
+    parameters: int  # number of trainable parameters
     least: Passes
     most: Passes
-    validation: Passes
-    validated: int
-    flops: Passes
-    memory: Memory
+    validation: Passes  # per validation image whose attack never ends early, since it stays correctly classified
+    validated: int  # number of images over all validations
+    flops: Passes  # per image, of one pass of each kind
+    memory: Memory  # of one process
 
     @property
     def images(self) -> int:
@@ -135,8 +99,8 @@ class Estimate:
     @property
     def total(self) -> tuple[float, float]:
         """Return lower and upper bound of the FLOP of training and validation together."""
-        checked = self.validated * self.validation.times(self.flops)
-        least, most = (self.images * passes.times(self.flops) + checked for passes in (self.least, self.most))
+        validation = self.validated * self.validation.times(self.flops)
+        least, most = (self.images * passes.times(self.flops) + validation for passes in (self.least, self.most))
         return least, most
 
 
@@ -147,60 +111,55 @@ def estimates(recipe: Recipe) -> list[Estimate]:
     running the objective and the validation on a tiny network.  FLOP (2 per multiply-add, of convolutions and linear
     layers) and memory are computed for the recipe's network on the ``meta`` device, that is, on tensors without data.
     A teacher is assumed to be as large as the recipe's network.  Not included: rollbacks, the comparisons that ``fast``
-    makes, diagnostics, and the weight copies of ``awp``.
-
-    Raises:
-        UserError: the image shape cannot be determined, or the network does not accept it.
+    makes, diagnostics, and the weight copies of ``awp``.  If the image shape cannot be determined, or the network does
+    not accept it, ``UserError`` is raised.
     """
     return [estimate(stage) for stage in (*recipe.before, recipe)]
 
 
 def estimate(recipe: Recipe) -> Estimate:
     """Estimate the cost of one stage."""
-    found = find_spec(recipe.data)
-    architecture = design(recipe, blank_data(found))
+    spec = find_spec(recipe.data)
+    architecture = design(recipe, blank_data(spec))
     least, most, held = count_training(recipe)
     parameters, flops, memory = measure_network(architecture, recipe, held)
-    times = (count_validation(recipe), validated_images(recipe, found))
-    return Estimate(recipe, found, architecture, parameters, least, most, *times, flops, memory)
+    validation, validated = count_validation(recipe), validated_images(recipe, spec)
+    return Estimate(recipe, spec, architecture, parameters, least, most, validation, validated, flops, memory)
 
 
 def measure_machine(stage: Estimate, device: str) -> Machine:
     """Measure the speed of a local device on the stage's network, forward and backward to the images.
 
-    Weights and images are random, and the precision is the recipe's.  The batch size is doubled until a batch
-    takes ``LEAST_SECONDS``, has the recipe's size, or fills the memory.  Training is a little slower than this, since
-    it also updates weights, augments images and validates.
-
-    Raises:
-        UserError: not even one image fits into the memory.
+    Weights and images are random, and the precision is the recipe's.  The batch size is doubled until a batch takes
+    ``LEAST_SECONDS``, has the recipe's size, or fills the memory; if not even one image fits, ``UserError`` is raised.
+    Training is a little slower than this, since it also updates weights, augments images and validates.
     """
     cfg, flops = stage.recipe.train, stage.flops.forward + stage.flops.search
-    most, count, took = max(1, cfg.batch // cfg.streams), 0, 0.0
-    model = stage.architecture.build().to(device)
-    x = torch.rand(most, *stage.outline.shape, device=device)
+    share = max(1, cfg.batch // cfg.streams)
+    model, x = stage.architecture.build().to(device), torch.rand(share, *stage.outline.shape, device=device)
     if cfg.precision == "float64":
         model, x = model.double(), x.double()
     else:
         model.precision = getattr(torch, cfg.precision)
-    quick = search_view(model, x, cfg.fast, cfg.precision)
-    with searching(model, view=quick) as f, contextlib.suppress(torch.OutOfMemoryError):
-        for images in (*itertools.takewhile(most.__gt__, (2**k for k in itertools.count())), most):
+    rate = 0.0
+    view = search_view(model, x, cfg.fast, cfg.precision)
+    with searching(model, view=view) as f, suppress(torch.OutOfMemoryError):
+        for images in (*(2**k for k in range((share - 1).bit_length())), share):
             search = functools.partial(value_and_gradient, lambda z: f(z).flatten(1).sum(1), x[:images])
-            took, count = seconds(search, device), images
-            if took >= LEAST_SECONDS:
+            elapsed = seconds(search, device)
+            rate = images * flops / elapsed
+            if elapsed >= LEAST_SECONDS:
                 break
-    if not took:
+    if not rate:
         raise UserError(f"not even one image of the recipe's size fits into the memory of {device}")
     memory = torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
-    return Machine(describe_device(device), {cfg.precision: count * flops / took}, 1.0, memory)
+    return Machine(describe_device(device), {cfg.precision: rate}, 1.0, memory)
 
 
 def passes_per_image(recipe: Recipe) -> tuple[float, float]:
     """Return forward and backward passes per training image, at the largest K of a curriculum."""
-    with with_stub_teacher(recipe.objective) as objective:
-        found, _ = count_step(objective, recipe.train.images)
-    return found.forward, found.backward
+    passes, _ = count_step(recipe.objective, recipe.train.images)
+    return passes.forward, passes.backward
 
 
 def images_in_whole_batches(recipe: Recipe) -> int:
@@ -208,58 +167,46 @@ def images_in_whole_batches(recipe: Recipe) -> int:
     return math.ceil(recipe.train.images / recipe.train.batch) * recipe.train.batch
 
 
-def blank_data(found: DataSpec) -> Data:
+def blank_data(spec: DataSpec) -> Data:
     """Return a stand-in dataset with the shape and classes of a source: one black and one white image."""
-    x = torch.zeros(2, *found.shape, dtype=torch.uint8)
-    x[1] = 255
+    x = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, *spec.shape)
     images = Images(x, torch.arange(2))
-    return Data("nothing", tuple(map(str, range(found.classes or ASSUMED_CLASSES))), images, images, images)
+    return Data("nothing", tuple(map(str, range(spec.classes or ASSUMED_CLASSES))), images, images, images)
 
 
 # Count passes, on a tiny network --------------------------------------------------------------------------------------
 
 
-class PassCounter:
-    """Counters of the passes inside :func:`count_passes`, in images."""
-
-    def __init__(self) -> None:
-        self.forward = self.teacher = self.search = self.loss = self.penalty = 0
-        self.widest = self.graph = 0  # images in the largest search batch, and in graphs for weight gradients
-
-    def passes(self, images: int) -> Passes:
-        """Return the passes per image, for a step of ``images`` images."""
-        return Passes(*(getattr(self, name) / images for name in Passes._fields))
-
-    def back(self, count: int, frozen: bool, gradient: Tensor) -> None:
-        """Count a backward pass of ``count`` images; called when the gradient reaches the network's outputs."""
-        kind = "penalty" if torch.is_grad_enabled() else "search" if frozen else "loss"
-        setattr(self, kind, getattr(self, kind) + count)
-
-
 @contextmanager
-def count_passes(model: Network) -> Iterator[PassCounter]:
-    """Count the passes of a network; all other networks count as teachers."""
-    tally = PassCounter()
+def count_passes(model: Network) -> Iterator[Counter[str]]:
+    """Count the images in each kind of pass of a network, named as in :class:`Passes`; other networks are teachers.
+
+    Also counted: images in the ``largest`` search batch, and in the ``graph`` for weight gradients.
+    """
+    counts = Counter[str]()
 
     def forward(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
-        if not isinstance(module, Network):
-            return
-        count = len(out)
         if module is not model:
-            tally.teacher += count
+            counts["teacher"] += len(out) if isinstance(module, Network) else 0
             return
-        tally.forward += count
+        counts["forward"] += len(out)
         if out.requires_grad:
-            frozen = not any(p.requires_grad for p in module.parameters())
-            tally.widest = max(tally.widest, count * frozen)
-            tally.graph += count * (not frozen)
-            out.register_hook(functools.partial(tally.back, count, frozen))
+            frozen = not any(p.requires_grad for p in model.parameters())
+            counts["largest"] = max(counts["largest"], len(out) * frozen)
+            counts["graph"] += len(out) * (not frozen)
 
-    handle = register_module_forward_hook(forward)
-    try:
-        yield tally
-    finally:
-        handle.remove()
+            def backward(gradient: Tensor) -> None:
+                counts["penalty" if torch.is_grad_enabled() else "search" if frozen else "loss"] += len(gradient)
+
+            out.register_hook(backward)
+
+    with register_module_forward_hook(forward):
+        yield counts
+
+
+def count_per_image(count: Callable[[int], list[int]]) -> list[float]:
+    """Return counts per image, from those of 8 images minus those of 4, so that work done once per step cancels out."""
+    return [(more - less) / 4 for less, more in zip(count(4), count(8), strict=True)]
 
 
 def tiny_architecture(objective: Objective) -> Architecture:
@@ -268,102 +215,96 @@ def tiny_architecture(objective: Objective) -> Architecture:
     return Architecture(SmallConv(1, norm="none"), objective.outputs or 10, 3, 8, half, half, objective.hidden)
 
 
-@contextmanager
-def with_stub_teacher(objective: Objective) -> Iterator[Objective]:
-    """Yield the objective with its teacher, if it has one, replaced by a tiny network."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def other(of: Any) -> Any:
-            changes: dict[str, Any] = {}
-            for name in (f.name for f in dataclasses.fields(of)):
-                if name == "teacher":
-                    architecture = tiny_architecture(of)
-                    network.save(Path(folder), architecture.build(), architecture)
-                    changes[name] = folder
-                elif name == "objective":
-                    changes[name] = other(getattr(of, name))
-            return dataclasses.replace(of, **changes) if changes else of
-
-        yield other(objective)
+def replace_teacher(objective: Any, folder: Path) -> Any:
+    """Return the objective with its teacher, or that of an objective it wraps, replaced by a tiny network."""
+    options = {field.name for field in dataclasses.fields(objective)}
+    if "teacher" in options:
+        architecture = tiny_architecture(objective)
+        network.save(folder, architecture.build(), architecture)
+        objective = dataclasses.replace(objective, teacher=str(folder))
+    if "objective" in options:
+        objective = dataclasses.replace(objective, objective=replace_teacher(objective.objective, folder))
+    return objective
 
 
 def count_step(objective: Objective, seen: int, level: int | None = None) -> tuple[Passes, ImagesHeld]:
     """Count passes and activations per image of one training step, after ``seen`` images.
 
-    A step of 4 images is subtracted from one of 8, so work done once per step cancels out.  In a curriculum, K is
-    ``level`` (default: the largest).
+    In a curriculum, K is ``level`` (default: the largest).
     """
-    counts = []
-    for images in (4, 8):
+
+    def count(images: int) -> list[int]:
         generator, model = rng.generator(0), tiny_architecture(objective).build().train()
         x = torch.rand(images, 3, 8, 8, generator=generator)
         batch = Batch(x, torch.arange(images), view=x, outside=x, extra=x)
-        state = objective.init(x, generator)
+        state, ctx = objective.init(x, generator), Context(generator, seen)
         if isinstance(state, CurriculumState):
             state.steps, state.since = state.largest if level is None else level, seen
-        ctx, graph, penalty = Context(generator, seen), 0, 0
-        with count_passes(model) as tally:
+        held = Counter[str]()
+        with count_passes(model) as counts:
             for replay in range(objective.replays):
-                found = objective.search(model, batch, state, ctx)
-                before = tally.graph, tally.penalty
-                loss = objective.loss(model, batch, found, state, ctx)
+                result = objective.search(model, batch, state, ctx)
+                before = counts.copy()
+                loss = objective.loss(model, batch, result, state, ctx)
                 loss.total.backward()
-                graph, penalty = max(graph, tally.graph - before[0]), max(penalty, tally.penalty - before[1])
+                held |= counts - before  # the maximum over replays
                 if replay < objective.replays - 1:  # the work after the last replay is not counted
-                    objective.after(model, batch, found, state, loss, ctx)
-        counts.append((*tally.passes(4), tally.widest / 4, graph / 4, penalty / 4))
-    each = [more - less for less, more in zip(*counts, strict=True)]
-    return Passes(*each[:5]), ImagesHeld(*each[5:])
+                    objective.after(model, batch, result, state, loss, ctx)
+        return [*(counts[kind] for kind in Passes._fields), counts["largest"], held["graph"], held["penalty"]]
+
+    with tempfile.TemporaryDirectory() as folder:
+        objective = replace_teacher(objective, Path(folder))
+        *passes, search, graph, penalty = count_per_image(count)
+    return Passes(*passes), ImagesHeld(search, graph, penalty)
 
 
 def count_training(recipe: Recipe) -> tuple[Passes, Passes, ImagesHeld]:
     """Return lower and upper bound of the passes per training image, and the images held in memory."""
-    seen = recipe.train.images
-    with with_stub_teacher(recipe.objective) as objective:
-        longest, held = count_step(objective, seen)
-        curriculum = find_curriculum(objective)
-        if curriculum is None or not seen:
-            return longest, longest, held
-        first, second = (count_step(objective, seen, level)[0] for level in (0, 1))
-    least, most = (
-        first.towards(second, k) for k in curriculum.means(images_in_whole_batches(recipe), recipe.train.batch)
-    )
+    objective, seen = recipe.objective, recipe.train.images
+    longest, held = count_step(objective, seen)
+    curriculum = find_curriculum(objective)
+    if curriculum is None or not seen:
+        return longest, longest, held
+    first, second = (count_step(objective, seen, level)[0] for level in (0, 1))
+    bounds = curriculum.means(images_in_whole_batches(recipe), recipe.train.batch)  # of K; passes are linear in it
+    least, most = (Passes(*(a + k * (b - a) for a, b in zip(first, second, strict=True))) for k in bounds)
     return least, most, held
 
 
 def find_curriculum(objective: Any) -> Curriculum | None:
     """Return the curriculum of an objective, or of the objective that it wraps; None if there is none."""
-    found = getattr(objective, "curriculum", None)
-    inner = getattr(objective, "objective", None)
-    return found if isinstance(found, Curriculum) or inner is None else find_curriculum(inner)
+    while not hasattr(objective, "curriculum") and hasattr(objective, "objective"):
+        objective = objective.objective
+    return getattr(objective, "curriculum", None)
 
 
 def count_validation(recipe: Recipe) -> Passes:
-    """Count the passes per validation image that stays correctly classified, with the method of :func:`count_step`."""
+    """Count the passes per validation image that stays correctly classified."""
     still = dataclasses.replace(recipe.threat, eps=1e-6, step_size=1e-6)
     plain = dataclasses.replace(recipe, threat=still, data=Digits())  # validation uses only the augmentation of data
-    found = []
-    for count in (4, 8):
+
+    def count(n: int) -> list[int]:
         model = tiny_architecture(recipe.objective).build().eval()
-        x = torch.randint(256, (count, 3, 8, 8), generator=rng.generator(0), dtype=torch.uint8)
+        x = torch.randint(256, (n, 3, 8, 8), generator=rng.generator(0), dtype=torch.uint8)
         images = Images(x, model(x.float() / 255).argmax(1))
         data = Data("noise", tuple("0123456789"), images, images, images)
-        with count_passes(model) as tally:
+        with count_passes(model) as counts:
             validate(model, data, images, plain, images)
-        found.append(tally.passes(4))
-    return Passes(*(more - less for less, more in zip(*found, strict=True)))
+        return [counts[kind] for kind in Passes._fields]
+
+    return Passes(*count_per_image(count))
 
 
-def validated_images(recipe: Recipe, found: DataSpec) -> int:
+def validated_images(recipe: Recipe, spec: DataSpec) -> int:
     """Return the number of images over all validations; 0 if there is no validation or the split size is unknown."""
     cfg, objective = recipe.train, recipe.objective
     if objective.hidden is not None:
-        judged = objective.validate is not None
+        validates = objective.validate is not None
     else:
-        judged = found.classes != 1 if objective.outputs != 1 else recipe.outside is not None  # one class: unlabelled
+        validates = spec.classes != 1 if objective.outputs != 1 else recipe.outside is not None  # one class: unlabelled
     steps = range(0, images_in_whole_batches(recipe), cfg.batch)
     times = sum(Progress(seen).due_after(cfg.batch, cfg.images)(cfg.validate_every) for seen in steps)
-    return times * judged * min((n for n in (found.val, cfg.validate_with) if n is not None), default=0)
+    return times * validates * min((n for n in (spec.val, cfg.validate_with) if n is not None), default=0)
 
 
 # FLOP and memory, on the meta device ----------------------------------------------------------------------------------
@@ -378,75 +319,64 @@ class FlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.alive = self.most = 0
-        self.known: set[int] = set()
+        self.flops = self.peak = 0
+        self.storages = weakref.WeakValueDictionary[int, UntypedStorage]()  # those alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if (flops := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += flops(*args, **kwargs, out_val=out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.alive += storage.nbytes()
-                self.most = max(self.most, self.alive)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        storages = [tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
+        self.storages.update({storage._cdata: storage for storage in storages})
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages.values()))
         return out
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.alive -= size
 
 
 def measure_network(architecture: Architecture, recipe: Recipe, held: ImagesHeld) -> tuple[int, Passes, Memory]:
     """Return parameter count, FLOP per pass of each kind, and memory for steps of ``batch / streams`` images."""
-    cfg, shape = recipe.train, (architecture.channels, architecture.size, architecture.size)
+    cfg, shape = recipe.train, architecture.shape
     with torch.device("meta"):
         model = architecture.build().train()
-    weights = count_bytes(model.state_dict().values())
+    weights = count_bytes(model.state_dict())
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = recipe.optimizer.build(parameters)
     for p in parameters:
         p.grad = torch.empty_like(p)
     optimizer.step()
-    kept = count_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
-    counts = [max(1, round(share * cfg.batch / cfg.streams)) for share in (held.search, held.loss - held.penalty)]
-    punished = round(held.penalty * cfg.batch / cfg.streams)
-
     dtype = getattr(torch, cfg.precision)
     backbone: Any = model.to(dtype).backbone  # instead of autocast, which does not support meta tensors
     backbone.recompute = cfg.recompute
     images = lambda count, **options: torch.empty(count, *shape, dtype=dtype, device="meta", **options)
+    shares = (held.search, held.loss - held.penalty, held.penalty)
+    searched, trained, penalized = (round(share * cfg.batch / cfg.streams) for share in shares)
+    searched, trained = max(1, searched), max(1, trained)
 
-    def loss(penalty: int) -> FlopCounter:
+    with FlopCounter() as search, searching(model) as f:
+        x = images(searched, requires_grad=True)
+        total = f(x).sum()
+        forward = search.flops / searched
+        torch.autograd.grad(total, x)
+
+    def measure_loss(penalized: int) -> FlopCounter:
         model.zero_grad()
         with FlopCounter() as counter:
-            total = model(images(counts[1])).sum()
-            if penalty:
-                x = images(penalty, requires_grad=True)
+            total = model(images(trained)).sum()
+            if penalized:
+                x = images(penalized, requires_grad=True)
                 (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
                 total = total + gradient.square().sum()
             total.backward()
         return counter
 
-    with FlopCounter() as search, searching(model) as f:
-        x = images(counts[0], requires_grad=True)
-        total = f(x).sum()
-        forward = search.flops / counts[0]
-        torch.autograd.grad(total, x)
-    bare = loss(0)
-    full = loss(punished) if punished else bare
-    flops = Passes(
-        forward=forward,
-        teacher=forward,
-        search=search.flops / counts[0] - forward,
-        loss=bare.flops / counts[1] - forward,
-        penalty=(full.flops - bare.flops) / punished - forward if punished else 0.0,
-    )
-    most = max(search.most, full.most + (weights if dtype != torch.float32 else 0))  # gradients are float32
-    return sum(p.numel() for p in parameters), flops, Memory(weights, kept, weights * bool(cfg.ema), most)
+    loss = measure_loss(0)
+    full = measure_loss(penalized) if penalized else loss
+    penalty = (full.flops - loss.flops) / penalized - forward if penalized else 0.0
+    flops = Passes(forward, forward, search.flops / searched - forward, loss.flops / trained - forward, penalty)
+    step = max(search.peak, full.peak + (weights if dtype != torch.float32 else 0))  # gradients are float32
+    memory = Memory(weights, count_bytes(optimizer.state_dict()), weights * bool(cfg.ema), step)
+    return sum(p.numel() for p in parameters), flops, memory
 
 
-def count_bytes(tensors: Any) -> int:
-    return sum(v.numel() * v.element_size() for v in tensors)
+def count_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

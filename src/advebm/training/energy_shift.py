@@ -15,19 +15,19 @@ class EnergyShift:
     the optimiser's step, and call :meth:`terms` after it.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, moved: Tensor) -> None:
-        self.model, self.y, self.moved = model, batch.y, moved.detach()
-        self.clean, self.before = self._energies(batch.x), self._energies(self.moved)
+    def __init__(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> None:
+        self.model, self.y, self.x_adv = model, batch.y, x_adv.detach()
+        self.clean, self.before = self._energies(batch.x), self._energies(self.x_adv)
 
     def terms(self) -> dict[str, float]:
         """Return mean and standard deviation of each change over the images: ``shift/attack_joint``, ``…_sd``, …"""
-        after, found = self._energies(self.moved), {}
-        for change, to, of in (("attack", self.before, self.clean), ("update", after, self.before)):
-            for name in to:
-                difference = to[name] - of[name]
-                found[f"shift/{change}_{name}"] = difference.mean().item()
-                found[f"shift/{change}_{name}_sd"] = difference.std(correction=0).item()
-        return found
+        after, terms = self._energies(self.x_adv), {}
+        for change, end, start in (("attack", self.before, self.clean), ("update", after, self.before)):
+            for name in end:
+                difference = end[name] - start[name]
+                terms[f"shift/{change}_{name}"] = difference.mean().item()
+                terms[f"shift/{change}_{name}_sd"] = difference.std(correction=0).item()
+        return terms
 
     @torch.no_grad()
     def _energies(self, x: Tensor) -> dict[str, Tensor]:

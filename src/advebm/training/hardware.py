@@ -16,19 +16,12 @@ TERA, GB = 10**12, 10**9
 
 
 class Machine(NamedTuple):
-    """The speed of a device, and the share of it that training is assumed to reach.
-
-    Attributes:
-        name: display name.
-        rates: FLOP per second by precision, such as ``float32``; for dense matrices.
-        share: fraction of these rates that training is assumed to reach.
-        memory: device memory in bytes; None if unknown.
-    """
+    """The speed of a device, and the share of it that training is assumed to reach."""
 
     name: str
-    rates: Mapping[str, float]
+    rates: Mapping[str, float]  # FLOP per second by precision, such as ``float32``; for dense matrices
     share: float
-    memory: int | None = None
+    memory: int | None = None  # in bytes; None if unknown
 
     def hours(self, flops: float, precision: str) -> float:
         """Return the hours that ``flops`` take; raise ``UserError`` if the rate of the precision is unknown."""
@@ -37,19 +30,14 @@ class Machine(NamedTuple):
         return flops / (self.share * self.rates[precision]) / 3600
 
 
-def _published(name: str, float32: float, bfloat16: float, memory: int) -> Machine:
-    return Machine(name, {"float32": float32 * TERA, "bfloat16": bfloat16 * TERA}, 0.25, memory * GB)
-
-
 # Dense rates from NVIDIA's data sheets of the A100, H100 and H200 (SXM), and its Ada white paper for the RTX 4090.
-# float32 stands for TF32 on tensor cores, which torch uses for convolutions by default.  The share of a quarter of the
-# peak is this package's assumption for networks of the size used on CIFAR, not a measurement.
+# float32 stands for TF32 on tensor cores, which torch uses for convolutions by default; bfloat16 is twice as fast.  The
+# share of a quarter of the peak is this package's assumption for networks of the size used on CIFAR, not a measurement.
+RATES = (("A100", 156, 80), ("H100", 494.7, 80), ("H200", 494.7, 141), ("RTX 4090", 82.6, 24))  # TFLOP/s, GB
 PUBLISHED: Mapping[str, Machine] = MappingProxyType(
     {
-        "a100": _published("A100", 156, 312, 80),
-        "h100": _published("H100", 494.7, 989.4, 80),
-        "h200": _published("H200", 494.7, 989.4, 141),
-        "rtx4090": _published("RTX 4090", 82.6, 165.2, 24),
+        name.lower().replace(" ", ""): Machine(name, {"float32": r * TERA, "bfloat16": 2 * r * TERA}, 0.25, memory * GB)
+        for name, r, memory in RATES
     }
 )
 
@@ -71,15 +59,11 @@ def describe_device(device: str) -> str:
 
 def report(device: str) -> str:
     """Measure a local device, and return a readable report of its type and speed."""
-    words = [describe_device(device)]
-    if torch.device(device).type == "cpu":
-        words.append(f"vectors {torch.backends.cpu.get_cpu_capability()}")
-    lines = [f"{', '.join(words)}, torch {torch.__version__}"]
+    vectors = f", vectors {torch.backends.cpu.get_cpu_capability()}" if torch.device(device).type == "cpu" else ""
+    lines = [f"{describe_device(device)}{vectors}, torch {torch.__version__}"]
     for kind in dict.fromkeys(("float32", usable_precision("bfloat16", torch.device(device)))):
-        found = rates(getattr(torch, kind), device, repeats=1)
-        lines.append(
-            f"{kind}: {found['gemm'] / TERA:.3g} TFLOP/s in products, {found['conv'] / TERA:.3g} in convolutions"
-        )
+        gemm, conv = (rate / TERA for rate in rates(getattr(torch, kind), device, repeats=1).values())
+        lines.append(f"{kind}: {gemm:.3g} TFLOP/s in products, {conv:.3g} in convolutions")
     if len(lines) < 3:
         lines.append("bfloat16: not multiplied by this device; float32 is used in its place")
     return "\n".join(lines)
@@ -100,9 +84,9 @@ def seconds(compute: Callable[[], object], device: str, repeats: int = 3) -> flo
     """Return the median time of a call in seconds over ``repeats``, after two warm-up calls."""
     times = []
     for _ in range(repeats + 2):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         compute()
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return statistics.median(times[2:])

@@ -48,12 +48,12 @@ def train(
     """
     engine, cfg = Engine(device), recipe.train
     folder = engine.all_gather(folder)[0]
-    again = f"{processes.launch_command(engine.world)} train --resume"
+    command = f"{processes.launch_command(engine.world)} train --resume"
     if resume:
-        begun = Run.open(folder)
-        if begun.stopped_early or (begun.finished and begun.processes != engine.world):
-            return begun  # no training is left to do
-        begun.check_processes(engine.world)
+        run = Run.open(folder)
+        if run.stopped_early or (run.finished and run.processes != engine.world):
+            return run  # no training is left to do
+        run.check_processes(engine.world)
 
     # Check everything that may be wrong with the request before writing any file
     setup = set_up(recipe, engine)
@@ -69,12 +69,12 @@ def train(
     run = Run.open(folder)
     run.data = setup.data  # so that it is not loaded again
     if fresh and recipe.before:
-        last = train_stages_before(recipe, run, device, report, tick, again)
-        load_initial_weights(setup.model, str(last.folder), setup.data, recipe)
+        last_stage = train_stages_before(recipe, run, device, report, tick, command)
+        load_initial_weights(setup.model, str(last_stage.folder), setup.data, recipe)
     trainer = Trainer(run, setup, report)
 
     with (
-        explain_resume(run, again),
+        explain_resume(run, command),
         run.locked(engine.main),
         stopping() as signalled,
         torch.random.fork_rng(devices=[]),
@@ -95,7 +95,7 @@ def train(
                 if due(cfg.checkpoint_every) or trainer.progress.at_best or stop:
                     trainer.save()
                 if stop and not trainer.finished:
-                    raise Interrupted(f"saved after {trainer.progress.images:,} images; {again} {folder}")
+                    raise Interrupted(f"saved after {trainer.progress.images:,} images; {command} {folder}")
             except EarlyStop as reason:
                 trainer.stop_early(reason)
                 break
@@ -104,20 +104,20 @@ def train(
     return run
 
 
-def train_stages_before(recipe: Recipe, run: Run, device: str | None, report: Report, tick: Tick, again: str) -> Run:
+def train_stages_before(recipe: Recipe, run: Run, device: str | None, report: Report, tick: Tick, command: str) -> Run:
     """Train the unfinished earlier stages of a recipe in ``RUN/before``, and return the run of the last one."""
     init = recipe.init
     for number, (stage, folder) in enumerate(zip(recipe.before, run.before, strict=True)):
-        begun = (folder / "config.yaml").exists()
-        if not begun or not Run.open(folder).finished:
+        started = (folder / "config.yaml").exists()
+        if not started or not Run.open(folder).finished:
             offset = sum(earlier.train.images for earlier in recipe.before[:number])
-            hear: dict[str, Any] = {
+            callbacks: dict[str, Any] = {
                 "report": lambda line, offset=offset: report({**line, "images": offset + line["images"]}),
                 "tick": lambda images, offset=offset: tick(offset + images),
             }
             try:
-                train(dataclasses.replace(stage, init=init), folder, resume=begun, device=device, **hear)
+                train(dataclasses.replace(stage, init=init), folder, resume=started, device=device, **callbacks)
             except Interrupted as stop:
-                raise Interrupted(f"{str(stop).partition(';')[0]} of {stage.name}; {again} {run.folder}") from None
+                raise Interrupted(f"{str(stop).partition(';')[0]} of {stage.name}; {command} {run.folder}") from None
         init = str(folder)
     return Run.open(folder)

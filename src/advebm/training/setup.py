@@ -75,8 +75,8 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
         validates = objective.validate is not None and len(validation) > 1
     else:
         validates = validation.labelled if objective.outputs != 1 else batches.outside is not None
-    like = torch.empty(cfg.batch // cfg.streams, *data.shape)
-    states = {s: objective.init(like, rng.generator(recipe.seed, "init", s)) for s in streams}
+    x = torch.empty(cfg.batch // cfg.streams, *data.shape)
+    states = {stream: objective.init(x, rng.generator(recipe.seed, "init", stream)) for stream in streams}
     return Setup(recipe, engine, data, validation, batches, architecture, model, states, validates)
 
 
@@ -99,11 +99,11 @@ def load_initial_weights(model: Network, init: str, data: Data, recipe: Recipe) 
 
     The normalisation is loaded with them, unless the recipe sets it.
     """
-    path, own = Path(init), copy.deepcopy(model.normalise.state_dict())
+    path, original = Path(init), copy.deepcopy(model.normalise.state_dict())
     fresh = public_weights.load(model, path) if path.is_file() else transfer(find_model(init), model)
     for name in ("mean", "std"):
         if getattr(recipe.normalise, name) is not None:
-            model.normalise.load_state_dict({**model.normalise.state_dict(), name: own[name]})
+            model.normalise.load_state_dict({**model.normalise.state_dict(), name: original[name]})
     if fresh:
         warnings.warn(f"{init} has another head than {data.name} takes: {', '.join(fresh)} begin fresh", stacklevel=2)
 
@@ -118,8 +118,8 @@ def set_precision(model: Network, asked: str, device: torch.device) -> str:
     return used
 
 
-def search_view(model: Network, x: Tensor, way: BackendName, precision: str) -> View | None:
+def search_view(model: Network, x: Tensor, fast: BackendName, precision: str) -> View | None:
     """Return the faster network for searches, see ``train.fast``, or None; ``x`` is a stream's share of a batch."""
-    if way == "auto" and precision != "bfloat16":
+    if fast == "auto" and precision != "bfloat16":
         return None
-    return make_view(model, x, find_backend(way, "bfloat16"), loud=way != "auto")
+    return make_view(model, x, find_backend(fast, "bfloat16"), loud=fast != "auto")

@@ -4,24 +4,22 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from advebm.core.errors import Lost
 from advebm.runs.run import Run
 
-SAME_SIGNAL_SECONDS = (
-    1.0  # seconds in which a repeated signal counts as the same: torchrun forwards what the terminal sends as well
-)
+SAME_SIGNAL_SECONDS = 1.0  # a repetition within it is the same signal: torchrun forwards what the terminal sends
 
 
 @contextlib.contextmanager
-def explain_resume(run: Run, again: str) -> Iterator[None]:
+def explain_resume(run: Run, command: str) -> Iterator[None]:
     """Add the last checkpoint and the command that resumes the run to a :class:`Lost` error."""
     try:
         yield
     except Lost as error:
-        raise Lost(f"{error}; the last checkpoint is of {run.images:,} images; {again} {run.folder}") from None
+        raise Lost(f"{error}; the last checkpoint is of {run.images:,} images; {command} {run.folder}") from None
 
 
 @contextlib.contextmanager
@@ -40,9 +38,8 @@ def stopping() -> Iterator[Callable[[], bool]]:
         for number, handler in old.items():
             signal.signal(number, handler)
 
-    wanted: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
-        old.update({number: signal.signal(number, receive) for number in wanted})
+        old.update({number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)})
     try:
         yield lambda: bool(received)
     finally:

@@ -100,14 +100,14 @@ class Trainer:
             factor = self.recipe.schedule(seen + self.cfg.batch // 2, self.cfg.images)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.optimizer.lr * self.progress.rate * factor
-            batch, found, *_ = shares[0]
-            looking = measure_shift and replay == self.objective.replays - 1
-            moved = self.objective.adversarial(batch, found) if looking else None
-            shift = EnergyShift(self.model, batch, moved) if moved is not None else None
+            x_adv = None
+            if measure_shift and replay == self.objective.replays - 1:
+                x_adv = self.objective.adversarial(shares[0].batch, shares[0].found)
+            shift = EnergyShift(self.model, shares[0].batch, x_adv) if x_adv is not None else None
             self.optimizer.step()
             self.shifts = shift.terms() if shift is not None else {}
-            for batch, found, state, loss, ctx in shares:
-                self.objective.after(self.model, batch, found, state, loss, ctx)
+            for share in shares:
+                self.objective.after(self.model, *share)
         self.progress.images += self.cfg.batch
         if self.ema is not None:
             self.ema.update(self.model, self.progress.images, self.cfg.batch)
@@ -123,12 +123,12 @@ class Trainer:
             generator = rng.generator(*keys, replay, device=engine.device)
             ctx = Context(generator, seen, engine.mean, engine.gather, self.notes.append, self.view)
             torch.manual_seed(rng.derive_seed(*keys, replay, "global"))  # for dropout in user-defined modules
-            found = self.objective.search(self.model, batch, state, ctx)
-            loss = self.objective.loss(self.model, batch, found, state, ctx)
+            result = self.objective.search(self.model, batch, state, ctx)
+            loss = self.objective.loss(self.model, batch, result, state, ctx)
             (loss.total / len(self.states)).backward()
             statistics.next()
             self.means.add(loss.total, loss.terms)
-            shares.append(Share(batch, found, state, loss, ctx))
+            shares.append(Share(batch, result, state, loss, ctx))
         engine.average_gradients(self.model.parameters())
         statistics.settle(engine.average)
         return shares
@@ -149,17 +149,13 @@ class Trainer:
     def log(self) -> None:
         """Log the means since the last call, and the speed; raise :class:`Diverged` if a loss was not finite."""
         speed, rate = self.clock.speed(self.progress.images), self.optimizer.param_groups[0]["lr"]
-        used = self.view is not None and self.view.searches > 0  # searches in train mode do not use it
-        if self.cfg.fast not in ("auto", "off") and self.view is not None and not used and not self.warned:
+        is_used = self.view is not None and self.view.searches > 0  # searches in train mode do not use it
+        if self.cfg.fast not in ("auto", "off") and self.view is not None and not is_used and not self.warned:
             self.warned = True
-            kind = type(self.objective).__name__
-            warnings.warn(
-                f"train.fast {self.cfg.fast} is not used: {kind} does not search in eval mode with view=ctx.view",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        way = self.view.backend.name if self.view is not None and used else "off"
-        self.write({**self.means.take(), **self.shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": way})
+            reason = f"{type(self.objective).__name__} does not search in eval mode with view=ctx.view"
+            warnings.warn(f"train.fast {self.cfg.fast} is not used: {reason}", RuntimeWarning, stacklevel=2)
+        name = self.view.backend.name if self.view is not None and is_used else "off"
+        self.write({**self.means.take(), **self.shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": name})
 
     def validate(self) -> None:
         """Score the averaged network (or the network itself) on validation images, and update the best scores.
@@ -183,10 +179,10 @@ class Trainer:
             raise Diverged(f"weights are not finite after {self.progress.images:,} images")
         self.progress.seconds = self.clock.seconds()
         data, recipe = self.setup.data, self.recipe
-        known = {"data": data.name, "classes": data.classes, "threat": config.describe(recipe.threat)}
-        known |= {"recipe": recipe.name, "images": self.progress.images}
+        metadata = {"data": data.name, "classes": data.classes, "threat": config.describe(recipe.threat)}
+        metadata |= {"recipe": recipe.name, "images": self.progress.images}
         parts = (self.model, self.ema, self.setup.architecture, self.optimizer, self.states, self.progress)
-        self.run.checkpoints.save(self.engine, *parts, title=recipe.name, extra=known)
+        self.run.checkpoints.save(self.engine, *parts, title=recipe.name, extra=metadata)
 
     def load(self, *, attempt: int | None = None) -> None:
         """Restore the latest checkpoint, and remove later lines from ``metrics.jsonl``.

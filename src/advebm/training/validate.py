@@ -45,24 +45,23 @@ def validate(
     """
     subject = Subject(model, data, split, recipe.threat, batch=batch_size_for(data.shape), team=team)
     generator = rng.generator(recipe.seed, "val", device=subject.device)
-    if (judge := recipe.objective.validate) is not None:
-        roles, x = recipe.data.augment, subject.on_device(split.x)
-        first, second = roles.x(x, generator), (roles.view or roles.x)(x, generator)
+    if (validate_pair := recipe.objective.validate) is not None:
+        augment, x = recipe.data.augment, subject.on_device(split.x)
+        first, second = augment.x(x, generator), (augment.view or augment.x)(x, generator)
         pair = Batch(first, torch.full((len(x),), -1), view=second)
-        found = judge(model, pair, recipe.threat, generator)
-        if not all(map(math.isfinite, found.values())):
+        scores = validate_pair(model, pair, recipe.threat, generator)
+        if not all(map(math.isfinite, scores.values())):
             raise Diverged("the loss of validation images is not finite")
-        return found
+        return scores
     if recipe.objective.outputs == 1 and outside is not None:
         with searching(model) as f:
             energy: Energy = lambda x: energies.binary(f(x))
             score = lambda x: torch.cat([energy(part).detach() for part in x.split(subject.batch)])
-            others = subject.on_device(outside.x)
-            moved = torch.cat([recipe.threat.minimize(energy, part, generator) for part in others.split(subject.batch)])
-            inside, *outsides = score(subject.on_device(split.x)), score(others), score(moved)
-        if not all(bool(v.isfinite().all()) for v in (inside, *outsides)):
+            x = subject.on_device(outside.x)
+            x_adv = torch.cat([recipe.threat.minimize(energy, part, generator) for part in x.split(subject.batch)])
+            inside, clean, attacked = score(subject.on_device(split.x)), score(x), score(x_adv)
+        if not torch.cat([inside, clean, attacked]).isfinite().all():
             raise Diverged("the energies of validation images are not finite")
-        names = ("val/auroc", "val/adversarial_auroc")
-        return {name: auroc(inside, v).value for name, v in zip(names, outsides, strict=True)}
-    scores = {"val/accuracy": None, "val/robust_accuracy": recipe.threat}
-    return {name: measure_accuracy(subject, attack, generator)[0] for name, attack in scores.items()}
+        return {"val/auroc": auroc(inside, clean).value, "val/adversarial_auroc": auroc(inside, attacked).value}
+    attacks = {"val/accuracy": None, "val/robust_accuracy": recipe.threat}
+    return {name: measure_accuracy(subject, attack, generator)[0] for name, attack in attacks.items()}

@@ -63,46 +63,45 @@ def attack(
         raise unknown_name("attack", name, attack_names(studio))
     if norm not in ("linf", "l2"):
         raise unknown_name("norm", norm, ("linf", "l2"))
-    most = 1.0 if norm == "linf" else math.sqrt(x.numel())
-    ball = (parse_number(eps, "eps, the radius", 0, most), norm, parse_integer(steps, "the number of steps", 1, STEPS))
+    radius = parse_number(eps, "eps, the radius", 0, 1.0 if norm == "linf" else math.sqrt(x.numel()))
+    ball = (radius, norm, parse_integer(steps, "the number of steps", 1, STEPS))
     pgd = ATTACKS["PGD"](*ball)
     draws = generator(parse_integer(seed, "the seed", 0, 2**31), "page-attack", device=studio.device)
     with studio.search(job) as model, searching(model) as f:
         image = x[None].to(studio.device)
         if studio.critic:
-            found = pgd.minimize(lambda z: -marginal(f)(z), image, draws)
+            x_adv = pgd.minimize(lambda z: -marginal(f)(z), image, draws)
         else:
             y = torch.tensor([label if label >= 0 else int(f(image).argmax())], device=studio.device)
             if name == TARGETED_PGD:
                 goal = torch.tensor([studio.data.number(target)], device=studio.device)
                 if goal == y:
                     raise UserError(f"the image is of class {target} already; choose another class to attack towards")
-                found = pgd.minimize(lambda z: energies.conditional(f(z), goal), image, draws)
+                x_adv = pgd.minimize(lambda z: energies.conditional(f(z), goal), image, draws)
             else:
-                found = ATTACKS[name](*ball).find(f, image, y, draws)
-        return _shown(studio, image, found, None if studio.critic else y, ball)
+                x_adv = ATTACKS[name](*ball).find(f, image, y, draws)
+        return _show_attack(studio, image, x_adv, None if studio.critic else y, radius, norm)
 
 
-def _shown(studio: Studio, image: Tensor, found: Tensor, y: Tensor | None, ball: tuple[float, str, int]) -> AttackShown:
-    change = (found - image).flatten()
-    size = change.norm() if ball[1] == "l2" else change.abs().max() * 255
-    added, factor = views.difference(image[0], found[0])
-    e = studio.energy(torch.cat([image, found]))
-    table = [["E(x), nats", f"{e[0]:.4g}", f"{e[1]:.4g}"]]
-    figure, verdict = None, f"E(x) {'rises' if e[1] > e[0] else 'falls'} by {(e[1] - e[0]).abs():.3g} nats"
+def _show_attack(studio: Studio, image: Tensor, x_adv: Tensor, y: Tensor | None, eps: float, norm: str) -> AttackShown:
+    change = (x_adv - image).flatten()
+    distance = f"{change.norm():.3g}" if norm == "l2" else f"{change.abs().max() * 255:.3g}/255"
+    added, factor = views.difference(image[0], x_adv[0])
+    both = torch.cat([image, x_adv])
+    energy = studio.energy(both)
+    table = [["E(x), nats", f"{energy[0]:.4g}", f"{energy[1]:.4g}"]]
+    change_of_energy = energy[1] - energy[0]
+    verdict = f"E(x) {'rises' if change_of_energy > 0 else 'falls'} by {change_of_energy.abs():.3g} nats"
+    figure = None
     if y is not None:
-        pair = studio.probabilities(torch.cat([image, found]))
-        joint = studio.joint(torch.cat([image, found]), y.repeat(2))
-        taken = [studio.name(int(k)) for k in pair.argmax(1)]
+        probabilities, joint = studio.probabilities(both), studio.joint(both, y.repeat(2))
+        predicted = [studio.name(int(k)) for k in probabilities.argmax(1)]
         table.append([f"E(x, {studio.name(int(y))}), nats", f"{joint[0]:.4g}", f"{joint[1]:.4g}"])
-        table.append(["taken for", *taken])
-        table.append(["with probability", *(f"{100 * p:.1f} %" for p in pair.amax(1).tolist())])
-        figure = views.beside(studio.data.classes, pair[0], pair[1], "probabilities")
-        verdict = (
-            f"taken for {taken[1]} instead of {taken[0]}" if taken[0] != taken[1] else f"still taken for {taken[0]}"
-        )
-    length = f"{size:.3g}" + ("/255" if ball[1] == "linf" else "")
-    note = (
-        f"**{verdict}**, by a change of {ball[1]} length {length} within {ball_text(*ball[:2])}; shown x {factor:.1f}"
-    )
-    return AttackShown(views.enlarge(image[0]), views.enlarge(found[0]), added, figure, table, note)
+        table.append(["taken for", *predicted])
+        table.append(["with probability", *(f"{100 * p:.1f} %" for p in probabilities.amax(1).tolist())])
+        figure = views.beside(studio.data.classes, probabilities[0], probabilities[1], "probabilities")
+        before, after = predicted
+        verdict = f"taken for {after} instead of {before}" if before != after else f"still taken for {before}"
+    ball = ball_text(eps, norm)
+    note = f"**{verdict}**, by a change of {norm} length {distance} within {ball}; shown x {factor:.1f}"
+    return AttackShown(views.enlarge(image[0]), views.enlarge(x_adv[0]), added, figure, table, note)

@@ -50,8 +50,7 @@ class Tool(NamedTuple):
 TOOLS: Mapping[str, Tool] = MappingProxyType(
     {
         "inpaint": Tool(
-            "Brush over a part: it is taken away and made anew, the rest stays as it is.",
-            "takes pixels away",
+            "Brush over a part: it is taken away and made anew, the rest stays as it is.", "takes pixels away"
         ),
         "paint": Tool(
             "Paint with colours, on the picture or on an empty one: what is painted is made into the class.",
@@ -118,83 +117,66 @@ def offered_tools(studio: Studio) -> list[str]:
     return [name for name, tool in TOOLS.items() if not (studio.critic and tool.other == "class")]
 
 
-def apply_tool(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, asked: EditForm, job: Job) -> EditShown:
+def apply_tool(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, form: EditForm, job: Job) -> EditShown:
     """Edit an image (C, H, W) that was brushed over with ``paint`` (C, H, W) where ``where`` (1, H, W) is true."""
-    if asked.tool not in offered_tools(studio):
-        raise unknown_name("application", asked.tool, offered_tools(studio))
-    tool, steps = TOOLS[asked.tool], parse_integer(asked.steps, "the number of steps", 1, STEPS)
-    values = [parse_number(v, d.label, d.low, d.high) for d, v in zip(tool.dials, asked.dials, strict=False)]
-    draws = generator(parse_integer(asked.seed, "the seed", 0, 2**31), "page-edit", device=studio.device)
-    y = None if studio.critic or asked.kind == ANY else torch.tensor([studio.data.number(asked.kind)])
-    hole = where if tool.brush == TOOLS["inpaint"].brush else None
-    image = x[None] if hole is not None else torch.where(where, paint, x)[None]
-    if hole is not None and not hole.any():
+    if form.tool not in offered_tools(studio):
+        raise unknown_name("application", form.tool, offered_tools(studio))
+    tool, steps = TOOLS[form.tool], parse_integer(form.steps, "the number of steps", 1, STEPS)
+    values = [parse_number(v, d.label, d.low, d.high) for d, v in zip(tool.dials, form.dials, strict=False)]
+    draws = generator(parse_integer(form.seed, "the seed", 0, 2**31), "page-edit", device=studio.device)
+    y = None if studio.critic or form.kind == ANY else torch.tensor([studio.data.number(form.kind)])
+    mask = where if tool.brush == TOOLS["inpaint"].brush else None
+    image = x[None] if mask is not None else torch.where(where, paint, x)[None]
+    if mask is not None and not mask.any():
         raise UserError("nothing is brushed over; brush over what is to be made anew")
 
     def observe(k: int, z: Tensor, value: Tensor) -> None:
-        job.tell(
-            EditShown(
-                None,
-                views.enlarge(z[0]) if len(z) == 1 else views.film_sheet(z[None]),
-                None,
-                f"step {k} of {steps}",
-            )
-        )
+        picture = views.enlarge(z[0]) if len(z) == 1 else views.film_sheet(z[None])
+        job.tell(EditShown(None, picture, None, f"step {k} of {steps}"))
 
     options: dict[str, Any] = {"observe": observe, "frames": 9}
     with studio.search(job) as model:
-        match asked.tool:
+        match form.tool:
             case "inpaint":
-                found = restore.Inpaint(steps)(model, image, y, hole=hole, generator=draws, **options)
+                edited = restore.Inpaint(steps)(model, image, y, hole=mask, generator=draws, **options)
             case "paint":
-                free = hole_of(where)
-                found = transform.Paint(steps, radius=values[0] or None)(model, image, y, hole=free, **options)
+                painted = where if where.any() and not where.all() else None  # None: the whole image
+                edited = transform.Paint(steps, radius=values[0] or None)(model, image, y, hole=painted, **options)
             case "translate":
-                found = transform.Translate(steps, amount=values[0])(model, image, y, **options)
+                edited = transform.Translate(steps, amount=values[0])(model, image, y, **options)
             case "denoise":
                 noisy = (image + values[1] * randn(image, draws)).clamp(0, 1)
-                found = restore.Denoise(steps, sigma=values[0])(model, noisy, y, **options)
+                edited = restore.Denoise(steps, sigma=values[0])(model, noisy, y, **options)
             case "upsample":
                 factor = int(values[0])
-                if image.shape[2] % factor or image.shape[3] % factor:
-                    raise UserError(
-                        f"blocks of {factor} pixels do not fill an image of {image.shape[3]}; choose another"
-                    )
-                found = restore.Upsample(steps, factor=factor)(model, avg_pool2d(image, factor), y, **options)
+                height, width = image.shape[2:]
+                if height % factor or width % factor:
+                    raise UserError(f"blocks of {factor} pixels do not fill an image of {width}; choose another")
+                edited = restore.Upsample(steps, factor=factor)(model, avg_pool2d(image, factor), y, **options)
             case "interpolate":
-                ends = torch.cat([image, studio.image(asked.other)[0][None]])
-                found = transform.Interpolate(steps)(model, ends, None, observe=observe, frames=4)
+                ends = torch.cat([image, studio.image(form.other)[0][None]])
+                edited = transform.Interpolate(steps)(model, ends, None, observe=observe, frames=4)
             case "compose":
                 if y is None:
                     raise UserError("a composition takes two classes; choose the first, too")
-                both, weights = [int(y), studio.data.number(asked.other)], (1.0, values[0])
-                found = transform.Compose(steps, weights=weights)([model, model], image, both, **options)
-    if asked.tool == "interpolate":
-        ways = found.film.transpose(0, 1)  # one row per frame
-        return EditShown(
-            views.film_sheet(found.begin[None]),
-            views.film_sheet(found.x[None]),
-            views.film_sheet(ways),
-            note(found),
-        )
-    return EditShown(
-        views.enlarge(found.begin[0]), views.enlarge(found.x[0]), views.film_sheet(found.film), note(found)
-    )
+                classes, weights = [int(y), studio.data.number(form.other)], (1.0, values[0])
+                edited = transform.Compose(steps, weights=weights)([model, model], image, classes, **options)
+    if form.tool == "interpolate":
+        begin, result = views.film_sheet(edited.begin[None]), views.film_sheet(edited.x[None])
+        film = edited.film.transpose(0, 1)  # one row per frame
+    else:
+        begin, result, film = views.enlarge(edited.begin[0]), views.enlarge(edited.x[0]), edited.film
+    return EditShown(begin, result, views.film_sheet(film), note(edited))
 
 
-def hole_of(where: Tensor) -> Tensor | None:
-    """Return the mask; None if it is empty or covers the whole image."""
-    return where if where.any() and not where.all() else None
-
-
-def note(found: base.Edited) -> str:
+def note(edited: base.Edited) -> str:
     """Return the numbers of an edit, averaged over its images, as text."""
-    n = {name: values.mean().item() for name, values in found.numbers.items()}
-    parts = [f"energy {n['energy before']:.3g} → {n['energy after']:.3g} nats", f"l2 change {n['distance']:.2f}"]
-    if "confidence after" in n:
-        parts.append(
-            f"probability of the class {100 * n['confidence before']:.0f} → {100 * n['confidence after']:.0f} %"
-        )
+    means = {name: values.mean().item() for name, values in edited.numbers.items()}
+    parts = [f"energy {means['energy before']:.3g} → {means['energy after']:.3g} nats"]
+    parts.append(f"l2 change {means['distance']:.2f}")
+    if "confidence after" in means:
+        before, after = 100 * means["confidence before"], 100 * means["confidence after"]
+        parts.append(f"probability of the class {before:.0f} → {after:.0f} %")
     return ", ".join(parts)
 
 
@@ -212,11 +194,11 @@ def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job:
     """Find the nearest image that the model takes for ``target`` with probability ``level``, and the way to it."""
     if studio.critic:
         raise UserError("a counterfactual takes a classifier; this model is a critic and has no classes")
-    edit_ = transform.Counterfactual(
+    counterfactual = transform.Counterfactual(
         parse_integer(steps, "the number of steps", 1, STEPS),
         level=parse_number(level, "the probability to reach", 0.01, 0.99),
     )
-    total, done = edit_.searches * edit_.steps, 0
+    total, done = counterfactual.searches * counterfactual.steps, 0
 
     def observe(k: int, z: Tensor, value: Tensor) -> None:
         nonlocal done
@@ -226,37 +208,34 @@ def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job:
 
     y = torch.tensor([studio.data.number(target)])
     with studio.search(job) as model:
-        found = edit_(model, x[None], y, observe=observe, frames=21)
-    n = {name: float(values[0]) for name, values in found.numbers.items()}
-    old = studio.name(int(n["from"]))
-    reached = n["reached"] > 0
-    says = f"**{target}** has probability {100 * n['confidence after']:.0f} % at an l2 distance of {n['distance']:.2f}"
-    if int(n["from"]) == int(n["to"]):
+        edited = counterfactual(model, x[None], y, observe=observe, frames=21)
+    numbers = {name: float(values[0]) for name, values in edited.numbers.items()}
+    old, reached = studio.name(int(numbers["from"])), numbers["reached"] > 0
+    text = f"**{target}** has probability {100 * numbers['confidence after']:.0f} % at an l2 distance of "
+    text += f"{numbers['distance']:.2f}"
+    if numbers["from"] == numbers["to"]:
         text = f"The model takes the image for {old} already; choose another class."
     else:
-        text = f"{says}; the image is taken for {old}." if reached else f"Not reached within the largest ball: {says}."
-    return Explained(found.film[0], {k: v[0] for k, v in found.series.items()}, (old, target), reached, text)
+        text = f"{text}; the image is taken for {old}." if reached else f"Not reached within the largest ball: {text}."
+    return Explained(edited.film[0], {k: v[0] for k, v in edited.series.items()}, (old, target), reached, text)
 
 
-def moment(found: Explained, share: Any) -> tuple[Image, Image, str]:
+def moment(explained: Explained, share: Any) -> tuple[Image, Image, str]:
     """Return the image at ``share`` percent of the way, its change so far, and the model's outputs as text."""
-    k = round(parse_number(share, "the place on the way, in percent", 0, 100) / 100 * (len(found.film) - 1))
-    added, factor = views.difference(found.film[0], found.film[k])
-    old, new = (100 * found.series[s][k].item() for s in ("confidence in the old class", "confidence"))
-    says = f"probability of {found.names[0]}: {old:.0f} %, of {found.names[1]}: {new:.0f} %"
-    return (
-        views.enlarge(found.film[k]),
-        added,
-        f"{says}; l2 distance {found.series['distance'][k]:.2f}, shown x {factor:.1f}",
-    )
+    k = round(parse_number(share, "the place on the way, in percent", 0, 100) / 100 * (len(explained.film) - 1))
+    added, factor = views.difference(explained.film[0], explained.film[k])
+    old, new = (100 * explained.series[s][k].item() for s in ("confidence in the old class", "confidence"))
+    probabilities = f"probability of {explained.names[0]}: {old:.0f} %, of {explained.names[1]}: {new:.0f} %"
+    text = f"{probabilities}; l2 distance {explained.series['distance'][k]:.2f}, shown x {factor:.1f}"
+    return views.enlarge(explained.film[k]), added, text
 
 
-def way(found: Explained) -> Image:
+def way(explained: Explained) -> Image:
     """Plot the probabilities of the old and the new class along the way."""
-    with views.figure() as (drawn, (axis,)):
-        distance = found.series["distance"]
-        for name, label in zip(("confidence in the old class", "confidence"), found.names, strict=True):
-            axis.plot(distance, found.series[name], label=label)
+    with views.figure() as (figure, axis):
+        distance = explained.series["distance"]
+        for name, label in zip(("confidence in the old class", "confidence"), explained.names, strict=True):
+            axis.plot(distance, explained.series[name], label=label)
         axis.set(xlabel="l2 distance from the image", ylabel="probability", ylim=(0, 1.02), title="along the way")
         axis.legend(frameon=False)
-        return views.to_picture(drawn)
+        return views.to_picture(figure)

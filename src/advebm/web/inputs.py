@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from advebm.core.errors import UserError
-from advebm.data.decode import FORMATS, GREY, open_image
+from advebm.data.decode import GREY, open_image, readable_formats
 
 MAX_FILE_BYTES = 10_000_000  # limit of an uploaded file
 MAX_PIXELS = 20_000_000  # limit of an uploaded picture, checked before decoding
@@ -32,10 +32,10 @@ def parse_number(value: Any, what: str, low: float, high: float) -> float:
 
 def parse_integer(value: Any, what: str, low: int, high: int) -> int:
     """Return ``value`` as an int; raise UserError if it is no whole number from ``low`` to ``high``."""
-    found = parse_number(value, what, low, high)
-    if found != int(found):
+    number = parse_number(value, what, low, high)
+    if number != int(number):
         raise UserError(f"{what} is a whole number, got {value:g}")
-    return int(found)
+    return int(number)
 
 
 def read_image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
@@ -46,25 +46,25 @@ def read_image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
     """
     if (size := Path(path).stat().st_size) > MAX_FILE_BYTES:
         raise UserError(f"the file has {size / 1e6:.1f} MB; at most {MAX_FILE_BYTES / 1e6:.0f} MB are taken")
-    content, done = Path(path).read_bytes(), []
-    wide, high, grey = _head(content)
+    content, changes = Path(path).read_bytes(), []
+    wide, high, grey = _read_header(content)
     if wide * high > MAX_PIXELS:
         raise UserError(
             f"the picture has more than {MAX_PIXELS / 1e6:.0f} megapixels, the most that are taken; scale it down"
         )
     x = open_image(content, shape, fit=True, name="the picture")
     if grey != (shape[0] == 1):
-        done.append("grey, so all channels are alike" if grey else "colours made grey")
+        changes.append("grey, so all channels are alike" if grey else "colours made grey")
     if (high, wide) != tuple(shape[1:]):
-        middle = "" if wide == high else ", its middle square"
-        done.append(f"{wide} x {high} pixels{middle} scaled to {shape[2]} x {shape[1]}")
-    return x, "; ".join(done) or "taken as it is"
+        crop = "" if wide == high else ", its middle square"
+        changes.append(f"{wide} x {high} pixels{crop} scaled to {shape[2]} x {shape[1]}")
+    return x, "; ".join(changes) or "taken as it is"
 
 
-def _head(content: bytes) -> tuple[int, int, bool]:
+def _read_header(content: bytes) -> tuple[int, int, bool]:
     """Return width, height and whether a picture is grey, without decoding it; zeros if it cannot be read."""
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(content), formats=readable_formats()) as picture:
             return picture.width, picture.height, picture.mode in GREY
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return 2 * MAX_PIXELS, 1, False
@@ -80,18 +80,18 @@ def read_layers(parts: Sequence[bytes | Path]) -> list[Image.Image]:
     """
     if len(parts) > MAX_LAYERS:
         raise UserError(f"at most {MAX_LAYERS} brushed layers are taken, got {len(parts)}; clear them and brush again")
-    found = []
+    layers = []
     for part in parts:
         content = part if isinstance(part, bytes) else part.read_bytes()
-        wide, high, _ = _head(content)
+        wide, high, _ = _read_header(content)
         if wide * high > MAX_LAYER_PIXELS:
             raise UserError("a brushed layer is too large; clear it and brush again")
         try:
-            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-                found.append(picture.convert("RGBA"))
+            with Image.open(io.BytesIO(content), formats=readable_formats()) as picture:
+                layers.append(picture.convert("RGBA"))
         except (OSError, SyntaxError, ValueError, EOFError):
             raise UserError("a brushed layer cannot be read; clear it and brush again") from None
-    return found
+    return layers
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -107,19 +107,16 @@ def read_strokes(layers: Sequence[Image.Image], shape: Sequence[int]) -> tuple[T
         UserError: a layer has other proportions than the image.
     """
     channels, height, width = shape
-    paint, where = torch.zeros(channels, height, width), torch.zeros(1, height, width)
+    paint, coverage = torch.zeros(channels, height, width), torch.zeros(1, height, width)
     for layer in layers:
         if abs(layer.width * height - layer.height * width) > 2 * (height + width):
-            size = f"{layer.width} x {layer.height}"
-            raise UserError(
-                f"the brushed layer has {size} pixels, the image {width} x {height}; clear it and brush again"
-            )
+            sizes = f"{layer.width} x {layer.height} pixels, the image {width} x {height}"
+            raise UserError(f"the brushed layer has {sizes}; clear it and brush again")
         rgba = to_tensor(layer.convert("RGBA").convert("RGBa").resize((width, height), Image.Resampling.BOX))
-        alpha = rgba[3:]
-        colour = (
-            rgba[:3] if channels == 3 else (rgba[:3] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, True)
-        )
+        colour, alpha = rgba[:3], rgba[3:]
+        if channels != 3:
+            colour = (colour * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, True)
         paint = colour + (1 - alpha) * paint
-        where = alpha + (1 - alpha) * where
-    over = where >= MIN_COVERAGE
-    return torch.where(over, paint / where.clamp_min(1e-6), paint).clamp(0, 1), over
+        coverage = alpha + (1 - alpha) * coverage
+    brushed = coverage >= MIN_COVERAGE
+    return torch.where(brushed, paint / coverage.clamp_min(1e-6), paint).clamp(0, 1), brushed

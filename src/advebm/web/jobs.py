@@ -96,7 +96,6 @@ class Jobs:
                     del self._under_way[visitor]
 
     def stop(self, visitor: str) -> None:
-        """Stop all jobs of a visitor."""
         with self._lock:
             for job in self._under_way.get(visitor, ()):
                 job.stop()

@@ -20,5 +20,5 @@ def table(studios: Sequence[Studio]) -> tuple[list[str], list[list[str]]]:
 def report(studio: Studio, folder: Path) -> Path:
     """Write the run's report into a new folder within ``folder``, not into the run, and return its path."""
     own = Path(tempfile.mkdtemp(prefix="report-", dir=folder))
-    with views.alone():
+    with views.PYPLOT_LOCK:
         return build.report(studio.run, out=own / "report.html")

@@ -30,14 +30,11 @@ CSS = """
 footer { display: none !important; }
 iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
 """
-SYSTEM = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # fonts of the visitor's system
+FONTS: dict[str, Any] = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
+THEME = gr.themes.Default(primary_hue="blue", **FONTS)  # with fonts of the visitor's system, none from other servers
 CANVAS = 320
-KEPT = 32  # limit of stored brush strokes that wait to be used
-
-
-def theme() -> gr.themes.Base:
-    """Return the page's theme, without fonts from other servers."""
-    return gr.themes.Default(primary_hue="blue", font=SYSTEM[0], font_mono=SYSTEM[1])
+MAX_STROKES = 32  # limit of stored brush strokes that wait to be used
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # options of events
 
 
 class Given(NamedTuple):
@@ -57,7 +54,7 @@ class Chooser(NamedTuple):
     said: gr.Markdown
 
 
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
+def show_user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function so that a UserError becomes a message on the page."""
 
     @functools.wraps(function)
@@ -86,14 +83,14 @@ class Bounded:
         if len(str(data.data["index"])) > 4 or any(len(content) > inputs.MAX_LAYER_BYTES for _, content in data.files):
             return
         super().accept_blobs(data)  # type: ignore[misc]
-        for old in list(self.blob_storage)[:-KEPT]:
-            self.blob_storage.pop(old, None)
+        for key in list(self.blob_storage)[:-MAX_STROKES]:
+            self.blob_storage.pop(key, None)
 
-    @told
+    @show_user_errors
     def preprocess(self, payload: Any) -> dict[str, Any]:
         """Return the decoded brushed layers under the key ``layers``."""
-        held = self.blob_storage.pop(payload.id, None) if payload and payload.id is not None else payload
-        parts = [part for part in (held.layers or [] if held else []) if part is not None]
+        strokes = self.blob_storage.pop(payload.id, None) if payload and payload.id is not None else payload
+        parts = [part for part in (strokes.layers or [] if strokes else []) if part is not None]
         return {"layers": inputs.read_layers([part if isinstance(part, bytes) else Path(part.path) for part in parts])}
 
 
@@ -136,8 +133,8 @@ class Page:
 
     def __init__(self, studios: Mapping[str, Studio], folder: Path) -> None:
         self.studios, self.folder, self.jobs = dict(studios), folder, Jobs()
-        self._turned: list[tuple[Any, Callable[[Studio], Any]]] = []  # components that another model updates
-        self._found: list[Any] = []  # components that show results of the model
+        self._updates: list[tuple[Any, Callable[[Studio], Any]]] = []  # components that another model updates
+        self._outputs: list[Any] = []  # components that show results of the model
 
     def studio(self, title: str) -> Studio:
         if title not in self.studios:
@@ -163,27 +160,27 @@ class Page:
         """
 
         def run(request: gr.Request, *values: Any) -> Iterator[Any]:
-            rest = [gr.skip()] * (len(shown) - 1)
+            unchanged = [gr.skip()] * (len(shown) - 1)
             try:
                 with self.jobs.begin(str(request.session_hash)) as job:
                     for news in job.follow(lambda job: work(job, *values)):
-                        yield [*rest, news] if isinstance(news, str) else [kept(v) for v in show(news)]
+                        yield [*unchanged, news] if isinstance(news, str) else [skip_if_none(v) for v in show(news)]
             except Stopped:
-                yield [*rest, "stopped"]
+                yield [*unchanged, "stopped"]
             except UserError as error:
-                yield [*rest, html.escape(str(error))]
+                yield [*unchanged, html.escape(str(error))]
                 raise message(error) from None
 
-        options: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": shown[-1]}
         shown[-1].elem_classes = ["note"]  # it shows errors itself, so Gradio's error sign is hidden
-        begun = button.click(run, taken, shown, api_visibility="private", **options)
-        self._found += shown if self.model in taken else []
-        stop.click(self.leave, queue=False, show_progress="hidden", api_visibility="private")
-        return begun
+        options: Any = {"show_progress": "minimal", "show_progress_on": shown[-1], "api_visibility": "private"}
+        event = button.click(run, taken, shown, **options)
+        self._outputs += shown if self.model in taken else []
+        stop.click(self.leave, queue=False, **QUIET)
+        return event
 
-    def depends(self, component: Any, update: Callable[[Studio], Any]) -> Any:
+    def depends(self, component: Any, update: Callable[..., Any]) -> Any:
         """Register how a component is updated for another model, and return the component."""
-        self._turned.append((component, update))
+        self._updates.append((component, update))
         return component
 
     # Parts ----------------------------------------------------------------------------------------------------------
@@ -208,19 +205,19 @@ class Page:
             ):
                 with gr.Tab(name, id=name.lower()):
                     part(first)
-            turned = [component for component, _ in self._turned]
-            for component in self._found:
-                if component not in turned and not isinstance(component, gr.Slider):
-                    self.depends(component, cleared(component))
-            components, updates = zip(*self._turned, strict=True)
+            updated = [component for component, _ in self._updates]
+            for component in self._outputs:
+                if component not in updated and not isinstance(component, gr.Slider):
+                    self.depends(component, clear_component(component))
+            components, updates = zip(*self._updates, strict=True)
 
-            @told
+            @show_user_errors
             def turn(title: str, request: gr.Request) -> list[Any]:
                 studio = self.studio(title)
                 self.leave(request)
                 return [update(studio) for update in updates]
 
-            self.model.change(turn, self.model, list(components), show_progress="hidden", api_visibility="private")
+            self.model.change(turn, self.model, list(components), **QUIET)
             blocks.unload(self.leave)
         return blocks
 
@@ -233,22 +230,27 @@ class Page:
     ) -> gr.Dropdown:
         """Return a choice of ``before`` and the classes; for a critic it is hidden and has only ``before``."""
 
-        def of(studio: Studio) -> dict[str, Any]:
+        def choices(studio: Studio) -> dict[str, Any]:
             names = [*before, *([] if studio.critic else studio.data.classes)]
             value = names[min(at, len(names) - 1)] if names else None
             return {"choices": names, "value": value, "visible": not studio.critic and not hidden}
 
-        drawn = gr.Dropdown(**of(studio), label=label)
-        return self.depends(drawn, lambda studio: gr.Dropdown(**of(studio)))
+        dropdown = gr.Dropdown(**choices(studio), label=label)
+        return self.depends(dropdown, lambda studio: gr.Dropdown(**choices(studio)))
+
+    def choice(self, first: Studio, label: str, names: Callable[[Studio], list[str]], kind: Any = gr.Dropdown) -> Any:
+        """Return a choice of what ``names`` returns for the model, the first by default."""
+        component = kind(names(first), value=names(first)[0], label=label)
+        return self.depends(component, lambda studio: kind(choices=names(studio), value=names(studio)[0]))
 
     def chooser(self, studio: Studio, number: int) -> Chooser:
         """Return components to choose a test image or upload a picture."""
         image = gr.State(self.test_image(studio.title, number))
         with gr.Row():
-            which = gr.Number(number, label="test image", precision=0, minimum=0, min_width=80)
+            index = gr.Number(number, label="test image", precision=0, minimum=0, min_width=80)
             upload = gr.UploadButton("Upload a picture", file_types=["image"], size="sm", min_width=80)
-        said = gr.Markdown(self.test_image(studio.title, number).said)
-        return Chooser(image, which, upload, said)
+        note = gr.Markdown(self.test_image(studio.title, number).said)
+        return Chooser(image, index, upload, note)
 
     def test_image(self, title: str, number: Any) -> Given:
         studio = self.studio(title)
@@ -264,28 +266,20 @@ class Page:
     def choosing(self, chooser: Chooser, outputs: Sequence[Any], show: Callable[[Given], Sequence[Any]]) -> None:
         """Update ``outputs`` by ``show`` when another picture, or another model, is chosen."""
         shown = [chooser.image, chooser.said, *outputs]
+        values = lambda picture: [picture, picture.said, *show(picture)]
 
-        def changed(how: Callable[[str, Any], Given]) -> Callable[..., list[Any]]:
-            @told
-            def change(title: str, what: Any) -> list[Any]:
-                given = how(title, what)
-                return [given, given.said, *show(given)]
+        @show_user_errors
+        def choose(title: str, number: Any) -> list[Any]:
+            return values(self.test_image(title, number))
 
-            return change
+        @show_user_errors
+        def upload(title: str, path: str | None) -> list[Any]:
+            return values(self.uploaded(title, path))
 
-        options: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        chooser.number.change(changed(self.test_image), [self.model, chooser.number], shown, **options)
-        chooser.upload.upload(changed(self.uploaded), [self.model, chooser.upload], shown, **options)
-
-        def fresh(place: int) -> Callable[[Studio], Any]:
-            def of(studio: Studio) -> Any:
-                given = self.test_image(studio.title, 0)
-                return [given, given.said, *show(given)][place]
-
-            return of
-
+        chooser.number.change(choose, [self.model, chooser.number], shown, **QUIET)
+        chooser.upload.upload(upload, [self.model, chooser.upload], shown, **QUIET)
         for place, output in enumerate(shown):
-            self.depends(output, fresh(place))
+            self.depends(output, lambda studio, place=place: values(self.test_image(studio.title, 0))[place])
         self.depends(chooser.number, lambda studio: 0)
 
     # Tabs -----------------------------------------------------------------------------------------------------------
@@ -293,7 +287,7 @@ class Page:
     def sample_tab(self, first: Studio) -> None:
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
-                method = gr.Dropdown(first.methods(), value=first.methods()[0], label="method")
+                method = self.choice(first, "method", Studio.methods)
                 kind = self.classes(first, before=[EVERY])
                 dials = [gr.Slider(**d) for d in self.dials(first, None)]
                 with gr.Accordion("more", open=False):
@@ -303,75 +297,54 @@ class Page:
                 go, stop = buttons("Draw", "draw")
             with gr.Column(scale=5):
                 picture = image_view("images", name="samples")
-                said = gr.Markdown("Press **Draw**: chains start from seeds and descend the energy.", elem_id="sampled")
+                note = gr.Markdown("Press **Draw**: chains start from seeds and descend the energy.", elem_id="sampled")
                 with gr.Row():
                     film = image_view("from seed to image")
                     figure = image_view("energy", kind="figure")
 
-        @told
-        def chosen(title: str, name: str) -> list[Any]:
+        @show_user_errors
+        def update_dials(title: str, name: str) -> list[Any]:
             studio = self.studio(title)
             return [*(gr.Slider(**d) for d in self.dials(studio, name)), gr.Dropdown(**self.start(studio, name))]
 
-        def draw(job: Job, title: str, name: str, kind: str, a: Any, b: Any, e: Any, k: Any, *more: Any) -> Any:
-            studio, (start, count, seed) = self.studio(title), more
+        def draw(job: Job, title: str, name: str, kind: str, a: Any, b: Any, e: Any, k: Any, *rest: Any) -> Any:
+            studio, (start, count, seed) = self.studio(title), rest
             sampler = sampling.build_sampler(studio, name, start, a, b, e, k)
             return sampling.sample(studio, sampler, kind, count, seed, job)
 
-        method.input(chosen, [self.model, method], [*dials, start], show_progress="hidden", api_visibility="private")
-        self.depends(method, lambda s: gr.Dropdown(choices=s.methods(), value=s.methods()[0]))
-
-        def dial(place: int) -> Callable[[Studio], gr.Slider]:
-            return lambda s: gr.Slider(**self.dials(s, None)[place])
+        method.input(update_dials, [self.model, method], [*dials, start], **QUIET)
 
         for place, slider in enumerate(dials):
-            self.depends(slider, dial(place))
+            self.depends(slider, lambda s, place=place: gr.Slider(**self.dials(s, None)[place]))
         self.depends(start, lambda s: gr.Dropdown(**self.start(s, None)))
         taken = [self.model, method, kind, *dials, start, count, seed]
-        self.at_work(go, stop, draw, taken, [picture, film, figure, said])
+        self.at_work(go, stop, draw, taken, [picture, film, figure, note])
 
     def dials(self, studio: Studio, method: str | None) -> list[dict[str, Any]]:
         """Return labels, ranges and values of the sliders for a sampler's α, β, η and K."""
         sampler = studio.sampler(method)
-        a, wide = sampler.step_size, max(1.0, round(0.5 * studio.data.train.x[0].numel() ** 0.5))
+        a, steps = sampler.step_size, sampler.steps
+        largest = max(1.0, round(0.5 * studio.data.train.x[0].numel() ** 0.5))
         return [
             {"label": "α, step size", "minimum": a / 10, "maximum": 10 * a, "step": a / 10, "value": a},
-            {
-                "label": "β, radius of the ball; 0: none",
-                "minimum": 0,
-                "maximum": wide,
-                "step": 0.1,
-                "value": sampler.radius or 0,
-            },
+            {"label": "β, radius of the ball; 0: none", "maximum": largest, "step": 0.1, "value": sampler.radius or 0},
             {"label": "η, noise", "minimum": 0, "maximum": 0.1, "step": 0.005, "value": sampler.noise},
-            {
-                "label": "K, steps",
-                "minimum": 0,
-                "maximum": max(200, 2 * sampler.steps),
-                "step": 1,
-                "value": sampler.steps,
-            },
+            {"label": "K, steps", "minimum": 0, "maximum": max(200, 2 * steps), "step": 1, "value": steps},
         ]
 
     def start(self, studio: Studio, method: str | None) -> dict[str, Any]:
         """Return the choices for where a sampler's chains start."""
         sampler = studio.sampler(method)
-        about = {
-            "class": "class Gaussians",
-            "global": "one Gaussian for all",
-            "noise": "uniform noise",
-            "outside": "outside images",
-            "buffer": "replay buffer",
-        }
+        about = {"class": "class Gaussians", "global": "one Gaussian for all", "noise": "uniform noise"}
+        about |= {"outside": "outside images", "buffer": "replay buffer"}
         choices = [(about[name], name) for name in studio.starts(sampler)]
         return {"choices": choices, "value": sampler.start, "label": "seeds"}
 
     def edit_tab(self, first: Studio) -> None:
-        tools = editing.offered_tools(first)
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
-                tool = gr.Radio(tools, value=tools[0], label="application")
-                about = gr.Markdown(editing.TOOLS[tools[0]].about)
+                tool = self.choice(first, "application", editing.offered_tools, gr.Radio)
+                about = gr.Markdown(editing.TOOLS[tool.value].about)
                 kind = self.classes(first, before=[editing.ANY])
                 other_class = gr.Dropdown(list(first.data.classes), label="second class", visible=False)
                 other_image = gr.Number(1, label="second test image", precision=0, minimum=0, visible=False)
@@ -397,65 +370,64 @@ class Page:
                 )
             with gr.Column(scale=3, min_width=320):
                 result = image_view("result", name="edited")
-                said = gr.Markdown("", elem_id="change")
-                began = image_view("where the search began")
+                note = gr.Markdown("", elem_id="change")
+                initial = image_view("where the search began")
         film = image_view("on the way")
 
-        @told
-        def chosen(name: str) -> list[Any]:
-            one = editing.TOOLS[name]
-            sliders = [gr.Slider(d.low, d.high, d.value, step=d.step, label=d.label, visible=True) for d in one.dials]
+        @show_user_errors
+        def update_form(name: str) -> list[Any]:
+            spec = editing.TOOLS[name]
+            sliders = [gr.Slider(d.low, d.high, d.value, step=d.step, label=d.label, visible=True) for d in spec.dials]
             hidden = [gr.Slider(visible=False)] * (len(dials) - len(sliders))
-            image, kind = gr.Number(visible=one.other == "image"), gr.Dropdown(visible=one.other == "class")
-            return [one.about, image, kind, *sliders, *hidden]
+            image, kind = gr.Number(visible=spec.other == "image"), gr.Dropdown(visible=spec.other == "class")
+            return [spec.about, image, kind, *sliders, *hidden]
 
-        def edit(job: Job, title: str, given: Given, drawn: Any, *more: Any) -> editing.EditShown:
-            name, kind, other_class, other_image, d1, d2, steps, seed = more
+        def edit(job: Job, title: str, picture: Given, strokes: Any, *rest: Any) -> editing.EditShown:
+            name, kind, other_class, other_image, d1, d2, steps, seed = rest
             studio = self.studio(title)
-            x = self.fitting(studio, given).x
-            paint, where = inputs.read_strokes(drawn["layers"], x.shape)
+            x = self.fitting(studio, picture).x
+            paint, where = inputs.read_strokes(strokes["layers"], x.shape)
             other = other_image if editing.TOOLS[name].other == "image" else other_class
             return editing.apply_tool(
                 studio, x, paint, where, editing.EditForm(name, kind, steps, [d1, d2], other, seed), job
             )
 
         dependent = [about, other_image, other_class, *dials]
-        tool.change(chosen, tool, dependent, show_progress="hidden", api_visibility="private")
-        self.depends(tool, lambda s: gr.Radio(choices=editing.offered_tools(s), value=editing.offered_tools(s)[0]))
+        tool.change(update_form, tool, dependent, **QUIET)
         self.depends(other_class, lambda s: gr.Dropdown(choices=list(s.data.classes), value=s.name(0)))
-        self.choosing(chooser, [editor], lambda given: [self.canvas(given)])
+        self.choosing(chooser, [editor], lambda picture: [self.canvas(picture)])
 
-        @told
-        def emptied(title: str) -> list[Any]:
-            given = Given(torch.zeros(self.studio(title).data.shape), -1, "an empty picture: paint on it")
-            return [given, given.said, self.canvas(given)]
+        @show_user_errors
+        def clear_picture(title: str) -> list[Any]:
+            picture = Given(torch.zeros(self.studio(title).data.shape), -1, "an empty picture: paint on it")
+            return [picture, picture.said, self.canvas(picture)]
 
         shown = [chooser.image, chooser.said, editor]
-        empty.click(emptied, self.model, shown, show_progress="hidden", api_visibility="private")
+        empty.click(clear_picture, self.model, shown, **QUIET)
         taken = [self.model, chooser.image, editor, tool, kind, other_class, other_image, *dials, steps, seed]
-        self.at_work(go, stop, edit, taken, [began, result, film, said])
+        self.at_work(go, stop, edit, taken, [initial, result, film, note])
 
     def canvas(self, given: Given) -> dict[str, Any]:
         picture = views.enlarge(given.x, CANVAS).convert("RGBA")
         return {"background": picture, "layers": [], "composite": picture}
 
-    def fitting(self, studio: Studio, given: Given | None) -> Given:
+    def fitting(self, studio: Studio, picture: Given | None) -> Given:
         """Return the picture; raise UserError if it does not have the model's image shape."""
-        if given is None or tuple(given.x.shape) != studio.data.shape:
+        if picture is None or tuple(picture.x.shape) != studio.data.shape:
             raise UserError("the picture is not of the size that this model takes; choose another")
-        return given
+        return picture
 
     def explain_tab(self, first: Studio) -> None:
-        found = gr.State()
+        explained = gr.State()
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
-                asked = gr.Markdown(self.question(first))
+                question = gr.Markdown(self.question(first))
                 chooser = self.chooser(first, 0)
                 target = self.classes(first, "class to be taken for", at=8)
                 level = gr.Slider(0.5, 0.99, 0.8, step=0.01, label="probability to reach")
                 steps = gr.Slider(5, 200, 40, step=5, label="steps of each of 8 searches")
                 go, stop = buttons("Explain", "explain")
-                self.depends(asked, self.question)
+                self.depends(question, self.question)
                 self.depends(go, lambda s: gr.Button(interactive=not s.critic))
             with gr.Column(scale=5):
                 share = gr.Slider(0, 100, 100, step=5, label="from the image to the counterfactual, %", elem_id="way")
@@ -464,23 +436,23 @@ class Page:
                     added = image_view("change")
                 at = gr.Markdown("")
                 figure = image_view("what the model says", kind="figure")
-                said = gr.Markdown("", elem_id="explained")
+                note = gr.Markdown("", elem_id="explained")
 
-        def explain(job: Job, title: str, given: Given, target: str, level: Any, steps: Any) -> editing.Explained:
+        def explain(job: Job, title: str, picture: Given, target: str, level: Any, steps: Any) -> editing.Explained:
             studio = self.studio(title)
-            return editing.explain(studio, self.fitting(studio, given).x, target, level, steps, job)
+            return editing.explain(studio, self.fitting(studio, picture).x, target, level, steps, job)
 
         def show(news: editing.Explained) -> list[Any]:
             return [news, 100, *editing.moment(news, 100), editing.way(news), news.note]
 
-        @told
-        def moved(news: editing.Explained | None, share: Any) -> list[Any]:
+        @show_user_errors
+        def show_moment(news: editing.Explained | None, share: Any) -> list[Any]:
             return [gr.skip()] * 3 if news is None else list(editing.moment(news, share))
 
-        shown = [found, share, image, added, at, figure, said]
+        shown = [explained, share, image, added, at, figure, note]
         self.at_work(go, stop, explain, [self.model, chooser.image, target, level, steps], shown, show=show)
-        share.input(moved, [found, share], [image, added, at], show_progress="hidden", api_visibility="private")
-        self.choosing(chooser, [image], lambda given: [views.enlarge(given.x)])
+        share.input(show_moment, [explained, share], [image, added, at], **QUIET)
+        self.choosing(chooser, [image], lambda picture: [views.enlarge(picture.x)])
 
     def question(self, studio: Studio) -> str:
         if studio.critic:
@@ -492,8 +464,7 @@ class Page:
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
                 chooser = self.chooser(first, 0)
-                names = attacking.attack_names(first)
-                attack = gr.Dropdown(names, value=names[0], label="attack")
+                attack = self.choice(first, "attack", attacking.attack_names)
                 target = self.classes(first, "class to attack towards", at=8, hidden=True)
                 norm = gr.Radio(["linf", "l2"], value=threat.norm, label="norm")
                 eps = gr.Number(round(threat.eps, 6), label="eps, radius in pixels of [0, 1]", minimum=0)
@@ -505,39 +476,31 @@ class Page:
                     before = image_view("image", value=views.enlarge(self.test_image(first.title, 0).x))
                     after = image_view("attacked", name="attacked")
                     added = image_view("what was added, amplified")
-                said = gr.Markdown("", elem_id="verdict")
+                note = gr.Markdown("", elem_id="verdict")
                 with gr.Row():
                     figure = image_view("probabilities", kind="figure", visible=not first.critic)
                     table = gr.Dataframe(headers=["", "before", "after"], interactive=False, wrap=True)
 
-        def run(job: Job, title: str, given: Given, *more: Any) -> attacking.AttackShown:
-            name, target, norm, eps, steps, seed = more
+        def run(job: Job, title: str, picture: Given, *rest: Any) -> attacking.AttackShown:
+            name, target, norm, eps, steps, seed = rest
             studio = self.studio(title)
-            chosen = self.fitting(studio, given)
-            return attacking.attack(studio, chosen.x, chosen.label, name, norm, eps, steps, target, seed, job)
+            x, label, _ = self.fitting(studio, picture)
+            return attacking.attack(studio, x, label, name, norm, eps, steps, target, seed, job)
 
         self.depends(figure, lambda s: gr.Image(value=None, visible=not s.critic))
-        self.depends(
-            attack, lambda s: gr.Dropdown(choices=attacking.attack_names(s), value=attacking.attack_names(s)[0])
-        )
         self.depends(norm, lambda s: s.run.recipe.threat.norm)
         self.depends(eps, lambda s: round(s.run.recipe.threat.eps, 6))
-        attack.change(
-            lambda name: gr.Dropdown(visible=name == attacking.TARGETED_PGD),
-            attack,
-            target,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        self.choosing(chooser, [before], lambda given: [views.enlarge(given.x)])
+        show_target = lambda name: gr.Dropdown(visible=name == attacking.TARGETED_PGD)
+        attack.change(show_target, attack, target, **QUIET)
+        self.choosing(chooser, [before], lambda picture: [views.enlarge(picture.x)])
         taken = [self.model, chooser.image, attack, target, norm, eps, steps, seed]
-        self.at_work(go, stop, run, taken, [before, after, added, figure, table, said])
+        self.at_work(go, stop, run, taken, [before, after, added, figure, table, note])
 
     def landscape_tab(self, first: Studio) -> None:
         with gr.Row():
             with gr.Column(scale=2, min_width=260):
                 gr.Markdown("The energy in a plane, with the path of a chain from its seed to an image.")
-                method = gr.Dropdown(first.methods(), value=first.methods()[0], label="method")
+                method = self.choice(first, "method", Studio.methods)
                 kind = self.classes(first)
                 through = gr.Radio(
                     [
@@ -553,7 +516,7 @@ class Page:
                 go, stop = buttons("Measure", "measure")
             with gr.Column(scale=5):
                 figure = image_view("energy", name="slice", kind="figure")
-                said = gr.Markdown("", elem_id="sliced")
+                note = gr.Markdown("", elem_id="sliced")
                 film = image_view("from seed to image")
 
         def measure(
@@ -565,9 +528,8 @@ class Page:
             sampler = config.build({**plain, "steps": whole}, "sampler")
             return slicing.slice_energy(studio, sampler, kind, through, seed, job)
 
-        self.depends(method, lambda s: gr.Dropdown(choices=s.methods(), value=s.methods()[0]))
         self.depends(steps, lambda s: max(2, s.sampler().steps))
-        self.at_work(go, stop, measure, [self.model, method, kind, through, steps, seed], [figure, film, said])
+        self.at_work(go, stop, measure, [self.model, method, kind, through, steps, seed], [figure, film, note])
 
     def toy_tab(self, first: Studio) -> None:
         with gr.Row():
@@ -586,13 +548,13 @@ class Page:
                 with gr.Row():
                     picture = image_view("plane", name="plane", kind="figure")
                     table = gr.Dataframe(headers=["", "value", ""], interactive=False, wrap=True)
-                said = gr.Markdown("", elem_id="played")
+                note = gr.Markdown("", elem_id="played")
                 film = image_view("the training", kind="figure")
 
         def train(job: Job, density: str, method: str, p0: str, updates: Any, seed: Any) -> planes.ToyShown:
             return planes.train_density(density, method, p0, updates, seed, job)
 
-        self.at_work(go, stop, train, [density, method, p0, updates, seed], [picture, film, table, said])
+        self.at_work(go, stop, train, [density, method, p0, updates, seed], [picture, film, table, note])
 
     def runs_tab(self, first: Studio) -> None:
         head, rows = listing.table(list(self.studios.values()))
@@ -601,27 +563,25 @@ class Page:
         else:
             gr.Markdown("Nothing has been measured yet: `advebm evaluate RUN` does.")
         with gr.Row():
-            go, stop = (
-                gr.Button("Show the report", variant="primary", elem_id="report", min_width=80),
-                gr.Button("Stop", min_width=80),
-            )
+            go = gr.Button("Show the report", variant="primary", elem_id="report", min_width=80)
+            stop = gr.Button("Stop", min_width=80)
             file = gr.DownloadButton("Download it", visible=False)
-        said, report = gr.Markdown(""), gr.HTML("", elem_id="shown")
+        note, report = gr.Markdown(""), gr.HTML("", elem_id="shown")
 
         def show(job: Job, title: str) -> tuple[str, Any, str]:
             path = listing.report(self.studio(title), self.folder)
             frame = f'<iframe sandbox srcdoc="{html.escape(path.read_text(), quote=True)}" class="report"></iframe>'
             return frame, gr.DownloadButton(value=str(path), visible=True), f"report of {title}"
 
-        self.at_work(go, stop, show, [self.model], [report, file, said])
+        self.at_work(go, stop, show, [self.model], [report, file, note])
 
 
-def cleared(component: Any) -> Callable[[Studio], Any]:
+def clear_component(component: Any) -> Callable[[Studio], Any]:
     """Return the update that clears a component: empty text, or None."""
     empty = "" if isinstance(component, gr.Markdown | gr.HTML) else None
     return lambda studio: empty
 
 
-def kept(value: Any) -> Any:
+def skip_if_none(value: Any) -> Any:
     """Return ``value``; for None, the update that leaves a component as it is."""
     return gr.skip() if value is None else value

@@ -12,7 +12,6 @@ from advebm.web.jobs import Job
 
 UPDATES = 2000  # upper limit of the tab
 
-
 ABOUT = {
     "D on support": "1/2 at best",
     "deviation": "of D; 0 at best",
@@ -36,10 +35,8 @@ class ToyShown(NamedTuple):
 
 def train_density(density: str, method: str, p0: str, updates: Any, seed: Any, job: Job) -> ToyShown:
     """Train an energy on a density, reporting a picture of every recorded frame."""
-    total, number = (
-        parse_integer(updates, "the number of updates", 1, UPDATES),
-        parse_integer(seed, "the seed", 0, 2**31),
-    )
+    total = parse_integer(updates, "the number of updates", 1, UPDATES)
+    number = parse_integer(seed, "the seed", 0, 2**31)
 
     def watch(frame: train.Frame) -> None:
         so_far = train.ToyRun(density, method, p0, (frame,), train.plane_points()[..., 0] > 0)
@@ -47,7 +44,7 @@ def train_density(density: str, method: str, p0: str, updates: Any, seed: Any, j
 
     result = train.train_toy(density, method, p0, seed=number, updates=total, watch=watch)
     numbers = train.summarize(result, seed=number)
-    with views.alone():
+    with views.PYPLOT_LOCK:
         film = figures.film(result)
     rows = [[name, f"{value:.3f}", ABOUT[name]] for name, value in numbers.items()]
     return ToyShown(panel(result), views.to_picture(film), rows, f"{total} updates of {method} from {p0} points")
@@ -55,7 +52,7 @@ def train_density(density: str, method: str, p0: str, updates: Any, seed: Any, j
 
 def panel(play: train.ToyRun) -> Image:
     """Draw the last frame of a training."""
-    with views.alone(), plt.rc_context(figures.PLANE):
+    with views.PYPLOT_LOCK, plt.rc_context(figures.PLANE):
         figure, axis = plt.subplots(figsize=(4.6, 4.7))
         figures.panel(axis, play, play.frames[-1])
         axis.set_title(f"{play.density}, {play.method}, update {play.frames[-1].update}")

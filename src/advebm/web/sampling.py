@@ -34,51 +34,47 @@ def build_sampler(studio: Studio, method: str, start: str, alpha: Any, beta: Any
     """Return a sampler with other settings α, β (0 for no ball), η and K; raise UserError if one is invalid."""
     sampler = studio.sampler(method)
     noise = parse_number(eta, "η, the noise", 0, 1)
-    changed: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "step_size": parse_number(alpha, "α, the step size", 1e-9, 1e3),
         "radius": parse_number(beta, "β, the radius", 0, 1e3) or None,
         "steps": parse_integer(steps, "K, the number of steps", 0, STEPS),
         "start": start,
     }
     if noise != sampler.noise:
-        changed |= (
-            {"noise": noise} if sampler.temperature is None or not noise else {"noise": noise, "temperature": None}
-        )
-    return config.build({**config.describe(sampler), **changed}, "sampler")
+        settings["noise"] = noise
+        if noise and sampler.temperature is not None:
+            settings["temperature"] = None
+    return config.build({**config.describe(sampler), **settings}, "sampler")
 
 
 def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: float, job: Job) -> Sampled:
     """Draw ``count`` images of a class, or of every class in turn, and report intermediate images."""
     y = studio.labels(kind, parse_integer(count, "the number of images", 1, COUNT))
-    begun, last, total = time.perf_counter(), 0.0, sampler.steps
-    shown = {round(k) for k in np.linspace(0, total, MOMENTS)}
-    moments: list[Tensor] = []
+    start, last, total = time.perf_counter(), 0.0, sampler.steps
+    frame_steps = {round(k) for k in np.linspace(0, total, MOMENTS)}
+    frames: list[Tensor] = []
     values: list[Tensor] = []
 
-    def look(k: int, x: Tensor, value: Tensor) -> None:
+    def observe(k: int, x: Tensor, value: Tensor) -> None:
         nonlocal last
         values.append(value.cpu())
-        if k in shown:
-            moments.append(x[:CHAINS].cpu())
+        if k in frame_steps:
+            frames.append(x[:CHAINS].cpu())
         if k < total and (now := time.perf_counter()) - last > PAUSE:
             last = now
             note = f"step {k} of {total}, energy {value.mean():.3g} nats"
             job.tell(Sampled(views.image_sheet(x), None, None, note))
 
     with studio.search(job) as model:
-        initial, source = studio.seeds(sampler, y, parse_integer(seed, "the seed", 0, 2**31))
+        initial, draws = studio.seeds(sampler, y, parse_integer(seed, "the seed", 0, 2**31))
         batch = batch_size_for(studio.data.shape)
-        x = sampler(model, y.to(initial.device), initial, generator=source, observe=look, batch=batch)
-        look(total, x, studio.descended(sampler, x, y))
-        seconds = time.perf_counter() - begun
+        x = sampler(model, y.to(initial.device), initial, generator=draws, observe=observe, batch=batch)
+        observe(total, x, studio.descended(sampler, x, y))
+        seconds = time.perf_counter() - start
         notes = [f"{len(x)} images in {seconds:.2f} s", f"energy {values[0].mean():.3g} → {values[-1].mean():.3g} nats"]
         if not studio.critic:
             hits = int((studio.probabilities(x).argmax(1) == y).sum())
             notes.append(f"the model takes {hits} of {len(x)} for their class")
-    label = f"what {type(sampler).__name__} descends"
-    return Sampled(
-        views.image_sheet(x),
-        views.film_sheet(torch.stack(moments, 1)),
-        views.descents(torch.stack(values), label),
-        ", ".join(notes),
-    )
+    film = views.film_sheet(torch.stack(frames, 1))
+    figure = views.descents(torch.stack(values), f"what {type(sampler).__name__} descends")
+    return Sampled(views.image_sheet(x), film, figure, ", ".join(notes))

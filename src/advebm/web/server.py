@@ -51,8 +51,8 @@ def open_studios(folders: Sequence[Path], *, checkpoint: str = "latest", device:
         studios[title] = studio = Studio(title, run, checkpoint=checkpoint, device=device)
         method = studio.methods()[0]
         s = studio.sampler(method)
-        few = sampling.build_sampler(studio, method, s.start, s.step_size, s.radius or 0, s.noise, min(2, s.steps))
-        sampling.sample(studio, few, EVERY, 20, 0, Job())
+        short = sampling.build_sampler(studio, method, s.start, s.step_size, s.radius or 0, s.noise, min(2, s.steps))
+        sampling.sample(studio, short, EVERY, 20, 0, Job())
     return studios
 
 
@@ -73,7 +73,7 @@ def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[
         from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ImportError:
         raise UserError("the page needs Gradio: pip install 'advebm[app]'") from None
-    from advebm.web.page import CSS, Page, theme
+    from advebm.web.page import CSS, THEME, Page
 
     blocks = Page(studios, folder).build()
     blocks.queue(default_concurrency_limit=AT_ONCE, max_size=WAITING, api_open=False)
@@ -81,19 +81,11 @@ def application(studios: Mapping[str, Studio], folder: Path, *, hosts: Sequence[
     app.add_middleware(Guard)
     if "*" not in hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    options: dict[str, Any] = {"theme": theme(), "css": CSS, "footer_links": []}
+    options: dict[str, Any] = {"theme": THEME, "css": CSS, "footer_links": []}
     options["app_kwargs"] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     options["blocked_paths"] = [str(studio.run.folder.resolve()) for studio in studios.values()]
-    mounted = gradio.mount_gradio_app(
-        app,
-        blocks,
-        path="/",
-        allowed_paths=[],
-        max_file_size=MAX_FILE_BYTES,
-        show_error=False,
-        ssr_mode=False,
-        **options,
-    )
+    options |= {"allowed_paths": [], "max_file_size": MAX_FILE_BYTES, "show_error": False, "ssr_mode": False}
+    mounted = gradio.mount_gradio_app(app, blocks, path="/", **options)
     blocks.has_launched = True  # otherwise Gradio does not check that files given by name were uploaded
     return mounted
 
@@ -109,23 +101,23 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def guarded(event: Any) -> None:
+        async def send_with_headers(event: Any) -> None:
             if event["type"] == "http.response.start":
                 names = {name.lower() for name, _ in event["headers"]}
-                more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in names]
-                event = {**event, "headers": [*event["headers"], *more]}
+                missing = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in names]
+                event = {**event, "headers": [*event["headers"], *missing]}
             await send(event)
 
-        given = {name.lower(): value for name, value in scope.get("headers", ())}
-        origin = given.get(b"origin")
-        own = origin is None or origin.rpartition(b"//")[2].lower() == given.get(b"host", b"").lower()
-        size = given.get(b"content-length", b"0")
-        if b"transfer-encoding" in given or not size.isdigit() or int(size) > BODY:
-            await refuse(guarded, 413, f"a request of at most {BODY / 1e6:.0f} MB is taken")
-        elif not own and scope.get("method") not in ("GET", "HEAD"):
-            await refuse(guarded, 403, "asked for by another page")
+        headers = {name.lower(): value for name, value in scope.get("headers", ())}
+        origin = headers.get(b"origin")
+        same_origin = origin is None or origin.rpartition(b"//")[2].lower() == headers.get(b"host", b"").lower()
+        size = headers.get(b"content-length", b"0")
+        if b"transfer-encoding" in headers or not size.isdigit() or int(size) > BODY:
+            await refuse(send_with_headers, 413, f"a request of at most {BODY / 1e6:.0f} MB is taken")
+        elif not same_origin and scope.get("method") not in ("GET", "HEAD"):
+            await refuse(send_with_headers, 403, "asked for by another page")
         else:
-            await self.app(scope, receive, guarded)
+            await self.app(scope, receive, send_with_headers)
 
 
 async def refuse(send: Any, status: int, text: str) -> None:
@@ -135,7 +127,6 @@ async def refuse(send: Any, status: int, text: str) -> None:
 
 
 def address(host: str, port: int) -> str:
-    """Return the URL of the page."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -151,9 +142,8 @@ def check_free(host: str, port: int) -> None:
     except PermissionError:
         raise UserError(f"port {port} is not for everyone; choose one above 1023 with --port") from None
     except socket.gaierror:
-        raise UserError(
-            f"there is no host {host!r}; --host takes an address of this machine, such as 127.0.0.1"
-        ) from None
+        what = f"there is no host {host!r}"
+        raise UserError(f"{what}; --host takes an address of this machine, such as 127.0.0.1") from None
     except OSError as error:
         what = f"port {port} on {host} cannot be had ({error.strerror})"
         raise UserError(f"{what}; another server may have it: choose another with --port") from None
@@ -169,7 +159,7 @@ def own_folder() -> Iterator[Path]:
 def serve(folders: Sequence[Path], *, host: str, port: int, checkpoint: str, device: str, say: Any) -> None:
     """Serve the page until Ctrl-C."""
     check_free(host, port)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         import uvicorn
     except ImportError:
@@ -180,5 +170,5 @@ def serve(folders: Sequence[Path], *, host: str, port: int, checkpoint: str, dev
         if host not in LOOPBACK:
             say(f"everyone who reaches {host} can use the page")
         logging.getLogger("uvicorn.error").addFilter(lambda r: not (r.exc_info and r.exc_info[0] is CancelledError))
-        say(f"{address(host, port)}  ready after {time.perf_counter() - begun:.1f} s; Ctrl-C ends it")
+        say(f"{address(host, port)}  ready after {time.perf_counter() - start:.1f} s; Ctrl-C ends it")
         uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)

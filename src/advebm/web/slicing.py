@@ -54,15 +54,15 @@ def leading_directions(path: Tensor) -> tuple[Tensor, Tensor]:
     The second is the first principal component of the path after the first direction is removed.
     """
     flat = path.flatten(1).double()
-    ahead = flat[-1] - flat[0]
-    if len(path) < 3 or not ahead.any():
+    first = flat[-1] - flat[0]
+    if len(path) < 3 or not first.any():
         raise UserError("a path that does not move spans no plane; take more steps")
-    ahead = ahead / ahead.norm()
-    rest = flat - flat[0]
-    rest = rest - (rest @ ahead)[:, None] * ahead
-    _, _, axes = torch.linalg.svd(rest - rest.mean(0), full_matrices=False)
-    bend = axes[0] - (axes[0] @ ahead) * ahead
-    return ahead.view_as(path[0]).to(path), (bend / bend.norm()).view_as(path[0]).to(path)
+    first = first / first.norm()
+    remainder = flat - flat[0]
+    remainder = remainder - (remainder @ first)[:, None] * first
+    _, _, axes = torch.linalg.svd(remainder - remainder.mean(0), full_matrices=False)
+    second = axes[0] - (axes[0] @ first) * first
+    return first.view_as(path[0]).to(path), (second / second.norm()).view_as(path[0]).to(path)
 
 
 def project_path(path: Tensor, centre: Tensor, first: Tensor, second: Tensor) -> Plane:
@@ -84,12 +84,12 @@ def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed
     y, number = studio.labels(kind, 1), parse_integer(seed, "the seed", 0, 2**31)
     points: list[Tensor] = []
     with studio.search(job) as model, searching(model) as f:
-        initial, source = studio.seeds(sampler, y, number)
+        initial, draws = studio.seeds(sampler, y, number)
         y = y.to(initial.device)
-        end = sampler(model, y, initial, generator=source, observe=lambda k, x, value: points.append(x))
+        end = sampler(model, y, initial, generator=draws, observe=lambda k, x, value: points.append(x))
         path = torch.cat([*points, end])
-        shown = sorted({round(k) for k in np.linspace(0, len(path) - 1, 9)})
-        film = views.film_sheet(path[shown][None])
+        frame_steps = sorted({round(k) for k in np.linspace(0, len(path) - 1, 9)})
+        film = views.film_sheet(path[frame_steps][None])
         job.tell(LandscapeShown(None, film, "the chain is drawn; measuring the energy around it"))
         energy = joint_or_marginal(f, end, y)
         if through == "path":
@@ -97,8 +97,8 @@ def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed
             first, second = leading_directions(path)
         else:
             centre = path[-1]
-            ways = landscape.directions(through, end, energy, generator(number, "page-plane", device=end.device))  # type: ignore[arg-type]
-            first, second = ways[0][0], ways[1][0]
+            directions = landscape.directions(through, end, energy, generator(number, "page-plane", device=end.device))  # type: ignore[arg-type]
+            first, second = directions[0][0], directions[1][0]
         plane = project_path(path, centre, first, second)
         reach = 1.25 * max(plane.at.abs().max().item(), 0.2)
         energy_of = lambda index: joint_or_marginal(f, end, y.expand(len(index)))
@@ -115,15 +115,15 @@ def slice_energy(studio: Studio, sampler: Sampler, kind: str, through: str, seed
 def draw_slice(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
     """Draw contours of the values (n, n) of :func:`advebm.diagnostics.landscape.plane`, and a path (N, 2) on them."""
     axis_values = np.linspace(-reach, reach, len(values))
-    with views.figure(size=(6.4, 5.2), **{"axes.grid": False}) as (figure, (axis,)):
-        shown = axis.contourf(axis_values, axis_values, values.T, levels=24, cmap="viridis")
-        figure.colorbar(shown, ax=axis, label=f"{symbol}, nats, 0 at the centre")
+    with views.figure(size=(6.4, 5.2), **{"axes.grid": False}) as (figure, axis):
+        contours = axis.contourf(axis_values, axis_values, values.T, levels=24, cmap="viridis")
+        figure.colorbar(contours, ax=axis, label=f"{symbol}, nats, 0 at the centre")
         axis.plot(*at.T, color="white", lw=1.2)
         axis.scatter(at[:, 0], at[:, 1], s=8, c=np.arange(len(at)), cmap="autumn_r", zorder=3)
-        beyond = -1 if at[:, 1].mean() > at[[0, -1], 1].mean() else 1  # avoid the path
+        side = -1 if at[:, 1].mean() > at[[0, -1], 1].mean() else 1  # avoid the path
         edge = [patheffects.withStroke(linewidth=2, foreground="#333333")]
         for name, point in (("seed", at[0]), ("image", at[-1])):
             options: Any = {"textcoords": "offset points", "ha": "center", "va": "center", "path_effects": edge}
-            axis.annotate(name, (point[0].item(), point[1].item()), (0, 12 * beyond), color="white", **options)
+            axis.annotate(name, (point[0].item(), point[1].item()), (0, 12 * side), color="white", **options)
         axis.set(xlabel="first direction (pixels of [0, 1], l2)", ylabel="second direction", aspect="equal")
         return views.to_picture(figure)

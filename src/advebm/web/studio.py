@@ -44,9 +44,8 @@ class Studio:
     def __init__(self, title: str, run: Run, *, checkpoint: str = "latest", device: str = "cpu") -> None:
         self.model: Network = run.model(checkpoint)[0].to(device).requires_grad_(False)
         if self.model.encoder:
-            raise UserError(
-                f"{run.folder} is an encoder, which has no logits; probe it first: advebm probe {run.folder}"
-            )
+            what = f"{run.folder} is an encoder, which has no logits"
+            raise UserError(f"{what}; probe it first: advebm probe {run.folder}")
         self.title, self.run, self.data = title, run, run.data
         with searching(self.model) as f, torch.no_grad():
             self.critic = f(torch.rand(2, *self.data.shape, device=device)).numel() == 2
@@ -74,7 +73,6 @@ class Studio:
                 hook.remove()
 
     def about(self) -> str:
-        """Return a line that describes the run."""
         recipe, shape = self.run.recipe, " x ".join(map(str, self.data.shape))
         kind = "critic" if self.critic else f"{len(self.data.classes)} classes"
         return f"{recipe.name} · {self.data.name}, {kind}, images {shape} · {int(self._checkpoint):,} images seen"
@@ -92,8 +90,8 @@ class Studio:
     def image(self, number: float) -> tuple[Tensor, int]:
         """Return a test image (C, H, W) in [0, 1] and its label, -1 if it has none."""
         count = len(self.data.test)
-        place = parse_integer(number, "the number of a test image", 0, count - 1)
-        return to_float(self.data.test.x[place]), int(self.data.test.y[place])
+        index = parse_integer(number, "the number of a test image", 0, count - 1)
+        return to_float(self.data.test.x[index]), int(self.data.test.y[index])
 
     def name(self, label: int) -> str:
         return self.data.classes[label] if 0 <= label < len(self.data.classes) else "no label"
@@ -103,24 +101,20 @@ class Studio:
     def methods(self) -> list[str]:
         """Return the kinds of samplers that fit the model, the run's own first."""
         own = config.describe(self.sampler())["kind"]
-        found = [own]
-        for kind in config.KINDS["sampler"]:
-            sampler = config.build(kind, "sampler")
-            fits = not sampler.encoder and not (self.critic and sampler.conditional)
-            if kind != own and fits:
-                found.append(kind)
-        return found
+        samplers = {kind: config.build(kind, "sampler") for kind in config.KINDS["sampler"]}
+        fitting = [k for k, s in samplers.items() if not s.encoder and not (self.critic and s.conditional)]
+        return [own, *(kind for kind in fitting if kind != own)]
 
     def starts(self, sampler: Sampler) -> list[str]:
         """Return the kinds of starts that a sampler's chains can have with this run."""
-        found = ["global", "noise"]
+        kinds = ["global", "noise"]
         if not self.critic and self.data.train.labelled and not isinstance(sampler, Ascent):
-            found.insert(0, "class")
+            kinds.insert(0, "class")
         if self.run.recipe.outside is not None:
-            found.append("outside")
+            kinds.append("outside")
         if self._buffer:
-            found.append("buffer")
-        return found
+            kinds.append("buffer")
+        return kinds
 
     def sampler(self, method: str | None = None) -> Sampler:
         """Return the run's sampler, or another method with its settings; prefer those tuned for this checkpoint.
@@ -132,9 +126,9 @@ class Studio:
             if method not in config.KINDS["sampler"]:
                 raise unknown_name("method", method, config.KINDS["sampler"])
             sampler = resolve(config.describe(recipe), [("sampler", method)]).sampler
-        found = find_tuned(self.run, sampler)
-        if found is not None and found[1].get("checkpoint") == self._checkpoint:
-            return found[0]
+        tuned = find_tuned(self.run, sampler)
+        if tuned is not None and tuned[1].get("checkpoint") == self._checkpoint:
+            return tuned[0]
         return sampler if sampler.start in self.starts(sampler) else dataclasses.replace(sampler, start="global")
 
     def seeds(self, sampler: Sampler, y: Tensor, seed: int) -> tuple[Tensor, torch.Generator]:
@@ -151,25 +145,25 @@ class Studio:
 
     # Outputs of the model, within a search ------------------------------------------------------------------------
 
-    def said(self, say: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        """Return ``say(f, *given)``, computed in batches, on the CPU; ``given`` are images (B, C, H, W) and (B,)."""
+    def compute(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Return ``function(f, *tensors)``, computed in batches, on the CPU; ``tensors`` are (B, C, H, W) and (B,)."""
         size = batch_size_for(self.data.shape)
         with searching(self.model) as f, torch.no_grad():
-            parts = zip(*(values.to(self.device).split(size) for values in given), strict=True)
-            return torch.cat([say(f, *part).cpu() for part in parts])
+            parts = zip(*(values.to(self.device).split(size) for values in tensors), strict=True)
+            return torch.cat([function(f, *part).cpu() for part in parts])
 
     def energy(self, x: Tensor) -> Tensor:
         """Return ``E(x)`` (B,) of images, on the CPU."""
-        return self.said(lambda f, z: marginal(f)(z), x)
+        return self.compute(lambda f, z: marginal(f)(z), x)
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Return ``p(y|x)`` (B, K) of a classifier, on the CPU."""
-        return self.said(lambda f, z: f(z).softmax(1), x)
+        return self.compute(lambda f, z: f(z).softmax(1), x)
 
     def joint(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``E(x, y)`` (B,) of a classifier, on the CPU."""
-        return self.said(lambda f, z, k: energies.joint(f(z), k), x, y)
+        return self.compute(lambda f, z, k: energies.joint(f(z), k), x, y)
 
     def descended(self, sampler: Sampler, x: Tensor, y: Tensor) -> Tensor:
         """Return the energy (B,) that a sampler descends, on the CPU."""
-        return self.said(lambda f, z, k: sampler.energy(f, k)(z), x, y)
+        return self.compute(lambda f, z, k: sampler.energy(f, k)(z), x, y)

@@ -20,13 +20,12 @@ from advebm.reporting.figures import STYLE, png
 from advebm.sampling.generate import to_bytes
 
 EDGE = 320  # approximate edge of a single image on the page, in pixels
-_drawing = threading.Lock()  # all threads share pyplot's state
+PYPLOT_LOCK = threading.Lock()  # all threads share pyplot's state
 
 
 def enlarge(x: Tensor, edge: int = EDGE) -> Image.Image:
     """Enlarge an image (C, H, W) in [0, 1], with pixels as squares, to an edge of about ``edge``."""
-    pixels = to_bytes(x.cpu()).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    picture = pictures.to_picture(to_bytes(x.cpu()))
     scale = max(1, round(edge / max(picture.size)))
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
@@ -51,49 +50,40 @@ def difference(before: Tensor, after: Tensor) -> tuple[Image.Image, float]:
 
 
 @contextmanager
-def figure(
-    columns: int = 1, size: tuple[float, float] = (5.2, 3.2), **style: Any
-) -> Iterator[tuple[Figure, list[Axes]]]:
+def figure(size: tuple[float, float] = (5.2, 3.2), **style: Any) -> Iterator[tuple[Figure, Axes]]:
     """Provide a figure and its axes to one thread at a time."""
-    looks: Any = {**STYLE, **style}
-    with _drawing, plt.rc_context(looks):
-        drawn, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
+    settings: Any = {**STYLE, **style}
+    with PYPLOT_LOCK, plt.rc_context(settings):
+        panel, axis = plt.subplots(figsize=size)
         try:
-            yield drawn, list(axes.flat)
+            yield panel, axis
         finally:
-            plt.close(drawn)
+            plt.close(panel)
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Hold pyplot's lock while drawing functions of the package run."""
-    with _drawing:
-        yield
-
-
-def to_picture(drawn: Figure | bytes) -> Image.Image:
+def to_picture(source: Figure | bytes) -> Image.Image:
     """Convert a figure, or a picture's encoded bytes, to an RGB image."""
-    return Image.open(io.BytesIO(png(drawn) if isinstance(drawn, Figure) else drawn)).convert("RGB")
+    return Image.open(io.BytesIO(png(source) if isinstance(source, Figure) else source)).convert("RGB")
 
 
 def descents(energies: Tensor, label: str) -> Image.Image:
     """Plot energies (steps, B) along chains: the first 20, and the mean of all."""
-    with figure() as (drawn, (axis,)):
-        for one in energies.T[:20]:
-            axis.plot(one, color="#0f6fc6", alpha=0.25, lw=0.8)
+    with figure() as (panel, axis):
+        for chain in energies.T[:20]:
+            axis.plot(chain, color="#0f6fc6", alpha=0.25, lw=0.8)
         axis.plot(energies.mean(1), color="#0f6fc6", lw=2, label="mean")
         axis.set(xlabel="step", ylabel="nats", title=label)
-        return to_picture(drawn)
+        return to_picture(panel)
 
 
 def beside(names: Sequence[str], before: Tensor, after: Tensor, title: str) -> Image.Image:
     """Plot probabilities (K,) before and after, of the 8 classes with the largest sum of both."""
-    shown = (before + after).argsort(descending=True)[:8].sort().values
-    with figure() as (drawn, (axis,)):
-        place = np.arange(len(shown))
-        axis.bar(place - 0.2, before[shown].numpy(), 0.4, label="before")
-        axis.bar(place + 0.2, after[shown].numpy(), 0.4, label="after")
-        axis.set_xticks(place, [names[k] for k in shown.tolist()], rotation=30 if max(map(len, names)) > 3 else 0)
+    largest = (before + after).argsort(descending=True)[:8].sort().values
+    with figure() as (panel, axis):
+        position = np.arange(len(largest))
+        axis.bar(position - 0.2, before[largest].numpy(), 0.4, label="before")
+        axis.bar(position + 0.2, after[largest].numpy(), 0.4, label="after")
+        axis.set_xticks(position, [names[k] for k in largest.tolist()], rotation=30 if max(map(len, names)) > 3 else 0)
         axis.set(ylim=(0, 1.02), title=title)
         axis.legend(frameon=False)
-        return to_picture(drawn)
+        return to_picture(panel)

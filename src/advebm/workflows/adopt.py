@@ -35,8 +35,8 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]], *, dev
     if is_factory(where):
         plain = {"backbone": {"kind": "own", "path": where}, "normalise": {"mean": [0.0], "std": [1.0]}}
     else:
-        at, foreign = network.locate(where)
-        architecture = network.read_architecture(at, foreign=foreign)
+        location, foreign = network.locate(where)
+        architecture = network.read_architecture(location, foreign=foreign)
         if architecture.hidden is not None:
             raise UserError(f"{where} is an encoder, which has no logits; advebm probe makes a classifier of its run")
         plain = {"backbone": config.describe(architecture.backbone), "init": where}
@@ -44,17 +44,15 @@ def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]], *, dev
     recipe = untrained_recipe(folder.name, plain, overrides)
     if architecture is not None:
         data = recipe.data.load()
-        ours = (architecture.outputs, architecture.channels, architecture.size)
-        if ours != (theirs := (len(data.classes), *data.shape[:2])):
+        ours = (architecture.outputs, *architecture.shape)
+        if ours != (theirs := (len(data.classes), *data.shape)):
             words = "{} classes of {} x {} x {}".format
             raise UserError(
-                f"{where} is for {words(*ours, ours[-1])}, {data.name} has {words(*theirs, theirs[-1])}; "
-                "evaluate it on data like its own"
+                f"{where} is for {words(*ours)}, {data.name} has {words(*theirs)}; evaluate it on data like its own"
             )
     if (folder / "config.yaml").is_file():
         run = Run.open(folder)
-        same = [getattr(run.recipe, n) == getattr(recipe, n) for n in ("data", "backbone", "init", "normalise")]
-        if not all(same):
+        if any(getattr(run.recipe, n) != getattr(recipe, n) for n in ("data", "backbone", "init", "normalise")):
             raise UserError(f"{folder} holds another model or other data; choose another --out")
         return run
     return fit(recipe, folder, device=device)

@@ -22,8 +22,7 @@ def demo(folder: Path, *, seed: int = 0) -> tuple[Path, dict[str, list[dict[str,
     runs = {}
     for number, name in enumerate(("digits-standard", "digits-at"), 1):
         say(f"[{number}/5] train {name}")
-        recipe = resolve({**recipes.find(name), "seed": seed})
-        runs[name] = fit(recipe, folder / name)
+        runs[name] = fit(resolve({**recipes.find(name), "seed": seed}), folder / name)
     robust = runs["digits-at"]
     say(f"[3/5] sample {PER_CLASS * 10:,} images each by {', '.join(SETS)}")
     for name, (kind, start) in SETS.items():
@@ -32,7 +31,7 @@ def demo(folder: Path, *, seed: int = 0) -> tuple[Path, dict[str, list[dict[str,
     say("[4/5] evaluate both; sample quality in the features of digits-standard")
     records = {}
     for name, run in runs.items():
-        found = evaluate.evaluate_run(run, features=runs["digits-standard"].folder, seed=seed)
-        records[name] = [dataclasses.asdict(record) for record in found]
+        measured = evaluate.evaluate_run(run, features=runs["digits-standard"].folder, seed=seed)
+        records[name] = [dataclasses.asdict(record) for record in measured]
     say("[5/5] report")
     return report(robust, beside=[runs["digits-standard"]], out=folder / "report.html"), records

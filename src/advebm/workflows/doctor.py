@@ -40,11 +40,11 @@ def examine_model(
     else:
         raise UserError(f"{model} is not a run, which knows its images: give --data NAME, as in --data cifar10")
     recipe = resolve(plain, overrides)
-    found = find_model(model, checkpoint=checkpoint).to(choose_device(device))
+    module = find_model(model, checkpoint=checkpoint).to(choose_device(device))
     data, threat = recipe.data.load(), recipe.threat
     count = min(images, len(data.test))
     console.say(f"{model} on {count} test images of {data.name} at {ball_text(threat.eps, threat.norm)}")
-    return examine_split(found, data.test, threat=threat, count=count, seed=seed, progress=console.say)
+    return examine_split(module, data.test, threat=threat, count=count, seed=seed, progress=console.say)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,27 +76,27 @@ class MachineCheck:
 
 def check_machine(model: str | None = None, overrides: Overrides = (), *, checkpoint: str = "latest") -> MachineCheck:
     """Compare this CPU's convolutions with float64: those of ``model``, default: of two CIFAR-10 recipes."""
-    models, shape = _models(model, list(overrides), checkpoint)
-    found = dict.fromkeys(c for m in models.values() for c in convolutions(m, shape, BATCH, "bfloat16"))
-    with console.bar("convolutions", len(found), 0) as tell:
-        verdicts = tuple(check(list(found), progress=tell))
+    models, shape = _networks_to_check(model, list(overrides), checkpoint)
+    distinct = dict.fromkeys(c for m in models.values() for c in convolutions(m, shape, BATCH, "bfloat16"))
+    with console.bar("convolutions", len(distinct), 0) as progress:
+        verdicts = tuple(check(list(distinct), progress=progress))
     (known,) = check([KNOWN])  # in a separate process: even a correct run of it may corrupt later ones
-    return MachineCheck(tuple(models), len(found), verdicts, known)
+    return MachineCheck(tuple(models), len(distinct), verdicts, known)
 
 
-def _models(
+def _networks_to_check(
     model: str | None, overrides: list[tuple[str, Any]], checkpoint: str
 ) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
     """Return the networks to check, by name, and the shape (C, H, W) of their images."""
     if model is None:
         names = ("cifar10-at-small", "cifar10-at-2h")
         return {name: resolve(recipes.find(name)).backbone.build(3, 32)[0].eval() for name in names}, (3, 32, 32)
-    found = find_model(model, checkpoint=checkpoint)
+    module = find_model(model, checkpoint=checkpoint)
     if "data" in dict(overrides):
         shape: tuple[int, ...] = find_spec(resolve(IMAGES_ALONE, overrides).data).shape
     elif is_factory(model):
         raise UserError(f"{model} says nothing of its images: give --data NAME, as in --data cifar10")
     else:
         architecture = network.read_architecture(*network.locate(model)[:1], foreign=True)
-        shape = (architecture.channels, architecture.size, architecture.size)
-    return {model: found}, shape
+        shape = architecture.shape
+    return {model: module}, shape

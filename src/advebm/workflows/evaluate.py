@@ -5,33 +5,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from advebm.attacks.projected import Attack
 from advebm.core import config, console
 from advebm.core.errors import UserError
-from advebm.data.readers import read_folder
+from advebm.data.folders import read_folder
 from advebm.evaluation import evaluate
 from advebm.evaluation.suites import suite
 from advebm.metrics.base import Record, SampleSet
 from advebm.runs.recipe import resolve
-from advebm.runs.run import Run, new_folder
+from advebm.runs.run import Run
 from advebm.sampling import generate
-from advebm.workflows.adopt import adopt
 from advebm.workflows.devices import join_team
-
-
-def check_suite(name: str, tier: str) -> None:
-    """Raise UserError if the suite or the tier does not exist."""
-    suite(name, Attack(), tier)
-
-
-def check_features(features: str) -> None:
-    """Raise UserError if the feature space cannot be loaded."""
-    evaluate.find_space(features).load("cpu")
-
-
-def adopt_model(model: str, folder: Path | None, overrides: Iterable[tuple[str, Any]], device: str | None) -> Run:
-    """Return a run around an existing model, in ``folder``; None: a new folder under ``runs``."""
-    return adopt(model, folder or new_folder(Path("runs"), "model"), overrides, device=device)
 
 
 def measure(
@@ -59,11 +42,11 @@ def measure(
     recipe = resolve(config.describe(run.recipe), overrides)
     if suite_name:
         recipe = dataclasses.replace(recipe, metrics=suite(suite_name, recipe.threat, tier))
-    team, where = join_team(device)
+    team, device = join_team(device)
     for folder in samples if team.main else ():
         import_samples(run, folder)
     team.all_gather(None)  # wait until the samples are imported
-    options: dict[str, Any] = {"features": features, "checkpoint": checkpoint, "seed": seed, "device": where}
+    options: dict[str, Any] = {"features": features, "checkpoint": checkpoint, "seed": seed, "device": device}
     return evaluate.evaluate_run(run, recipe=recipe, team=team, **options, progress=console.say, bar=console.bar)
 
 

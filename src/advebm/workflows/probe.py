@@ -69,5 +69,5 @@ def measure_probe(
     """Return the records of ``probed``, and of nearest neighbours in the features of ``run``."""
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": console.say}
     records = evaluate_run(probed, bar=console.bar, **options)
-    alone = dataclasses.replace(run.recipe, metrics=(neighbours,))
-    return [*records, *evaluate_run(run, recipe=alone, checkpoint=checkpoint, **options)]
+    neighbours_only = dataclasses.replace(run.recipe, metrics=(neighbours,))
+    return [*records, *evaluate_run(run, recipe=neighbours_only, checkpoint=checkpoint, **options)]

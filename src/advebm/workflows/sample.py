@@ -51,11 +51,11 @@ def sample(
         device: None: the best one available.
         options: further options of :func:`draw_set`.
     """
-    team, where = join_team(device)
+    team, device = join_team(device)
     sampler, about = choose_settings(run, method, overrides, checkpoint=checkpoint, untuned=untuned)
     if sampler.fit == "test":
         warnings.warn(LEAK, stacklevel=2)
-    options |= {"checkpoint": checkpoint, "device": where, "team": team, "about": about}
+    options |= {"checkpoint": checkpoint, "device": device, "team": team, "about": about}
     return draw_set(run, name or generate.set_name(sampler), sampler, per_class, **options)
 
 
@@ -72,7 +72,7 @@ def compare_methods(
     **options: Any,
 ) -> tuple[dict[str, compare.Records], Path]:
     """Draw by several methods, from the same seeds if their starts agree, and judge: see :func:`compare_sets`."""
-    where = choose_device(device)
+    device = choose_device(device)
     settings: dict[str, Any] = {"checkpoint": checkpoint, "untuned": untuned}
     chosen = {m: choose_settings(run, m, overrides, **settings, label=f"{m}: ") for m in methods}
     samplers = {method: sampler for method, (sampler, _) in chosen.items()}
@@ -81,18 +81,12 @@ def compare_methods(
         console.say(f"seeds differ: {starts}; --sampler.start sets all")
     if any(sampler.fit == "test" for sampler in samplers.values()):
         warnings.warn(LEAK, stacklevel=2)
-    options |= {"checkpoint": checkpoint, "device": where, "about": {m: about for m, (_, about) in chosen.items()}}
+    options |= {"checkpoint": checkpoint, "device": device, "about": {m: about for m, (_, about) in chosen.items()}}
     return compare_sets(run, samplers, per_class, seeds, say=console.say, **options)
 
 
 def tune_sampler(
-    run: Run,
-    method: str | None,
-    overrides: Overrides,
-    values: Mapping[str, str],
-    *,
-    device: str | None,
-    **options: Any,
+    run: Run, method: str | None, overrides: Overrides, values: Mapping[str, str], *, device: str | None, **options: Any
 ) -> tuple[list[dict[str, Any]], Path, Path]:
     """Search a sampler's settings; return all trials, best first, the path of the best settings, and of a figure.
 
@@ -125,9 +119,9 @@ def choose_settings(
     """Return :func:`choose_sampler`'s sampler with the settings of ``tune-sampler``, if any, and how it found them."""
     overrides = list(overrides)
     sampler = choose_sampler(run, method, overrides)
-    if untuned or (found := tune.find_tuned(run, sampler)) is None:
+    if untuned or (tuned := tune.find_tuned(run, sampler)) is None:
         return sampler, {}
-    best, how = found
+    best, how = tuned
     if how["checkpoint"] != run.checkpoints.path(checkpoint).name:
         warnings.warn(f"tune-sampler looked at checkpoint {how['checkpoint']}; its settings are left", stacklevel=2)
         return sampler, {}
@@ -155,10 +149,10 @@ def draw_set(
     """
     if Path(name).name != name or name in (".", ".."):
         raise UserError(f"--name is the name of a folder in {run.folder / 'samples'}, got {name!r}")
-    number = run.checkpoints.path(checkpoint).name
-    wanted = job.SampleJob(run, name, sampler, per_class, checkpoint=number, **options)
-    with console.bar(name, per_class * len(wanted.classes or run.data.classes)) as tell:
-        return job.draw_set(wanted, processes=processes, team=team, trajectory=trajectory, progress=tell)
+    checkpoint_name = run.checkpoints.path(checkpoint).name
+    sample_job = job.SampleJob(run, name, sampler, per_class, checkpoint=checkpoint_name, **options)
+    with console.bar(name, per_class * len(sample_job.classes or run.data.classes)) as progress:
+        return job.draw_set(sample_job, processes=processes, team=team, trajectory=trajectory, progress=progress)
 
 
 def search_settings(
@@ -176,8 +170,8 @@ def search_settings(
     else:
         space = evaluate.find_space(features).load(device)
     options |= {"judge": compare.feature_weights(features), "checkpoint": checkpoint, "device": device}
-    with console.bar("tune", len(samplers)) as tell:
-        trials = tune.tune(run, samplers, space, progress=tell, **options)
+    with console.bar("tune", len(samplers)) as progress:
+        trials = tune.tune(run, samplers, space, progress=progress, **options)
     if not trials:
         raise UserError("other processes are at all trials; wait for them")
     best, name = trials[0], trials[0]["name"]
@@ -209,27 +203,27 @@ def compare_sets(
     data = run.data
     model = run.model(str(options.get("checkpoint", "latest")))[0].to(device)
     about = about or {}
-    own = evaluate.feature_space(evaluate.OWN_FEATURES, model)
-    space = own if features is None else evaluate.find_space(features).load(device)
+    own_space = evaluate.feature_space(evaluate.OWN_FEATURES, model)
+    space = own_space if features is None else evaluate.find_space(features).load(device)
     sets: dict[str, SampleSet] = {}
     numbers = range(seed, seed + seeds)
     for number in numbers:
         for method, sampler in samplers.items():
             name = f"{method}-{number}"
-            known: dict[str, Any] = {"seed": number, "within": "comparison", "about": about.get(method, {}), **options}
-            sets[name] = generate.read_set(draw_set(run, name, sampler, per_class, **known))
-    firsts = {m: sets[f"{m}-{seed}"] for m in samplers}
-    panels = {m: pictures.rows_by_class(s.x, s.y, len(data.classes)) for m, s in firsts.items()}
+            common: dict[str, Any] = {"seed": number, "within": "comparison", "about": about.get(method, {}), **options}
+            sets[name] = generate.read_set(draw_set(run, name, sampler, per_class, **common))
+    first_sets = {m: sets[f"{m}-{seed}"] for m in samplers}
+    panels = {m: pictures.rows_by_class(s.x, s.y, len(data.classes)) for m, s in first_sets.items()}
     say(f"judging {len(sets)} sets")
     subject = Subject(model, data, data.test, recipe.threat, sets, space, batch_size_for(data.shape))
     records = [dataclasses.asdict(r) for r in evaluate.evaluate(subject, [SampleQuality()], seed=seed)]
-    of = lambda m, name: [
+    records_of = lambda m, name: [
         {**r, "settings": {**r["settings"], "samples": m}} for r in records if r["settings"]["samples"] == name
     ]
-    rows = compare.over_seeds([{m: of(m, f"{m}-{number}") for m in samplers} for number in numbers])
-    shown = ("FD", "KID", "class score", "intended class")
+    rows = compare.over_seeds([{m: records_of(m, f"{m}-{number}") for m in samplers} for number in numbers])
+    quantities = ("FD", "KID", "class score", "intended class")
     files.write_json(run.folder / "comparison" / "comparison.json", rows)
-    rows = {m: [{**r, "settings": {}} for r in rs if key_of(r).quantity in shown] for m, rs in rows.items()}
+    rows = {m: [{**r, "settings": {}} for r in rs if key_of(r).quantity in quantities] for m, rs in rows.items()}
     texts = {m: [f"{r['name'].split(' (')[0]} {r['value']:.3g} ± {r['error']:.2g}" for r in rows[m]] for m in panels}
     text = f"{per_class * len(data.classes):,} images each, the first of them shown; in {space.name}; ± "
     text += "deviation over sampling seeds" if seeds > 1 else "standard error"

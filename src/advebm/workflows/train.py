@@ -37,30 +37,30 @@ def find_recipe(
         UserError: the recipe or an option does not exist, or the objective needs labels.
     """
     plain = read(source) if isinstance(source, Path) else recipes.find(source)
-    given = {name: value for name, value in (("seed", seed), ("init", init)) if value is not None}
-    recipe = resolve({**plain, **given}, overrides)
+    replaced = {name: value for name, value in (("seed", seed), ("init", init)) if value is not None}
+    recipe = resolve({**plain, **replaced}, overrides)
     return recipe.unlabelled() if labels == "none" else recipe
 
 
 def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
     """Train a recipe by :func:`advebm.training.loop.train`, with a progress bar."""
-    where = checks.device(device)
-    begun = Run.open(folder) if resume else None
-    if begun and where == "cpu" and not begun.finished:
-        reason = take_over_threads(begun.environment.get("threads"))
+    device_name = checks.device(device)
+    earlier = Run.open(folder) if resume else None
+    if earlier and device_name == "cpu" and not earlier.finished:
+        reason = take_over_threads(earlier.environment.get("threads"))
         if reason:
             console.say(f"{folder}: {reason}")
-    kind = precision_label(recipe.train.precision, torch.device(where))
-    console.computing_on(f"{describe_device(where)}, {kind}")
-    seen: dict[str, float] = {}
+    kind = precision_label(recipe.train.precision, torch.device(device_name))
+    console.computing_on(f"{describe_device(device_name)}, {kind}")
+    latest: dict[str, float] = {}
     total = sum(stage.train.images for stage in (*recipe.before, recipe))
-    done = sum(min(run.images, run.recipe.train.images) for run in begun.stages) if begun else 0
-    with console.bar(recipe.name, total, done) as tell:
+    done = sum(min(run.images, run.recipe.train.images) for run in earlier.stages) if earlier else 0
+    with console.bar(recipe.name, total, done) as progress:
         return train(
             recipe,
             folder,
             resume=resume,
             device=device,
-            report=lambda line: tell(line["images"], console.training_note(line, seen)),
-            tick=lambda images: tell(images, console.training_note({}, seen)),
+            report=lambda line: progress(line["images"], console.training_note(line, latest)),
+            tick=lambda images: progress(images, console.training_note({}, latest)),
         )

@@ -1,0 +1,133 @@
+"""Archives of arrays that numpy's ``savez`` wrote."""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from advebm.core.errors import UserError
+from advebm.data.sources import Augmentations, Data, Images
+from advebm.data.splits import Parts, Shares, assemble, check_shares, existing_path, split_name
+
+IMAGES, LABELS = ("x", "image", "images", "img", "data"), ("y", "label", "labels", "target", "targets")
+
+
+@dataclass(frozen=True)
+class Npz:
+    """An npz archive: ``npz:PATH`` with ``x`` uint8 (N, H, W, C), (N, C, H, W) or (N, H, W) and labels ``y`` (N,).
+
+    Arrays may have other usual names, such as ``image`` and ``label``, ``x_train`` and ``y_train`` or
+    ``train_images`` and ``train_labels``.  Those of a split, such as ``x_test`` and ``y_test``, are that split; what is
+    missing is cut from the training images.  Without labels the images are unlabelled, for objectives that need none.
+
+    Attributes:
+        path: the archive.  Arrays that were saved without compression are not read into memory as a whole.
+        val, test: shares kept for validation and test where the archive has no such split.
+        split_seed: chooses which ones.
+        augment: augmentation of the training images; default: none.
+    """
+
+    path: str
+    val: float = 0.1
+    test: float = 0.2
+    split_seed: int = 0
+    augment: Augmentations = Augmentations()
+
+    def __post_init__(self) -> None:
+        check_shares(self.val, self.test)
+
+    def load(self) -> Data:
+        path = existing_path(self.path)
+        arrays = _read_arrays(path)
+        x, y = _find_arrays(path, arrays, IMAGES), _find_arrays(path, arrays, LABELS)
+        if "train" not in x:
+            held = ", ".join(arrays) or "nothing"
+            raise UserError(f"{path} holds {held}; it needs arrays x and y (or {', '.join(IMAGES[1:3])} and label, …)")
+        if y and (without := sorted(x.keys() - y.keys())):
+            raise UserError(f"{path} has labels, but none for the {' and '.join(without)} images")
+        parts: Parts = {}
+        for split, array in x.items():
+            labels = arrays[y[split]] if y else np.full(arrays[array].shape[:1], -1)
+            parts[split] = [_to_images(path, arrays[array], labels)]
+            if y and len(parts[split][0]) and int(parts[split][0].y.min()) < 0:
+                raise UserError(
+                    f"{path}: labels {y[split]} must be >= 0, got {int(parts[split][0].y.min())}; "
+                    "leave them out for unlabelled images"
+                )
+        return assemble(path.stem, parts, (), Shares(self.val, self.test, self.split_seed))
+
+
+def _find_arrays(path: Path, names: Mapping[str, np.ndarray], kinds: tuple[str, ...]) -> dict[str, str]:
+    """Return the name of the array of each split: ``train`` also for a name that mentions no split."""
+    chosen: dict[str, str] = {}
+    for name in names:
+        words = name.lower().replace("-", "_").split("_")
+        splits = [split for word in words if (split := split_name(word))]
+        rest = [word for word in words if split_name(word) is None]
+        if len(splits) > 1 or len(rest) != 1 or rest[0] not in kinds:
+            continue
+        split = splits[0] if splits else "train"
+        if split in chosen:
+            raise UserError(f"{path} has {chosen[split]} and {name}, which both mean the same; remove one")
+        chosen[split] = name
+    return chosen
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an archive by name; those that are stored without compression are memory-mapped.
+
+    Raises:
+        UserError: the file is no npz archive, or holds other objects than arrays.
+    """
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    read = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
+                    shape, fortran, dtype = read(file)
+                    if dtype.hasobject:
+                        raise ValueError(f"{name} holds python objects")
+                    if member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1 and np.prod(shape):
+                        offset = _find_content(path, member) + file.tell()
+                        arrays[name] = np.memmap(path, dtype, "c", offset, shape, "F" if fortran else "C")
+                        continue
+                with archive.open(member) as file:
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # numpy, zipfile and zlib each raise their own
+        raise UserError(f"{path} is not an npz archive of arrays: {type(error).__name__}: {error}") from None
+    return arrays
+
+
+def _find_content(path: Path, member: zipfile.ZipInfo) -> int:
+    """Return where in the file the content of an uncompressed member begins, behind its local header."""
+    with path.open("rb") as file:
+        file.seek(member.header_offset + 26)
+        lengths = file.read(4)
+    return member.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+
+
+def _to_images(path: Path, x: np.ndarray, y: np.ndarray) -> Images:
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+        got = f"{x.dtype} {x.shape} and {y.dtype} {y.shape}"
+        raise UserError(f"{path}: x is uint8 (N, H, W, C), (N, C, H, W) or (N, H, W), y whole numbers (N,); got {got}")
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.shape[1] not in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    if x.shape[1] not in (1, 3):
+        raise UserError(f"{path}: images have 1 or 3 channels, got an x of shape {x.shape}")
+    if not len(x):
+        raise UserError(f"{path}: an array of images is empty")
+    return Images(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64)))

@@ -1,0 +1,645 @@
+"""Inputs of the kinds that people reported to other projects, and what becomes of each here.
+
+Every test names its report; ``python -m tests.test_inputs`` prints the table that stands in docs/inputs.md.
+"""
+
+import io
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+import advebm
+from advebm.core.errors import Notice, UserError
+from advebm.data.decode import open_image
+from advebm.data.folders import Folder
+from advebm.data.npz import Npz
+
+TABLE = []  # (area, input, report, what happens)
+
+
+def report(area, given, where, outcome):
+    """Enter a test into the table: the input, where such inputs were reported, and what happens to it here."""
+
+    def enter(test):
+        TABLE.append((area, given, where, outcome))
+        return test
+
+    return enter
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVEBM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("ADVEBM_DATA", raising=False)
+
+
+RNG = np.random.default_rng(0)
+
+
+def picture(size=16, low=0, high=256):
+    return Image.fromarray(RNG.integers(low, high, (size, size, 3), dtype=np.uint8))
+
+
+def fill(root, names, count=20):
+    """Write ``count`` pictures into each folder; those of one folder are of one brightness, 40 levels apart."""
+    for k, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(np.full((16, 16, 3), 20 + 40 * k + i, np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def two_classes(root, image, name="0.png", **options):
+    """A folder of two classes, of which the first holds one more image: the one in question."""
+    fill(root, ["a", "b"])
+    image.save(root / "a" / name, **options)
+    return root
+
+
+def brightness(data, classes):
+    """Return the mean level of each class over all splits, by name."""
+    x, y = torch.cat([part.x for part in data[2:]]), torch.cat([part.y for part in data[2:]])
+    return {name: x[y == data.classes.index(name)].float().mean().item() for name in classes}
+
+
+def read_one(path, channels=3, size=16):
+    """Return the one image of a folder, read as a training set of unlabelled images with copies would be."""
+    folder = Path(tempfile.mkdtemp(dir=path.parent))
+    for i in range(10):
+        (folder / f"{i}{path.suffix}").write_bytes(path.read_bytes())
+    return Folder(str(folder), size=size, channels=channels).load().train.x[0]
+
+
+def both_ways(path, channels=3, size=16):
+    """Return an image as training reads it, after checking that editing reads it in the same way."""
+    trained = read_one(path, channels, size)
+    edited = open_image(path, (channels, size, size), fit=True)
+    assert torch.equal(trained, (edited * 255).round().to(torch.uint8)), "one decoder for all"
+    return trained
+
+
+# Pixels ---------------------------------------------------------------------------------------------------------------
+
+
+@report("pixels", "16-bit grey PNG", "pytorch/vision#2218, Pillow#2574", "black and white stay, 65535 is 255")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits(tmp_path, channels):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "x.png")
+    x = both_ways(tmp_path / "x.png", channels)
+    assert x[0].flatten().tolist() == list(range(256))
+
+
+@report("pixels", "16-bit grey TIFF", "pytorch/vision#2218", "as 16-bit PNG")
+def test_sixteen_bit_tiff(tmp_path):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "x.tif")
+    assert both_ways(tmp_path / "x.tif")[0].flatten().tolist() == list(range(256))
+
+
+@report("pixels", "floating-point TIFF in [0, 1]", "pytorch/vision#2218", "1 is 255")
+def test_floating_point(tmp_path):
+    ramp = (np.arange(256, dtype=np.float32) / 255).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "x.tiff")
+    assert both_ways(tmp_path / "x.tiff")[0].flatten().tolist() == list(range(256))
+
+
+@report(
+    "pixels", "32-bit or floating-point TIFF of an unknown range", "pytorch/vision#2218", "refused: white is unknown"
+)
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_without_a_known_white(tmp_path, kind):
+    Image.fromarray((np.arange(256).reshape(16, 16) * 1000).astype(kind)).save(tmp_path / "x.tiff")
+    with pytest.raises(UserError, match="save it with 8"):
+        open_image(tmp_path / "x.tiff", (1, 16, 16))
+    with pytest.raises(UserError, match=r"10 of 10 images cannot be read: 0.tiff has .*; leave such images out"):
+        read_one(tmp_path / "x.tiff")
+
+
+@report("pixels", "EXIF orientation", "datumaro#1756, dataset-viewer#2605", "turned upright, in training as in editing")
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.tiff"])
+def test_orientation(tmp_path, name):
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8] = 255  # the top is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / name, exif=exif)
+    x = both_ways(tmp_path / name)
+    assert x[:, :7].float().mean() > 245
+    assert x[:, 9:].float().mean() < 10
+
+
+def transparent():
+    """The left half is fully transparent black, the right half opaque grey."""
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:, 8:] = (100, 100, 100, 255)
+    return Image.fromarray(pixels)
+
+
+TRANSPARENT = {
+    "RGBA": lambda path: transparent().save(path),
+    "LA": lambda path: transparent().convert("LA").save(path),
+    "RGB with a colour key": lambda path: transparent().convert("RGB").save(path, transparency=(0, 0, 0)),
+    "L with a grey key": lambda path: transparent().convert("L").save(path, transparency=0),
+    "palette": lambda path: transparent().convert("RGB").quantize(4).save(path, transparency=_index_of_black()),
+}
+
+
+def _index_of_black():
+    return int(np.asarray(transparent().convert("RGB").quantize(4))[0, 0])
+
+
+@report(
+    "pixels", "transparent PNGs: alpha, colour key, palette", "sd-scripts#1269, transformers#49003", "laid over white"
+)
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_transparency(tmp_path, kind):
+    TRANSPARENT[kind](tmp_path / "x.png")
+    x = both_ways(tmp_path / "x.png")
+    assert x[:, :, :8].float().mean() == 255
+    assert x[:, :, 8:].float().mean() == 100
+
+
+@report("pixels", "16-bit PNG with a grey key", "transformers#49003", "laid over white")
+def test_sixteen_bits_with_a_grey_key(tmp_path):
+    pixels = np.full((16, 16), 257 * 100, np.uint16)
+    pixels[:, :8] = 7
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    raw = buffer.getvalue()
+    at = raw.index(b"IDAT") - 4
+    import zlib
+
+    chunk = b"tRNS" + (7).to_bytes(2, "big")
+    key = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    (tmp_path / "x.png").write_bytes(raw[:at] + key + raw[at:])
+    x = both_ways(tmp_path / "x.png")
+    assert x[:, :, :8].float().mean() == 255
+    assert x[:, :, 8:].float().mean() == 100
+
+
+@report("pixels", "animated GIF or WebP", "sd-scripts#2210", "the first frame, said in a line")
+@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png"])
+def test_animations(tmp_path, name):
+    frames = [Image.new("RGB", (16, 16), (value,) * 3) for value in (50, 200)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    with pytest.warns(
+        Notice, match="10 of 10 images: an animation or a file of several pages, of which the first is used"
+    ):
+        x = read_one(tmp_path / name)
+    assert (x.float() - 50).abs().max() < 4
+    with pytest.warns(Notice, match="of which the first is used"):
+        open_image(tmp_path / name, (3, 16, 16))
+
+
+@report("pixels", "colour profile other than sRGB", "sd-scripts#2210", "converted to sRGB")
+def test_colour_profiles(tmp_path):
+    """In a profile whose red and green primaries are exchanged, green is red."""
+    source = np.zeros((16, 16, 3), np.uint8)
+    source[..., 1] = 255
+    Image.fromarray(source).save(tmp_path / "x.png", icc_profile=exchanged_profile())
+    x = both_ways(tmp_path / "x.png")
+    assert x[0].float().mean() > 250
+    assert x[1].float().mean() < 5
+
+
+def exchanged_profile():
+    """The sRGB profile under another name, with the tags of the red and the green primary exchanged."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for tag in (b"sRGB".decode("latin1").encode("utf-16-be"), b"sRGB"):
+        while (at := profile.find(tag)) >= 0:
+            profile[at : at + len(tag)] = "XRGB".encode("utf-16-be") if len(tag) > 4 else b"XRGB"
+    red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")
+    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(profile)
+
+
+@report("pixels", "damaged colour profile", "sd-scripts#2210", "taken as sRGB, said in a line")
+def test_damaged_profiles(tmp_path):
+    image = picture()
+    image.save(tmp_path / "x.png", icc_profile=b"nothing of the kind")
+    with pytest.warns(Notice, match="a colour profile that cannot be read; taken as sRGB"):
+        x = read_one(tmp_path / "x.png")
+    assert np.array_equal(x.permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+@report("pixels", "sRGB profile", "sd-scripts#2210", "pixels untouched")
+def test_srgb_profiles_change_nothing(tmp_path):
+    image = picture()
+    image.save(tmp_path / "x.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert np.array_equal(both_ways(tmp_path / "x.png").permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+@report("pixels", "CMYK, palette, 1-bit, grey and colour in one folder", "datasets#6735", "converted")
+def test_mixed_modes(tmp_path):
+    root = fill(tmp_path / "set", ["a", "b"])
+    colour = Image.new("RGB", (16, 16), (200, 100, 50))
+    colour.convert("CMYK").save(root / "a" / "c.jpg", quality=100)
+    colour.quantize(8).save(root / "a" / "p.gif")
+    Image.new("1", (16, 16), 1).save(root / "a" / "one.bmp")
+    Image.new("L", (16, 16), 77).save(root / "a" / "l.png")
+    assert sum(len(part) for part in advebm.load_data(f"folder:{root}", size=16)[2:]) == 44
+    assert (read_one(root / "a" / "c.jpg").float().mean((1, 2)) - torch.tensor([200.0, 100, 50])).abs().max() < 6
+    assert read_one(root / "a" / "one.bmp").min() == 255
+    assert set(read_one(root / "a" / "l.png").flatten().tolist()) == {77}
+
+
+@report("pixels", "photographs of 60 megapixels in a set", "", "read; as one image to edit refused with the limit")
+def test_large_photographs(tmp_path):
+    Image.new("L", (8_000, 7_500), 9).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="60,000,000 pixels, the most is 50,000,000"):
+        open_image(tmp_path / "x.png", (1, 16, 16), fit=True)
+    root = fill(tmp_path / "set", ["a", "b"])
+    (root / "a" / "x.png").write_bytes((tmp_path / "x.png").read_bytes())
+    assert sum(len(part) for part in Folder(str(root), size=16).load()[2:]) == 41
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "ImageNet": (("train", "val"), "read train as train, val as test; val cut from train"),
+    "three": (("train", "valid", "test"), "read train as train, valid as val, test as test"),
+    "upper case": (("Train", "Validation", "TEST"), "read Train as train, Validation as val, TEST as test"),
+    "dev": (("training", "dev", "testing"), "read training as train, dev as val, testing as test"),
+    "no validation": (("train", "test"), "read train as train, test as test; val cut from train"),
+    "train alone": (("train",), "read train as train; val and test cut from train"),
+}
+
+
+@report(
+    "folders",
+    "train/ and val/ without test/, valid/, Validation/, dev/, …",
+    "roboflow-python#153, ultralytics#4310",
+    "read as these splits, what is missing is cut from train, said in a line",
+)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_split_folders(tmp_path, name):
+    splits, said = LAYOUTS[name]
+    root = tmp_path / "set"
+    for split in splits:
+        fill(root / split, ["cat", "dog"], count=20)
+    with pytest.warns(Notice, match=f"{root}: {said}"):
+        data = advebm.load_data(f"folder:{root}", size=16)
+    assert data.classes == ("cat", "dog")
+    assert sum(map(len, data[2:])) == 40 * len(splits)
+    if len(splits) == 3:
+        assert [len(part) for part in data[2:]] == [40, 40, 40]
+    elif len(splits) == 2:
+        assert [len(part) for part in data[2:]] == [36, 4, 40]
+    levels = brightness(data, data.classes)
+    assert levels["cat"] < 50 < levels["dog"]
+    assert Folder(str(root), size=16).outline().classes == 2
+
+
+@report(
+    "folders", "val/ and test/ without train/, or two names of one split", "roboflow-python#153", "refused in a line"
+)
+def test_splits_that_make_no_sense(tmp_path):
+    for split in ("val", "test"):
+        fill(tmp_path / "a" / split, ["cat", "dog"])
+    with pytest.raises(UserError, match="has test and val, but no train"):
+        advebm.load_data(f"folder:{tmp_path / 'a'}")
+    for split in ("train", "val", "valid"):
+        fill(tmp_path / "b" / split, ["cat", "dog"])
+    with pytest.raises(UserError, match="has val and valid, which both mean val"):
+        advebm.load_data(f"folder:{tmp_path / 'b'}")
+
+
+@report("folders", "classes that are called train and test among others", "", "stay classes")
+def test_classes_with_the_names_of_splits(tmp_path):
+    data = Folder(str(fill(tmp_path / "set", ["bus", "plane", "test", "train"])), size=16).load()
+    assert data.classes == ("bus", "plane", "test", "train")
+
+
+@report(
+    "folders",
+    "test without some classes, or with them in another order",
+    "ultralytics#13936, #26192",
+    "matched by name, the missing ones named; unknown ones refused",
+)
+def test_classes_are_matched_by_name(tmp_path):
+    root = tmp_path / "set"
+    fill(root / "train", ["a", "b", "c"])
+    fill(root / "test", ["c"])
+    for path in (root / "test" / "c").iterdir():
+        Image.new("RGB", (16, 16), (100,) * 3).save(path)
+    with pytest.warns(UserWarning, match="there are no test images of a, b"):
+        data = Folder(str(root), size=16, val=0.2).load()
+    assert data.classes == ("a", "b", "c")
+    assert set(data.test.y.tolist()) == {2}
+    (root / "test" / "c").rename(root / "test" / "d")
+    with pytest.raises(UserError, match="test has the classes d, which train has not"):
+        Folder(str(root), size=16).load()
+
+
+@report(
+    "folders",
+    "test/ of a competition, images without classes",
+    "roboflow-python#153",
+    "left out, test is cut from train",
+)
+def test_unlabelled_test_folders(tmp_path):
+    root = tmp_path / "set"
+    fill(root / "train", ["a", "b"], 20)
+    fill(root, ["test"])
+    with pytest.warns(UserWarning, match="test has no sub-folders of classes; left out"):
+        data = Folder(str(root), size=16).load()
+    assert sum(map(len, data[2:])) == 40
+
+
+@report("folders", "__MACOSX, ._*, .DS_Store, Thumbs.db, desktop.ini", "vision#8297", "passed over")
+@pytest.mark.parametrize("corrupt", ["refuse", "skip"])
+def test_junk(tmp_path, corrupt):
+    root = fill(tmp_path / "set", ["a", "b"])
+    (root / "__MACOSX" / "a").mkdir(parents=True)
+    for name in ("__MACOSX/a/._0.png", "a/._0.png", "a/.DS_Store", "b/Thumbs.db", "b/desktop.ini"):
+        (root / name).write_bytes(b"\x00\x05\x16\x07")
+    data = Folder(str(root), size=16, corrupt=corrupt).load()
+    assert data.classes == ("a", "b")
+    assert sum(map(len, data[2:])) == 40
+
+
+@report("folders", "class folder without images", "vision#4925", "named; left out with --data.corrupt skip")
+def test_empty_classes(tmp_path):
+    root = fill(tmp_path / "set", ["a", "c"])
+    (root / "b").mkdir()
+    with pytest.raises(UserError, match=r"b holds no image .*--data.corrupt skip"):
+        Folder(str(root), size=16).load()
+    with pytest.warns(UserWarning, match="classes without training images are left out: b"):
+        data = Folder(str(root), size=16, corrupt="skip").load()
+    assert data.classes == ("a", "c")
+    assert set(data.train.y.tolist()) == {0, 1}
+    levels = brightness(data, data.classes)
+    assert levels["a"] < 50 < levels["c"]
+
+
+@report(
+    "folders",
+    ".heic, .svg, .txt and files of other kinds",
+    "gradio#2287, #6617",
+    "counted and named, with what reads them",
+)
+def test_files_of_other_kinds(tmp_path):
+    root = fill(tmp_path / "set", ["a", "b"])
+    for name in ("a/x.svg", "a/y.svg", "a/notes.txt"):
+        (root / name).write_bytes(b"x")
+    with pytest.warns(Notice, match="files that are not read as images: 2 .svg, 1 .txt"):
+        Folder(str(root), size=16).load()
+    try:
+        import pillow_heif  # noqa: F401
+    except ImportError:
+        (root / "a" / "z.heic").write_bytes(b"x")
+        with pytest.warns(Notice, match=r"1 .heic.*pip install pillow-heif"):
+            Folder(str(root), size=16).load()
+
+
+@report("folders", ".jfif, .avif, .jp2, .tif, .webp, .PNG", "gradio#2287", "read")
+def test_many_formats(tmp_path):
+    root = fill(tmp_path / "set", ["a", "b"])
+    kinds = {"x.jfif": "JPEG", "x.jp2": "JPEG2000", "x.tif": "TIFF", "x.webp": "WEBP", "X.PNG": "PNG", "x.pnm": "PPM"}
+    from PIL import features
+
+    kinds |= {"x.avif": "AVIF"} if features.check("avif") else {}
+    for name, kind in kinds.items():
+        picture().save(root / "a" / name, kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sum(map(len, Folder(str(root), size=16).load()[2:])) == 40 + len(kinds)
+
+
+@report("folders", "classes one level deeper than given", "", "the deeper folder is proposed")
+def test_a_folder_around_the_classes(tmp_path):
+    fill(tmp_path / "set" / "inside", ["a", "b"])
+    with pytest.raises(UserError, match=r"it has only inside; is .*inside meant\?"):
+        Folder(str(tmp_path / "set")).load()
+
+
+# Arrays ---------------------------------------------------------------------------------------------------------------
+
+
+def arrays(path, y, size=8, **more):
+    x = RNG.integers(0, 256, (len(y), size, size, 3), dtype=np.uint8)
+    np.savez(path, x=x, y=np.asarray(y), **more)
+    return x
+
+
+@report("labels", "gaps in the labels: {0, 2}, {1, 2}", "timm#957", "classes 0 and 2, none between")
+@pytest.mark.parametrize("labels", [(0, 2), (1, 2), (7, 3)])
+def test_gaps_in_labels(tmp_path, labels):
+    x = arrays(tmp_path / "s.npz", list(labels) * 20)
+    data = Npz(str(tmp_path / "s.npz")).load()
+    assert data.classes == tuple(map(str, sorted(labels)))
+    for split in data[2:]:
+        for image, label in zip(split.x, split.y.tolist(), strict=True):
+            position = next(i for i in range(40) if np.array_equal(x[i], image.permute(1, 2, 0).numpy()))
+            assert data.classes[label] == str(labels[position % 2])
+
+
+@report("labels", "test labels that no training image has", "timm#957", "refused in a line")
+def test_unknown_test_labels(tmp_path):
+    more = {"x_test": RNG.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8), "y_test": np.array([0, 2, 5, 5])}
+    arrays(tmp_path / "s.npz", [0, 2] * 20, **more)
+    with pytest.raises(UserError, match="s has test images of 5, but no such training images"):
+        Npz(str(tmp_path / "s.npz")).load()
+
+
+@report("labels", "labels of shape (N, 1)", "ART#1712", "read as (N,); one-hot refused in a line")
+def test_columns_of_labels(tmp_path):
+    arrays(tmp_path / "s.npz", [[0], [1]] * 20)
+    assert Npz(str(tmp_path / "s.npz")).load().train.y.ndim == 1
+    arrays(tmp_path / "s.npz", np.eye(2, dtype=int)[[0, 1] * 20])
+    with pytest.raises(UserError, match=r"y whole numbers \(N,\)"):
+        Npz(str(tmp_path / "s.npz")).load()
+
+
+NAMES = {
+    "the field's synthetic CIFAR-10": ("image", "label", {}),
+    "keras": ("x_train", "y_train", {"x_test": 10, "y_test": 10}),
+    "MedMNIST": (
+        "train_images",
+        "train_labels",
+        {"val_images": 6, "val_labels": 6, "test_images": 10, "test_labels": 10},
+    ),
+}
+
+
+@report("labels", "npz with image and label, x_train, train_images, …", "DM-Improves-AT, MedMNIST, keras", "read")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_names_of_arrays(tmp_path, name, save):
+    x, y, more = NAMES[name]
+    sizes = {x: 40, y: 40} | more
+    made = {
+        key: RNG.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8) if ("im" in key or "x" in key) else np.arange(n) % 2
+        for key, n in sizes.items()
+    }
+    save(tmp_path / "s.npz", **made)
+    data = Npz(str(tmp_path / "s.npz")).load()
+    assert sum(map(len, data[2:])) == sum(sizes.values()) // 2
+    if more:
+        key = next(k for k in more if "test" in k)
+        assert np.array_equal(data.test.x.permute(0, 2, 3, 1).numpy(), made[key])
+    everything = sorted(
+        np.ascontiguousarray(image).tobytes() for part in data[2:] for image in part.x.permute(0, 2, 3, 1).numpy()
+    )
+    assert everything == sorted(image.tobytes() for a in made.values() if a.ndim == 4 for image in a)
+
+
+@report("labels", "npz larger than memory allows twice", "DM-Improves-AT", "uncompressed arrays are memory-mapped")
+def test_arrays_are_mapped(tmp_path):
+    from advebm.data.npz import _read_arrays
+
+    x = arrays(tmp_path / "s.npz", [0, 1] * 20)
+    mapped = _read_arrays(tmp_path / "s.npz")["x"]
+    assert isinstance(mapped, np.memmap)
+    assert np.array_equal(mapped, x)
+    np.savez(tmp_path / "f.npz", x=np.asfortranarray(x), y=np.zeros(40, int))
+    assert np.array_equal(_read_arrays(tmp_path / "f.npz")["x"], x)
+
+
+# Sets of the Hub, through its library on local files ------------------------------------------------------------------
+
+
+def hub(root, columns, splits=("train", "test"), features=None):
+    """A data set of 40 images a split in the layout of the Hub; ``columns`` maps names to values or to ``IMAGES``."""
+    datasets = pytest.importorskip("datasets")
+    for split in splits:
+        cells = {
+            name: [png(20 + 40 * (i % 2) + i // 2) for i in range(40)] if values == "images" else values
+            for name, values in columns.items()
+        }
+        kinds = {name: datasets.Image() for name, values in columns.items() if values == "images"} | (features or {})
+        table = datasets.Dataset.from_dict(cells)
+        for name, kind in kinds.items():
+            table = table.cast_column(name, kind)
+        (root / "data").mkdir(parents=True, exist_ok=True)
+        table.to_parquet(root / "data" / f"{split}-00000-of-00001.parquet")
+    return root
+
+
+def png(level):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (level,) * 3).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.fixture
+def load_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf" / "datasets"))
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
+    datasets.disable_progress_bars()
+    return lambda root, **options: advebm.load_data(f"hf:{root}", **options)
+
+
+@report("labels", "Hub set with labels as text", "DashAI#678", "classes in alphabetical order")
+def test_hub_text_labels(tmp_path, load_hub):
+    data = load_hub(hub(tmp_path / "set", {"image": "images", "label": ["dog", "cat"] * 20}), val=0.2)
+    assert data.classes == ("cat", "dog")
+    levels = brightness(data, data.classes)
+    assert levels["dog"] < 50 < levels["cat"]
+
+
+@report("labels", "Hub set with missing labels or images", "DashAI#678", "named; left out with --data.corrupt skip")
+def test_hub_nulls(tmp_path, load_hub):
+    root = hub(tmp_path / "set", {"image": "images", "label": [0, None, *[1, 0] * 19]})
+    with pytest.raises(UserError, match=r"1 of 40 images have no label, .*train 1; .*--data.corrupt skip"):
+        load_hub(root)
+    assert len(load_hub(root, corrupt="skip", val=0.2).test) == 39
+    cells = [None] + [png(9)] * 39
+    root = hub(
+        tmp_path / "other",
+        {"image": cells, "label": [0, 1] * 20},
+        features={"image": pytest.importorskip("datasets").Image()},
+    )
+    with pytest.raises(UserError, match=r"1 of 40 images cannot be read: .*train 0 is empty"):
+        load_hub(root)
+    with pytest.warns(UserWarning, match="1 of 40 images cannot be read"):
+        assert len(load_hub(root, corrupt="skip", val=0.2).test) == 39
+
+
+@report("labels", "Hub set whose labels have gaps, or names that no image has", "timm#957", "no class without images")
+def test_hub_label_gaps(tmp_path, load_hub):
+    data = load_hub(hub(tmp_path / "set", {"image": "images", "label": [1, 2] * 20}), val=0.2)
+    assert data.classes == ("1", "2")
+    names = pytest.importorskip("datasets").ClassLabel(names=["ant", "bee", "cow"])
+    root = hub(tmp_path / "other", {"image": "images", "label": [2, 1] * 20}, features={"label": names})
+    with pytest.warns(UserWarning, match="classes without training images are left out: ant"):
+        data = load_hub(root, val=0.2)
+    assert data.classes == ("bee", "cow")
+    levels = brightness(data, data.classes)
+    assert levels["cow"] < 50 < levels["bee"]
+
+
+@report("labels", "Hub set with the split train only", "donut#57", "validation and test are cut from it")
+def test_hub_train_only(tmp_path, load_hub):
+    data = load_hub(hub(tmp_path / "set", {"image": "images", "label": [0, 1] * 20}, ["train"]), val=0.1)
+    assert [len(part) for part in data[2:]] == [28, 4, 8]
+
+
+@report("labels", "Hub set with train, validation and test", "transformerlab#163", "each is used as what it is")
+def test_hub_three_splits(tmp_path, load_hub):
+    data = load_hub(hub(tmp_path / "set", {"image": "images", "label": [0, 1] * 20}, ["train", "validation", "test"]))
+    assert [len(part) for part in data[2:]] == [40, 40, 40]
+
+
+@report(
+    "labels",
+    "Hub set with columns of other names",
+    "transformerlab#163",
+    "found by type and usual names, or given as options",
+)
+def test_hub_columns(tmp_path, load_hub):
+    for image, label in (("pixel_values", "cls"), ("jpg", "target")):
+        assert len(load_hub(hub(tmp_path / image, {image: "images", label: [0, 1] * 20}), val=0.2).test) == 40
+    root = hub(tmp_path / "odd", {"scan": "images", "mask": "images", "kind": [0, 1] * 20})
+    with pytest.raises(UserError, match=r"needs one of .*; say which it is: --data.image_column NAME"):
+        load_hub(root)
+    with pytest.raises(UserError, match=r"no column for --data.label_column 'kinds' \(did you mean 'kind'"):
+        load_hub(root, image_column="scan", label_column="kinds")
+    assert load_hub(root, image_column="scan", label_column="kind", val=0.2).classes == ("0", "1")
+
+
+@report(
+    "labels", "Hub set with splits of other names", "donut#57", "given as --data.train_split, val_split, test_split"
+)
+def test_hub_splits(tmp_path, load_hub, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"image": [png(20 + 40 * (i % 2) + i) for i in range(40)], "label": [0, 1] * 20})
+    rows = rows.cast_column("image", datasets.Image())
+    loaded = datasets.DatasetDict({"labelled": rows, "unlabeled": rows, "heldout": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: loaded)
+    with pytest.raises(UserError, match=r"say which to train on: --data.train_split NAME"):
+        load_hub("some/set")
+    assert len(load_hub("some/set", train_split="labelled", test_split="heldout", val=0.2).test) == 40
+    with pytest.raises(UserError, match=r"no split for --data.test_split 'held' \(did you mean 'heldout'"):
+        load_hub("some/set", train_split="labelled", test_split="held")
+
+
+@report("labels", "Hub labels that are lists or fractions", "DashAI#678", "refused in a line")
+@pytest.mark.parametrize("label", [[0, 1], 0.5])
+def test_hub_strange_labels(tmp_path, load_hub, label):
+    with pytest.raises(UserError, match="a label is a whole number or a text"):
+        load_hub(hub(tmp_path / "set", {"image": "images", "label": [label] * 40}))
+
+
+def table():
+    """Return the table of all inputs as Markdown."""
+    lines = ["| input | reported as | what happens |", "| --- | --- | --- |"]
+    area = None
+    for kind, given, where, outcome in TABLE:
+        if kind != area:
+            lines.append(f"| **{kind}** | | |")
+            area = kind
+        lines.append(f"| {given} | {where} | {outcome} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
