@@ -7,17 +7,22 @@ import io
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from torch import nn
 
 import advebm
+from advebm.attacks.apgd import APGD
+from advebm.attacks.projected import Attack
 from advebm.core.errors import Notice, UserError
 from advebm.data.decode import open_image
 from advebm.data.folders import Folder
 from advebm.data.npz import Npz
+from advebm.metrics.verdicts import find_verdicts
 
 TABLE = []  # (area, input, report, what happens)
 
@@ -627,6 +632,187 @@ def test_hub_splits(tmp_path, load_hub, monkeypatch):
 def test_hub_strange_labels(tmp_path, load_hub, label):
     with pytest.raises(UserError, match="a label is a whole number or a text"):
         load_hub(hub(tmp_path / "set", {"image": "images", "label": [label] * 40}))
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def net(classes=4, seed=0):
+    """A small network on images of any size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes)
+        )
+
+
+class Returns(nn.Module):
+    """A network that returns what ``make`` makes of its logits."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.net, self.make = net(), make
+
+    def forward(self, x):
+        return self.make(self.net(x))
+
+
+def images(count=6, height=12, width=12):
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(3))
+
+
+OUTPUTS = {
+    "tuple": lambda z: (z, z.exp()),
+    "list": lambda z: [z],
+    "dict of logits": lambda z: {"hidden": z.exp(), "logits": z},
+    "dict of one tensor": lambda z: {"out": z},
+    "Hugging Face": lambda z: SimpleNamespace(loss=None, logits=z),
+}
+
+
+@report(
+    "models",
+    "a tuple, a dict or an object with .logits as output",
+    "torchattacks#193, foolbox#736",
+    "the logits are found",
+)
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_are_unwrapped(kind):
+    x, y, plain = images(), torch.arange(6) % 4, net()
+    for model in (Returns(OUTPUTS[kind]), advebm.wrap(Returns(OUTPUTS[kind]))):
+        assert torch.allclose(advebm.energy(model, x, y), advebm.energy(plain, x, y))
+        expected = advebm.attack(plain, x, y, eps=0.1, steps=3)
+        assert torch.allclose(advebm.attack(model, x, y, eps=0.1, steps=3), expected, atol=1e-6)
+
+
+@report("models", "an output in which logits are not found", "foolbox#736", "refused in a line that lists its parts")
+def test_outputs_without_logits():
+    with pytest.raises(UserError, match="returns a dict with a, b, in which logits are not found"):
+        advebm.energy(Returns(lambda z: {"a": z, "b": z}), images())
+
+
+@report("models", "float64, float16 and bfloat16 models, float64 images", "cleverhans#1224, ART#2475", "cast")
+@pytest.mark.parametrize("weights", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pixels", [torch.float32, torch.float64, torch.float16])
+def test_types(weights, pixels):
+    x, y = images().to(pixels), torch.arange(6) % 4
+    model, exact = net().to(weights), net()
+    for given in (model, advebm.wrap(model)):
+        energy = advebm.energy(given, x, y)
+        assert torch.allclose(energy.float(), advebm.energy(exact, x.float(), y), atol=0.05)
+        moved = advebm.attack(given, x, y, eps=0.1, steps=2)
+        assert ((moved.float() - x.float()).abs() <= 0.1 + 1e-3).all()
+        assert advebm.energy(given, moved, y).mean() > energy.mean() - 1e-3
+    assert all(p.dtype == weights for p in model.parameters())
+
+
+@report("models", "torch.inference_mode() around a call", "lightning#14497, #19910", "works")
+def test_inference_mode():
+    y, data = torch.arange(6) % 4, "digits"
+    expected = advebm.attack(net(), images(), y, eps=0.1, steps=2)
+    digits = advebm.load_recipe("digits-at").backbone.build(1, 8)[0]
+    model = nn.Sequential(digits, nn.LazyLinear(10)).eval()
+    model(torch.zeros(1, 1, 8, 8))
+    outside = net()
+    with torch.inference_mode():
+        x, labels = images(), torch.arange(6) % 4
+        assert torch.equal(advebm.attack(outside, x, labels, eps=0.1, steps=2), expected)
+        assert advebm.energy(outside, x, labels).shape == (6,)
+        assert advebm.sample(model, torch.arange(3), data=data, steps=2).shape == (3, 1, 8, 8)
+        inside = net()
+        with pytest.raises(UserError, match=r"made under torch.inference_mode\(\)"):
+            advebm.attack(inside, x, labels, eps=0.1)
+    with torch.no_grad():
+        assert torch.equal(advebm.attack(outside, images(), y, eps=0.1, steps=2), expected)
+
+
+class WithoutGradient(Returns):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@report("models", "a forward under torch.no_grad()", "lightning#19910", "named")
+@pytest.mark.parametrize("attack", [Attack(eps=0.1), APGD(eps=0.1)])
+def test_a_model_without_gradient(attack):
+    model, y = WithoutGradient(lambda z: z), torch.arange(6) % 4
+    with pytest.raises(UserError, match=r"no gradient .* images: its forward runs under torch.no_grad"):
+        advebm.attack(model, images(), y, eps=0.1)
+    with pytest.raises(UserError, match=r"no gradient with respect to the images"):
+        find_verdicts(advebm.wrap(model), images(), y, attack, seed=0)
+
+
+@report("models", "channels_last images and a model that uses .view", "auto-attack#66", "works")
+def test_channels_last():
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3 * 12 * 12, 4)
+
+        def forward(self, x):
+            return self.linear(x.view(len(x), -1))
+
+    model, x, y = Viewing(), images(), torch.arange(6) % 4
+    for given in (model, advebm.wrap(model)):
+        expected = advebm.attack(given, x, y, eps=0.1, steps=2)
+        assert torch.equal(advebm.attack(given, x.to(memory_format=torch.channels_last), y, eps=0.1, steps=2), expected)
+
+
+@report(
+    "models",
+    "a model that ends in softmax or log-softmax",
+    "",
+    "refused; almost one-hot or constant: warned",
+)
+def test_probabilities():
+    x = images()
+    with pytest.raises(UserError, match="returns probabilities"):
+        advebm.energy(Returns(lambda z: z.softmax(1)), x)
+    with pytest.raises(UserError, match="returns log-probabilities, whose energy is 0"):
+        advebm.energy(Returns(lambda z: z.log_softmax(1)), x)
+    constant = Returns(lambda z: z * 0 + torch.tensor([1.0, 0, 0, 0]))
+    almost = Returns(lambda z: (z * 1e-7).abs() + torch.tensor([0.9999, 0, 0, 0.0001]))
+    for model in (constant, almost):
+        with pytest.warns(UserWarning, match="if the model returns probabilities .*; else this is chance"):
+            energy = advebm.energy(model, x)
+        assert torch.allclose(energy, torch.full((6,), -torch.tensor([1.0, 0, 0, 0]).logsumexp(0).item()), atol=1e-3)
+    unlucky = Returns(lambda z: z * 0 - 0.5)
+    advebm.energy(unlucky, x)
+
+
+@report(
+    "models",
+    "images outside [0, 1] by rounding, as after resizing",
+    "",
+    "clamped; the normalised is refused",
+)
+def test_rounding():
+    x, y = images(), torch.arange(6) % 4
+    rounded = x.clone()
+    rounded[0, 0, 0, 0], rounded[0, 0, 0, 1] = 1 + 1.2e-7, -1e-6
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 1, 0
+    assert torch.equal(advebm.energy(net(), rounded), advebm.energy(net(), x))
+    assert advebm.attack(net(), rounded, y, eps=0.1, steps=1).max() <= 1
+    with pytest.raises(UserError, match=r"got \[.*, 1.01\]; undo the normalisation"):
+        advebm.energy(net(), x * 1.01)
+
+
+@report("models", "rectangular images", "ART#1244, auto-attack#95", "train and sample on networks that take them")
+def test_rectangles(tmp_path):
+    x = RNG.integers(0, 256, (120, 8, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "s.npz", x=x, y=np.arange(120) % 2)
+    options = {"data": f"npz:{tmp_path / 's.npz'}", "backbone": "resnet", "backbone.depth": 8, "backbone.width": 4}
+    options |= {"train.images": 200, "train.batch": 40, "train.validate_every": 200}
+    run = advebm.train("digits-at", options=options, folder=tmp_path / "run")
+    model = advebm.load(run.folder)
+    assert advebm.sample(model, torch.tensor([0, 1]), data=run.data, steps=2).shape == (2, 3, 8, 16)
+    options = {"data": options["data"], "train.batch": 40, "backbone": "own:tests.test_inputs:square_net"}
+    with pytest.raises(UserError, match="the network does not take images of 3 x 8 x 16"):
+        advebm.train("digits-at", options=options, folder=tmp_path / "no")
+
+
+def square_net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
 
 
 def table():

@@ -26,6 +26,7 @@ from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run, new_folder
 from advebm.sampling import generate
 from advebm.training import loop
+from advebm.workflows.adopt import open_run
 
 
 @torch.inference_mode(False)
@@ -164,7 +165,7 @@ def evaluate(
     model: nn.Module,
     *,
     data: Data | str,
-    threat: Attack,
+    threat: Attack | None = None,
     metrics: Iterable[Metric] | None = None,
     samples: Mapping[str, SampleSet] | None = None,
     features: Network | str | None = None,
@@ -172,10 +173,16 @@ def evaluate(
 ) -> list[Record]:
     """Measure a model on the test split; by default its accuracy, clean and under ``threat``.
 
+    Without ``threat`` a model is attacked as it was trained to withstand, if that is known, as it is of what
+    :func:`load` returns.
+
     The metric of sample quality judges ``samples``, sets by name, in the feature space ``features``: a classifier, or a
     text for :func:`advebm.evaluation.evaluate.find_space`: ``"inception"``, ``"pixels"``, a run or a model.
     """
     data = load_data(data) if isinstance(data, str) else data
+    threat = threat or getattr(model, "threat", None)
+    if threat is None:
+        raise UserError("no threat model is known of this model; give one, such as threat=Attack(eps=8 / 255)")
     space = None
     if isinstance(features, str):
         space = evaluation.find_space(features).load(device_of(model))
@@ -230,7 +237,7 @@ def load_data(name: str, **settings: Any) -> Data:
 
 def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), out: str | Path | None = None) -> Path:
     """Write the run's ``report.html``, with other runs ``beside`` it for comparison, and return its path."""
-    first, *others = (r if isinstance(r, Run) else Run.open(r) for r in (run, *beside))
+    first, *others = (r if isinstance(r, Run) else open_run(r) for r in (run, *beside))
     return build_report(first, beside=others, out=None if out is None else Path(out))
 
 

@@ -489,7 +489,7 @@ def test_the_command_line_on_a_run(small_run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["own_models:bright"], "own_models:bright is not a run, which knows its images: give --data NAME"),
+        (["own_models:bright"], "own_models:bright says nothing of its images: give --data NAME"),
         (["own_models:bright", "--data.path", "x"], "give --data NAME"),
         (["own_models:nothing", "--data", "digits"], "'own_models:nothing' cannot be imported"),
         (["nowhere", "--data", "digits"], "there is no run or model at nowhere"),

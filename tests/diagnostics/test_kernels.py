@@ -180,7 +180,7 @@ def test_the_command_checks_a_model(small_run, capsys):
     assert cli.main(["doctor", "--machine", "--device", "cuda"]) == 2
     assert "--machine checks the CPU" in capsys.readouterr().err
     assert cli.main(["doctor"]) == 2
-    assert "doctor takes a MODEL, or --machine" in capsys.readouterr().err
+    assert "doctor takes a RUN or any model, or --machine" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="a kernel of x86")

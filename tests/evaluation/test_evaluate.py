@@ -114,9 +114,9 @@ def test_a_model_is_not_a_run(run, capsys):
     assert cli.main(["evaluate"]) == 2
     assert "takes a RUN, or --model" in capsys.readouterr().err
     assert cli.main(["evaluate", "--model", "tests.evaluation.test_evaluate:module"]) == 2
-    assert "needs --data" in capsys.readouterr().err
+    assert "says nothing of its images: give --data" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run.folder), "--data", "digits"]) == 2
-    assert "go with --model" in capsys.readouterr().err
+    assert "has its own data" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run.folder), "--suite", "cem", "--metrics", "accuracy"]) == 2
     assert "leave --metrics out" in capsys.readouterr().err
 

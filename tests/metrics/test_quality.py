@@ -281,7 +281,9 @@ def test_what_features_may_name(tmp_path):
     assert find_space("hf:user/name") == ClassifierFeatures("hf:user/name")
     assert find_space("hf:user/name").judge == "hf:user/name"
     assert find_space(tmp_path / "a").name == "features of a"
-    assert find_space(tmp_path / "a").judge == str(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text("{}")
+    assert find_space(tmp_path / "b").judge == str(tmp_path / "b")
     with pytest.raises(UserError, match="no option 'path'"):
         find_space("pixels:x")
     with pytest.raises(UserError, match="there is no run or model at"):

@@ -573,7 +573,7 @@ def test_encoders_are_neither_edited_nor_on_the_page(own, capsys):
     assert cli("edit", "translate", own.folder, "--class", 3, "--split", "test", "--count", 2) == 2
     assert "the model is an encoder, which has no logits" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match=f"probe it first: advebm probe {own.folder}"):
-        open_studios([own.folder])
+        open_studios([own])
 
 
 def test_a_classifier_is_no_encoder(small_run, tmp_path, capsys):

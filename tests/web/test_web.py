@@ -494,7 +494,7 @@ def test_searches_on_a_model_take_turns(studio):
 
 
 def test_the_first_sample_is_there_in_three_seconds(small_run):
-    (studio,) = server.open_studios([small_run.folder]).values()
+    (studio,) = server.open_studios([small_run]).values()
     begun = time.perf_counter()
     sampling.sample(studio, studio.sampler(), EVERY, 20, 0, Job())
     assert time.perf_counter() - begun < 3

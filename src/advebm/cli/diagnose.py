@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 
-from advebm.cli.options import Overrides, Verbs, check_at_least
+from advebm.cli.options import Overrides, Verbs, check_at_least, split_blocks
 from advebm.core import console
 from advebm.core.errors import UserError
 
@@ -37,14 +37,15 @@ def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.evaluation.compare import by_title
     from advebm.reporting.diagnostics import diagnose
     from advebm.reporting.terminal import figures_list
-    from advebm.runs.run import Run
+    from advebm.workflows.adopt import open_run
     from advebm.workflows.devices import choose_device
     from advebm.workflows.sample import choose_sampler
 
     check_at_least(args, 2, "images", "steps")
     if not args.reach > 0:
         raise UserError(f"--reach must be > 0, got {args.reach}")
-    runs = [Run.open(path) for path in args.runs]
+    places, overrides = split_blocks(overrides, "data")
+    runs = [open_run(where, places) for where in args.runs]
     options = {"count": args.images, "along": args.along, "reach": args.reach, "steps": args.steps, "seed": args.seed}
     options |= {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
     options["sampler"] = choose_sampler(runs[0], args.method, overrides)
@@ -64,16 +65,11 @@ def add_doctor(verbs: Verbs) -> None:
         "Takes --data.option VALUE and --threat.option VALUE.",
         takes=("data", "threat"),
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a run, a model's folder, hf:USER/NAME or PACKAGE.MODULE:FACTORY of your own",
-    )
+    parser.add_run(optional=True)
     parser.add_argument(
         "--machine",
         action="store_true",
-        help="check this machine instead: its speed, and the convolutions of MODEL (of CIFAR-10 recipes) by float64",
+        help="check this machine instead: its speed, and the convolutions of RUN (of CIFAR-10 recipes) by float64",
     )
     parser.add_argument("--images", type=int, default=300, metavar="N", help="test images to try it on (300)")
     parser.add_shared("seed", "checkpoint")
@@ -88,10 +84,10 @@ def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
 
     if args.machine:
         return _check_this_machine(args, overrides)
-    if args.model is None:
-        raise UserError("doctor takes a MODEL, or --machine to check this machine")
+    if args.run is None:
+        raise UserError("doctor takes a RUN or any model, or --machine to check this machine")
     options = {"images": args.images, "checkpoint": args.checkpoint, "seed": args.seed, "device": args.device}
-    findings = examine_model(args.model, overrides, **options)
+    findings = examine_model(args.run, overrides, **options)
     if args.json:
         for finding in findings:
             print(json.dumps(dataclasses.asdict(finding)))
@@ -109,7 +105,7 @@ def _check_this_machine(args: argparse.Namespace, overrides: Overrides) -> int:
         raise UserError(f"--machine checks the CPU, got --device {args.device}")
     if not args.json:
         print(hardware.report("cpu"))
-    result = check_machine(args.model, overrides, checkpoint=args.checkpoint)
+    result = check_machine(args.run, overrides, checkpoint=args.checkpoint)
     if args.json:
         for verdict in (result.known, *result.verdicts):
             print(json.dumps({**dataclasses.asdict(verdict), "wrong": verdict.wrong}))

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from advebm.cli.options import Overrides, Verbs
+from advebm.cli.options import Overrides, Verbs, split_blocks
 from advebm.core import config, console
 from advebm.core.config import KINDS
 from advebm.core.errors import UserError, unknown_name
@@ -41,9 +41,7 @@ def add_edit(verbs: Verbs) -> None:
     parser.add_argument("--class", dest="goal", metavar="K", help="the class to move to, by name or number; none: E(x)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="white where pixels are to be made: inpaint, paint")
     parser.add_argument("--box", metavar="L,T,R,B", help="a rectangle as the mask; the middle half for inpaint")
-    parser.add_argument(
-        "--with", dest="others", type=Path, action="append", default=[], metavar="RUN", help="compose: too"
-    )
+    parser.add_argument("--with", dest="others", action="append", default=[], metavar="RUN", help="compose: too")
     parser.add_argument("--classes", metavar="K,K", help="compose: a class a model, or several of the one")
     parser.add_argument("--amount", metavar="A", help="translate: short for --edit.amount; 0 nothing, 1 all steps")
     parser.add_argument("--film", action="store_true", help="also film.gif")
@@ -53,15 +51,16 @@ def add_edit(verbs: Verbs) -> None:
 
 def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.terminal import numbers_table
-    from advebm.runs.run import Run
     from advebm.sampling import edit_job
+    from advebm.workflows.adopt import open_run
     from advebm.workflows.devices import choose_device
 
     _check_arguments(args)
+    places, overrides = split_blocks(overrides, "data")
     request = edit_job.EditRequest(
-        run=Run.open(args.run),
-        others=tuple(Run.open(path) for path in args.others),
-        source=Run.open(args.source) if args.source else None,
+        run=open_run(args.run, places),
+        others=tuple(open_run(where, places) for where in args.others),
+        source=open_run(args.source) if args.source else None,
         images=tuple(args.image or ()),
         split=args.split,
         count=args.count,

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from advebm.cli.options import FEATURES, Overrides, Verbs
+from advebm.cli.options import FEATURES, Overrides, Verbs, split_blocks
 from advebm.core import config, console, processes
 from advebm.core.errors import UserError
 
@@ -20,7 +20,7 @@ def add_evaluate(verbs: Verbs) -> None:
         takes=("threat", "metrics", "data", "normalise"),
         shared=True,
     )
-    parser.add_argument("run", type=Path, nargs="?", metavar="RUN")
+    parser.add_run(optional=True)
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -44,16 +44,16 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.attacks.projected import Attack
     from advebm.evaluation.suites import suite
     from advebm.reporting.terminal import record_table
-    from advebm.runs.run import Run, new_folder
-    from advebm.workflows.adopt import adopt
+    from advebm.runs.run import new_folder
+    from advebm.workflows.adopt import adopt, open_run
     from advebm.workflows.evaluate import measure
 
     tier = args.tier or "standard"
     if (args.run is None) == (args.model is None):
         raise UserError("evaluate takes a RUN, or --model and --data for a model without one")
-    metric_overrides = [pair for pair in overrides if pair[0].partition(".")[0] in ("threat", "metrics")]
-    if args.model is None and (args.out or metric_overrides != overrides):
-        raise UserError("--out, --data and --normalise go with --model; a run has its own")
+    metric_overrides, data_overrides = split_blocks(overrides, "threat", "metrics")
+    if args.model is None and args.out:
+        raise UserError("--out goes with --model; what is given as RUN has its own folder, or one in runs/models")
     if args.tier and not args.suite:
         raise UserError("--tier goes with --suite")
     if args.suite:
@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.model and processes.rank_and_world()[1] > 1:
         raise UserError("--model makes a run, which takes one process; evaluate that RUN with several")
     if args.model is None:
-        run = Run.open(args.run)
+        run = open_run(args.run, data_overrides, device=args.device)
     else:
         folder = args.out or new_folder(Path("runs"), "model")
         run = adopt(args.model, folder, overrides, device=args.device)
@@ -102,11 +102,12 @@ def add_probe(verbs: Verbs) -> None:
 def probe(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.metrics.probing import NearestNeighbours, Probe
     from advebm.reporting.terminal import record_table
-    from advebm.runs.run import Run
+    from advebm.workflows.adopt import open_run
     from advebm.workflows.devices import choose_device
     from advebm.workflows.probe import measure_probe, probe
 
-    run = Run.open(args.run)
+    places, overrides = split_blocks(overrides, "data")
+    run = open_run(args.run, places)
     neighbours = NearestNeighbours(args.neighbours, args.branch)
     options = {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
     folder = args.out or run.folder.with_name(f"{run.folder.resolve().name}-probe")
@@ -134,10 +135,11 @@ def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.build import report
     from advebm.reporting.terminal import runs_table
     from advebm.runs.recipe import resolve
-    from advebm.runs.run import Run
+    from advebm.workflows.adopt import open_run
     from advebm.workflows.devices import choose_device
 
-    runs = [Run.open(folder) for folder in args.runs]
+    places, overrides = split_blocks(overrides, "data")
+    runs = [open_run(where, places) for where in args.runs]
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
     options = {"features": args.features, "seed": args.seed, "device": choose_device(args.device)}
     records = compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)

@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from advebm.core.errors import UserError, suggest
@@ -14,6 +13,10 @@ Call = Callable[[argparse.Namespace, Overrides], int | None]
 BLOCKS = {"data": "source", "backbone": "backbone", "objective": "objective", "sampler": "sampler"}
 BLOCKS |= {"optimizer": "optimizer", "schedule": "schedule", "outside": "source", "extra": "source"}
 
+RUN = (
+    "a run; or any model, around which a run is made: its folder, one of the package, hf:USER/NAME, a weight file, "
+    "PACKAGE.MODULE:FACTORY or PACKAGE.MODULE:FACTORY@WEIGHTS, with --data where it does not say its own"
+)
 FEATURES = (
     "what judges the samples: the classifier of a run or model (its own by default), pixels, inception (downloads its "
     "weights once), or inception:PATH of torch-fidelity's weight file"
@@ -40,9 +43,12 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"no command {match[1]!r}{suggest(match[1], known)}; there is {', '.join(known)}")
         raise UserError(f"{message}; see {self.prog} --help")
 
-    def add_run(self, *, several: bool = False) -> None:
-        name, nargs = ("runs", "+") if several else ("run", None)
-        self.add_argument(name, type=Path, metavar="RUN", nargs=nargs)
+    def add_run(self, *, several: bool = False, optional: bool = False) -> None:
+        """Add the run or runs, as references to be opened by ``open_run``, and the options of their data."""
+        name, nargs = ("runs", "+") if several else ("run", "?" if optional else None)
+        self.add_argument(name, metavar="RUN", nargs=nargs, help=RUN)
+        takes = self.get_default("takes")
+        self.set_defaults(takes=takes if "data" in takes else (*takes, "data"))
 
     def add_shared(self, *names: str) -> None:
         """Add options of :data:`SHARED`, in this order."""
@@ -103,6 +109,12 @@ def check_options(args: argparse.Namespace, unexpected: Sequence[str], overrides
         if (block := name.partition(".")[0]) not in args.takes:
             what = f"this command takes {allowed or 'no options of a recipe'}"
             raise UserError(f"no option --{name}{suggest(block, args.takes)}; {what}")
+
+
+def split_blocks(overrides: Overrides, *blocks: str) -> tuple[Overrides, Overrides]:
+    """Return the overrides of these blocks of a recipe, and all others."""
+    chosen = [pair for pair in overrides if pair[0].partition(".")[0] in blocks]
+    return chosen, [pair for pair in overrides if pair not in chosen]
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:

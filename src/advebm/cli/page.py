@@ -20,7 +20,9 @@ def add_app(verbs: Verbs) -> None:
 
 def app(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.web.server import serve
+    from advebm.workflows.adopt import open_run
     from advebm.workflows.devices import choose_device
 
     options = {"host": args.host, "port": args.port, "checkpoint": args.checkpoint}
-    serve(args.runs, **options, device=choose_device(args.device), say=print)
+    runs = [open_run(where, overrides) for where in args.runs]
+    serve(runs, **options, device=choose_device(args.device), say=print)

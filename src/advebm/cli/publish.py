@@ -10,14 +10,15 @@ from advebm.cli.options import Overrides, Parser, Verbs
 def add_report(verbs: Verbs) -> None:
     parser = verbs.add("report", report, "Write RUN/report.html.")
     parser.add_run()
-    parser.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="compare with a run")
+    parser.add_argument("--beside", action="append", default=[], metavar="RUN", help="compare with a run")
 
 
 def report(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.build import report
-    from advebm.runs.run import Run
+    from advebm.workflows.adopt import open_run
 
-    print(report(Run.open(args.run), beside=[Run.open(path) for path in args.beside]))
+    first, *beside = (open_run(where, overrides) for where in (args.run, *args.beside))
+    print(report(first, beside=beside))
 
 
 def add_export(verbs: Verbs) -> None:
@@ -29,9 +30,9 @@ def add_export(verbs: Verbs) -> None:
 
 def export(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.card import write_model
-    from advebm.runs.run import Run
+    from advebm.workflows.adopt import open_run
 
-    print(write_model(Run.open(args.run), args.folder, checkpoint=args.checkpoint, weights=args.weights))
+    print(write_model(open_run(args.run, overrides), args.folder, checkpoint=args.checkpoint, weights=args.weights))
 
 
 def add_push(verbs: Verbs) -> None:
@@ -44,10 +45,10 @@ def add_push(verbs: Verbs) -> None:
 def push(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.models import hub
     from advebm.reporting.card import write_model
-    from advebm.runs.run import Run
+    from advebm.workflows.adopt import open_run
 
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Run.open(args.run), Path(folder), checkpoint=args.checkpoint, weights=args.weights)
+        write_model(open_run(args.run, overrides), Path(folder), checkpoint=args.checkpoint, weights=args.weights)
         print(hub.push(Path(folder), args.name, private=args.private))
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from advebm.cli.options import FEATURES, WAYS, Overrides, Verbs, check_at_least
+from advebm.cli.options import FEATURES, WAYS, Overrides, Verbs, check_at_least, split_blocks
 from advebm.core import processes
 from advebm.core.config import KINDS
 from advebm.core.errors import UserError
@@ -40,8 +40,8 @@ def add_sample(verbs: Verbs) -> None:
 def sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """Draw a set and print the path of its grid; or compare methods and print their records and the figure's path."""
     from advebm.reporting.terminal import runs_table
-    from advebm.runs.run import Run
     from advebm.workflows import sample as workflow
+    from advebm.workflows.adopt import open_run
 
     check_at_least(args, 1, "per_class", "steps", "processes", "batch", "seeds")
     if (args.seeds or args.features) and not args.compare:
@@ -50,7 +50,8 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
         raise UserError("--compare names the methods, and each set after its own; leave --method and --name out")
     if processes.rank_and_world()[1] > 1 and (args.compare or args.processes > 1):
         raise UserError("--compare and --processes take one process; leave them out, or run it without torchrun")
-    run = Run.open(args.run)
+    places, overrides = split_blocks(overrides, "data")
+    run = open_run(args.run, places)
     if args.steps:
         overrides = [*overrides, ("sampler.steps", args.steps)]
     options = {"per_class": args.per_class, "seed": args.seed, "checkpoint": args.checkpoint, "batch": args.batch}
@@ -96,15 +97,17 @@ def add_tune_sampler(verbs: Verbs) -> None:
 def tune_sampler(args: argparse.Namespace, overrides: Overrides) -> None:
     """Search settings; print the ten best trials, and the paths of the best settings and of the figure."""
     from advebm.reporting.terminal import numbers_table
-    from advebm.runs.run import Run
     from advebm.sampling.tune import SETTINGS
     from advebm.workflows import sample as workflow
+    from advebm.workflows.adopt import open_run
 
     check_at_least(args, 1, "per_class")
     values = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     options = {"by": args.by, "features": args.features, "per_class": args.per_class, "seed": args.seed}
     options |= {"checkpoint": args.checkpoint, "device": args.device}
-    trials, best, figure = workflow.tune_sampler(Run.open(args.run), args.method, overrides, values, **options)
+    places, overrides = split_blocks(overrides, "data")
+    run = open_run(args.run, places)
+    trials, best, figure = workflow.tune_sampler(run, args.method, overrides, values, **options)
     rows = {}
     for number, trial in enumerate(trials[:10], 1):
         settings = {name: value for name in SETTINGS if (value := trial["sampler"][name]) is not None}

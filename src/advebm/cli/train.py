@@ -87,21 +87,23 @@ def _add_training_options(parser: Parser) -> None:
 
 def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
     """Train as the options say and return the run; None if only the recipe or its cost was to be printed."""
+    from advebm.models.factory import find_root
     from advebm.runs.recipe import dump
     from advebm.runs.run import Run, new_folder
     from advebm.workflows.train import find_recipe, fit
 
     if args.resume is not None:
-        if overrides or args.out or args.init or args.model or args.fast or args.labels or args.seed is not None:
+        moved = all(name.endswith(".path") for name, _ in overrides)
+        if not moved or args.out or args.init or args.model or args.fast or args.labels or args.seed is not None:
             raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
-        recipe = Run.open(args.resume).recipe
+        recipe = Run.open(args.resume).with_images_at(overrides).recipe
     else:
         if (args.recipe or args.config) is None:
             raise UserError(
                 f"train takes --recipe NAME, --config FILE or --resume RUN; recipes: {', '.join(recipes.names())}"
             )
         if args.model:
-            overrides = [*overrides, ("backbone", {"kind": "own", "path": args.model})]
+            overrides = [*overrides, ("backbone", {"kind": "own", "path": args.model, "root": find_root(args.model)})]
         if args.fast:
             overrides = [*overrides, ("train.fast", args.fast)]
         recipe = find_recipe(args.recipe or args.config, overrides, seed=args.seed, init=args.init, labels=args.labels)

@@ -82,7 +82,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: the file is no npz archive, or holds other objects than arrays.
     """
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():

@@ -1,5 +1,6 @@
 """Sources of labelled images.  They are kept as one uint8 tensor; batches are converted to float32 in [0, 1]."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -50,6 +51,14 @@ class Data(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Return the shape (C, H, W) of one image."""
         return tuple(self.train.x.shape[1:])
+
+    def digest(self) -> str:
+        """Return a hash of all images, labels and names of classes."""
+        content = hashlib.sha256(repr(self.classes).encode())
+        for part in (self.train, self.val, self.test):
+            for tensor in (part.x, part.y):
+                content.update(tensor.contiguous().numpy().data)
+        return content.hexdigest()
 
     def number(self, name: str) -> int:
         """Return the number of a class, given by name or by number (from 0); raise UserError if there is none."""

@@ -17,7 +17,7 @@ from advebm.metrics.spaces import Space
 from advebm.models.batching import batch_size_for
 from advebm.models.modes import searching
 from advebm.models.network import Network
-from advebm.runs.find_model import find_model, is_factory
+from advebm.runs.find_model import find_model, find_reference
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -111,11 +111,10 @@ class ClassifierFeatures:
     @property
     def judge(self) -> str:
         """Folder (of a run: with its latest checkpoint), model on the Hub, or user-defined module."""
-        if self.where.startswith("hf:") or is_factory(self.where):
+        if self.where.startswith("hf:") or (reference := find_reference(self.where)).path is None or reference.module:
             return self.where
-        pointer = Path(self.where) / "checkpoints" / "LATEST"
-        latest = f"@{pointer.read_text().strip()}" if pointer.is_file() else ""
-        return f"{Path(self.where).resolve()}{latest}"
+        latest = f"@{Run.open(self.where).checkpoints.path().name}" if reference.kind == "run" else ""
+        return f"{reference.path.resolve()}{latest}"
 
     def load(self, device: torch.device | str) -> Features:
         return feature_space(self.name, find_model(self.where).to(device))

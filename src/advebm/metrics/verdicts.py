@@ -175,7 +175,7 @@ def _check_gradient(f: Logits, x: Tensor, y: Tensor) -> None:
     """Raise UserError if gradients are not finite: attacks would not move, and every image would seem robust."""
     try:
         _, gradient = value_and_gradient(lambda z: energies.conditional(f(z), y), x)
-    except RuntimeError:  # no gradient at all: Square needs none, other attacks raise an error themselves
+    except (RuntimeError, UserError):  # no gradient at all: Square needs none, other attacks raise an error themselves
         return
     if not torch.isfinite(gradient).all():
         raise UserError(

@@ -1,8 +1,13 @@
 """A user-defined module, named ``PACKAGE.MODULE:FACTORY``, as a backbone."""
 
 import inspect
+import sys
+import sysconfig
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 from torch import nn
@@ -19,9 +24,12 @@ class Own:
 
     Attributes:
         path: ``package.module:factory``, from the installed packages or the current folder.
+        root: folder that the module is imported from where it is not found otherwise, so that a run can be loaded from
+            any folder; None: none.
     """
 
     path: str
+    root: str | None = None
 
     imports: ClassVar[bool] = True  # imports code, so not allowed in the configuration of somebody else's model
 
@@ -33,6 +41,15 @@ class Own:
         """Return the factory's module, and None because it needs no head."""
         return self.make(), None
 
+    def _import(self, name: str) -> ModuleType:
+        try:
+            return import_module(name)
+        except ModuleNotFoundError:
+            if self.root is None or not Path(self.root).is_dir():
+                raise
+            sys.path.append(self.root)
+            return import_module(name)
+
     def make(self) -> nn.Module:
         """Call the factory and return its module.
 
@@ -41,7 +58,7 @@ class Own:
         """
         module_name, _, name = self.path.partition(":")
         try:
-            factory = getattr(import_module(module_name), name)
+            factory = getattr(self._import(module_name), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"{self.path!r} cannot be imported: {error}") from error
         try:
@@ -55,3 +72,18 @@ class Own:
         if not isinstance(module, nn.Module):
             raise UserError(f"{self.path} returns a {type(module).__name__}, not a torch module")
         return module
+
+
+def find_root(path: str) -> str | None:
+    """Return the folder that ``package.module:factory`` is imported from; None if it is installed or not found."""
+    top = path.partition(":")[0].partition(".")[0]
+    try:
+        spec = find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        return None
+    origin = Path(spec.origin).resolve()
+    root = origin.parents[1] if spec.submodule_search_locations else origin.parent
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
+    return None if any(place == root or place in root.parents for place in installed) else str(root)

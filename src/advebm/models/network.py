@@ -62,6 +62,7 @@ class Network(nn.Module):
     """
 
     precision: torch.dtype = torch.float32
+    threat: Any = None  # the threat model that is known of a loaded network, an ``Attack``
 
     def __init__(self, normalise: nn.Module, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -211,7 +212,7 @@ tags: [energy-based-model, adversarial-training]
 ```python
 import advebm
 
-model = advebm.load("PATH OF THIS FOLDER")
+model = advebm.load("{own}PATH OF THIS FOLDER")
 {example} images (B, {channels}, {height}, {width}) in [0, 1]
 ```
 
@@ -252,10 +253,12 @@ def save(
     configuration = {"advebm": advebm.__version__, "architecture": description, **(extra or {})}
     files.write_json(folder / "config.json", configuration)
     example = "energy = advebm.energy(model, images)  # (B,), low on data;"
+    own = getattr(architecture.backbone, "path", None)
     if architecture.hidden is not None:
         example = "features, projection = model.features(images), model(images)  # (B, W) and g(x), (B, D);"
     card = CARD.format(
         example=example,
+        own=f"{own}@" if own else "",
         title=title,
         summary=summary,
         more=more and f"\n{more}\n",
@@ -316,6 +319,13 @@ def read_architecture(folder: Path, *, foreign: bool = False) -> Architecture:
         raise UserError(f"no model at {folder}: config.json is missing") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
+    backbone = description.get("backbone") if isinstance(description, Mapping) else None
+    if not foreign and isinstance(backbone, Mapping) and backbone.get("kind") == "own":
+        own = backbone.get("path")
+        raise UserError(
+            f"{folder} holds the weights of somebody's own module, {own}, which is imported only when it is named: "
+            f"load it as {own}@{folder} where that can be imported"
+        )
     return config.construct(Architecture, description, where=str(path), foreign=foreign)
 
 

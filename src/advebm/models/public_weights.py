@@ -19,13 +19,16 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from advebm.core.errors import UserError
-from advebm.models.network import Network
-from advebm.models.resnet import LAYOUTS
+from advebm.core import config
+from advebm.core.errors import Notice, UserError
+from advebm.models.network import Architecture, Network
+from advebm.models.resnet import LAYOUTS, PreActResNet, ResNet
+from advebm.models.wide_resnet import WideResNet
 
 # Keys under which checkpoints keep a state_dict; averaged weights are preferred, as in network.load.
 CONTAINERS = ("ema_state_dict", "state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "attacker.", "model.", "net.", "0.", "1.")
+UNCHANGED = {"mean": 0.0, "std": 1.0}  # the normalisation that changes nothing
 CONSTANTS = {"mean": "mean", "new_mean": "mean", "mu": "mean", "std": "std", "new_std": "std", "sigma": "std"}
 
 Weights = dict[str, Tensor]
@@ -287,24 +290,67 @@ def _check_fit(expected: Weights, renamed: Weights, origin: Mapping[str, str], w
     raise UserError(f"{what} does not fit the model: {matched}; {wrong}{fix}")
 
 
-def _describe_backbone(weights: Weights) -> str:
-    """Return the backbone that weights with our names belong to, as command-line options."""
+def build(path: Path) -> tuple[Network, Architecture]:
+    """Build the network that the weights in a file belong to, load them, and return it in eval mode.
+
+    Known are the three public families of :func:`load`.  Where the file has no normalisation constants, images in
+    [0, 1] are taken as they are.
+
+    Raises:
+        UserError: what :func:`load` raises, or a network that cannot be recognised.
+    """
+    *_, weights = _strip_prefixes(_read_state_dict(path))
+    layout = _recognise(weights, {}, path)
+    renamed, _ = _rename(weights, layout)
+    backbone, head, stem = _find_backbone(renamed), renamed.get("head.weight"), _find_stem(renamed)
+    if layout not in PUBLIC or backbone is None or head is None or stem is None or head.ndim != 2:
+        raise UserError(f"{path} says too little of its network; give the folder of the model, or --init to a recipe")
+    if "normalise.mean" not in renamed:
+        warnings.warn(f"{path} has no normalisation; images in [0, 1] are taken as they are", Notice, stacklevel=2)
+    channels = stem.shape[1]
+    mean, std = (_expand(renamed.get(f"normalise.{name}"), value, channels) for name, value in UNCHANGED.items())
+    architecture = Architecture(backbone, len(head), channels, 32, mean, std)
+    model = architecture.build()
+    load(model, path)
+    return model.eval(), architecture
+
+
+def _find_stem(renamed: Weights) -> Tensor | None:
+    stem = renamed.get("backbone.stem.weight", renamed.get("backbone.stem.0.weight"))
+    return stem if stem is not None and stem.ndim == 4 else None
+
+
+def _expand(value: Tensor | None, default: float, channels: int) -> tuple[float, ...]:
+    values = (default,) if value is None else tuple(value.flatten().tolist())
+    return values * channels if len(values) == 1 else values
+
+
+def _find_backbone(weights: Weights) -> ResNet | PreActResNet | WideResNet | None:
+    """Return the backbone that weights with our names belong to, with ReLU; None if there is none of its layout."""
     places = {match.groups() for name in weights if (match := re.match(PLACE, name))}
     counts = tuple(count for _, count in sorted(Counter(stage for stage, _ in places).items()))
     first = "backbone.stages.0.0."
     if (inner := weights.get(first + "residual.0.weight")) is None or not inner.ndim:
-        return "a network of another kind"
+        return None
     width, expansion = len(inner), 4 if first + "residual.6.weight" in weights else 1
     depth = next((d for d, (_, blocks, times) in LAYOUTS.items() if (blocks, times) == (counts, expansion)), None)
-    if "backbone.stem.weight" not in weights and depth is not None:
-        kind = f"resnet --backbone.depth {depth} --backbone.width {width}"
-    elif "backbone.stem.weight" in weights and counts == (2, 2, 2, 2):
-        kind = f"preact-resnet --backbone.width {width}"
-    elif "backbone.stem.weight" in weights and len(counts) == 3 and len(set(counts)) == 1:
-        kind = f"wide-resnet --backbone.depth {6 * counts[0] + 4} --backbone.widen {width // 16}"
-    else:
-        return f"a backbone of {', '.join(map(str, counts))} blocks, which there is not here"
-    return f"--backbone {kind} --backbone.norm {_norm_kind(weights)}"
+    options: dict[str, Any] = {"norm": _norm_kind(weights), "activation": "relu"}
+    if "backbone.stem.weight" not in weights:
+        return None if depth is None else ResNet(depth, width, **options)
+    if counts == (2, 2, 2, 2):
+        return PreActResNet(width, **options)
+    if len(counts) == 3 and len(set(counts)) == 1 and width >= 16:
+        return WideResNet(6 * counts[0] + 4, width // 16, **options)
+    return None
+
+
+def _describe_backbone(weights: Weights) -> str:
+    """Return the backbone that weights with our names belong to, as command-line options."""
+    if (backbone := _find_backbone(weights)) is None:
+        return "a network of another kind"
+    options = config.describe(backbone)
+    names = [name for name in ("depth", "width", "widen", "norm") if name in options]
+    return " ".join([f"--backbone {options['kind']}", *(f"--backbone.{name} {options[name]}" for name in names)])
 
 
 def _norm_kind(weights: Weights) -> str:

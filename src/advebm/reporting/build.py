@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files as resources
@@ -12,6 +13,7 @@ from typing import Any
 import jinja2
 
 from advebm.attacks.autoattack import AutoAttack
+from advebm.attacks.base import ball_text
 from advebm.attacks.projected import Attack
 from advebm.core import citations, config, files
 from advebm.data import pictures
@@ -20,6 +22,7 @@ from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.papers import render
 from advebm.reporting import figure_store, figures
 from advebm.reporting.records import as_text
+from advebm.runs.find_model import trained_threat
 from advebm.runs.recipe import dump
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -75,6 +78,7 @@ def report(
         subtitle=_subtitle(run, history),
         events=[line for line in history if "event" in line],
         cards=[] if summary else _cards(own_records, recipe.threat),
+        warnings=_warnings(own_records, trained_threat(recipe)),
         paper=summary and _paper(summary),
         shown=[{"title": title, "image": _uri(figure)} for title, figure in shown.items()],
         samples=samples if len(samples) > 1 else [],
@@ -131,6 +135,28 @@ def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[st
         name = " · ".join(filter(None, [text["name"], text["samples"]]))
         cards.append({"value": text["value"], "name": f"{name}, n = {text['count']}"})
     return cards
+
+
+def _warnings(records: Iterable[Mapping[str, Any]], trained: Attack | None) -> list[str]:
+    """Return what a reader of the numbers must know: accuracies under other threats than the model was trained for."""
+    measured: dict[str, set[float]] = {}
+    for record in records:
+        attack = record["settings"].get("attack")
+        if key_of(record).quantity == "accuracy" and isinstance(attack, Mapping) and attack.get("eps"):
+            measured.setdefault(attack["norm"], set()).add(attack["eps"])
+    if trained is None:
+        return []
+    known = [(norm, eps) for norm, radii in measured.items() for eps in sorted(radii)]
+    other = [
+        ball_text(eps, norm)
+        for norm, eps in known
+        if norm != trained.norm or not any(math.isclose(r, trained.eps, rel_tol=0.01) for r in measured[norm])
+    ]
+    if not other:
+        return []
+    names = ", ".join(other[:3]) + ", …" * (len(other) > 3)
+    theirs = ball_text(trained.eps, trained.norm)
+    return [f"Accuracy under {names}: not the threat that the model was trained for, {theirs}."]
 
 
 def _paper(summary: Mapping[str, Any]) -> dict[str, Any]:

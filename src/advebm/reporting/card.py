@@ -1,5 +1,6 @@
 """Export a model for publication: its weights, and a model card."""
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from advebm.core import config, files
 from advebm.core.errors import UserError, unknown_name
 from advebm.evaluation import evaluate
 from advebm.models import network
+from advebm.models.factory import Own
 from advebm.models.network import Architecture, Weights
 from advebm.reporting.build import describe_sampler
 from advebm.reporting.records import as_text, class_tables, markdown
@@ -31,15 +33,18 @@ def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: 
 
     Raises:
         UserError: a folder that is not empty or not writable, an unknown type of weights, weights too large for that
-            type, or a user-defined network, whose code others do not have.
+            type, or a user-defined class of backbones, which others do not have.
     """
     if weights not in get_args(Weights):
         raise unknown_name("kind of weights", weights, get_args(Weights))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; choose another")
     path = run.checkpoints.path(checkpoint)
-    network.read_architecture(path)  # raises if loading would import user code
     model, architecture = run.model(checkpoint)
+    if isinstance(architecture.backbone, Own):
+        architecture = dataclasses.replace(architecture, backbone=Own(architecture.backbone.path))  # without its folder
+    else:
+        network.read_architecture(path)  # raises if loading would import a class of the user's
     saved = files.read_json(path / "config.json")
     records = evaluate.newest_records(
         r for r in run.records() if r.get("checkpoint") == path.name and _describes_checkpoint(r, path.name)
@@ -77,7 +82,7 @@ def _describes_checkpoint(record: Mapping[str, Any], checkpoint: str) -> bool:
 def _hide_local_paths(options: Any) -> Any:
     """Return options with local paths replaced by None."""
     if isinstance(options, Mapping):
-        hidden = {k for k in ("path", "init", "teacher") if not str(options.get(k)).startswith("hf:")}
+        hidden = {k for k in ("path", "root", "init", "teacher") if not str(options.get(k)).startswith("hf:")}
         return {k: None if k in hidden else _hide_local_paths(v) for k, v in options.items()}
     return [_hide_local_paths(option) for option in options] if isinstance(options, list) else options
 

@@ -1,31 +1,229 @@
-"""Find the network of a run, a folder, a Hub repository or a user-defined module."""
+"""Find a model by its reference: a run, a checkpoint, a published model, a weight file or a user-defined module."""
 
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from advebm.models import network
+import advebm
+from advebm.attacks.projected import Attack
+from advebm.core import config, files
+from advebm.core.errors import UserError
+from advebm.models import hub, network, public_weights
 from advebm.models.factory import Own
-from advebm.models.network import Network, Normalize
+from advebm.models.network import Architecture, Network, Normalize
+from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
+
+WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+ALLOWED = (
+    "a run, a checkpoint, a model's folder, a weight file, a model of the package{bundled}, hf:USER/NAME, "
+    "PACKAGE.MODULE:FACTORY, or PACKAGE.MODULE:FACTORY@WEIGHTS"
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a reference to a model stands for.
+
+    Attributes:
+        text: the reference as it was given.
+        kind: ``run``, ``checkpoint`` (of a run), ``model`` (published), ``file`` (a state dict) or ``module``.
+        path: the folder or file; of a module the folder or file with its weights, if one is given.
+        module: ``PACKAGE.MODULE:FACTORY`` of a module.
+    """
+
+    text: str
+    kind: Literal["run", "checkpoint", "model", "file", "module"]
+    path: Path | None = None
+    module: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Return a short name for folders and messages."""
+        name = self.module.rpartition(":")[2] if self.module else Path(self.text.removeprefix("hf:")).name
+        return name if self.kind != "file" else Path(name).stem
+
+    def load(self, checkpoint: str = "latest") -> Network:
+        """Load the network, in eval mode, on the CPU; ``checkpoint`` is that of a run."""
+        if self.kind == "run":
+            return Run.open(self._folder).model(checkpoint)[0]
+        if self.kind == "file":
+            return public_weights.build(self._folder)[0]
+        if self.kind == "module":
+            model = Network(Normalize((0.0,), (1.0,)), Own(str(self.module)).make(), nn.Identity())
+            if self.path is not None:
+                load_module_weights(model, self.path)
+            return model.eval()
+        return network.load(self._folder, foreign=self.kind == "checkpoint")[0]
+
+    def architecture(self, checkpoint: str = "latest") -> Architecture | None:
+        """Return the architecture; None of a module, which says nothing of its images."""
+        if self.kind == "module":
+            return None
+        if self.kind == "file":
+            return public_weights.build(self._folder)[1]
+        folder = Run.open(self._folder).checkpoints.path(checkpoint) if self.kind == "run" else self._folder
+        return network.read_architecture(folder, foreign=self.kind != "model")
+
+    def options(self) -> Mapping[str, Any]:
+        """Return the options of the recipe that the model was trained by, as far as they are known."""
+        if self.kind in ("run", "checkpoint"):
+            folder = self._folder if self.kind == "run" else self._folder.parents[1]
+            return config.describe(Run.open(folder).recipe) if (folder / "config.yaml").is_file() else {}
+        if self.kind == "model":
+            about = files.read_json(self._folder / "config.json", default={})
+            return {k: about[k] for k in ("data", "threat") if k in about} | dict(about.get("options") or {})
+        return {}
+
+    def threat(self) -> Attack | None:
+        """Return the threat model that the model was trained for or evaluated under, if it is known."""
+        options = self.options().get("threat")
+        if not isinstance(options, Mapping):
+            return None
+        return config.construct(Attack, {k: v for k, v in options.items() if k != "kind"}, where="threat")
+
+    @property
+    def _folder(self) -> Path:
+        assert self.path is not None
+        return self.path
 
 
 def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
-    """Load the network of a run, a checkpoint, a published model (folder or ``hf:USER/NAME``) or a user-defined module.
+    """Load the network that a reference stands for, see :func:`find_reference`, in eval mode.
 
-    A user-defined module is given as ``PACKAGE.MODULE:FACTORY``, see :class:`Own`; it receives images in [0, 1] and
-    normalises them itself.  The returned network is in eval mode.
+    A user-defined module receives images in [0, 1] and normalises them itself.  The network's ``threat`` is the threat
+    model that is known of it, or None.
 
     Raises:
         UserError: nothing is found, a file is damaged, or the factory fails.
     """
-    if (Path(where) / "config.yaml").is_file():
-        return Run.open(where).model(checkpoint)[0]
-    if is_factory(where):
-        return Network(Normalize((0.0,), (1.0,)), Own(str(where)).make(), nn.Identity()).eval()
-    return network.load_model(where)
+    reference = find_reference(where)
+    model = reference.load(checkpoint)
+    model.threat = reference.threat()
+    return model
+
+
+def find_reference(where: str | Path) -> Reference:
+    """Return what ``where`` stands for, by the first of :data:`RESOLVERS` that knows it.
+
+    Raises:
+        UserError: none does.
+    """
+    text = str(where)
+    for resolver in RESOLVERS:
+        if (reference := resolver(text)) is not None:
+            return reference
+    models = ", ".join(sorted(bundled_models()))
+    near = Path(text).parent if Path(text).parent.is_dir() else Path()
+    runs = sorted(p.parent.name for p in near.glob("*/config.yaml"))
+    hint = f"; in {near} there is {', '.join(runs)}" if runs else ""
+    raise UserError(
+        f"there is no run or model at {text}{hint}; given can be {ALLOWED.format(bundled=models and f' ({models})')}"
+    )
+
+
+def trained_threat(recipe: Recipe) -> Attack | None:
+    """Return the attack that a recipe trains with, or of a run that trains nothing what is known of its model."""
+    if recipe.train.images == 0 and recipe.init is not None:
+        try:
+            return find_reference(recipe.init).threat()
+        except UserError:  # the model has moved since
+            return None
+    objective: Any = recipe.objective
+    while objective is not None:
+        if isinstance(attack := getattr(objective, "attack", None), Attack):
+            return attack
+        objective = getattr(objective, "objective", None)
+    return None
 
 
 def is_factory(where: str | Path) -> bool:
-    """Return whether a model is given as ``PACKAGE.MODULE:FACTORY``, which imports code, rather than as files."""
+    """Return whether a reference is ``PACKAGE.MODULE:FACTORY``, which imports code, rather than files."""
     return ":" in str(where) and not str(where).startswith("hf:") and not Path(where).exists()
+
+
+def _resolve_run(text: str) -> Reference | None:
+    return Reference(text, "run", Path(text)) if (Path(text) / "config.yaml").is_file() else None
+
+
+def _resolve_folder(text: str) -> Reference | None:
+    path = Path(text)
+    if not (path / "config.json").is_file():
+        return None
+    return Reference(text, "checkpoint" if path.resolve().parent.name == "checkpoints" else "model", path)
+
+
+def _resolve_file(text: str) -> Reference | None:
+    path = Path(text)
+    if path.is_file() and (path.parent / "config.json").is_file() and path.name.endswith(".safetensors"):
+        return _resolve_folder(str(path.parent))
+    if path.suffix in WEIGHT_FILES and not path.is_file() and not is_factory(text):
+        raise UserError(f"there is no weight file at {text}")
+    return Reference(text, "file", path) if path.is_file() else None
+
+
+def _resolve_bundled(text: str) -> Reference | None:
+    folder = bundled_models().get(text)
+    return None if folder is None else Reference(text, "model", folder)
+
+
+def _resolve_hub(text: str) -> Reference | None:
+    return Reference(text, "model", hub.pull(text.removeprefix("hf:"))) if text.startswith("hf:") else None
+
+
+def _resolve_module(text: str) -> Reference | None:
+    if not is_factory(text):
+        return None
+    module, at, weights = text.partition("@")
+    if at and not Path(weights).exists():
+        raise UserError(f"there are no weights at {weights}, which {text} names")
+    return Reference(text, "module", Path(weights) if at else None, module)
+
+
+# In this order, as a folder of that name comes before a model of the package.  A resolver returns None for what it does
+# not know, and raises UserError for what it knows and cannot find.
+RESOLVERS: tuple[Callable[[str], Reference | None], ...] = (
+    _resolve_run,
+    _resolve_folder,
+    _resolve_hub,
+    _resolve_bundled,
+    _resolve_file,
+    _resolve_module,
+)
+
+
+def bundled_models() -> dict[str, Path]:
+    """Return the folders of the models that come with the package, by name."""
+    package = Path(advebm.__file__).parent
+    for root in (package / "bundled", package.parents[1] / "models"):  # installed, or in a checkout
+        if found := {path.parent.name: path.parent for path in sorted(root.glob("*/config.json"))}:
+            return found
+    return {}
+
+
+def load_module_weights(model: Network, path: Path) -> None:
+    """Load the weights of a user-defined module: an exported folder, a checkpoint, or a state dict in a file."""
+    if path.is_file():
+        public_weights.load(model, path)
+        return
+    name = "ema.safetensors" if (path / "ema.safetensors").is_file() else "model.safetensors"
+    if (path / "config.yaml").is_file():
+        return load_module_weights(model, Run.open(path).checkpoints.path())
+    architecture = network.read_architecture(path, foreign=True) if (path / "config.json").is_file() else None
+    if architecture is not None:
+        model.normalise = Normalize(architecture.mean, architecture.std)
+    network.load_weights(model, path / name)
+
+
+def digest(model: nn.Module) -> str:
+    """Return a short hash of a model's weights and buffers."""
+    state = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        state.update(name.encode())
+        state.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:10]

@@ -72,6 +72,26 @@ class Run:
         """The dataset of the recipe, loaded on first use."""
         return self.recipe.data.load()
 
+    def with_images_at(self, places: Iterable[tuple[str, Any]]) -> "Run":
+        """Return the run with its images read from another place, such as ``("data.path", "new/place")``.
+
+        Raises:
+            UserError: another option than a path, no images there, or other images than those of the run.
+        """
+        described: Mapping[str, Any] = recipes.config.describe(self.recipe)
+        for dotted, value in places:
+            if not dotted.endswith(".path"):
+                raise UserError(
+                    f"{self.folder} is a run and has its own data; only their place can be given: --data.path"
+                )
+            described = recipes.config.override(described, dotted, value)
+        run = Run(self.folder)
+        run.recipe = recipes.resolve(described)
+        expected = self.environment.get("images")
+        if expected is not None and run.data.digest() != expected:
+            raise UserError(f"the images at {value} are not those that {self.folder} was trained on")
+        return run
+
     @property
     def images(self) -> int:
         """Number of images seen by the latest checkpoint; 0 before the first."""

@@ -64,7 +64,8 @@ def train(
 
     # Create the folder, and train the earlier stages
     if not resume and engine.main:
-        Run.create(folder, recipe, {**environment(engine.device, cfg.precision), "processes": engine.world})
+        known = {"processes": engine.world, "images": setup.data.digest()}
+        Run.create(folder, recipe, {**environment(engine.device, cfg.precision), **known})
     engine.barrier()
     run = Run.open(folder)
     run.data = setup.data  # so that it is not loaded again

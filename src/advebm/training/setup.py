@@ -12,12 +12,13 @@ from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Images
 from advebm.models import public_weights
+from advebm.models.factory import Own
 from advebm.models.inference import BackendName, View, find_backend, make_view
 from advebm.models.layers import Staged
 from advebm.models.network import Architecture, Network, transfer
 from advebm.models.precision import usable_precision
 from advebm.runs.engine import Engine
-from advebm.runs.find_model import find_model
+from advebm.runs.find_model import find_model, load_module_weights
 from advebm.runs.recipe import Recipe, design
 from advebm.training.batches import BatchSource
 
@@ -60,7 +61,11 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
     if "labels" in objective.needs and not data.train.labelled:
         raise UserError(f"objective {type(objective).__name__} needs labels, {data.name} has none")
     if cfg.batch > len(data.train):
-        raise UserError(f"train.batch is {cfg.batch}, but {data.name} has {len(data.train)} training images")
+        count = len(data.train)
+        raise UserError(
+            f"train.batch is {cfg.batch}, but there are {count} training images in {data.name}; set --train.batch {count} "
+            "or less"
+        )
     if objective.hidden is not None and cfg.streams != engine.world:
         raise UserError(
             f"train.streams is {cfg.streams}, and there are {engine.world} processes: an encoder, which tells images "
@@ -99,8 +104,13 @@ def load_initial_weights(model: Network, init: str, data: Data, recipe: Recipe) 
 
     The normalisation is loaded with them, unless the recipe sets it.
     """
-    path, original = Path(init), copy.deepcopy(model.normalise.state_dict())
-    fresh = public_weights.load(model, path) if path.is_file() else transfer(find_model(init), model)
+    original, fresh = copy.deepcopy(model.normalise.state_dict()), []
+    if isinstance(recipe.backbone, Own) and Path(init).exists():
+        load_module_weights(model, Path(init))
+    elif Path(init).is_file():
+        fresh = public_weights.load(model, Path(init))
+    else:
+        fresh = transfer(find_model(init), model)
     for name in ("mean", "std"):
         if getattr(recipe.normalise, name) is not None:
             model.normalise.load_state_dict({**model.normalise.state_dict(), name: original[name]})

@@ -39,9 +39,8 @@ HEADERS = {
 }
 
 
-def open_studios(folders: Sequence[Path], *, checkpoint: str = "latest", device: str = "cpu") -> dict[str, Studio]:
+def open_studios(runs: Sequence[Run], *, checkpoint: str = "latest", device: str = "cpu") -> dict[str, Studio]:
     """Load runs by title and draw once from each, so that the first visitor does not wait."""
-    runs = [Run.open(folder) for folder in folders]
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError("a run is named twice; name each once")
     studios = {}
@@ -156,7 +155,7 @@ def own_folder() -> Iterator[Path]:
         yield Path(name).resolve()
 
 
-def serve(folders: Sequence[Path], *, host: str, port: int, checkpoint: str, device: str, say: Any) -> None:
+def serve(runs: Sequence[Run], *, host: str, port: int, checkpoint: str, device: str, say: Any) -> None:
     """Serve the page until Ctrl-C."""
     check_free(host, port)
     start = time.perf_counter()
@@ -164,7 +163,7 @@ def serve(folders: Sequence[Path], *, host: str, port: int, checkpoint: str, dev
         import uvicorn
     except ImportError:
         raise UserError("the page needs Gradio: pip install 'advebm[app]'") from None
-    studios = open_studios(folders, checkpoint=checkpoint, device=device)
+    studios = open_studios(runs, checkpoint=checkpoint, device=device)
     with own_folder() as folder:
         app = application(studios, folder, hosts=NAMES if host in LOOPBACK else ("*",))
         if host not in LOOPBACK:

@@ -1,61 +1,120 @@
-"""Wrap models that are already trained in run folders."""
+"""Open the run that a reference stands for; around any other model make one, without training it."""
 
+import hashlib
+import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from advebm.core import config
+from advebm.core import config, console, files
 from advebm.core.errors import UserError
-from advebm.models import network
-from advebm.runs.find_model import is_factory
+from advebm.data.sources import Data
+from advebm.models.factory import find_root
+from advebm.runs.find_model import Reference, digest, find_reference
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.workflows.train import fit
 
+MADE = Path("runs") / "models"  # where runs around models are made, as a model's own folder may not be written to
 
-def adopt(where: str, folder: Path, overrides: Iterable[tuple[str, Any]], *, device: str | None = None) -> Run:
-    """Create a run around an existing model, without training it, so that the other commands can use it.
 
-    If ``folder`` already holds a run of this model on this data, open that run instead.
+def open_run(where: str | Path, overrides: Iterable[tuple[str, Any]] = (), *, device: str | None = None) -> Run:
+    """Return the run that a reference stands for, or else one around the model, in ``runs/models``, which is printed.
 
     Args:
-        where: ``PACKAGE.MODULE:FACTORY``, the folder of a model or a run, or ``hf:USER/NAME``.
+        where: a reference to a model, see :func:`advebm.runs.find_model.find_reference`.
+        overrides: of a run, where its images are now, such as ``("data.path", "new/place")``; of any other model, the
+            options of the recipe of a new run, such as ``("data", "cifar10")``.
+        device: device that a new run's ``env.json`` records.
+
+    Raises:
+        UserError: nothing is found, or what :func:`adopt` raises.
+    """
+    overrides, reference = list(overrides), find_reference(where)
+    if reference.kind == "run":
+        assert reference.path is not None
+        run = Run.open(reference.path)
+        return run.with_images_at(overrides) if overrides else run
+    identity = json.dumps([digest(reference.load()), overrides], default=str)
+    folder = MADE / f"{reference.title}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    known = (folder / "config.yaml").is_file()
+    run = adopt(reference, folder, overrides, device=device)
+    if not known:
+        console.say(f"{where} is no run; made {run.folder} around it")
+    return run
+
+
+def adopt(
+    where: str | Path | Reference, folder: Path, overrides: Iterable[tuple[str, Any]], *, device: str | None = None
+) -> Run:
+    """Create a run around an existing model, without training it, so that the other commands can use it.
+
+    Data, threat model, sampler and metrics are those that are known of the model, unless options change them.  If
+    ``folder`` already holds a run of this model on this data, open that run instead.
+
+    Args:
+        where: the model, or a reference to it.
         folder: folder of the new run.
-        overrides: the option ``data``, which is required, and other options of a recipe.
+        overrides: options of a recipe; ``data`` is required if the model does not say what it was trained on.
         device: device that the run's ``env.json`` records; no training step is taken.
 
     Raises:
         UserError: there is no model, it is an encoder, no data is given, the data differs from the model's in number of
             classes or image shape, or ``folder`` holds another run.
     """
-    overrides = list(overrides)
-    if not any(name.partition(".")[0] == "data" for name, _ in overrides):
-        raise UserError("a model of its own needs --data NAME, and --data.path where that takes one")
-    architecture = None
-    if is_factory(where):
-        plain = {"backbone": {"kind": "own", "path": where}, "normalise": {"mean": [0.0], "std": [1.0]}}
+    reference = where if isinstance(where, Reference) else find_reference(where)
+    overrides, architecture = list(overrides), reference.architecture()
+    plain = {k: v for k, v in reference.options().items() if k in ("data", "threat", "sampler", "metrics")}
+    changed = {name.partition(".")[0] for name, _ in overrides}
+    if "data" not in changed and "data" not in plain:
+        raise UserError(f"{reference.text} says nothing of its images: give --data NAME, as in --data cifar10")
+    if architecture is None:
+        backbone = {"kind": "own", "path": reference.module, "root": find_root(str(reference.module))}
+        plain |= {"backbone": backbone, "normalise": {"mean": [0.0], "std": [1.0]}}
+        plain["init"] = None if reference.path is None else str(reference.path)
     else:
-        location, foreign = network.locate(where)
-        architecture = network.read_architecture(location, foreign=foreign)
         if architecture.hidden is not None:
-            raise UserError(f"{where} is an encoder, which has no logits; advebm probe makes a classifier of its run")
-        plain = {"backbone": config.describe(architecture.backbone), "init": where}
+            raise UserError(
+                f"{reference.text} is an encoder, which has no logits; advebm probe makes a classifier of its run"
+            )
+        plain |= {"backbone": config.describe(architecture.backbone), "init": reference.text}
         plain |= {"normalise": {"mean": list(architecture.mean), "std": list(architecture.std)}}
+    if architecture is not None and architecture.outputs == 1:
+        plain.pop("metrics", None)
     recipe = untrained_recipe(folder.name, plain, overrides)
     if architecture is not None:
-        data = recipe.data.load()
-        ours = (architecture.outputs, *architecture.shape)
-        if ours != (theirs := (len(data.classes), *data.shape)):
-            words = "{} classes of {} x {} x {}".format
-            raise UserError(
-                f"{where} is for {words(*ours)}, {data.name} has {words(*theirs)}; evaluate it on data like its own"
-            )
+        _check_data(reference, recipe.data.load())
     if (folder / "config.yaml").is_file():
         run = Run.open(folder)
         if any(getattr(run.recipe, n) != getattr(recipe, n) for n in ("data", "backbone", "init", "normalise")):
             raise UserError(f"{folder} holds another model or other data; choose another --out")
         return run
     return fit(recipe, folder, device=device)
+
+
+def _check_data(reference: Reference, data: Data) -> None:
+    """Raise UserError for data of another shape or number of classes than the model's; warn of other class names."""
+    architecture = reference.architecture()
+    assert architecture is not None
+    size = data.shape[1:] if reference.kind == "file" else architecture.shape[1:]  # a file does not say its size
+    ours, theirs = (architecture.outputs, architecture.channels, *size), (len(data.classes), *data.shape)
+    if ours != theirs:
+        words = "{} classes of {} x {} x {}".format
+        raise UserError(
+            f"{reference.text} is for {words(*ours)}, {data.name} has {words(*theirs)}; "
+            "evaluate it on data like its own"
+        )
+    names = None
+    if reference.kind in ("model", "checkpoint") and reference.path is not None:
+        names = files.read_json(reference.path / "config.json").get("classes")
+    if names and tuple(names) != data.classes:
+        first = next(k for k, (a, b) in enumerate(zip(names, data.classes, strict=True)) if a != b)
+        warnings.warn(
+            f"{reference.text} was trained on other classes: its class {first} is {names[first]}, that of {data.name} "
+            f"{data.classes[first]}",
+            stacklevel=3,
+        )
 
 
 def untrained_recipe(name: str, plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Recipe:

@@ -2,22 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from advebm import recipes
 from advebm.attacks.base import ball_text
-from advebm.core import config, console
+from advebm.core import console
 from advebm.core.errors import UserError
 from advebm.data.sources import find_spec
 from advebm.diagnostics.doctor import Finding, examine_split
 from advebm.diagnostics.kernels import KNOWN, Verdict, check, convolutions
-from advebm.models import network
-from advebm.runs.find_model import find_model, is_factory
+from advebm.runs.find_model import find_reference
 from advebm.runs.recipe import resolve
-from advebm.runs.run import Run
 from advebm.workflows.devices import choose_device
 
 Overrides = Iterable[tuple[str, Any]]
@@ -32,15 +29,12 @@ def examine_model(
     model: str, overrides: Overrides = (), *, images: int, checkpoint: str, seed: int, device: str | None
 ) -> list[Finding]:
     """Examine a run's model on the run's test images, or any model on the data that ``overrides`` name."""
-    overrides = list(overrides)
-    if (Path(model) / "config.yaml").is_file():
-        plain = config.describe(Run.open(model).recipe)
-    elif "data" in dict(overrides):
-        plain = IMAGES_ALONE
-    else:
-        raise UserError(f"{model} is not a run, which knows its images: give --data NAME, as in --data cifar10")
-    recipe = resolve(plain, overrides)
-    module = find_model(model, checkpoint=checkpoint).to(choose_device(device))
+    overrides, reference = list(overrides), find_reference(model)
+    known = {k: v for k, v in reference.options().items() if k in ("data", "threat")}
+    if "data" not in known and "data" not in dict(overrides):
+        raise UserError(f"{model} says nothing of its images: give --data NAME, as in --data cifar10")
+    recipe = resolve({**IMAGES_ALONE, **known}, overrides)
+    module = reference.load(checkpoint).to(choose_device(device))
     data, threat = recipe.data.load(), recipe.threat
     count = min(images, len(data.test))
     console.say(f"{model} on {count} test images of {data.name} at {ball_text(threat.eps, threat.norm)}")
@@ -91,12 +85,12 @@ def _networks_to_check(
     if model is None:
         names = ("cifar10-at-small", "cifar10-at-2h")
         return {name: resolve(recipes.find(name)).backbone.build(3, 32)[0].eval() for name in names}, (3, 32, 32)
-    module = find_model(model, checkpoint=checkpoint)
+    reference = find_reference(model)
+    architecture = reference.architecture(checkpoint)
     if "data" in dict(overrides):
         shape: tuple[int, ...] = find_spec(resolve(IMAGES_ALONE, overrides).data).shape
-    elif is_factory(model):
+    elif architecture is None:
         raise UserError(f"{model} says nothing of its images: give --data NAME, as in --data cifar10")
     else:
-        architecture = network.read_architecture(*network.locate(model)[:1], foreign=True)
         shape = architecture.shape
-    return {model: module}, shape
+    return {model: reference.load(checkpoint)}, shape

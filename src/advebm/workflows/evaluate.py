@@ -5,12 +5,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from advebm.attacks.base import ball_text
+from advebm.attacks.projected import Attack
 from advebm.core import config, console
 from advebm.core.errors import UserError
 from advebm.data.folders import read_folder
 from advebm.evaluation import evaluate
 from advebm.evaluation.suites import suite
 from advebm.metrics.base import Record, SampleSet
+from advebm.metrics.robustness import RobustAccuracy
+from advebm.runs.find_model import trained_threat
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -47,7 +51,21 @@ def measure(
         import_samples(run, folder)
     team.all_gather(None)  # wait until the samples are imported
     options: dict[str, Any] = {"features": features, "checkpoint": checkpoint, "seed": seed, "device": device}
-    return evaluate.evaluate_run(run, recipe=recipe, team=team, **options, progress=console.say, bar=console.bar)
+
+    def progress(name: str) -> None:
+        threat = f" under {threat_text(recipe.threat, trained_threat(run.recipe))}"
+        console.say(name + threat * (name == RobustAccuracy.__name__))
+
+    return evaluate.evaluate_run(run, recipe=recipe, team=team, **options, progress=progress, bar=console.bar)
+
+
+def threat_text(threat: Attack, trained: Attack | None) -> str:
+    """Return the threat model that a number is measured under, and how it relates to what the model was trained for."""
+    ours = ball_text(threat.eps, threat.norm)
+    if trained is None:
+        return f"{ours}; none is known of the training: set --threat.norm and --threat.eps"
+    theirs = ball_text(trained.eps, trained.norm)
+    return f"{ours}, as in training" if ours == theirs else f"{ours}; the model was trained for {theirs}"
 
 
 def import_samples(run: Run, folder: Path) -> str:
