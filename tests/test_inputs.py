@@ -3,7 +3,12 @@
 Every test names its report; ``python -m tests.test_inputs`` prints the table that stands in docs/inputs.md.
 """
 
+import ast
 import io
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -16,6 +21,7 @@ from PIL import Image, ImageCms
 from torch import nn
 
 import advebm
+from advebm import cli
 from advebm.attacks.apgd import APGD
 from advebm.attacks.projected import Attack
 from advebm.core.errors import Notice, UserError
@@ -23,6 +29,8 @@ from advebm.data.decode import open_image
 from advebm.data.folders import Folder
 from advebm.data.npz import Npz
 from advebm.metrics.verdicts import find_verdicts
+from tests.helpers import few_samples
+from tests.references import foreign_networks
 
 TABLE = []  # (area, input, report, what happens)
 
@@ -813,6 +821,235 @@ def test_rectangles(tmp_path):
 
 def square_net():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+
+
+# Commands, their models and their files -------------------------------------------------------------------------------
+
+TRAIN = ["train", "--recipe", "digits-standard", "--train.images", "400", "--train.batch", "40"]
+TRAIN += ["--train.validate_every", "400"]
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A run of a few steps, and what it was trained by."""
+    options = {"train.images": 2_000, "backbone.width": 8, "objective.attack.steps": 1, "threat.steps": 2}
+    return advebm.train("digits-at", options=options, folder=tmp_path_factory.mktemp("runs") / "run", device="cpu")
+
+
+def command(*words, capsys):
+    """Run a command and return its status, output and messages, each as one line of text."""
+    status = cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return status, out, " ".join(err.split())
+
+
+@report("commands", "evaluate without a threat", "", "the threat that the model was trained for, and printed")
+def test_a_model_is_judged_under_its_own_threat(digits_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command("export", digits_run.folder, "model", capsys=capsys)[0] == 0
+    assert advebm.load("model").threat == digits_run.recipe.threat
+    evaluate = ["evaluate", "model", "--metrics", "accuracy,robust-accuracy"]
+    status, out, err = command(*evaluate, capsys=capsys)
+    assert status == 0
+    assert "model is no run; made runs/models/model-" in err
+    assert "RobustAccuracy under l2 0.9, as in training" in err
+    assert "PGD-2 l2 0.9" in out
+    records = advebm.evaluate(advebm.load("model"), data="digits")
+    assert records[1].name == "accuracy under PGD-2 l2 0.9"
+    status, out, err = command(*evaluate, "--threat.norm", "linf", "--threat.eps", "0.1", capsys=capsys)
+    assert "under linf 25.5/255; the model was trained for l2 0.9" in err
+    (folder, *_) = sorted(Path("runs/models").iterdir())
+    page = Path(command("report", folder, capsys=capsys)[1].strip()).read_text()
+    assert "not the threat that the model was trained for, l2 0.9." in page
+    with pytest.raises(UserError, match="no threat model is known of this model"):
+        advebm.evaluate(net(), data="digits")
+
+
+@report("commands", "a recipe on data that it was not made for", "", "its threat is said to be that of other data")
+def test_a_recipe_on_other_data_says_so(tmp_path):
+    fill(tmp_path / "set", ["a", "b"])
+    with pytest.warns(Notice, match=r"digits-at was made for digits: its threat, l2 0.9, .* --threat.eps"):
+        advebm.load_recipe("digits-at", {"data": f"folder:{tmp_path / 'set'}"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        advebm.load_recipe("digits-at", {"data": f"folder:{tmp_path / 'set'}", "threat.eps": "8/255"})
+        advebm.load_recipe("digits-at", {"data.val": 0.2})
+
+
+@report("commands", "FD in a model's own features, or of fewer images than dimensions", "", "never a headline, marked")
+def test_distances_that_say_little(digits_run, tmp_path, capsys):
+    from advebm.reporting.build import _cards
+    from advebm.reporting.records import as_text
+
+    about = {"samples": "s", "space": "own features", "few": False}
+    own = {"name": "FD (own features)", "value": 0.0, "error": 0.0, "count": 40, "settings": about, "series": {}}
+    few = {**own, "name": "FD (judge)", "settings": {**about, "space": "judge", "few": True}}
+    sound = {**few, "value": 3.0, "settings": {**about, "space": "judge"}}
+    assert not _cards([own, few], digits_run.recipe.threat)
+    assert [card["value"] for card in _cards([own, few, sound], digits_run.recipe.threat)] == ["3.000 ± 0.000"]
+    assert as_text(own)["caution"] == "in the model's own features"
+    assert as_text(few)["caution"] == "no more images than dimensions"
+
+
+@few_samples
+@report("commands", "sample, compare and edit where results are already", "", "a new name; --replace overwrites")
+def test_nothing_is_overwritten(digits_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw = ["sample", digits_run.folder, "--sampler.steps", "2", "--per-class"]
+    folder = digits_run.folder / "samples"
+    names = [Path(command(*draw, count, capsys=capsys)[1].strip()).parent.name for count in (2, 1, 2, 1)]
+    assert names == [names[0], f"{names[0]}-2"] * 2
+    status, _, err = command(*draw, 3, "--name", names[0], capsys=capsys)
+    assert status == 2
+    assert "drawn with other settings; another --name, or --replace" in err
+    assert command(*draw, 3, "--name", names[0], "--replace", capsys=capsys)[0] == 0
+    assert len(np.load(folder / names[0] / "images.npz")["y"]) == 30
+    alter = ["edit", "upsample", digits_run.folder, "--count", "2", "--edit.steps", "1"]
+    paths = [command(*alter, capsys=capsys)[1].split()[-1] for _ in range(2)]
+    assert [Path(path).parent.name for path in paths] == ["upsample", "upsample-2"]
+    assert command(*alter, "--out", Path(paths[0]).parent, capsys=capsys)[0] == 2
+    assert command(*alter, "--out", Path(paths[0]).parent, "--replace", capsys=capsys)[0] == 0
+    compare = ["compare", digits_run.folder, digits_run.folder]
+    pages = [command(*compare, capsys=capsys)[1].split()[-1] for _ in range(2)]
+    assert pages == ["comparison.html", "comparison-2.html"]
+    assert command(*compare, "--out", "comparison.html", capsys=capsys)[0] == 2
+
+
+@report("commands", "export of one's own module; loading elsewhere", "", "weights and the factory's name")
+def test_own_modules_are_exported(tmp_path, monkeypatch, capsys):
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    (home / "own_net_of_a_test.py").write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(str(home))
+    own = ["--model", "own_net_of_a_test:make", "--out", home / "run"]
+    status, _, err = command(*TRAIN, *own, capsys=capsys)
+    assert status == 0, err
+    assert command("export", home / "run", away / "model", capsys=capsys)[0] == 0
+    x = torch.rand(2, 1, 8, 8)
+    expected = advebm.load(home / "run")(x)
+    code = "import advebm, sys, torch; print(advebm.load(sys.argv[1])(torch.load(sys.argv[2])).tolist())"
+    torch.save(x, away / "x.pt")
+
+    def loaded(where, **options):
+        words = [sys.executable, "-c", code, str(where), str(away / "x.pt")]
+        return subprocess.run(words, capture_output=True, text=True, check=False, cwd=away, **options)
+
+    assert torch.allclose(torch.tensor(ast.literal_eval(loaded(home / "run").stdout)), expected, atol=1e-5)
+    refused = loaded("model")
+    assert "load it as own_net_of_a_test:make@model" in refused.stderr
+    found = loaded("own_net_of_a_test:make@model", env={**os.environ, "PYTHONPATH": str(home)})
+    assert torch.allclose(torch.tensor(ast.literal_eval(found.stdout)), expected, atol=1e-5)
+
+
+@report("commands", "images of a run that were moved", "robustbench#212, ray#28082", "--data.path, with a check")
+def test_moved_images(tmp_path, capsys):
+    arrays(tmp_path / "s.npz", [0, 1] * 60)
+    options = ["--data", f"npz:{tmp_path / 's.npz'}", "--out", tmp_path / "run"]
+    status, _, err = command(*TRAIN, *options, capsys=capsys)
+    assert status == 0, err
+    (tmp_path / "s.npz").rename(tmp_path / "t.npz")
+    evaluate = ["evaluate", tmp_path / "run", "--metrics", "accuracy"]
+    status, _, err = command(*evaluate, capsys=capsys)
+    assert status == 2
+    assert "give it with --data.path" in err
+    for words in (evaluate, ["report", tmp_path / "run"], ["sample", tmp_path / "run", "--per-class", "1"]):
+        assert command(*words, "--data.path", tmp_path / "t.npz", capsys=capsys)[0] == 0
+    assert command("train", "--resume", tmp_path / "run", "--data.path", tmp_path / "t.npz", capsys=capsys)[0] == 0
+    arrays(tmp_path / "other.npz", [0, 1] * 60)
+    status, _, err = command(*evaluate, "--data.path", tmp_path / "other.npz", capsys=capsys)
+    assert status == 2
+    assert "are not those that" in err
+    status, _, err = command(*evaluate, "--data", "digits", capsys=capsys)
+    assert status == 2
+    assert "only their place can be given: --data.path" in err
+
+
+def test_every_reference_to_a_model(digits_run, tmp_path, monkeypatch):
+    """A run, a checkpoint, a published folder, a file in it, a state dict, a module, each by one function."""
+    monkeypatch.chdir(tmp_path)
+    folder = digits_run.checkpoints.path()
+    expected, x = advebm.load(digits_run.folder), torch.rand(2, 1, 8, 8)
+    for where in (digits_run.folder, folder, folder / "ema.safetensors"):
+        assert torch.equal(advebm.load(where)(x), expected(x)), where
+    with pytest.raises(UserError, match=r"there is no run or model at cifar10-at-2hh; given can be .*hf:USER/NAME"):
+        advebm.load("cifar10-at-2hh")
+    with pytest.raises(UserError, match=r"there is no weight file at nothing\.pt"):
+        advebm.load("nothing.pt")
+
+
+@report(
+    "models",
+    "a state dict of a public network, without anything else",
+    "foolbox#736",
+    "recognised, built and evaluated",
+)
+def test_weight_files(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    public = foreign_networks.randomise(foreign_networks.ResNet((1, 1, 1), 8), generator).eval()
+    torch.save({"state_dict": public.state_dict()}, tmp_path / "net.pt")
+    x = torch.rand(2, 3, 32, 32, generator=generator)
+    with pytest.warns(Notice, match="has no normalisation; images in .* are taken as they are"):
+        model = advebm.load(tmp_path / "net.pt")
+    torch.testing.assert_close(model(x), public(x), rtol=1e-4, atol=1e-4)
+
+
+def test_one_way_to_name_data(tmp_path):
+    root = fill(tmp_path / "set", ["a", "b"])
+    data = advebm.load_data(f"folder:{root}", size=16)
+    assert data.digest() == advebm.load_data("folder", path=str(root), size=16).digest()
+    with pytest.raises(UserError, match=r"train.batch is 128, but .* has 28 training images; give --train.batch 28"):
+        advebm.train("digits-standard", options={"data": f"folder:{root}"}, folder=tmp_path / "run")
+
+
+@report("commands", "doctor on 100 pictures, of which 20 are for test", "", "also validation and training images, said")
+def test_the_doctor_on_few_pictures(digits_run, tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (100, 8, 8), dtype=np.uint8), np.arange(100) % 10
+    np.savez(tmp_path / "s.npz", x=x, y=y)
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command("doctor", digits_run.checkpoints.path(), "--data", "npz:s.npz", capsys=capsys)
+    assert status in (0, 1), err
+    assert "on 50 test, validation and training images of s" in err
+
+
+@report("commands", "a demo that was interrupted", "", "advebm demo --resume DIR goes on with all of it")
+def test_an_interrupted_demo(tmp_path, monkeypatch, capsys):
+    from advebm.workflows import demo
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "fit", interrupt)
+        status, _, err = command("demo", "--out", tmp_path, capsys=capsys)
+    (folder,) = [tmp_path / name for name in [err.rpartition("--resume ")[2].rpartition("/")[2]]]
+    assert status == 130
+    assert f"advebm demo --resume {folder}" in err
+
+
+@report("commands", "metrics.jsonl that is not UTF-8, or a folder in a file's place", "", "no traceback")
+@pytest.mark.parametrize("damage", ["bytes", "folder"])
+def test_damaged_runs(digits_run, tmp_path, capsys, damage):
+    run = tmp_path / "run"
+    for name in ("metrics.jsonl", "metrics.json", "env.json", "config.yaml", "checkpoints/LATEST"):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(digits_run.folder, run)
+        (run / name).unlink(missing_ok=True)
+        if damage == "folder":
+            (run / name).mkdir()
+        else:
+            (run / name).write_bytes(b"\xff\xfe{\x00")
+        for words in (["report", run], ["sample", run, "--per-class", "1"], ["evaluate", run, "--metrics", "accuracy"]):
+            status, _, err = command(*words, capsys=capsys)
+            assert status in (0, 2), (name, words)
+            assert "Traceback" not in err
 
 
 def table():

@@ -62,13 +62,13 @@ def test_the_number_is_said_kept_and_taken_again(tmp_path):
     """A resumed run has the threads that it was begun with: with others its sums are rounded in another order."""
     run, options = tmp_path / "run", ["--train.images", 256, "--train.validate_every", 256]
     first = command("train", "--recipe", "digits-standard", *options, "--threads", 1, "--device", "cpu", "--out", run)
-    assert first.splitlines()[0] == "  cpu, 1 thread, float32"
+    assert "  cpu, 1 thread, float32" in first.splitlines()
     assert json.loads((run / "env.json").read_text())["threads"] == 1
     shutil.rmtree(run / "checkpoints" / "256")
     (run / "checkpoints" / "LATEST").write_text("0\n")
     cores = os.cpu_count() or 1
     again = command("train", "--resume", run, "--device", "cpu", OMP_NUM_THREADS=str(cores))
-    assert again.splitlines()[0] == "  cpu, 1 thread, float32"
+    assert "  cpu, 1 thread, float32" in again.splitlines()
 
 
 def test_threads_are_taken_over_where_they_are_there_and_nobody_said_otherwise(environment):

@@ -127,7 +127,9 @@ def run(small_run, tmp_path):
 
 
 def edit(run, what, *arguments, capsys, refused=False):
-    status = cli.main(["edit", what, str(run.folder), *map(str, arguments)])
+    status = cli.main(
+        ["edit", what, str(run.folder), "--replace" if what != "score" else "--seed=0", *map(str, arguments)]
+    )
     out, err = capsys.readouterr()
     if refused:
         assert status == 2, out

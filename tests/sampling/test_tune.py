@@ -104,9 +104,7 @@ def test_what_was_found_is_used_and_said(run, capsys):
     best, _ = find_tuned(run, run.recipe.sampler)
 
     def drawn(*arguments):
-        assert (
-            main(["sample", str(run.folder), "--per-class", "1", "--name", "set", "--device", "cpu", *arguments]) == 0
-        )
+        assert main(["sample", str(run.folder), "--per-class", "1", "--name", "set", "--replace", *arguments]) == 0
         return json.loads((run.folder / "samples" / "set" / "manifest.json").read_text())
 
     manifest = drawn()

@@ -12,6 +12,7 @@ from advebm.core.errors import UserError
 def add_demo(verbs: Verbs) -> None:
     parser = verbs.add("demo", demo, "Train on digits, draw images, evaluate and report: a minute on a laptop.")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the runs go (runs)")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted demo in its folder")
     parser.add_shared("seed", "threads")
 
 
@@ -21,7 +22,9 @@ def demo(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.workflows import demo as workflow
 
     start = time.perf_counter()
-    path, records = workflow.demo(new_folder(args.out, "demo"), seed=args.seed)
+    if args.resume and not args.resume.is_dir():
+        raise UserError(f"there is no demo at {args.resume}")
+    path, records = workflow.demo(args.resume or new_folder(args.out, "demo"), seed=args.seed)
     side_by_side(records)
     print(f"{time.perf_counter() - start:.0f} s; report: {path}")
 

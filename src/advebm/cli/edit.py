@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from advebm.cli.options import Overrides, Verbs, split_blocks
+from advebm.cli.options import Overrides, Verbs, new_path, split_blocks
 from advebm.core import config, console
 from advebm.core.config import KINDS
 from advebm.core.errors import UserError, unknown_name
@@ -45,7 +45,8 @@ def add_edit(verbs: Verbs) -> None:
     parser.add_argument("--classes", metavar="K,K", help="compose: a class a model, or several of the one")
     parser.add_argument("--amount", metavar="A", help="translate: short for --edit.amount; 0 nothing, 1 all steps")
     parser.add_argument("--film", action="store_true", help="also film.gif")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (RUN/edits/WHAT)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (RUN/edits/WHAT, WHAT-2 …)")
+    parser.add_argument("--replace", action="store_true", help="replace the results that are there")
     parser.add_shared("seed", "checkpoint", "device", "threads")
 
 
@@ -83,8 +84,11 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     for name, value in [*overrides, *amount]:
         settings = config.override(settings, name, value)
     method = config.build(settings["edit"], "edit")
+    finished = lambda folder: "models" in edit_job.check_folder(folder)
+    default = request.run.folder / "edits" / args.what
+    out = new_path(args.out or default, named=bool(args.out), replace=args.replace, taken=finished)
     with console.bar(args.what, len(edit_job.list_images(request.images)) if request.images else args.count, 0) as tell:
-        path, numbers = edit_job.run_edit(request, method, args.out, film=args.film, progress=tell)
+        path, numbers = edit_job.run_edit(request, method, out, film=args.film, progress=tell)
     numbers_table(numbers)
     print(path)
 

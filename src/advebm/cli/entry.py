@@ -13,6 +13,7 @@ from advebm.cli.options import check_options, split_overrides
 from advebm.cli.parser import build_parser
 from advebm.core import processes
 from advebm.core.allocator import tune_cpu_allocator
+from advebm.core.console import announcing
 from advebm.core.errors import Diverged, Interrupted, Lost, Notice, UserError
 from advebm.core.threads import bound_waiting, use_threads
 
@@ -40,7 +41,10 @@ def _main(argv: Sequence[str], world: int) -> int:
             raise UserError(f"{args.verb} takes one process, and there are {world}; run it without torchrun")
         if (threads := getattr(args, "threads", None)) is not None:
             use_threads(threads)
-        status = args.call(args, overrides) or 0
+        subjects = (getattr(args, name, None) for name in ("run", "recipe", "resume", "config", "model"))
+        subject = next((f" {subject}" for subject in subjects if subject), "")
+        with announcing(f"{args.verb}{subject}: reading images and weights"):
+            status = args.call(args, overrides) or 0
         if world > 1:
             from advebm.runs.engine import close_connections
 

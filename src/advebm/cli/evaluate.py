@@ -5,7 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from advebm.cli.options import FEATURES, Overrides, Verbs, split_blocks
+from advebm.cli.options import FEATURES, Overrides, Verbs, new_path, split_blocks
 from advebm.core import config, console, processes
 from advebm.core.errors import UserError
 
@@ -126,7 +126,8 @@ def add_compare(verbs: Verbs) -> None:
     )
     parser.add_run(several=True)
     parser.add_argument("--features", metavar="RUN", help=FEATURES)
-    parser.add_argument("--out", type=Path, default=Path("comparison.html"), metavar="FILE", help="comparison.html")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a new file (comparison.html, comparison-2.html …)")
+    parser.add_argument("--replace", action="store_true", help="replace the file if it is there")
     parser.add_shared("seed", "device", "threads")
 
 
@@ -138,11 +139,12 @@ def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.workflows.adopt import open_run
     from advebm.workflows.devices import choose_device
 
+    out = new_path(args.out or Path("comparison.html"), named=args.out is not None, replace=args.replace)
     places, overrides = split_blocks(overrides, "data")
     runs = [open_run(where, places) for where in args.runs]
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
     options = {"features": args.features, "seed": args.seed, "device": choose_device(args.device)}
     records = compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)
-    path = report(runs[0], beside=runs[1:], out=args.out)
+    path = report(runs[0], beside=runs[1:], out=out)
     runs_table(records)
     print(path)

@@ -24,7 +24,10 @@ def add_sample(verbs: Verbs) -> None:
     parser.add_argument("--untuned", action="store_true", help="the recipe's settings, whatever tune-sampler found")
     parser.add_argument("--classes", metavar="K,K", help="their numbers; all by default")
     parser.add_argument("--fast", default="auto", metavar="WAY", help=f"how the network is computed: {WAYS}")
-    parser.add_argument("--name", help="of the set, METHOD-START by default; replaces a set of that name")
+    parser.add_argument("--name", help="of the set, METHOD-START by default")
+    parser.add_argument(
+        "--replace", action="store_true", help="a set of that name, if it was drawn with other settings"
+    )
     parser.add_shared("seed", "checkpoint")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share the work; the same bytes (1)")
     parser.add_argument(
@@ -46,8 +49,10 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
     check_at_least(args, 1, "per_class", "steps", "processes", "batch", "seeds")
     if (args.seeds or args.features) and not args.compare:
         raise UserError("--seeds and --features go with --compare")
-    if args.compare and (args.method or args.name):
-        raise UserError("--compare names the methods, and each set after its own; leave --method and --name out")
+    if args.compare and (args.method or args.name or args.replace):
+        raise UserError(
+            "--compare names the methods, and each set after its own; leave --method, --name, --replace out"
+        )
     if processes.rank_and_world()[1] > 1 and (args.compare or args.processes > 1):
         raise UserError("--compare and --processes take one process; leave them out, or run it without torchrun")
     places, overrides = split_blocks(overrides, "data")
@@ -63,7 +68,9 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
         runs_table(records)
         print(path)
     else:
-        print(workflow.sample(run, args.method, overrides, name=args.name, **options) / "grid.png")
+        print(
+            workflow.sample(run, args.method, overrides, name=args.name, replace=args.replace, **options) / "grid.png"
+        )
 
 
 def _parse_numbers(text: str | None) -> tuple[int, ...] | None:

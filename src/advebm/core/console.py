@@ -1,9 +1,10 @@
 """Progress messages on stderr, with an estimate of the remaining time."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,30 @@ class _ComputingOn:
     said = pending = ""
 
 
+class _Lines:
+    """How many lines have been printed."""
+
+    count = 0
+
+
+@contextmanager
+def announcing(text: str) -> Iterator[None]:
+    """Print ``text`` if the block shows nothing else for ``FIRST`` seconds, as while images are read."""
+
+    def announce() -> None:
+        if _Lines.count == before:
+            say(text)
+
+    before = _Lines.count
+    timer = threading.Timer(FIRST, announce)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def computing_on(text: str) -> None:
     """Print ``text``, such as ``cpu, 2 threads``, before the next line of output, unless that was done already."""
     if not _ComputingOn.said.startswith(text):
@@ -34,6 +59,7 @@ def say(*texts: str) -> None:
         _ComputingOn.said, _ComputingOn.pending = pending, ""
         texts = (pending, *texts)
     for text in texts:
+        _Lines.count += 1
         screen.print(f"  {text}", soft_wrap=True)
 
 
@@ -103,7 +129,8 @@ def bar(name: str, total: int, done: int | None = None) -> Iterator[Bar]:
     )
     with Progress(*columns, console=screen, expand=True, disable=not screen.is_terminal) as progress:
         progress_bar = Bar(progress, name, total, done)
-        yield progress_bar
+        with nullcontext() if screen.is_terminal else announcing(f"{name}  {done or 0:,}/{total:,}  working"):
+            yield progress_bar
     if not screen.is_terminal:
         progress_bar.tell()
 

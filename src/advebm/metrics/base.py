@@ -68,6 +68,24 @@ Tell = Callable[[int, str], None]  # called with the number of images done and a
 Bar = Callable[[str, int], AbstractContextManager[Tell]]  # name and total -> progress callback
 
 
+class ProgressCounter:
+    """Adds up the images that functions have been called with, and reports the sum, as ``tell`` of a progress bar."""
+
+    def __init__(self, tell: Tell) -> None:
+        self.tell, self.done = tell, 0
+
+    def count(self, function: Callable[[Tensor], Tensor], note: str = "") -> Callable[[Tensor], Tensor]:
+        """Return the function, which then also counts its images (B, C, H, W)."""
+
+        def counted(x: Tensor) -> Tensor:
+            out = function(x)
+            self.done += len(x)
+            self.tell(self.done, note)
+            return out
+
+        return counted
+
+
 def no_bar(name: str, total: int) -> AbstractContextManager[Tell]:
     return nullcontext(lambda done, note: None)
 

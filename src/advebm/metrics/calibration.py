@@ -15,7 +15,7 @@ from advebm import energies
 from advebm.core import checks
 from advebm.core.errors import UserError
 from advebm.data.sources import Images
-from advebm.metrics.base import Record, Subject, average
+from advebm.metrics.base import ProgressCounter, Record, Subject, average
 from advebm.metrics.distances import jackknife
 from advebm.models.modes import searching
 
@@ -164,9 +164,10 @@ def _logits(subject: Subject, split: Images) -> tuple[Tensor, Tensor]:
     if not split.labelled:
         raise UserError(f"calibration needs labels, {subject.data.name} has none; choose --metrics without it")
     batches = []
-    with searching(subject.model) as f, torch.no_grad():
+    with searching(subject.model) as f, torch.no_grad(), subject.bar("calibration", len(split)) as tell:
+        counted = ProgressCounter(tell).count(f)
         for x, y in subject._replace(split=split).batches():
-            batches.append((checks.logits(f(x), len(x)).double().cpu(), y.cpu()))
+            batches.append((checks.logits(counted(x), len(x)).double().cpu(), y.cpu()))
     logits, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if logits.shape[1] < 2:
         raise UserError("calibration needs a classifier, the model has one output")

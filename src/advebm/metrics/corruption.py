@@ -9,7 +9,7 @@ from advebm.attacks.base import is_correct
 from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data.corruptions import CORRUPTIONS, SEVERITIES, check, corrupt
-from advebm.metrics.base import Record, Subject, average, proportion
+from advebm.metrics.base import ProgressCounter, Record, Subject, average, proportion
 from advebm.models.modes import searching
 
 
@@ -41,13 +41,18 @@ class CorruptionAccuracy:
         """Return ``accuracy under gaussian-noise 3`` etc. and their mean, ``accuracy under corruptions``."""
         subject.check_labelled()
         records, all_hits = [], []
-        for name in self.corruptions:
-            for severity in self.severities:
+        kinds = [(name, severity) for name in self.corruptions for severity in self.severities]
+        with (
+            searching(subject.model) as f,
+            subject.bar("corruptions", len(kinds) * len(subject.split)) as tell,
+        ):
+            counter = ProgressCounter(tell)
+            for name, severity in kinds:
                 draws = rng.generator(generator.initial_seed(), name, severity, device=generator.device)
-                with searching(subject.model) as f:
-                    hits = torch.cat(
-                        [is_correct(f, corrupt(x, name, severity, draws), y) for x, y in subject.batches()]
-                    )
+                counted = counter.count(f, f"{name} {severity}")
+                hits = torch.cat(
+                    [is_correct(counted, corrupt(x, name, severity, draws), y) for x, y in subject.batches()]
+                )
                 settings = {"corruption": name, "severity": severity, "parameters": "advebm"}
                 records.append(Record(f"accuracy under {name} {severity}", *proportion(hits), settings))
                 all_hits.append(hits)

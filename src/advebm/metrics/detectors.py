@@ -11,7 +11,7 @@ from advebm.core import config
 from advebm.core.errors import UserError
 from advebm.data import ood_sets
 from advebm.energies import Logits
-from advebm.metrics.base import Record, Subject
+from advebm.metrics.base import ProgressCounter, Record, Subject
 from advebm.metrics.ood import Estimate, auroc, lowest_scores, search_name
 from advebm.models.inference import faster_model
 from advebm.models.modes import searching
@@ -49,7 +49,12 @@ class Detectors:
         options: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "generator": generator}
         options |= {"steps": self.steps, "restarts": self.restarts}
         clean_aurocs, attacked_aurocs = dict[str, Estimate](), dict[str, Estimate]()
-        with searching(subject.model) as f:
+        images = sum(min(self.count, int((split.y != k).sum())) for k in range(len(names)))
+        with (
+            searching(subject.model) as f,
+            subject.bar("detectors", images * self.steps * self.restarts) as tell,
+        ):
+            counter = ProgressCounter(tell)
             fast = faster_model(subject.model, subject.on_device(split.x[:2]))
             for k, name in enumerate(names):
                 own, others = split.x[split.y == k], split.x[split.y != k]
@@ -69,7 +74,9 @@ class Detectors:
                 for part in others.split(subject.batch):
                     x = subject.on_device(part)
                     clean.append(score(x).detach().cpu())
-                    lowest.append(lowest_scores(score, x, search=partial(score, f=fast), **options))
+                    lowest.append(
+                        lowest_scores(score, x, search=counter.count(partial(score, f=fast), name), **options)
+                    )
                 clean_aurocs[name] = auroc(torch.cat(inside), torch.cat(clean))
                 attacked_aurocs[name] = auroc(torch.cat(inside), torch.cat(lowest))
         settings = {"metric": config.describe(self)}

@@ -24,7 +24,7 @@ from advebm.data import ood_sets
 from advebm.data.ood_sets import ClassGaussianNoise, GaussianNoise, Outlier, UniformNoise
 from advebm.descent import value_and_gradient
 from advebm.energies import Logits
-from advebm.metrics.base import Record, Subject
+from advebm.metrics.base import ProgressCounter, Record, Subject
 from advebm.metrics.distances import jackknife
 from advebm.models.inference import faster_model
 from advebm.models.modes import searching
@@ -289,19 +289,25 @@ class OutOfDistribution:
         records = []
         with searching(subject.model) as f:
             fast = faster_model(subject.model, subject.on_device(inside[:2]))
-            for score in self._scores(f, subject.on_device(inside[:2])):
-                inside_scores = _compute_scores(score, f, inside, subject)
-                for name, x in sets.items():
-                    about = {"score": score.name, "outliers": name, "metric": metric}
-                    cases: dict[str | None, Tensor] = {None: _compute_scores(score, f, x, subject)}
-                    if eps > 0:
-                        draws = rng.generator(seed, "worst case", name, score.name, device=device)
-                        lowest = [
-                            lowest_scores(partial(score, f), part, search=partial(score, fast), generator=draws, **ball)
-                            for part in map(subject.on_device, x.split(subject.batch))
-                        ]
-                        cases[search_name(self.steps, self.restarts, eps, self.norm)] = torch.cat(lowest)
-                    records += self._records(inside_scores, cases, about)
+            scores = self._scores(f, subject.on_device(inside[:2]))
+            searched = sum(map(len, sets.values())) * self.steps * self.restarts * (eps > 0)
+            with subject.bar("detection", len(scores) * max(1, searched)) as tell:
+                counter = ProgressCounter(tell)
+                for score in scores:
+                    inside_scores = _compute_scores(score, f, inside, subject)
+                    for name, x in sets.items():
+                        about = {"score": score.name, "outliers": name, "metric": metric}
+                        cases: dict[str | None, Tensor] = {None: _compute_scores(score, f, x, subject)}
+                        if eps > 0:
+                            draws = rng.generator(seed, "worst case", name, score.name, device=device)
+                            search = counter.count(partial(score, fast), f"{score.name} vs {name}")
+                            lowest = [
+                                lowest_scores(partial(score, f), part, search=search, generator=draws, **ball)
+                                for part in map(subject.on_device, x.split(subject.batch))
+                            ]
+                            cases[search_name(self.steps, self.restarts, eps, self.norm)] = torch.cat(lowest)
+                        records += self._records(inside_scores, cases, about)
+                tell(len(scores) * max(1, searched), "")
         return records
 
     def _scores(self, f: Logits, x: Tensor) -> list[Score]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from advebm.core.errors import UserError
-from advebm.metrics.base import Features, Record, SampleSet, Subject, proportion
+from advebm.metrics.base import Features, ProgressCounter, Record, SampleSet, Subject, proportion
 from advebm.metrics.distances import (
     Moments,
     RealFeatures,
@@ -78,7 +78,9 @@ class SampleQuality:
             raise UserError("sample quality needs a feature space: give --features RUN, inception or pixels")
         if not (sets := _drop_small_sets(subject.samples)):
             return []
-        features = space.of(subject.data.train.x, subject.device, subject.batch)
+        with subject.bar("features", len(subject.data.train)) as tell:
+            counted = space._replace(extract=ProgressCounter(tell).count(space.extract, "of the training images"))
+            features = counted.of(subject.data.train.x, subject.device, subject.batch)
         centres = features[_fixed_permutation(len(features))[: self.overlap]]
         real = Reference(RealFeatures(features), Balls.around(centres, NEAR), Balls.around(centres, WIDE))
         _warn_of_small_sets(space, sets, features.shape[1])

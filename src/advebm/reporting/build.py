@@ -21,7 +21,7 @@ from advebm.evaluation import compare, evaluate
 from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.papers import render
 from advebm.reporting import figure_store, figures
-from advebm.reporting.records import as_text
+from advebm.reporting.records import as_text, caution
 from advebm.runs.find_model import trained_threat
 from advebm.runs.recipe import dump
 from advebm.runs.run import Run
@@ -124,12 +124,13 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
 
 
 def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[str, str]]:
-    """Return clean accuracy, accuracy under the threat and under AutoAttack, and the lowest Fréchet distance."""
+    """Return clean accuracy, accuracy under the threat and under AutoAttack, and the lowest sound Fréchet distance."""
     records_with_keys = [(key_of(record), record) for record in records]
     attacks = (threat, AutoAttack(threat.eps, threat.norm))
     keys = (Key("accuracy"), *(Key("accuracy", attack_key(attack)) for attack in attacks))
     chosen = [record for key in keys for k, record in records_with_keys if k == key]
-    chosen += sorted((record for k, record in records_with_keys if k.quantity == "FD"), key=lambda r: r["value"])[:1]
+    distances = [record for k, record in records_with_keys if k.quantity == "FD" and not caution(record)]
+    chosen += sorted(distances, key=lambda r: r["value"])[:1]
     cards = []
     for text in map(as_text, chosen):
         name = " · ".join(filter(None, [text["name"], text["samples"]]))

@@ -9,7 +9,7 @@ Quantity = tuple[str, str]  # names of the record and of its set of samples
 
 
 def as_text(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts ``name``, ``samples``, ``value``, ``count``: shares in percent, other values with 3 decimals."""
+    """Return ``name``, ``samples``, ``value``, ``count``, ``caution``; shares in percent, others with 3 decimals."""
     share = key_of(record).is_share
     scale, unit = (100, " %") if share else (1, "")
     value, error = record["value"] * scale, record["error"] * scale
@@ -22,7 +22,17 @@ def as_text(record: Mapping[str, Any]) -> dict[str, str]:
         "value": text,
         "count": f"{record['count']:,}",
         "samples": str(record["settings"].get("samples", "")),
+        "caution": caution(record),
     }
+
+
+def caution(record: Mapping[str, Any]) -> str:
+    """Return why a distance between features says little, else the empty string."""
+    if key_of(record).quantity != "FD":
+        return ""
+    if record["settings"].get("few"):
+        return "no more images than dimensions"
+    return "in the model's own features" if record["settings"].get("space") == "own features" else ""
 
 
 class Pivot(NamedTuple):

@@ -19,8 +19,9 @@ from advebm.training.hardware import GB, TERA, Machine
 def record_table(records: Iterable[Record]) -> None:
     """Print one row for each record; then, for samples, the share of each class that is classified as intended."""
     plain = [asdict(record) for record in records]
-    rows = [[text[key] for key in ("name", "samples", "value", "count")] for text in map(as_text, plain)]
-    _print_rows(["measured", "samples", "value", "n"], rows)
+    rows = [[text[key] for key in ("name", "samples", "value", "count", "caution")] for text in map(as_text, plain)]
+    width = 5 if any(row[4] for row in rows) else 4
+    _print_rows(["measured", "samples", "value", "n", "but"][:width], [row[:width] for row in rows])
     for heads, rows in class_tables(plain):
         print()
         _print_rows(heads, rows)

@@ -225,5 +225,5 @@ def digest(model: nn.Module) -> str:
     state = hashlib.sha256()
     for name, value in model.state_dict().items():
         state.update(name.encode())
-        state.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        state.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.hexdigest()[:10]

@@ -1,6 +1,7 @@
 """Recipes: the complete configuration of a run."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,10 @@ import torch
 import yaml
 
 from advebm import recipes
+from advebm.attacks.base import ball_text
 from advebm.attacks.projected import Attack
 from advebm.core import config
-from advebm.core.errors import UserError
+from advebm.core.errors import Notice, UserError
 from advebm.data.sources import Data, Source, Unlabelled
 from advebm.metrics.base import Metric
 from advebm.models.inference import BackendName
@@ -20,6 +22,8 @@ from advebm.models.precision import usable_precision
 from advebm.objectives.base import Objective
 from advebm.runs.optim import SGD, Cosine, Optimizer, Schedule
 from advebm.samplers.base import Sampler
+
+WRAPPERS = ("part", "classes", "unlabelled", "mixture")  # sources that take their images from others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +199,7 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
         f.name: role for f in dataclasses.fields(Recipe) if (role := config.role_of(f.type)) and f.name != "metrics"
     }
     plain, rest, overrides = _unset_shared(plain), [], list(overrides)
+    _say_whose_threat(plain, overrides)
     before = plain.pop("before", None) or ()
     if not isinstance(before, list | tuple):
         raise UserError(f"recipe.before takes a list of stages, got {before!r}")
@@ -218,6 +223,24 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
     for dotted, value in [pair for pair in overrides if pair[0].startswith("before")]:
         described = config.override(described, dotted, value)
     return config.construct(Recipe, described, where="recipe")
+
+
+def _say_whose_threat(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> None:
+    """Say that the threat model remains that of a recipe's own data, if only the data are changed."""
+    threat, data, changed = plain.get("threat"), plain.get("data"), dict(overrides)
+    if not isinstance(threat, Mapping) or "eps" not in threat or not {"data", "data.kind"} & changed.keys():
+        return
+    kind = data.get("kind") if isinstance(data, Mapping) else data
+    given = changed.get("data", changed.get("data.kind"))
+    new = given.get("kind") if isinstance(given, Mapping) else str(given).partition(":")[0]
+    if new != kind and new not in WRAPPERS and not any(name.partition(".")[0] == "threat" for name in changed):
+        attack = config.construct(Attack, {k: v for k, v in threat.items() if k != "kind"}, where="threat")
+        warnings.warn(
+            f"{plain.get('name')} was made for {kind}: its threat, {ball_text(attack.eps, attack.norm)}, may not fit "
+            "other images; set --threat.eps and --objective.attack.eps",
+            Notice,
+            stacklevel=3,
+        )
 
 
 def _complete_stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -173,7 +173,11 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``, without damaged ones such as a line cut off by a killed process."""
         path, lines = self.folder / "metrics.jsonl", []
-        for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            content = path.read_text(errors="replace") if path.exists() else ""
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        for text in content.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 line = json.loads(text)
                 if isinstance(line, dict) and "images" in line:

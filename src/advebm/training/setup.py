@@ -61,11 +61,8 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
     if "labels" in objective.needs and not data.train.labelled:
         raise UserError(f"objective {type(objective).__name__} needs labels, {data.name} has none")
     if cfg.batch > len(data.train):
-        count = len(data.train)
-        raise UserError(
-            f"train.batch is {cfg.batch}, but there are {count} training images in {data.name}; set --train.batch {count} "
-            "or less"
-        )
+        there = f"{data.name} has {len(data.train)} training images"
+        raise UserError(f"train.batch is {cfg.batch}, but {there}; give --train.batch {len(data.train)} or less")
     if objective.hidden is not None and cfg.streams != engine.world:
         raise UserError(
             f"train.streams is {cfg.streams}, and there are {engine.world} processes: an encoder, which tells images "

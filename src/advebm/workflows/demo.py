@@ -6,6 +6,7 @@ from typing import Any
 
 from advebm import recipes
 from advebm.core import config, console
+from advebm.core.errors import Interrupted
 from advebm.evaluation import evaluate
 from advebm.reporting.build import report
 from advebm.runs.recipe import resolve
@@ -17,17 +18,32 @@ SETS = {f"{kind}-{start}": (kind, start) for start in ("class", "global") for ki
 
 
 def demo(folder: Path, *, seed: int = 0) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
-    """Train, sample, evaluate and report in ``folder``; return the report's path and the records by run."""
+    """Train, sample, evaluate and report in ``folder``; return the report's path and the records by run.
+
+    What an interrupted demo has left in the folder is kept, and gone on with.
+
+    Raises:
+        Interrupted: by Ctrl-C or SIGTERM; the message contains the command that goes on.
+    """
+    try:
+        return _demo(folder, seed)
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"stopped; to go on: advebm demo --resume {folder}{f' --seed {seed}' * bool(seed)}") from None
+
+
+def _demo(folder: Path, seed: int) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     say = console.screen.print
     runs = {}
     for number, name in enumerate(("digits-standard", "digits-at"), 1):
         say(f"[{number}/5] train {name}")
-        runs[name] = fit(resolve({**recipes.find(name), "seed": seed}), folder / name)
+        begun = (folder / name / "config.yaml").is_file()
+        runs[name] = fit(resolve({**recipes.find(name), "seed": seed}), folder / name, resume=begun)
     robust = runs["digits-at"]
     say(f"[3/5] sample {PER_CLASS * 10:,} images each by {', '.join(SETS)}")
     for name, (kind, start) in SETS.items():
         recipe = resolve(config.describe(robust.recipe), [("sampler", kind), ("sampler.start", start)])
-        draw_set(robust, name, recipe.sampler, PER_CLASS, seed=seed)
+        if name not in robust.samples():
+            draw_set(robust, name, recipe.sampler, PER_CLASS, seed=seed)
     say("[4/5] evaluate both; sample quality in the features of digits-standard")
     records = {}
     for name, run in runs.items():

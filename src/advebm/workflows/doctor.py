@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from advebm import recipes
 from advebm.attacks.base import ball_text
 from advebm.core import console
 from advebm.core.errors import UserError
-from advebm.data.sources import find_spec
-from advebm.diagnostics.doctor import Finding, examine_split
+from advebm.data.sources import Images, find_spec
+from advebm.diagnostics.doctor import FEWEST, Finding, examine_split
 from advebm.diagnostics.kernels import KNOWN, Verdict, check, convolutions
 from advebm.runs.find_model import find_reference
 from advebm.runs.recipe import resolve
@@ -36,9 +37,14 @@ def examine_model(
     recipe = resolve({**IMAGES_ALONE, **known}, overrides)
     module = reference.load(checkpoint).to(choose_device(device))
     data, threat = recipe.data.load(), recipe.threat
-    count = min(images, len(data.test))
-    console.say(f"{model} on {count} test images of {data.name} at {ball_text(threat.eps, threat.norm)}")
-    return examine_split(module, data.test, threat=threat, count=count, seed=seed, progress=console.say)
+    split, kind = data.test, "test"
+    if len(split) < FEWEST <= sum(map(len, data[2:])):
+        parts = (data.test, data.val, data.train)
+        split = Images(*(torch.cat([getattr(part, name) for part in parts])[:FEWEST] for name in ("x", "y")))
+        kind = "test, validation and training"
+    count = min(images, len(split))
+    console.say(f"{model} on {count} {kind} images of {data.name} at {ball_text(threat.eps, threat.norm)}")
+    return examine_split(module, split, threat=threat, count=count, seed=seed, progress=console.say)
 
 
 @dataclasses.dataclass(frozen=True)

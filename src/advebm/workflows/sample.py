@@ -1,6 +1,7 @@
 """Draw samples, tune samplers and compare them, with progress bars."""
 
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def sample(
     overrides: Overrides = (),
     *,
     name: str | None = None,
+    replace: bool = False,
     per_class: int = 10,
     checkpoint: str = "latest",
     untuned: bool = False,
@@ -40,23 +42,52 @@ def sample(
 ) -> Path:
     """Draw images of every class by one method and return the folder of the set.
 
+    A set that was drawn with other settings is not overwritten: the default name then gets a number.
+
     Args:
         run: trained run.
         method: kind of sampler; None: the recipe's.
         overrides: options of the sampler.
-        name: name of the set; None: ``METHOD-START``.
+        name: name of the set; None: ``METHOD-START``, or ``METHOD-START-2`` …
+        replace: whether to replace a set of that name that was drawn with other settings.
         per_class: images of each class.
         checkpoint: ``latest``, ``best`` or a number of images.
         untuned: whether to use the recipe's settings even if ``tune-sampler`` found others.
         device: None: the best one available.
         options: further options of :func:`draw_set`.
+
+    Raises:
+        UserError: ``name`` is that of a set that was drawn with other settings.
     """
     team, device = join_team(device)
     sampler, about = choose_settings(run, method, overrides, checkpoint=checkpoint, untuned=untuned)
     if sampler.fit == "test":
         warnings.warn(LEAK, stacklevel=2)
     options |= {"checkpoint": checkpoint, "device": device, "team": team, "about": about}
-    return draw_set(run, name or generate.set_name(sampler), sampler, per_class, **options)
+    default = generate.set_name(sampler)
+    if not replace:
+        for candidate in [name] if name else [default, *(f"{default}-{k}" for k in range(2, 1000))]:
+            if not _is_other_set(run, candidate, sampler, per_class, options):
+                default = candidate
+                break
+        else:
+            raise UserError(f"{run.folder} has samples {name}, drawn with other settings; another --name, or --replace")
+    default = team.all_gather(default)[0]  # the others may see what the main process has begun
+    return draw_set(run, name or default, sampler, per_class, **options)
+
+
+def _is_other_set(run: Run, name: str, sampler: Sampler, per_class: int, options: Mapping[str, Any]) -> bool:
+    """Return whether the run has a set of this name, finished or begun, that was drawn with other settings."""
+    known = {f.name for f in dataclasses.fields(job.SampleJob)}
+    settings = {k: v for k, v in options.items() if k in known and k != "checkpoint"}
+    checkpoint = run.checkpoints.path(str(options["checkpoint"])).name
+    sample_job = job.SampleJob(run, name, sampler, per_class, checkpoint=checkpoint, **settings)
+    plan = json.loads(json.dumps(sample_job.plan()))
+    for file in ("manifest.json", "plan.json"):
+        about = files.read_json(sample_job.folder / file, default={})
+        if about and any(about.get(key) != value for key, value in plan.items() if key != "fast"):
+            return True
+    return False
 
 
 def compare_methods(
