@@ -365,7 +365,7 @@ def test_unlabelled_test_folders(tmp_path):
     assert sum(map(len, data[2:])) == 40
 
 
-@report("folders", "__MACOSX, ._*, .DS_Store, Thumbs.db, desktop.ini", "vision#8297", "passed over")
+@report("folders", "`__MACOSX`, `._*`, `.DS_Store`, `Thumbs.db`, `desktop.ini`", "vision#8297", "passed over")
 @pytest.mark.parametrize("corrupt", ["refuse", "skip"])
 def test_junk(tmp_path, corrupt):
     root = fill(tmp_path / "set", ["a", "b"])
@@ -983,9 +983,9 @@ def test_every_reference_to_a_model(digits_run, tmp_path, monkeypatch):
 
 @report(
     "models",
-    "a state dict of a public network, without anything else",
+    "a state dict of a public network alone",
     "foolbox#736",
-    "recognised, built and evaluated",
+    "recognised, built and loaded",
 )
 def test_weight_files(tmp_path):
     generator = torch.Generator().manual_seed(0)
@@ -1052,11 +1052,16 @@ def test_damaged_runs(digits_run, tmp_path, capsys, damage):
             assert "Traceback" not in err
 
 
+def test_the_page_has_this_table():
+    assert table() in (Path(__file__).parents[1] / "docs" / "inputs.md").read_text()
+
+
 def table():
-    """Return the table of all inputs as Markdown."""
+    """Return the table of all inputs as Markdown, by area."""
     lines = ["| input | reported as | what happens |", "| --- | --- | --- |"]
     area = None
-    for kind, given, where, outcome in TABLE:
+    areas = list(dict.fromkeys(kind for kind, *_ in TABLE))
+    for kind, given, where, outcome in sorted(TABLE, key=lambda row: areas.index(row[0])):
         if kind != area:
             lines.append(f"| **{kind}** | | |")
             area = kind

@@ -131,7 +131,7 @@ def bar(name: str, total: int, done: int | None = None) -> Iterator[Bar]:
         progress_bar = Bar(progress, name, total, done)
         with nullcontext() if screen.is_terminal else announcing(f"{name}  {done or 0:,}/{total:,}  working"):
             yield progress_bar
-    if not screen.is_terminal:
+    if total and not screen.is_terminal:
         progress_bar.tell()
 
 

@@ -213,7 +213,7 @@ def _read_hub(source: HubImages) -> tuple[Parts, tuple[str, ...]]:
     except Exception as error:  # the hub's client raises many kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"the data set {source.path!r} cannot be loaded ({reason}); give a folder with --data.path"
+            f"the data set {source.path!r} cannot be loaded ({reason}); give a folder with --data.path or ADVEBM_DATA"
         ) from None
     tables: dict[str, list[Table]] = {}
     classes: tuple[str, ...] = ()

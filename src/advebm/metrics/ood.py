@@ -31,6 +31,7 @@ from advebm.models.modes import searching
 
 BINS = 40  # number of bins of the histograms in records
 GROUPS = 20  # of the jackknife
+MORE = 4  # outliers for each image of the data, at most
 
 # Scores: network and images -> (B,) float64, high = more out of distribution -----------------------------------------
 
@@ -243,7 +244,8 @@ class OutOfDistribution:
         scores: ``energy``, ``max-softmax``, ``max-logit``, ``odin``; a critic skips those that need a classifier.
         sets: ``uniform``, ``gaussian`` and ``class-gaussian`` noise, and sources such as ``cifar100`` or
             ``folder:PATH``, whose test images are fitted to the data's shape.
-        count: maximum number of images of the data, and of each set.
+        count: maximum number of images of the data, and of each set; a set has at most four times as many as the data,
+            since more would cost time and hardly sharpen the result.
         eps: radius in pixels of [0, 1].  None: the threat model's if it has the same norm, else 1 (l2) or 8/255 (linf).
             0: no worst case.
         norm: norm of the ball.
@@ -281,7 +283,8 @@ class OutOfDistribution:
         sets: dict[str, Tensor] = {}
         for outlier in self.sets:
             draws = rng.generator(seed, str(config.describe(outlier)), device=device)
-            name, x = ood_sets.draw_outliers(outlier, subject.data, self.count, draws)
+            count = min(self.count, MORE * len(inside))
+            name, x = ood_sets.draw_outliers(outlier, subject.data, count, draws)
             if name in sets:
                 raise UserError(f"two sets are called {name}; measure them one at a time")
             sets[name] = x

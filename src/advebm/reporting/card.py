@@ -108,12 +108,12 @@ def _training_sentence(run: Run, path: Path, data: str) -> str:
 
 
 def _usage(architecture: Architecture, recipe: Recipe, saved: Mapping[str, Any]) -> str:
-    """Return Markdown that says how to make a run of a published classifier; empty for other models."""
+    """Return Markdown that says how to use a published classifier; empty for other models."""
     if architecture.hidden is not None or architecture.outputs != len(saved["classes"]):
         return ""
     kind = config.describe(recipe.data)["kind"]
-    command = f"advebm evaluate --model PATH --data {kind} --metrics accuracy --out RUN"
-    return f"For drawing, editing and measuring, make it a run:\n\n```\n{command}\n```\n\n"
+    commands = "\n".join(f"advebm {verb} PATH --data {kind}" for verb in ("sample", "evaluate"))
+    return f"Every command takes it, in the place of a run:\n\n```\n{commands}\n```\n\n"
 
 
 def _results_section(records: Sequence[Mapping[str, Any]]) -> str:
