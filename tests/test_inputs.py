@@ -262,7 +262,9 @@ def test_mixed_modes(tmp_path):
     assert set(read_one(root / "a" / "l.png").flatten().tolist()) == {77}
 
 
-@report("pixels", "photographs of 60 megapixels in a set", "", "read; as one image to edit refused with the limit")
+@report(
+    "pixels", "photographs of 60 megapixels in a set", "", "read; as a single image to edit refused, with the limit"
+)
 def test_large_photographs(tmp_path):
     Image.new("L", (8_000, 7_500), 9).save(tmp_path / "x.png")
     with pytest.raises(UserError, match="60,000,000 pixels, the most is 50,000,000"):
@@ -503,7 +505,7 @@ def test_names_of_arrays(tmp_path, name, save):
     assert everything == sorted(image.tobytes() for a in made.values() if a.ndim == 4 for image in a)
 
 
-@report("labels", "npz larger than memory allows twice", "DM-Improves-AT", "uncompressed arrays are memory-mapped")
+@report("labels", "npz larger than half the memory", "DM-Improves-AT", "uncompressed arrays are memory-mapped")
 def test_arrays_are_mapped(tmp_path):
     from advebm.data.npz import _read_arrays
 
@@ -740,7 +742,7 @@ class WithoutGradient(Returns):
         return super().forward(x)
 
 
-@report("models", "a forward under torch.no_grad()", "lightning#19910", "named")
+@report("models", "a forward under torch.no_grad()", "lightning#19910", "an error that names it")
 @pytest.mark.parametrize("attack", [Attack(eps=0.1), APGD(eps=0.1)])
 def test_a_model_without_gradient(attack):
     model, y = WithoutGradient(lambda z: z), torch.arange(6) % 4
@@ -792,7 +794,7 @@ def test_probabilities():
     "models",
     "images outside [0, 1] by rounding, as after resizing",
     "",
-    "clamped; the normalised is refused",
+    "clamped; normalised images are refused",
 )
 def test_rounding():
     x, y = images(), torch.arange(6) % 4
@@ -876,7 +878,12 @@ def test_a_recipe_on_other_data_says_so(tmp_path):
         advebm.load_recipe("digits-at", {"data.val": 0.2})
 
 
-@report("commands", "FD in a model's own features, or of fewer images than dimensions", "", "never a headline, marked")
+@report(
+    "commands",
+    "FD in a model's own features, or of fewer images than dimensions",
+    "",
+    "marked, and never among the main numbers of a report",
+)
 def test_distances_that_say_little(digits_run, tmp_path, capsys):
     from advebm.reporting.build import _cards
     from advebm.reporting.records import as_text
@@ -1034,7 +1041,12 @@ def test_an_interrupted_demo(tmp_path, monkeypatch, capsys):
     assert f"advebm demo --resume {folder}" in err
 
 
-@report("commands", "metrics.jsonl that is not UTF-8, or a folder in a file's place", "", "no traceback")
+@report(
+    "commands",
+    "metrics.jsonl that is not UTF-8, or a folder in a file's place",
+    "",
+    "an error that names the file, or the damaged lines left out",
+)
 @pytest.mark.parametrize("damage", ["bytes", "folder"])
 def test_damaged_runs(digits_run, tmp_path, capsys, damage):
     run = tmp_path / "run"

@@ -23,13 +23,18 @@ def add_diagnose(verbs: Verbs) -> None:
         metavar="A,B",
         help="landscape, gradients, energies, neighbours, interpolation, chains, saliency, inversion; all by default",
     )
-    parser.add_argument("--method", metavar="NAME", help="of the chains; the first run's sampler by default")
+    parser.add_argument("--method", metavar="NAME", help="sampler of the chains; the first run's by default")
     parser.add_argument("--images", type=int, default=100, metavar="N", help="test images behind the numbers (100)")
     parser.add_argument(
-        "--along", choices=("random", "gradient", "pca"), default="random", help="of landscapes (random)"
+        "--along",
+        choices=("random", "gradient", "pca"),
+        default="random",
+        help="directions in which landscapes are cut (random)",
     )
-    parser.add_argument("--reach", type=float, default=2.0, metavar="R", help="of landscapes, pixels of [0, 1], l2 (2)")
-    parser.add_argument("--steps", type=int, default=1000, metavar="K", help="of long chains (1000)")
+    parser.add_argument(
+        "--reach", type=float, default=2.0, metavar="R", help="extent of landscapes, l2, in pixels of [0, 1] (2)"
+    )
+    parser.add_argument("--steps", type=int, default=1000, metavar="K", help="length of long chains (1000)")
     parser.add_shared("seed", "checkpoint", "device", "threads")
 
 
@@ -44,8 +49,8 @@ def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     check_at_least(args, 2, "images", "steps")
     if not args.reach > 0:
         raise UserError(f"--reach must be > 0, got {args.reach}")
-    places, overrides = split_blocks(overrides, "data")
-    runs = [open_run(where, places) for where in args.runs]
+    data_overrides, overrides = split_blocks(overrides, "data")
+    runs = [open_run(where, data_overrides) for where in args.runs]
     options = {"count": args.images, "along": args.along, "reach": args.reach, "steps": args.steps, "seed": args.seed}
     options |= {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
     options["sampler"] = choose_sampler(runs[0], args.method, overrides)
@@ -69,7 +74,7 @@ def add_doctor(verbs: Verbs) -> None:
     parser.add_argument(
         "--machine",
         action="store_true",
-        help="check this machine instead: its speed, and the convolutions of RUN (of CIFAR-10 recipes) by float64",
+        help="check this machine instead: its speed, and its convolutions, those of RUN or of two CIFAR-10 networks",
     )
     parser.add_argument("--images", type=int, default=300, metavar="N", help="test images to try it on (300)")
     parser.add_shared("seed", "checkpoint")

@@ -57,10 +57,10 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.workflows.devices import choose_device
 
     _check_arguments(args)
-    places, overrides = split_blocks(overrides, "data")
+    data_overrides, overrides = split_blocks(overrides, "data")
     request = edit_job.EditRequest(
-        run=open_run(args.run, places),
-        others=tuple(open_run(where, places) for where in args.others),
+        run=open_run(args.run, data_overrides),
+        others=tuple(open_run(where, data_overrides) for where in args.others),
         source=open_run(args.source) if args.source else None,
         images=tuple(args.image or ()),
         split=args.split,

@@ -106,8 +106,8 @@ def probe(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.workflows.devices import choose_device
     from advebm.workflows.probe import measure_probe, probe
 
-    places, overrides = split_blocks(overrides, "data")
-    run = open_run(args.run, places)
+    data_overrides, overrides = split_blocks(overrides, "data")
+    run = open_run(args.run, data_overrides)
     neighbours = NearestNeighbours(args.neighbours, args.branch)
     options = {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
     folder = args.out or run.folder.with_name(f"{run.folder.resolve().name}-probe")
@@ -140,8 +140,8 @@ def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.workflows.devices import choose_device
 
     out = new_path(args.out or Path("comparison.html"), named=args.out is not None, replace=args.replace)
-    places, overrides = split_blocks(overrides, "data")
-    runs = [open_run(where, places) for where in args.runs]
+    data_overrides, overrides = split_blocks(overrides, "data")
+    runs = [open_run(where, data_overrides) for where in args.runs]
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
     options = {"features": args.features, "seed": args.seed, "device": choose_device(args.device)}
     records = compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)

@@ -13,7 +13,7 @@ def add_sample(verbs: Verbs) -> None:
         "sample",
         sample,
         "Draw images from a run into RUN/samples.",
-        "Takes --sampler.option VALUE. Stopped, the same command goes on and ends with the same bytes.",
+        "Takes --sampler.option VALUE. After an interruption the same command goes on; the result is the same.",
         takes=("sampler",),
         shared=True,
     )
@@ -22,18 +22,20 @@ def add_sample(verbs: Verbs) -> None:
     parser.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
     parser.add_argument("--steps", type=int, metavar="K", help="short for --sampler.steps, at least 1")
     parser.add_argument("--untuned", action="store_true", help="the recipe's settings, whatever tune-sampler found")
-    parser.add_argument("--classes", metavar="K,K", help="their numbers; all by default")
+    parser.add_argument("--classes", metavar="K,K", help="numbers of the classes to draw; all by default")
     parser.add_argument("--fast", default="auto", metavar="WAY", help=f"how the network is computed: {WAYS}")
     parser.add_argument("--name", help="of the set, METHOD-START by default")
     parser.add_argument(
         "--replace", action="store_true", help="a set of that name, if it was drawn with other settings"
     )
     parser.add_shared("seed", "checkpoint")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share the work; the same bytes (1)")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="number of processes; images do not depend on it (1)"
+    )
     parser.add_argument(
         "--batch", type=int, metavar="N", help="images the network sees at once (500); changes rounding"
     )
-    parser.add_argument("--trajectory", action="store_true", help="also film.gif, a chain a class")
+    parser.add_argument("--trajectory", action="store_true", help="also write film.gif, one chain per class")
     parser.add_argument("--compare", metavar="A,B", help="draw by several methods from the same seeds and judge them")
     parser.add_argument("--seeds", type=int, metavar="N", help="with --compare: sampling seeds; mean and deviation (1)")
     parser.add_argument("--features", metavar="RUN", help=f"with --compare: {FEATURES}")
@@ -55,8 +57,8 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
         )
     if processes.rank_and_world()[1] > 1 and (args.compare or args.processes > 1):
         raise UserError("--compare and --processes take one process; leave them out, or run it without torchrun")
-    places, overrides = split_blocks(overrides, "data")
-    run = open_run(args.run, places)
+    data_overrides, overrides = split_blocks(overrides, "data")
+    run = open_run(args.run, data_overrides)
     if args.steps:
         overrides = [*overrides, ("sampler.steps", args.steps)]
     options = {"per_class": args.per_class, "seed": args.seed, "checkpoint": args.checkpoint, "batch": args.batch}
@@ -87,14 +89,14 @@ def add_tune_sampler(verbs: Verbs) -> None:
         "tune-sampler",
         tune_sampler,
         "Search step size, ball, noise and steps by a distance to validation images; sample then takes the best.",
-        "Lists are such as 0.05,0.1 and none,2; without them step size and steps are halved and doubled. Takes "
+        "Lists are such as 0.05,0.1 and none,2; by default half, same and double of step size and steps. Takes "
         "--sampler.option VALUE. Several processes may share one search; stopped, the same command goes on.",
         takes=("sampler",),
     )
     parser.add_run()
     parser.add_argument("--method", metavar="NAME", help="as for sample; the recipe's by default")
     for name in ("step-size", "radius", "noise", "steps"):
-        parser.add_argument(f"--{name}", metavar="LIST")
+        parser.add_argument(f"--{name}", metavar="LIST", help=f"values of {name} to try")
     parser.add_argument("--by", choices=("KID", "FD"), default="KID", help="the distance; KID is unbiased (KID)")
     parser.add_argument("--features", metavar="RUN", help=FEATURES)
     parser.add_argument("--per-class", type=int, default=20, metavar="N", help="images of each class in a trial (20)")
@@ -112,8 +114,8 @@ def tune_sampler(args: argparse.Namespace, overrides: Overrides) -> None:
     values = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     options = {"by": args.by, "features": args.features, "per_class": args.per_class, "seed": args.seed}
     options |= {"checkpoint": args.checkpoint, "device": args.device}
-    places, overrides = split_blocks(overrides, "data")
-    run = open_run(args.run, places)
+    data_overrides, overrides = split_blocks(overrides, "data")
+    run = open_run(args.run, data_overrides)
     trials, best, figure = workflow.tune_sampler(run, args.method, overrides, values, **options)
     rows = {}
     for number, trial in enumerate(trials[:10], 1):

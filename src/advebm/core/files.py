@@ -65,7 +65,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """Return the value in a JSON file, else ``default`` if the file is missing; raise UserError if that is None."""
+    """Return the value in a JSON file, or ``default`` if the file is missing; without a default that is a UserError."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

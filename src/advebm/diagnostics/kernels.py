@@ -165,9 +165,13 @@ class _Worker:
         self.process = process
         self.lines: Queue[str] = Queue()
         Thread(target=self._listen, daemon=True).start()
-        while (line := self.lines.get(timeout=START)) != "ready\n":  # skip what libraries print
-            if not line:
-                raise UserError(f"{' '.join(COMMAND)} does not start: {process.communicate()[1][-500:].strip()}")
+        try:
+            while (line := self.lines.get(timeout=START)) != "ready\n":  # skip what libraries print
+                if not line:
+                    raise UserError(f"{' '.join(COMMAND)} does not start: {process.communicate()[1][-500:].strip()}")
+        except Empty:
+            self.close()
+            raise UserError(f"{' '.join(COMMAND)} is not ready after {START:.0f} s; is the machine busy?") from None
 
     def _listen(self) -> None:
         for line in self.process.stdout:
@@ -204,8 +208,7 @@ def check(
     """Yield a verdict on each convolution until ``limit`` seconds, starting processes included, have passed.
 
     Raises:
-        UserError: the process that computes ends before it is ready.
-        Empty: it is not ready after 60 seconds.
+        UserError: the process that computes ends before it is ready, or is not ready after 60 seconds.
     """
     end, worker = time.monotonic() + limit, None
     try:

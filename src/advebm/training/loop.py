@@ -32,7 +32,7 @@ def train(
 
     Args:
         recipe: what to compute.
-        folder: new or empty; with ``resume``, the folder of this recipe's run.  All processes use the main one's.
+        folder: new or empty; with ``resume``, the folder of this recipe's run.  All processes use the main process's.
         resume: whether to continue from the latest checkpoint; this needs the same number of processes.  On CPU the
             result is bit-identical to an uninterrupted run, except that the first logged means after resuming cover
             only the steps since the checkpoint.
@@ -64,8 +64,8 @@ def train(
 
     # Create the folder, and train the earlier stages
     if not resume and engine.main:
-        known = {"processes": engine.world, "images": setup.data.digest()}
-        Run.create(folder, recipe, {**environment(engine.device, cfg.precision), **known})
+        facts = {"processes": engine.world, "images": setup.data.digest()}
+        Run.create(folder, recipe, {**environment(engine.device, cfg.precision), **facts})
     engine.barrier()
     run = Run.open(folder)
     run.data = setup.data  # so that it is not loaded again
