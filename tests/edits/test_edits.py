@@ -73,7 +73,7 @@ def test_an_edit_lowers_its_energy_and_leaves_no_trace(net, batch, hole, edit):
     )
     assert torch.equal(found.film[:, 0], found.begin)
     assert torch.equal(found.film[:, -1], found.x)
-    assert found.moments == [0, 1, 2, 3, 4, 5, 6]
+    assert found.frame_steps == [0, 1, 2, 3, 4, 5, 6]
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
 

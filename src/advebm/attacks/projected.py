@@ -62,7 +62,7 @@ class Attack(Adversary):
             raise UserError(f"momentum must lie in [0, 1) and is for norm l2, got {self.momentum} with {self.norm}")
 
     def raise_loss(self, f: energies.Logits, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Return images (B, C, H, W) in [0, 1] within eps of ``x``, of high ``loss``; ``x`` may be misclassified already."""
+        """Return images (B, C, H, W) in [0, 1] within eps of ``x``, of high ``loss``."""
         return self.minimize(self.negative_loss(f, y), x, generator)
 
     def minimize(

@@ -25,7 +25,7 @@ class Edited(NamedTuple):
         x: the edited images (N, C, H, W) in [0, 1].
         begin: the start of the search (N, C, H, W): the image itself, or with its hole filled, or enlarged.
         film: F images from ``begin`` to the result (N, F, C, H, W).
-        moments: the F step numbers that the film shows.
+        frame_steps: the F step numbers that the film shows.
         numbers: (N,) each, float64: ``energy before`` and ``energy after``, the minimised energy (nats); ``distance``
             (l2, pixels of [0, 1]) from ``begin``; given a class, ``confidence before`` and ``confidence after``.
         series: (N, F) each, float64: values along the film, if the edit has any.
@@ -34,18 +34,18 @@ class Edited(NamedTuple):
     x: Tensor
     begin: Tensor
     film: Tensor
-    moments: list[int]
+    frame_steps: list[int]
     numbers: dict[str, Tensor]
     series: dict[str, Tensor]
 
 
 def join_parts(parts: Sequence[Edited]) -> Edited:
-    """Concatenate results of the same edit; ``moments`` are those of the first."""
+    """Concatenate results of the same edit; ``frame_steps`` are those of the first."""
     first = parts[0]
     numbers = {name: torch.cat([part.numbers[name] for part in parts]) for name in first.numbers}
     series = {name: torch.cat([part.series[name] for part in parts]) for name in first.series}
     x, begin, film = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "begin", "film"))
-    return Edited(x, begin, film, first.moments, numbers, series)
+    return Edited(x, begin, film, first.frame_steps, numbers, series)
 
 
 class Problem(NamedTuple):
@@ -58,7 +58,7 @@ class Problem(NamedTuple):
             it keeps.
         fixed: differentiable map applied before the network's energy, the identity on images that satisfy the
             constraint; it removes the part of the gradient that the constraint would cancel.
-        data: term added to the energy; None: no term.
+        fidelity: term added to the energy; None: no term.
         share: share of an image's values that may change, (B,) or one number for all images.
     """
 
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
     constraint: Constraint
     origin: Tensor
     fixed: Callable[[Tensor], Tensor] = lambda x: x
-    data: Energy | None = None
+    fidelity: Energy | None = None
     share: Tensor | float = 1.0
 
 
@@ -173,14 +173,14 @@ class Edit:
         frames: int,
     ) -> Edited:
         """Run the descent on a problem, and return its result, film and numbers."""
-        start, data = problem.start, problem.data
-        total = lambda z: energy(problem.fixed(z)) + (0.0 if data is None else data(z))
+        start, fidelity = problem.start, problem.fidelity
+        total = lambda z: energy(problem.fixed(z)) + (0.0 if fidelity is None else fidelity(z))
         search = self.descent(problem.constraint, start.new_full((len(start),), start[0].numel()) * problem.share)
-        moments = sorted({round(k * search.steps / max(frames - 1, 1)) for k in range(frames)} | {search.steps})
+        frame_steps = sorted({round(k * search.steps / max(frames - 1, 1)) for k in range(frames)} | {search.steps})
         film: list[Tensor] = []
 
         def record(k: int, x: Tensor, value: Tensor) -> None:
-            if k in moments:
+            if k in frame_steps:
                 film.append(x.cpu())
             if observe is not None:
                 observe(k, x, value)
@@ -191,7 +191,7 @@ class Edit:
             numbers = {"energy before": total(start), "energy after": total(x), "distance": l2_norm(x - start)}
             if f is not None and y is not None:
                 numbers |= {"confidence before": confidence(f, start, y), "confidence after": confidence(f, x, y)}
-        return Edited(x.cpu(), start.cpu(), torch.stack(film, 1), moments, to_cpu(numbers), {})
+        return Edited(x.cpu(), start.cpu(), torch.stack(film, 1), frame_steps, to_cpu(numbers), {})
 
 
 def to_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -204,7 +204,7 @@ class Counterfactual(Edit):
         """Find counterfactuals for classes ``y (B,)``; None: the second most likely class of each image.
 
         An image with ``p(y|x)`` of at least ``level`` stays as it is.  ``numbers`` also hold ``reached``, 1 or 0, and
-        ``from`` and ``to``, the classes.  The film is a straight line from the image to the result, its ``moments`` are
+        ``from`` and ``to``, the classes.  The film is a straight line from the image to the result, its ``frame_steps`` are
         hundredths of the way, and ``series`` hold ``confidence`` in the new class, ``confidence in the old class`` and
         ``distance``.
 
@@ -243,5 +243,5 @@ class Counterfactual(Edit):
             numbers = {"energy before": energy(x), "energy after": energy(best), "distance": distance[:, -1]}
             numbers |= {"confidence before": target[:, 0], "confidence after": target[:, -1]}
             numbers |= {"reached": reached, "from": top[:, 0], "to": y}
-        moments = [round(100 * share) for share in shares]
-        return Edited(best.cpu(), x.cpu(), film.cpu(), moments, to_cpu(numbers), to_cpu(series))
+        frame_steps = [round(100 * share) for share in shares]
+        return Edited(best.cpu(), x.cpu(), film.cpu(), frame_steps, to_cpu(numbers), to_cpu(series))

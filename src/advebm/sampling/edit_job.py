@@ -310,7 +310,7 @@ def write_edit(
     plain = lambda value: value if math.isfinite(value) else None  # JSON has no infinity, the PSNR of equal images
     numbers = {name: {k: plain(v[i].item()) for k, v in edited.numbers.items()} for i, name in enumerate(names)}
     series = {name: {k: v[i].tolist() for k, v in edited.series.items()} for i, name in enumerate(names)}
-    record = {**manifest, **about, "film": edited.moments, "images": numbers}
+    record = {**manifest, **about, "film": edited.frame_steps, "images": numbers}
     files.write_json(folder / "manifest.json", record | ({"series": series} if edited.series else {}))
     return folder / "edit.png"
 
