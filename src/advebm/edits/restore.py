@@ -94,7 +94,7 @@ class Denoise(Edit):
     def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         if self.noise == "gaussian":
             fidelity: Energy = lambda z: (z - x).square().flatten(1).sum(1) / (2 * self.sigma**2)
-            return Problem(x, self.within(), x, data=data)
+            return Problem(x, self.within(), x, fidelity=fidelity)
         medians = median(x)
         extreme = ((x == 0) | (x == 1)).all(1, keepdim=True) & ((x - medians).abs().amax(1, keepdim=True) > self.off)
         return hold_outside(torch.where(extreme, medians, x), extreme, self.within(hold(~extreme)))
