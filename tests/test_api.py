@@ -121,7 +121,7 @@ def bad(x, y):
         "bytes": (lambda: advebm.energy(logits, (x * 255).byte()), "divide bytes by 255"),
         "0 to 255": (lambda: advebm.energy(logits, x * 255), r"lie in \[0, 1\], got \[0, 255\]; divide by 255"),
         "normalised": (lambda: advebm.energy(logits, 2 * x - 1), r"got \[-1, 1\]; undo the normalisation"),
-        "not a number": (lambda: advebm.energy(logits, x * float("nan")), "got .nan"),
+        "not a number": (lambda: advebm.energy(logits, x * float("nan")), "some are NaN"),
         "no batch": (lambda: advebm.energy(logits, x[0]), r"\(batch, channels, height, width\), got shape"),
         "a list": (lambda: advebm.energy(logits, [1]), "got list"),
         "probabilities": (lambda: advebm.energy(probabilities, x), "probabilities .* remove the softmax"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,14 +187,60 @@ def test_sixteen_bits_with_a_grey_key(tmp_path):
     Image.fromarray(pixels).save(buffer, "PNG")
     raw = buffer.getvalue()
     at = raw.index(b"IDAT") - 4
-    import zlib
-
     chunk = b"tRNS" + (7).to_bytes(2, "big")
     key = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     (tmp_path / "x.png").write_bytes(raw[:at] + key + raw[at:])
     x = both_ways(tmp_path / "x.png")
     assert x[:, :, :8].float().mean() == 255
     assert x[:, :, 8:].float().mean() == 100
+
+
+@report("pixels", "uncompressed TIFF with EXIF orientation", "datumaro#1756", "turned upright")
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16", "RGBA"])
+def test_orientation_of_raw_tiff(tmp_path, mode):
+    upright = np.zeros((16, 24), np.uint8)
+    upright[:8] = 255
+    stored = Image.fromarray(np.rot90(upright).copy())
+    if mode == "I;16":
+        stored = Image.fromarray(np.rot90(upright).astype(np.uint16) * 257)
+    (stored if mode == "I;16" else stored.convert(mode)).save(tmp_path / "x.tif", tiffinfo={0x112: 6})
+    x = both_ways(tmp_path / "x.tif", 1)
+    assert x[0, :7].float().mean() > 245
+    assert x[0, 9:].float().mean() < 10
+
+
+@report("pixels", "16-bit colour and 2-bit grey PNG with a colour key", "transformers#49003", "laid over white")
+def test_keys_of_other_depths(tmp_path):
+    def chunk(kind, content):
+        body = kind + content
+        return len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+
+    def png_file(depth, colour, rows, key):
+        head = (16).to_bytes(4, "big") * 2 + bytes([depth, colour, 0, 0, 0])
+        content = zlib.compress(b"".join(b"\0" + row for row in rows))
+        parts = chunk(b"IHDR", head) + chunk(b"tRNS", key) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+        return b"\x89PNG\r\n\x1a\n" + parts
+
+    key = (1000).to_bytes(2, "big") + (2000).to_bytes(2, "big") + (3000).to_bytes(2, "big")
+    grey = (25700).to_bytes(2, "big") * 3
+    (tmp_path / "x.png").write_bytes(png_file(16, 2, [key * 8 + grey * 8] * 16, key))
+    x = both_ways(tmp_path / "x.png")
+    assert x[:, :, :8].float().mean() == 255
+    assert x[:, :, 8:].float().mean() == 100
+    (tmp_path / "y.png").write_bytes(png_file(2, 0, [bytes([0b01010101] * 2 + [0] * 2)] * 16, (1).to_bytes(2, "big")))
+    x = both_ways(tmp_path / "y.png")
+    assert x[:, :, :8].float().mean() == 255
+    assert x[:, :, 8:].float().mean() == 0
+
+
+@report("pixels", "16-bit TIFF in which 0 is white", "pytorch/vision#2218", "0 is white")
+def test_white_is_zero(tmp_path):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "x.tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "x.tif") as saved:
+        if saved.tag_v2[262] != 0:
+            pytest.skip("this Pillow does not write such files")
+    assert both_ways(tmp_path / "x.tif")[0].flatten().tolist() == list(range(255, -1, -1))
 
 
 @report("pixels", "animated GIF or WebP", "sd-scripts#2210", "the first frame, said in a line")
@@ -434,6 +481,51 @@ def test_a_folder_around_the_classes(tmp_path):
         Folder(str(tmp_path / "set")).load()
 
 
+@report("folders", "train_set/, seg_test/, and a folder of the same name inside", "", "read as these splits")
+def test_names_around_splits(tmp_path):
+    root = tmp_path / "set"
+    fill(root / "train_set" / "train_set", ["cat", "dog"])
+    fill(root / "seg_test", ["cat", "dog"])
+    fill(root, ["single_prediction"])
+    with pytest.warns(UserWarning, match="single_prediction beside the splits: left out"):
+        data = Folder(str(root), size=16).load()
+    assert data.classes == ("cat", "dog")
+    assert len(data.test) == 40
+
+
+@report("folders", "splits inside the folders of classes", "roboflow-python#153", "refused, with the right order")
+def test_splits_inside_classes(tmp_path):
+    for name in ("cats", "dogs"):
+        fill(tmp_path / "set" / name, ["train", "val"])
+    with pytest.raises(UserError, match=r"cats holds splits, which have to be around the classes: .*train/cats"):
+        Folder(str(tmp_path / "set")).load()
+
+
+@report("folders", "links: to a folder around, to nothing", "", "not followed; counted")
+def test_links(tmp_path):
+    root = fill(tmp_path / "set", ["a", "b"])
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "loop").symlink_to(root / "a")
+    (root / "a" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    with pytest.warns(Notice, match="1 link to nothing"):
+        data = Folder(str(root), size=16).load()
+    assert sum(map(len, data[2:])) == 40
+    levels = brightness(data, data.classes)
+    assert levels["a"] < 50 < levels["b"]
+
+
+@report("folders", "a class that is added or removed later", "", "labels follow the folders, not the cache")
+def test_another_class_changes_the_labels(tmp_path):
+    root = tmp_path / "set"
+    for split in ("train", "test"):
+        fill(root / split, ["b", "c"])
+    Folder(str(root), size=16).load()
+    fill(root / "train", ["a"])
+    with pytest.warns(UserWarning, match="there are no test images of a"):
+        data = Folder(str(root), size=16).load()
+    assert sorted(set(data.test.y.tolist())) == [1, 2]
+
+
 # Arrays ---------------------------------------------------------------------------------------------------------------
 
 
@@ -515,6 +607,38 @@ def test_arrays_are_mapped(tmp_path):
     assert np.array_equal(mapped, x)
     np.savez(tmp_path / "f.npz", x=np.asfortranarray(x), y=np.zeros(40, int))
     assert np.array_equal(_read_arrays(tmp_path / "f.npz")["x"], x)
+
+
+@report("labels", "labels that are large numbers, such as identifiers", "timm#957", "a class for each that is there")
+def test_large_labels(tmp_path):
+    arrays(tmp_path / "s.npz", [10**9, 10**9 + 5] * 20)
+    assert Npz(str(tmp_path / "s.npz")).load().classes == ("1000000000", "1000000005")
+
+
+@report("labels", "npz of which a byte is wrong", "", "refused in a line")
+def test_damaged_arrays(tmp_path):
+    arrays(tmp_path / "s.npz", [0, 1] * 20)
+    content = bytearray((tmp_path / "s.npz").read_bytes())
+    content[500] ^= 255
+    (tmp_path / "s.npz").write_bytes(content)
+    with pytest.raises(UserError, match="is not an npz archive of arrays"):
+        Npz(str(tmp_path / "s.npz")).load()
+
+
+@report("labels", "npz of floating-point images, of four channels, with class names", "", "the fix; the names are used")
+def test_fixes_for_arrays(tmp_path):
+    x, y = RNG.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), np.arange(40) % 2
+    np.savez(tmp_path / "s.npz", x=x / 255, y=y)
+    with pytest.raises(UserError, match=r"likely fix: save x as bytes: \(x \* 255\)"):
+        Npz(str(tmp_path / "s.npz")).load()
+    np.savez(tmp_path / "s.npz", x=np.concatenate([x, x[..., :1]], 3), y=y)
+    with pytest.raises(UserError, match=r"likely fix: x\[\.\.\., :3\] without alpha"):
+        Npz(str(tmp_path / "s.npz")).load()
+    np.savez(tmp_path / "s.npz", x=x, y=y, class_names=np.array(["ant", "bee"]))
+    assert Npz(str(tmp_path / "s.npz")).load().classes == ("ant", "bee")
+    np.savez(tmp_path / "s.npz", x=x, y=y, x_test=x[:, :4, :4], y_test=y)
+    with pytest.raises(UserError, match="the images of all splits have one shape"):
+        Npz(str(tmp_path / "s.npz")).load()
 
 
 # Sets of the Hub, through its library on local files ------------------------------------------------------------------
@@ -637,6 +761,21 @@ def test_hub_splits(tmp_path, load_hub, monkeypatch):
         load_hub("some/set", train_split="labelled", test_split="held")
 
 
+@report("labels", "Hub set with a label column beside others of classes", "transformerlab#163", "the usual name counts")
+def test_hub_label_among_classes(tmp_path, load_hub):
+    kind = pytest.importorskip("datasets").ClassLabel(names=["photo", "sketch"])
+    columns = {"image": "images", "label": ["dog", "cat"] * 20, "domain": [0] * 40}
+    assert load_hub(hub(tmp_path / "set", columns, features={"domain": kind}), val=0.2).classes == ("cat", "dog")
+
+
+@report("labels", "Hub test split of a competition, all labels -1", "", "left out, said")
+def test_hub_test_without_labels(tmp_path, load_hub):
+    root = hub(tmp_path / "set", {"image": "images", "label": [0, 1] * 20}, ["train"])
+    hub(root, {"image": "images", "label": [-1] * 40}, ["test"])
+    with pytest.warns(UserWarning, match="the test images have no labels; left out"):
+        assert sum(map(len, load_hub(root, val=0.1)[2:])) == 40
+
+
 @report("labels", "Hub labels that are lists or fractions", "DashAI#678", "refused in a line")
 @pytest.mark.parametrize("label", [[0, 1], 0.5])
 def test_hub_strange_labels(tmp_path, load_hub, label):
@@ -672,7 +811,8 @@ def images(count=6, height=12, width=12):
 
 
 OUTPUTS = {
-    "tuple": lambda z: (z, z.exp()),
+    "tuple": lambda z: (z, z[:, :, None]),
+    "loss and logits": lambda z: (z.mean(), z),
     "list": lambda z: [z],
     "dict of logits": lambda z: {"hidden": z.exp(), "logits": z},
     "dict of one tensor": lambda z: {"out": z},
@@ -766,6 +906,46 @@ def test_channels_last():
     for given in (model, advebm.wrap(model)):
         expected = advebm.attack(given, x, y, eps=0.1, steps=2)
         assert torch.equal(advebm.attack(given, x.to(memory_format=torch.channels_last), y, eps=0.1, steps=2), expected)
+
+
+@report("models", "several matrices in a tuple; class numbers as output", "foolbox#736", "refused in a line")
+def test_outputs_that_are_not_clear():
+    with pytest.raises(UserError, match=r"returns several matrices, \(6, 4\), \(6, 4\)"):
+        advebm.energy(Returns(lambda z: (z.exp(), z)), images())
+    with pytest.raises(UserError, match=r"returns torch.int64, such as numbers of classes"):
+        advebm.energy(Returns(lambda z: z.argmax(1)), images())
+
+
+@report("models", "a softmax in half precision, or given on the command line", "", "refused as in Python")
+def test_probabilities_elsewhere(tmp_path, monkeypatch, capsys):
+    for kind in (torch.float16, torch.bfloat16):
+        for last in (nn.Softmax(1), nn.LogSoftmax(1)):
+            with pytest.raises(UserError, match="probabilities"):
+                advebm.energy(nn.Sequential(net(), last).to(kind), images())
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "tests.test_inputs:softmax_net", "--data", "digits", "--metrics", "accuracy"]
+    status, _, err = command(*words, capsys=capsys)
+    assert status == 2
+    assert "returns probabilities" in err
+    assert not Path("runs").exists()
+
+
+def softmax_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(1))
+
+
+@report("models", "what is no module, or fails on the images", "", "refused in a line")
+def test_what_is_no_model():
+    with pytest.raises(UserError, match=r"a model is a torch module, got 'runs/d'; advebm.load loads a model"):
+        advebm.energy("runs/d", images())
+    with pytest.raises(UserError, match="the model does not take images of 3 x 12 x 12: RuntimeError"):
+        advebm.energy(nn.Linear(7, 2), images())
+    with pytest.raises(UserError, match=r"a mean of 127.5 is for images up to 255"):
+        advebm.wrap(net(), mean=127.5, std=127.5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(UserError, match="the model has 4 outputs, the data have 10 classes"):
+        advebm.evaluate(model, data="digits", threat=Attack(eps=0.1))
 
 
 @report(

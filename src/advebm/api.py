@@ -1,9 +1,10 @@
 """The public functions.  Images are float32 (B, C, H, W) in [0, 1], labels int64 (B,); inputs are checked."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +54,10 @@ def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float |
             or entry ``logits`` of the output, or the first of a tuple, and weights of any floating-point type.
         mean, std: the normalisation it was trained with, per channel or one for all; it becomes the first layer.
     """
-    means, stds = ((float(v),) if isinstance(v, int | float) else tuple(v) for v in (mean, std))
+    _check_module(module)
+    means, stds = (tuple(np.atleast_1d(np.asarray(v, float)).tolist()) for v in (mean, std))
+    if max(means) > 2:
+        raise UserError(f"images lie in [0, 1], and a mean of {max(means):g} is for images up to 255; divide by 255")
     return Network(Normalize(means, stds).to(device_of(module)), module, nn.Identity()).eval()
 
 
@@ -70,8 +74,8 @@ def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
     checks.no_encoder(model)
     x, model = _check_images(model, x), _as_network(model)
     with searching(model) as f, torch.no_grad():
-        outputs = f(x)
-        if outputs.ndim == 1 or outputs.shape[1] == 1:
+        outputs = _call(f, x)
+        if outputs.ndim == 1 or outputs.shape[1:] == (1,):
             if y is not None:
                 raise UserError("a critic has one output and no classes; leave out y")
             return energies.binary(outputs)
@@ -106,6 +110,8 @@ def attack(
         seed: seed of the random starts.
     """
     x, model = _check_images(model, x), _as_network(model)
+    if not len(x):
+        return x
     y = _check_classifier(model, x, y)
     search = Attack(eps=eps, norm=norm, steps=steps, step_size=step_size, loss=loss, restarts=restarts)
     generator = rng.generator(seed, "attack", device=x.device)
@@ -192,7 +198,7 @@ def evaluate(
     subject = Subject(model, data, data.test, threat, samples or {}, space, batch_size_for(data.shape))
     x, y = next(subject.batches())
     if not getattr(model, "encoder", False):  # some metrics fit a classifier on an encoder
-        _check_classifier(model, x[:16], y[:16])
+        _check_classifier(model, x[:16], y[:16], classes=len(data.classes))
     return evaluation.evaluate(subject, (Accuracy(), RobustAccuracy()) if metrics is None else metrics, seed=seed)
 
 
@@ -241,24 +247,46 @@ def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), ou
     return build_report(first, beside=others, out=None if out is None else Path(out))
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        hint = "; advebm.load loads a model" if isinstance(model, str | Path | Run) else ""
+        raise UserError(f"a model is a torch module, got {model!r:.80}{hint}")
+
+
 def _as_network(model: nn.Module) -> nn.Module:
     """Return a user's own module as a network, in the mode it is in; ours as they are."""
+    _check_module(model)
     if isinstance(model, Network | View):
         return model
     return Network(Normalize((0.0,), (1.0,)).to(device_of(model)), model, nn.Identity())
 
 
+def _call(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the model's outputs; raise UserError if it fails on these images."""
+    try:
+        return f(x)
+    except UserError:
+        raise
+    except Exception as error:  # a user's own code can raise anything
+        shape = " x ".join(map(str, x.shape[1:]))
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"the model does not take images of {shape}: {why}") from error
+
+
 def _check_images(model: nn.Module, x: Tensor) -> Tensor:
     """Return images as float32, or as float64 if that is the type of both images and weights."""
+    _check_module(model)
     kinds = {x.dtype, *(p.dtype for p in model.parameters())} if isinstance(x, Tensor) else set()
     return checks.images(x) if kinds == {torch.float64} else checks.images(x).float()
 
 
-def _check_classifier(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _check_classifier(model: nn.Module, x: Tensor, y: Tensor, classes: int | None = None) -> Tensor:
     """Return the labels; raise UserError if the model gives no logits, or if labels do not fit them."""
     checks.no_encoder(model)
     with searching(model) as f, torch.no_grad():
-        classes = checks.logits(f(x), len(x)).shape[1]
-    if classes < 2:
+        outputs = checks.logits(_call(f, x), len(x)).shape[1]
+    if outputs < 2:
         raise UserError("this needs a classifier; the model has one output")
-    return checks.labels(y, len(x), classes)
+    if classes is not None and outputs != classes:
+        raise UserError(f"the model has {outputs} outputs, the data have {classes} classes")
+    return checks.labels(y, len(x), outputs)

@@ -90,12 +90,13 @@ def gradient_of(value: Tensor, x: Tensor) -> Tensor:
     Raises:
         UserError: the values do not depend on ``x`` as far as autograd knows, as under ``torch.no_grad()``.
     """
-    if not value.requires_grad:
+    gradient = torch.autograd.grad(value.sum(), x, allow_unused=True)[0] if value.requires_grad else None
+    if gradient is None:
         raise UserError(
             "the model's outputs have no gradient with respect to the images: its forward runs under torch.no_grad(), "
-            "detaches, or computes outside torch; remove that"
+            "detaches, is quantised, or computes outside torch; remove that"
         )
-    return torch.autograd.grad(value.sum(), x)[0]
+    return gradient
 
 
 def in_parts(energies: Sequence[Energy], parts: Sequence[slice]) -> Energy:

@@ -81,7 +81,7 @@ class TestOpening:
         (encoded(picture(64, 64))[:2000], (3, 64, 64), "is not an image that can be read .* is it whole"),
         (b"", (3, 8, 8), "is empty"),
         (b"<svg></svg>", (3, 8, 8), "is not an image of a kind that is read here"),
-        (encoded(np.zeros((8, 8), np.int32), "TIFF"), (1, 8, 8), "has 32-bit pixels: which value is white"),
+        (encoded(np.zeros((8, 8), np.int32), "TIFF"), (1, 8, 8), "has signed pixels: which value is white"),
     )
 
     @pytest.mark.parametrize(("source", "shape", "message"), BAD, ids=lambda v: str(v)[:20])

@@ -42,7 +42,7 @@ def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.evaluation.compare import by_title
     from advebm.reporting.diagnostics import diagnose
     from advebm.reporting.terminal import figures_list
-    from advebm.workflows.adopt import open_run
+    from advebm.workflows.adopt import open_runs
     from advebm.workflows.devices import choose_device
     from advebm.workflows.sample import choose_sampler
 
@@ -50,7 +50,7 @@ def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     if not args.reach > 0:
         raise UserError(f"--reach must be > 0, got {args.reach}")
     data_overrides, overrides = split_blocks(overrides, "data")
-    runs = [open_run(where, data_overrides) for where in args.runs]
+    runs = open_runs(args.runs, data_overrides)
     options = {"count": args.images, "along": args.along, "reach": args.reach, "steps": args.steps, "seed": args.seed}
     options |= {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
     options["sampler"] = choose_sampler(runs[0], args.method, overrides)

@@ -136,12 +136,12 @@ def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.build import report
     from advebm.reporting.terminal import runs_table
     from advebm.runs.recipe import resolve
-    from advebm.workflows.adopt import open_run
+    from advebm.workflows.adopt import open_runs
     from advebm.workflows.devices import choose_device
 
     out = new_path(args.out or Path("comparison.html"), named=args.out is not None, replace=args.replace)
     data_overrides, overrides = split_blocks(overrides, "data")
-    runs = [open_run(where, data_overrides) for where in args.runs]
+    runs = open_runs(args.runs, data_overrides)
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
     options = {"features": args.features, "seed": args.seed, "device": choose_device(args.device)}
     records = compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)

@@ -20,9 +20,9 @@ def add_app(verbs: Verbs) -> None:
 
 def app(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.web.server import serve
-    from advebm.workflows.adopt import open_run
+    from advebm.workflows.adopt import open_runs
     from advebm.workflows.devices import choose_device
 
     options = {"host": args.host, "port": args.port, "checkpoint": args.checkpoint}
-    runs = [open_run(where, overrides) for where in args.runs]
+    runs = open_runs(args.runs, overrides)
     serve(runs, **options, device=choose_device(args.device), say=print)

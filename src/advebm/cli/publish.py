@@ -15,9 +15,9 @@ def add_report(verbs: Verbs) -> None:
 
 def report(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.build import report
-    from advebm.workflows.adopt import open_run
+    from advebm.workflows.adopt import open_runs
 
-    first, *beside = (open_run(where, overrides) for where in (args.run, *args.beside))
+    first, *beside = open_runs((args.run, *args.beside), overrides)
     print(report(first, beside=beside))
 
 

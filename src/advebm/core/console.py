@@ -13,7 +13,9 @@ from rich.table import Column
 
 from advebm.core.processes import rank_and_world
 
-screen = Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0)  # only the main process (rank 0) prints
+screen = Console(
+    stderr=True, highlight=False, emoji=False, quiet=rank_and_world()[0] > 0
+)  # only the main process (rank 0) prints
 FIRST, QUIET = 2.0, 10.0  # without a terminal: seconds before the first progress line, and between lines
 
 
@@ -60,7 +62,7 @@ def say(*texts: str) -> None:
         texts = (pending, *texts)
     for text in texts:
         _Lines.count += 1
-        screen.print(f"  {text}", soft_wrap=True)
+        screen.print(f"  {text}", soft_wrap=True, markup=False)
 
 
 class Bar:

@@ -31,7 +31,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AV
 LARGEST = 50_000_000  # pixels of a user's image, at most
 LARGEST_IN_SET = 179_000_000  # pixels of an image of a set, at most
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F")  # modes without colour
-READER = b"2"  # changes whenever the same file gives other pixels, so that no old cache is read
+READER = b"3"  # changes whenever the same file gives other pixels, so that no old cache is read
 
 
 @functools.cache
@@ -186,20 +186,25 @@ def _opened(source: bytes | Path, name: str, largest: int) -> Iterator[tuple[Ima
     if source == b"":
         raise UserError(f"{name} is empty")
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=readable_formats()) as picture:
+        content = source if isinstance(source, bytes) else source.read_bytes()  # Pillow maps some files wrongly
+        with Image.open(io.BytesIO(content), formats=readable_formats()) as picture:
             if (count := picture.width * picture.height) > largest:
                 raise UserError(f"{name} has {count:,} pixels, the most is {largest:,}; make it smaller")
             if getattr(picture, "is_animated", False) and picture.format != "MPO":  # phones' photos are MPO
                 remarks.add("an animation or a file of several pages, of which the first is used")
             picture.load()
+            if picture.format == "PNG":
+                _scale_key(picture, depth=content[24])
             profile = picture.info.get("icc_profile")
-            upright = _in_bytes(ImageOps.exif_transpose(picture), name, sixteen=picture.format == "PNG")
+            levels = _in_bytes(picture, name)
+            upright = ImageOps.exif_transpose(levels) if levels is picture else _turn(levels, picture)
             yield (_in_srgb(upright, profile, remarks) if profile else upright), remarks
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"there is no {name}") from None
+    except IsADirectoryError:
+        raise UserError(f"{name} is a folder, not an image") from None
     except Image.DecompressionBombError:
         raise UserError(f"{name} has more than {largest:,} pixels; make it smaller") from None
     except UnidentifiedImageError:
@@ -208,49 +213,76 @@ def _opened(source: bytes | Path, name: str, largest: int) -> Iterator[tuple[Ima
         raise UserError(f"{name} is not an image that can be read ({type(error).__name__}); is it whole?") from None
 
 
-def _in_bytes(picture: Image.Image, name: str, *, sixteen: bool) -> Image.Image:
-    """Return a picture of 16-bit, 32-bit or floating-point pixels with 8 bits, black and white staying what they are.
+def _scale_key(picture: Image.Image, depth: int) -> None:
+    """Bring the colour that stands for transparency in a PNG file of ``depth`` bits to the 8 bits of its pixels."""
+    key = picture.info.get("transparency")
+    if isinstance(key, tuple) and depth == 16:
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
+    elif isinstance(key, int) and picture.mode == "L" and depth in (2, 4):
+        picture.info["transparency"] = key * 255 // (2**depth - 1)
 
-    ``sixteen`` says that mode ``I`` holds 16 bits, as of PNG in older versions of Pillow.
+
+def _turn(picture: Image.Image, original: Image.Image) -> Image.Image:
+    """Return the picture turned upright, as the EXIF data of the original say."""
+    picture.info["exif"] = original.getexif().tobytes()
+    return ImageOps.exif_transpose(picture)
+
+
+def _in_bytes(picture: Image.Image, name: str) -> Image.Image:
+    """Return a picture of more than 8 bits or floating-point pixels with 8 bits; black stays black and white white.
 
     Raises:
-        UserError: 32-bit whole numbers, or floating point outside [0, 1]: which value is white is not known.
+        UserError: the value of white is not known: of 32-bit whole numbers, signed ones, or floating point outside
+            [0, 1].
     """
+    tags = getattr(picture, "tag_v2", {})  # of TIFF: 258 bits, 262 whether 0 is white, 339 kind of numbers
+    bits, kind = (tags.get(tag, (default,)) for tag, default in ((258, 16), (339, 1)))
+    bits, kind = (value[0] if isinstance(value, tuple) else value for value in (bits, kind))
+    if kind == 2:
+        raise UserError(f"{name} has signed pixels: which value is white? save it with 8 or 16 bits, unsigned")
     if not picture.mode.startswith(("I", "F")):
         return picture
-    values = np.asarray(picture)
+    values = np.asarray(picture).astype(np.float64)
     if picture.mode == "F":
+        white = 1.0
         if not (values.min() >= 0 and values.max() <= 1):
             raise UserError(f"{name} has floating-point pixels outside [0, 1]: which is white? save it with 8 bits")
-        level = values * 255.0
-    elif sixteen or picture.mode.startswith("I;16") or (values.min() >= 0 and 255 < values.max() < 2**16):
-        level = values.astype(np.float64) / 257  # 65535 is white
+    elif picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM"):
+        white = 2.0 ** (bits if picture.format == "TIFF" else 16) - 1
     else:
         raise UserError(f"{name} has 32-bit pixels: which value is white? save it with 8 or 16 bits")
-    grey = Image.fromarray(np.rint(level).astype(np.uint8))
+    values = white - values if tags.get(262) == 0 else values
+    grey = Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
     if isinstance(key := picture.info.get("transparency"), int):
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     return grey
 
 
 def _in_srgb(picture: Image.Image, profile: bytes, remarks: set[str]) -> Image.Image:
-    """Return the picture converted from the colours of its ICC profile to sRGB."""
-    if picture.mode in ("P", "PA"):
-        picture = picture.convert("RGBA" if has_alpha(picture) else "RGB")
+    """Return the picture converted from the colours of its ICC profile to sRGB; transparency stays."""
     try:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(given):
+        description = ImageCms.getProfileDescription(given).lower()
+        if "srgb" in description and "linear" not in description:
             return picture
+        modes = {"RGB": ("RGB", "RGBA", "P", "PA"), "GRAY": ("L", "LA"), "CMYK": ("CMYK",)}
         space = given.profile.xcolor_space.strip()
-        if picture.mode not in {"RGB": ("RGB", "RGBA"), "GRAY": ("L",), "CMYK": ("CMYK",)}.get(space, ()):
+        if picture.mode not in modes.get(space, ()):
             return picture
-        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
-        converted = ImageCms.profileToProfile(picture, given, ImageCms.createProfile("sRGB"), outputMode=mode)
+        alpha = picture.convert("RGBA").getchannel("A") if has_alpha(picture) else None
+        if space == "GRAY":
+            opaque = picture.convert("L")
+        else:
+            opaque = picture if space == "CMYK" else picture.convert("RGBA").convert("RGB")
+        converted = ImageCms.profileToProfile(opaque, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         remarks.add("a colour profile that cannot be read; taken as sRGB")
         return picture
     assert converted is not None
-    return converted.convert("L") if space == "GRAY" else converted
+    converted = converted.convert("L") if space == "GRAY" else converted
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted
 
 
 def has_alpha(picture: Image.Image) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from advebm.core.config import check_choices
-from advebm.core.errors import Notice, UserError
+from advebm.core.errors import Notice, UserError, suggest
 from advebm.data.decode import Corrupt, cached, decode, readable_formats, readable_suffixes
 from advebm.data.sources import UNLABELLED, Augmentations, Data, DataSpec, Images
 from advebm.data.splits import Shares, assemble, check_shape, check_shares, existing_path, find_splits, list_some
@@ -48,6 +48,8 @@ class Folder:
     corrupt: Corrupt = "refuse"
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError("folder takes a path: folder:PATH, or --data.path PATH")
         check_choices(self)
         check_shares(self.val, self.test)
         check_shape(self.size, self.channels)
@@ -71,9 +73,15 @@ class Folder:
         for split, folder in splits.items():
             others = [p.name for p in _sub_folders(folder) if p.name not in classes and list_pictures(p)]
             if others and classes != UNLABELLED:
-                raise UserError(f"{root}: {split} has the classes {list_some(others)}, which train has not")
+                hint = suggest(others[0], classes)
+                raise UserError(f"{root}: {split} has the classes {list_some(others)}, which train has not{hint}")
         _report_splits(root, splits)
         _report_other_files(root)
+        stray = sum(len(_pictures_in(folder)) for folder in splits.values()) if classes != UNLABELLED else 0
+        if stray:
+            warnings.warn(f"{root}: {stray} images outside the folders of classes: left out", stacklevel=2)
+        if classes == UNLABELLED:
+            warnings.warn(f"{root}: images without folders of classes are read without labels", Notice, stacklevel=2)
         parts = {split: [self._read(folder, classes)] for split, folder in splits.items()}
         return assemble(name, parts, classes, Shares(self.val, self.test, self.split_seed))
 
@@ -87,6 +95,11 @@ class Folder:
             inside = next((p for p in _sub_folders(root) if len(_sub_folders(p)) > 1), None)
             fix = f"; is {inside} meant?" if inside else ""
             raise UserError(f"{root} needs a sub-folder of images for each of at least 2 classes, it has {got}{fix}")
+        inverted = [name for name in names if len(find_splits([p.name for p in _sub_folders(root / name)], root)) > 1]
+        if inverted:
+            raise UserError(
+                f"{root / inverted[0]} holds splits, which have to be around the classes: {root}/train/{inverted[0]}, …"
+            )
         empty = [name for name in names if not list_pictures(root / name)]
         if empty and self.corrupt == "refuse":
             what = ", ".join(str(root / name) for name in empty[:3])
@@ -110,7 +123,7 @@ class Folder:
             x, kept = decode(paths, names, channels=self.channels, size=self.size, corrupt=self.corrupt)
             return {"x": x, "y": torch.tensor([k for _, k in labelled])[kept]}
 
-        settings = f"{self.size} {self.channels} {self.corrupt} {names}"
+        settings = f"{self.size} {self.channels} {self.corrupt} {names} {[k for _, k in labelled]}"
         return Images(**cached((settings.encode(), *(p.read_bytes() for p in paths)), make))
 
 
@@ -140,7 +153,13 @@ def _find_split_folders(root: Path) -> dict[str, Path]:
         return {}
     if others := [p.name for p in folders if p.name not in splits.values()]:
         warnings.warn(f"{root}: {list_some(others)} beside the splits: left out", stacklevel=3)
-    return {split: root / splits[split] for split in ("train", "val", "test") if split in splits}
+    return {split: _enter(root / splits[split]) for split in ("train", "val", "test") if split in splits}
+
+
+def _enter(folder: Path) -> Path:
+    """Return the one folder of the same name inside a folder, as some archives have it, or else the folder."""
+    inside = _sub_folders(folder)
+    return inside[0] if len(inside) == 1 and inside[0].name == folder.name else folder
 
 
 def _report_splits(root: Path, splits: dict[str, Path]) -> None:
@@ -156,7 +175,11 @@ def _report_splits(root: Path, splits: dict[str, Path]) -> None:
 
 def _report_other_files(root: Path) -> None:
     """Say how many files of which kinds are not read."""
-    kinds = Counter(p.suffix.lower() or "no suffix" for p in _walk(root) if p.suffix.lower() not in readable_suffixes())
+    kinds = Counter(
+        "link to nothing" if not path.exists() else path.suffix.lower() or "no suffix"
+        for path in _walk(root)
+        if path.suffix.lower() not in readable_suffixes() or not path.is_file()
+    )
     if kinds:
         text = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         hint = "; pip install pillow-heif reads .heic" if kinds.keys() & {".heic", ".heif"} else ""
@@ -164,17 +187,23 @@ def _report_other_files(root: Path) -> None:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Return every file below a folder that is not junk, sorted."""
+    """Return every file below a folder that is not junk, sorted; links to a folder around them are not followed."""
     files: list[Path] = []
+    here = folder.resolve()
     for path in folder.iterdir():
-        if not _is_junk(path):
-            files += _walk(path) if path.is_dir() else [path]
+        if _is_junk(path) or (path.is_symlink() and path.resolve() in (here, *here.parents)):
+            continue
+        files += _walk(path) if path.is_dir() else [path]
     return sorted(files)
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return [path for path in list_pictures(folder) if path.parent == folder]
 
 
 def list_pictures(folder: Path) -> list[Path]:
     """Return every image file below a folder, recognised by its suffix, sorted; without hidden files and junk."""
-    return [p for p in _walk(folder) if p.suffix.lower() in readable_suffixes()]
+    return [p for p in _walk(folder) if p.suffix.lower() in readable_suffixes() and p.is_file()]
 
 
 def read_folder(folder: Path, classes: Sequence[str], shape: tuple[int, ...]) -> Images:

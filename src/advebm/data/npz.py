@@ -1,5 +1,6 @@
 """Archives of arrays that numpy's ``savez`` wrote."""
 
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from advebm.data.sources import Augmentations, Data, Images
 from advebm.data.splits import Parts, Shares, assemble, check_shares, existing_path, split_name
 
 IMAGES, LABELS = ("x", "image", "images", "img", "data"), ("y", "label", "labels", "target", "targets")
+
+
+CLASSES = ("classes", "class_names", "label_names", "names")  # arrays of the names of classes
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Npz:
         path = existing_path(self.path)
         arrays = _read_arrays(path)
         x, y = _find_arrays(path, arrays, IMAGES), _find_arrays(path, arrays, LABELS)
+        classes = next(
+            (tuple(map(str, arrays[n].tolist())) for n in arrays if n in CLASSES and arrays[n].ndim == 1), ()
+        )
         if "train" not in x:
             held = ", ".join(arrays) or "nothing"
             raise UserError(f"{path} holds {held}; it needs arrays x and y (or {', '.join(IMAGES[1:3])} and label, …)")
@@ -52,12 +59,16 @@ class Npz:
         for split, array in x.items():
             labels = arrays[y[split]] if y else np.full(arrays[array].shape[:1], -1)
             parts[split] = [_to_images(path, arrays[array], labels)]
-            if y and len(parts[split][0]) and int(parts[split][0].y.min()) < 0:
+            smallest, largest = int(parts[split][0].y.min()), int(parts[split][0].y.max())
+            if y and smallest < 0 and not (split != "train" and largest == smallest == -1):
                 raise UserError(
-                    f"{path}: labels {y[split]} must be >= 0, got {int(parts[split][0].y.min())}; "
-                    "leave them out for unlabelled images"
+                    f"{path}: labels {y[split]} must be >= 0, got {smallest}; leave them out for unlabelled images"
                 )
-        return assemble(path.stem, parts, (), Shares(self.val, self.test, self.split_seed))
+        if len(shapes := {tuple(shards[0].x.shape[1:]) for shards in parts.values()}) > 1:
+            raise UserError(
+                f"{path}: the images of all splits have one shape, got {' and '.join(map(str, sorted(shapes)))}"
+            )
+        return assemble(path.stem, parts, classes, Shares(self.val, self.test, self.split_seed))
 
 
 def _find_arrays(path: Path, names: Mapping[str, np.ndarray], kinds: tuple[str, ...]) -> dict[str, str]:
@@ -86,6 +97,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
+                if not member.filename.endswith(".npy") or "/" in member.filename:
+                    continue
                 name = member.filename.removesuffix(".npy")
                 with archive.open(member) as file:
                     version = np.lib.format.read_magic(file)
@@ -96,9 +109,16 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
                     )
                     shape, fortran, dtype = read(file)
                     if dtype.hasobject:
-                        raise ValueError(f"{name} holds python objects")
-                    if member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1 and np.prod(shape):
-                        offset = _find_content(path, member) + file.tell()
+                        if name.lower().partition("_")[0] in (*IMAGES, *LABELS):
+                            raise ValueError(f"{name} holds python objects")
+                        continue
+                    start, size = file.tell(), math.prod(shape)
+                    if member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1 and size:
+                        if start + size * dtype.itemsize != member.file_size:
+                            raise ValueError(f"{name} is cut short")
+                        while file.read(1 << 24):  # raises for a wrong checksum
+                            pass
+                        offset = _find_content(path, member) + start
                         arrays[name] = np.memmap(path, dtype, "c", offset, shape, "F" if fortran else "C")
                         continue
                 with archive.open(member) as file:
@@ -119,15 +139,26 @@ def _find_content(path: Path, member: zipfile.ZipInfo) -> int:
 def _to_images(path: Path, x: np.ndarray, y: np.ndarray) -> Images:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
+    got, fixes = f"{x.dtype} {x.shape} and {y.dtype} {y.shape}", []
+    fixes += ["save x as bytes: (x * 255).round().astype(np.uint8), if it lies in [0, 1]"] * (x.dtype.kind == "f")
+    fixes += ["y.astype(int)"] * (y.dtype.kind in "fb") + ["x[..., :3] without alpha"] * (
+        x.ndim == 4 and x.shape[3] == 4
+    )
+    fixes += ["np.moveaxis(x, 3, 0)"] * (x.ndim == 4 and len(y) == x.shape[3] != len(x))
+    fix = f"; likely fix: {', '.join(fixes)}" if fixes else ""
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
-        got = f"{x.dtype} {x.shape} and {y.dtype} {y.shape}"
-        raise UserError(f"{path}: x is uint8 (N, H, W, C), (N, C, H, W) or (N, H, W), y whole numbers (N,); got {got}")
+        wanted = "x is uint8 (N, H, W, C), (N, C, H, W) or (N, H, W), y whole numbers (N,)"
+        raise UserError(f"{path}: {wanted}; got {got}{fix}")
+    if not len(x):
+        raise UserError(f"{path}: an array of images is empty")
+    if y.max() >= 2**31:
+        raise UserError(f"{path}: labels y count classes, got {y.max()}")
     if x.ndim == 3:
         x = x[:, None]
+    elif x.shape[1] in (1, 3) and x.shape[3] in (1, 3):
+        raise UserError(f"{path}: it is not clear which axis of x {x.shape} is that of channels")
     elif x.shape[1] not in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     if x.shape[1] not in (1, 3):
-        raise UserError(f"{path}: images have 1 or 3 channels, got an x of shape {x.shape}")
-    if not len(x):
-        raise UserError(f"{path}: an array of images is empty")
+        raise UserError(f"{path}: images have 1 or 3 channels; got {got}{fix}")
     return Images(torch.from_numpy(x), torch.from_numpy(y.astype(np.int64)))

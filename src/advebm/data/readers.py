@@ -212,9 +212,8 @@ def _read_hub(source: HubImages) -> tuple[Parts, tuple[str, ...]]:
         loaded = datasets.load_dataset(source.path, source.subset)
     except Exception as error:  # the hub's client raises many kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(
-            f"the data set {source.path!r} cannot be loaded ({reason}); give a folder with --data.path or ADVEBM_DATA"
-        ) from None
+        fix = "" if Path(source.path).exists() else "; give a folder with --data.path or ADVEBM_DATA"
+        raise UserError(f"the data set {source.path!r} cannot be loaded ({reason}){fix}") from None
     tables: dict[str, list[Table]] = {}
     classes: tuple[str, ...] = ()
     for split, name in _choose_splits(source, list(loaded)).items():
@@ -224,7 +223,11 @@ def _read_hub(source: HubImages) -> tuple[Parts, tuple[str, ...]]:
         label = None
         if len(rows.column_names) > 1:
             label = _choose_column(where, rows.column_names, LABEL_COLUMNS, source.label_column, "label_column", kinds)
-        classes = classes or tuple(getattr(rows.features.get(label), "names", None) or ())
+        names = tuple(getattr(rows.features.get(label), "names", None) or ())
+        classes = classes or names
+        labels = list(rows[label]) if label else [-1] * len(rows)
+        if names != classes:  # another order: matched by name
+            labels = [names[k] if isinstance(k, int) and 0 <= k < len(names) else k for k in labels]
         raw = rows.cast_column(image, datasets.Image(decode=False)) if kinds[image] == "Image" else rows
         settings = (
             source.path,
@@ -240,7 +243,7 @@ def _read_hub(source: HubImages) -> tuple[Parts, tuple[str, ...]]:
             Table(
                 where,
                 functools.partial(list, raw[image]),
-                list(raw[label]) if label else [-1] * len(raw),
+                labels,
                 (f"hub {' '.join(map(str, settings))}".encode(),),
             )
         ]
@@ -271,6 +274,8 @@ def _decode_tables(
         parts[split] = []
         for table in shards:
             own = list(itertools.islice(rest, len(table.labels)))
+            if own.count(None) == len(own):  # such as the test images of a competition
+                own = [-1] * len(own)
             if (without := own.count(None)) and corrupt == "refuse":
                 raise UserError(
                     f"{without} of {len(own)} images have no label, the first of them {table.where} {own.index(None)}; "
@@ -363,17 +368,20 @@ def _choose_column(
     option: str = "",
     kinds: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Return the column that is given, or else the only one of the right type, or else the first with a usual name."""
+    """Return the column that is given, or else one of a usual name or the only one of its type.
+
+    For images the type counts more, for labels the name.
+    """
     if given is not None:
         if given not in names:
             raise unknown_name(f"column for --data.{option}", given, names)
         return given
     typed = [name for name in names if kinds.get(name) == ("Image" if usual is IMAGE_COLUMNS else "ClassLabel")]
-    if len(typed) == 1:
+    named = [name for name in usual if name in names]
+    if usual is IMAGE_COLUMNS and len(typed) == 1:
         return typed[0]
-    for name in usual:
-        if name in names:
-            return name
+    if named or len(typed) == 1:
+        return (named or typed)[0]
     fix = f"; say which it is: --data.{option} NAME" if option else ""
     raise UserError(f"{where} has the columns {', '.join(names)}; it needs one of {', '.join(usual)}{fix}")
 

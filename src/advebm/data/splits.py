@@ -1,5 +1,6 @@
 """From what a source holds to training, validation and test images: the usual names, and what is missing."""
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,9 +21,15 @@ NAMES = {
 Parts = dict[str, list[Images]]  # the shards of each split
 
 
+AROUND = {"set", "data", "dataset", "images", "imgs", "img", "split", "seg", "folder"}  # words beside, as in train_set
+
+
 def split_name(text: str) -> str | None:
-    """Return ``train``, ``val`` or ``test`` for one of the usual names of that split, in any case; else None."""
-    return next((split for split, names in NAMES.items() if text.lower() in names), None)
+    """Return ``train``, ``val`` or ``test`` for a usual name of that split, such as ``Valid`` or ``train_set``."""
+    words = [word for word in re.split(r"[^a-z]+", text.lower()) if word and word not in AROUND]
+    if len(words) != 1:
+        return None
+    return next((split for split, names in NAMES.items() if words[0] in names), None)
 
 
 def find_splits(names: Iterable[str], where: object) -> dict[str, str]:
@@ -74,9 +81,9 @@ def assemble(name: str, parts: Parts, classes: Sequence[str], shares: Shares, *,
             del parts[split], labels[split]
     named, kept = _choose_classes(name, labels, classes, fixed)
     if named != UNLABELLED:
-        number = torch.full((kept[-1] + 1,), -1).scatter(0, torch.tensor(kept), torch.arange(len(kept)))
+        there = torch.tensor(kept)
         for shards in parts.values():
-            shards[:] = [Images(shard.x, number[shard.y]) for shard in shards]
+            shards[:] = [Images(shard.x, torch.searchsorted(there, shard.y)) for shard in shards]
     if "test" not in parts and "val" in parts:
         parts["test"] = parts.pop("val")
     if "test" not in parts:
@@ -104,24 +111,24 @@ def _choose_classes(
         if without := int((values < 0).sum()):
             raise UserError(f"{name}: {without} of {len(values)} {split} images have no label (or -1)")
     kept = list(range(len(classes))) if fixed else y.unique().tolist()
-    count = max(int(values.max()) for values in labels.values()) + 1
-    if classes and count > len(classes):
-        raise UserError(f"{name} has labels up to {count - 1}, but {len(classes)} class names")
-    names = tuple(classes) or tuple(map(str, range(count)))
+    largest = max(int(values.max()) for values in labels.values())
+    if classes and largest >= len(classes):
+        raise UserError(f"{name} has labels up to {largest}, but {len(classes)} class names")
+    name_of = lambda k: classes[k] if classes else str(k)
     if len(kept) < 2:
         raise UserError(
-            f"all training images of {name} are of the class {names[kept[0]]}; a classifier needs at least 2"
+            f"all training images of {name} are of the class {name_of(kept[0])}; a classifier needs at least 2"
         )
     if classes and (empty := [n for k, n in enumerate(classes) if k not in set(kept)]):
         warnings.warn(f"{name}: classes without training images are left out: {list_some(empty)}", stacklevel=4)
     for split, values in labels.items():
         if unknown := sorted(set(values.unique().tolist()) - set(kept)):
             raise UserError(
-                f"{name} has {split} images of {list_some([names[k] for k in unknown])}, but no such training images"
+                f"{name} has {split} images of {list_some([name_of(k) for k in unknown])}, but no such training images"
             )
-        if not fixed and (missing := [names[k] for k in sorted(set(kept) - set(values.unique().tolist()))]):
+        if not fixed and (missing := [name_of(k) for k in sorted(set(kept) - set(values.unique().tolist()))]):
             warnings.warn(f"{name}: there are no {split} images of {list_some(missing)}", stacklevel=4)
-    return tuple(names[k] for k in kept), kept
+    return tuple(name_of(k) for k in kept), kept
 
 
 def number_labels(
@@ -135,17 +142,18 @@ def number_labels(
     Raises:
         UserError: labels of another kind, such as lists, or texts mixed with numbers.
     """
-    there = [value for value in values if value is not None and value == value]  # NaN stands for none, too
+    none = lambda value: value is None or value != value or value == "" or value == -1  # NaN stands for none, too
+    there = [value for value in values if not none(value)]
     if there and all(isinstance(value, str) for value in there):
         names = tuple(known) or tuple(sorted(set(there)))
         index = {name: number for number, name in enumerate(names)}
         if unknown := sorted(set(there) - set(names)):
             raise UserError(f"{where} has labels without a class: {list_some(unknown)}")
-        return [index.get(value) if isinstance(value, str) else None for value in values], names
+        return [None if none(value) else index[value] for value in values], names
     wrong = next((v for v in there if not isinstance(v, int | float) or v != int(v)), None)
     if wrong is not None:
         raise UserError(f"{where}: a label is a whole number or a text, got {wrong!r}")
-    return [None if value is None or value != value else int(value) for value in values], tuple(known)
+    return [None if none(value) else int(value) for value in values], tuple(known)
 
 
 def list_some(names: Sequence[str], count: int = 5) -> str:

@@ -204,7 +204,7 @@ class Counterfactual(Edit):
         """Find counterfactuals for classes ``y (B,)``; None: the second most likely class of each image.
 
         An image with ``p(y|x)`` of at least ``level`` stays as it is.  ``numbers`` also hold ``reached``, 1 or 0, and
-        ``from`` and ``to``, the classes.  The film is a straight line from the image to the result, its ``frame_steps`` are
+        ``from`` and ``to``, the classes.  The film is a straight line from the image to the result, ``frame_steps`` are
         hundredths of the way, and ``series`` hold ``confidence`` in the new class, ``confidence in the old class`` and
         ``distance``.
 

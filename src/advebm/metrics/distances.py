@@ -76,7 +76,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 
 def unbiased_mmd(m: int, aa: float, n: int, bb: float, ab: float) -> float:
-    """Combine kernel sums: ``aa`` and ``bb`` over pairs of different items in each set, ``ab`` over all pairs across."""
+    """Combine kernel sums: ``aa`` and ``bb`` over pairs of different items of one set, ``ab`` over all across."""
     return aa / (m * (m - 1)) + bb / (n * (n - 1)) - 2 * ab / (m * n)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from advebm.core.errors import UserError
@@ -60,17 +61,20 @@ class Own:
         try:
             factory = getattr(self._import(module_name), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"{self.path!r} cannot be imported: {error}") from error
+            hint = f"; is {module_name.removesuffix('.py')}:{name} meant?" if module_name.endswith(".py") else ""
+            raise UserError(f"{self.path!r} cannot be imported: {error}{hint}") from error
         try:
             inspect.signature(factory).bind()
         except (TypeError, ValueError) as error:
             raise UserError(f"{self.path} is called without arguments: {error}") from None
         try:
             module = factory()
-        except Exception as error:  # user code may raise anything
+        except (Exception, SystemExit) as error:  # user code may raise anything
             raise UserError(f"{self.path} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
         if not isinstance(module, nn.Module):
             raise UserError(f"{self.path} returns a {type(module).__name__}, not a torch module")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(f"{self.path} returns a scripted module, which cannot be copied; return the module itself")
         return module
 
 

@@ -104,14 +104,17 @@ def call_foreign(module: nn.Module, x: Tensor) -> Tensor:
     """Return the logits (B, K) of a module that was not written for this package, in the type of ``x``.
 
     Images are passed in the type of its weights and in the default memory layout.  Logits may be the output itself, its
-    attribute or entry ``logits``, the first of a tuple or list, or the only tensor of a mapping.
+    attribute or entry ``logits``, the only matrix of a tuple or list, or the only tensor of a mapping.
 
     Raises:
         UserError: logits cannot be found in the output.
     """
     own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
     out = module(x.contiguous().to(own))
-    return out.to(x.dtype) if isinstance(out, Tensor) else find_logits(out).to(x.dtype)
+    logits = out if isinstance(out, Tensor) else find_logits(out)
+    if not logits.dtype.is_floating_point:
+        raise UserError(f"the model returns {logits.dtype}, such as numbers of classes; return logits (B, K)")
+    return logits.to(x.dtype)
 
 
 def find_logits(out: Any) -> Tensor:
@@ -121,8 +124,14 @@ def find_logits(out: Any) -> Tensor:
         inside = out.get("logits")
         tensors = [value for value in out.values() if isinstance(value, Tensor)]
         inside = tensors[0] if inside is None and len(tensors) == 1 else inside
-    elif inside is None and isinstance(out, tuple | list) and out:
-        inside = out[0]
+    elif inside is None and isinstance(out, tuple | list):
+        tensors = [value for value in out if isinstance(value, Tensor) and value.ndim == 2]
+        if len(tensors) > 1:
+            shapes = ", ".join(str(tuple(value.shape)) for value in tensors)
+            raise UserError(
+                f"the model returns several matrices, {shapes}; return the logits alone, or name them .logits"
+            )
+        inside = tensors[0] if tensors else None
     if not isinstance(inside, Tensor):
         keys = f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
         raise UserError(
@@ -193,7 +202,7 @@ class Architecture:
         try:
             with searching(model) as f, torch.no_grad():
                 got = tuple(f(torch.full((2, *self.shape), 0.5)).shape)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
             shape = " x ".join(map(str, self.shape))
             raise UserError(f"the network does not take images of {shape}: {' '.join(str(error).split())}") from None
         if got not in ((2, self.outputs), (2,) if self.outputs == 1 else ()):

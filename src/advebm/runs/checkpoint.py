@@ -161,7 +161,7 @@ class Checkpoints:
         if not isinstance(digests, dict) or not digests.keys() >= NEEDED:
             raise UserError(f"checkpoint {path} is damaged: state/sha256.json is not whole{self._recovery(name)}")
         for file, digest in digests.items():
-            if not (path / file).exists() or _sha256(path / file) != digest:
+            if not (path / file).is_file() or _sha256(path / file) != digest:
                 raise UserError(f"checkpoint {path} is damaged: {file} is not what was written{self._recovery(name)}")
         return path
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,12 +35,14 @@ class Reference:
         kind: ``run``, ``checkpoint`` (of a run), ``model`` (published), ``file`` (a state dict) or ``module``.
         path: the folder or file; of a module the folder or file with its weights, if one is given.
         module: ``PACKAGE.MODULE:FACTORY`` of a module.
+        averaged: whether averaged weights are preferred, if the folder has some.
     """
 
     text: str
     kind: Literal["run", "checkpoint", "model", "file", "module"]
     path: Path | None = None
     module: str | None = None
+    averaged: bool = True
 
     @property
     def title(self) -> str:
@@ -59,7 +61,7 @@ class Reference:
             if self.path is not None:
                 load_module_weights(model, self.path)
             return model.eval()
-        return network.load(self._folder, foreign=self.kind == "checkpoint")[0]
+        return network.load(self._folder, ema=self.averaged, foreign=self.kind == "checkpoint")[0]
 
     def architecture(self, checkpoint: str = "latest") -> Architecture | None:
         """Return the architecture; None of a module, which says nothing of its images."""
@@ -161,7 +163,8 @@ def _resolve_folder(text: str) -> Reference | None:
 def _resolve_file(text: str) -> Reference | None:
     path = Path(text)
     if path.is_file() and (path.parent / "config.json").is_file() and path.name.endswith(".safetensors"):
-        return _resolve_folder(str(path.parent))
+        folder = _resolve_folder(str(path.parent))
+        return folder and replace(folder, text=text, averaged=path.name == "ema.safetensors")
     if path.suffix in WEIGHT_FILES and not path.is_file() and not is_factory(text):
         raise UserError(f"there is no weight file at {text}")
     return Reference(text, "file", path) if path.is_file() else None

@@ -1,16 +1,20 @@
 """Open the run that a reference stands for; around any other model make one, without training it."""
 
 import hashlib
+import importlib.util
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advebm.core import config, console, files
+import torch
+
+from advebm.core import checks, config, console, files
 from advebm.core.errors import UserError
 from advebm.data.sources import Data
 from advebm.models.factory import find_root
+from advebm.models.modes import searching
 from advebm.runs.find_model import Reference, digest, find_reference
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
@@ -36,13 +40,39 @@ def open_run(where: str | Path, overrides: Iterable[tuple[str, Any]] = (), *, de
         assert reference.path is not None
         run = Run.open(reference.path)
         return run.with_images_at(overrides) if overrides else run
-    identity = json.dumps([digest(reference.load()), overrides], default=str)
+    identity = json.dumps([reference.text, digest(reference.load()), _read_source(reference), overrides], default=str)
     folder = MADE / f"{reference.title}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     known = (folder / "config.yaml").is_file()
     run = adopt(reference, folder, overrides, device=device)
     if not known:
         console.say(f"{where} is no run; made {run.folder} around it")
     return run
+
+
+def open_runs(wheres: Sequence[str], overrides: Iterable[tuple[str, Any]] = ()) -> list[Run]:
+    """Return the runs that several references stand for; a model that does not know its data takes those of a run.
+
+    If there are runs and other models, overrides are for the models; only those of a path are for the runs, too.
+    """
+    overrides, references = list(overrides), [find_reference(where) for where in wheres]
+    paths = [pair for pair in overrides if pair[0].endswith(".path")]
+    for_runs = overrides if all(reference.kind == "run" for reference in references) else paths
+    runs = {r.text: open_run(r.text, for_runs) for r in references if r.kind == "run"}
+    for reference in references:
+        if reference.kind != "run":
+            own = overrides
+            if runs and not own and "data" not in reference.options():
+                own = [("data", config.describe(next(iter(runs.values())).recipe.data))]
+            runs[reference.text] = open_run(reference.text, own)
+    return [runs[reference.text] for reference in references]
+
+
+def _read_source(reference: Reference) -> str:
+    """Return the source code that defines a user's module, as far as it is in the file that is named."""
+    if reference.module is None:
+        return ""
+    spec = importlib.util.find_spec(reference.module.partition(":")[0])
+    return Path(spec.origin).read_text(errors="replace") if spec and spec.origin and Path(spec.origin).is_file() else ""
 
 
 def adopt(
@@ -83,8 +113,10 @@ def adopt(
     if architecture is not None and architecture.outputs == 1:
         plain.pop("metrics", None)
     recipe = untrained_recipe(folder.name, plain, overrides)
+    data = recipe.data.load()
     if architecture is not None:
-        _check_data(reference, recipe.data.load())
+        _check_data(reference, data)
+    _check_logits(reference, data)
     if (folder / "config.yaml").is_file():
         run = Run.open(folder)
         if any(getattr(run.recipe, n) != getattr(recipe, n) for n in ("data", "backbone", "init", "normalise")):
@@ -115,6 +147,21 @@ def _check_data(reference: Reference, data: Data) -> None:
             f"{data.classes[first]}",
             stacklevel=3,
         )
+
+
+def _check_logits(reference: Reference, data: Data) -> None:
+    """Raise UserError for a model that returns probabilities instead of logits for images of the data."""
+    x = data.val.take(slice(64)).float()
+    with searching(reference.load()) as f, torch.no_grad():
+        try:
+            out = f(x)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+            if isinstance(error, UserError):
+                raise
+            shape, why = " x ".join(map(str, data.shape)), " ".join(str(error).split())
+            raise UserError(f"{reference.text} does not take images of {shape}: {why}") from None
+        if out.ndim == 2 and out.shape[1] > 1:
+            checks.logits(out, len(x))
 
 
 def untrained_recipe(name: str, plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> Recipe:
