@@ -146,7 +146,7 @@ for line in sys.stdin:
 def test_a_process_that_dies_or_hangs_costs_its_shape_alone(monkeypatch, tmp_path):
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(kernels, "COMMAND", (sys.executable, str(tmp_path / "fake.py")))
-    monkeypatch.setattr(kernels, "PATIENCE", 1.0)
+    monkeypatch.setattr(kernels, "CALL_TIMEOUT", 1.0)
     shapes = [replace(PLAIN, input=(4, n, 6, 6)) for n in (10, 11, 12, 13, 14)]
     seen = []
     verdicts = list(check(shapes, progress=seen.append))
@@ -187,7 +187,9 @@ def test_the_command_checks_a_model(small_run, capsys):
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="docs/cpu.md is about torch 2.13")
 def test_the_kernel_of_the_docs_is_still_wrong():
     """In a process that may use AVX2 and no more; the day this fails, :func:`avoid_wrong_gradient` can go."""
-    code = "from advebm.diagnostics.kernels import *; print(any(v.wrong for _ in range(3) for v in check([KNOWN])))"
+    code = (
+        "from advebm.diagnostics.kernels import *; print(any(v.wrong for _ in range(3) for v in check([KNOWN_WRONG])))"
+    )
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"

@@ -33,7 +33,7 @@ def test_held_pixels_stay_to_the_bit_and_the_rest_moves(net, batch, hole, genera
 
 @pytest.mark.parametrize("edit", [Inpaint(), Paint(), Inpaint(radius=0.5)])
 def test_the_constraint_alone_holds_them(batch, hole, edit, generator):
-    problem = edit.pose(batch.x, hole.expand(6, 1, 8, 8), generator)
+    problem = edit.make_problem(batch.x, hole.expand(6, 1, 8, 8), generator)
     elsewhere = torch.rand(batch.x.shape, dtype=torch.float64, generator=generator)
     assert torch.equal(problem.constraint(elsewhere, problem.origin)[:, :, ~hole], batch.x[:, :, ~hole])
 
@@ -45,7 +45,9 @@ def test_known_pixels_take_no_part_in_the_step(net, batch, hole):
 
 
 def test_holes_begin_as_asked(batch, hole, generator):
-    begin = {fill: Inpaint(fill=fill).pose(batch.x, hole[None, None], generator).start for fill in ("mean", "smooth")}
+    begin = {
+        fill: Inpaint(fill=fill).make_problem(batch.x, hole[None, None], generator).start for fill in ("mean", "smooth")
+    }
     known = batch.x[:, :, ~hole].mean(2)
     assert torch.allclose(begin["mean"][:, :, hole], known[:, :, None].expand(-1, -1, int(hole.sum())))
     u = begin["smooth"][0, 0]

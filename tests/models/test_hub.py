@@ -21,7 +21,7 @@ from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
 from advebm.reporting.card import _hide_local_paths
 from advebm.reporting.card import write_model as publish_run
-from advebm.reporting.terminal import record_table
+from advebm.reporting.terminal import print_records
 from advebm.runs.recipe import dump, resolve
 from advebm.runs.run import Run
 from advebm.training.loop import train
@@ -510,7 +510,7 @@ def test_a_run_is_pushed_as_it_is_exported(server, measured_run, tmp_path, capsy
 
 def test_the_shares_of_classes_are_printed(measured_run, capsys):
     names = [field.name for field in dataclasses.fields(Record)]
-    record_table(Record(**{name: r[name] for name in names}) for r in measured_run.records())
+    print_records(Record(**{name: r[name] for name in names}) for r in measured_run.records())
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["intended", "class", "(features", "of", "judge)", "drawn", "photos", "early"] in printed
     assert ["one", *3 * ["25", "%"]] in printed

@@ -7,12 +7,12 @@ import importlib.util
 from pathlib import Path
 
 from advebm import recipes
-from advebm.cli.options import Overrides, Verbs
+from advebm.cli.options import Commands, Overrides
 from advebm.core.config import KINDS
 from advebm.core.errors import unknown_name
 
 
-def add_list(verbs: Verbs) -> None:
+def add_list(verbs: Commands) -> None:
     parser = verbs.add("list", print_list, "What there is: recipes, objectives, samplers, metrics, …")
     parser.add_argument("what", nargs="?", metavar="WHAT", help=f"recipe, {', '.join(KINDS)}")
 

@@ -4,12 +4,12 @@ import argparse
 import time
 from pathlib import Path
 
-from advebm.cli.options import Overrides, Verbs
+from advebm.cli.options import Commands, Overrides
 from advebm.core import console
 from advebm.core.errors import UserError
 
 
-def add_demo(verbs: Verbs) -> None:
+def add_demo(verbs: Commands) -> None:
     parser = verbs.add("demo", demo, "Train on digits, draw images, evaluate and report: a minute on a laptop.")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the runs go (runs)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted demo in its folder")
@@ -17,7 +17,7 @@ def add_demo(verbs: Verbs) -> None:
 
 
 def demo(args: argparse.Namespace, overrides: Overrides) -> None:
-    from advebm.reporting.terminal import side_by_side
+    from advebm.reporting.terminal import print_side_by_side
     from advebm.runs.run import new_folder
     from advebm.workflows import demo as workflow
 
@@ -25,11 +25,11 @@ def demo(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.resume and not args.resume.is_dir():
         raise UserError(f"there is no demo at {args.resume}")
     path, records = workflow.demo(args.resume or new_folder(args.out, "demo"), seed=args.seed)
-    side_by_side(records)
+    print_side_by_side(records)
     print(f"{time.perf_counter() - start:.0f} s; report: {path}")
 
 
-def add_toy(verbs: Verbs) -> None:
+def add_toy(verbs: Commands) -> None:
     parser = verbs.add(
         "toy",
         toy,
@@ -49,7 +49,7 @@ def add_toy(verbs: Verbs) -> None:
 
 
 def toy(args: argparse.Namespace, overrides: Overrides) -> None:
-    from advebm.reporting.terminal import numbers_table
+    from advebm.reporting.terminal import print_numbers
     from advebm.toy import densities, figures, train
 
     if args.all and args.density:
@@ -61,5 +61,5 @@ def toy(args: argparse.Namespace, overrides: Overrides) -> None:
         runs, paths = figures.draw_density(density, args.out, method=args.method, p0=args.p0, seed=args.seed)
         rows |= {f"{run.density} {run.method} {run.p0}": train.summarize(run, seed=args.seed) for run in runs}
         pictures += paths
-    numbers_table(rows)
+    print_numbers(rows)
     print(*pictures, sep="\n")

@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import json
 
-from advebm.cli.options import Overrides, Verbs, check_at_least, split_blocks
+from advebm.cli.options import Commands, Overrides, check_at_least, split_blocks
 from advebm.core import console
 from advebm.core.errors import UserError
 
 
-def add_diagnose(verbs: Verbs) -> None:
+def add_diagnose(verbs: Commands) -> None:
     parser = verbs.add(
         "diagnose",
         diagnose,
@@ -41,7 +41,7 @@ def add_diagnose(verbs: Verbs) -> None:
 def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.evaluation.compare import by_title
     from advebm.reporting.diagnostics import diagnose
-    from advebm.reporting.terminal import figures_list
+    from advebm.reporting.terminal import print_figures
     from advebm.workflows.adopt import open_runs
     from advebm.workflows.devices import choose_device
     from advebm.workflows.sample import choose_sampler
@@ -56,12 +56,12 @@ def diagnose(args: argparse.Namespace, overrides: Overrides) -> None:
     options["sampler"] = choose_sampler(runs[0], args.method, overrides)
     what = args.what.split(",") if args.what else ()
     numbers, paths = diagnose(by_title(runs), what, progress=console.say, **options)
-    figures_list(numbers)
+    print_figures(numbers)
     for path in paths:
         print(path)
 
 
-def add_doctor(verbs: Verbs) -> None:
+def add_doctor(verbs: Commands) -> None:
     parser = verbs.add(
         "doctor",
         doctor,
@@ -84,7 +84,7 @@ def add_doctor(verbs: Verbs) -> None:
 
 def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
     """Print the findings; return the exit status, 1 if there are faults."""
-    from advebm.reporting.terminal import findings_list
+    from advebm.reporting.terminal import print_findings
     from advebm.workflows.doctor import examine_model
 
     if args.machine:
@@ -97,7 +97,7 @@ def doctor(args: argparse.Namespace, overrides: Overrides) -> int:
         for finding in findings:
             print(json.dumps(dataclasses.asdict(finding)))
     else:
-        findings_list(findings)
+        print_findings(findings)
     return int(any(finding.severity == "fault" for finding in findings))
 
 

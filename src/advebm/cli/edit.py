@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from advebm.cli.options import Overrides, Verbs, new_path, split_blocks
+from advebm.cli.options import Commands, Overrides, new_path, split_blocks
 from advebm.core import config, console
 from advebm.core.config import KINDS
 from advebm.core.errors import UserError, unknown_name
@@ -21,7 +21,7 @@ TAKERS = {
 }
 
 
-def add_edit(verbs: Verbs) -> None:
+def add_edit(verbs: Commands) -> None:
     parser = verbs.add(
         "edit",
         edit,
@@ -51,7 +51,7 @@ def add_edit(verbs: Verbs) -> None:
 
 
 def edit(args: argparse.Namespace, overrides: Overrides) -> None:
-    from advebm.reporting.terminal import numbers_table
+    from advebm.reporting.terminal import print_numbers
     from advebm.sampling import edit_job
     from advebm.workflows.adopt import open_run
     from advebm.workflows.devices import choose_device
@@ -77,7 +77,7 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.what == "score":
         if overrides:
             raise UserError("score takes no --edit options")
-        numbers_table(edit_job.score_images(request))
+        print_numbers(edit_job.score_images(request))
         return
     amount = [("edit.amount", args.amount)] if args.amount else []
     settings: Any = {"edit": config.describe(config.build(args.what, "edit"))}
@@ -89,7 +89,7 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     out = new_path(args.out or default, named=bool(args.out), replace=args.replace, taken=finished)
     with console.bar(args.what, len(edit_job.list_images(request.images)) if request.images else args.count, 0) as tell:
         path, numbers = edit_job.run_edit(request, method, out, film=args.film, progress=tell)
-    numbers_table(numbers)
+    print_numbers(numbers)
     print(path)
 
 

@@ -5,12 +5,12 @@ import dataclasses
 import json
 from pathlib import Path
 
-from advebm.cli.options import FEATURES, Overrides, Verbs, new_path, split_blocks
+from advebm.cli.options import FEATURES, Commands, Overrides, new_path, split_blocks
 from advebm.core import config, console, processes
 from advebm.core.errors import UserError
 
 
-def add_evaluate(verbs: Verbs) -> None:
+def add_evaluate(verbs: Commands) -> None:
     parser = verbs.add(
         "evaluate",
         evaluate,
@@ -43,7 +43,7 @@ def add_evaluate(verbs: Verbs) -> None:
 def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.attacks.projected import Attack
     from advebm.evaluation.suites import suite
-    from advebm.reporting.terminal import record_table
+    from advebm.reporting.terminal import print_records
     from advebm.runs.run import new_folder
     from advebm.workflows.adopt import adopt, open_run
     from advebm.workflows.evaluate import measure
@@ -77,10 +77,10 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
         for record in records:
             print(json.dumps(dataclasses.asdict(record)))
     else:
-        record_table(records)
+        print_records(records)
 
 
-def add_probe(verbs: Verbs) -> None:
+def add_probe(verbs: Commands) -> None:
     parser = verbs.add(
         "probe",
         probe,
@@ -101,7 +101,7 @@ def add_probe(verbs: Verbs) -> None:
 
 def probe(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.metrics.probing import NearestNeighbours, Probe
-    from advebm.reporting.terminal import record_table
+    from advebm.reporting.terminal import print_records
     from advebm.workflows.adopt import open_run
     from advebm.workflows.devices import choose_device
     from advebm.workflows.probe import measure_probe, probe
@@ -113,10 +113,10 @@ def probe(args: argparse.Namespace, overrides: Overrides) -> None:
     folder = args.out or run.folder.with_name(f"{run.folder.resolve().name}-probe")
     probe_run = probe(run, folder, by=Probe(args.c, branch=args.branch), overrides=overrides, **options)
     print(probe_run.folder)
-    record_table(measure_probe(run, probe_run, neighbours, seed=args.seed, **options))
+    print_records(measure_probe(run, probe_run, neighbours, seed=args.seed, **options))
 
 
-def add_compare(verbs: Verbs) -> None:
+def add_compare(verbs: Commands) -> None:
     parser = verbs.add(
         "compare",
         compare,
@@ -134,7 +134,7 @@ def add_compare(verbs: Verbs) -> None:
 def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.evaluation.compare import compare
     from advebm.reporting.build import report
-    from advebm.reporting.terminal import runs_table
+    from advebm.reporting.terminal import print_runs
     from advebm.runs.recipe import resolve
     from advebm.workflows.adopt import open_runs
     from advebm.workflows.devices import choose_device
@@ -146,5 +146,5 @@ def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     options = {"features": args.features, "seed": args.seed, "device": choose_device(args.device)}
     records = compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)
     path = report(runs[0], beside=runs[1:], out=out)
-    runs_table(records)
+    print_runs(records)
     print(path)

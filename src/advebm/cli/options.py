@@ -23,7 +23,7 @@ FEATURES = (
     "what judges the samples: the classifier of a run or model (its own by default), pixels, inception (downloads its "
     "weights once), or inception:PATH of torch-fidelity's weight file"
 )
-WAYS = "auto, off, fold, compile, bf16 or bf16+compile"  # values of --fast
+FAST_VALUES = "auto, off, fold, compile, bf16 or bf16+compile"  # values of --fast
 SHARED: dict[str, dict[str, Any]] = {  # options that many commands take
     "seed": {"type": int, "default": 0},
     "checkpoint": {"default": "latest", "metavar": "WHICH", "help": "latest, best or a number of images"},
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(f"--{name}", **SHARED[name])
 
 
-class Verbs:
+class Commands:
     """The commands of the command line; each module of this package adds its own."""
 
     def __init__(self, parser: Parser) -> None:

@@ -2,10 +2,10 @@
 
 import argparse
 
-from advebm.cli.options import Overrides, Verbs
+from advebm.cli.options import Commands, Overrides
 
 
-def add_app(verbs: Verbs) -> None:
+def add_app(verbs: Commands) -> None:
     parser = verbs.add(
         "app",
         app,

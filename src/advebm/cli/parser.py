@@ -2,7 +2,7 @@
 
 from advebm import __version__
 from advebm.cli import catalog, demo, diagnose, edit, evaluate, page, publish, reproduce, sample, train
-from advebm.cli.options import Parser, Verbs
+from advebm.cli.options import Commands, Parser
 
 ADD = (
     demo.add_demo,
@@ -30,7 +30,7 @@ def build_parser() -> Parser:
     """Return the parser of all commands, without importing torch or any method."""
     parser = Parser(prog="advebm", description="Adversarially trained energy-based models.")
     parser.add_argument("--version", action="version", version=f"advebm {__version__}")
-    verbs = Verbs(parser)
+    verbs = Commands(parser)
     for add in ADD:
         add(verbs)
     return parser

@@ -4,10 +4,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from advebm.cli.options import Overrides, Parser, Verbs
+from advebm.cli.options import Commands, Overrides, Parser
 
 
-def add_report(verbs: Verbs) -> None:
+def add_report(verbs: Commands) -> None:
     parser = verbs.add("report", report, "Write RUN/report.html.")
     parser.add_run()
     parser.add_argument("--beside", action="append", default=[], metavar="RUN", help="compare with a run")
@@ -21,7 +21,7 @@ def report(args: argparse.Namespace, overrides: Overrides) -> None:
     print(report(first, beside=beside))
 
 
-def add_export(verbs: Verbs) -> None:
+def add_export(verbs: Commands) -> None:
     about = "Write the model of a run by itself: its weights, and a card with what was measured."
     parser = verbs.add("export", export, about)
     _add_model_options(parser)
@@ -35,7 +35,7 @@ def export(args: argparse.Namespace, overrides: Overrides) -> None:
     print(write_model(open_run(args.run, overrides), args.folder, checkpoint=args.checkpoint, weights=args.weights))
 
 
-def add_push(verbs: Verbs) -> None:
+def add_push(verbs: Commands) -> None:
     parser = verbs.add("push", push, "Publish what export writes on the Hub, where hf:USER/NAME finds it.")
     _add_model_options(parser)
     parser.add_argument("name", metavar="USER/NAME")

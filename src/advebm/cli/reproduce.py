@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from advebm.cli.options import BLOCKS, Overrides, Verbs
+from advebm.cli.options import BLOCKS, Commands, Overrides
 from advebm.core.errors import UserError
 
 
-def add_reproduce(verbs: Verbs) -> None:
+def add_reproduce(verbs: Commands) -> None:
     parser = verbs.add(
         "reproduce",
         reproduce,

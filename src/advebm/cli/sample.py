@@ -2,13 +2,13 @@
 
 import argparse
 
-from advebm.cli.options import FEATURES, WAYS, Overrides, Verbs, check_at_least, split_blocks
+from advebm.cli.options import FAST_VALUES, FEATURES, Commands, Overrides, check_at_least, split_blocks
 from advebm.core import processes
 from advebm.core.config import KINDS
 from advebm.core.errors import UserError
 
 
-def add_sample(verbs: Verbs) -> None:
+def add_sample(verbs: Commands) -> None:
     parser = verbs.add(
         "sample",
         sample,
@@ -23,7 +23,7 @@ def add_sample(verbs: Verbs) -> None:
     parser.add_argument("--steps", type=int, metavar="K", help="short for --sampler.steps, at least 1")
     parser.add_argument("--untuned", action="store_true", help="the recipe's settings, whatever tune-sampler found")
     parser.add_argument("--classes", metavar="K,K", help="numbers of the classes to draw; all by default")
-    parser.add_argument("--fast", default="auto", metavar="WAY", help=f"how the network is computed: {WAYS}")
+    parser.add_argument("--fast", default="auto", metavar="WAY", help=f"how the network is computed: {FAST_VALUES}")
     parser.add_argument("--name", help="of the set, METHOD-START by default")
     parser.add_argument(
         "--replace", action="store_true", help="a set of that name, if it was drawn with other settings"
@@ -44,7 +44,7 @@ def add_sample(verbs: Verbs) -> None:
 
 def sample(args: argparse.Namespace, overrides: Overrides) -> None:
     """Draw a set and print the path of its grid; or compare methods and print their records and the figure's path."""
-    from advebm.reporting.terminal import runs_table
+    from advebm.reporting.terminal import print_runs
     from advebm.workflows import sample as workflow
     from advebm.workflows.adopt import open_run
 
@@ -67,7 +67,7 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
     if args.compare:
         options |= {"seeds": args.seeds or 1, "features": args.features}
         records, path = workflow.compare_methods(run, args.compare.split(","), overrides, **options)
-        runs_table(records)
+        print_runs(records)
         print(path)
     else:
         print(
@@ -84,7 +84,7 @@ def _parse_numbers(text: str | None) -> tuple[int, ...] | None:
         raise UserError(f"--classes takes numbers such as 0,3,7, got {text!r}") from None
 
 
-def add_tune_sampler(verbs: Verbs) -> None:
+def add_tune_sampler(verbs: Commands) -> None:
     parser = verbs.add(
         "tune-sampler",
         tune_sampler,
@@ -105,7 +105,7 @@ def add_tune_sampler(verbs: Verbs) -> None:
 
 def tune_sampler(args: argparse.Namespace, overrides: Overrides) -> None:
     """Search settings; print the ten best trials, and the paths of the best settings and of the figure."""
-    from advebm.reporting.terminal import numbers_table
+    from advebm.reporting.terminal import print_numbers
     from advebm.sampling.tune import SETTINGS
     from advebm.workflows import sample as workflow
     from advebm.workflows.adopt import open_run
@@ -121,7 +121,7 @@ def tune_sampler(args: argparse.Namespace, overrides: Overrides) -> None:
     for number, trial in enumerate(trials[:10], 1):
         settings = {name: value for name in SETTINGS if (value := trial["sampler"][name]) is not None}
         rows[str(number)] = {trial["name"]: trial["value"], **settings}
-    numbers_table(rows)
+    print_numbers(rows)
     if best.exists():
         print(best)
     print(figure)

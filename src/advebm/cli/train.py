@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from advebm import recipes
-from advebm.cli.options import BLOCKS, FEATURES, WAYS, Overrides, Parser, Verbs, check_at_least
+from advebm.cli.options import BLOCKS, FAST_VALUES, FEATURES, Commands, Overrides, Parser, check_at_least
 from advebm.core import processes
 from advebm.core.errors import UserError
 
@@ -20,7 +20,7 @@ OPTIONS = (
 )
 
 
-def add_train(verbs: Verbs) -> None:
+def add_train(verbs: Commands) -> None:
     parser = verbs.add("train", train, "Train a recipe, or go on with a run.", OPTIONS, takes=TAKES, shared=True)
     _add_training_options(parser)
     parser.add_argument("--labels", choices=("none",), help="none: train an encoder or a critic on the images alone")
@@ -32,7 +32,7 @@ def train(args: argparse.Namespace, overrides: Overrides) -> None:
         print(run.folder)
 
 
-def add_run(verbs: Verbs) -> None:
+def add_run(verbs: Commands) -> None:
     summary = "Train, sample, evaluate and report, in one command."
     parser = verbs.add("run", run, summary, OPTIONS, takes=TAKES, shared=True)
     _add_training_options(parser)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
     """Train, draw, measure and report; print the grid's path, the records and the report's path."""
     from advebm.evaluation.evaluate import find_space
     from advebm.reporting.build import report
-    from advebm.reporting.terminal import record_table
+    from advebm.reporting.terminal import print_records
     from advebm.workflows.evaluate import measure
     from advebm.workflows.sample import sample
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
         return
     folder = sample(run, per_class=args.per_class, device=args.device, backend=args.fast or "auto")
     print(folder / "grid.png")
-    record_table(measure(run, features=args.features, device=args.device))
+    print_records(measure(run, features=args.features, device=args.device))
     if not processes.rank_and_world()[0]:
         print(report(run))
 
@@ -74,7 +74,7 @@ def _add_training_options(parser: Parser) -> None:
     )
     parser.add_argument("--seed", type=int)
     parser.add_shared("device")
-    parser.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {WAYS}; --train.fast")
+    parser.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {FAST_VALUES}; --train.fast")
     parser.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
     parser.add_argument(
         "--dry-run",
@@ -119,7 +119,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
 
 def _print_costs(recipe: "Recipe", machine: str, device: str | None) -> None:
     """Print passes, FLOP, memory and hours of a recipe on the named machine; on this one if the name is empty."""
-    from advebm.reporting.terminal import costs_table
+    from advebm.reporting.terminal import print_costs
     from advebm.training import cost, hardware
     from advebm.workflows.devices import choose_device
 
@@ -131,4 +131,4 @@ def _print_costs(recipe: "Recipe", machine: str, device: str | None) -> None:
         device = choose_device(device)
         stages = cost.estimates(recipe.computed_on(device))
         machines = [cost.measure_machine(stage, device) for stage in stages]
-    costs_table(stages, machines)
+    print_costs(stages, machines)

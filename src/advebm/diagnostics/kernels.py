@@ -26,8 +26,8 @@ from advebm.models.precision import usable_precision
 
 COMMAND = (sys.executable, "-m", "advebm.diagnostics.kernels")
 REPEATS = 3  # calls for each shape: a kernel that reads stale memory may be right the first time
-START = 60.0  # seconds for a process to import torch
-PATIENCE = 8.0  # seconds for one shape, after which its process is killed
+START_TIMEOUT = 60.0  # seconds for a process to import torch
+CALL_TIMEOUT = 8.0  # seconds for one shape, after which its process is killed
 FLOP = 4e9  # limit for one forward pass; the batch is made smaller to stay below it
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.02}  # relative error in norm; correct kernels reach 1e-6 and 0.003
 
@@ -102,7 +102,7 @@ class Verdict:
 
 
 # oneDNN 3.12 computes this wrongly on CPUs without AVX-512; no network of this package calls it (docs/cpu.md).
-KNOWN = Convolution((8, 2, 8, 8), (8, 2, 1, 1), (True, True), False, (2, 2), (0, 0), (1, 1), False, (0, 0), 1)
+KNOWN_WRONG = Convolution((8, 2, 8, 8), (8, 2, 1, 1), (True, True), False, (2, 2), (0, 0), (1, 1), False, (0, 0), 1)
 
 
 class _Recorder(TorchDispatchMode):
@@ -166,12 +166,14 @@ class _Worker:
         self.lines: Queue[str] = Queue()
         Thread(target=self._listen, daemon=True).start()
         try:
-            while (line := self.lines.get(timeout=START)) != "ready\n":  # skip what libraries print
+            while (line := self.lines.get(timeout=START_TIMEOUT)) != "ready\n":  # skip what libraries print
                 if not line:
                     raise UserError(f"{' '.join(COMMAND)} does not start: {process.communicate()[1][-500:].strip()}")
         except Empty:
             self.close()
-            raise UserError(f"{' '.join(COMMAND)} is not ready after {START:.0f} s; is the machine busy?") from None
+            raise UserError(
+                f"{' '.join(COMMAND)} is not ready after {START_TIMEOUT:.0f} s; is the machine busy?"
+            ) from None
 
     def _listen(self) -> None:
         for line in self.process.stdout:
@@ -218,10 +220,10 @@ def check(
                 return
             worker = worker or _Worker()
             left = end - time.monotonic()
-            verdict = worker.ask(c, min(PATIENCE, left))
-            if verdict is None and left < PATIENCE:
+            verdict = worker.ask(c, min(CALL_TIMEOUT, left))
+            if verdict is None and left < CALL_TIMEOUT:
                 return
-            verdict = verdict or Verdict(c, died=f"never returned in {PATIENCE:.0f} s")
+            verdict = verdict or Verdict(c, died=f"never returned in {CALL_TIMEOUT:.0f} s")
             if verdict.wrong:  # it may have written anywhere in its memory
                 worker.close()
                 worker = None

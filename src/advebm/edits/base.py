@@ -102,7 +102,7 @@ class Edit:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} must be > 0 or none, got {value}")
 
-    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+    def make_problem(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         """Return the problem for images (B, C, H, W) and, if the edit takes one, a hole (B, 1, H, W), bool."""
         raise NotImplementedError("Edit is abstract; use Translate, Inpaint or another of its kinds")
 
@@ -143,11 +143,11 @@ class Edit:
             frames: number of film images, at most steps + 1; the start and the result are always among them.
         """
         x, y = prepare_images(x, model), None if y is None else y.to(device_of(model))
-        problem = self.pose(x, expand_hole(hole, x), generator)
+        problem = self.make_problem(x, expand_hole(hole, x), generator)
         with searching(model) as f:
-            return self.follow(problem, self.lowered(f, problem.start, y), f, y, observe, frames)
+            return self.run_descent(problem, self.target_energy(f, problem.start, y), f, y, observe, frames)
 
-    def lowered(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
+    def target_energy(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
         """Return the network's energy for classes ``y (B,)``, or E(x) for None.
 
         Raises:
@@ -163,7 +163,7 @@ class Edit:
         class_energy = energies.joint if self.energy == "joint" else energies.conditional
         return lambda z: class_energy(f(z), y)
 
-    def follow(
+    def run_descent(
         self,
         problem: Problem,
         energy: Energy,

@@ -28,7 +28,7 @@ class Inpaint(Edit):
 
     stride: ClassVar[float] = 0.003
 
-    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+    def make_problem(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         if hole is None:
             raise UserError("inpainting takes a hole: a mask, true or white where pixels are to be made")
         known = ~hole
@@ -91,7 +91,7 @@ class Denoise(Edit):
             got = f"{self.sigma}, {self.prior} and {self.off}"
             raise UserError(f"sigma must be > 0, prior >= 0 and off must lie in [0, 1), got {got}")
 
-    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+    def make_problem(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         if self.noise == "gaussian":
             fidelity: Energy = lambda z: (z - x).square().flatten(1).sum(1) / (2 * self.sigma**2)
             return Problem(x, self.within(), x, fidelity=fidelity)
@@ -99,8 +99,8 @@ class Denoise(Edit):
         extreme = ((x == 0) | (x == 1)).all(1, keepdim=True) & ((x - medians).abs().amax(1, keepdim=True) > self.off)
         return hold_outside(torch.where(extreme, medians, x), extreme, self.within(hold(~extreme)))
 
-    def lowered(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
-        energy = super().lowered(f, x, y)
+    def target_energy(self, f: Logits, x: Tensor, y: Tensor | None) -> Energy:
+        energy = super().target_energy(f, x, y)
         return lambda z: self.prior * energy(z)
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
@@ -133,7 +133,7 @@ class Upsample(Edit):
         if self.factor < 2:
             raise UserError(f"factor must be at least 2, got {self.factor}")
 
-    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+    def make_problem(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         blocks, keep_means = repeat_pixels(x, self.factor), means(self.factor)
         start = keep_means(interpolate(x, scale_factor=self.factor, mode="bicubic", align_corners=False), blocks)
         fixed = lambda z: z + repeat_pixels(x - avg_pool2d(z, self.factor), self.factor)

@@ -35,7 +35,7 @@ class Translate(Edit):
         if not self.amount >= 0:
             raise UserError(f"amount must be >= 0, got {self.amount}")
 
-    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+    def make_problem(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         return Problem(x, self.within(), x)
 
     def descent(self, constraint: Constraint, values: Tensor) -> Descent:
@@ -51,7 +51,7 @@ class Paint(Edit):
 
     energy: Literal["joint", "conditional"] = "conditional"
 
-    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+    def make_problem(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         if hole is None:
             return Problem(x, self.within(), x)
         return hold_outside(x, hole, self.within(hold(~hole)))
@@ -73,7 +73,7 @@ class Compose(Edit):
 
     cites: ClassVar[tuple[str, ...]] = ("binary-at", "du2020")
 
-    def pose(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
+    def make_problem(self, x: Tensor, hole: Tensor | None, generator: torch.Generator | None) -> Problem:
         return Problem(x, self.within(), x)
 
     def __call__(  # type: ignore[override]
@@ -88,14 +88,14 @@ class Compose(Edit):
             got = f"{len(models)}, {len(classes)} and {len(weights)}"
             raise UserError(f"a composition takes as many models as classes and weights, got {got}")
         x = prepare_images(x, *models)
-        problem, observe, frames = self.pose(x, None, None), options.get("observe"), options.get("frames", 7)
+        problem, observe, frames = self.make_problem(x, None, None), options.get("observe"), options.get("frames", 7)
         with ExitStack() as stack:
             parts = []
             for model, k in zip(models, classes, strict=True):
                 y = None if k is None else torch.full((len(x),), k, device=x.device)
-                parts.append(self.lowered(stack.enter_context(searching(model)), x, y))
+                parts.append(self.target_energy(stack.enter_context(searching(model)), x, y))
             energy = lambda z: torch.stack([w * part(z) for w, part in zip(weights, parts, strict=True)]).sum(0)
-            return self.follow(problem, energy, None, None, observe, frames)
+            return self.run_descent(problem, energy, None, None, observe, frames)
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,12 @@ class Interpolate(Edit):
         end = per_sample((t == 0) | (t == 1), x) & (self.ends == "held")
         problem = Problem(path, self.within(hold(end)), path)
         with searching(model) as f:
-            energy = self.lowered(f, path, None)
+            energy = self.target_energy(f, path, None)
             if y is not None:
                 y = y.to(x.device)
-                a, b = (self.lowered(f, path, ends.repeat_interleave(self.count)) for ends in (y[:-1], y[1:]))
+                a, b = (self.target_energy(f, path, ends.repeat_interleave(self.count)) for ends in (y[:-1], y[1:]))
                 energy = lambda z: (1 - t) * a(z) + t * b(z)
-            return self.follow(problem, energy, f, None, options.get("observe"), options.get("frames", 7))
+            return self.run_descent(problem, energy, f, None, options.get("observe"), options.get("frames", 7))
 
 
 def spherical(a: Tensor, b: Tensor, t: Tensor, centre: float = 0.5) -> Tensor:
@@ -217,7 +217,7 @@ class Counterfactual(Edit):
                 raise UserError("a counterfactual takes a classifier; a critic has no classes")
             top = f(x).topk(2, 1).indices
             y = top[:, 1] if y is None else y.to(x.device)
-            energy = self.lowered(f, x, y)
+            energy = self.target_energy(f, x, y)
 
             def search(radius: Tensor) -> Tensor:
                 descent = self._unit_descent(2.5 * radius / max(self.steps, 1), both(l2_ball(radius), box()))

@@ -64,14 +64,14 @@ class Features(NamedTuple):
         return torch.cat([self.extract(part).flatten(1).cpu() for part in parts])
 
 
-Tell = Callable[[int, str], None]  # called with the number of images done and a note
-Bar = Callable[[str, int], AbstractContextManager[Tell]]  # name and total -> progress callback
+ProgressCallback = Callable[[int, str], None]  # called with the number of images done and a note
+Bar = Callable[[str, int], AbstractContextManager[ProgressCallback]]  # name and total -> progress callback
 
 
 class ProgressCounter:
     """Adds up the images that functions have been called with, and reports the sum, as ``tell`` of a progress bar."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, tell: ProgressCallback) -> None:
         self.tell, self.done = tell, 0
 
     def count(self, function: Callable[[Tensor], Tensor], note: str = "") -> Callable[[Tensor], Tensor]:
@@ -86,7 +86,7 @@ class ProgressCounter:
         return counted
 
 
-def no_bar(name: str, total: int) -> AbstractContextManager[Tell]:
+def no_bar(name: str, total: int) -> AbstractContextManager[ProgressCallback]:
     return nullcontext(lambda done, note: None)
 
 

@@ -64,7 +64,7 @@ def baselines(method: Edit, hole: Tensor) -> dict[str, Restore]:
     Raises:
         UserError: the edit is inpainting and scikit-image is not installed.
     """
-    start_of = lambda edit: lambda x: edit.pose(x, hole.expand(len(x), 1, -1, -1), None).start
+    start_of = lambda edit: lambda x: edit.make_problem(x, hole.expand(len(x), 1, -1, -1), None).start
     if isinstance(method, Inpaint):
         inpaint = partial(scikit_image().inpaint_biharmonic, mask=hole.numpy(), channel_axis=-1)
         fills = {f"{fill} fill": start_of(replace(method, fill=fill)) for fill in ("mean", "smooth")}
@@ -150,7 +150,7 @@ class Restoration:
         if isinstance(edit, Denoise) and edit.noise == "gaussian":
             candidates: list[Edit] = [replace(edit, prior=edit.prior * strength) for strength in STRENGTHS]
         else:
-            share = torch.as_tensor(edit.pose(x, hole.expand(len(x), 1, -1, -1), None).share).double().mean()
+            share = torch.as_tensor(edit.make_problem(x, hole.expand(len(x), 1, -1, -1), None).share).double().mean()
             step_size = edit.step_size or edit.stride * math.sqrt(share.item() * truth[0].numel())
             candidates = [replace(edit, step_size=step_size * strength) for strength in STRENGTHS]
         return max(candidates, key=lambda e: psnr(truth, self._apply(e, subject, hole, x)).mean().item())

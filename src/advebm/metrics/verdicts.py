@@ -18,7 +18,7 @@ from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
 from advebm.descent import value_and_gradient
 from advebm.energies import Logits
-from advebm.metrics.base import Tell
+from advebm.metrics.base import ProgressCallback
 from advebm.models.batching import as_images, device_of
 from advebm.models.inference import View, faster_model, float32
 from advebm.models.modes import searching
@@ -49,7 +49,7 @@ def find_verdicts(
     batch: int = 500,
     precision: Precision = "float32",
     folder: Path | None = None,
-    tell: Tell = lambda done, note: None,
+    tell: ProgressCallback = lambda done, note: None,
     team: Team = ALONE,
 ) -> Verdicts:
     """Attack every correctly classified image, and record which attack broke it.
@@ -186,7 +186,7 @@ def _check_gradient(f: Logits, x: Tensor, y: Tensor) -> None:
 class _Progress:
     """Progress of :func:`find_verdicts`, measured in forward passes of the searches."""
 
-    def __init__(self, tell: Tell, images: int, costs: list[int]) -> None:
+    def __init__(self, tell: ProgressCallback, images: int, costs: list[int]) -> None:
         self.tell, self.images, self.costs = tell, images, costs
 
     def report_calls(self, f: Logits, number: int, share: float, left: float, note: str) -> Logits:

@@ -169,7 +169,12 @@ def _paper(summary: Mapping[str, Any]) -> dict[str, Any]:
 def _subtitle(run: Run, history: Iterable[Mapping[str, Any]]) -> str:
     images = max((line["images"] for line in history), default=0)
     time_written = time.strftime("written %Y-%m-%d %H:%M")
-    return f"{run.folder.resolve().name} · {images:,} training images seen · {time_written}"
+    source = f"{images:,} training images seen"
+    if run.recipe.train.images == 0:
+        source = (
+            f"weights of {Path(run.recipe.init).name}" if run.recipe.init else "a module that was trained elsewhere"
+        )
+    return f"{run.folder.resolve().name} · {source} · {time_written}"
 
 
 def _grid_uri(rows: Any) -> str:

@@ -16,7 +16,7 @@ from advebm.training.cost import Estimate
 from advebm.training.hardware import GB, TERA, Machine
 
 
-def record_table(records: Iterable[Record]) -> None:
+def print_records(records: Iterable[Record]) -> None:
     """Print one row for each record; then, for samples, the share of each class that is classified as intended."""
     plain = [asdict(record) for record in records]
     rows = [[text[key] for key in ("name", "samples", "value", "count", "caution")] for text in map(as_text, plain)]
@@ -27,12 +27,12 @@ def record_table(records: Iterable[Record]) -> None:
         _print_rows(heads, rows)
 
 
-def side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+def print_side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """Print a column for each run and a row for each quantity."""
     _print_rows(*pivot(runs).quantities_down())
 
 
-def runs_table(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+def print_runs(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """Print tables with a row for each run and at most 8 quantities as columns: for many runs."""
     table = pivot(runs)
     quantities = list(table.cells)
@@ -42,7 +42,7 @@ def runs_table(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
         print()
 
 
-def paper_table(summary: Mapping[str, Any]) -> None:
+def print_paper_table(summary: Mapping[str, Any]) -> None:
     """Print the paper's numbers beside ours; above them how they were measured, below them the claims and verdict."""
     where, verdict = render.text_lines(summary)
     heads, rows = render.text_table(summary)
@@ -51,7 +51,7 @@ def paper_table(summary: Mapping[str, Any]) -> None:
     print("\n".join(verdict))
 
 
-def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
+def print_numbers(rows: Mapping[str, Mapping[str, float]]) -> None:
     """Print named numbers, with a row for each title; the cell is empty where a title lacks a number."""
     columns = list(dict.fromkeys(name for numbers in rows.values() for name in numbers))
     texts = [
@@ -61,7 +61,7 @@ def numbers_table(rows: Mapping[str, Mapping[str, float]]) -> None:
     _print_rows(["", *columns], texts, width=150)
 
 
-def figures_list(figures: Mapping[str, Mapping[str, Any]]) -> None:
+def print_figures(figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a table for each figure, with a row for each number and a column for each model, if they are by model."""
     for name, numbers in figures.items():
         models = numbers if all(isinstance(v, Mapping) for v in numbers.values()) else {"": numbers}
@@ -72,7 +72,7 @@ def _number(value: Any) -> str:
     return f"{value[0]:.3g} ± {value[1]:.2g}" if isinstance(value, list) else f"{value:.3g}"
 
 
-def findings_list(findings: Iterable[doctor.Finding]) -> None:
+def print_findings(findings: Iterable[doctor.Finding]) -> None:
     """Print each finding, then the skipped checks; if there is no fault, print what was checked."""
     findings = list(findings)
     for finding in (f for f in findings if f.severity != "skipped"):
@@ -89,7 +89,7 @@ def findings_list(findings: Iterable[doctor.Finding]) -> None:
             print(f"  {doctor.title(check):12}{doctor.about(check)}")
 
 
-def costs_table(stages: Sequence[Estimate], machines: Sequence[Machine]) -> None:
+def print_costs(stages: Sequence[Estimate], machines: Sequence[Machine]) -> None:
     """Print estimated costs, with a column for each training stage, and the machine speeds that hours are based on."""
     pairs = list(zip(stages, machines, strict=True))
     columns = {stage.recipe.name: _costs(stage, machine) for stage, machine in pairs}

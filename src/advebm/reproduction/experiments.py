@@ -7,7 +7,7 @@ from advebm.core import files
 from advebm.core.errors import UserError, unknown_name
 from advebm.papers import inventory
 from advebm.reporting.build import report
-from advebm.reporting.terminal import runs_table, side_by_side
+from advebm.reporting.terminal import print_runs, print_side_by_side
 from advebm.reproduction import tables
 from advebm.reproduction.applications import digits_applications, jeat_figure4
 from advebm.reproduction.binary import digits_binary_at, digits_hybrids
@@ -71,7 +71,7 @@ def reproduce(
     files.write_json(folder / "results.json", results)
     if scale is not None:
         return tables.write_table(name, scale, folder, results, runs, seeds=seeds, options=options)
-    (runs_table if len(results) > 4 else side_by_side)(results)
+    (print_runs if len(results) > 4 else print_side_by_side)(results)
     for line in experiment.conclude(results):
         say(line)
     title = f"{name} --quick: shorter training than the experiment's" if quick else name

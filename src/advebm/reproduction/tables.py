@@ -22,7 +22,7 @@ from advebm.papers import agreement, inventory, render
 from advebm.papers.inventory import Table
 from advebm.reporting import figures
 from advebm.reporting.build import report
-from advebm.reporting.terminal import paper_table
+from advebm.reporting.terminal import print_paper_table
 from advebm.reproduction import binary, study, supervised, unsupervised
 from advebm.reproduction.experiment import Experiment, Options, Results
 from advebm.reproduction.scales import SCALES, Scale
@@ -74,7 +74,7 @@ def write_table(
     files.write_json(path, plain)
     if (picture := samples_picture(table, runs)) is not None:
         files.write(path.with_suffix(".png"), picture)
-    paper_table(plain)
+    print_paper_table(plain)
     ordered = sorted(runs, key=lambda run: run.folder.name == "standard")  # the judge comes last
     shown = [stage for run in ordered for stage in reversed(run.stages)]
     report(shown[0], beside=shown[1:], out=folder / "report.html", title=f"{name}, scale {scale}", summary=plain)

@@ -112,7 +112,7 @@ def adopt(
         plain |= {"normalise": {"mean": list(architecture.mean), "std": list(architecture.std)}}
     if architecture is not None and architecture.outputs == 1:
         plain.pop("metrics", None)
-    recipe = untrained_recipe(folder.name, plain, overrides)
+    recipe = untrained_recipe(reference.title, plain, overrides)
     data = recipe.data.load()
     if architecture is not None:
         _check_data(reference, data)

@@ -13,7 +13,7 @@ from advebm.core import console
 from advebm.core.errors import UserError
 from advebm.data.sources import Images, find_spec
 from advebm.diagnostics.doctor import FEWEST, Finding, examine_split
-from advebm.diagnostics.kernels import KNOWN, Verdict, check, convolutions
+from advebm.diagnostics.kernels import KNOWN_WRONG, Verdict, check, convolutions
 from advebm.runs.find_model import find_reference
 from advebm.runs.recipe import resolve
 from advebm.workflows.devices import choose_device
@@ -80,7 +80,7 @@ def check_machine(model: str | None = None, overrides: Overrides = (), *, checkp
     distinct = dict.fromkeys(c for m in models.values() for c in convolutions(m, shape, BATCH, "bfloat16"))
     with console.bar("convolutions", len(distinct), 0) as progress:
         verdicts = tuple(check(list(distinct), progress=progress))
-    (known,) = check([KNOWN])  # in a separate process: even a correct run of it may corrupt later ones
+    (known,) = check([KNOWN_WRONG])  # in a separate process: even a correct run of it may corrupt later ones
     return MachineCheck(tuple(models), len(distinct), verdicts, known)
 
 
