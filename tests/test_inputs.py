@@ -5,6 +5,7 @@ Every test names its report; ``python -m tests.test_inputs`` prints the table th
 
 import ast
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -597,7 +598,12 @@ def test_names_of_arrays(tmp_path, name, save):
     assert everything == sorted(image.tobytes() for a in made.values() if a.ndim == 4 for image in a)
 
 
-@report("labels", "npz larger than half the memory", "DM-Improves-AT", "uncompressed arrays are memory-mapped")
+@report(
+    "labels",
+    "npz larger than half the memory",
+    "DM-Improves-AT",
+    "uncompressed arrays are memory-mapped, then copied once",
+)
 def test_arrays_are_mapped(tmp_path):
     from advebm.data.npz import _read_arrays
 
@@ -1130,6 +1136,60 @@ def test_own_modules_are_exported(tmp_path, monkeypatch, capsys):
     assert "load it as own_net_of_a_test:make@model" in refused.stderr
     found = loaded("own_net_of_a_test:make@model", env={**os.environ, "PYTHONPATH": str(home)})
     assert torch.allclose(torch.tensor(ast.literal_eval(found.stdout)), expected, atol=1e-5)
+
+
+@report("commands", "MODULE:FACTORY@FOLDER of an exported model", "", "weights and normalisation of the folder")
+def test_an_exported_module_is_normalised(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = ["--model", "tests.test_inputs:grey_net", "--out", "run"]
+    assert command(*TRAIN, *own, capsys=capsys)[0] == 0
+    assert command("export", "run", "model", capsys=capsys)[0] == 0
+    where = "tests.test_inputs:grey_net@model"
+    assert command("evaluate", where, "--data", "digits", "--metrics", "accuracy", capsys=capsys)[0] == 0
+    (made,) = Path("runs/models").iterdir()
+    x = torch.rand(3, 1, 8, 8)
+    expected = advebm.load("run")(x)
+    assert advebm.load("run").normalise.mean.item() != 0
+    for model in (advebm.load(where), advebm.load(made)):
+        torch.testing.assert_close(model(x), expected)
+
+
+def grey_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+@report("commands", "a published model whose options name code", "", "its code is never imported")
+def test_a_published_model_imports_nothing(digits_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evil_module_of_a_test.py").write_text("raise SystemExit('imported')")
+    assert command("export", digits_run.folder, "checkpoints/m", capsys=capsys)[0] == 0
+    path = Path("checkpoints/m/config.json")
+    plain = json.loads(path.read_text())
+    for change in ({"sampler": {"kind": "evil_module_of_a_test:X"}}, {"data": {"kind": "evil_module_of_a_test:X"}}):
+        path.write_text(json.dumps({**plain, "options": {**plain["options"], **change}}))
+        status, _, err = command("sample", "checkpoints/m", "--per-class", "1", capsys=capsys)
+        assert status == 2
+        assert "would import foreign code" in err
+    backbone = {"kind": "own", "path": "evil_module_of_a_test:X", "root": str(tmp_path)}
+    path.write_text(json.dumps({**plain, "architecture": {**plain["architecture"], "backbone": backbone}}))
+    assert "imported only when it is named" in command("sample", "checkpoints/m", capsys=capsys)[2]
+    assert "evil_module_of_a_test" not in sys.modules
+
+
+@report("commands", "a run that is gone on with on other images", "", "refused")
+def test_resuming_on_other_images(tmp_path, capsys):
+    arrays(tmp_path / "s.npz", [0, 1] * 60)
+    options = ["--data", f"npz:{tmp_path / 's.npz'}", "--out", tmp_path / "run"]
+    assert command(*TRAIN, *options, capsys=capsys)[0] == 0
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("[1-9]*"):
+        shutil.rmtree(checkpoint)
+    (tmp_path / "run" / "checkpoints" / "LATEST").write_text("0\n")
+    arrays(tmp_path / "s.npz", [0, 1] * 60)
+    status, _, err = command("train", "--resume", tmp_path / "run", capsys=capsys)
+    assert status == 2
+    assert "are not those that" in err
 
 
 @report("commands", "images of a run that were moved", "robustbench#212, ray#28082", "--data.path, with a check")

@@ -53,14 +53,15 @@ def add_edit(verbs: Commands) -> None:
 def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.terminal import print_numbers
     from advebm.sampling import edit_job
-    from advebm.workflows.adopt import open_run
+    from advebm.workflows.adopt import open_run, open_runs
     from advebm.workflows.devices import choose_device
 
     _check_arguments(args)
     data_overrides, overrides = split_blocks(overrides, "data")
+    run, *others = open_runs([args.run, *args.others], data_overrides)
     request = edit_job.EditRequest(
-        run=open_run(args.run, data_overrides),
-        others=tuple(open_run(where, data_overrides) for where in args.others),
+        run=run,
+        others=tuple(others),
         source=open_run(args.source) if args.source else None,
         images=tuple(args.image or ()),
         split=args.split,

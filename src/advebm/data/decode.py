@@ -27,7 +27,7 @@ Corrupt = Literal["refuse", "skip"]
 SHOWN = 3  # number of bad images that a message names
 # Formats that are read.  Pillow knows more, of which some run programs; AVIF and HEIF depend on how it was built and on
 # the package pillow-heif.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "TGA")
 LARGEST = 50_000_000  # pixels of a user's image, at most
 LARGEST_IN_SET = 179_000_000  # pixels of an image of a set, at most
 GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F")  # modes without colour
@@ -119,7 +119,14 @@ def _pixels(picture: Image.Image, channels: int, size: int | None) -> np.ndarray
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
-def open_image(source: bytes | Path, shape: Sequence[int], *, fit: bool = False, name: str = "the image") -> Tensor:
+def open_image(
+    source: bytes | Path,
+    shape: Sequence[int],
+    *,
+    fit: bool = False,
+    name: str = "the image",
+    formats: tuple[str, ...] | None = None,
+) -> Tensor:
     """Load a user's image as a model's input, float32 (C, H, W) in [0, 1].
 
     The image is rotated as its EXIF data say, converted to sRGB by its colour profile, and to 8 bits from 16 bits or
@@ -130,6 +137,7 @@ def open_image(source: bytes | Path, shape: Sequence[int], *, fit: bool = False,
         shape: (C, H, W) of the model's images.
         fit: cut an image of another size to its middle square and scale it, and convert between grey and colour.
         name: the name in messages.
+        formats: those that are read; None: all of :func:`readable_formats`.
 
     Raises:
         UserError: not an image, a damaged one, over 50 million pixels, or 32-bit pixels without a known white; without
@@ -141,7 +149,7 @@ def open_image(source: bytes | Path, shape: Sequence[int], *, fit: bool = False,
             f"images are cut to squares, and the model takes {width} x {height}; cut them and leave out fit"
         )
     name = name if isinstance(source, bytes) else str(source)
-    with _no_warnings_of_pillow(), _opened(source, name, LARGEST) as (picture, remarks):
+    with _opened(source, name, LARGEST, formats) as (picture, remarks):
         grey = picture.mode in GREY
         picture = _over(picture, "white")
         if not fit:
@@ -164,7 +172,7 @@ def open_mask(source: bytes | Path, size: tuple[int, int], *, fit: bool = False,
     ``size`` is (H, W); with ``fit`` a mask of another size is cut to its middle square and scaled.
     """
     name = name if isinstance(source, bytes) else str(source)
-    with _no_warnings_of_pillow(), _opened(source, name, LARGEST) as (picture, _):
+    with _opened(source, name, LARGEST) as (picture, _):
         if not fit:
             _check_size(name, picture, (size[1], size[0]))
         pixels = _pixels(_over(picture, "black"), 1, size[1] if fit else None)
@@ -180,14 +188,16 @@ def _no_warnings_of_pillow() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(source: bytes | Path, name: str, largest: int) -> Iterator[tuple[Image.Image, set[str]]]:
+def _opened(
+    source: bytes | Path, name: str, largest: int, formats: tuple[str, ...] | None = None
+) -> Iterator[tuple[Image.Image, set[str]]]:
     """Yield the first frame, upright, in sRGB, with 8 bits a channel, and remarks; every failure is a UserError."""
     remarks: set[str] = set()
     if source == b"":
         raise UserError(f"{name} is empty")
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()  # Pillow maps some files wrongly
-        with Image.open(io.BytesIO(content), formats=readable_formats()) as picture:
+        with Image.open(io.BytesIO(content), formats=formats or readable_formats()) as picture:
             if (count := picture.width * picture.height) > largest:
                 raise UserError(f"{name} has {count:,} pixels, the most is {largest:,}; make it smaller")
             if getattr(picture, "is_animated", False) and picture.format != "MPO":  # phones' photos are MPO

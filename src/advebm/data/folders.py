@@ -1,5 +1,6 @@
 """Folders of image files, with a sub-folder for each class, and those again in sub-folders for each split or not."""
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -124,7 +125,7 @@ class Folder:
             return {"x": x, "y": torch.tensor([k for _, k in labelled])[kept]}
 
         settings = f"{self.size} {self.channels} {self.corrupt} {names} {[k for _, k in labelled]}"
-        return Images(**cached((settings.encode(), *(p.read_bytes() for p in paths)), make))
+        return Images(**cached(itertools.chain([settings.encode()], (p.read_bytes() for p in paths)), make))
 
 
 def _sub_folders(root: Path) -> list[Path]:
@@ -198,7 +199,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _pictures_in(folder: Path) -> list[Path]:
-    return [path for path in list_pictures(folder) if path.parent == folder]
+    return [p for p in folder.iterdir() if p.suffix.lower() in readable_suffixes() and p.is_file() and not _is_junk(p)]
 
 
 def list_pictures(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ class Npz:
     missing is cut from the training images.  Without labels the images are unlabelled, for objectives that need none.
 
     Attributes:
-        path: the archive.  Arrays that were saved without compression are not read into memory as a whole.
+        path: the archive.  Arrays that were saved without compression are never in memory twice.
         val, test: shares kept for validation and test where the archive has no such split.
         split_seed: chooses which ones.
         augment: augmentation of the training images; default: none.

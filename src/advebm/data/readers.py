@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -175,7 +175,7 @@ class Table(NamedTuple):
     where: str
     images: Callable[[], Sequence[Any]]
     labels: Sequence[Any]
-    content: tuple[bytes, ...]
+    content: Callable[[], Iterable[bytes]]
 
 
 def _read_parquet(folder: Path, corrupt: Corrupt) -> tuple[Parts, tuple[str, ...]]:
@@ -196,9 +196,13 @@ def _read_parquet(folder: Path, corrupt: Corrupt) -> tuple[Parts, tuple[str, ...
             image, label = (_choose_column(shard, schema.names, usual) for usual in (IMAGE_COLUMNS, LABEL_COLUMNS))
             classes = classes or _names_in(schema.metadata or {}, label)
             cells = functools.partial(_read_column, parquet, shard, image)
-            content = (f"parquet {corrupt}".encode(), shard.read_bytes())
+            content = functools.partial(_shard_content, shard, corrupt)
             tables[split].append(Table(f"{shard.name} row", cells, _read_column(parquet, shard, label), content))
     return _decode_tables(str(folder), tables, classes, corrupt)
+
+
+def _shard_content(shard: Path, corrupt: Corrupt) -> tuple[bytes, bytes]:
+    return f"parquet {corrupt}".encode(), shard.read_bytes()
 
 
 def _read_column(parquet: Any, shard: Path, name: str) -> list[Any]:
@@ -226,7 +230,7 @@ def _read_hub(source: HubImages) -> tuple[Parts, tuple[str, ...]]:
         names = tuple(getattr(rows.features.get(label), "names", None) or ())
         classes = classes or names
         labels = list(rows[label]) if label else [-1] * len(rows)
-        if names != classes:  # another order: matched by name
+        if names:  # matched by name: splits may have other orders
             labels = [names[k] if isinstance(k, int) and 0 <= k < len(names) else k for k in labels]
         raw = rows.cast_column(image, datasets.Image(decode=False)) if kinds[image] == "Image" else rows
         settings = (
@@ -242,12 +246,16 @@ def _read_hub(source: HubImages) -> tuple[Parts, tuple[str, ...]]:
         tables[split] = [
             Table(
                 where,
-                functools.partial(list, raw[image]),
+                functools.partial(_read_cells, raw, image),
                 labels,
-                (f"hub {' '.join(map(str, settings))}".encode(),),
+                functools.partial(tuple, [f"hub {' '.join(map(str, settings))}".encode()]),
             )
         ]
     return _decode_tables(source.path, tables, classes, source.corrupt, source.channels, source.size)
+
+
+def _read_cells(rows: Any, column: str) -> list[Any]:
+    return list(rows[column])
 
 
 def _decode_tables(
@@ -281,7 +289,7 @@ def _decode_tables(
                     f"{without} of {len(own)} images have no label, the first of them {table.where} {own.index(None)}; "
                     "leave such images out with --data.corrupt skip"
                 )
-            decoded = cached(table.content, functools.partial(decode_table, table))
+            decoded = cached(table.content(), functools.partial(decode_table, table))
             x, rows = decoded["x"], decoded["rows"]
             if without:
                 labelled = torch.tensor([own[row] is not None for row in rows.tolist()])

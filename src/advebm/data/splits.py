@@ -71,9 +71,12 @@ def assemble(name: str, parts: Parts, classes: Sequence[str], shares: Shares, *,
         fixed: whether all ``classes`` stay, also those that no training image has.
 
     Raises:
-        UserError: fewer than two classes, labels without a name, a split with labels that the training images have not,
-            or images too few to be split.
+        UserError: images of several shapes, fewer than two classes, labels without a name, a split with labels that the
+            training images have not, or images too few to be split.
     """
+    shapes = sorted({tuple(shard.x.shape[1:]) for shards in parts.values() for shard in shards})
+    if len(shapes) > 1:
+        raise UserError(f"{name}: the images of all splits have one shape, got {' and '.join(map(str, shapes))}")
     labels = {split: torch.cat([shard.y for shard in shards]) for split, shards in parts.items()}
     if not bool((labels["train"] < 0).all()):
         for split in [split for split, y in labels.items() if bool((y < 0).all())]:  # the test images of a competition

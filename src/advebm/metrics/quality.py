@@ -139,12 +139,13 @@ def overlap(parts: Sequence[Tensor], real: Reference) -> dict[str, Statistic]:
     balls = Balls.around(torch.cat(list(parts)), NEAR).split([len(part) for part in parts])
     near = [hits(part, real.near)[0] for part in parts]
     recalled = torch.stack([hits(real.near.centres, group)[0] for group in balls])
-    wide, covered = zip(*(hits(part, real.wide) for part in parts), strict=True)
+    wide, covers = zip(*(hits(part, real.wide) for part in parts), strict=True)
+    covered = torch.stack(covers)
     return {
         "precision": lambda subset: share(torch.cat([near[i] for i in subset])),
         "recall": lambda subset: share(recalled[list(subset)].sum(0)),
         "density": lambda subset: torch.cat([wide[i] for i in subset]).double().mean().item() / real.wide.k,
-        "coverage": lambda subset: share(torch.stack(covered)[list(subset)].sum(0)),
+        "coverage": lambda subset: share(covered[list(subset)].sum(0)),
     }
 
 

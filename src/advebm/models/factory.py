@@ -46,7 +46,7 @@ class Own:
         try:
             return import_module(name)
         except ModuleNotFoundError:
-            if self.root is None or not Path(self.root).is_dir():
+            if self.root is None or not Path(self.root).is_absolute():
                 raise
             sys.path.append(self.root)
             return import_module(name)

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from advebm.core.errors import unknown_name
 from advebm.descent import value_and_gradient
 from advebm.models.modes import DualBatchNorm2d, searching
-from advebm.models.network import Network, call_foreign
+from advebm.models.network import Network, call_foreign, type_of
 from advebm.models.precision import Precision, usable_precision
 
 CHECKS = 8  # forward passes that must agree before folding: a random network must not be traced
@@ -101,6 +101,7 @@ class View(nn.Module):
         self.normalise, self.body, self.head = (nn.Identity() if part is None else part for part in parts)
         self.backend, self.shape = Backend(fold=False), torch.Size()
         self.fast: Callable[[Tensor], Tensor] = self.plain
+        self.kind = type_of(self.body, torch.float32)  # of the images, also where the copies of layers are in bfloat16
         self.copies: list[LayerCopy] = []
         self.searches = 0
         if backend.fold:
@@ -132,7 +133,7 @@ class View(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Return the input of the head, as :meth:`Network.features` does."""
         x = self.normalise(x)
-        return call_foreign(self.body, x) if isinstance(self.head, nn.Identity) else self.body(x)
+        return call_foreign(self.body, x, self.kind) if isinstance(self.head, nn.Identity) else self.body(x)
 
     def plain(self, x: Tensor) -> Tensor:
         """Return the same outputs, not compiled."""

@@ -100,21 +100,26 @@ class Network(nn.Module):
         return self.backbone.feature_maps(self.normalise(x))
 
 
-def call_foreign(module: nn.Module, x: Tensor) -> Tensor:
+def call_foreign(module: nn.Module, x: Tensor, kind: torch.dtype | None = None) -> Tensor:
     """Return the logits (B, K) of a module that was not written for this package, in the type of ``x``.
 
-    Images are passed in the type of its weights and in the default memory layout.  Logits may be the output itself, its
-    attribute or entry ``logits``, the only matrix of a tuple or list, or the only tensor of a mapping.
+    Images are passed in the type ``kind``, by default that of its weights, and in the default memory layout.  The logits
+    are the output itself, its attribute or entry ``logits``, the only matrix of a tuple or list, or the only tensor of
+    a mapping.
 
     Raises:
         UserError: logits cannot be found in the output.
     """
-    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
-    out = module(x.contiguous().to(own))
+    out = module(x.contiguous().to(kind or type_of(module, x.dtype)))
     logits = out if isinstance(out, Tensor) else find_logits(out)
     if not logits.dtype.is_floating_point:
         raise UserError(f"the model returns {logits.dtype}, such as numbers of classes; return logits (B, K)")
     return logits.to(x.dtype)
+
+
+def type_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Return the floating-point type of a module's first weights; ``default`` if it has none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
 def find_logits(out: Any) -> Tensor:

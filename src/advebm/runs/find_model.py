@@ -17,6 +17,7 @@ from advebm.models import hub, network, public_weights
 from advebm.models.factory import Own
 from advebm.models.network import Architecture, Network, Normalize
 from advebm.runs.recipe import Recipe
+from advebm.runs.recipe import read as read_recipe
 from advebm.runs.run import Run
 
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -47,8 +48,11 @@ class Reference:
     @property
     def title(self) -> str:
         """Return a short name for folders and messages."""
-        name = self.module.rpartition(":")[2] if self.module else Path(self.text.removeprefix("hf:")).name
-        return name if self.kind != "file" else Path(name).stem
+        if self.module:
+            return self.module.rpartition(":")[2]
+        if self.text.startswith("hf:") or self.path is None:
+            return Path(self.text).name
+        return self.path.stem if self.kind == "file" else self.path.resolve().name
 
     def load(self, checkpoint: str = "latest") -> Network:
         """Load the network, in eval mode, on the CPU; ``checkpoint`` is that of a run."""
@@ -75,24 +79,54 @@ class Reference:
     def options(self) -> Mapping[str, Any]:
         """Return the options of the recipe that the model was trained by, as far as they are known."""
         if self.kind in ("run", "checkpoint"):
-            folder = self._folder if self.kind == "run" else self._folder.parents[1]
-            return config.describe(Run.open(folder).recipe) if (folder / "config.yaml").is_file() else {}
+            return config.describe(Run.open(self._run_folder).recipe)
         if self.kind == "model":
             about = files.read_json(self._folder / "config.json", default={})
-            return {k: about[k] for k in ("data", "threat") if k in about} | dict(about.get("options") or {})
+            given = {k: about[k] for k in ("data", "threat") if k in about} | dict(about.get("options") or {})
+            return {name: read(given[name]) for name, read in SAFE.items() if given.get(name) is not None}
         return {}
 
     def threat(self) -> Attack | None:
         """Return the threat model that the model was trained for or evaluated under, if it is known."""
-        options = self.options().get("threat")
-        if not isinstance(options, Mapping):
+        try:
+            if self.kind in ("run", "checkpoint"):  # not the whole recipe, whose objective may be gone
+                options = read_recipe(self._run_folder / "config.yaml").get("threat")
+            else:
+                options = self.options().get("threat")
+            return None if options is None else _build_threat(options)
+        except UserError:
             return None
-        return config.construct(Attack, {k: v for k, v in options.items() if k != "kind"}, where="threat")
+
+    @property
+    def _run_folder(self) -> Path:
+        return self._folder if self.kind == "run" else self._folder.resolve().parents[1]
 
     @property
     def _folder(self) -> Path:
         assert self.path is not None
         return self.path
+
+
+def _build_threat(options: Any) -> Attack:
+    if not isinstance(options, Mapping):
+        raise UserError(f"a threat is a block of options, got {options!r}")
+    plain = {k: v for k, v in options.items() if k != "kind"}
+    threat: Attack = config.construct(Attack, plain, where="threat", foreign=False)
+    return threat
+
+
+def _checked(role: str) -> Callable[[Any], Any]:
+    """Return a function that returns options of a role as they are, but raises if they would import code."""
+    return lambda options: config.describe(config.build(options, role, foreign=False))
+
+
+# What is taken from a published model, whose options may be anybody's: nothing that imports code.
+SAFE: dict[str, Callable[[Any], Any]] = {
+    "data": _checked("source"),
+    "sampler": _checked("sampler"),
+    "threat": lambda options: config.describe(_build_threat(options), Attack),
+    "metrics": lambda options: [_checked("metric")(metric) for metric in options],
+}
 
 
 def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
@@ -157,12 +191,13 @@ def _resolve_folder(text: str) -> Reference | None:
     path = Path(text)
     if not (path / "config.json").is_file():
         return None
-    return Reference(text, "checkpoint" if path.resolve().parent.name == "checkpoints" else "model", path)
+    in_run = path.resolve().parent.name == "checkpoints" and (path.resolve().parents[1] / "config.yaml").is_file()
+    return Reference(text, "checkpoint" if in_run else "model", path)
 
 
 def _resolve_file(text: str) -> Reference | None:
     path = Path(text)
-    if path.is_file() and (path.parent / "config.json").is_file() and path.name.endswith(".safetensors"):
+    if path.name in ("model.safetensors", "ema.safetensors") and (path.parent / "config.json").is_file():
         folder = _resolve_folder(str(path.parent))
         return folder and replace(folder, text=text, averaged=path.name == "ema.safetensors")
     if path.suffix in WEIGHT_FILES and not path.is_file() and not is_factory(text):
@@ -210,17 +245,38 @@ def bundled_models() -> dict[str, Path]:
 
 
 def load_module_weights(model: Network, path: Path) -> None:
-    """Load the weights of a user-defined module: an exported folder, a checkpoint, or a state dict in a file."""
+    """Load the weights of a user-defined module: an exported folder, a run, a checkpoint, or a state dict in a file.
+
+    A folder brings its normalisation, too.
+    """
     if path.is_file():
         public_weights.load(model, path)
         return
-    name = "ema.safetensors" if (path / "ema.safetensors").is_file() else "model.safetensors"
-    if (path / "config.yaml").is_file():
-        return load_module_weights(model, Run.open(path).checkpoints.path())
-    architecture = network.read_architecture(path, foreign=True) if (path / "config.json").is_file() else None
-    if architecture is not None:
-        model.normalise = Normalize(architecture.mean, architecture.std)
-    network.load_weights(model, path / name)
+    folder = weights_folder(path)
+    if (constants := read_constants(folder)) is not None:
+        model.normalise = Normalize(*constants)
+    averaged = folder / "ema.safetensors"
+    network.load_weights(model, averaged if averaged.is_file() else folder / "model.safetensors")
+
+
+def weights_folder(path: Path) -> Path:
+    """Return the folder with the weights of a run's latest checkpoint, or else the folder itself."""
+    return Run.open(path).checkpoints.path() if (path / "config.yaml").is_file() else path
+
+
+def read_constants(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and standard deviation of the normalisation in ``config.json``; None if there is no such file.
+
+    Nothing else of the architecture is constructed, since it may name code.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        architecture = files.read_json(folder / "config.json")["architecture"]
+        mean, std = (tuple(float(value) for value in architecture[name]) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / 'config.json'} is damaged: it has no normalisation") from None
+    return mean, std
 
 
 def digest(model: nn.Module) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.places: tuple[tuple[str, Any], ...] = ()  # where the images are read from instead of the recipe's paths
         self.checkpoints = Checkpoints(folder / "checkpoints")
 
-    def __reduce__(self) -> tuple[type["Run"], tuple[Path]]:
-        """Pickle only the folder, not the loaded images."""
-        return Run, (self.folder,)
+    def __reduce__(self) -> tuple[Callable[..., "Run"], tuple[Any, ...]]:
+        """Pickle only the folder and where the images are, not the loaded images."""
+        return _reopen, (self.folder, self.places)
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, environment: Mapping[str, Any]) -> "Run":
@@ -78,19 +79,18 @@ class Run:
         Raises:
             UserError: another option than a path, no images there, or other images than those of the run.
         """
-        described: Mapping[str, Any] = recipes.config.describe(self.recipe)
-        for dotted, value in places:
-            if not dotted.endswith(".path"):
-                raise UserError(
-                    f"{self.folder} is a run and has its own data; only their place can be given: --data.path"
-                )
-            described = recipes.config.override(described, dotted, value)
-        run = Run(self.folder)
-        run.recipe = recipes.resolve(described)
-        expected = self.environment.get("images")
-        if expected is not None and run.data.digest() != expected:
-            raise UserError(f"the images at {value} are not those that {self.folder} was trained on")
+        places = tuple(places)
+        if any(not dotted.endswith(".path") for dotted, _ in places):
+            raise UserError(f"{self.folder} is a run and has its own data; only their place can be given: --data.path")
+        run = _reopen(self.folder, places)
+        run.check_images(run.data)
         return run
+
+    def check_images(self, data: Data) -> None:
+        """Raise UserError unless these are the images that the run was trained on, as far as it recorded that."""
+        expected = self.environment.get("images")
+        if expected is not None and data.digest() != expected:
+            raise UserError(f"the images of {data.name} are not those that {self.folder} was trained on")
 
     @property
     def images(self) -> int:
@@ -205,6 +205,18 @@ class Run:
         """Add evaluation records to ``metrics.json``; existing ones are never changed or removed."""
         with filelock.FileLock(self.folder / ".records.lock"):  # another evaluation may be appending
             files.write_json(self.folder / "metrics.json", [*self.records(), *records])
+
+
+def _reopen(folder: Path, places: tuple[tuple[str, Any], ...]) -> Run:
+    """Return the run with its images read from other places."""
+    run = Run(folder)
+    run.places = places
+    if places:
+        described: Mapping[str, Any] = recipes.config.describe(run.recipe)
+        for dotted, value in places:
+            described = recipes.config.override(described, dotted, value)
+        run.recipe = recipes.resolve(described)
+    return run
 
 
 def share_images(runs: Iterable[Run]) -> None:

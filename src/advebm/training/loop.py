@@ -57,6 +57,8 @@ def train(
 
     # Check everything that may be wrong with the request before writing any file
     setup = set_up(recipe, engine)
+    if resume:
+        Run.open(folder).check_images(setup.data)
     fresh = not resume or not Run.open(folder).checkpoints.latest()
     if fresh and recipe.init is not None and not recipe.before:
         load_initial_weights(setup.model, recipe.init, setup.data, recipe)

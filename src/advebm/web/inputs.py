@@ -11,8 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from advebm.core.errors import UserError
-from advebm.data.decode import GREY, open_image, readable_formats
+from advebm.data.decode import GREY, open_image
 
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "GIF",
+    "BMP",
+)  # taken from visitors: few decoders, none of which decodes to open
 MAX_FILE_BYTES = 10_000_000  # limit of an uploaded file
 MAX_PIXELS = 20_000_000  # limit of an uploaded picture, checked before decoding
 MAX_LAYERS = 4  # limit of brushed layers; the page itself uses one
@@ -52,7 +60,7 @@ def read_image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
         raise UserError(
             f"the picture has more than {MAX_PIXELS / 1e6:.0f} megapixels, the most that are taken; scale it down"
         )
-    x = open_image(content, shape, fit=True, name="the picture")
+    x = open_image(content, shape, fit=True, name="the picture", formats=FORMATS)
     if grey != (shape[0] == 1):
         changes.append("grey, so all channels are alike" if grey else "colours made grey")
     if (high, wide) != tuple(shape[1:]):
@@ -64,7 +72,7 @@ def read_image(path: str | Path, shape: Sequence[int]) -> tuple[Tensor, str]:
 def _read_header(content: bytes) -> tuple[int, int, bool]:
     """Return width, height and whether a picture is grey, without decoding it; zeros if it cannot be read."""
     try:
-        with Image.open(io.BytesIO(content), formats=readable_formats()) as picture:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             return picture.width, picture.height, picture.mode in GREY
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return 2 * MAX_PIXELS, 1, False
@@ -87,7 +95,7 @@ def read_layers(parts: Sequence[bytes | Path]) -> list[Image.Image]:
         if wide * high > MAX_LAYER_PIXELS:
             raise UserError("a brushed layer is too large; clear it and brush again")
         try:
-            with Image.open(io.BytesIO(content), formats=readable_formats()) as picture:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
                 layers.append(picture.convert("RGBA"))
         except (OSError, SyntaxError, ValueError, EOFError):
             raise UserError("a brushed layer cannot be read; clear it and brush again") from None

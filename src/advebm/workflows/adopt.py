@@ -15,7 +15,7 @@ from advebm.core.errors import UserError
 from advebm.data.sources import Data
 from advebm.models.factory import find_root
 from advebm.models.modes import searching
-from advebm.runs.find_model import Reference, digest, find_reference
+from advebm.runs.find_model import Reference, digest, find_reference, read_constants, weights_folder
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.workflows.train import fit
@@ -101,8 +101,11 @@ def adopt(
         raise UserError(f"{reference.text} says nothing of its images: give --data NAME, as in --data cifar10")
     if architecture is None:
         backbone = {"kind": "own", "path": reference.module, "root": find_root(str(reference.module))}
-        plain |= {"backbone": backbone, "normalise": {"mean": [0.0], "std": [1.0]}}
-        plain["init"] = None if reference.path is None else str(reference.path)
+        weights = reference.path
+        constants = None if weights is None or weights.is_file() else read_constants(weights_folder(weights))
+        mean, std = constants or ((0.0,), (1.0,))
+        plain |= {"backbone": backbone, "normalise": {"mean": list(mean), "std": list(std)}}
+        plain["init"] = None if weights is None else str(weights)
     else:
         if architecture.hidden is not None:
             raise UserError(
@@ -113,16 +116,18 @@ def adopt(
     if architecture is not None and architecture.outputs == 1:
         plain.pop("metrics", None)
     recipe = untrained_recipe(reference.title, plain, overrides)
-    data = recipe.data.load()
-    if architecture is not None:
-        _check_data(reference, data)
-    _check_logits(reference, data)
     if (folder / "config.yaml").is_file():
         run = Run.open(folder)
         if any(getattr(run.recipe, n) != getattr(recipe, n) for n in ("data", "backbone", "init", "normalise")):
             raise UserError(f"{folder} holds another model or other data; choose another --out")
-        return run
-    return fit(recipe, folder, device=device)
+        return run if run.checkpoints.latest() else fit(recipe, folder, resume=True, device=device)
+    data = recipe.data.load()
+    if architecture is not None:
+        _check_data(reference, data)
+    _check_logits(reference, data)
+    run = fit(recipe, folder, device=device)
+    run.data = data
+    return run
 
 
 def _check_data(reference: Reference, data: Data) -> None:
@@ -140,7 +145,7 @@ def _check_data(reference: Reference, data: Data) -> None:
     names = None
     if reference.kind in ("model", "checkpoint") and reference.path is not None:
         names = files.read_json(reference.path / "config.json").get("classes")
-    if names and tuple(names) != data.classes:
+    if isinstance(names, list) and len(names) == len(data.classes) and tuple(names) != data.classes:
         first = next(k for k, (a, b) in enumerate(zip(names, data.classes, strict=True)) if a != b)
         warnings.warn(
             f"{reference.text} was trained on other classes: its class {first} is {names[first]}, that of {data.name} "

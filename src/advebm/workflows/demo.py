@@ -10,6 +10,7 @@ from advebm.core.errors import Interrupted
 from advebm.evaluation import evaluate
 from advebm.reporting.build import report
 from advebm.runs.recipe import resolve
+from advebm.runs.run import Run
 from advebm.workflows.sample import draw_set
 from advebm.workflows.train import fit
 
@@ -28,7 +29,7 @@ def demo(folder: Path, *, seed: int = 0) -> tuple[Path, dict[str, list[dict[str,
     try:
         return _demo(folder, seed)
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"stopped; to go on: advebm demo --resume {folder}{f' --seed {seed}' * bool(seed)}") from None
+        raise Interrupted(f"stopped; to go on: advebm demo --resume {folder}") from None
 
 
 def _demo(folder: Path, seed: int) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
@@ -37,7 +38,8 @@ def _demo(folder: Path, seed: int) -> tuple[Path, dict[str, list[dict[str, Any]]
     for number, name in enumerate(("digits-standard", "digits-at"), 1):
         say(f"[{number}/5] train {name}")
         begun = (folder / name / "config.yaml").is_file()
-        runs[name] = fit(resolve({**recipes.find(name), "seed": seed}), folder / name, resume=begun)
+        recipe = Run.open(folder / name).recipe if begun else resolve({**recipes.find(name), "seed": seed})
+        runs[name], seed = fit(recipe, folder / name, resume=begun), recipe.seed
     robust = runs["digits-at"]
     say(f"[3/5] sample {PER_CLASS * 10:,} images each by {', '.join(SETS)}")
     for name, (kind, start) in SETS.items():

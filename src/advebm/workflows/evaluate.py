@@ -53,8 +53,9 @@ def measure(
     options: dict[str, Any] = {"features": features, "checkpoint": checkpoint, "seed": seed, "device": device}
 
     def progress(name: str) -> None:
-        threat = f" under {threat_text(recipe.threat, trained_threat(run.recipe))}"
-        console.say(name + threat * (name == RobustAccuracy.__name__))
+        if name == RobustAccuracy.__name__:
+            name += f" under {threat_text(recipe.threat, trained_threat(run.recipe))}"
+        console.say(name)
 
     return evaluate.evaluate_run(run, recipe=recipe, team=team, **options, progress=progress, bar=console.bar)
 

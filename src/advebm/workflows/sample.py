@@ -66,8 +66,9 @@ def sample(
     options |= {"checkpoint": checkpoint, "device": device, "team": team, "about": about}
     default = generate.set_name(sampler)
     if not replace:
+        plan = _plan_set(run, sampler, per_class, options)
         for candidate in [name] if name else [default, *(f"{default}-{k}" for k in range(2, 1000))]:
-            if not _is_other_set(run, candidate, sampler, per_class, options):
+            if not _is_other_set(run.folder / "samples" / candidate, plan):
                 default = candidate
                 break
         else:
@@ -76,18 +77,19 @@ def sample(
     return draw_set(run, name or default, sampler, per_class, **options)
 
 
-def _is_other_set(run: Run, name: str, sampler: Sampler, per_class: int, options: Mapping[str, Any]) -> bool:
-    """Return whether the run has a set of this name, finished or begun, that was drawn with other settings."""
+def _plan_set(run: Run, sampler: Sampler, per_class: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that determine the images of a set, as its manifest has them."""
     known = {f.name for f in dataclasses.fields(job.SampleJob)}
     settings = {k: v for k, v in options.items() if k in known and k != "checkpoint"}
     checkpoint = run.checkpoints.path(str(options["checkpoint"])).name
-    sample_job = job.SampleJob(run, name, sampler, per_class, checkpoint=checkpoint, **settings)
-    plan = json.loads(json.dumps(sample_job.plan()))
-    for file in ("manifest.json", "plan.json"):
-        about = files.read_json(sample_job.folder / file, default={})
-        if about and any(about.get(key) != value for key, value in plan.items() if key != "fast"):
-            return True
-    return False
+    plan: dict[str, Any] = job.SampleJob(run, "", sampler, per_class, checkpoint=checkpoint, **settings).plan()
+    return json.loads(json.dumps({k: v for k, v in plan.items() if k != "fast"}))
+
+
+def _is_other_set(folder: Path, plan: Mapping[str, Any]) -> bool:
+    """Return whether the folder has a set, finished or begun, that was drawn with other settings."""
+    kept = [files.read_json(folder / name, default={}) for name in ("manifest.json", "plan.json")]
+    return any(about and any(about.get(key) != value for key, value in plan.items()) for about in kept)
 
 
 def compare_methods(
