@@ -26,6 +26,7 @@ import advebm
 from advebm import cli
 from advebm.attacks.apgd import APGD
 from advebm.attacks.projected import Attack
+from advebm.core import checks
 from advebm.core.errors import Notice, UserError
 from advebm.data.decode import open_image
 from advebm.data.folders import Folder
@@ -985,8 +986,9 @@ def test_probabilities():
 def test_rounding():
     x, y = images(), torch.arange(6) % 4
     rounded = x.clone()
-    rounded[0, 0, 0, 0], rounded[0, 0, 0, 1] = 1 + 1.2e-7, -1e-6
+    rounded[0, 0, 0, 0], rounded[0, 0, 0, 1] = 1 + 9e-6, -9e-6
     x[0, 0, 0, 0], x[0, 0, 0, 1] = 1, 0
+    assert torch.equal(checks.images(rounded), x)
     assert torch.equal(advebm.energy(net(), rounded), advebm.energy(net(), x))
     assert advebm.attack(net(), rounded, y, eps=0.1, steps=1).max() <= 1
     with pytest.raises(UserError, match=r"got \[.*, 1.01\]; undo the normalisation"):
@@ -1305,7 +1307,10 @@ def test_damaged_runs(digits_run, tmp_path, capsys, damage):
 
 
 def test_the_page_has_this_table():
-    assert table() in (Path(__file__).parents[1] / "docs" / "inputs.md").read_text()
+    page = Path(__file__).parents[1] / "docs" / "inputs.md"
+    if not page.exists():
+        pytest.skip("the pages are not here")
+    assert table() in page.read_text()
 
 
 def table():

@@ -96,7 +96,8 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
         moved = all(name.endswith(".path") for name, _ in overrides)
         if not moved or args.out or args.init or args.model or args.fast or args.labels or args.seed is not None:
             raise UserError("a resumed run keeps its own recipe and folder; leave the other options out")
-        recipe = Run.open(args.resume).with_images_at(overrides).recipe
+        run = Run.open(args.resume)
+        recipe = (run.with_images_at(overrides) if overrides else run).recipe
     else:
         if (args.recipe or args.config) is None:
             raise UserError(

@@ -103,7 +103,7 @@ class Network(nn.Module):
 def call_foreign(module: nn.Module, x: Tensor, kind: torch.dtype | None = None) -> Tensor:
     """Return the logits (B, K) of a module that was not written for this package, in the type of ``x``.
 
-    Images are passed in the type ``kind``, by default that of its weights, and in the default memory layout.  The logits
+    Images are passed in the type ``kind``, by default that of its weights, and in the default memory layout.  Logits
     are the output itself, its attribute or entry ``logits``, the only matrix of a tuple or list, or the only tensor of
     a mapping.
 

@@ -13,14 +13,7 @@ from torch import Tensor
 from advebm.core.errors import UserError
 from advebm.data.decode import GREY, open_image
 
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "MPO",
-    "WEBP",
-    "GIF",
-    "BMP",
-)  # taken from visitors: few decoders, none of which decodes to open
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # taken from visitors: few decoders, none of which decodes to open
 MAX_FILE_BYTES = 10_000_000  # limit of an uploaded file
 MAX_PIXELS = 20_000_000  # limit of an uploaded picture, checked before decoding
 MAX_LAYERS = 4  # limit of brushed layers; the page itself uses one
