@@ -1,5 +1,6 @@
 """The command line as people use it, in this process where that is the same and in a fresh one where it is not."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 from PIL import Image
 
 from advebm import cli, recipes
+from advebm.core import config
 from advebm.runs.recipe import dump
 from advebm.runs.run import Run
 from tests.helpers import few_samples, tiny
@@ -432,3 +434,30 @@ def test_samples_stay_in_the_run(run, capsys, name):
     if name:
         assert "--name is the name of a folder" in refused("sample", run.folder, "--name", name, capsys=capsys)
     assert not (run.folder / "samples").exists()
+
+
+EVERY_KIND = sorted({kind for role, kinds in config.KINDS.items() if role != "outlier" for kind in kinds})
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_every_kind_is_explained(kind, capsys):
+    assert cli.main(["explain", kind]) == 0
+    out = capsys.readouterr().out
+    for role, kinds in config.KINDS.items():
+        if kind in kinds and role != "outlier":
+            cls = config.lookup(role, kind)
+            assert f"{kind}: {role}, " in out
+            for field in dataclasses.fields(cls):
+                assert not field.init or re.search(rf"^  {field.name}\b", out, re.M), field.name
+
+
+def test_an_explanation_has_defaults_sources_and_recipes(capsys):
+    cli.main(["explain", "at"])
+    out = capsys.readouterr().out
+    assert re.search(r"attack\.eps +8/255", out)
+    assert "Towards Deep Learning Models Resistant to Adversarial Attacks. 2018" in out
+    assert "cifar10-at-2h" in out
+    cli.main(["explain", "cifar10-at-2h"])
+    assert "ResNet-18 of width 32" in capsys.readouterr().out
+    assert cli.main(["explain", "jetat"]) == 2
+    assert "near it are jeat, weat, prejeat" in capsys.readouterr().err

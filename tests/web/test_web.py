@@ -493,6 +493,7 @@ def test_searches_on_a_model_take_turns(studio):
     assert max(most) == 1
 
 
+@pytest.mark.slow  # timed, on an idle machine
 def test_the_first_sample_is_there_in_three_seconds(small_run):
     (studio,) = server.open_studios([small_run]).values()
     begun = time.perf_counter()

@@ -23,6 +23,7 @@ ADD = (
     publish.add_export,
     publish.add_push,
     catalog.add_list,
+    catalog.add_explain,
 )
 
 
