@@ -1,6 +1,6 @@
 """The public functions.  Images are float32 (B, C, H, W) in [0, 1], labels int64 (B,); inputs are checked."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +32,12 @@ from advebm.workflows.adopt import open_run
 
 @torch.inference_mode(False)
 def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
-    """Load the network of a run, a checkpoint or a published model: averaged weights, eval mode, on the CPU.
+    """Load the network of a model of any kind: averaged weights, eval mode, on the CPU.
 
     Args:
-        path: the folder, ``hf:USER/NAME`` for a model published on the Hub, or ``PACKAGE.MODULE:FACTORY`` for a
-            user-defined module on images in [0, 1].
+        path: a run, a checkpoint, a published folder, a model of the package such as ``cifar10-at-2h``,
+            ``hf:USER/NAME`` on the Hub, a file of public weights, or ``PACKAGE.MODULE:FACTORY``, a user-defined module
+            on images in [0, 1], also with weights: ``PACKAGE.MODULE:FACTORY@WEIGHTS``.
         checkpoint: checkpoint of a run: ``latest``, ``best`` or a number of images.
 
     Raises:
@@ -51,7 +52,7 @@ def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float |
 
     Args:
         module: maps normalised images (B, C, H, W) to logits (B, K), not probabilities.  They may also be an attribute
-            or entry ``logits`` of the output, or the first of a tuple, and weights of any floating-point type.
+            or entry ``logits`` of the output, or the only matrix of a tuple; weights are of any floating-point type.
         mean, std: the normalisation it was trained with, per channel or one for all; it becomes the first layer.
     """
     _check_module(module)
@@ -72,9 +73,10 @@ def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
             are given for a critic, or the model is an encoder.
     """
     checks.no_encoder(model)
-    x, model = _check_images(model, x), _as_network(model)
+    model = _as_network(model)
+    x = _check_images(model, x)
     with searching(model) as f, torch.no_grad():
-        outputs = _call(f, x)
+        outputs = checks.outputs(f, x, "the model")
         if outputs.ndim == 1 or outputs.shape[1:] == (1,):
             if y is not None:
                 raise UserError("a critic has one output and no classes; leave out y")
@@ -109,7 +111,8 @@ def attack(
         target: classes (B,) that the images should be taken for; None: any but ``y``.
         seed: seed of the random starts.
     """
-    x, model = _check_images(model, x), _as_network(model)
+    model = _as_network(model)
+    x = _check_images(model, x)
     if not len(x):
         return x
     y = _check_classifier(model, x, y)
@@ -261,21 +264,8 @@ def _as_network(model: nn.Module) -> nn.Module:
     return Network(Normalize((0.0,), (1.0,)).to(device_of(model)), model, nn.Identity())
 
 
-def _call(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the model's outputs; raise UserError if it fails on these images."""
-    try:
-        return f(x)
-    except UserError:
-        raise
-    except Exception as error:  # a user's own code can raise anything
-        shape = " x ".join(map(str, x.shape[1:]))
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"the model does not take images of {shape}: {why}") from error
-
-
 def _check_images(model: nn.Module, x: Tensor) -> Tensor:
     """Return images as float32, or as float64 if that is the type of both images and weights."""
-    _check_module(model)
     kinds = {x.dtype, *(p.dtype for p in model.parameters())} if isinstance(x, Tensor) else set()
     return checks.images(x) if kinds == {torch.float64} else checks.images(x).float()
 
@@ -284,7 +274,7 @@ def _check_classifier(model: nn.Module, x: Tensor, y: Tensor, classes: int | Non
     """Return the labels; raise UserError if the model gives no logits, or if labels do not fit them."""
     checks.no_encoder(model)
     with searching(model) as f, torch.no_grad():
-        outputs = checks.logits(_call(f, x), len(x)).shape[1]
+        outputs = checks.logits(checks.outputs(f, x, "the model"), len(x)).shape[1]
     if outputs < 2:
         raise UserError("this needs a classifier; the model has one output")
     if classes is not None and outputs != classes:

@@ -1,6 +1,7 @@
 """Validation of the images, labels, outputs and devices that callers pass in."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,18 @@ def images(x: Tensor) -> Tensor:
 def _without_inference(x: Tensor) -> Tensor:
     with torch.inference_mode(False):
         return x.clone() if x.is_inference() else x
+
+
+def outputs(f: Callable[[Tensor], Tensor], x: Tensor, who: str) -> Tensor:
+    """Return ``f(x)``; raise UserError, which names ``who``, if a user's own code fails on these images."""
+    try:
+        return f(x)
+    except UserError:
+        raise
+    except Exception as error:  # a user's own code can raise anything
+        shape = " x ".join(map(str, x.shape[1:]))
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{who} does not take images of {shape}: {why}") from error
 
 
 def labels(y: Tensor, count: int | None, classes: int) -> Tensor:

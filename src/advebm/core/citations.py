@@ -22,9 +22,9 @@ def _entries() -> dict[str, str]:
 
 def titles(keys: Iterable[str]) -> list[str]:
     """Return authors, title and year of each key, in a line."""
-    lines = []
+    lines, entries = [], _entries()
     for key in keys:
-        entry = _entries().get(key, "")
+        entry = entries.get(key, "")
         parts = [
             re.search(rf"(?m)^\s*{name}\s*=\s*[{{\"](.+?)[}}\"],?\s*$", entry) for name in ("author", "title", "year")
         ]

@@ -12,7 +12,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 import advebm
-from advebm.core import config, files
+from advebm.core import checks, config, files
 from advebm.core.errors import UserError
 from advebm.core.rng import derive_seed
 from advebm.models import hub
@@ -204,12 +204,8 @@ class Architecture:
 
     def _check_outputs(self, model: Network) -> None:
         """Raise a UserError if the network gives other than ``outputs`` numbers on grey images."""
-        try:
-            with searching(model) as f, torch.no_grad():
-                got = tuple(f(torch.full((2, *self.shape), 0.5)).shape)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-            shape = " x ".join(map(str, self.shape))
-            raise UserError(f"the network does not take images of {shape}: {' '.join(str(error).split())}") from None
+        with searching(model) as f, torch.no_grad():
+            got = tuple(checks.outputs(f, torch.full((2, *self.shape), 0.5), "the network").shape)
         if got not in ((2, self.outputs), (2,) if self.outputs == 1 else ()):
             raise UserError(f"the network returns {got} for 2 images, there have to be {self.outputs} logits an image")
 

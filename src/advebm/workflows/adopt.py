@@ -15,6 +15,7 @@ from advebm.core.errors import UserError
 from advebm.data.sources import Data
 from advebm.models.factory import find_root
 from advebm.models.modes import searching
+from advebm.models.network import Architecture
 from advebm.runs.find_model import Reference, digest, find_reference, read_constants, weights_folder
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
@@ -123,17 +124,15 @@ def adopt(
         return run if run.checkpoints.latest() else fit(recipe, folder, resume=True, device=device)
     data = recipe.data.load()
     if architecture is not None:
-        _check_data(reference, data)
+        _check_data(reference, architecture, data)
     _check_logits(reference, data)
     run = fit(recipe, folder, device=device)
     run.data = data
     return run
 
 
-def _check_data(reference: Reference, data: Data) -> None:
+def _check_data(reference: Reference, architecture: Architecture, data: Data) -> None:
     """Raise UserError for data of another shape or number of classes than the model's; warn of other class names."""
-    architecture = reference.architecture()
-    assert architecture is not None
     size = data.shape[1:] if reference.kind == "file" else architecture.shape[1:]  # a file does not say its size
     ours, theirs = (architecture.outputs, architecture.channels, *size), (len(data.classes), *data.shape)
     if ours != theirs:
@@ -158,13 +157,7 @@ def _check_logits(reference: Reference, data: Data) -> None:
     """Raise UserError for a model that returns probabilities instead of logits for images of the data."""
     x = data.val.take(slice(64)).float()
     with searching(reference.load()) as f, torch.no_grad():
-        try:
-            out = f(x)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-            if isinstance(error, UserError):
-                raise
-            shape, why = " x ".join(map(str, data.shape)), " ".join(str(error).split())
-            raise UserError(f"{reference.text} does not take images of {shape}: {why}") from None
+        out = checks.outputs(f, x, reference.text)
         if out.ndim == 2 and out.shape[1] > 1:
             checks.logits(out, len(x))
 
