@@ -53,7 +53,7 @@ agreement: $(PEERS)
 bench: $(RIVALS)
 	.venv-bench/bin/python -m benchmarks $(ARGS)
 
-# docs/results.md and the README's table, from results/*.json, which advebm reproduce TABLE --scale SCALE writes.
+# docs/results.md, from results/*.json, which advebm reproduce TABLE --scale SCALE writes.
 results: $(READY)
 	$(BIN)/python -m advebm.reproduction.page
 

@@ -79,7 +79,7 @@ def two_classes(root, image, name="0.png", **options):
 
 def brightness(data, classes):
     """Return the mean level of each class over all splits, by name."""
-    x, y = torch.cat([part.x for part in data[2:]]), torch.cat([part.y for part in data[2:]])
+    x, y = torch.cat([part.x for part in data.splits]), torch.cat([part.y for part in data.splits])
     return {name: x[y == data.classes.index(name)].float().mean().item() for name in classes}
 
 
@@ -305,7 +305,7 @@ def test_mixed_modes(tmp_path):
     colour.quantize(8).save(root / "a" / "p.gif")
     Image.new("1", (16, 16), 1).save(root / "a" / "one.bmp")
     Image.new("L", (16, 16), 77).save(root / "a" / "l.png")
-    assert sum(len(part) for part in advebm.load_data(f"folder:{root}", size=16)[2:]) == 44
+    assert sum(len(part) for part in advebm.load_data(f"folder:{root}", size=16).splits) == 44
     assert (read_one(root / "a" / "c.jpg").float().mean((1, 2)) - torch.tensor([200.0, 100, 50])).abs().max() < 6
     assert read_one(root / "a" / "one.bmp").min() == 255
     assert set(read_one(root / "a" / "l.png").flatten().tolist()) == {77}
@@ -320,7 +320,7 @@ def test_large_photographs(tmp_path):
         open_image(tmp_path / "x.png", (1, 16, 16), fit=True)
     root = fill(tmp_path / "set", ["a", "b"])
     (root / "a" / "x.png").write_bytes((tmp_path / "x.png").read_bytes())
-    assert sum(len(part) for part in Folder(str(root), size=16).load()[2:]) == 41
+    assert sum(len(part) for part in Folder(str(root), size=16).load().splits) == 41
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -350,11 +350,11 @@ def test_split_folders(tmp_path, name):
     with pytest.warns(Notice, match=f"{root}: {said}"):
         data = advebm.load_data(f"folder:{root}", size=16)
     assert data.classes == ("cat", "dog")
-    assert sum(map(len, data[2:])) == 40 * len(splits)
+    assert sum(map(len, data.splits)) == 40 * len(splits)
     if len(splits) == 3:
-        assert [len(part) for part in data[2:]] == [40, 40, 40]
+        assert [len(part) for part in data.splits] == [40, 40, 40]
     elif len(splits) == 2:
-        assert [len(part) for part in data[2:]] == [36, 4, 40]
+        assert [len(part) for part in data.splits] == [36, 4, 40]
     levels = brightness(data, data.classes)
     assert levels["cat"] < 50 < levels["dog"]
     assert Folder(str(root), size=16).outline().classes == 2
@@ -413,7 +413,7 @@ def test_unlabelled_test_folders(tmp_path):
     fill(root, ["test"])
     with pytest.warns(UserWarning, match="test has no sub-folders of classes; left out"):
         data = Folder(str(root), size=16).load()
-    assert sum(map(len, data[2:])) == 40
+    assert sum(map(len, data.splits)) == 40
 
 
 @report("folders", "`__MACOSX`, `._*`, `.DS_Store`, `Thumbs.db`, `desktop.ini`", "vision#8297", "passed over")
@@ -425,7 +425,7 @@ def test_junk(tmp_path, corrupt):
         (root / name).write_bytes(b"\x00\x05\x16\x07")
     data = Folder(str(root), size=16, corrupt=corrupt).load()
     assert data.classes == ("a", "b")
-    assert sum(map(len, data[2:])) == 40
+    assert sum(map(len, data.splits)) == 40
 
 
 @report("folders", "class folder without images", "vision#4925", "named; left out with --data.corrupt skip")
@@ -473,7 +473,7 @@ def test_many_formats(tmp_path):
         picture().save(root / "a" / name, kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert sum(map(len, Folder(str(root), size=16).load()[2:])) == 40 + len(kinds)
+        assert sum(map(len, Folder(str(root), size=16).load().splits)) == 40 + len(kinds)
 
 
 @report("folders", "classes one level deeper than given", "", "the deeper folder is proposed")
@@ -511,7 +511,7 @@ def test_links(tmp_path):
     (root / "a" / "gone.png").symlink_to(tmp_path / "nothing.png")
     with pytest.warns(Notice, match="1 link to nothing"):
         data = Folder(str(root), size=16).load()
-    assert sum(map(len, data[2:])) == 40
+    assert sum(map(len, data.splits)) == 40
     levels = brightness(data, data.classes)
     assert levels["a"] < 50 < levels["b"]
 
@@ -543,7 +543,7 @@ def test_gaps_in_labels(tmp_path, labels):
     x = arrays(tmp_path / "s.npz", list(labels) * 20)
     data = Npz(str(tmp_path / "s.npz")).load()
     assert data.classes == tuple(map(str, sorted(labels)))
-    for split in data[2:]:
+    for split in data.splits:
         for image, label in zip(split.x, split.y.tolist(), strict=True):
             position = next(i for i in range(40) if np.array_equal(x[i], image.permute(1, 2, 0).numpy()))
             assert data.classes[label] == str(labels[position % 2])
@@ -589,12 +589,12 @@ def test_names_of_arrays(tmp_path, name, save):
     }
     save(tmp_path / "s.npz", **made)
     data = Npz(str(tmp_path / "s.npz")).load()
-    assert sum(map(len, data[2:])) == sum(sizes.values()) // 2
+    assert sum(map(len, data.splits)) == sum(sizes.values()) // 2
     if more:
         key = next(k for k in more if "test" in k)
         assert np.array_equal(data.test.x.permute(0, 2, 3, 1).numpy(), made[key])
     everything = sorted(
-        np.ascontiguousarray(image).tobytes() for part in data[2:] for image in part.x.permute(0, 2, 3, 1).numpy()
+        np.ascontiguousarray(image).tobytes() for part in data.splits for image in part.x.permute(0, 2, 3, 1).numpy()
     )
     assert everything == sorted(image.tobytes() for a in made.values() if a.ndim == 4 for image in a)
 
@@ -726,13 +726,13 @@ def test_hub_label_gaps(tmp_path, load_hub):
 @report("labels", "Hub set with the split train only", "donut#57", "validation and test are cut from it")
 def test_hub_train_only(tmp_path, load_hub):
     data = load_hub(hub(tmp_path / "set", {"image": "images", "label": [0, 1] * 20}, ["train"]), val=0.1)
-    assert [len(part) for part in data[2:]] == [28, 4, 8]
+    assert [len(part) for part in data.splits] == [28, 4, 8]
 
 
 @report("labels", "Hub set with train, validation and test", "transformerlab#163", "each is used as what it is")
 def test_hub_three_splits(tmp_path, load_hub):
     data = load_hub(hub(tmp_path / "set", {"image": "images", "label": [0, 1] * 20}, ["train", "validation", "test"]))
-    assert [len(part) for part in data[2:]] == [40, 40, 40]
+    assert [len(part) for part in data.splits] == [40, 40, 40]
 
 
 @report(

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
+from advebm import starts
 from advebm.core import rng
 from advebm.core.errors import UserError
-from advebm.starts import ClassGaussians, Gaussian, ReplayBuffer, UniformBall, clean, noise
+from advebm.starts import ClassGaussians, CompactGaussians, Gaussian, ReplayBuffer, UniformBall, clean, cosines, noise
 
 
 def draws(start, x, count=4000):
@@ -76,6 +77,83 @@ def test_gaussian_seeds_stay_in_the_box_and_work_at_32_pixels(generator):
     assert drawn.shape == (4, 3, 32, 32)
     assert drawn.min() >= 0
     assert drawn.max() <= 1
+
+
+def test_cosines_are_orthonormal_and_those_of_scipy(generator):
+    from scipy.fft import dctn
+
+    x = torch.rand(2, 3, 5, 8, dtype=torch.float64, generator=generator)
+    expected = torch.from_numpy(dctn(x.numpy(), axes=(1, 2, 3), norm="ortho"))
+    torch.testing.assert_close(cosines(x), expected)
+    torch.testing.assert_close(cosines(cosines(x), inverse=True), x)
+
+
+def correlated(count, shape, generator, centre=0.5, spread=0.02):
+    """Images with a covariance of full rank that no frequency decorrelates, far from the clamp."""
+    size = math.prod(shape)
+    mix = torch.randn(size, size, generator=generator).cumsum(0) / size
+    return centre + spread * (torch.randn(count, size, generator=generator) @ mix).view(count, *shape)
+
+
+def check_moments(x, mean, covariance, tolerance):
+    """Moments of draws within 4.5 standard errors, and ``tolerance`` for rounding, of what they should be."""
+    x, (mean, covariance) = x.flatten(1).double(), (mean.flatten().double(), covariance.double())
+    error = (covariance.diagonal()[:, None] * covariance.diagonal() + covariance**2).sqrt() / math.sqrt(len(x))
+    off = (torch.cov(x.T) - covariance).abs()
+    assert (off < 4.5 * error + tolerance * covariance.diagonal().max()).all()
+    assert ((x.mean(0) - mean).abs() < 4.5 * (covariance.diagonal() / len(x)).sqrt() + 0.51 / 255).all()
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0])
+def test_compact_gaussians_are_the_exact_ones_where_nothing_is_left_out(generator, shrinkage):
+    """Small images have as many components as pixels: what remains is rounding to 8 bits."""
+    x = correlated(400, (2, 3, 4), generator)
+    draw = draws(CompactGaussians.fit(x).start(by_class=False, shrinkage=shrinkage), x[:1], 40_000)
+    exact = torch.cov(x.flatten(1).double().T)
+    expected = (1 - shrinkage) * exact + shrinkage * exact.diagonal().mean() * torch.eye(24)
+    check_moments(draw, x.mean(0), expected, tolerance=0.02)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.4])
+def test_what_components_leave_out_keeps_the_variance_of_each_frequency(generator, monkeypatch, shrinkage):
+    """With 3 of 24 components the diagonal of the covariance among the cosines is still right."""
+    monkeypatch.setattr(starts, "RANK", 3)
+    x = correlated(400, (1, 4, 6), generator)
+    compact = CompactGaussians.fit(x)
+    assert compact.components.shape == (1, 3, 1, 4, 6)
+    draw = draws(compact.start(by_class=False, shrinkage=shrinkage), x[:1], 40_000)
+    variances = cosines(x).flatten(1).var(0)
+    expected = (1 - shrinkage) * variances + shrinkage * variances.mean()
+    got = cosines(draw).flatten(1).var(0)
+    assert (got / expected - 1).abs().max() < 4.5 * math.sqrt(2 / 40_000) + 0.02
+
+
+def test_one_gaussian_for_all_is_that_of_the_mixture(generator):
+    """Means and covariances of classes of different sizes give the moments of all images."""
+    a = correlated(300, (1, 3, 3), generator, 0.4)
+    b = correlated(100, (1, 3, 3), generator, 0.6, 0.03)
+    x, y = torch.cat([a, b]), torch.cat([torch.zeros(300), torch.ones(100)]).long()
+    compact = CompactGaussians.fit(x, y, classes=2)
+    assert compact.shares.tolist() == [0.75, 0.25]
+    whole = torch.cov(x.flatten(1).double().T)
+    check_moments(draws(compact.start(by_class=False, shrinkage=0.0), x[:1], 40_000), x.mean(0), whole, 0.02)
+    classes = compact.start(by_class=True, shrinkage=0.0)
+    few = classes(torch.empty(4, 1, 3, 3), torch.tensor([0, 1, 0, 1]), generator)
+    assert [round(v, 1) for v in few.mean((1, 2, 3)).tolist()] == [0.4, 0.6, 0.4, 0.6]
+    with pytest.raises(UserError, match="classes 0 to 1 have seeds, got 2"):
+        classes(torch.empty(1, 1, 3, 3), torch.tensor([2]), generator)
+
+
+def test_compact_gaussians_of_large_images_stay_small(generator):
+    """Nothing of the size of an image but its mean, and that at most 64 pixels wide."""
+    x = (255 * torch.rand(6, 3, 80, 100, generator=generator)).to(torch.uint8)
+    compact = CompactGaussians.fit(x, torch.arange(6) % 2, classes=2)
+    sizes = {name: tuple(value.shape[-2:]) for name, value in vars(compact).items() if value.ndim > 3}
+    assert sizes == {"means": (64, 64), "components": (16, 16), "spectra": (32, 32)}
+    drawn = compact.start(by_class=True)(torch.empty(4, 3, 80, 100), torch.tensor([0, 1, 1, 0]), generator)
+    assert drawn.shape == (4, 3, 80, 100)
+    assert 0 <= drawn.min() < drawn.max() <= 1
+    assert drawn.var().item() == pytest.approx((x / 255).var().item(), rel=0.25)
 
 
 def test_a_class_without_images_is_named():

@@ -131,13 +131,15 @@ def sample(
     model: nn.Module,
     y: Tensor,
     *,
-    data: Data | str,
-    method: str = "cs",
+    data: Data | str | None = None,
+    method: str | None = None,
     outside: Data | str | None = None,
     seed: int = 0,
     **settings: Any,
 ) -> Tensor:
     """Draw images (N, C, H, W) of classes ``y (N,)`` from a classifier, a critic or an encoder.
+
+    A model that :func:`load` returned knows its data and its sampler: ``sample(load("cifar10-at-2h"), y)`` is enough.
 
     A critic takes the methods ``ascent`` and ``langevin``, an encoder ``np-langevin``, ``np-pgd`` and ``maxent``.  A
     user-defined module is accepted as an encoder.
@@ -146,13 +148,22 @@ def sample(
         model: classifier, critic or encoder on images in [0, 1].
         y: the class of each image; if neither energy nor start depends on the class, only the length of ``y`` matters.
         data: data whose training split the starts are fitted on: a name such as ``digits``, or from :func:`load_data`.
-        method: ``ta``, ``cs``, ``rcs``, ``langevin``, …; see ``advebm list sampler``.
+            None: those of a loaded model, or the Gaussians that it brings.
+        method: ``ta``, ``cs``, ``rcs``, ``langevin``, …; see ``advebm list sampler``.  None: the sampler of a loaded
+            model with its settings, else ``cs``.
         outside: data whose test images chains start from if ``start="outside"``: a name such as ``patches``, or data.
         seed: seed of starts and noise.
         settings: settings of the sampler: ``steps``, ``step_size``, ``radius``, ``noise``, ``direction``, ``start``.
     """
-    sampler = config.build({"kind": method, **settings}, "sampler")
+    origin = getattr(model, "origin", None)
+    known = origin.options() if origin is not None and (data is None or method is None) else {}
+    own = known.get("sampler", {"kind": "cs"}) if method is None else {"kind": method}
+    sampler = config.build({**own, **settings}, "sampler")
     model = model if sampler.encoder else _as_network(model)
+    if data is None:
+        if "data" not in known:
+            raise UserError('no data are known of this model; name them, such as data="cifar10"')
+        data = config.build(known["data"], "source").load()
     data = load_data(data) if isinstance(data, str) else data
     outside = load_data(outside) if isinstance(outside, str) else outside
     probe = torch.rand(2, *data.shape).to(device_of(model))

@@ -1,10 +1,13 @@
 """Starting points of a search: a Start maps images, labels and a generator to images."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from advebm.core.errors import UserError
 from advebm.core.rng import rand, randn
@@ -111,9 +114,7 @@ class ClassGaussians:
 
     def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Draw seeds for classes ``y (B,)``, on the device of ``x``; for a single Gaussian ``y`` may be None."""
-        y = torch.zeros(len(x), dtype=torch.long) if y is None or len(self.members) == 1 else y.cpu()
-        if len(y) and not (int(y.min()) >= 0 and int(y.max()) < len(self.members)):
-            raise UserError(f"classes 0 to {len(self.members) - 1} have seeds, got {int(y.min())} to {int(y.max())}")
+        y = _check_classes(y, len(x), len(self.members))
         white = randn(x.flatten(1), generator)
         seeds = torch.empty_like(white)
         for k in y.unique().tolist():
@@ -124,6 +125,151 @@ class ClassGaussians:
             isotropic = self.variances[k].to(x).sqrt() * white[rows]
             seeds[rows] = mean + (1 - self.shrinkage) ** 0.5 * coloured + self.shrinkage**0.5 * isotropic
         return seeds.view(len(x), *self.x.shape[1:]).clamp(0, 1)
+
+
+RANK, RANK_EDGE = 64, 16  # components of a class of compact Gaussians, at most, and pixels of their edges
+RANK_BYTES = 500_000  # of the components of all classes, at most
+SPECTRUM_EDGE, MEAN_EDGE = 32, 64  # frequencies along an edge, and pixels of a mean's edge, at most
+
+
+@dataclass(frozen=True)
+class CompactGaussians:
+    """Class Gaussians in a few hundred kB, which a published model brings along in the place of its training images.
+
+    A class keeps its mean and the principal components of its images with the largest variance, in a low resolution.
+    What they leave of the covariance is kept as the variance of each frequency, of the orthonormal discrete cosine
+    transform of rows, columns and channels.  Seeds are otherwise those of :class:`ClassGaussians`.
+
+    Attributes:
+        means: mean image of each class, uint8 (K, C, h, w).
+        components: principal components times their standard deviations, int8 (K, r, C, h, w), in units of ``scales``.
+        scales: the unit of each component, (K, r), in pixels of [0, 1].
+        spectra: variance of each frequency that the components leave out, float16 (K, C, h, w), in units of ``powers``.
+        powers: the unit of each spectrum, (K,).
+        shares: share of each class in the training images, (K,).
+        shape: (C, H, W) of an image, as a tensor.
+    """
+
+    means: Tensor = field(repr=False)
+    components: Tensor = field(repr=False)
+    scales: Tensor = field(repr=False)
+    spectra: Tensor = field(repr=False)
+    powers: Tensor = field(repr=False)
+    shares: Tensor
+    shape: Tensor
+
+    @classmethod
+    def fit(cls, x: Tensor, y: Tensor | None = None, *, classes: int = 1) -> "CompactGaussians":
+        """Fit one Gaussian per class to images ``x (N, C, H, W)``, or a single one if ``y`` is None.
+
+        Raises:
+            UserError: a class has fewer than 2 images, or only equal ones.
+        """
+        exact, shape = ClassGaussians.fit(x, y, classes=classes), tuple(x.shape[1:])
+        small, size = _at_most(shape, RANK_EDGE), _at_most(shape, SPECTRUM_EDGE)
+        rank = min(RANK, max(1, RANK_BYTES // (classes * math.prod(small))))
+        parts, spectra = [], []
+        for mean, index in zip(exact.means, exact.members, strict=True):
+            away = (_rows(x, index) - mean).view(-1, *shape)
+            low = adaptive_avg_pool2d(away, small[1:]).flatten(1)
+            values, vectors = torch.linalg.eigh(low.T @ low / (len(low) - 1))
+            part = (vectors * values.clamp_min(0).sqrt()).T[-rank:].view(-1, *small)
+            left = cosines(away).square().sum(0) / (len(away) - 1) - cosines(_resize(part, shape)).square().sum(0)
+            parts.append(part)
+            spectra.append(adaptive_avg_pool2d(left.clamp_min(0), size[1:]))
+        scales = torch.stack(parts).abs().amax((2, 3, 4)).clamp_min(1e-12) / 127
+        powers = torch.stack(spectra).amax((1, 2, 3)).clamp_min(1e-12)
+        means = adaptive_avg_pool2d(exact.means.view(-1, *shape), _at_most(shape, MEAN_EDGE)[1:])
+        return cls(
+            means=(means * 255).round().to(torch.uint8),
+            components=(torch.stack(parts) / scales[..., None, None, None]).round().to(torch.int8),
+            scales=scales,
+            spectra=(torch.stack(spectra) / powers[:, None, None, None]).half(),
+            powers=powers,
+            shares=torch.tensor([len(index) for index in exact.members]) / sum(map(len, exact.members)),
+            shape=torch.tensor(shape),
+        )
+
+    def start(self, *, by_class: bool, shrinkage: float = 0.01) -> Start:
+        """Return the source of seeds: of one Gaussian for each class or, unless ``by_class``, of one for all images."""
+        classes = [self._class(k) for k in range(len(self.means))]
+        if not by_class:
+            shares = self.shares.tolist()
+            mean = sum(share * c.mean for share, c in zip(shares, classes, strict=True))
+            between = [share**0.5 * (c.mean - mean)[None] for share, c in zip(shares, classes, strict=True)]
+            within = [share**0.5 * c.factor for share, c in zip(shares, classes, strict=True)]
+            spectrum = sum(share * c.spectrum for share, c in zip(shares, classes, strict=True))
+            classes = [_Gaussian(mean, torch.cat([*between, *within]), spectrum)]
+        return _GaussianStart(tuple(classes), shrinkage)
+
+    def _class(self, k: int) -> "_Gaussian":
+        shape = tuple(self.shape.tolist())
+        component = self.components[k].float() * self.scales[k, :, None, None, None]
+        spectrum = interpolate(self.spectra[k][None].float() * self.powers[k], size=shape[1:], mode="nearest-exact")[0]
+        return _Gaussian(_resize(self.means[k][None].float() / 255, shape)[0], _resize(component, shape), spectrum)
+
+
+class _Gaussian(NamedTuple):
+    """A Gaussian of images: the sum of ``factor``'s rows with random weights, and of noise with a spectrum.
+
+    ``mean`` (C, H, W), ``factor`` (r, C, H, W), ``spectrum`` (C, H, W): the variance of each frequency.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    spectrum: Tensor
+
+    def draw(self, white: Tensor, shrinkage: float, generator: torch.Generator | None) -> Tensor:
+        """Draw as many images as ``white (n, C, H, W)`` has, with the covariance shrunk to white noise of its trace."""
+        mean, factor, spectrum = (part.to(white) for part in self)
+        variance = factor.square().sum() / mean.numel() + spectrum.mean()
+        draws = torch.randn(len(white), len(factor), generator=generator, device=white.device, dtype=white.dtype)
+        deviation = ((1 - shrinkage) * spectrum + shrinkage * variance).sqrt()
+        coloured = (draws @ factor.flatten(1)).view_as(white)
+        return mean + (1 - shrinkage) ** 0.5 * coloured + cosines(deviation * white, inverse=True)
+
+
+@dataclass(frozen=True)
+class _GaussianStart:
+    gaussians: tuple[_Gaussian, ...]
+    shrinkage: float
+
+    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        y = _check_classes(y, len(x), len(self.gaussians))
+        seeds = randn(x, generator)
+        for k in y.unique().tolist():
+            rows = (y == k).to(x.device)
+            seeds[rows] = self.gaussians[k].draw(seeds[rows], self.shrinkage, generator)
+        return seeds.clamp(0, 1)
+
+
+def cosines(x: Tensor, *, inverse: bool = False) -> Tensor:
+    """Return the orthonormal discrete cosine transform of images (N, C, H, W) over channels, rows and columns."""
+    for dim in (1, 2, 3):
+        count = x.shape[dim]
+        i = torch.arange(count, device=x.device, dtype=x.dtype)
+        matrix = torch.cos(torch.pi / count * i[:, None] * (i + 0.5)) * (2 / count) ** 0.5
+        matrix[0] /= 2**0.5
+        x = torch.tensordot(x, matrix, dims=([dim], [0 if inverse else 1])).movedim(-1, dim)
+    return x
+
+
+def _at_most(shape: Sequence[int], edge: int) -> tuple[int, int, int]:
+    """Return a shape (C, H, W) with both edges cut to ``edge``."""
+    return shape[0], min(shape[1], edge), min(shape[2], edge)
+
+
+def _resize(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return images ``x (N, C, h, w)`` in the size of ``shape``, (C, H, W)."""
+    return interpolate(x, size=tuple(shape[1:]), mode="bilinear", align_corners=False)
+
+
+def _check_classes(y: Tensor | None, count: int, classes: int) -> Tensor:
+    """Return the classes of ``count`` seeds on the host, all 0 if there is one class; raise UserError for others."""
+    y = torch.zeros(count, dtype=torch.long) if y is None or classes == 1 else y.cpu()
+    if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
+        raise UserError(f"classes 0 to {classes - 1} have seeds, got {int(y.min())} to {int(y.max())}")
+    return y
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

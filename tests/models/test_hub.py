@@ -230,13 +230,13 @@ def test_a_pushed_model_can_be_pulled(server, tmp_path):
     model = publish(tmp_path / "model", ema=2)
     assert hub.push(tmp_path / "model", "alice/net") == f"{server.url}/alice/net"
     assert len(server.repos["alice/net"]) == 2, "one commit"
-    assert server.repos["alice/net"][-1].keys() == {".gitattributes", *hub.FILES}
+    assert server.repos["alice/net"][-1].keys() == {".gitattributes", *hub.FILES} - {hub.EXCERPT}
     assert sum(line.startswith("PUT /large") for line in server.seen) == 2
     assert "alice/net" in server.public
 
     folder = hub.pull("alice/net")
     assert folder.is_relative_to(tmp_path / "cache")
-    assert {p.name for p in folder.iterdir()} == set(hub.FILES)
+    assert {p.name for p in folder.iterdir()} == set(hub.FILES) - {hub.EXCERPT}
     assert same(network.load(folder, ema=False)[0], model)
     assert same(advebm.load(folder), network.load(tmp_path / "model")[0])
 
@@ -264,7 +264,7 @@ def test_files_that_are_no_part_of_a_model_are_not_downloaded(server, tmp_path):
     publish(tmp_path / "model")
     hub.push(tmp_path / "model", "alice/net")
     server.repos["alice/net"][-1] |= {"train.py": b"import os", "state/optimizer.pt": b"x"}
-    assert {p.name for p in hub.pull("alice/net").iterdir()} == set(hub.FILES) - {"ema.safetensors"}
+    assert {p.name for p in hub.pull("alice/net").iterdir()} == set(hub.FILES) - {"ema.safetensors", hub.EXCERPT}
     assert not any("train.py" in line for line in server.seen)
 
 
@@ -393,7 +393,7 @@ def test_what_is_exported_is_the_averaged_model(measured_run, tmp_path, weights)
         rounded = value.to(getattr(torch, weights)).float() if name in large else value
         assert torch.equal(exported.state_dict()[name], rounded), name
     files = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
-    assert files.keys() == {"config.json", "model.safetensors", "README.md"}
+    assert files.keys() == {"config.json", "model.safetensors", "README.md", "excerpt.safetensors"}
     size = {"float32": 4}.get(weights, 2) * sum(dict(averaged.named_parameters())[name].numel() for name in large)
     assert size <= len(files["model.safetensors"]) < size + 20_000
     assert all(str(tmp_path).encode() not in content for content in files.values())
@@ -488,7 +488,7 @@ def test_the_card_says_what_every_stage_took(measured_run, tmp_path):
 @pytest.mark.parametrize("folder", sorted((ROOT / "models").glob("*")), ids=lambda p: p.name)
 def test_the_kept_models_can_be_used(folder):
     """Each is small, says what was measured, and names no place on a machine."""
-    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "README.md", "excerpt.safetensors"}
     assert sum(p.stat().st_size for p in folder.iterdir()) < 25e6
     plain = json.loads((folder / "config.json").read_text())
     assert {"accuracy"} < {record["name"] for record in plain["measured"]}
@@ -503,7 +503,8 @@ def test_a_run_is_pushed_as_it_is_exported(server, measured_run, tmp_path, capsy
     assert capsys.readouterr().out == f"{server.url}/alice/net\n"
     publish_run(measured_run, tmp_path / "model", weights="float16")
     pushed = server.repos["alice/net"][-1]
-    assert pushed.keys() == {".gitattributes", "config.json", "model.safetensors", "README.md"}
+    assert pushed.keys() == {".gitattributes", *hub.FILES} - {"ema.safetensors"}
+    assert pushed["excerpt.safetensors"] == (tmp_path / "model" / "excerpt.safetensors").read_bytes()
     assert pushed["README.md"] == (tmp_path / "model" / "README.md").read_bytes()
     assert same(advebm.load("hf:alice/net"), advebm.load(tmp_path / "model"))
 

@@ -434,9 +434,8 @@ def test_the_page_is_what_the_files_give():
         assert plain["about"]["command"].startswith(f"advebm reproduce {plain['table']} --scale {plain['scale']}")
     pictures = [path.stem for path in (ROOT / "results").glob("*.png")]
     assert set(pictures) <= found.keys()
-    page, readme = (ROOT / "docs" / "results.md").read_text(), (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "results.md").read_text()
     assert page == results_page.page(found, pictures)
-    assert results_page.insert_table(readme, results_page.summary_table(found)) == readme
     for path in re.findall(r"\]\((\.\./[^)]+)\)", page):
         assert (ROOT / "docs" / path).exists(), path
 
@@ -451,12 +450,8 @@ def test_the_page_has_the_papers_numbers_ours_and_the_verdict(tmp_path, monkeypa
     (tmp_path / "docs").mkdir()
     files.write_json(tmp_path / "results" / "two-digits.json", {**plain, "verdict": "of another day"})
     (tmp_path / "results" / "two-digits.png").touch()
-    (tmp_path / "README.md").write_text("before\n")
-    with pytest.raises(UserError, match=r"README.md has no place for the table"):
-        results_page.write(tmp_path)
-    (tmp_path / "README.md").write_text(f"before\n{results_page.BEGIN}\nstale\n{results_page.END}\nafter\n")
     results_page.write(tmp_path)
-    page, readme = (tmp_path / "docs" / "results.md").read_text(), (tmp_path / "README.md").read_text()
+    page = (tmp_path / "docs" / "results.md").read_text()
     heads = "| clean %, paper | m %, ours (n) | AutoAttack %, paper | m %, ours (n) | reference code | verdict |"
     line = "| B |  | 90 | 90.00 ± 1.00 (100) | 20 | 20.00 ± 1.00 (100) | AutoAttack % 21 | 1 of 2 claims hold, 1 fail |"
     for text in (heads, line, "- clean: B > A by -5.00 ± 1.41: fails", "1 of the paper's 3 rows have no number here"):
@@ -466,9 +461,6 @@ def test_the_page_has_the_papers_numbers_ours_and_the_verdict(tmp_path, monkeypa
     assert "B: a note" in page
     assert "](../results/two-digits.png)" in page
     assert "Quoted" not in page
-    assert readme.startswith(f"before\n{results_page.BEGIN}\n| table |")
-    assert readme.endswith(f"{results_page.END}\nafter\n")
-    assert "stale" not in readme
     assert files.read_json(tmp_path / "results" / "two-digits.json") == plain
     (tmp_path / "results" / "two-digits.json").rename(tmp_path / "results" / "three.json")
     with pytest.raises(UserError, match=r"three.json is not named TABLE-SCALE"):

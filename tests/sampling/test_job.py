@@ -72,7 +72,7 @@ def test_what_is_on_the_disk_is_what_generate_gives(run):
     assert (manifest["count"], manifest["seed"], manifest["chunk"], len(manifest["weights"])) == (1100, 0, 500, 64)
     assert sorted(p.name for p in folder.iterdir()) == [".lock", "film.png", "grid.png", "images.npz", "manifest.json"]
     with Image.open(folder / "grid.png") as grid:
-        assert grid.size == (455, 455)
+        assert grid.size == (728, 728)
 
 
 def test_a_stopped_drawing_goes_on_to_the_same_bytes(run, monkeypatch):

@@ -58,11 +58,11 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
 
     _check_arguments(args)
     data_overrides, overrides = split_blocks(overrides, "data")
-    run, *others = open_runs([args.run, *args.others], data_overrides)
+    run, *others = open_runs([args.run, *args.others], data_overrides, whole=args.what == "score")
     request = edit_job.EditRequest(
         run=run,
         others=tuple(others),
-        source=open_run(args.source) if args.source else None,
+        source=open_run(args.source, whole=False) if args.source else None,
         images=tuple(args.image or ()),
         split=args.split,
         count=args.count,

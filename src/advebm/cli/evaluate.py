@@ -45,7 +45,7 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.evaluation.suites import suite
     from advebm.reporting.terminal import print_records
     from advebm.runs.run import new_folder
-    from advebm.workflows.adopt import adopt, open_run
+    from advebm.workflows.adopt import adopt, open_run, with_images
     from advebm.workflows.evaluate import measure
 
     tier = args.tier or "standard"
@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace, overrides: Overrides) -> None:
         run = open_run(args.run, data_overrides, device=args.device)
     else:
         folder = args.out or new_folder(Path("runs"), "model")
-        run = adopt(args.model, folder, overrides, device=args.device)
+        run = with_images(adopt(args.model, folder, overrides, device=args.device))
         print(run.folder)
     options = {"features": args.features, "checkpoint": args.checkpoint, "seed": args.seed, "device": args.device}
     records = measure(run, metric_overrides, suite_name=args.suite, tier=tier, samples=args.samples, **options)

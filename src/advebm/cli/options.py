@@ -45,10 +45,17 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"no command {match[1]!r}{suggest(match[1], known)}; there is {', '.join(known)}")
         raise UserError(f"{message}; see {self.prog} --help")
 
-    def add_run(self, *, several: bool = False, optional: bool = False) -> None:
-        """Add the run or runs, as references to be opened by ``open_run``, and the options of their data."""
-        name, nargs = ("runs", "+") if several else ("run", "?" if optional else None)
-        self.add_argument(name, metavar="RUN", nargs=nargs, help=RUN)
+    def add_run(self, *, several: bool = False, optional: bool = False, default: str | None = None) -> None:
+        """Add the run or runs, as references to be opened by ``open_run``, and the options of their data.
+
+        Args:
+            several: whether the command takes several runs.
+            optional: whether it takes none, too.
+            default: the model that it takes then.
+        """
+        name, nargs = ("runs", "*" if optional else "+") if several else ("run", "?" if optional else None)
+        about = RUN if default is None else f"{RUN}; {default} if none is given"
+        self.add_argument(name, metavar="RUN", nargs=nargs, default=[default] if several else default, help=about)
         takes = self.get_default("takes")
         self.set_defaults(takes=takes if "data" in takes else (*takes, "data"))
 

@@ -3,8 +3,9 @@
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from advebm.cli.options import Commands, Overrides, Parser
+from advebm.cli.options import Commands, Overrides, Parser, check_at_least
 
 
 def add_report(verbs: Commands) -> None:
@@ -17,7 +18,7 @@ def report(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.build import report
     from advebm.workflows.adopt import open_runs
 
-    first, *beside = open_runs((args.run, *args.beside), overrides)
+    first, *beside = open_runs((args.run, *args.beside), overrides, whole=False)
     print(report(first, beside=beside))
 
 
@@ -32,7 +33,7 @@ def export(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.card import write_model
     from advebm.workflows.adopt import open_run
 
-    print(write_model(open_run(args.run, overrides), args.folder, checkpoint=args.checkpoint, weights=args.weights))
+    print(write_model(open_run(args.run, overrides, whole=False), args.folder, **_model_options(args)))
 
 
 def add_push(verbs: Commands) -> None:
@@ -48,11 +49,23 @@ def push(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.workflows.adopt import open_run
 
     with tempfile.TemporaryDirectory() as folder:
-        write_model(open_run(args.run, overrides), Path(folder), checkpoint=args.checkpoint, weights=args.weights)
+        write_model(open_run(args.run, overrides, whole=False), Path(folder), **_model_options(args))
         print(hub.push(Path(folder), args.name, private=args.private))
 
 
 def _add_model_options(parser: Parser) -> None:
     parser.add_run()
     parser.add_argument("--weights", default="float32", metavar="KIND", help="float32, float16 or bfloat16 (float32)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        metavar="N",
+        help="test images of each class that go along, with Gaussians of the training images: what sample, edit and "
+        "app need where the data are not; 0: neither (4 of digits and CIFAR, 0 of other data)",
+    )
     parser.add_shared("checkpoint")
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    check_at_least(args, 0, "images")
+    return {"checkpoint": args.checkpoint, "weights": args.weights, "images": args.images}

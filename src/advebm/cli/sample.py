@@ -6,6 +6,7 @@ from advebm.cli.options import FAST_VALUES, FEATURES, Commands, Overrides, check
 from advebm.core import processes
 from advebm.core.config import KINDS
 from advebm.core.errors import UserError
+from advebm.models.hub import DEFAULT_MODEL
 
 
 def add_sample(verbs: Commands) -> None:
@@ -17,7 +18,7 @@ def add_sample(verbs: Commands) -> None:
         takes=("sampler",),
         shared=True,
     )
-    parser.add_run()
+    parser.add_run(optional=True, default=DEFAULT_MODEL)
     parser.add_argument("--method", metavar="NAME", help=f"{', '.join(KINDS['sampler'])}; the recipe's by default")
     parser.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
     parser.add_argument("--steps", type=int, metavar="K", help="short for --sampler.steps, at least 1")
@@ -58,7 +59,7 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
     if processes.rank_and_world()[1] > 1 and (args.compare or args.processes > 1):
         raise UserError("--compare and --processes take one process; leave them out, or run it without torchrun")
     data_overrides, overrides = split_blocks(overrides, "data")
-    run = open_run(args.run, data_overrides)
+    run = open_run(args.run, data_overrides, whole=bool(args.compare))  # the judge compares with test images
     if args.steps:
         overrides = [*overrides, ("sampler.steps", args.steps)]
     options = {"per_class": args.per_class, "seed": args.seed, "checkpoint": args.checkpoint, "batch": args.batch}

@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, str]] = {
         "patches": "advebm.data.negatives:Patches",
         "noise": "advebm.data.negatives:NoiseImages",
         "mixture": "advebm.data.negatives:Mixture",
+        "published": "advebm.models.excerpt:Published",
     },
     "backbone": {
         "small-conv": "advebm.models.small:SmallConv",

@@ -68,7 +68,8 @@ class Patches:
             left = round(sum(shares[:number]) * width)
             columns = photographs[..., left : left + round(share * width)]
             splits.append(self._cut(columns, round(share * self.count), rng.generator(self.split_seed, name)))
-        return Data("patches", ("china", "flower"), *splits)
+        train, val, test = splits
+        return Data("patches", ("china", "flower"), train, val, test)
 
     def _cut(self, photographs: Tensor, count: int, generator: torch.Generator) -> Images:
         """Return ``count`` random squares of photographs (P, 3, H, W), as uint8."""
@@ -126,7 +127,8 @@ class NoiseImages:
             shape = (count, self.channels, self.size, self.size)
             x = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
             splits.append(Images(x, torch.zeros(count, dtype=torch.long)))
-        return Data("noise", ("noise",), *splits)
+        train, val, test = splits
+        return Data("noise", ("noise",), train, val, test)
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,10 @@ class Mixture:
         if len(shapes := {data.shape for data in parts}) > 1:
             raise UserError(f"images of a mixture have one shape, got {' and '.join(map(str, sorted(shapes)))}")
         names = tuple(data.name for data in parts)
-        splits = [self._mix([getattr(data, name) for data in parts], name) for name in ("train", "val", "test")]
-        return Data("+".join(names), names, *splits)
+        train, val, test = (
+            self._mix([getattr(data, name) for data in parts], name) for name in ("train", "val", "test")
+        )
+        return Data("+".join(names), names, train, val, test)
 
     def _mix(self, parts: list[Images], name: str) -> Images:
         share, chosen = min(map(len, parts)), []

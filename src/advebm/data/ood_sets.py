@@ -107,8 +107,7 @@ def count_shared(x: Tensor, data: Data) -> int:
     if tuple(x.shape[1:]) != data.shape:
         return 0
     wanted = {image.tobytes() for image in x.numpy()}
-    splits = (data.train, data.val, data.test)
-    own = {content for split in splits for image in split.x.numpy() if (content := image.tobytes()) in wanted}
+    own = {content for split in data.splits for image in split.x.numpy() if (content := image.tobytes()) in wanted}
     return sum(image.tobytes() in own for image in x.numpy())
 
 

@@ -14,7 +14,7 @@ GAP = 1  # pixels between tiles, before enlarging
 GAP_GREY = 0.45  # grey level of the gaps
 
 
-def grid(rows: Tensor, *, tile: int = 40) -> Image.Image:
+def grid(rows: Tensor, *, tile: int = 64) -> Image.Image:
     """Draw ``rows (R, N, C, H, W)`` in [0, 1] as R rows of N tiles, each enlarged to about ``tile`` pixels.
 
     Tiles are enlarged by a whole factor without smoothing, so pixels stay square and sharp.

@@ -11,6 +11,7 @@ from torch import Tensor
 from advebm.core import rng
 from advebm.core.errors import UserError, unknown_name
 from advebm.data.augment import Augment
+from advebm.starts import CompactGaussians
 
 UNLABELLED = ("unlabelled",)  # the class names of images without labels
 
@@ -39,23 +40,37 @@ class Images:
 
 
 class Data(NamedTuple):
-    """What a source loads: training, validation (for selection) and test (for reporting only)."""
+    """What a source loads: training, validation (for selection) and test (for reporting only).
+
+    ``gaussians`` are those of the training images, of a published model that brings them; None: fit them.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Images
     val: Images
     test: Images
+    gaussians: CompactGaussians | None = None
+
+    @property
+    def splits(self) -> tuple[Images, Images, Images]:
+        """Return training, validation and test images."""
+        return self.train, self.val, self.test
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Return the shape (C, H, W) of one image."""
         return tuple(self.train.x.shape[1:])
 
+    @property
+    def labelled(self) -> bool:
+        """Return whether the training images, or the images that Gaussians were fitted on, have labels."""
+        return self.classes != UNLABELLED and self.train.labelled
+
     def digest(self) -> str:
         """Return a hash of all images, labels and names of classes."""
         content = hashlib.sha256(repr(self.classes).encode())
-        for part in (self.train, self.val, self.test):
+        for part in self.splits:
             for tensor in (part.x, part.y):
                 content.update(tensor.contiguous().numpy().data)
         return content.hexdigest()
@@ -213,7 +228,7 @@ class Unlabelled(Derived):
     def load(self) -> Data:
         """Return the source's data with every label -1, and one class without members."""
         data = self.source.load()
-        train, val, test = (Images(part.x, torch.full_like(part.y, -1)) for part in (data.train, data.val, data.test))
+        train, val, test = (Images(part.x, torch.full_like(part.y, -1)) for part in data.splits)
         return Data(data.name, UNLABELLED, train, val, test)
 
 

@@ -1,14 +1,17 @@
-"""Published models on the Hugging Face Hub; the Hub's client is imported on first use, since that is slow."""
+"""Published models, in the package and on the Hugging Face Hub, whose slow client is imported on first use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import advebm
 from advebm.core import files
 from advebm.core.errors import UserError
 
+EXCERPT = "excerpt.safetensors"  # see models.excerpt
 # Files of a published model (see network.save); nothing else is transferred, in particular no training state.
-FILES = ["config.json", "model.safetensors", "ema.safetensors", "README.md"]
+FILES = ["config.json", "model.safetensors", "ema.safetensors", "README.md", EXCERPT]
+DEFAULT_MODEL = "cifar10-at-2h"  # of the package, for commands that are given none
 
 
 def push(folder: Path, name: str, *, private: bool = False) -> str:
@@ -70,6 +73,15 @@ def pull(name: str, *, revision: str | None = None) -> Path:
         folder = Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=FILES))
     _check_model(folder, f"is {name} of the Hub, which is not a model of advebm")
     return folder
+
+
+def bundled_models() -> dict[str, Path]:
+    """Return the folders of the models that come with the package, by name."""
+    package = Path(advebm.__file__).parent
+    for root in (package / "bundled", package.parents[1] / "models"):  # installed, or in a checkout
+        if found := {path.parent.name: path.parent for path in sorted(root.glob("*/config.json"))}:
+            return found
+    return {}
 
 
 def _check_model(folder: Path, otherwise: str) -> None:

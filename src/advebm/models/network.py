@@ -63,6 +63,7 @@ class Network(nn.Module):
 
     precision: torch.dtype = torch.float32
     threat: Any = None  # the threat model that is known of a loaded network, an ``Attack``
+    origin: Any = None  # what a loaded network was found by, a ``Reference``, which knows its data and sampler
 
     def __init__(self, normalise: nn.Module, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -300,7 +301,7 @@ def load(folder: Path, *, ema: bool = True, foreign: bool = False) -> tuple[Netw
 
 
 def load_model(where: str | Path) -> Network:
-    """Load the network of a published model (a folder or ``hf:USER/NAME``), or of a run folder's latest checkpoint.
+    """Load the network of a published model, or of a run folder's latest checkpoint; see :func:`locate`.
 
     Raises:
         UserError: nothing is there, or a file is damaged.
@@ -310,9 +311,14 @@ def load_model(where: str | Path) -> Network:
 
 
 def locate(where: str | Path) -> tuple[Path, bool]:
-    """Return the folder with a model's weights, and whether it belongs to a run, which may name code to import."""
+    """Return the folder with a model's weights, and whether it belongs to a run, which may name code to import.
+
+    ``where`` is a published model (a folder, one of the package or ``hf:USER/NAME``), or a run.
+    """
     name = str(where).removeprefix("hf:")
     path = hub.pull(name) if name != str(where) else Path(where)
+    if not path.exists():
+        path = hub.bundled_models().get(name, path)
     if (path / "config.json").is_file():
         return path, False
     pointer = path / "checkpoints" / "LATEST"

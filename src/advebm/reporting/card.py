@@ -2,24 +2,36 @@
 
 import dataclasses
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from advebm import recipes
 from advebm.core import config, files
-from advebm.core.errors import UserError, unknown_name
+from advebm.core.errors import Notice, UserError, unknown_name
 from advebm.evaluation import evaluate
 from advebm.models import network
+from advebm.models.excerpt import Published, is_public, original_data, write_excerpt
 from advebm.models.factory import Own
-from advebm.models.network import Architecture, Weights
+from advebm.models.network import Architecture, Weights, locate
 from advebm.reporting.build import describe_sampler
 from advebm.reporting.records import as_text, class_tables, markdown
-from advebm.runs.recipe import Recipe, resolve
+from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
+from advebm.sampling.tune import find_tuned
+
+PUBLIC_IMAGES = 4  # of each class, of public data sets
 
 
-def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: Weights = "float32") -> Path:
+def write_model(
+    run: Run,
+    folder: Path,
+    *,
+    checkpoint: str = "latest",
+    weights: Weights = "float32",
+    images: int | None = None,
+) -> Path:
     """Write the weights of a run's model (averaged, if the run averages them) and a card with its evaluation results.
 
     Args:
@@ -27,6 +39,8 @@ def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: 
         folder: a new or empty folder.
         checkpoint: ``latest``, ``best`` or a number of training images.
         weights: data type of the saved weights; float16 takes half the space of float32 and rounds less than bfloat16.
+        images: test images of each class that go along, with Gaussians of the training images, so that the model can be
+            sampled where its data are not; 0: neither.  None: 4 of public data sets, 0 of other data.
 
     Returns:
         The folder, which :func:`advebm.load` accepts.
@@ -51,9 +65,21 @@ def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: 
     )
     fields = ("name", "value", "error", "count")
     extra = {key: value for key, value in saved.items() if key not in ("advebm", "architecture")}
-    extra["options"] = _hide_local_paths(config.describe(run.recipe))
+    options = config.describe(run.recipe)
+    if isinstance(run.recipe.data, Published):  # the data are those of the model that the run was made around
+        published = locate(run.recipe.data.model)[0]
+        extra |= {k: v for k, v in files.read_json(published / "config.json").items() if k in ("data", "images_digest")}
+        options["data"] = original_data(published)
+    tuned = find_tuned(run, run.recipe.sampler)
+    if tuned is not None and tuned[1]["checkpoint"] == path.name:
+        options["sampler"] = config.describe(tuned[0])
+    extra["options"] = _hide_local_paths(options)
     extra["measured"] = [{**{k: r[k] for k in fields}, "samples": r["settings"].get("samples")} for r in records]
     rounded = "" if weights == "float32" else f" Weights were rounded to {weights} after what is below was measured."
+    if images is None:
+        images = PUBLIC_IMAGES if is_public(options["data"]) and _has_data(run) else 0
+    if images:
+        extra.setdefault("images_digest", run.data.digest())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
@@ -63,14 +89,25 @@ def write_model(run: Run, folder: Path, *, checkpoint: str = "latest", weights: 
                 architecture,
                 title=run.recipe.name,
                 summary=_training_sentence(run, path, saved["data"]) + rounded,
-                more=_usage(architecture, run.recipe, saved) + _results_section(records),
+                more=_usage(architecture, extra, images) + _results_section(records),
                 weights=weights,
                 extra=extra,
             )
+            if images:
+                write_excerpt(Path(temporary) / "model", run.data, images)
             (Path(temporary) / "model").replace(folder)
     except OSError as error:
         raise files.as_user_error(folder, error) from None
     return folder
+
+
+def _has_data(run: Run) -> bool:
+    """Return whether the run's images are at hand; if not, say that the model is written without them."""
+    try:
+        return bool(run.data.test)
+    except UserError as error:
+        warnings.warn(f"written without images and Gaussians to draw from: {error}", Notice, stacklevel=3)
+        return False
 
 
 def _describes_checkpoint(record: Mapping[str, Any], checkpoint: str) -> bool:
@@ -107,13 +144,17 @@ def _training_sentence(run: Run, path: Path, data: str) -> str:
     return f"Trained on {data}: {', then '.join(parts)}." + where
 
 
-def _usage(architecture: Architecture, recipe: Recipe, saved: Mapping[str, Any]) -> str:
+def _usage(architecture: Architecture, saved: Mapping[str, Any], images: int) -> str:
     """Return Markdown that says how to use a published classifier; empty for other models."""
     if architecture.hidden is not None or architecture.outputs != len(saved["classes"]):
         return ""
-    kind = config.describe(recipe.data)["kind"]
-    commands = "\n".join(f"advebm {verb} PATH --data {kind}" for verb in ("sample", "evaluate"))
-    return f"Every command takes it, in the place of a run:\n\n```\n{commands}\n```\n\n"
+    where = "  # --data.path DIR says where its data are" if "path" in saved["options"]["data"] else ""
+    text = "Every command takes it, in the place of a run:\n\n```\n"
+    text += f"advebm sample PATH{'' if images else where}\nadvebm evaluate PATH{where}\n```\n\n"
+    if images:
+        text += "`excerpt.safetensors` holds what drawing and editing need where the data are not: Gaussians of the "
+        text += "training images, and a few test images.\n\n"
+    return text
 
 
 def _results_section(records: Sequence[Mapping[str, Any]]) -> str:

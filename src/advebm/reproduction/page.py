@@ -1,4 +1,4 @@
-"""Write docs/results.md and the README's table from results/*.json: ``python -m advebm.reproduction.page``."""
+"""Write docs/results.md from results/*.json: ``python -m advebm.reproduction.page``."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,6 @@ from advebm.papers import inventory, render
 from advebm.reporting.records import markdown
 from advebm.reproduction.scales import SCALES
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 HEAD = """# Results
 
 Written by `make results` from `results/*.json`, which `advebm reproduce TABLE --scale SCALE` wrote; not by hand.
@@ -55,9 +54,9 @@ def resummarize(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the README's Markdown table, with a row per table of the papers."""
+    """Return a Markdown table with a row per table of the papers."""
     rows = [
-        [f"[{summary['table']}](docs/results.md#{name})", summary["what"], summary["scale"], summary["verdict"]]
+        [f"[{summary['table']}](#{name})", summary["what"], summary["scale"], summary["verdict"]]
         for name, summary in summaries.items()
     ]
     return markdown(["table", "what", "scale", "verdict"], rows)
@@ -69,7 +68,7 @@ def page(summaries: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) ->
     tolerances = ", ".join(f"{c.tolerance:g} ({c.heading})" for c in inventory.COLUMNS.values())
     parts = [
         HEAD.format(scales=scales, tolerances=tolerances),
-        summary_table(summaries).replace("docs/results.md#", "#"),
+        summary_table(summaries),
     ]
     for name, summary in summaries.items():
         where, verdict = render.text_lines(summary)
@@ -83,20 +82,12 @@ def page(summaries: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) ->
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def insert_table(text: str, table: str) -> str:
-    """Return the README's text with ``table`` between its two markers."""
-    if not 0 <= text.find(BEGIN) < text.find(END):
-        raise UserError(f"README.md has no place for the table: put {BEGIN} and {END} on lines of their own")
-    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{table}\n" + text[text.index(END) :]
-
-
 def write(root: Path) -> None:
-    """Write the page, the README's table and the recomputed summaries into the checkout ``root``."""
+    """Write the page and the recomputed summaries into the checkout ``root``."""
     summaries = load(root / "results")
     for name, summary in summaries.items():
         files.write_json(root / "results" / f"{name}.json", summary)
     files.write(root / "docs" / "results.md", page(summaries, [path.stem for path in (root / "results").glob("*.png")]))
-    files.write(root / "README.md", insert_table((root / "README.md").read_text(), summary_table(summaries)))
 
 
 if __name__ == "__main__":

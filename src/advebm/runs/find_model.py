@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-import advebm
 from advebm.attacks.projected import Attack
 from advebm.core import config, files
 from advebm.core.errors import UserError
 from advebm.models import hub, network, public_weights
+from advebm.models.excerpt import Published, has_excerpt
 from advebm.models.factory import Own
 from advebm.models.network import Architecture, Network, Normalize
 from advebm.runs.recipe import Recipe
@@ -54,26 +54,31 @@ class Reference:
             return Path(self.text).name
         return self.path.stem if self.kind == "file" else self.path.resolve().name
 
+    @property
+    def address(self) -> str:
+        """Return what names the model's folder: the folder itself, or as it was given for others."""
+        return str(self.folder) if Path(self.text).exists() else self.text
+
     def load(self, checkpoint: str = "latest") -> Network:
         """Load the network, in eval mode, on the CPU; ``checkpoint`` is that of a run."""
         if self.kind == "run":
-            return Run.open(self._folder).model(checkpoint)[0]
+            return Run.open(self.folder).model(checkpoint)[0]
         if self.kind == "file":
-            return public_weights.build(self._folder)[0]
+            return public_weights.build(self.folder)[0]
         if self.kind == "module":
             model = Network(Normalize((0.0,), (1.0,)), Own(str(self.module)).make(), nn.Identity())
             if self.path is not None:
                 load_module_weights(model, self.path)
             return model.eval()
-        return network.load(self._folder, ema=self.averaged, foreign=self.kind == "checkpoint")[0]
+        return network.load(self.folder, ema=self.averaged, foreign=self.kind == "checkpoint")[0]
 
     def architecture(self, checkpoint: str = "latest") -> Architecture | None:
         """Return the architecture; None of a module, which says nothing of its images."""
         if self.kind == "module":
             return None
         if self.kind == "file":
-            return public_weights.build(self._folder)[1]
-        folder = Run.open(self._folder).checkpoints.path(checkpoint) if self.kind == "run" else self._folder
+            return public_weights.build(self.folder)[1]
+        folder = Run.open(self.folder).checkpoints.path(checkpoint) if self.kind == "run" else self.folder
         return network.read_architecture(folder, foreign=self.kind != "model")
 
     def options(self) -> Mapping[str, Any]:
@@ -81,9 +86,12 @@ class Reference:
         if self.kind in ("run", "checkpoint"):
             return config.describe(Run.open(self._run_folder).recipe)
         if self.kind == "model":
-            about = files.read_json(self._folder / "config.json", default={})
+            about = files.read_json(self.folder / "config.json", default={})
             given = {k: about[k] for k in ("data", "threat") if k in about} | dict(about.get("options") or {})
-            return {name: read(given[name]) for name, read in SAFE.items() if given.get(name) is not None}
+            options = {name: read(given[name]) for name, read in SAFE.items() if given.get(name) is not None}
+            if has_excerpt(self.folder):
+                options["data"] = {**config.describe(Published(self.address)), "kind": "published"}
+            return options
         return {}
 
     def threat(self) -> Attack | None:
@@ -99,10 +107,11 @@ class Reference:
 
     @property
     def _run_folder(self) -> Path:
-        return self._folder if self.kind == "run" else self._folder.resolve().parents[1]
+        return self.folder if self.kind == "run" else self.folder.resolve().parents[1]
 
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """Return the folder or file, which everything but a module has."""
         assert self.path is not None
         return self.path
 
@@ -133,7 +142,7 @@ def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
     """Load the network that a reference stands for, see :func:`find_reference`, in eval mode.
 
     A user-defined module receives images in [0, 1] and normalises them itself.  The network's ``threat`` is the threat
-    model that is known of it, or None.
+    model that is known of it, or None, and its ``origin`` the :class:`Reference`.
 
     Raises:
         UserError: nothing is found, a file is damaged, or the factory fails.
@@ -141,6 +150,7 @@ def find_model(where: str | Path, *, checkpoint: str = "latest") -> Network:
     reference = find_reference(where)
     model = reference.load(checkpoint)
     model.threat = reference.threat()
+    model.origin = reference
     return model
 
 
@@ -154,7 +164,7 @@ def find_reference(where: str | Path) -> Reference:
     for resolver in RESOLVERS:
         if (reference := resolver(text)) is not None:
             return reference
-    models = ", ".join(sorted(bundled_models()))
+    models = ", ".join(sorted(hub.bundled_models()))
     near = Path(text).parent if Path(text).parent.is_dir() else Path()
     runs = sorted(p.parent.name for p in near.glob("*/config.yaml"))
     hint = f"; in {near} there is {', '.join(runs)}" if runs else ""
@@ -206,7 +216,7 @@ def _resolve_file(text: str) -> Reference | None:
 
 
 def _resolve_bundled(text: str) -> Reference | None:
-    folder = bundled_models().get(text)
+    folder = hub.bundled_models().get(text)
     return None if folder is None else Reference(text, "model", folder)
 
 
@@ -233,15 +243,6 @@ RESOLVERS: tuple[Callable[[str], Reference | None], ...] = (
     _resolve_file,
     _resolve_module,
 )
-
-
-def bundled_models() -> dict[str, Path]:
-    """Return the folders of the models that come with the package, by name."""
-    package = Path(advebm.__file__).parent
-    for root in (package / "bundled", package.parents[1] / "models"):  # installed, or in a checkout
-        if found := {path.parent.name: path.parent for path in sorted(root.glob("*/config.json"))}:
-            return found
-    return {}
 
 
 def load_module_weights(model: Network, path: Path) -> None:

@@ -19,6 +19,7 @@ from advebm.core import files, processes
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Images, Source
 from advebm.models import network
+from advebm.models.excerpt import Published
 from advebm.models.network import Architecture, Network
 from advebm.models.precision import precision_label
 from advebm.runs import recipe as recipes
@@ -76,14 +77,18 @@ class Run:
     def with_images_at(self, places: Iterable[tuple[str, Any]]) -> "Run":
         """Return the run with its images read from another place, such as ``("data.path", "new/place")``.
 
+        For a run around a published model this place, or ``("data.whole", True)``, replaces the few images that the
+        model brings by its data set.
+
         Raises:
             UserError: another option than a path, no images there, or other images than those of the run.
         """
         places = tuple(places)
-        if any(not dotted.endswith(".path") for dotted, _ in places):
+        if any(not dotted.endswith(".path") and dotted != "data.whole" for dotted, _ in places):
             raise UserError(f"{self.folder} is a run and has its own data; only their place can be given: --data.path")
         run = _reopen(self.folder, places)
-        run.check_images(run.data)
+        if not isinstance(run.recipe.data, Published):  # which checks its images itself
+            run.check_images(run.data)
         return run
 
     def check_images(self, data: Data) -> None:

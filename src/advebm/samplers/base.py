@@ -115,10 +115,13 @@ class Sampler:
     def prepare(self, data: Data, outside: Data | None = None) -> Start:
         """Return the source of seeds: uniform noise, Gaussians fitted on ``data``, or test images of ``outside``.
 
+        Gaussians that the data bring, see :class:`Data`, are taken as they are.
+
         With ``start: buffer``, ``outside`` holds the replay chains.
 
         Raises:
-            UserError: ``outside`` is missing or of another shape, or ``data`` lacks the labels for class Gaussians.
+            UserError: ``outside`` is missing or of another shape, or ``data`` lacks the labels for class Gaussians or,
+                with ``fit: test``, all test images.
         """
         if self.start in ("outside", "buffer"):
             if outside is None:
@@ -129,11 +132,15 @@ class Sampler:
             return ImagePool(outside.test.x)
         if self.start == "noise":
             return starts.noise
-        split = data.train if self.fit == "train" else data.test
-        if self.start == "global":
-            return ClassGaussians.fit(split.x, shrinkage=self.shrinkage)
-        if not split.labelled:
+        split, by_class = data.train if self.fit == "train" else data.test, self.start == "class"
+        if by_class and not data.labelled:
             raise UserError(f"{data.name} has no labels to fit a Gaussian a class on; set start to global or noise")
+        if data.gaussians is not None:
+            if self.fit == "test":
+                raise UserError(f"{data.name} brings Gaussians of training images; set fit to train, or give --data")
+            return data.gaussians.start(by_class=by_class, shrinkage=self.shrinkage)
+        if not by_class:
+            return ClassGaussians.fit(split.x, shrinkage=self.shrinkage)
         return ClassGaussians.fit(split.x, split.y, classes=len(data.classes), shrinkage=self.shrinkage)
 
     @property

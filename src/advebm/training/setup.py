@@ -60,7 +60,7 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
     data = recipe.data.load()
     if "labels" in objective.needs and not data.train.labelled:
         raise UserError(f"objective {type(objective).__name__} needs labels, {data.name} has none")
-    if cfg.batch > len(data.train):
+    if cfg.images and cfg.batch > len(data.train):
         there = f"{data.name} has {len(data.train)} training images"
         raise UserError(f"train.batch is {cfg.batch}, but {there}; give --train.batch {len(data.train)} or less")
     if objective.hidden is not None and cfg.streams != engine.world:

@@ -13,6 +13,7 @@ import torch
 from advebm.core import checks, config, console, files
 from advebm.core.errors import UserError
 from advebm.data.sources import Data
+from advebm.models.excerpt import Published, has_excerpt
 from advebm.models.factory import find_root
 from advebm.models.modes import searching
 from advebm.models.network import Architecture
@@ -24,13 +25,20 @@ from advebm.workflows.train import fit
 MADE = Path("runs") / "models"  # where runs around models are made, as a model's own folder may not be written to
 
 
-def open_run(where: str | Path, overrides: Iterable[tuple[str, Any]] = (), *, device: str | None = None) -> Run:
+def open_run(
+    where: str | Path,
+    overrides: Iterable[tuple[str, Any]] = (),
+    *,
+    whole: bool = True,
+    device: str | None = None,
+) -> Run:
     """Return the run that a reference stands for, or else one around the model, in ``runs/models``, which is printed.
 
     Args:
         where: a reference to a model, see :func:`advebm.runs.find_model.find_reference`.
         overrides: of a run, where its images are now, such as ``("data.path", "new/place")``; of any other model, the
             options of the recipe of a new run, such as ``("data", "cifar10")``.
+        whole: whether the data set of a published model is needed, rather than the images that the model brings.
         device: device that a new run's ``env.json`` records.
 
     Raises:
@@ -39,32 +47,42 @@ def open_run(where: str | Path, overrides: Iterable[tuple[str, Any]] = (), *, de
     overrides, reference = list(overrides), find_reference(where)
     if reference.kind == "run":
         assert reference.path is not None
-        run = Run.open(reference.path)
-        return run.with_images_at(overrides) if overrides else run
+        return with_images(Run.open(reference.path), overrides, whole)
+    places: list[tuple[str, Any]] = []
+    if reference.kind == "model" and has_excerpt(reference.folder) and "data" not in dict(overrides):
+        places, overrides = overrides, []  # of data that the model knows, only the place can be given
     identity = json.dumps([reference.text, digest(reference.load()), _read_source(reference), overrides], default=str)
     folder = MADE / f"{reference.title}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     known = (folder / "config.yaml").is_file()
     run = adopt(reference, folder, overrides, device=device)
     if not known:
         console.say(f"{where} is no run; made {run.folder} around it")
-    return run
+    return with_images(run, places, whole)
 
 
-def open_runs(wheres: Sequence[str], overrides: Iterable[tuple[str, Any]] = ()) -> list[Run]:
+def with_images(run: Run, places: Sequence[tuple[str, Any]] = (), whole: bool = True) -> Run:
+    """Return the run with its images read from other places, if given; around a published model by default all."""
+    if whole and not places and isinstance(run.recipe.data, Published) and not run.recipe.data.path:
+        places = [("data.whole", True)]
+    return run.with_images_at(places) if places else run
+
+
+def open_runs(wheres: Sequence[str], overrides: Iterable[tuple[str, Any]] = (), *, whole: bool = True) -> list[Run]:
     """Return the runs that several references stand for; a model that does not know its data takes those of a run.
 
     If there are runs and other models, overrides are for the models; only those of a path are for the runs, too.
+    ``whole`` is as for :func:`open_run`.
     """
     overrides, references = list(overrides), [find_reference(where) for where in wheres]
     paths = [pair for pair in overrides if pair[0].endswith(".path")]
     for_runs = overrides if all(reference.kind == "run" for reference in references) else paths
-    runs = {r.text: open_run(r.text, for_runs) for r in references if r.kind == "run"}
+    runs = {r.text: open_run(r.text, for_runs, whole=whole) for r in references if r.kind == "run"}
     for reference in references:
         if reference.kind != "run":
             own = overrides
             if runs and not own and "data" not in reference.options():
                 own = [("data", config.describe(next(iter(runs.values())).recipe.data))]
-            runs[reference.text] = open_run(reference.text, own)
+            runs[reference.text] = open_run(reference.text, own, whole=whole)
     return [runs[reference.text] for reference in references]
 
 

@@ -38,7 +38,7 @@ def examine_model(
     module = reference.load(checkpoint).to(choose_device(device))
     data, threat = recipe.data.load(), recipe.threat
     split, kind = data.test, "test"
-    if len(split) < FEWEST <= sum(map(len, data[2:])):
+    if len(split) < FEWEST <= sum(map(len, data.splits)):
         parts = (data.test, data.val, data.train)
         split = Images(*(torch.cat([getattr(part, name) for part in parts])[:FEWEST] for name in ("x", "y")))
         kind = "test, validation and training"
