@@ -145,6 +145,6 @@ def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
     options = {"features": args.features, "seed": args.seed, "device": choose_device(args.device)}
     records = compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)
-    path = report(runs[0], beside=runs[1:], out=out)
+    path = report(runs[0], beside=runs[1:], out=out, compared=records)
     print_runs(records)
     print(path)
