@@ -24,6 +24,12 @@ from advebm.runs.recipe import dump
 from advebm.runs.run import Run
 from advebm.sampling import generate
 
+STARTS = {
+    "class": "a Gaussian of the class",
+    "global": "one Gaussian of all images",
+    "outside": "outside images",
+    "buffer": "the replay buffer",
+}
 ROWS = 10  # of pictures in a panel, at most
 WIDTH = 940  # of all panels side by side, in pixels of a page
 RECORDED = 64  # pixels that an image of a panel has in the file, at most
@@ -69,7 +75,8 @@ def report(
     tile, columns = _panel_size(min(len(data.classes), ROWS), 1 + sum(name is not None for name in best.values()))
     make_panel = lambda title, text, x, y: _panel(title, text, x, y, data.classes, tile, columns)
     panels = [make_panel("Real images", data.name, real.x, real.y)]
-    others, films = [], []
+    others: list[dict[str, Any]] = []
+    films: list[dict[str, Any]] = []
     for run_title, r in runs.items():
         for name, folder in r.samples().items():
             drawn = generate.read_set(folder)
@@ -90,7 +97,7 @@ def report(
         paper=summary and _paper(summary),
         compared=_side_by_side(compared),
         shown=[{"title": title, "image": _uri(figure)} for title, figure in shown.items()],
-        panels=panels if len(panels) > 1 else [],
+        panels=panels,
         others=others,
         qualities=_quality_tables(records),
         films=films,
@@ -123,7 +130,7 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
     sampler = manifest["sampler"]
     parts = [
         f"{sampler['kind'].upper()}: {sampler['steps']} {sampler['direction']} steps of {sampler['step_size']:g} "
-        f"from {sampler['start']} seeds"
+        f"from {STARTS.get(sampler['start'], sampler['start'])}"
     ]
     parts += [f"ball {sampler['radius']:g}"] if sampler["radius"] else []
     parts += [f"noise {sampler['noise']:g}"] if sampler["noise"] else []

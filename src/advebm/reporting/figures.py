@@ -257,7 +257,7 @@ def reliability(records: Records) -> bytes | None:
 def detection(records: Records) -> bytes | None:
     """Plot histograms of scores of test images and of outliers, clean and attacked; None without such records.
 
-    There is a row for each set of outliers and a column for each score.
+    There is a row for each set of outliers and a column for each score; with one score the sets are side by side.
     """
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for r in records:
@@ -266,10 +266,14 @@ def detection(records: Records) -> bytes | None:
     if not panels:
         return None
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    places = [(row, column) for row in rows for column in columns]
+    across = len(columns) if len(columns) > 1 else min(3, len(rows))
+    down = -(-len(places) // across)
     with plt.rc_context(STYLE):
-        size = (4.2 * len(columns), 2.6 * len(rows))
-        figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
-        for axis, panel in zip(axes.flat, [(row, column) for row in rows for column in columns], strict=True):
+        figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 2.6 * down), squeeze=False)
+        for axis in axes.flat[len(places) :]:
+            axis.remove()
+        for axis, panel in zip(axes.flat, places, strict=False):
             for i, r in enumerate(panels.get(panel, [])):
                 s, label = r["series"], r["settings"].get("attack", panel[0])
                 if i == 0:

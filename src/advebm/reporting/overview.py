@@ -13,9 +13,9 @@ from advebm.runs.run import Run
 
 Records = Sequence[Mapping[str, Any]]
 VALIDATED = {  # quantity of the log, clean and attacked: what it is
-    ("val/accuracy", "val/robust_accuracy"): "share of validation images classified correctly",
-    ("val/contrastive_accuracy", "val/robust_contrastive_accuracy"): "share of validation images told from others",
-    ("val/auroc", "val/adversarial_auroc"): "AUROC on validation images",
+    ("val/accuracy", "val/robust_accuracy"): "{} of the validation images classified correctly",
+    ("val/contrastive_accuracy", "val/robust_contrastive_accuracy"): "{} of the validation images told from others",
+    ("val/auroc", "val/adversarial_auroc"): "AUROC {} on validation images",
 }
 
 
@@ -40,7 +40,7 @@ def _describe_predictions(records: Records, threat: Attack) -> str:
     for by in dict.fromkeys([None, *probes]):
         clean, attacked = find_accuracies(records, threat, by)
         if (counted := clean or attacked) is not None:
-            who = f"A {by} on its features classifies" if by else "Classifies"
+            who = f"With {by} on its features, classifies" if by else "Classifies"
             first, *rest = _accuracies(clean, attacked)
             return ", ".join([f"{who} {first} of {counted['count']:,} test images correctly", *rest])
     return _describe_detection(records)
@@ -60,7 +60,8 @@ def _describe_other(title: str, records: Records, threat: Attack) -> str:
 
 def _describe_detection(records: Records) -> str:
     """Return the lowest and highest AUROC over sets of outliers, clean and attacked."""
-    clean, attacked = [], []
+    clean: list[Mapping[str, Any]] = []
+    attacked: list[Mapping[str, Any]] = []
     for record in records:
         if (key := key_of(record)).quantity == "AUROC" and key.set is not None:
             (clean if key.attack is None else attacked).append(record)
@@ -87,7 +88,7 @@ def _describe_validation(run: Run) -> str:
         if clean in seen:
             show = lambda value, share="AUROC" not in what: f"{100 * value:.1f} %" if share else f"{value:.3f}"
             under = f", {show(seen[attacked])} under attack" if attacked in seen else ""
-            return f"{text}; {what} in training: {show(seen[clean])}{under}"
+            return f"{text}; {what.format(show(seen[clean]))} in training{under}"
     return text
 
 
