@@ -37,8 +37,8 @@ def demo(args: argparse.Namespace, overrides: Overrides) -> None:
     print_sets(done.records, ("FD", "intended class", "recall"))
     print(f"\n{textwrap.fill(done.conclusion, 100)}\n")
     print(f"report ({time.perf_counter() - start:.0f} s): {done.report}")
-    following = "app" if importlib.util.find_spec("gradio") else "sample --sampler.steps 50"
-    print(f"next: advebm {following} {robust.folder}")
+    has_page = importlib.util.find_spec("gradio") is not None
+    print(f"next: advebm {'app' if has_page else 'sample'} {robust.folder}{'' if has_page else ' --sampler.steps 50'}")
 
 
 def add_toy(verbs: Commands) -> None:

@@ -102,7 +102,7 @@ def report(
         qualities=_quality_tables(records),
         films=films,
         curves=_uri(figures.curves(history)),
-        shifts=plot_each_run(lambda r: figures.shifts(r.history(), len(data.train))),
+        shifts=plot_each_run(lambda r: figures.shifts(r.history(), max(1, len(data.train)))),
         moves=plot_each_run(lambda r: figures.moves(r.history())),
         robustness=_uri(robustness),
         energies=_uri(figures.energies(own_records)),

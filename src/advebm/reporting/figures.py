@@ -26,7 +26,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.formatter.limits": (-6, 6),  # plain numbers on ticks, no powers of ten
+    "axes.formatter.limits": (-9, 9),  # plain numbers on ticks, no powers of ten
     "axes.formatter.useoffset": False,
     "grid.alpha": 0.25,
     "axes.prop_cycle": plt.cycler(color=["#0f6fc6", "#d9730d", "#2e8b57", "#a23b72", "#6b7280", "#c2a300"]),

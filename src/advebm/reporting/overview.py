@@ -1,13 +1,13 @@
 """What a report says first: how good the run is, in a sentence or two, and what to know before trusting that."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advebm.attacks.base import ball_text
 from advebm.attacks.projected import Attack
 from advebm.metrics.keys import key_of
-from advebm.reporting.records import RatedSet, best_set, find_accuracies, judges_itself, rate_sets, short_text
+from advebm.reporting.records import best_set, caution, find_accuracies, rate_sets, short_text
 from advebm.runs.find_model import trained_threat
 from advebm.runs.run import Run
 
@@ -93,24 +93,21 @@ def _describe_validation(run: Run) -> str:
 
 
 def _describe_samples(run: Run, title: str, records: Mapping[str, Records]) -> str:
-    """Return how near the best set of samples is to the data, and how much of it shows what was asked for."""
-    names, chosen = list(run.samples()), chosen_set(rate_sets(records), title)
-    if chosen is None:
-        return f"Samples: {', '.join(names)}, not measured yet." if names else ""
-    parts = []
-    if (distance := chosen.records.get("FD")) is not None:
-        space = "the model's own features" if judges_itself(distance) else chosen.space
-        parts.append(f"distance to real images FD {short_text(distance)} ({space})")
-    if (intended := chosen.records.get("intended class")) is not None:
-        parts.append(f"{100 * intended['value']:.1f} % classified as intended")
-    best = "Best samples" if len(names) > 1 and not chosen.judges_itself else "Samples"
-    return f"{best}, {chosen.name}: {', '.join(parts)}." if parts else ""
+    """Return how near the best set of samples is to the data, and how much of it shows what was asked for.
 
-
-def chosen_set(spaces: Mapping[str, Iterable[RatedSet]], title: str) -> RatedSet | None:
-    """Return the run's set of the lowest FD that says enough; its first set if none does; None if none was measured."""
-    own = [[s for s in sets if s.run == title] for sets in spaces.values()]
-    return next(filter(None, map(best_set, own)), None) or next((sets[0] for sets in own if sets), None)
+    Numbers that say little, those with a caution, are not among them.
+    """
+    if not (names := list(run.samples())):
+        return ""
+    own = [[s for s in sets if s.run == title] for sets in rate_sets(records).values()]
+    if (best := next(filter(None, map(best_set, own)), None)) is not None:
+        distance, intended = best.records["FD"], best.records.get("intended class")
+        shown = "" if intended is None else f", {100 * intended['value']:.1f} % classified as intended"
+        which = "Best samples" if len(names) > 1 else "Samples"
+        return f"{which}, {best.name}: distance to real images FD {short_text(distance)} ({best.space}){shown}."
+    texts = [caution(s.records["FD"]) for sets in own for s in sets if "FD" in s.records]
+    why = f"FD says little: {texts[0]}" if texts else "not measured yet"
+    return f"Samples, {', '.join(names[:3])}{', …' * (len(names) > 3)}: {why}."
 
 
 def find_warnings(run: Run, history: Records, records: Records) -> list[str]:

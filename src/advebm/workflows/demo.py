@@ -81,25 +81,27 @@ def conclude(records: Mapping[str, Records], threat: Any) -> str:
     """Return in words whether the adversarially trained network is more robust, and draws better, by their records.
 
     Two numbers are called equal where they differ by less than two standard errors.  Samples are those of the search
-    that is best on the adversarially trained network, and of the same search on the standard one.
+    that is best on the adversarially trained network, and of the same search on the standard one; a star marks that its
+    own network judges those.
     """
-    before, after = (find_accuracies(records[name], threat) for name in (STANDARD, ROBUST))
-    text = "Trained on adversarial examples, the same network"
-    if before[1] is not None and after[1] is not None:
-        was, now = (f"{100 * r['value']:.0f} %" for r in (before[1], after[1]))
-        change = _compare(after[1], before[1])
-        if change > 0:
-            text += f" keeps {now} accuracy under attack instead of {was}"
-        else:
-            how = "less robust" if change < 0 else "no more robust"
-            text += f" is {how}: {now} accuracy under attack against {was}"
+    before, after = (find_accuracies(records[name], threat)[1] for name in (STANDARD, ROBUST))
+    parts = []
+    if before is not None and after is not None:
+        was, now = (f"{100 * r['value']:.0f} %" for r in (before, after))
+        parts.append(
+            {
+                1: f"keeps {now} accuracy under attack instead of {was}",
+                0: f"is no more robust: {now} accuracy under attack against {was}",
+                -1: f"is less robust: {now} accuracy under attack against {was}",
+            }[_compare(after, before)]
+        )
     if (pair := _same_search(records)) is not None:
         best, other = pair
         near, far = best.records["FD"], other.records["FD"]
-        numbers = f"FD {near['value']:.3g} against {far['value']:.3g} by the same search, {best.name}"
         distance = {1: "farther from", 0: "as far from", -1: "nearer to"}[_compare(near, far)]
-        text += f", and its samples are {distance} real digits: {numbers}"
-    return f"{text}."
+        numbers = f"FD {near['value']:.3g} against {far['value']:.3g}{'*' * other.judges_itself}"
+        parts.append(f"its samples are {distance} real digits: {numbers} by the same search, {best.name}")
+    return f"Trained on adversarial examples, the same network {', and '.join(parts) or 'was not measured'}."
 
 
 def _compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> int:
