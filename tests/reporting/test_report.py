@@ -196,8 +196,8 @@ def test_what_is_said_of_samples_whose_distance_says_little(run):
     draw_set(run, "s", run.recipe.sampler, 1)
     describe = lambda *records: overview.describe({"x": run}, {"x": [record("accuracy", 0.5), *records]})
     assert describe().endswith("Samples, s: not measured yet.")
-    assert describe(*quality("s", 1.0, own_features=True)).endswith("FD says little: in the model's own features.")
-    assert describe(*quality("s", 1.0, few=True)).endswith("FD says little: no more images than dimensions.")
+    assert describe(*quality("s", 1.0, own_features=True)).endswith("FD says little (in the model's own features).")
+    assert describe(*quality("s", 1.0, few=True)).endswith("FD says little (no more images than dimensions).")
 
 
 @few_samples

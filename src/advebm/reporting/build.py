@@ -25,8 +25,8 @@ from advebm.runs.run import Run
 from advebm.sampling import generate
 
 STARTS = {
-    "class": "a Gaussian of the class",
-    "global": "one Gaussian of all images",
+    "class": "class Gaussians",
+    "global": "a global Gaussian",
     "outside": "outside images",
     "buffer": "the replay buffer",
 }
@@ -165,7 +165,7 @@ def _choose_sets(runs: Mapping[str, Run], records: Mapping[str, Sequence[Mapping
 
 def _panel_size(rows: int, count: int) -> tuple[int, int]:
     """Return the width of an image in pixels of the page, and the columns of each of ``count`` panels side by side."""
-    tile = min(56, 330 // max(rows, 5))
+    tile = min(56, 320 // max(rows, 5))
     return tile, max(4, min(10, WIDTH // (min(count, 4) * tile)))
 
 

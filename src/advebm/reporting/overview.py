@@ -106,7 +106,7 @@ def _describe_samples(run: Run, title: str, records: Mapping[str, Records]) -> s
         which = "Best samples" if len(names) > 1 else "Samples"
         return f"{which}, {best.name}: distance to real images FD {short_text(distance)} ({best.space}){shown}."
     texts = [caution(s.records["FD"]) for sets in own for s in sets if "FD" in s.records]
-    why = f"FD says little: {texts[0]}" if texts else "not measured yet"
+    why = f"FD says little ({texts[0]})" if texts else "not measured yet"
     return f"Samples, {', '.join(names[:3])}{', …' * (len(names) > 3)}: {why}."
 
 
