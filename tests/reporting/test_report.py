@@ -234,6 +234,18 @@ def test_many_classes_large_pictures_and_no_training_images(run):
     assert '<span title="class' not in report(run).read_text()
 
 
+def test_the_curve_begins_at_a_radius_of_zero_with_ticks_in_255ths(monkeypatch):
+    drawn, threat = [], config.describe(Attack(eps=8 / 255, norm="linf", steps=20))
+    monkeypatch.setattr(figures, "png", lambda figure: drawn.append(figure) or b"")
+    figures.robustness({"x": [record("accuracy", 0.9), *(attacked(0.4, 20, k / 255, "linf") for k in (8, 16))]}, threat)
+    (axis,) = drawn[0].axes
+    drawn[0].canvas.draw()
+    assert axis.get_xlim()[0] == 0
+    assert [tick.get_text() for tick in axis.get_xticklabels()][1:5] == ["0", "4", "8", "12"]
+    assert [text.get_position()[0] for text in axis.texts] == [8 / 255]
+    plt.close("all")
+
+
 def test_ticks_are_plain_numbers():
     history = [{"images": n, "train/loss": 10.0 ** (n - 3), "train/energy_joint": -3e5 * n} for n in range(1, 7)]
     drawn = []

@@ -122,7 +122,8 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
         axis.set(xlabel=f"{threat['norm']} radius of the attack{unit}", ylabel="accuracy", ylim=(0, 1.02))
         axis.set_xlim(0, None)
         if unit:
-            axis.xaxis.set_major_locator(MultipleLocator(max(1, round(255 * axis.get_xlim()[1] / 6)) / 255))
+            step = next(2**k for k in range(9) if 255 * axis.get_xlim()[1] <= 8 * 2**k)
+            axis.xaxis.set_major_locator(MultipleLocator(step / 255))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda eps, pos: f"{255 * eps:g}"))
         axis.legend(frameon=False)
         return png(figure)
