@@ -32,7 +32,7 @@ from advebm.data.decode import open_image
 from advebm.data.folders import Folder
 from advebm.data.npz import Npz
 from advebm.metrics.verdicts import find_verdicts
-from tests.helpers import few_samples
+from tests.helpers import few_samples, linked
 from tests.references import foreign_networks
 
 TABLE = []  # (area, input, report, what happens)
@@ -1073,15 +1073,18 @@ def test_a_recipe_on_other_data_says_so(tmp_path):
     "marked, and never among the main numbers of a report",
 )
 def test_distances_that_say_little(digits_run, tmp_path, capsys):
-    from advebm.reporting.build import _cards
+    from advebm.reporting import overview
     from advebm.reporting.records import as_text
+    from advebm.workflows.sample import draw_set
 
     about = {"samples": "s", "space": "own features", "few": False}
     own = {"name": "FD (own features)", "value": 0.0, "error": 0.0, "count": 40, "settings": about, "series": {}}
     few = {**own, "name": "FD (judge)", "settings": {**about, "space": "judge", "few": True}}
     sound = {**few, "value": 3.0, "settings": {**about, "space": "judge"}}
-    assert not _cards([own, few], digits_run.recipe.threat)
-    assert [card["value"] for card in _cards([own, few, sound], digits_run.recipe.threat)] == ["3.000 ± 0.000"]
+    draw_set(run := linked(digits_run, tmp_path), "s", digits_run.recipe.sampler, 1)
+    describe = lambda *records: overview.describe({"run": run}, {"run": records})
+    assert "FD says little" in describe(own, few)
+    assert "FD 3.000" in describe(own, few, sound)
     assert as_text(own)["caution"] == "in the model's own features"
     assert as_text(few)["caution"] == "no more images than dimensions"
 

@@ -343,12 +343,21 @@ def test_the_demo_prints_its_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "PER_CLASS", 5)
     status, out, err = call("demo", "--out", tmp_path, capsys=capsys)
     assert status == 0, err
-    assert re.search(r"accuracy under PGD-20 l2 0\.9 +[\d.]+ ± [\d.]+ % +[\d.]+ ± [\d.]+ %", out)
+    assert re.search(r"accuracy +clean +attacked \(PGD-20 l2 0\.9\)", out)
+    assert re.search(r"digits-at +[\d.]+ ± [\d.]+ % +[\d.]+ ± [\d.]+ %", out)
     for name in demo.SETS:
-        assert name in out
+        assert re.search(rf"{name} +digits-standard \* ", out)
+        assert re.search(rf"{name} +digits-at +\d", out)
+    assert "accuracy under attack" in " ".join(out.split())
+    assert "E(x) of" not in out
     (report,) = tmp_path.glob("demo-*/report.html")
     assert str(report) in out
     assert "[5/5] report" in err
+    assert f"{report.parent / 'digits-at'}" in out.splitlines()[-1]
+    assert out.splitlines()[-1].startswith("next: advebm ")
+    monkeypatch.setattr(demo.evaluate, "evaluate_run", lambda *a, **k: [])  # it is measured already
+    status, out, err = call("demo", "--resume", report.parent, "--all", capsys=capsys)
+    assert (status, "E(x) of uniform noise" in out) == (0, True), err
 
 
 def test_options_may_stand_anywhere(run, capsys):
@@ -423,8 +432,7 @@ def test_two_runs_of_one_recipe_keep_their_own_numbers(run, small_run, tmp_path,
         (folder / "metrics.json").write_text(json.dumps([record]))
     call("report", run.folder, "--beside", tmp_path / "other", capsys=capsys)
     page = (run.folder / "report.html").read_text()
-    cards = re.findall(r'class="card"><b>([^<]*)</b>', page)
-    assert cards == ["25.0 ± 0.0 %"]
+    assert "classifies 25.0 % of 4 test images correctly" in page
     assert "75.0 ± 0.0 %" in page
     assert page.count("<h3>") == 2
 

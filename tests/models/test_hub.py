@@ -488,7 +488,7 @@ def test_the_card_says_what_every_stage_took(measured_run, tmp_path):
 @pytest.mark.parametrize("folder", sorted((ROOT / "models").glob("*")), ids=lambda p: p.name)
 def test_the_kept_models_can_be_used(folder):
     """Each is small, says what was measured, and names no place on a machine."""
-    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "README.md", "excerpt.safetensors"}
+    assert {p.name for p in folder.iterdir()} == set(hub.FILES) - {"ema.safetensors"}
     assert sum(p.stat().st_size for p in folder.iterdir()) < 25e6
     plain = json.loads((folder / "config.json").read_text())
     assert {"accuracy"} < {record["name"] for record in plain["measured"]}

@@ -377,7 +377,7 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "report.html").read_text()
     assert f"<td>{rows['B']['published']['clean']:g}</td>" in page
     assert f"<li>verdict: {plain['verdict']}" in page
-    assert "<p>at · 512 training images seen" in page, "who judges comes last"
+    assert "<p>recipe at · 512 training images seen" in page, "who judges comes last"
     again = lambda *a, **k: pytest.fail("done again")
     for name in ("fit", "draw_set"):
         patch_experiments(monkeypatch, name, again)

@@ -1,6 +1,8 @@
 """``advebm demo`` and ``advebm toy``: introductions that need no data."""
 
 import argparse
+import importlib.util
+import textwrap
 import time
 from pathlib import Path
 
@@ -13,20 +15,30 @@ def add_demo(verbs: Commands) -> None:
     parser = verbs.add("demo", demo, "Train on digits, draw images, evaluate and report: a minute on a laptop.")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="where the runs go (runs)")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with an interrupted demo in its folder")
+    parser.add_argument("--all", action="store_true", help="print every measurement, not just the main ones")
     parser.add_shared("seed", "threads")
 
 
 def demo(args: argparse.Namespace, overrides: Overrides) -> None:
-    from advebm.reporting.terminal import print_side_by_side
+    from advebm.reporting.terminal import print_accuracies, print_sets, print_side_by_side
     from advebm.runs.run import new_folder
     from advebm.workflows import demo as workflow
 
     start = time.perf_counter()
     if args.resume and not args.resume.is_dir():
         raise UserError(f"there is no demo at {args.resume}")
-    path, records = workflow.demo(args.resume or new_folder(args.out, "demo"), seed=args.seed)
-    print_side_by_side(records)
-    print(f"{time.perf_counter() - start:.0f} s; report: {path}")
+    done = workflow.demo(args.resume or new_folder(args.out, "demo"), seed=args.seed)
+    robust = done.runs[workflow.ROBUST]
+    if args.all:
+        print_side_by_side(done.records)
+        print()
+    print_accuracies(done.records, robust.recipe.threat)
+    print()
+    print_sets(done.records, ("FD", "intended class", "recall"))
+    print(f"\n{textwrap.fill(done.conclusion, 100)}\n")
+    print(f"report ({time.perf_counter() - start:.0f} s): {done.report}")
+    has_page = importlib.util.find_spec("gradio") is not None
+    print(f"next: advebm {'app' if has_page else 'sample'} {robust.folder}{'' if has_page else ' --sampler.steps 50'}")
 
 
 def add_toy(verbs: Commands) -> None:

@@ -134,7 +134,7 @@ def add_compare(verbs: Commands) -> None:
 def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.evaluation.compare import compare
     from advebm.reporting.build import report
-    from advebm.reporting.terminal import print_runs
+    from advebm.reporting.terminal import print_runs, print_side_by_side
     from advebm.runs.recipe import resolve
     from advebm.workflows.adopt import open_runs
     from advebm.workflows.devices import choose_device
@@ -145,6 +145,6 @@ def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
     options = {"features": args.features, "seed": args.seed, "device": choose_device(args.device)}
     records = compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)
-    path = report(runs[0], beside=runs[1:], out=out)
-    print_runs(records)
+    path = report(runs[0], beside=runs[1:], out=out, compared=records)
+    (print_runs if len(records) > 4 else print_side_by_side)(records)
     print(path)

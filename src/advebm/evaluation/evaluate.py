@@ -81,11 +81,18 @@ def evaluate_run(
     for name, sample_set in samples.items():
         if (origin := sample_set.manifest.get("checkpoint", path.name)) != path.name:
             warnings.warn(f"samples {name} were drawn from checkpoint {origin}, not {path.name}", stacklevel=2)
+    own = (f"{run.folder.resolve()}@{path.name}", str(path.resolve()))
     records = []
     for metric in recipe.metrics:
         new = evaluate(subject, [metric], seed=seed, progress=progress)
         about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": files.timestamp()}
-        weights = {"judge": None if chosen_space is None else chosen_space.judge}
+        judge = None if chosen_space is None else chosen_space.judge
+        if judge in own:  # the model under its own name, which favours its samples like OWN_FEATURES
+            new = [
+                dataclasses.replace(r, settings={**r.settings, "own_features": True}) if "space" in r.settings else r
+                for r in new
+            ]
+        weights = {"judge": judge}
         if team.main:
             run.append([{**dataclasses.asdict(r), **about, **(weights if "space" in r.settings else {})} for r in new])
         records += new

@@ -2,30 +2,37 @@
 
 import base64
 import json
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files as resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jinja2
+from torch import Tensor
+from torch.nn import functional
 
-from advebm.attacks.autoattack import AutoAttack
-from advebm.attacks.base import ball_text
-from advebm.attacks.projected import Attack
 from advebm.core import citations, config, files
 from advebm.data import pictures
 from advebm.evaluation import compare, evaluate
-from advebm.metrics.keys import Key, attack_key, key_of
+from advebm.metrics.keys import key_of
 from advebm.papers import render
-from advebm.reporting import figure_store, figures
-from advebm.reporting.records import as_text, caution
-from advebm.runs.find_model import trained_threat
+from advebm.reporting import figure_store, figures, overview
+from advebm.reporting.records import MEASURES, as_text, best_set, caution, pivot, rate_sets
 from advebm.runs.recipe import dump
 from advebm.runs.run import Run
 from advebm.sampling import generate
+
+STARTS = {
+    "class": "class Gaussians",
+    "global": "a global Gaussian",
+    "outside": "outside images",
+    "buffer": "the replay buffer",
+}
+ROWS = 10  # of pictures in a panel, at most
+WIDTH = 940  # of all panels side by side, in pixels of a page
+RECORDED = 64  # pixels that an image of a panel has in the file, at most
 
 
 def report(
@@ -34,8 +41,10 @@ def report(
     beside: Iterable[Run] = (),
     out: Path | None = None,
     title: str | None = None,
+    sentence: str | None = None,
     shown: Mapping[str, bytes] = MappingProxyType({}),
     summary: Mapping[str, Any] | None = None,
+    compared: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
 ) -> Path:
     """Write a self-contained HTML report of everything that the run contains so far.  Return its path.
 
@@ -43,15 +52,16 @@ def report(
         run: the run to report on.
         beside: other runs whose samples, training diagnostics, robustness, figures and records are shown as well.
         out: path of the report; default: ``report.html`` in the run's folder.
-        title: title of the page; default: the recipe's name.
+        title: title of the page; default: the names of the run's folder and of its data.
+        sentence: what is found; default: :func:`advebm.reporting.overview.describe`.
         shown: PNG figures by title, placed at the top of the page.
-        summary: a table of :func:`advebm.papers.render.summarize`, placed at the top instead of the run's main numbers.
+        summary: a table of :func:`advebm.papers.render.summarize`, placed at the top.
+        compared: records of runs by title, placed at the top as a table.
     """
     recipe, data, history = run.recipe, run.data, run.history()
     runs = compare.by_title([run, *beside])
     records = {title: evaluate.newest_records(r.records()) for title, r in runs.items()}
-    own_records = next(iter(records.values()))
-    count = len(data.classes)
+    own_title, own_records = next(iter(records.items()))
 
     def label(run_title: str, name: str) -> str:
         return f"{run_title} · {name}" if len(runs) > 1 else name
@@ -60,33 +70,41 @@ def report(
         plots = {title: plot(r) for title, r in runs.items()}
         return [{"title": title, "image": _uri(png)} for title, png in plots.items() if png is not None]
 
-    real = pictures.rows_by_class(data.train.x, data.train.y, count)
-    samples = [{"title": "training images", "text": data.name, "image": _grid_uri(real)}]
-    films = []
-    for name, folder in {label(title, n): f for title, r in runs.items() for n, f in r.samples().items()}.items():
-        sample_set = generate.read_set(folder)
-        grid = _grid_uri(pictures.rows_by_class(sample_set.x, sample_set.y, count))
-        samples.append({"title": name, "text": describe_sampler(sample_set.manifest), "image": grid})
-        if (folder / "film.png").exists() and folder.parent.parent == run.folder:
-            steps = ", ".join(map(str, sample_set.manifest.get("film", [])))
-            films.append({"title": name, "text": f"steps {steps}", "image": _uri((folder / "film.png").read_bytes())})
+    best = _choose_sets(runs, records)
+    real = data.train if len(data.train) else data.test
+    tile, columns = _panel_size(min(len(data.classes), ROWS), 1 + sum(name is not None for name in best.values()))
+    make_panel = lambda title, text, x, y: _panel(title, text, x, y, data.classes, tile, columns)
+    panels = [make_panel("Real images", data.name, real.x, real.y)]
+    others: list[dict[str, Any]] = []
+    films: list[dict[str, Any]] = []
+    for run_title, r in runs.items():
+        for name, folder in r.samples().items():
+            drawn = generate.read_set(folder)
+            panel = make_panel(label(run_title, name), describe_sampler(drawn.manifest), drawn.x, drawn.y)
+            (panels if best[run_title] == name else others).append(panel)
+            if run_title == own_title and (folder / "film.png").exists():
+                steps, film = ", ".join(map(str, drawn.manifest.get("film", []))), (folder / "film.png").read_bytes()
+                films.append({"title": name, "text": f"steps {steps}", "image": _uri(film)})
+    robustness = figures.robustness(records, config.describe(recipe.threat))
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(
         resources("advebm.reporting").joinpath("template.html").read_text()
     )
     page = template.render(
-        title=title or recipe.name,
+        title=title or _title(list(runs.values())),
         subtitle=_subtitle(run, history),
-        events=[line for line in history if "event" in line],
-        cards=[] if summary else _cards(own_records, recipe.threat),
-        warnings=_warnings(own_records, trained_threat(recipe)),
+        warnings=overview.find_warnings(run, history, own_records),
+        sentence="" if summary else sentence or overview.describe(runs, records),
         paper=summary and _paper(summary),
+        compared=_side_by_side(compared),
         shown=[{"title": title, "image": _uri(figure)} for title, figure in shown.items()],
-        samples=samples if len(samples) > 1 else [],
+        panels=panels,
+        others=others,
+        qualities=_quality_tables(records),
         films=films,
-        curves=_uri(figures.curves(history)) if any("train/loss" in line for line in history) else None,
-        shifts=plot_each_run(lambda r: figures.shifts(r.history(), len(data.train))),
+        curves=_uri(figures.curves(history)),
+        shifts=plot_each_run(lambda r: figures.shifts(r.history(), max(1, len(data.train)))),
         moves=plot_each_run(lambda r: figures.moves(r.history())),
-        robustness=_uri(figures.robustness(records, config.describe(recipe.threat))),
+        robustness=_uri(robustness),
         energies=_uri(figures.energies(own_records)),
         reliability=_uri(figures.reliability(own_records)),
         detection=_uri(figures.detection(own_records)),
@@ -112,7 +130,7 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
     sampler = manifest["sampler"]
     parts = [
         f"{sampler['kind'].upper()}: {sampler['steps']} {sampler['direction']} steps of {sampler['step_size']:g} "
-        f"from {sampler['start']} seeds"
+        f"from {STARTS.get(sampler['start'], sampler['start'])}"
     ]
     parts += [f"ball {sampler['radius']:g}"] if sampler["radius"] else []
     parts += [f"noise {sampler['noise']:g}"] if sampler["noise"] else []
@@ -123,41 +141,96 @@ def describe_sampler(manifest: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _cards(records: Iterable[Mapping[str, Any]], threat: Attack) -> list[dict[str, str]]:
-    """Return clean accuracy, accuracy under the threat and under AutoAttack, and the lowest sound Fréchet distance."""
-    records_with_keys = [(key_of(record), record) for record in records]
-    attacks = (threat, AutoAttack(threat.eps, threat.norm))
-    keys = (Key("accuracy"), *(Key("accuracy", attack_key(attack)) for attack in attacks))
-    chosen = [record for key in keys for k, record in records_with_keys if k == key]
-    distances = [record for k, record in records_with_keys if k.quantity == "FD" and not caution(record)]
-    chosen += sorted(distances, key=lambda r: r["value"])[:1]
-    cards = []
-    for text in map(as_text, chosen):
-        name = " · ".join(filter(None, [text["name"], text["samples"]]))
-        cards.append({"value": text["value"], "name": f"{name}, n = {text['count']}"})
-    return cards
+def _title(runs: Sequence[Run]) -> str:
+    first, *others = [run.folder.resolve().name for run in runs]
+    beside = f" beside {' and '.join(others) if len(others) < 3 else f'{len(others)} others'}" if others else ""
+    return f"{first}{beside} on {runs[0].data.name}"
 
 
-def _warnings(records: Iterable[Mapping[str, Any]], trained: Attack | None) -> list[str]:
-    """Return what a reader of the numbers must know: accuracies under other threats than the model was trained for."""
-    measured: dict[str, set[float]] = {}
-    for record in records:
-        attack = record["settings"].get("attack")
-        if key_of(record).quantity == "accuracy" and isinstance(attack, Mapping) and attack.get("eps"):
-            measured.setdefault(attack["norm"], set()).add(attack["eps"])
-    if trained is None:
-        return []
-    known = [(norm, eps) for norm, radii in measured.items() for eps in sorted(radii)]
-    other = [
-        ball_text(eps, norm)
-        for norm, eps in known
-        if norm != trained.norm or not any(math.isclose(r, trained.eps, rel_tol=0.01) for r in measured[norm])
-    ]
-    if not other:
-        return []
-    names = ", ".join(other[:3]) + ", …" * (len(other) > 3)
-    theirs = ball_text(trained.eps, trained.norm)
-    return [f"Accuracy under {names}: not the threat that the model was trained for, {theirs}."]
+def _choose_sets(runs: Mapping[str, Run], records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str | None]:
+    """Return the set of each run that is shown first; None for a run without samples.
+
+    It is the set of the lowest FD that says enough, else the one of the same name as the first run's, else the first.
+    """
+    spaces = rate_sets(records)
+    chosen: dict[str, str | None] = {}
+    for title, run in runs.items():
+        names = list(run.samples())
+        ours = [[s for s in sets if s.run == title and s.name in names] for sets in spaces.values()]
+        best = next((best.name for sets in ours if (best := best_set(sets))), None)
+        same = next(iter(chosen.values()), None)
+        chosen[title] = best or (same if same in names else next(iter(names), None))
+    return chosen
+
+
+def _panel_size(rows: int, count: int) -> tuple[int, int]:
+    """Return the width of an image in pixels of the page, and the columns of each of ``count`` panels side by side."""
+    tile = min(56, 320 // max(rows, 5))
+    return tile, max(4, min(10, WIDTH // (min(count, 4) * tile)))
+
+
+def _panel(
+    title: str, text: str, x: Tensor, y: Tensor, classes: Sequence[str], tile: int, columns: int
+) -> dict[str, Any]:
+    """Return the first images of each class as rows, in the order in which they are, with the names of the classes."""
+    rows = min(len(classes), ROWS) if (y >= 0).any() else ROWS
+    images = pictures.rows_by_class(x, y, rows, columns)
+    if (largest := max(images.shape[-2:])) > RECORDED:
+        size = [max(1, round(side * RECORDED / largest)) for side in images.shape[-2:]]
+        flat = functional.interpolate(images.flatten(0, 1), size=size, mode="area")
+        images = flat.unflatten(0, images.shape[:2])
+    return {
+        "title": title,
+        "text": text,
+        "image": _uri(pictures.encode_png(pictures.grid(images, tile=RECORDED))),
+        "names": classes[:rows] if (y >= 0).any() and len(classes) > 1 else [],
+        "width": tile * columns,
+    }
+
+
+def _side_by_side(compared: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """Return the measurements of runs themselves as a table; sets of samples have one of their own."""
+    table = pivot({title: [r for r in rs if "samples" not in r["settings"]] for title, rs in compared.items()})
+    if not table.cells:
+        return None
+    if len(table.titles) > 3:
+        heads, rows = table.runs_down(list(table.cells))
+    else:
+        heads, rows = ["", *table.titles], [[name, *cells] for name, _, *cells in table.quantities_down()[1]]
+    return {"heads": heads, "rows": rows}
+
+
+def _quality_tables(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return a table for each feature space: a row for each set of samples, a column for each measure."""
+    tables = []
+    for space, sets in rate_sets(records).items():
+        measures = [m for m in MEASURES if any(m in s.records for s in sets)]
+        best = {m: best_set(sets, m) if len(sets) > 1 else None for m in measures}
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for s in sets:
+            cells = [{"text": _cell(s.records.get(m)), "best": best[m] is s} for m in measures]
+            groups.setdefault(s.run, []).append({"name": s.name + " *" * s.judges_itself, "cells": cells})
+        counts = [r["count"] for s in sets for m, r in s.records.items() if m in ("FD", "KID")] or [0]
+        tables.append(
+            {
+                "space": space,
+                "heads": measures,
+                "groups": groups,
+                "count": " to ".join(dict.fromkeys((f"{min(counts):,}", f"{max(counts):,}"))),
+                "own": any(s.judges_itself for s in sets),
+                "few": any(r["settings"].get("few") for s in sets for r in s.records.values()),
+            }
+        )
+    return tables
+
+
+def _cell(record: Mapping[str, Any] | None) -> str:
+    """Return the value of a measure of samples; † marks a distance of too few images."""
+    if record is None:
+        return ""
+    if key_of(record).is_share:
+        return f"{100 * record['value']:.1f} %"
+    return f"{record['value']:.3g}" + " †" * (record["settings"].get("few", False) and caution(record) != "")
 
 
 def _paper(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,11 +247,7 @@ def _subtitle(run: Run, history: Iterable[Mapping[str, Any]]) -> str:
         source = (
             f"weights of {Path(run.recipe.init).name}" if run.recipe.init else "a module that was trained elsewhere"
         )
-    return f"{run.folder.resolve().name} · {source} · {time_written}"
-
-
-def _grid_uri(rows: Any) -> str:
-    return str(_uri(pictures.encode_png(pictures.grid(rows, tile=32))))
+    return f"recipe {run.recipe.name} · {source} · {time_written}"
 
 
 def _uri(png: bytes | None) -> str | None:

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogFormatter, MultipleLocator
 
 History = Sequence[Mapping[str, Any]]
 Records = Iterable[Mapping[str, Any]]
@@ -26,6 +26,8 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.formatter.limits": (-9, 9),  # plain numbers on ticks, no powers of ten
+    "axes.formatter.useoffset": False,
     "grid.alpha": 0.25,
     "axes.prop_cycle": plt.cycler(color=["#0f6fc6", "#d9730d", "#2e8b57", "#a23b72", "#6b7280", "#c2a300"]),
 }
@@ -43,8 +45,15 @@ def _format_images_axis(axis: Axes, title: str) -> None:
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def curves(history: History) -> bytes:
-    """Plot loss, accuracies and energies against images seen."""
+class PlainLogFormatter(LogFormatter):
+    """Ticks of a logarithmic axis as plain numbers: 0.5, not 5 x 10^-1."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def curves(history: History) -> bytes | None:
+    """Plot loss, accuracies and energies against images seen; None if nothing was recorded."""
     panels = {
         "loss": {"train/loss": "objective"},
         "accuracy": {
@@ -64,18 +73,23 @@ def curves(history: History) -> bytes:
             "train/energy_negative": "E of negatives",
         },
     }
+    drawn = {title: [(label, n, *series(history, n)) for n, label in lines.items()] for title, lines in panels.items()}
+    drawn = {title: kept for title, lines in drawn.items() if (kept := [line for line in lines if line[2]])}
+    if not drawn:
+        return None
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(11, 3))
-        for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-            for name, label in lines.items():
-                x, y = series(history, name)
-                if x:
-                    axis.plot(x, y, label=label, marker="." if name.startswith("val") else None)
+        figure, axes = plt.subplots(1, len(drawn), figsize=(11 / 3 * len(drawn), 3), squeeze=False)
+        for axis, (title, lines) in zip(axes.flat, drawn.items(), strict=True):
+            for label, name, x, y in lines:
+                axis.plot(x, y, label=label, marker="." if name.startswith("val") else None)
             _format_images_axis(axis, title)
-            if axis.lines:
-                axis.legend(frameon=False)
-        axes[0].set_yscale("log")
-        axes[1].set_ylim(0, 1.02)
+            axis.legend(frameon=False)
+            if title == "loss" and min(lines[0][3]) > 0:  # that of an energy may be negative
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(PlainLogFormatter())
+                axis.yaxis.set_minor_formatter(PlainLogFormatter(minor_thresholds=(1.5, 0.5)))
+            elif title == "accuracy":
+                axis.set_ylim(0, 1.02)
         return png(figure)
 
 
@@ -103,8 +117,14 @@ def robustness(runs: Mapping[str, Records], threat: Mapping[str, Any]) -> bytes 
             plt.close(figure)
             return None
         axis.axvline(threat["eps"], color="#999999", lw=0.8, ls="--")
-        axis.annotate("threat model", (threat["eps"], 0.02), rotation=90, fontsize=7, color="#777777", ha="right")
-        axis.set(xlabel="eps of the attack", ylabel="accuracy", ylim=(0, 1.02), title="accuracy under attack")
+        axis.annotate("threat", (threat["eps"], 0.98), rotation=90, fontsize=7, color="#777777", ha="right", va="top")
+        unit = ", in 1/255" if threat["norm"] == "linf" else ""
+        axis.set(xlabel=f"{threat['norm']} radius of the attack{unit}", ylabel="accuracy", ylim=(0, 1.02))
+        axis.set_xlim(0, None)
+        if unit:
+            step = next(2**k for k in range(9) if 255 * axis.get_xlim()[1] <= 8 * 2**k)
+            axis.xaxis.set_major_locator(MultipleLocator(step / 255))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda eps, pos: f"{255 * eps:g}"))
         axis.legend(frameon=False)
         return png(figure)
 
@@ -192,17 +212,29 @@ def bars(values: Mapping[str, tuple[float, float]], ylabel: str) -> bytes:
 
 
 def energies(records: Records) -> bytes | None:
-    """Plot histograms of E(x); None if no record has one."""
+    """Plot histograms of E(x), one below the other, the first one in grey behind the others; None if there are none."""
     histograms = [r for r in records if r["series"].get("edges")]
     if not histograms:
         return None
+    first = histograms[0]["series"]
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(5.2, 3.2))
-        for r in histograms:
-            axis.stairs(r["series"]["density"], r["series"]["edges"], label=r["name"].removeprefix("E(x) of "), lw=1.4)
-        axis.set(xlabel="E(x) (nats; low = like data)", ylabel="density", title="energy of data, samples and noise")
-        axis.legend(frameon=False, fontsize=7)
+        size = (5.2, 0.5 + 0.75 * len(histograms))
+        figure, axes = plt.subplots(len(histograms), 1, figsize=size, sharex=True, squeeze=False)
+        for number, (axis, r) in enumerate(zip(axes.flat, histograms, strict=True)):
+            if number:
+                axis.stairs(_scaled(first), first["edges"], fill=True, color="#d5dae1")
+            axis.stairs(_scaled(r["series"]), r["series"]["edges"], fill=number == 0, lw=1.4)
+            axis.set(yticks=[], ylim=(0, 1.1))
+            axis.spines["left"].set_visible(False)
+            axis.set_title(r["name"].removeprefix("E(x) of "), loc="left", fontsize=8, pad=2)
+        axes[-1, 0].set_xlabel("E(x) in nats, lower = more like the training images")
         return png(figure)
+
+
+def _scaled(series: Mapping[str, Sequence[float]]) -> list[float]:
+    """Return the heights of a histogram, the highest as 1."""
+    highest = max(series["density"])
+    return [height / highest for height in series["density"]]
 
 
 def reliability(records: Records) -> bytes | None:
@@ -226,7 +258,7 @@ def reliability(records: Records) -> bytes | None:
 def detection(records: Records) -> bytes | None:
     """Plot histograms of scores of test images and of outliers, clean and attacked; None without such records.
 
-    There is a row for each set of outliers and a column for each score.
+    There is a row for each set of outliers and a column for each score; with one score the sets are side by side.
     """
     panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for r in records:
@@ -235,10 +267,14 @@ def detection(records: Records) -> bytes | None:
     if not panels:
         return None
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*panels, strict=True))
+    places = [(row, column) for row in rows for column in columns]
+    across = len(columns) if len(columns) > 1 else min(3, len(rows))
+    down = -(-len(places) // across)
     with plt.rc_context(STYLE):
-        size = (4.2 * len(columns), 2.6 * len(rows))
-        figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
-        for axis, panel in zip(axes.flat, [(row, column) for row in rows for column in columns], strict=True):
+        figure, axes = plt.subplots(down, across, figsize=(4.2 * across, 2.6 * down), squeeze=False)
+        for axis in axes.flat[len(places) :]:
+            axis.remove()
+        for axis, panel in zip(axes.flat, places, strict=False):
             for i, r in enumerate(panels.get(panel, [])):
                 s, label = r["series"], r["settings"].get("attack", panel[0])
                 if i == 0:

@@ -1,11 +1,15 @@
 """Evaluation records as text: for the terminal, reports, model cards and Markdown pages."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from advebm.metrics.keys import key_of
+from advebm.attacks.projected import Attack
+from advebm.metrics.keys import Key, key_of
 
 Quantity = tuple[str, str]  # names of the record and of its set of samples
+MEASURES = ("FD", "KID", "precision", "recall", "density", "coverage", "class score", "intended class")
+LOWER_IS_BETTER = ("FD", "KID")
 
 
 def as_text(record: Mapping[str, Any]) -> dict[str, str]:
@@ -32,7 +36,90 @@ def caution(record: Mapping[str, Any]) -> str:
         return ""
     if record["settings"].get("few"):
         return "no more images than dimensions"
-    return "in the model's own features" if record["settings"].get("space") == "own features" else ""
+    return "in the model's own features" if judges_itself(record) else ""
+
+
+def judges_itself(record: Mapping[str, Any]) -> bool:
+    """Return whether samples are judged in the features of the model that they were drawn from."""
+    settings = record["settings"]
+    return settings.get("space") == "own features" or bool(settings.get("own_features"))
+
+
+def short_text(record: Mapping[str, Any]) -> str:
+    """Return value ± standard error, with as many digits as the error allows."""
+    if key_of(record).is_share:
+        return f"{100 * record['value']:.1f} ± {100 * record['error']:.1f} %"
+    digits = max(0, -math.floor(math.log10(record["error"]))) if record["error"] > 0 else 3
+    return f"{record['value']:.{digits}f} ± {record['error']:.{digits}f}"
+
+
+class RatedSet(NamedTuple):
+    """A set of samples and its quality in one feature space.
+
+    Attributes:
+        run: title of the run that it was drawn from.
+        name: name of the set.
+        space: name of the feature space.
+        records: records by quantity, such as ``FD`` and ``recall``, those of :data:`MEASURES`.
+    """
+
+    run: str
+    name: str
+    space: str
+    records: dict[str, Mapping[str, Any]]
+
+    @property
+    def judges_itself(self) -> bool:
+        """Whether its judge is the model that it was drawn from."""
+        return any(map(judges_itself, self.records.values()))
+
+
+def rate_sets(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, list[RatedSet]]:
+    """Return the measured sets of samples of several runs, by feature space."""
+    spaces: dict[str, dict[tuple[str, str], RatedSet]] = {}
+    for title, records in runs.items():
+        for record in records:
+            key = key_of(record)
+            if key.quantity in MEASURES and key.space is not None and key.samples is not None:
+                new = RatedSet(title, key.samples, key.space, {})
+                sets = spaces.setdefault(key.space, {})
+                sets.setdefault((title, key.samples), new).records[key.quantity] = record
+    return {space: list(sets.values()) for space, sets in spaces.items()}
+
+
+def best_set(sets: Iterable[RatedSet], quantity: str = "FD") -> RatedSet | None:
+    """Return the set that is best by a measure; None if there are no sets whose number says enough.
+
+    Sets that their own model judges do not count, nor distances with a caution.
+    """
+    sound = [s for s in sets if quantity in s.records and not s.judges_itself and not caution(s.records[quantity])]
+    sign = 1 if quantity in LOWER_IS_BETTER else -1
+    return min(sound, key=lambda s: sign * s.records[quantity]["value"], default=None)
+
+
+def find_accuracies(
+    records: Iterable[Mapping[str, Any]], threat: Attack, by: str | None = None
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """Return the records of clean accuracy, and of the lowest accuracy under attacks of the threat's norm and radius.
+
+    Args:
+        records: records of one run.
+        threat: the threat model.
+        by: name of a probe; None: the model's own predictions count.
+
+    Returns:
+        Two records, None where there is none.
+    """
+    clean, attacked = None, []
+    for record in records:
+        key, attack = key_of(record), record["settings"].get("attack")
+        if key._replace(attack=None) != Key("accuracy", by=by) or record["settings"].get("targeted"):
+            continue
+        if key.attack is None:
+            clean = record
+        elif key.attack.part is None and isinstance(attack, Mapping) and attack.get("norm") == threat.norm:
+            attacked += [record] if math.isclose(attack.get("eps") or 0, threat.eps, rel_tol=0.01) else []
+    return clean, min(attacked, key=lambda r: r["value"], default=None)
 
 
 class Pivot(NamedTuple):

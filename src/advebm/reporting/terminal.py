@@ -8,12 +8,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from advebm.attacks.projected import Attack
 from advebm.diagnostics import doctor
 from advebm.metrics.base import Record
+from advebm.metrics.keys import key_of
 from advebm.papers import render
-from advebm.reporting.records import as_text, class_tables, pivot
+from advebm.reporting.records import as_text, best_set, class_tables, find_accuracies, pivot, rate_sets, short_text
 from advebm.training.cost import Estimate
 from advebm.training.hardware import GB, TERA, Machine
+
+MEANINGS = {
+    "FD": "FD: distance to real images, lower is better.",
+    "intended class": "intended class: share that is classified as what was asked for.",
+    "recall": "recall: share of real images that have samples nearby, higher is better.",
+}
 
 
 def print_records(records: Iterable[Record]) -> None:
@@ -30,6 +38,29 @@ def print_records(records: Iterable[Record]) -> None:
 def print_side_by_side(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
     """Print a column for each run and a row for each quantity."""
     _print_rows(*pivot(runs).quantities_down())
+
+
+def print_accuracies(runs: Mapping[str, Sequence[Mapping[str, Any]]], threat: Attack) -> None:
+    """Print a row for each run: its accuracy, clean and under the strongest measured attack of the threat's radius."""
+    found = {title: find_accuracies(records, threat) for title, records in runs.items()}
+    attacks = {key.text for _, r in found.values() if r is not None and (key := key_of(r).attack) is not None}
+    rows = [[title, *("" if r is None else short_text(r) for r in pair)] for title, pair in found.items()]
+    _print_rows(["accuracy", "clean", f"attacked ({', '.join(sorted(attacks))})"], rows)
+
+
+def print_sets(runs: Mapping[str, Iterable[Mapping[str, Any]]], measures: Sequence[str]) -> None:
+    """Print a row for each set of samples, the best number of a column marked, a table for each feature space."""
+    for space, sets in rate_sets(runs).items():
+        columns = [m for m in measures if any(m in s.records for s in sets)]
+        best = {m: best_set(sets, m) for m in columns}
+        rows = []
+        for s in sets:
+            texts = [short_text(s.records[m]) + " best" * (best[m] is s) if m in s.records else "" for m in columns]
+            rows.append([s.name, s.run + " *" * s.judges_itself, *texts])
+        _print_rows(["samples", "drawn from", *columns], rows)
+        print(*(MEANINGS[m] for m in columns if m in MEANINGS), f"All by {space}; ± one standard error.", sep="\n")
+        if any(s.judges_itself for s in sets):
+            print("* judged by the network that they were drawn from: not a fair rating, and never marked best.")
 
 
 def print_runs(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
