@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import advebm
 from advebm.core import files
 from advebm.core.errors import UserError
 
@@ -70,6 +71,15 @@ def pull(name: str, *, revision: str | None = None) -> Path:
         folder = Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=FILES))
     _check_model(folder, f"is {name} of the Hub, which is not a model of advebm")
     return folder
+
+
+def bundled_models() -> dict[str, Path]:
+    """Return the folders of the models that come with the package, by name."""
+    package = Path(advebm.__file__).parent
+    for root in (package / "bundled", package.parents[1] / "models"):  # installed, or in a checkout
+        if found := {path.parent.name: path.parent for path in sorted(root.glob("*/config.json"))}:
+            return found
+    return {}
 
 
 def _check_model(folder: Path, otherwise: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-import advebm
 from advebm.attacks.projected import Attack
 from advebm.core import config, files
 from advebm.core.errors import UserError
@@ -154,7 +153,7 @@ def find_reference(where: str | Path) -> Reference:
     for resolver in RESOLVERS:
         if (reference := resolver(text)) is not None:
             return reference
-    models = ", ".join(sorted(bundled_models()))
+    models = ", ".join(sorted(hub.bundled_models()))
     near = Path(text).parent if Path(text).parent.is_dir() else Path()
     runs = sorted(p.parent.name for p in near.glob("*/config.yaml"))
     hint = f"; in {near} there is {', '.join(runs)}" if runs else ""
@@ -206,7 +205,7 @@ def _resolve_file(text: str) -> Reference | None:
 
 
 def _resolve_bundled(text: str) -> Reference | None:
-    folder = bundled_models().get(text)
+    folder = hub.bundled_models().get(text)
     return None if folder is None else Reference(text, "model", folder)
 
 
@@ -233,15 +232,6 @@ RESOLVERS: tuple[Callable[[str], Reference | None], ...] = (
     _resolve_file,
     _resolve_module,
 )
-
-
-def bundled_models() -> dict[str, Path]:
-    """Return the folders of the models that come with the package, by name."""
-    package = Path(advebm.__file__).parent
-    for root in (package / "bundled", package.parents[1] / "models"):  # installed, or in a checkout
-        if found := {path.parent.name: path.parent for path in sorted(root.glob("*/config.json"))}:
-            return found
-    return {}
 
 
 def load_module_weights(model: Network, path: Path) -> None:
