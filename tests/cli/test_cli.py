@@ -91,7 +91,6 @@ def test_list_of_a_kind_shows_each_with_a_line(capsys):
 
 def test_list_marks_what_has_been_run_here(capsys, monkeypatch, tmp_path, small_run):
     monkeypatch.chdir(tmp_path)
-    name = small_run.recipe.name
     eps = small_run.recipe.threat.eps
 
     def record(value: float, eps: float | None = None, text: str = "", **settings: object) -> dict[str, Any]:
@@ -113,17 +112,19 @@ def test_list_marks_what_has_been_run_here(capsys, monkeypatch, tmp_path, small_
         (line,) = (line for line in call(*words, capsys=capsys)[1].splitlines() if "run here" in line)
         return line.partition("run here: ")[2]
 
-    assert name, eps
     make("fresh", None, 30)
     assert shown("list") == "runs/fresh"
-    make("study/first", [record(0.9)], 10)
+    others = [record(0.4, text="accuracy under fog", corruption="fog"), record(0.7, text="E(x) of test images")]
+    make("study/first", [record(0.8), record(0.9), *others], 10)
     assert shown("list") == "runs/study/first, accuracy 90.0 ± 0.0 %", "a measured one before a newer one"
-    others = [record(0.1, eps * 2), record(0.2, eps, targeted=True), record(0.3, eps, part="APGD-CE")]
-    others += [record(0.4, text="accuracy under fog", corruption="fog"), record(0.7, text="E(x) of test images")]
+    others += [record(0.3, eps, f"accuracy under PGD-20 l2 {eps}, after APGD", part="APGD")]
+    others += [record(0.1, eps * 2), record(0.2, eps, targeted=True)]
     make("second", [record(0.9), record(0.5, eps), record(0.6, eps), record(0.8), *others], 20)
     number = f"accuracy under PGD-20 l2 {eps} 60.0 ± 0.0 %"
     assert shown("list") == shown("list", "recipe") == shown("explain", "digits-at") == f"runs/second, {number}"
     make("damaged", ["no record"], 40)
+    assert shown("list") == "runs/damaged"
+    (tmp_path / "runs" / "damaged" / "config.yaml").write_text("name: digits-at\nthreat: [")
     assert shown("list") == "runs/damaged"
     (tmp_path / "runs" / "damaged" / "config.yaml").write_bytes(b"\xff")
     assert shown("list") == f"runs/second, {number}"

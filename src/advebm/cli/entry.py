@@ -43,7 +43,8 @@ def _main(argv: Sequence[str], world: int) -> int:
             use_threads(threads)
         subjects = (getattr(args, name, None) for name in ("run", "recipe", "resume", "config", "model"))
         subject = next((f" {subject}" for subject in subjects if subject), "")
-        with announcing(f"{args.verb}{subject}: reading images and weights"):
+        begins = "reading images and weights" if subject else "starting"
+        with announcing(f"{args.verb}{subject}: {begins}"):
             status = args.call(args, overrides) or 0
         _close_connections_at_exit(world)
         return status
