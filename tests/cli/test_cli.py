@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ import yaml
 from PIL import Image
 
 from advebm import cli, recipes
-from advebm.core import config
+from advebm.cli import catalog
+from advebm.core import citations, config
 from advebm.runs.recipe import dump
 from advebm.runs.run import Run
 from tests.helpers import few_samples, tiny
@@ -61,16 +64,70 @@ def test_help_and_list_are_quick_and_import_no_torch(arguments):
     assert fastest < 1
 
 
-def test_list_shows_every_recipe_and_method_with_a_line(capsys):
-    from advebm.core.config import KINDS
+def test_list_is_a_screenful_of_where_to_begin(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    out = call("list", capsys=capsys)[1]
+    lines = out.splitlines()
+    assert len(lines) < 35
+    assert max(map(len, lines)) <= 80
+    assert len(set(recipes.RECOMMENDED)) == 10
+    assert [line.split()[0] for line in lines[1:11]] == list(recipes.RECOMMENDED)
+    assert "run here" not in out
+    assert re.search(r"^  cifar10-at-2h +resnet for cifar10, trained against l2 0\.5$", out, re.M)
+    assert re.search(rf"^  recipe +{len(recipes.names())}  ", out, re.M)
+    for role, kinds in config.KINDS.items():
+        assert re.search(rf"^  {role} +{len(kinds)}  \S", out, re.M), role
 
-    status, out, _ = call("list", capsys=capsys)
-    assert status == 0
-    for name in [*recipes.names(), *(kind for kinds in KINDS.values() for kind in kinds)]:
-        assert re.search(rf"^  {name} +\S.{{10}}", out, re.M), name
-    status, out, _ = call("list", "objectives", capsys=capsys)
-    assert out.startswith("objective\n")
-    assert "digits-at" not in out
+
+def test_list_of_a_kind_shows_each_with_a_line(capsys):
+    for what, names in {"recipe": recipes.names(), **config.KINDS}.items():
+        status, out, _ = call("list", f"{what}s", capsys=capsys)
+        assert status == 0
+        assert out.startswith(what)
+        assert len(out.splitlines()) == 1 + len(names)
+        for name in names:
+            assert re.search(rf"^  {name} +\S.{{10}}", out, re.M), name
+
+
+def test_list_marks_what_has_been_run_here(capsys, monkeypatch, tmp_path, small_run):
+    monkeypatch.chdir(tmp_path)
+    eps = small_run.recipe.threat.eps
+
+    def record(value: float, eps: float | None = None, text: str = "", **settings: object) -> dict[str, Any]:
+        attack = None if eps is None else {"kind": "pgd", "norm": "l2", "eps": eps, "steps": 20}
+        text = text or ("accuracy" if eps is None else f"accuracy under PGD-20 l2 {eps}")
+        settings = {**settings, **({"attack": attack} if attack else {})}
+        return {"name": text, "value": value, "error": 0.0, "count": 10, "settings": settings, "series": {}}
+
+    def make(folder: str, records: object, seconds: int) -> None:
+        path = tmp_path / "runs" / folder
+        path.mkdir(parents=True)
+        text = re.sub("(?m)^name: .*$", "name: digits-at", (small_run.folder / "config.yaml").read_text())
+        (path / "config.yaml").write_text(text)
+        os.utime(path / "config.yaml", (seconds, seconds))
+        if records is not None:
+            (path / "metrics.json").write_text(json.dumps(records))
+
+    def shown(*words: str) -> str:
+        (line,) = (line for line in call(*words, capsys=capsys)[1].splitlines() if "run here" in line)
+        return line.partition("run here: ")[2]
+
+    make("fresh", None, 30)
+    assert shown("list") == "runs/fresh"
+    others = [record(0.4, text="accuracy under fog", corruption="fog"), record(0.7, text="E(x) of test images")]
+    make("study/first", [record(0.8), record(0.9), *others], 10)
+    assert shown("list") == "runs/study/first, accuracy 90.0 ± 0.0 %", "a measured one before a newer one"
+    others += [record(0.3, eps, f"accuracy under PGD-20 l2 {eps}, after APGD", part="APGD")]
+    others += [record(0.1, eps * 2), record(0.2, eps, targeted=True)]
+    make("second", [record(0.9), record(0.5, eps), record(0.6, eps), record(0.8), *others], 20)
+    number = f"accuracy under PGD-20 l2 {eps} 60.0 ± 0.0 %"
+    assert shown("list") == shown("list", "recipe") == shown("explain", "digits-at") == f"runs/second, {number}"
+    make("damaged", ["no record"], 40)
+    assert shown("list") == "runs/damaged"
+    (tmp_path / "runs" / "damaged" / "config.yaml").write_text("name: digits-at\nthreat: [")
+    assert shown("list") == "runs/damaged"
+    (tmp_path / "runs" / "damaged" / "config.yaml").write_bytes(b"\xff")
+    assert shown("list") == f"runs/second, {number}"
 
 
 @few_samples
@@ -454,18 +511,58 @@ def test_every_kind_is_explained(kind, capsys):
     for role, kinds in config.KINDS.items():
         if kind in kinds and role != "outlier":
             cls = config.lookup(role, kind)
-            assert f"{kind}: {role}, " in out
+            assert f"{kind}: {role} (" in out
             for field in dataclasses.fields(cls):
                 assert not field.init or re.search(rf"^  {field.name}\b", out, re.M), field.name
 
 
-def test_an_explanation_has_defaults_sources_and_recipes(capsys):
-    cli.main(["explain", "at"])
+def test_every_option_is_explained():
+    """In the docstring of its class or of a base, as explain prints it; none only refers to another class."""
+    for role, kinds in config.KINDS.items():
+        for kind in kinds:
+            cls = config.lookup(role, kind)
+            for field in dataclasses.fields(cls):
+                text = catalog._meanings(cls).get(field.name, "")
+                if field.init:
+                    assert len(text) > 1, (role, kind, field.name)
+                    assert not re.match("see [A-Z]", text), (role, kind, text)
+
+
+def test_an_explanation_has_options_sources_and_recipes(capsys):
+    cli.main(["explain", "acl"])
     out = capsys.readouterr().out
-    assert re.search(r"attack\.eps +8/255", out)
-    assert "Towards Deep Learning Models Resistant to Adversarial Attacks. 2018" in out
-    assert "cifar10-at-2h" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "Attributes" not in out
+    assert "``" not in out
+    assert "set by --objective.NAME" in out
+    assert re.search(r"^  attack\.eps +8/255 +radius, for pixel values in \[0, 1\]", out, re.M)
+    assert re.search(r"^  attack\.step_size +2/255 +for pixel values", out, re.M), "the method's own default"
+    assert re.search(r"^  temperature +0\.5 +τ in f = ", out, re.M), "as InfoNCE has it"
+    assert re.search(r"^  negatives  .*(\n {10}.*)*are not\s+valid", out, re.M), "what ACL adds to it"
+    assert "van den Oord, Aäron; Li" in out
+    assert "cifar10-acl-small, digits-acl" in out
+    cli.main(["explain", "patches"])
+    assert "set by --data.NAME or --outside.NAME or --extra.NAME" in capsys.readouterr().out
+    cli.main(["explain", "own"])
+    assert re.search(r"^  path +required +\S", capsys.readouterr().out, re.M)
+    cli.main(["explain", "gaussian"])
+    assert capsys.readouterr().out.startswith("gaussian: outlier (")
     cli.main(["explain", "cifar10-at-2h"])
     assert "ResNet-18 of width 32" in capsys.readouterr().out
-    assert cli.main(["explain", "jetat"]) == 2
-    assert "near it are jeat, weat, prejeat" in capsys.readouterr().err
+    for word in ("jetat", "qqq"):
+        assert cli.main(["explain", word]) == 2
+        near = re.search("near it are (.*); see", capsys.readouterr().err)[1].split(", ")
+        assert len(near) == 5
+        assert word == "qqq" or near[:3] == ["jeat", "weat", "prejeat"]
+
+
+def test_titles_are_written_as_they_are_printed():
+    for key in citations._entries():
+        (line,) = citations.titles([key])
+        assert not re.search(r"[\\{}]|\.\.|[?!]\.", line), line
+        assert re.search(r", .*\. .*[.?!] \d{4}$", line), line
+    found = citations.titles(["oord2018", "binkowski2018", "zhang2019", "unknown"])
+    assert "Aäron" in found[0]
+    assert found[1].startswith("Bińkowski, Mikołaj; ")
+    assert "Robustness and Accuracy. 2019" in found[2]
+    assert found[3] == "unknown"

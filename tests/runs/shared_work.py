@@ -156,8 +156,10 @@ def work(folder: Path, engine: Engine) -> dict[str, object]:
 
 
 def leaving(folder: Path) -> None:
-    """Say whether this process ends with connections to the other."""
-    (folder / f"connected-{os.environ['RANK']}").write_text(str(torch.distributed.is_initialized()))
+    """Say whether this process ends with connections to the other, and with which threads."""
+    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    known = {"connected": torch.distributed.is_initialized(), "threads": threads}
+    (folder / f"leaving-{os.environ['RANK']}.json").write_text(json.dumps(known))
 
 
 def main(folder: Path) -> None:

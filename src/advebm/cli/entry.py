@@ -43,24 +43,30 @@ def _main(argv: Sequence[str], world: int) -> int:
             use_threads(threads)
         subjects = (getattr(args, name, None) for name in ("run", "recipe", "resume", "config", "model"))
         subject = next((f" {subject}" for subject in subjects if subject), "")
-        with announcing(f"{args.verb}{subject}: reading images and weights"):
+        begins = "reading images and weights" if subject else "starting"
+        with announcing(f"{args.verb}{subject}: {begins}"):
             status = args.call(args, overrides) or 0
-        if world > 1:
-            from advebm.runs.engine import close_connections
-
-            atexit.register(close_connections)
+        _close_connections_at_exit(world)
         return status
     except UserError as error:
         return _fail(error, 2)
     except (Diverged, Lost) as error:
         return _fail(error, 1)
     except Interrupted as error:
+        _close_connections_at_exit(world)  # all processes stop together
         _say(str(error))
         return 130
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 0
+
+
+def _close_connections_at_exit(world: int) -> None:
+    if world > 1:
+        from advebm.runs.engine import close_connections
+
+        atexit.register(close_connections)
 
 
 def _fail(error: Exception, status: int) -> int:

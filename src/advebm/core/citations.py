@@ -2,9 +2,13 @@
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Iterable
 from importlib.resources import files
 from typing import Any
+
+# LaTeX's accents, as Unicode combines them with the letter before
+ACCENTS = {'"': "\u0308", "'": "\u0301", "`": "\u0300", "^": "\u0302", "~": "\u0303"}
 
 
 def keys(thing: Any) -> list[str]:
@@ -21,15 +25,21 @@ def _entries() -> dict[str, str]:
 
 
 def titles(keys: Iterable[str]) -> list[str]:
-    """Return authors, title and year of each key, in a line."""
-    lines, entries = [], _entries()
+    """Return authors, title and year of each key, in a line, with letters in the place of LaTeX's accents."""
+    entries = _entries()
+    lines = []
     for key in keys:
-        entry = entries.get(key, "")
-        parts = [
-            re.search(rf"(?m)^\s*{name}\s*=\s*[{{\"](.+?)[}}\"],?\s*$", entry) for name in ("author", "title", "year")
-        ]
-        lines.append(". ".join(re.sub(r"[{}]", "", part[1]).replace(" and ", "; ") for part in parts if part) or key)
+        fields = dict(re.findall(r"(?m)^\s*(\w+) = \{(.+?)\},?$", entries.get(key, "")))
+        authors = fields.get("author", "").replace(" and others", " et al.").replace(" and ", "; ").removesuffix(".")
+        parts = [_as_letters(part) for part in (authors, fields.get("title", ""), fields.get("year", "")) if part]
+        lines.append(re.sub(r"([?!])\.", r"\1", ". ".join(parts)) or key)
     return lines
+
+
+def _as_letters(text: str) -> str:
+    """Return BibTeX's text as it is printed: ``{\\"a}`` is ä; braces that keep capitals are dropped."""
+    text = re.sub(r"\\(.)(\w)", lambda m: unicodedata.normalize("NFC", m[2] + ACCENTS[m[1]]), text.replace("\\l}", "ł"))
+    return re.sub(r"[{}]", "", text)
 
 
 def bibtex(thing: Any) -> str:

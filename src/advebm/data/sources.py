@@ -219,6 +219,9 @@ class Unlabelled(Derived):
     """Another source's images without their labels: every label is -1, and what needs one refuses them.
 
     Images, splits, training order and augmentation are the source's.
+
+    Attributes:
+        source: the source whose images these are.
     """
 
     def outline(self) -> DataSpec:

@@ -255,8 +255,9 @@ class AdversarialInfoNCE(InfoNCE):
     """InfoNCE at images that an attack on it found (Kim et al., 2020): NP-CEM's contrastive gradient, CEM eq. 13.
 
     Attributes:
-        hidden, outputs, form, temperature, cosine, negatives: see :class:`InfoNCE`.  With ``form: infonce`` only the
-            first views are attacked; with ``nt-xent`` both views are attacked together.
+        hidden, outputs, temperature, cosine, negatives: see :class:`InfoNCE`.
+        form: see :class:`InfoNCE`.  With ``infonce`` only the first views are attacked; with ``nt-xent`` both views are
+            attacked together.
         attack: the inner maximisation, in eval mode, with CEM's settings (appendix B).  Its ``loss`` is not used.
         langevin: standard deviation of the noise of each step, in pixels of [0, 1], for Langevin dynamics (eq. 10)
             in place of the attack (eq. 11): images ascend ``log Σ_k exp f(x̂, z_k)`` over the encodings of the other
@@ -345,10 +346,11 @@ class ACL(AdversarialInfoNCE):
     batch norm; here it has two without.
 
     Attributes:
-        hidden, outputs, form, temperature, cosine, negatives: see :class:`InfoNCE`.  A queue is refused: encodings of
-            one branch are not valid negatives for those of the other.
+        hidden, outputs, temperature, cosine: see :class:`InfoNCE`.
+        negatives: see :class:`InfoNCE`.  A queue is refused: encodings of one branch are not valid negatives for those
+            of the other.
         attack: the inner maximisation, with the authors' settings.
-        langevin, consistency: see :class:`AdversarialInfoNCE`.
+        form, langevin, consistency: see :class:`AdversarialInfoNCE`.
     """
 
     attack: Attack = Attack(eps=8 / 255, steps=5, step_size=2 / 255)

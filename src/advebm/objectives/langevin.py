@@ -185,7 +185,8 @@ class JEAT(_Sampled):
     or the mode of batch norm.
 
     Attributes:
-        negatives, data_noise, energy_l2: see :class:`MLE`; ``data_noise`` is 0, as the paper mentions none.
+        negatives, energy_l2: see :class:`MLE`.
+        data_noise: see :class:`MLE`; 0, as the paper mentions none.
         attack: one energy-FGSM step from a uniform start, eq. 18; ``step_size`` None: eps.
     """
 

@@ -8,6 +8,19 @@ import yaml
 from advebm.core.config import merge
 from advebm.core.errors import unknown_name
 
+RECOMMENDED = (  # to begin with: the methods' families, on digits in minutes and on CIFAR-10 in up to two hours
+    "digits-at",
+    "digits-standard",
+    "digits-binary-at",
+    "digits-acl",
+    "cifar10-at-small",
+    "cifar10-at-2h",
+    "cifar10-standard-small",
+    "cifar10-trades-small",
+    "cifar10-jem-small",
+    "cifar10-binary-at-small",
+)
+
 
 def names() -> list[str]:
     """Return the names that ``--recipe`` accepts."""

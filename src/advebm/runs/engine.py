@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -21,9 +22,10 @@ TIMEOUT = datetime.timedelta(hours=2)  # timeout for a process that does not ans
 
 
 def close_connections() -> None:
-    """Close the connections to other processes, since open ones can make a process exit with an error.
+    """Close the connections to other processes, and so end the threads of gloo that serve them.
 
-    Call it only after success: it may wait for processes that have failed.
+    Such a thread may still free a tensor of the last communication.  If Python is shutting down by then, it cannot, and
+    aborts the process.  Call this only where all processes end together: it may wait for ones that have failed.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -55,6 +57,10 @@ class Engine:
     def __init__(self, device: str | None = None) -> None:
         timeout, distributed = InitProcessGroupKwargs(timeout=TIMEOUT), processes.rank_and_world()[1] > 1
         cpu = device == "cpu" or (distributed and not torch.cuda.is_available())  # accelerate does not detect this
+        if distributed:
+            # Its functions keep the process group of the time of its import as a default, even when the group is
+            # destroyed, so it is imported while there is none.
+            importlib.import_module("torch.distributed.nn.functional")
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
         self.device = self.accelerator.device
         if device not in (None, self.device.type, str(self.device)):

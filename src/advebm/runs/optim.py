@@ -22,7 +22,14 @@ class Optimizer(Protocol):
 
 @dataclass(frozen=True)
 class SGD:
-    """Stochastic gradient descent with (Nesterov) momentum."""
+    """Stochastic gradient descent with (Nesterov) momentum.
+
+    Attributes:
+        lr: peak learning rate.
+        momentum: share of the last step that the next one keeps, in [0, 1).
+        nesterov: whether the gradient is taken as if after the momentum's step.
+        weight_decay: factor on the weights, which is added to their gradient.
+    """
 
     lr: float = 0.1
     momentum: float = 0.9
@@ -44,7 +51,13 @@ class SGD:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam with decoupled weight decay (AdamW); without decay it is Adam."""
+    """Adam with decoupled weight decay (AdamW); without decay it is Adam.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: decay of the running means of gradients and of their squares, both in [0, 1).
+        weight_decay: share of the weights, times the learning rate, that each step takes off.
+    """
 
     lr: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -130,7 +143,11 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Cosine:
-    """Linear warm-up over a share of the images, then half a cosine to zero."""
+    """Linear warm-up over a share of the images, then half a cosine to zero.
+
+    Attributes:
+        warmup: share of the images over which the rate first rises from zero, in [0, 1).
+    """
 
     warmup: float = 0.1
 
@@ -147,7 +164,11 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Cyclic:
-    """Linear from zero to the peak rate at a share of the way, and linear back to zero."""
+    """Linear from zero to the peak rate at a share of the way, and linear back to zero.
+
+    Attributes:
+        peak: share of the images at which the rate is highest, in (0, 1).
+    """
 
     peak: float = 0.5
 
@@ -162,7 +183,13 @@ class Cyclic:
 
 @dataclass(frozen=True)
 class Steps:
-    """The rate times ``factor`` at each of some shares of the way; ``at=()`` keeps it constant."""
+    """The rate times ``factor`` at each of some shares of the way; ``at=()`` keeps it constant.
+
+    Attributes:
+        at: shares of the images, in (0, 1), at which the rate changes.
+        factor: what the rate is multiplied by at each of them.
+        warmup: share of the images over which the rate first rises from zero, in [0, 1).
+    """
 
     at: tuple[float, ...] = ()
     factor: float = 0.1
