@@ -66,6 +66,11 @@ def read_records(run: Run) -> Records:
     return evaluate.newest_records(run.records()) or list(_published_records(run.recipe.init))
 
 
+def is_published(run: Run) -> bool:
+    """Return whether :func:`read_records` returns what the model was published with."""
+    return not run.records() and bool(read_records(run))
+
+
 def _published_records(init: str | None) -> Iterable[dict[str, Any]]:
     """Yield what a model's card says was measured, as records; whatever has another form is left out."""
     try:

@@ -31,14 +31,19 @@ CSS = (
 .note .error, .note .clear-status { display: none; }
 .title { flex-grow: 0 !important; min-width: 130px !important; }
 .about p { opacity: 0.7; margin: 0; }
+.html-container { padding: 0 !important; }
 .controls { align-items: flex-end; }
-.controls > button { flex-grow: 0; height: 42px; min-width: 110px !important; width: auto; white-space: nowrap; }
-@media (max-width: 640px) { .controls > button { flex-grow: 1; } }
+.form:has(.model) { max-width: 420px; }
+.controls > button { flex: 0 0 auto !important; height: 42px; min-width: 110px !important; white-space: nowrap; }
+@media (max-width: 640px) {
+  .controls > button { flex-grow: 1 !important; }
+  .pictures > * { flex: 0 0 calc(50% - 8px) !important; min-width: 0 !important; }
+}
 .tabitem { padding-left: 0 !important; padding-right: 0 !important; }
 footer { display: none !important; }
 iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); }
 """
-    + views.TILES
+    + views.CSS
 )
 FONTS: dict[str, Any] = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
 THEME = gr.themes.Default(primary_hue="blue", **FONTS)  # with fonts of the visitor's system, none from other servers
@@ -61,7 +66,7 @@ STARTS = {
     "outside": "outside images",
     "buffer": "the replay buffer",
 }
-UNTIL_SHOWN = (gr.Image, gr.Dataframe, gr.Slider, gr.DownloadButton)  # as results these are hidden until they come
+UNTIL_SHOWN = (gr.Image, gr.Slider, gr.DownloadButton)  # as results these are hidden until they come
 MAX_STROKES = 32  # limit of stored brush strokes that wait to be used
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # options of events
 
@@ -149,11 +154,6 @@ def image_view(label: str, *, name: str | None = None, kind: str = "pixels", val
         visible=value is not None,
         min_width=100 if kind == "pixels" else 280,
     )
-
-
-def table_view(headers: list[str]) -> gr.Dataframe:
-    """Return a component that shows a table of results; hidden without any."""
-    return gr.Dataframe(headers=headers, interactive=False, wrap=True, visible=False)
 
 
 def seed_field() -> gr.Number:
@@ -262,7 +262,11 @@ class Page:
             with gr.Row(equal_height=True):
                 gr.Markdown("# advebm", elem_classes="title")
                 self.model = gr.Dropdown(
-                    list(self.studios), value=first.title, label="model", visible=len(self.studios) > 1
+                    list(self.studios),
+                    value=first.title,
+                    label="model",
+                    visible=len(self.studios) > 1,
+                    elem_classes="model",
                 )
             self.depends(gr.Markdown(first.about(), elem_classes="about"), Studio.about)
             for name, part in (
@@ -458,6 +462,7 @@ class Page:
         return {"choices": choices, "value": sampler.start, "label": "start from"}
 
     def edit_tab(self, first: Studio, tab: gr.Tab) -> None:
+        gr.Markdown("### Change a picture: press Edit.")
         tool = self.choice(first, "what to do", editing.offered_tools, gr.Radio)
         about = gr.Markdown(editing.TOOLS[tool.value].about)
         with gr.Row(elem_classes="controls"):
@@ -561,9 +566,9 @@ class Page:
                 steps = gr.Slider(5, 200, 40, step=5, label="steps of each of 8 searches")
             chooser.said.render()
             note = gr.Markdown("", elem_id="explained")
-            with gr.Row():
-                before = image_view("image", value=views.enlarge(self.test_image(first.title, first.example(1)).x))
-                after = image_view("counterfactual", name="counterfactual")
+            with gr.Row(elem_classes="pictures"):
+                before = image_view("before", value=views.enlarge(self.test_image(first.title, first.example(1)).x))
+                after = image_view("after", name="counterfactual")
                 added = image_view("change, amplified")
             share = gr.Slider(
                 0, 100, 100, step=5, label="from the image to the counterfactual, %", elem_id="way", visible=False
@@ -579,7 +584,7 @@ class Page:
         def explain_first(job: Job, title: str, *values: Any) -> Any:
             if self.studio(title).critic or values[-1] is not None:  # something is there
                 return None
-            return self.studio(title).keep("explained", lambda: explain(job, title, *values))
+            return self.studio(title).keep("explained", lambda: explain(job, title, *values), job)
 
         def show(news: editing.Explained) -> list[Any]:
             return [news, 100, *editing.moment(news, 100), editing.way(news), news.note]
@@ -603,7 +608,7 @@ class Page:
 
     def robustness_tab(self, first: Studio, tab: gr.Tab) -> None:
         threat = first.run.recipe.threat
-        gr.Markdown("### Which small change makes the model err?")
+        gr.Markdown("### What does a small change do to the answer of the model?")
         with gr.Row(elem_classes="controls"):
             attack = self.choice(first, "attack", attacking.attack_names)
             target = self.classes(
@@ -619,13 +624,13 @@ class Page:
             seed = seed_field()
         chooser.said.render()
         note = gr.Markdown("", elem_id="verdict")
-        with gr.Row():
-            before = image_view("image", value=views.enlarge(self.test_image(first.title, first.example(-1)).x))
-            after = image_view("attacked", name="attacked")
-            added = image_view("what was added, amplified")
+        with gr.Row(elem_classes="pictures"):
+            before = image_view("before", value=views.enlarge(self.test_image(first.title, first.example(-1)).x))
+            after = image_view("after", name="attacked")
+            added = image_view("change, amplified")
         with gr.Row():
             figure = image_view("probabilities", kind="figure")
-            table = table_view(["", "before", "after"])
+            table = gr.HTML("")
 
         def run(job: Job, title: str, picture: Given, *rest: Any) -> attacking.AttackShown:
             name, target, norm, eps, steps, seed = rest
@@ -641,7 +646,8 @@ class Page:
         shown = [before, after, added, figure, table, note]
         self.choosing(chooser, [before], lambda picture: [views.enlarge(picture.x)], shown[1:])
         taken = [self.model, chooser.image, attack, target, norm, eps, steps, seed]
-        self.at_work(go, stop, run, taken, shown)
+        show = lambda news: news._replace(table=views.table(["", "before", "after"], news.table))
+        self.at_work(go, stop, run, taken, shown, show=show)
 
     def landscape_tab(self, first: Studio, tab: gr.Tab) -> None:
         gr.Markdown("### The energy around a chain, from its start to the image that it draws")
@@ -694,25 +700,25 @@ class Page:
         note = gr.Markdown("", elem_id="played")
         with gr.Row():
             picture = image_view("plane", name="plane", kind="figure")
-            table = table_view(["", "value", ""])
+            table = gr.HTML("")
         film = image_view("the training", kind="figure")
 
         def train(job: Job, density: str, method: str, p0: str, updates: Any, seed: Any) -> planes.ToyShown:
             return planes.train_density(density, method, p0, updates, seed, job)
 
-        self.at_work(go, stop, train, [density, method, p0, updates, seed], [picture, film, table, note])
+        show = lambda news: news._replace(table=news.table and views.table(["", "value", ""], news.table))
+        shown = [picture, film, table, note]
+        self.at_work(go, stop, train, [density, method, p0, updates, seed], shown, show=show)
 
     def runs_tab(self, first: Studio, tab: gr.Tab) -> None:
         everything = list(self.studios.values())
-        head, rows = listing.headline_table(everything)
         all_head, all_rows = listing.full_table(everything)
-        if rows:
-            gr.Dataframe(rows, headers=head, interactive=False, wrap=True, elem_id="headline")
-        if published := [html.escape(s.title) for s in everything if rows and not s.run.records()]:
-            gr.Markdown(f"Published with the model, not measured here: {', '.join(published)}.")
         if all_rows:
+            gr.HTML(views.table(*listing.headline_table(everything)), elem_id="headline")
+            if published := [html.escape(studio.title) for studio in everything if listing.is_published(studio.run)]:
+                gr.Markdown(f"Published with the model, not measured here: {', '.join(published)}.")
             with gr.Accordion("All records", open=False):
-                gr.Dataframe(all_rows, headers=all_head, interactive=False, wrap=True, elem_id="records")
+                gr.HTML(views.table(all_head, all_rows), elem_id="records")
         else:
             gr.Markdown("Nothing has been measured yet: `advebm evaluate RUN` does.")
         with gr.Row(elem_classes="controls"):

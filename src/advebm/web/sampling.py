@@ -51,7 +51,7 @@ def build_sampler(studio: Studio, method: str, start: str, alpha: Any, beta: Any
 def sample_first(studio: Studio, job: Job) -> Sampled:
     """Return images of every class by the model's own sampler; they are drawn once and kept."""
     count = min(FIRST, batch_size_for(studio.data.shape))
-    return studio.keep("sample", lambda: sample(studio, studio.sampler(), EVERY, count, 0, job))
+    return studio.keep("sample", lambda: sample(studio, studio.sampler(), EVERY, count, 0, job), job)
 
 
 def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: float, job: Job) -> Sampled:

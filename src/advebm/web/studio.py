@@ -83,9 +83,10 @@ class Studio:
         trained = f" · after {seen:,} training images" if seen else ""  # 0: trained elsewhere
         return f"{recipe.name} · {self.data.name}, {kind}, images {shape}{trained}"
 
-    def keep(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what ``make`` returned when this was first called with ``name``."""
+    def keep(self, name: str, make: Callable[[], Any], job: Job) -> Any:
+        """Return what ``make`` returned when this was first called with ``name``; the first job is told to wait."""
         if name not in self._kept:
+            job.tell("preparing")
             self._kept[name] = make()
         return self._kept[name]
 

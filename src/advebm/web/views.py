@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,11 +21,15 @@ from advebm.sampling.generate import to_bytes
 
 EDGE = 320  # approximate edge of a single image on the page, in pixels
 LOSSLESS = 64  # largest edge of an image that tiles show without loss
-TILES = """
+CSS = """
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 10px 8px; }
 .tiles figure { margin: 0; }
 .tiles img { display: block; width: 100%; border-radius: 4px; image-rendering: pixelated; }
 .tiles figcaption { margin-top: 2px; font-size: 13px; line-height: 1.3; text-align: center; overflow-wrap: anywhere; }
+.numbers { overflow-x: auto; }
+.numbers table { width: 100%; margin: 0; border-collapse: collapse; }
+.numbers :is(table, tr, th, td) { border: 0 !important; text-align: left; }
+.numbers :is(th, td) { padding: 6px 12px 6px 0 !important; border-bottom: 1px solid #8884 !important; }
 @media (min-width: 900px) { .tiles { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); } }
 """
 PYPLOT_LOCK = threading.Lock()  # all threads share pyplot's state
@@ -41,7 +45,7 @@ def enlarge(x: Tensor, edge: int = EDGE) -> Image.Image:
 def tiles(x: Tensor, captions: Sequence[str]) -> str:
     """Return HTML that shows images (N, C, H, W) side by side, as many in a row as fit, each above its caption.
 
-    An empty caption takes no place.  :data:`TILES` is the style.
+    An empty caption takes no place.  :data:`CSS` is the style.
     """
     parts = []
     for image, caption in zip(to_bytes(x.cpu()), captions, strict=True):
@@ -57,6 +61,13 @@ def _data_address(image: Tensor) -> str:
     kind = "PNG" if max(picture.size) <= LOSSLESS else "JPEG"
     picture.save(buffer, kind, quality=92)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of texts as HTML."""
+    line = lambda cells, kind: f"<tr>{''.join(f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"
+    body = "".join(line(cells, "td") for cells in rows)
+    return f'<div class="numbers"><table>{line(head, "th")}{body}</table></div>'
 
 
 def short(value: float) -> str:
