@@ -30,6 +30,7 @@ def page(driver, tmp_path_factory):
         pytest.skip(f"no CIFAR-10 images: {error}")
     with serving([MODEL], tmp_path_factory.mktemp("pictures")) as served:
         open_page(driver, served.url)
+        until(lambda: idle(driver, "draw"))
         yield driver
         driver.get("about:blank")
 
