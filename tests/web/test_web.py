@@ -847,6 +847,7 @@ def test_headlines_are_of_the_set_with_the_least_distance(studio, tmp_path, monk
         measured(f"intended class {space}", 0.75, samples="ta-class"),
         measured(f"FD {space}", 3.0, samples="cs-class"),
         measured(f"FD {space}", 2.0, samples="ta-class"),
+        measured("FD (own features)", 0.1, samples="own-class"),
         measured("accuracy", 0.9),
         measured(threat, 0.6, attack=config.describe(studio.run.recipe.threat)),
         measured("accuracy under PGD-99 l2 9", 0.1),

@@ -8,7 +8,7 @@ from typing import Any
 from advebm.core import files
 from advebm.core.errors import UserError
 from advebm.evaluation import evaluate
-from advebm.metrics.keys import attack_key, key_of
+from advebm.metrics.keys import INCEPTION, attack_key, key_of
 from advebm.reporting import build
 from advebm.reporting.records import as_text, pivot
 from advebm.runs.find_model import find_reference
@@ -30,7 +30,8 @@ def headline_table(studios: Sequence[Studio]) -> tuple[list[str], list[list[str]
     """Return header and rows of what is asked first, as far as any run has it, and a column per run.
 
     These are accuracy on test images, under the run's threat and under AutoAttack, and of the set of samples with the
-    least FD this distance and the share of its images that are taken for their class.
+    least FD this distance and the share of its images that are taken for their class.  FD is in Inception features if
+    it was measured there, and in the model's own only if in no other.
     """
     columns = {studio.title: dict(_headlines(studio.run)) for studio in studios}
     names = dict.fromkeys([CLEAN, UNDER_THREAT, STRONGEST])
@@ -48,12 +49,14 @@ def _headlines(run: Run) -> Iterable[tuple[str, str]]:
             yield CLEAN, as_text(record)["value"]
         if record["name"] == f"accuracy under {threat}":
             yield UNDER_THREAT, f"{as_text(record)['value']} ({threat})"
-        if (record["name"]).startswith("accuracy under AutoAttack") and ", after " not in record["name"]:
+        if record["name"].startswith("accuracy under AutoAttack") and ", after " not in record["name"]:
             yield STRONGEST, f"{as_text(record)['value']} ({record['name'].removeprefix('accuracy under AutoAttack ')})"
     distances = [record for record in records if key_of(record).quantity == "FD" and key_of(record).samples]
     if distances:
-        best = min(distances, key=lambda record: record["value"])
-        samples, space = key_of(best).samples, key_of(best).space
+        spaces = [key_of(record).space for record in distances]  # distances in different ones cannot be compared
+        space = min(spaces, key=lambda name: (name == evaluate.OWN_FEATURES, name != INCEPTION))
+        best = min((r for r in distances if key_of(r).space == space), key=lambda record: record["value"])
+        samples = key_of(best).samples
         yield f"{best['name']}, best set", f"{as_text(best)['value']} ({samples})"
         for record in records:
             key = key_of(record)

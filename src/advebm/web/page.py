@@ -72,11 +72,16 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class Given(NamedTuple):
-    """A picture that a visitor chose: an image (C, H, W), its label or -1, and a description."""
+    """A picture that a visitor chose: an image (C, H, W), its label or -1, and a description.
+
+    Attributes:
+        brought: whether it is the visitor's own, rather than a test image.
+    """
 
     x: Tensor
     label: int
     said: str
+    brought: bool = False
 
 
 class Finished(NamedTuple):
@@ -362,7 +367,7 @@ class Page:
         if path is None:
             raise UserError("no picture was uploaded")
         x, done = inputs.read_image(path, self.studio(title).data.shape)
-        return Given(x, -1, f"uploaded: {done}")
+        return Given(x, -1, f"uploaded: {done}", brought=True)
 
     def choosing(
         self,
@@ -498,12 +503,13 @@ class Page:
         film = image_view("from where the search began to the result")
 
         @show_user_errors
-        def update_form(name: str, picture: Given) -> list[Any]:
+        def update_form(name: str) -> list[Any]:
             spec = editing.TOOLS[name]
             sliders = [gr.Slider(d.low, d.high, d.value, step=d.step, label=d.label, visible=True) for d in spec.dials]
             hidden = [gr.Slider(visible=False)] * (len(dials) - len(sliders))
             image, kind = gr.Number(visible=spec.other == "image"), gr.Dropdown(visible=spec.other == "class")
-            return [spec.about, image, kind, *sliders, *hidden, self.canvas(picture, brushed=bool(spec.brush))]
+            about = spec.about if spec.brush else f"{spec.about} Strokes are not used."
+            return [about, image, kind, *sliders, *hidden]
 
         def edit(job: Job, title: str, picture: Given, strokes: Any, *rest: Any) -> editing.EditShown:
             name, kind, other_class, other_image, d1, d2, steps, seed = rest
@@ -515,8 +521,7 @@ class Page:
                 studio, x, paint, where, editing.EditForm(name, kind, steps, [d1, d2], other, seed), job
             )
 
-        dependent = [about, other_image, other_class, *dials, editor]
-        tool.input(update_form, [tool, chooser.image], dependent, **QUIET)
+        tool.input(update_form, tool, [about, other_image, other_class, *dials], **QUIET)
         self.depends(about, lambda s: editing.TOOLS[editing.offered_tools(s)[0]].about)
         for hidden in (other_image, *dials):
             self.depends(hidden, lambda s: gr.update(visible=False))
@@ -524,12 +529,14 @@ class Page:
             other_class, lambda s: gr.Dropdown(choices=list(s.data.classes), value=s.data.classes[0], visible=False)
         )
         shown = [result, film, note]
-        brushed = lambda picture: [self.canvas(picture, brushed=picture.label >= 0)]
+        brushed = lambda picture: [self.canvas(picture, brushed=not picture.brought)]
         self.choosing(chooser, [editor], brushed, shown)
 
         @show_user_errors
         def clear_picture(title: str) -> list[Any]:
-            picture = Given(torch.zeros(self.studio(title).data.shape), -1, "an empty picture: paint on it")
+            picture = Given(
+                torch.zeros(self.studio(title).data.shape), -1, "an empty picture: paint on it", brought=True
+            )
             return [picture, picture.said, self.canvas(picture, brushed=False)]
 
         empty.click(clear_picture, self.model, [chooser.image, chooser.said, editor], **QUIET)
@@ -635,7 +642,7 @@ class Page:
         def run(job: Job, title: str, picture: Given, *rest: Any) -> attacking.AttackShown:
             name, target, norm, eps, steps, seed = rest
             studio = self.studio(title)
-            x, label, _ = self.fitting(studio, picture)
+            x, label = self.fitting(studio, picture)[:2]
             return attacking.attack(studio, x, label, name, norm, eps, steps, target, seed, job)
 
         self.depends(norm, lambda s: s.run.recipe.threat.norm)
