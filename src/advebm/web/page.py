@@ -576,7 +576,7 @@ class Page:
             with gr.Row(elem_classes="pictures"):
                 before = image_view("before", value=views.enlarge(self.test_image(first.title, first.example(1)).x))
                 after = image_view("after", name="counterfactual")
-                added = image_view("change, amplified")
+                added = image_view("change")
             share = gr.Slider(
                 0, 100, 100, step=5, label="from the image to the counterfactual, %", elem_id="way", visible=False
             )
@@ -634,10 +634,11 @@ class Page:
         with gr.Row(elem_classes="pictures"):
             before = image_view("before", value=views.enlarge(self.test_image(first.title, first.example(-1)).x))
             after = image_view("after", name="attacked")
-            added = image_view("change, amplified")
+            added = image_view("change")
         with gr.Row():
             figure = image_view("probabilities", kind="figure")
-            table = gr.HTML("")
+            with gr.Column(min_width=280):
+                table = gr.HTML("")
 
         def run(job: Job, title: str, picture: Given, *rest: Any) -> attacking.AttackShown:
             name, target, norm, eps, steps, seed = rest
@@ -707,7 +708,8 @@ class Page:
         note = gr.Markdown("", elem_id="played")
         with gr.Row():
             picture = image_view("plane", name="plane", kind="figure")
-            table = gr.HTML("")
+            with gr.Column(min_width=280):
+                table = gr.HTML("")
         film = image_view("the training", kind="figure")
 
         def train(job: Job, density: str, method: str, p0: str, updates: Any, seed: Any) -> planes.ToyShown:

@@ -86,5 +86,5 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
         energies = [views.short(energy.mean().item()) for energy in (values[0], values[-1])]
         notes.append(f"energy {' → '.join(energies)} nats")
     film = views.film_sheet(torch.stack(frames, 1))
-    figure = views.descents(torch.stack(values), f"what {type(sampler).__name__} descends")
+    figure = views.descents(torch.stack(values), f"the energy that {type(sampler).__name__} lowers")
     return Sampled(views.tiles(x, captions), film, figure, ", ".join(notes))
