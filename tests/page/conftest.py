@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import socket
@@ -15,30 +16,24 @@ from tests.helpers import tiny
 
 class Served(NamedTuple):
     url: str
-    folders: list[Path]
+    runs: list[str]
     log: Path
     pid: int
 
 
-@pytest.fixture(scope="session")
-def served(small_run, tmp_path_factory):
-    """``advebm app`` in a process of its own: on runs that ADVEBM_PAGE_RUNS names, or on a classifier and a critic."""
-    pytest.importorskip("gradio")
-    if named := os.environ.get("ADVEBM_PAGE_RUNS"):
-        folders = [Path(name) for name in named.split(os.pathsep)]
-    else:
-        short = {"train__images": 1_000, "train__validate_with": 50, "objective__curriculum__steps": 2}
-        folder = tmp_path_factory.mktemp("page") / "critic"
-        folders = [small_run.folder, train(tiny("digits-binary-at", **short), folder, device="cpu").folder]
+@contextlib.contextmanager
+def serving(runs, folder):
+    """``advebm app`` on runs in a process of its own, which works in ``folder``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "server.txt"
-    command = [sys.executable, "-m", "advebm", "app", *map(str, folders), "--port", str(port)]
+    log = folder / "server.txt"
+    command = [sys.executable, "-m", "advebm", "app", *runs, "--port", str(port)]
+    source = str(Path(__file__).parents[2] / "src")
+    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     with log.open("w") as file:
-        server = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-        )
+        options = {"cwd": folder, "env": {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}}
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options)
         try:
             begun = time.monotonic()
             while "ready" not in log.read_text():
@@ -46,12 +41,23 @@ def served(small_run, tmp_path_factory):
                 assert time.monotonic() - begun < 300, log.read_text()
                 time.sleep(0.1)
             time.sleep(0.5)
-            yield Served(f"http://127.0.0.1:{port}", folders, log, server.pid)
+            yield Served(f"http://127.0.0.1:{port}", runs, log, server.pid)
             assert server.poll() is None, "the server went down"
             assert "advebm/web" not in log.read_text(), log.read_text()  # Gradio's own complaints are its own
         finally:
             server.terminate()
             server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def served(small_run, tmp_path_factory):
+    """The page on a classifier and a critic."""
+    pytest.importorskip("gradio")
+    short = {"train__images": 1_000, "train__validate_with": 50, "objective__curriculum__steps": 2}
+    critic = train(tiny("digits-binary-at", **short), tmp_path_factory.mktemp("page") / "critic", device="cpu")
+    runs = [str(run.folder.resolve()) for run in (small_run, critic)]
+    with serving(runs, tmp_path_factory.mktemp("log")) as page:
+        yield page
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +76,7 @@ def driver():
         "--no-sandbox",
         "--disable-gpu",
         "--window-size=1280,1400",
+        "--hide-scrollbars",
         "--disable-dev-shm-usage",
     ):
         options.add_argument(word)

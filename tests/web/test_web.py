@@ -1,7 +1,11 @@
 """The page's own functions, without Gradio; its server and a browser are in tests/page."""
 
 import asyncio
+import base64
+import dataclasses
 import io
+import json
+import re
 import socket
 import struct
 import threading
@@ -14,6 +18,7 @@ import torch
 from PIL import Image
 
 from advebm import api, cli
+from advebm.core import config
 from advebm.core.errors import UserError
 from advebm.sampling.generate import to_bytes
 from advebm.toy import train as toy_training
@@ -356,6 +361,40 @@ def test_a_difference_is_grey_where_nothing_changed():
     assert set(shown.flatten()) == {128, 255}
 
 
+def tiles_of(text):
+    """The pictures and captions that HTML of tiles holds."""
+    found = re.findall(r'src="data:image/(\w+);base64,([^"]+)" alt="[^"]*">(?:<figcaption>([^<]*)</figcaption>)?', text)
+    assert len(found) == text.count("<img") == text.count("<figure>")
+    return [(kind, Image.open(io.BytesIO(base64.b64decode(data))), caption) for kind, data, caption in found]
+
+
+def test_tiles_show_images_to_the_bit_above_their_names():
+    x = torch.rand(3, 3, 16, 16)
+    found = tiles_of(views.tiles(x, ["cat", '<script>"', ""]))
+    assert [caption for _, _, caption in found] == ["cat", "&lt;script&gt;&quot;", ""]
+    assert {kind for kind, _, _ in found} == {"png"}
+    assert torch.equal(torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for _, p, _ in found]), to_bytes(x))
+    assert tiles_of(views.tiles(torch.rand(1, 1, 8, 8), ["7"]))[0][1].mode == "L"
+
+
+def test_tiles_of_large_images_are_small_files():
+    x = torch.rand(1, 3, 4, 4).repeat_interleave(32, 2).repeat_interleave(32, 3)
+    (kind, picture, _), *_ = tiles_of(views.tiles(x, [""]))
+    assert kind == "jpeg"
+    assert np.abs(np.array(picture) / 255.0 - x[0].permute(1, 2, 0).numpy()).mean() < 0.05
+
+
+def test_tables_are_text():
+    assert "<td>&lt;b&gt;</td><td>2</td>" in views.table(["a", "b"], [["<b>", "2"]])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(-4.5678, "-4.57"), (9.5e-8, "0"), (-1e-3, "-0.001"), (1234.5, "1.23e+03")]
+)
+def test_numbers_are_short(value, text):
+    assert views.short(value) == text
+
+
 # Tabs -----------------------------------------------------------------------------------------------------------------
 
 
@@ -370,7 +409,7 @@ def test_a_sample_is_what_the_sampler_draws(studio):
     y = torch.arange(10)
     seeds, draws = studio.seeds(sampler, y, 3)
     x = sampler(studio.model, y, seeds, generator=draws)
-    assert np.array_equal(np.asarray(shown.picture), np.asarray(views.image_sheet(x)))
+    assert shown.images == views.tiles(x, [str(k) for k in range(10)])
     energy = [api.energy(studio.model, z, y).mean().item() for z in (seeds, x)]
     assert f"energy {energy[0]:.3g} → {energy[1]:.3g} nats" in shown.note
     hits = int((studio.model(x).argmax(1) == y).sum())
@@ -387,7 +426,58 @@ def test_a_sample_is_seen_while_it_comes_into_being(studio, monkeypatch):
     drawn(studio, job)
     assert len(seen) == 12
     assert [s.note.split(",")[0] for s in seen[:2]] == ["step 0 of 12", "step 1 of 12"]
-    assert not np.array_equal(np.asarray(seen[0].picture), np.asarray(seen[-1].picture))
+    assert seen[0].images != seen[-1].images
+
+
+def test_the_first_pictures_are_of_every_class_and_drawn_once(studio, critic):
+    seen, job = [], Job()
+    job.tell = seen.append
+    first = sampling.sample_first(studio, job)
+    assert [caption for _, _, caption in tiles_of(first.images)] == [*map(str, range(10))] * 2
+    assert first.images == sampling.sample(studio, studio.sampler(), EVERY, 20, 0, Job()).images
+    assert seen[0] == "preparing"
+    seen.clear()
+    assert sampling.sample_first(studio, job) is first
+    assert not seen
+    assert {caption for _, _, caption in tiles_of(sampling.sample_first(critic, Job()).images)} == {""}
+
+
+def test_pictures_that_were_stopped_are_drawn_the_next_time(small_run):
+    studio, job = Studio("tiny", small_run), Job()
+    job.stop()
+    with pytest.raises(Stopped):
+        sampling.sample_first(studio, job)
+    assert sampling.sample_first(studio, Job()).images
+
+
+def test_a_server_starts_without_pictures_that_take_too_long(small_run, monkeypatch):
+    monkeypatch.setattr(server, "PATIENCE", 0)
+    monkeypatch.setattr(sampling, "sample_first", lambda studio, job: [time.sleep(0.05), job.check()])
+    assert list(server.open_studios([small_run])) == ["digits-at"]
+
+
+def test_examples_are_images_that_the_model_gets_right(studio, critic):
+    test = studio.data.test
+    with torch.no_grad():
+        p = studio.model(test.float()).softmax(1)
+    right = [k for k in range(32) if p[k].argmax() == test.y[k]]
+    unsure = min(right, key=lambda k: p[k].max())
+    assert 1 < len(right) < 32
+    right.remove(unsure)
+    assert [studio.example(k) for k in range(-1, len(right))] == [unsure, *right]
+    assert studio.example(len(right) + 1) == right[0]
+    second = p[right[0]].argsort(descending=True)[1]
+    assert studio.second_class(right[0]) == str(int(second))
+    assert [critic.example(k) for k in (0, 1, -1)] == [0, 1, 31]
+
+
+def test_without_training_images_chains_start_from_noise(small_run, monkeypatch):
+    nothing = small_run.data.train.take(slice(0))
+    monkeypatch.setattr(small_run, "data", small_run.data._replace(train=nothing, val=nothing))
+    studio = Studio("tiny", small_run)
+    assert studio.starts(studio.sampler()) == ["noise"]
+    assert studio.sampler().start == "noise"
+    assert sampling.sample_first(studio, Job()).images
 
 
 def test_no_more_images_at_once_than_their_size_allows(studio, monkeypatch):
@@ -403,8 +493,8 @@ def test_no_more_images_at_once_than_their_size_allows(studio, monkeypatch):
 
 def test_seeds_and_classes_decide_a_sample(studio):
     one, same, other = drawn(studio), drawn(studio), drawn(studio, seed=4)
-    assert np.array_equal(np.asarray(one.picture), np.asarray(same.picture))
-    assert not np.array_equal(np.asarray(one.picture), np.asarray(other.picture))
+    assert one.images == same.images
+    assert one.images != other.images
     assert studio.labels("7", 3).tolist() == [7, 7, 7]
     assert studio.labels(EVERY, 12).tolist() == [*range(10), 0, 1]
     with pytest.raises(UserError, match="no class '11'"):
@@ -515,6 +605,9 @@ def test_an_attack_shows_what_the_model_says(studio):
         assert length <= (0.2 * 255 if norm == "linf" else 0.2) * 1.01
         rises = float(shown.table[1][2]) > float(shown.table[1][1])
         assert rises == (name != "nothing")
+    wrong = attacking.attack(studio, x, (label + 1) % 10, "PGD", "l2", 0.0, 1, "0", 0, Job())
+    assert f"Taken for {label} before any attack, and its class is {(label + 1) % 10}." in wrong.note
+    assert "changed nothing" in wrong.note
     with pytest.raises(UserError, match="already"):
         attacking.attack(studio, x, label, attacking.TARGETED_PGD, "l2", 0.2, 10, str(label), 0, Job())
 
@@ -635,7 +728,7 @@ def test_every_application_gives_a_picture(studio, name):
     asked = editing.EditForm(name, "8", 3, [d.value for d in tool.dials], other, 0)
     shown = editing.apply_tool(studio, x, paint, where, asked, Job())
     assert shown.result.size[0] >= 300
-    assert None not in (shown.begin, shown.film)  # or those of another edit stay
+    assert shown.film is not None  # or that of another edit stays
     assert "nats" in shown.note
     for d in tool.dials:
         assert d.low <= d.value <= d.high
@@ -651,6 +744,21 @@ def test_pixels_that_are_not_brushed_stay(studio):
         same = pixels == to_bytes(x)[0].numpy()
         assert same[~where[0].numpy()].all()
         assert not same[where[0].numpy()].all()
+
+
+def test_an_edit_that_changes_nothing_says_so(studio):
+    x, _ = studio.image(0)
+    asked = editing.EditForm("translate", "8", 10, [0], None, 0)
+    assert editing.apply_tool(studio, x, *brush(), asked, Job()).note.startswith("**Nothing changed.**")
+    asked = asked._replace(dials=[1])
+    assert "Nothing" not in editing.apply_tool(studio, x, *brush(), asked, Job()).note
+
+
+def test_the_brush_is_for_tools_that_use_it(studio):
+    x, _ = studio.image(0)
+    asked = editing.EditForm("translate", "8", 3, [1], None, 0)
+    plain, brushed = (editing.apply_tool(studio, x, *brush(*cells), asked, Job()) for cells in ((), [(0, 0)]))
+    assert np.array_equal(np.asarray(plain.result), np.asarray(brushed.result))
 
 
 @pytest.mark.parametrize(
@@ -707,20 +815,81 @@ def test_runs_are_listed_and_reported_without_being_touched(studio, tmp_path):
     run.append([record])
     one = Studio("one", run)
     before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
-    head, rows = listing.table([one, Studio("two", run)])
+    head, rows = listing.full_table([one, Studio("two", run)])
     assert head == ["measured", "samples", "one", "two"]
     assert rows == [["accuracy", "", "87.5 ± 1.0 %", "87.5 ± 1.0 %"]]
     other = Studio("other", studio.run)
     (tmp_path / "other").mkdir()
     other.run = linked(studio.run, tmp_path / "other")
     other.run.append([record | {"name": "only here"}, record])
-    assert [row[0] for row in listing.table([other, one])[1]] == ["accuracy", "only here"]  # what both have comes first
+    assert [row[0] for row in listing.full_table([other, one])[1]] == [
+        "accuracy",
+        "only here",
+    ]  # what both have comes first
     (tmp_path / "page").mkdir()
     path, another = (listing.report(one, tmp_path / "page") for _ in range(2))
     assert path.parent.parent == another.parent.parent == tmp_path / "page"
     assert path.parent != another.parent  # of one visitor each
     assert "<h1>" in path.read_text()
     assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")} == before
+
+
+def measured(name, value, **settings):
+    return {"name": name, "value": value, "error": 0.01, "count": 100, "settings": settings, "series": {}}
+
+
+def test_headlines_are_of_the_set_with_the_least_distance(studio, tmp_path, monkeypatch):
+    threat = f"accuracy under {studio.run.recipe.threat.name}"
+    space = "(features of judge)"
+    records = [
+        measured("ECE", 0.1),
+        measured(f"intended class {space}", 0.5, samples="cs-class"),
+        measured(f"intended class {space}", 0.75, samples="ta-class"),
+        measured(f"FD {space}", 3.0, samples="cs-class"),
+        measured(f"FD {space}", 2.0, samples="ta-class"),
+        measured("FD (own features)", 0.1, samples="own-class"),
+        measured("accuracy", 0.9),
+        measured(threat, 0.6, attack=config.describe(studio.run.recipe.threat)),
+        measured("accuracy under PGD-99 l2 9", 0.1),
+        measured("accuracy under AutoAttack quick l2 0.5", 0.4),
+        measured("accuracy under AutoAttack quick l2 0.5, after APGD-CE", 0.45),
+    ]
+    monkeypatch.setattr(listing, "read_records", lambda run: records if run is studio.run else [])
+    (tmp_path / "other").mkdir()
+    other = Studio("other", linked(studio.run, tmp_path / "other"))
+    head, rows = listing.headline_table([studio, other])
+    assert head == ["measured", "tiny", "other"]
+    assert rows == [
+        ["clean accuracy", "90.0 ± 1.0 %", ""],
+        ["accuracy under the threat", f"60.0 ± 1.0 % ({studio.run.recipe.threat.name})", ""],
+        ["accuracy under AutoAttack", "40.0 ± 1.0 % (quick l2 0.5)", ""],
+        [f"FD {space}, best set", "2.000 ± 0.010 (ta-class)", ""],
+        [f"intended class {space}, same set", "75.0 ± 1.0 % (ta-class)", ""],
+    ]
+    assert listing.headline_table([other])[1] == []
+
+
+def test_a_model_brings_what_it_was_published_with(studio, tmp_path):
+    (tmp_path / "run").mkdir()
+    run = linked(studio.run, tmp_path / "run")
+    assert not listing.read_records(run)
+    assert not listing.is_published(run)
+    good = {"name": "accuracy", "value": 0.86, "error": 0.003, "count": 10_000, "samples": None}
+    bad = ["text", {"name": 3}, good | {"value": "<b>"}, good | {"count": None}]
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"measured": [*bad, good, good | {"name": "FD", "samples": "ta"}]}))
+    run.recipe = dataclasses.replace(run.recipe, init=str(model))
+    assert listing.full_table([Studio("one", run)])[1] == [
+        ["accuracy", "", "86.0 ± 0.3 %"],
+        ["FD", "ta", "0.860 ± 0.003"],
+    ]
+    assert listing.is_published(run)
+    run.append([measured("accuracy", 0.9)])
+    assert [record["value"] for record in listing.read_records(run)] == [0.9]  # measured here
+    assert not listing.is_published(run)
+    run.recipe = dataclasses.replace(run.recipe, init="nowhere/model")
+    assert not list(listing._published_records(run.recipe.init))
 
 
 def test_test_images_are_chosen_by_number(studio):

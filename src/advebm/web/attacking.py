@@ -91,7 +91,7 @@ def _show_attack(studio: Studio, image: Tensor, x_adv: Tensor, y: Tensor | None,
     energy = studio.energy(both)
     table = [["E(x), nats", f"{energy[0]:.4g}", f"{energy[1]:.4g}"]]
     change_of_energy = energy[1] - energy[0]
-    verdict = f"E(x) {'rises' if change_of_energy > 0 else 'falls'} by {change_of_energy.abs():.3g} nats"
+    verdict = f"E(x) {'rises' if change_of_energy > 0 else 'falls'} by {change_of_energy.abs():.3g} nats."
     figure = None
     if y is not None:
         probabilities, joint = studio.probabilities(both), studio.joint(both, y.repeat(2))
@@ -101,7 +101,9 @@ def _show_attack(studio: Studio, image: Tensor, x_adv: Tensor, y: Tensor | None,
         table.append(["with probability", *(f"{100 * p:.1f} %" for p in probabilities.amax(1).tolist())])
         figure = views.beside(studio.data.classes, probabilities[0], probabilities[1], "probabilities")
         before, after = predicted
-        verdict = f"taken for {after} instead of {before}" if before != after else f"still taken for {before}"
-    ball = ball_text(eps, norm)
-    note = f"**{verdict}**, by a change of {norm} length {distance} within {ball}; shown x {factor:.1f}"
+        verdict = f"Taken for {after} instead of {before}." if before != after else f"Still taken for {before}."
+        if int(probabilities[0].argmax()) != int(y):
+            verdict = f"Taken for {before} before any attack, and its class is {studio.name(int(y))}."
+    text = f"The change has {norm} length {distance} ({ball_text(eps, norm)} is allowed); it is shown x {factor:.1f}."
+    note = f"**{verdict}** {text if change.any() else 'The attack changed nothing.'}"
     return AttackShown(views.enlarge(image[0]), views.enlarge(x_adv[0]), added, figure, table, note)

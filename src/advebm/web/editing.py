@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool2d
 from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import generator, randn
 from advebm.edits import base, restore, transform
+from advebm.sampling.generate import to_bytes
 from advebm.web import views
 from advebm.web.inputs import parse_integer, parse_number
 from advebm.web.jobs import Job
@@ -50,10 +51,10 @@ class Tool(NamedTuple):
 TOOLS: Mapping[str, Tool] = MappingProxyType(
     {
         "inpaint": Tool(
-            "Brush over a part: it is taken away and made anew, the rest stays as it is.", "takes pixels away"
+            "What is brushed over is taken away and made anew; the rest stays as it is.", "takes pixels away"
         ),
         "paint": Tool(
-            "Paint with colours, on the picture or on an empty one: what is painted is made into the class.",
+            "Paint with colours, on the picture or on an empty one: what is painted is made to look like the class.",
             "paints",
             (Dial("freedom: l2 radius, 0 for no limit", 0, 10, 0.1, 0),),
         ),
@@ -86,7 +87,6 @@ TOOLS: Mapping[str, Tool] = MappingProxyType(
 class EditShown(NamedTuple):
     """Contents of the tab Edit."""
 
-    begin: Image | None
     result: Image | None
     film: Image | None
     note: str
@@ -126,13 +126,13 @@ def apply_tool(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, form: Ed
     draws = generator(parse_integer(form.seed, "the seed", 0, 2**31), "page-edit", device=studio.device)
     y = None if studio.critic or form.kind == ANY else torch.tensor([studio.data.number(form.kind)])
     mask = where if tool.brush == TOOLS["inpaint"].brush else None
-    image = x[None] if mask is not None else torch.where(where, paint, x)[None]
+    image = torch.where(where, paint, x)[None] if tool.brush == TOOLS["paint"].brush else x[None]
     if mask is not None and not mask.any():
         raise UserError("nothing is brushed over; brush over what is to be made anew")
 
     def observe(k: int, z: Tensor, value: Tensor) -> None:
         picture = views.enlarge(z[0]) if len(z) == 1 else views.film_sheet(z[None])
-        job.tell(EditShown(None, picture, None, f"step {k} of {steps}"))
+        job.tell(EditShown(picture, None, f"step {k} of {steps}"))
 
     options: dict[str, Any] = {"observe": observe, "frames": 9}
     with studio.search(job) as model:
@@ -162,21 +162,23 @@ def apply_tool(studio: Studio, x: Tensor, paint: Tensor, where: Tensor, form: Ed
                 classes, weights = [int(y), studio.data.number(form.other)], (1.0, values[0])
                 edited = transform.Compose(steps, weights=weights)([model, model], image, classes, **options)
     if form.tool == "interpolate":
-        begin, result = views.film_sheet(edited.begin[None]), views.film_sheet(edited.x[None])
+        result = views.film_sheet(edited.x[None])
         film = edited.film.transpose(0, 1)  # one row per frame
     else:
-        begin, result, film = views.enlarge(edited.begin[0]), views.enlarge(edited.x[0]), edited.film
-    return EditShown(begin, result, views.film_sheet(film), note(edited))
+        result, film = views.enlarge(edited.x[0]), edited.film
+    return EditShown(result, views.film_sheet(film), note(edited))
 
 
 def note(edited: base.Edited) -> str:
-    """Return the numbers of an edit, averaged over its images, as text."""
+    """Return the numbers of an edit, averaged over its images, as text; if no pixel changed, that comes first."""
     means = {name: values.mean().item() for name, values in edited.numbers.items()}
-    parts = [f"energy {means['energy before']:.3g} → {means['energy after']:.3g} nats"]
+    parts = [f"energy {views.short(means['energy before'])} → {views.short(means['energy after'])} nats"]
     parts.append(f"l2 change {means['distance']:.2f}")
     if "confidence after" in means:
         before, after = 100 * means["confidence before"], 100 * means["confidence after"]
         parts.append(f"probability of the class {before:.0f} → {after:.0f} %")
+    if torch.equal(to_bytes(edited.begin), to_bytes(edited.x)):
+        return f"**Nothing changed.** Take more steps, or choose another class. ({', '.join(parts)})"
     return ", ".join(parts)
 
 
@@ -211,12 +213,14 @@ def explain(studio: Studio, x: Tensor, target: str, level: Any, steps: Any, job:
         edited = counterfactual(model, x[None], y, observe=observe, frames=21)
     numbers = {name: float(values[0]) for name, values in edited.numbers.items()}
     old, reached = studio.name(int(numbers["from"])), numbers["reached"] > 0
-    text = f"**{target}** has probability {100 * numbers['confidence after']:.0f} % at an l2 distance of "
-    text += f"{numbers['distance']:.2f}"
+    text = f"The model takes the image for **{old}**."
+    outcome = f"probability {100 * numbers['confidence after']:.0f} % at an l2 distance of {numbers['distance']:.2f}"
     if numbers["from"] == numbers["to"]:
-        text = f"The model takes the image for {old} already; choose another class."
+        text += " Choose another class."
     else:
-        text = f"{text}; the image is taken for {old}." if reached else f"Not reached within the largest ball: {text}."
+        text += (
+            f" **{target}** has {outcome}." if reached else f" Not reached: {target} has {outcome}, the largest tried."
+        )
     return Explained(edited.film[0], {k: v[0] for k, v in edited.series.items()}, (old, target), reached, text)
 
 

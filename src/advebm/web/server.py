@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import tempfile
+import threading
 import time
 from asyncio import CancelledError
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,8 @@ from advebm.evaluation.compare import by_title
 from advebm.runs.run import Run
 from advebm.web import sampling
 from advebm.web.inputs import MAX_FILE_BYTES
-from advebm.web.jobs import Job
-from advebm.web.studio import EVERY, Studio
+from advebm.web.jobs import Job, Stopped
+from advebm.web.studio import Studio
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -26,6 +27,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # as in URLs; "[": older versions of Starlette cut at the first colon
 BODY = 2 * MAX_FILE_BYTES  # limit of a request
 WAITING = 32  # limit of jobs in the queue
+PATIENCE = 30  # seconds that the first pictures may take before the page is served
 AT_ONCE = 4  # limit of running jobs of one kind; searches on one model still take turns
 
 # Browsers let the page load from, submit to and be framed by this server only.
@@ -40,18 +42,23 @@ HEADERS = {
 
 
 def open_studios(runs: Sequence[Run], *, checkpoint: str = "latest", device: str = "cpu") -> dict[str, Studio]:
-    """Load runs by title and draw once from each, so that the first visitor does not wait."""
+    """Load runs by title, and draw the pictures that the page opens with, unless that takes too long."""
     if len({run.folder.resolve() for run in runs}) < len(runs):
         raise UserError("a run is named twice; name each once")
     studios = {}
     for title, run in by_title(runs).items():
         if not run.checkpoints.latest():
             raise UserError(f"{run.folder} has no checkpoint yet; train it first: advebm train --resume {run.folder}")
-        studios[title] = studio = Studio(title, run, checkpoint=checkpoint, device=device)
-        method = studio.methods()[0]
-        s = studio.sampler(method)
-        short = sampling.build_sampler(studio, method, s.start, s.step_size, s.radius or 0, s.noise, min(2, s.steps))
-        sampling.sample(studio, short, EVERY, 20, 0, Job())
+        studios[title] = Studio(title, run, checkpoint=checkpoint, device=device)
+    job = Job()
+    timer = threading.Timer(PATIENCE, job.stop)
+    timer.start()
+    try:
+        sampling.sample_first(next(iter(studios.values())), job)
+    except Stopped:  # they are drawn when the page is opened
+        pass
+    finally:
+        timer.cancel()
     return studios
 
 

@@ -122,7 +122,7 @@ def draw_slice(values: Tensor, reach: float, at: Tensor, symbol: str) -> Image:
         axis.scatter(at[:, 0], at[:, 1], s=8, c=np.arange(len(at)), cmap="autumn_r", zorder=3)
         side = -1 if at[:, 1].mean() > at[[0, -1], 1].mean() else 1  # avoid the path
         edge = [patheffects.withStroke(linewidth=2, foreground="#333333")]
-        for name, point in (("seed", at[0]), ("image", at[-1])):
+        for name, point in (("start", at[0]), ("image", at[-1])):
             options: Any = {"textcoords": "offset points", "ha": "center", "va": "center", "path_effects": edge}
             axis.annotate(name, (point[0].item(), point[1].item()), (0, 12 * side), color="white", **options)
         axis.set(xlabel="first direction (pixels of [0, 1], l2)", ylabel="second direction", aspect="equal")

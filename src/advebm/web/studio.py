@@ -4,6 +4,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from advebm.web.inputs import parse_integer
 from advebm.web.jobs import Job
 
 EVERY = "every class"
+CANDIDATES = 32  # first test images, among which those to show first are looked for
 
 
 class Studio:
@@ -57,6 +59,8 @@ class Studio:
             self._buffer = False
         self._lock = threading.Lock()
         self._starts: dict[tuple[str, str, float], Start] = {}
+        self._kept: dict[str, Any] = {}
+        self._examples, self._likely = self._find_examples()
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +79,16 @@ class Studio:
     def about(self) -> str:
         recipe, shape = self.run.recipe, " x ".join(map(str, self.data.shape))
         kind = "critic" if self.critic else f"{len(self.data.classes)} classes"
-        return f"{recipe.name} · {self.data.name}, {kind}, images {shape} · {int(self._checkpoint):,} images seen"
+        seen = int(self._checkpoint)
+        trained = f" · after {seen:,} training images" if seen else ""  # 0: trained elsewhere
+        return f"{recipe.name} · {self.data.name}, {kind}, images {shape}{trained}"
+
+    def keep(self, name: str, make: Callable[[], Any], job: Job) -> Any:
+        """Return what ``make`` returned when this was first called with ``name``; the first job is told to wait."""
+        if name not in self._kept:
+            job.tell("preparing")
+            self._kept[name] = make()
+        return self._kept[name]
 
     # Classes and images -------------------------------------------------------------------------------------------
 
@@ -93,6 +106,28 @@ class Studio:
         index = parse_integer(number, "the number of a test image", 0, count - 1)
         return to_float(self.data.test.x[index]), int(self.data.test.y[index])
 
+    def example(self, place: int) -> int:
+        """Return the number of a test image, of those that a classifier takes for their class if there are any.
+
+        Of these the last, ``place`` -1, is the one that it is least sure of.
+        """
+        return self._examples[place % len(self._examples)]
+
+    def second_class(self, number: int) -> str:
+        """Return the class that a classifier finds second most likely for an example."""
+        return self.name(int(self._likely[number, 1]))
+
+    def _find_examples(self) -> tuple[list[int], Tensor]:
+        """Return the numbers for :meth:`example`, and the two likeliest classes of the first test images (N, 2)."""
+        first = self.data.test.take(slice(CANDIDATES))
+        everything = list(range(len(first)))
+        if self.critic or not everything:
+            return everything, torch.full((len(first), 2), -1)
+        share, likely = self.probabilities(first.float()).topk(2)
+        numbers = (likely[:, 0] == first.y).nonzero().flatten().tolist() or everything
+        least_sure = min(numbers, key=lambda number: share[number, 0].item())
+        return [*(number for number in numbers if number != least_sure), least_sure], likely
+
     def name(self, label: int) -> str:
         return self.data.classes[label] if 0 <= label < len(self.data.classes) else "no label"
 
@@ -107,8 +142,9 @@ class Studio:
 
     def starts(self, sampler: Sampler) -> list[str]:
         """Return the kinds of starts that a sampler's chains can have with this run."""
-        kinds = ["global", "noise"]
-        if not self.critic and self.data.train.labelled and not isinstance(sampler, Ascent):
+        fitted = len(self.data.train) > 0  # there are images to fit Gaussians on
+        kinds = ["global", "noise"] if fitted else ["noise"]
+        if fitted and not self.critic and self.data.train.labelled and not isinstance(sampler, Ascent):
             kinds.insert(0, "class")
         if self.run.recipe.outside is not None:
             kinds.append("outside")
@@ -119,7 +155,7 @@ class Studio:
     def sampler(self, method: str | None = None) -> Sampler:
         """Return the run's sampler, or another method with its settings; prefer those tuned for this checkpoint.
 
-        A start that the run does not offer is replaced by ``global``.
+        A start that the run does not offer is replaced by ``global``, or by ``noise`` without training images.
         """
         recipe, sampler = self.run.recipe, self.run.recipe.sampler
         if method not in (None, config.describe(sampler)["kind"]):
@@ -129,7 +165,10 @@ class Studio:
         tuned = find_tuned(self.run, sampler)
         if tuned is not None and tuned[1].get("checkpoint") == self._checkpoint:
             return tuned[0]
-        return sampler if sampler.start in self.starts(sampler) else dataclasses.replace(sampler, start="global")
+        offered = self.starts(sampler)
+        if sampler.start in offered:
+            return sampler
+        return dataclasses.replace(sampler, start="global" if "global" in offered else "noise")
 
     def seeds(self, sampler: Sampler, y: Tensor, seed: int) -> tuple[Tensor, torch.Generator]:
         """Return start images (B, C, H, W) of chains of classes ``y (B,)``, and the generator of their noise."""

@@ -1,14 +1,14 @@
 """Turn tensors into pictures that are large enough for the page, and into figures."""
 
+import base64
+import html
 import io
-import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,6 +20,18 @@ from advebm.reporting.figures import STYLE, png
 from advebm.sampling.generate import to_bytes
 
 EDGE = 320  # approximate edge of a single image on the page, in pixels
+LOSSLESS = 64  # largest edge of an image that tiles show without loss
+CSS = """
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 10px 8px; }
+.tiles figure { margin: 0; }
+.tiles img { display: block; width: 100%; border-radius: 4px; image-rendering: pixelated; }
+.tiles figcaption { margin-top: 2px; font-size: 13px; line-height: 1.3; text-align: center; overflow-wrap: anywhere; }
+.numbers { overflow-x: auto; }
+.numbers table { width: 100%; margin: 0; border-collapse: collapse; }
+.numbers :is(table, tr, th, td) { border: 0 !important; text-align: left; }
+.numbers :is(th, td) { padding: 6px 12px 6px 0 !important; border-bottom: 1px solid #8884 !important; }
+@media (min-width: 900px) { .tiles { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); } }
+"""
 PYPLOT_LOCK = threading.Lock()  # all threads share pyplot's state
 
 
@@ -30,11 +42,37 @@ def enlarge(x: Tensor, edge: int = EDGE) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def image_sheet(x: Tensor, columns: int = 10, width: int = 720) -> Image.Image:
-    """Arrange images (N, C, H, W) in rows."""
-    columns = min(columns, len(x))
-    rows = pictures.rows_by_class(x.cpu(), torch.full((len(x),), -1), math.ceil(len(x) / columns), columns)
-    return pictures.grid(rows, tile=width // max(columns, 5))
+def tiles(x: Tensor, captions: Sequence[str]) -> str:
+    """Return HTML that shows images (N, C, H, W) side by side, as many in a row as fit, each above its caption.
+
+    An empty caption takes no place.  :data:`CSS` is the style.
+    """
+    parts = []
+    for image, caption in zip(to_bytes(x.cpu()), captions, strict=True):
+        words = html.escape(caption)
+        below = f"<figcaption>{words}</figcaption>" if words else ""
+        parts.append(f'<figure><img src="{_data_address(image)}" alt="{words or "image"}">{below}</figure>')
+    return f'<div class="tiles">{"".join(parts)}</div>'
+
+
+def _data_address(image: Tensor) -> str:
+    """Return a ``data:`` address of an image, uint8 (C, H, W): PNG, or JPEG where that saves much."""
+    picture, buffer = pictures.to_picture(image), io.BytesIO()
+    kind = "PNG" if max(picture.size) <= LOSSLESS else "JPEG"
+    picture.save(buffer, kind, quality=92)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of texts as HTML."""
+    line = lambda cells, kind: f"<tr>{''.join(f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"
+    body = "".join(line(cells, "td") for cells in rows)
+    return f'<div class="numbers"><table>{line(head, "th")}{body}</table></div>'
+
+
+def short(value: float) -> str:
+    """Return a number with 3 digits; 0 for what is smaller than a thousandth."""
+    return f"{value:.3g}" if abs(value) >= 1e-3 else "0"
 
 
 def film_sheet(x: Tensor, width: int = 720) -> Image.Image:
