@@ -142,9 +142,9 @@ class Studio:
 
     def starts(self, sampler: Sampler) -> list[str]:
         """Return the kinds of starts that a sampler's chains can have with this run."""
-        fitted = len(self.data.train) > 0  # there are images to fit Gaussians on
+        fitted = len(self.data.train) > 0 or self.data.gaussians is not None  # there are Gaussians to draw from
         kinds = ["global", "noise"] if fitted else ["noise"]
-        if fitted and not self.critic and self.data.train.labelled and not isinstance(sampler, Ascent):
+        if fitted and not self.critic and self.data.labelled and not isinstance(sampler, Ascent):
             kinds.insert(0, "class")
         if self.run.recipe.outside is not None:
             kinds.append("outside")
