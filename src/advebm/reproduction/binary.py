@@ -121,6 +121,73 @@ def binary_at_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
     }
 
 
+STABILITY = {  # of each run: objective and largest gradient norm
+    "binary-at": ("binary-at", None),
+    "maximum likelihood": ("binary-mle", None),
+    "binary-at, clipped": ("binary-at", 1.0),
+    "maximum likelihood, clipped": ("binary-mle", 1.0),
+}
+GAP, LOSS = "E(negatives) - E(data), largest", "loss, lowest"  # names of records
+
+
+def binary_at_stability(folder: Path, options: Options) -> Experiment:
+    """Binary AT beside maximum likelihood with the same search, without and with gradient clipping: section 5.3.
+
+    Only the loss differs: none has R1, and none goes back with a lower learning rate when it diverges.
+    """
+    critic = lambda kind, clip: find_recipe(
+        "digits-binary-at",
+        options,
+        objective=kind,
+        objective__r1=0.0,
+        train__clip=clip,
+        train__rollbacks=0,
+        train__log_every=400,
+    )
+    recipes = {label: critic(*changes) for label, changes in STABILITY.items()}
+    return Experiment(
+        recipes,
+        lambda runs: {label: stability_records(run) for label, run in runs.items()},
+        figures=stability_figures,
+        conclude=conclude_stability,
+    )
+
+
+def stability_records(run: Run) -> Records:
+    """Return how far the energies of negatives and data came apart in training, and how low the loss fell."""
+    names = {"negatives": "train/energy_negative", "data": "train/energy_data", "loss": "train/loss"}
+    lines = [line for line in run.history() if all(name in line for name in names.values())]
+    series = {"images": [float(line["images"]) for line in lines]}
+    series |= {short: [float(line[name]) for line in lines] for short, name in names.items()}
+    gaps = [a - b for a, b in zip(series["negatives"], series["data"], strict=True)]
+    records = [Record(GAP, max(gaps), 0.0, len(lines), {}, series), Record(LOSS, min(series["loss"]), 0.0, len(lines))]
+    return [dataclasses.asdict(record) for record in records]
+
+
+def stability_figures(results: Results) -> dict[str, bytes]:
+    """Return figures of the energies of data and negatives and of the loss against training images."""
+    energies: dict[str, dict[float, tuple[float, float]]] = {}
+    losses: dict[str, dict[float, tuple[float, float]]] = {}
+    for label, records in results.items():
+        series = next(r["series"] for r in records if r["name"] == GAP)
+        course = lambda name, series=series: {x: (y, 0.0) for x, y in zip(series["images"], series[name], strict=True)}
+        energies |= {f"{label}: {who}": course(who) for who in ("data", "negatives")}
+        losses[label] = course("loss")
+    return {
+        "Energies of data and negatives": figures.lines(energies, "training images", "E (nats)"),
+        "Loss": figures.lines(losses, "training images", "loss (nats)"),
+    }
+
+
+def conclude_stability(results: Results) -> list[str]:
+    """Return a line for each run: how far apart the energies came, and how low the loss fell."""
+    lines = []
+    for label, records in results.items():
+        gap, loss = (next(r["value"] for r in records if r["name"] == name) for name in (GAP, LOSS))
+        lines.append(f"{label}: energies come apart by at most {gap:.3g} nats, the loss falls to {loss:.3g}")
+    return lines
+
+
 HYBRIDS = ("standard", "at", "oe", "ratio", "gat", "dat", "jem", "short-run-mle", "binary-at")
 
 

@@ -10,7 +10,7 @@ from advebm.reporting.build import report
 from advebm.reporting.terminal import print_runs, print_side_by_side
 from advebm.reproduction import tables
 from advebm.reproduction.applications import digits_applications, jeat_figure4
-from advebm.reproduction.binary import digits_binary_at, digits_hybrids
+from advebm.reproduction.binary import binary_at_stability, digits_binary_at, digits_hybrids
 from advebm.reproduction.experiment import Experiment, Options, carry_out
 from advebm.reproduction.scales import SCALES
 from advebm.reproduction.study import say
@@ -23,11 +23,13 @@ EXPERIMENTS: dict[str, Callable[[Path, Options], Experiment]] = {
     "jeat-figure5": jeat_figure5,
     "cem-claims": cem_claims,
     "digits-binary-at": digits_binary_at,
+    "binary-at-stability": binary_at_stability,
     "digits-hybrids": digits_hybrids,
     "digits-unsupervised": digits_unsupervised,
     "digits-applications": digits_applications,
 }
 QUICK: dict[str, Options] = {
+    "binary-at-stability": [("train.images", 4_800)],
     "digits-binary-at": [("train.images", 16_000), ("objective.curriculum.window", 400)],
     "digits-hybrids": [("train.images", 12_000)],
     "digits-unsupervised": [("train.images", 12_000)],

@@ -29,6 +29,7 @@ from advebm.web.inputs import parse_integer
 from advebm.web.jobs import Job
 
 EVERY = "every class"
+FAIRLY_SURE = 0.6  # probability of an image that is clearly right, and that an attack within the threat may change
 CANDIDATES = 32  # first test images, among which those to show first are looked for
 
 
@@ -109,7 +110,7 @@ class Studio:
     def example(self, place: int) -> int:
         """Return the number of a test image, of those that a classifier takes for their class if there are any.
 
-        Of these the last, ``place`` -1, is the one that it is least sure of.
+        Of these the last, ``place`` -1, is the one whose probability is nearest to :data:`FAIRLY_SURE`.
         """
         return self._examples[place % len(self._examples)]
 
@@ -125,8 +126,8 @@ class Studio:
             return everything, torch.full((len(first), 2), -1)
         share, likely = self.probabilities(first.float()).topk(2)
         numbers = (likely[:, 0] == first.y).nonzero().flatten().tolist() or everything
-        least_sure = min(numbers, key=lambda number: share[number, 0].item())
-        return [*(number for number in numbers if number != least_sure), least_sure], likely
+        last = min(numbers, key=lambda number: abs(share[number, 0].item() - FAIRLY_SURE))
+        return [*(number for number in numbers if number != last), last], likely
 
     def name(self, label: int) -> str:
         return self.data.classes[label] if 0 <= label < len(self.data.classes) else "no label"
