@@ -56,7 +56,8 @@ def test_commands_that_draw_need_no_data_and_the_others_say_so(published, withou
     assert cli.main(["sample", "model", "--per-class", "1", "--steps", "1"]) == 0
     assert cli.main(["edit", "inpaint", "model", "--split", "test", "--count", "2", "--edit.steps", "1"]) == 0
     (folder,) = Path("runs/models").iterdir()
-    assert Run.open(folder).samples()
+    (samples,) = Run.open(folder).samples().values()
+    assert read_set(samples).manifest["fast"] == "fold"
     for command in (["evaluate", "model"], ["tune-sampler", "model"], ["sample", "model", "--compare", "cs,ta"]):
         assert cli.main(command) == 2
         assert "there are no digits here" in capsys.readouterr().err

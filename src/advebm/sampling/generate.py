@@ -65,7 +65,8 @@ def check_groups(sampler: Sampler, count: int, batch: int | None = None) -> None
 
 def sampling_view(model: nn.Module, data: Data, count: int, backend: BackendName) -> View | None:
     """Return the network as ``backend`` computes it, for ``count`` images; None if that cannot be applied."""
-    example = as_images(data.train.x[: min(count, CHUNK, batch_size_for(data.shape))], device_of(model))
+    images = data.train.x if len(data.train) else data.test.x
+    example = as_images(images[: min(count, CHUNK, batch_size_for(data.shape))], device_of(model))
     return make_view(model, example, find_backend(backend), loud=backend != "auto") if len(example) else None
 
 
