@@ -183,7 +183,12 @@ def moves(history: History) -> bytes | None:
 
 
 def lines(
-    groups: Mapping[str, Mapping[float, tuple[float, float]]], xlabel: str, ylabel: str, *, log: bool = False
+    groups: Mapping[str, Mapping[float, tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    log: bool = False,
+    yscale: str = "linear",
 ) -> bytes:
     """Plot one line for each group of {x: (value, error)}, with bars of 1.96 errors; ``log``: x on a log2 axis."""
     with plt.rc_context(STYLE):
@@ -192,7 +197,7 @@ def lines(
             x = sorted(points)
             values, errors = [points[k][0] for k in x], [1.96 * points[k][1] for k in x]
             axis.errorbar(x, values, errors, label=label, marker=".", capsize=2)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
         if log:
             axis.set_xscale("log", base=2)
         if any(groups):

@@ -155,37 +155,37 @@ def binary_at_stability(folder: Path, options: Options) -> Experiment:
 
 def stability_records(run: Run) -> Records:
     """Return how far the energies of negatives and data came apart in training, and how low the loss fell."""
-    names = {"negatives": "train/energy_negative", "data": "train/energy_data", "loss": "train/loss"}
-    lines = [line for line in run.history() if all(name in line for name in names.values())]
-    series = {"images": [float(line["images"]) for line in lines]}
-    series |= {short: [float(line[name]) for line in lines] for short, name in names.items()}
-    gaps = [a - b for a, b in zip(series["negatives"], series["data"], strict=True)]
-    records = [Record(GAP, max(gaps), 0.0, len(lines), {}, series), Record(LOSS, min(series["loss"]), 0.0, len(lines))]
+    names = ("train/energy_negative", "train/energy_data", "train/loss")
+    lines = [line for line in run.history() if all(name in line for name in names)]
+    gaps = [line[names[0]] - line[names[1]] for line in lines]
+    series = {"images": [float(line["images"]) for line in lines], "gap": gaps}
+    lowest = min(line[names[2]] for line in lines)
+    records = [Record(GAP, max(gaps), 0.0, len(lines), {}, series), Record(LOSS, lowest, 0.0, len(lines))]
     return [dataclasses.asdict(record) for record in records]
 
 
 def stability_figures(results: Results) -> dict[str, bytes]:
-    """Return figures of the energies of data and negatives and of the loss against training images."""
-    energies: dict[str, dict[float, tuple[float, float]]] = {}
-    losses: dict[str, dict[float, tuple[float, float]]] = {}
+    """Return a figure of the distance between energies of negatives and data against training images."""
+    gaps = {}
     for label, records in results.items():
         series = next(r["series"] for r in records if r["name"] == GAP)
-        course = lambda name, series=series: {x: (y, 0.0) for x, y in zip(series["images"], series[name], strict=True)}
-        energies |= {f"{label}: {who}": course(who) for who in ("data", "negatives")}
-        losses[label] = course("loss")
+        gaps[label] = {x: (y, 0.0) for x, y in zip(series["images"], series["gap"], strict=True)}
     return {
-        "Energies of data and negatives": figures.lines(energies, "training images", "E (nats)"),
-        "Loss": figures.lines(losses, "training images", "loss (nats)"),
+        "How far the energies of negatives and data come apart": figures.lines(
+            gaps, "training images", "E(negatives) - E(data), nats", yscale="symlog"
+        )
     }
 
 
 def conclude_stability(results: Results) -> list[str]:
-    """Return a line for each run: how far apart the energies came, and how low the loss fell."""
-    lines = []
-    for label, records in results.items():
-        gap, loss = (next(r["value"] for r in records if r["name"] == name) for name in (GAP, LOSS))
-        lines.append(f"{label}: energies come apart by at most {gap:.3g} nats, the loss falls to {loss:.3g}")
-    return lines
+    """Return in words how far the energies come apart by each loss, without and with clipping."""
+    gap = {label: next(r["value"] for r in records if r["name"] == GAP) for label, records in results.items()}
+    parts = [
+        f"{gap[f'binary-at{suffix}']:.3g} nats in binary AT and {gap[f'maximum likelihood{suffix}']:.3g} in maximum "
+        f"likelihood {how}"
+        for suffix, how in (("", "without clipping"), (", clipped", "with gradients clipped at 1"))
+    ]
+    return [f"The energies of negatives and data come apart by at most {', '.join(parts)}."]
 
 
 HYBRIDS = ("standard", "at", "oe", "ratio", "gat", "dat", "jem", "short-run-mle", "binary-at")

@@ -74,11 +74,19 @@ def reproduce(
     if scale is not None:
         return tables.write_table(name, scale, folder, results, runs, seeds=seeds, options=options)
     (print_runs if len(results) > 4 else print_side_by_side)(results)
-    for line in experiment.conclude(results):
+    conclusions = experiment.conclude(results)
+    for line in conclusions:
         say(line)
     title = f"{name} --quick: shorter training than the experiment's" if quick else name
     pngs = experiment.figures(results)
-    return report(runs[0], beside=runs[1:], out=folder / "report.html", title=title, shown=pngs)
+    return report(
+        runs[0],
+        beside=runs[1:],
+        out=folder / "report.html",
+        title=title,
+        shown=pngs,
+        sentence=" ".join(conclusions) or None,
+    )
 
 
 def check_name(name: str, scale: str | None, quick: bool) -> None:
