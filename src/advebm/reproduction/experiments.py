@@ -87,7 +87,7 @@ def check_name(name: str, scale: str | None, quick: bool) -> None:
         table = inventory.find_table(name)
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
-        table.share(scale)
+        table.images(scale)
         return
     if name in inventory.tables():
         scales = ", ".join(inventory.tables()[name].scales)
