@@ -59,7 +59,15 @@ def at_scale(name: str, scale: str, folder: Path, options: Options = ()) -> Expe
 
 
 def write_table(
-    name: str, scale: str, folder: Path, results: Results, runs: Sequence[Run], *, seeds: int = 1, options: Options = ()
+    name: str,
+    scale: str,
+    folder: Path,
+    results: Results,
+    runs: Sequence[Run],
+    *,
+    seeds: int = 1,
+    options: Options = (),
+    given: Mapping[str, str] | None = None,
 ) -> Path:
     """Print a table beside the paper's, write it and the report, and return the path of ``NAME-SCALE.json``.
 
@@ -69,6 +77,7 @@ def write_table(
     table = inventory.find_table(name)
     command = [f"advebm reproduce {name} --scale {scale}", f"--seeds {seeds}" * (seeds > 1)]
     command += [f"--{key} {value}" for key, value in options]
+    command += [f"--row {label}={reference}" for label, reference in (given or {}).items()]
     about = {"command": " ".join(filter(None, command)), "seeds": seeds, **provenance(SCALES[scale], results, runs)}
     plain = render.summarize(table, scale, agreement.table_cells(table, results), about)
     path = folder / f"{name}-{scale}.json"
@@ -143,9 +152,10 @@ def provenance(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]
     hardware = f"{machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} cores, "
     hardware += f"{machine.get('system')}, torch {machine.get('torch')}"
     trained = {
-        stage.recipe.name: f"{stage.recipe.train.images:,} images of {len(stage.data.train):,}"
+        stage.recipe.name: f"{images:,} images of {len(stage.data.train):,}" if images else "elsewhere"
         for run in runs
         for stage in run.stages
+        for images in (stage.recipe.train.images,)
     }
     days = [record["time"][:10] for records in results.values() for record in records if "time" in record]
     return {
