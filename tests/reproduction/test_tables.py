@@ -116,6 +116,25 @@ def test_stages_have_the_seed_of_their_run(tmp_path, monkeypatch):
     assert [(recipe.seed, recipe.before[0].seed) for recipe in seen] == [(0, 0), (1, 1)]
 
 
+def test_a_trained_model_stands_for_a_run(tmp_path, monkeypatch, small_run, capsys):
+    """With the data, threat and sampler of the row that it stands for, and without any training."""
+    patch_experiments(monkeypatch, "train_or_resume", lambda *a: pytest.fail("trained"))
+    recipe = dataclasses.replace(binary.hybrid("at", tmp_path, ()), seed=3)
+    experiment = Experiment({"at": recipe}, lambda runs: {})
+    _, (run,) = carry_out(experiment, tmp_path / "out", 1, {"at": str(small_run.folder)})
+    assert (run.recipe.name, run.recipe.seed, run.recipe.train.images) == ("at", 0, 0)
+    assert (run.recipe.threat, run.recipe.sampler) == (recipe.threat, recipe.sampler)
+    assert run.recipe.threat != small_run.recipe.threat
+    x = run.data.test.take(slice(8)).float()
+    assert torch.equal(run.model()[0](x), small_run.model()[0](x))
+    trained = tables.provenance(SCALES["digits"], {}, [run])["trained"]
+    assert trained == {"at": "elsewhere"}
+    with pytest.raises(UserError, match="there is no 'art' to stand for; there is at"):
+        carry_out(experiment, tmp_path / "out", 1, {"art": str(small_run.folder)})
+    assert cli.main(["reproduce", "dat", "--scale", "digits", "--row", "dat"]) == 2
+    assert "--row takes NAME=MODEL, as in --row at=model.pt, got 'dat'" in capsys.readouterr().err
+
+
 def test_a_scale_is_of_a_table(capsys):
     assert cli.main(["reproduce", "--scale", "digits"]) == 2
     assert "--scale is of a table; name one of" in capsys.readouterr().err
