@@ -581,6 +581,21 @@ def test_the_page_is_what_the_files_give():
         assert (ROOT / "docs" / path).exists(), path
 
 
+@in_a_checkout
+def test_numbers_of_runs_of_another_length_are_marked(tmp_path):
+    """A row or column of a run that is now trained on another number of images says so."""
+    for name, plain in results_page.load(ROOT / "results").items():
+        own, about = TABLES[plain["table"]], plain["about"]
+        methods = {key: title.partition(", ")[0] for key, title in own.columns.items() if title}
+        methods = methods or {r["name"]: own.of(r["name"])["method"].partition(", ")[0] for r in plain["rows"]}
+        for place, method in methods.items():
+            if not any(row["ours"] and (row["name"] == place or place in row["ours"]) for row in plain["rows"]):
+                continue
+            recipe = tables.recipe_of(own, plain["scale"], method, tmp_path, ())
+            length = int(about["trained"][method].partition(" ")[0].replace(",", ""))
+            assert length == recipe.train.images or place in about.get("former", {}), f"{name}: {place}"
+
+
 def test_the_page_has_the_papers_numbers_ours_and_the_verdict(tmp_path, monkeypatch):
     rows = tuple({**row, "note": "a note", "code": {"aa": 21.0}} if row["name"] == "B" else row for row in table().rows)
     rows += ({"name": "Quoted", "values": {"clean": 1.0}, "status": "quoted"},)

@@ -74,7 +74,7 @@ def compare_samplers(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Recor
         if rows := rows_of(title):
             table = table2(run, rows, judge, **drawing)
             results |= {f"{title}, {row}": records for row, records in table.items()}
-    text = "Uncurated; seeds, then a row a network."
+    text = "Uncurated: the Gaussians that samplers begin from, then a row for each network."
     figure_store.save_figure(judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", text)
     return results
 
@@ -163,9 +163,9 @@ def winners(results: Mapping[str, Records]) -> list[str]:
         rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and NO_STEPS not in t}
         (name, first), (second_name, second), *_ = sorted(rows.items(), key=lambda row: row[1][0])
         margin, error = second[0] - first[0], (first[1] ** 2 + second[1] ** 2) ** 0.5
-        seeds = fd[f"at, {group.rpartition(', ')[2]}, {NO_STEPS}"][0]
+        baseline = fd[f"at, {group.rpartition(', ')[2]}, {NO_STEPS}"][0]
         line = f"{group}: {name} ({first[0]:.1f}) before {second_name} by {margin:.1f} ± {error:.1f} in FD"
-        lines.append(f"{line}; its seeds have {seeds:.1f}")
+        lines.append(f"{line}; the baseline, {NO_STEPS}, has {baseline:.1f}")
     return lines
 
 
