@@ -306,7 +306,7 @@ def test_bad_experiments_are_refused(tmp_path, capsys):
 def test_the_quick_form_is_shorter_and_says_so(name, tmp_path, monkeypatch):
     lengths, titles = {}, []
 
-    def look(experiment, folder, seeds):
+    def look(experiment, folder, seeds, given):
         lengths[folder.name] = {t: entry.train.images for t, entry in experiment.recipes.items() if "@" not in t}
         return {"a": []}, ["run"]
 

@@ -688,8 +688,8 @@ def test_it_says_which_sampler_wins_and_by_how_much(monkeypatch):
     results |= {"acl, uncond, PGD": fd(50.0, 0.0), "acl, uncond, MaxEnt": fd(40.5, 0.0)}
     results |= {"at, cond, no steps": fd(6.0, 0.0), "at, uncond, no steps": fd(80.0, 0.0)}
     lines = [
-        "at, cond: CS (7.0) before TA by 2.0 ± 0.5 in FD; its seeds have 6.0",
-        "acl, uncond: MaxEnt (40.5) before PGD by 9.5 ± 0.0 in FD; its seeds have 80.0",
+        "at, cond: CS (7.0) before TA by 2.0 ± 0.5 in FD; the baseline, no steps, has 6.0",
+        "acl, uncond: MaxEnt (40.5) before PGD by 9.5 ± 0.0 in FD; the baseline, no steps, has 80.0",
     ]
     assert unsupervised.winners(results) == lines
     drawn = []

@@ -26,6 +26,9 @@ def add_reproduce(verbs: Commands) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="shorter training, where an experiment has that; labelled so"
     )
+    parser.add_argument(
+        "--row", action="append", default=[], metavar="NAME=MODEL", help="a trained model instead of the run NAME"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the runs go (runs/NAME, runs/NAME-SCALE)")
     parser.add_shared("threads")
 
@@ -56,5 +59,14 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
         folder = args.out or Path("runs") / f"{folder_name or name}-{args.scale}"
     else:
         folder = args.out or Path("runs") / f"{name}{'-quick' * args.quick}"
-    options = {"seeds": args.seeds, "quick": args.quick, "options": overrides}
+    given = dict(_parse_row(text) for text in args.row)
+    options = {"seeds": args.seeds, "quick": args.quick, "options": overrides, "given": given}
     print(experiments.reproduce(name, folder, scale=args.scale, **options))
+
+
+def _parse_row(text: str) -> tuple[str, str]:
+    """Return the label and the reference of ``NAME=MODEL``."""
+    label, equals, reference = text.partition("=")
+    if not (label and equals and reference):
+        raise UserError(f"--row takes NAME=MODEL, as in --row at=model.pt, got {text!r}")
+    return label, reference

@@ -1,7 +1,7 @@
 """Compare our numbers with the published ones."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from advebm.metrics.keys import first_match
@@ -23,9 +23,10 @@ def table_cells(table: Table, results: Mapping[str, Records]) -> Cells:
     return cells
 
 
-HOLDS, FAILS, OPEN = "holds", "fails", "within errors"
+HOLDS, FAILS, UNRESOLVED, NONE = "holds", "fails", "not resolvable", "not measured"
+COUNTED = {HOLDS: "held", FAILS: "failed", UNRESOLVED: UNRESOLVED, NONE: NONE}  # how summaries count verdicts
 SAME, SHAPE, PART = "reproduced", "reproduced in shape", "reproduced in part"
-NOT, NONE = "not reproduced", "not measured"
+NOT, UNDECIDED = "not reproduced", "undecided"
 
 
 def standard_error(cell: Cell) -> float:
@@ -50,52 +51,88 @@ def claim_sides(table: Table, claim: str) -> list[tuple[str, str]]:
 
 
 def judge_claims(table: Table, cells: Cells) -> Records:
-    """Judge every claim: its difference with the joint standard error, and whether the difference has the stated sign.
+    """Judge every claim; see :func:`claim_verdict`.
 
-    A claim holds or fails if the difference exceeds two standard errors; otherwise it is ``within errors``.  A claim
-    about a row of status ``doubtful`` is ``doubtful``: it does not count for the table.
+    Differences, their joint standard errors and the paper's differences are in the unit of the column: points, or for
+    FID and IS, whose scale depends on the features, percent of the mean of both sides.  A claim about a row of status
+    ``doubtful`` is ``doubtful``: it does not count for the table.
     """
     judgements = []
     for claim in table.claims:
         places = claim_sides(table, claim)
         larger, smaller = (cells.get(row, {}).get(key) for row, key in places)
         doubtful = any(table.row(row)["status"] == "doubtful" for row, _ in places)
-        judgement: dict[str, Any] = {"claim": claim, "rows": [row for row, _ in places], "doubtful": doubtful}
+        judgement: dict[str, Any] = {"claim": claim, "places": [list(place) for place in places], "doubtful": doubtful}
         if larger is None or smaller is None:
             judgements.append({**judgement, "verdict": NONE})
             continue
-        difference = larger["value"] - smaller["value"]
-        error = math.hypot(standard_error(larger), standard_error(smaller))
-        verdict = OPEN if abs(difference) <= 2 * error else HOLDS if difference > 0 else FAILS
+        relative = find_column(places[0][1]).relative
+        difference = _difference(larger["value"], smaller["value"], relative)
+        scale = 200.0 / (larger["value"] + smaller["value"]) if relative else 1.0
+        error = scale * math.hypot(standard_error(larger), standard_error(smaller))
+        high, low = (table.row(row).get("values", {}).get(key) for row, key in places)
+        published = None if high is None or low is None else _difference(high, low, relative)
+        judgement |= {"unit": "%" if relative else "points", "published": published}
+        verdict = claim_verdict(difference, error, published)
         judgements.append({**judgement, "difference": difference, "error": error, "verdict": verdict})
     return judgements
 
 
+def _difference(larger: float, smaller: float, relative: bool) -> float:
+    """Return the difference of two numbers; ``relative``: in percent of their mean."""
+    return 200.0 * (larger - smaller) / (larger + smaller) if relative else larger - smaller
+
+
+def claim_verdict(difference: float, error: float, published: float | None) -> str:
+    """Judge a claim that was measured, all in one unit, differences positive where they have the stated sign.
+
+    - ``not resolvable``: the paper's difference is smaller than two standard errors of ours, so that our numbers could
+      not have shown it, whatever they are.
+    - ``holds``: ours is more than two standard errors above zero.
+    - ``fails``: ours is more than two standard errors below the paper's, or below zero where the paper has no number.
+    - ``not resolvable``, too: anything else, as neither no difference nor the paper's is ruled out.
+    """
+    if published is not None and published < 2 * error:
+        return UNRESOLVED
+    if difference > 2 * error:
+        return HOLDS
+    return FAILS if difference < (published or 0.0) - 2 * error else UNRESOLVED
+
+
 def row_verdict(table: Table, name: str, scale: str, cells: Cells, claims: Records) -> str:
-    """Judge a row: by its numbers at full scale, if any was measured; else by the share of its claims that hold."""
+    """Judge a row: by its numbers at full scale, if any was measured; else count the verdicts of its claims."""
     row = table.row(name)
     if scale == "full" and (met := {k: v for k, v in _targets(table, row, cells).items() if v is not None}):
         missed = [find_column(key).heading for key, same in met.items() if not same]
         return f"{NOT}: {', '.join(missed)}" if missed else SAME
+    if name not in cells:
+        return ""
     doubtful = row["status"] == "doubtful"
-    return _count_verdicts([c["verdict"] for c in claims if name in c["rows"] and c["doubtful"] == doubtful])
+    own = [c for c in claims if c["doubtful"] == doubtful and any(row == name for row, _ in c["places"])]
+    return _count_verdicts([claim["verdict"] for claim in own])
 
 
 def table_verdict(table: Table, scale: str, cells: Cells, claims: Records) -> str:
     """Judge a table: ``reproduced`` if all its target numbers are met at full scale; else by its claims.
 
-    Doubtful claims are ignored.  One that fails or is within errors makes the table ``not reproduced``; else one that
-    was not measured makes it ``reproduced in part``.
+    Doubtful claims are ignored, and those that are not resolvable decide nothing.  One that fails makes the table
+    ``not reproduced``; else one that was not measured makes it ``reproduced in part``; else it is ``reproduced in
+    shape``.  Where no claim holds or fails the table is ``undecided``, or ``not measured``.
     """
     if scale == "full":
         met = [same for row in table.rows for same in _targets(table, row, cells).values()]
         if met and all(met):
             return SAME
     verdicts = [claim["verdict"] for claim in claims if not claim["doubtful"]]
-    if not (count := _count_verdicts(verdicts)):
+    if FAILS in verdicts:
+        verdict = NOT
+    elif HOLDS in verdicts:
+        verdict = PART if NONE in verdicts else SHAPE
+    elif UNRESOLVED in verdicts:
+        verdict = UNDECIDED
+    else:
         return NONE
-    missing = f", {n} {NONE}" if (n := verdicts.count(NONE)) else ""
-    return f"{NOT if {FAILS, OPEN} & set(verdicts) else PART if missing else SHAPE}: {count}{missing}"
+    return f"{verdict}: {_count_verdicts(verdicts)}"
 
 
 def _targets(table: Table, row: Mapping[str, Any], cells: Cells) -> dict[str, bool | None]:
@@ -105,9 +142,6 @@ def _targets(table: Table, row: Mapping[str, Any], cells: Cells) -> dict[str, bo
     return {key: is_close(row, key, ours[key]) if key in ours else None for key in keys}
 
 
-def _count_verdicts(verdicts: Iterable[str]) -> str:
-    """Return a text that counts the measured claims that hold, fail or are within errors; empty if none is."""
-    measured = [verdict for verdict in verdicts if verdict != NONE]
-    others = [f"{n} {words}" for what, words in ((FAILS, "fail"), (OPEN, OPEN)) if (n := measured.count(what))]
-    count = f"{measured.count(HOLDS)} of {len(measured)} claims hold"
-    return ", ".join([count, *others]) if measured else ""
+def _count_verdicts(verdicts: Sequence[str]) -> str:
+    """Return a text such as ``2 held, 1 failed, 1 not resolvable, 2 not measured``, without zeros."""
+    return ", ".join(f"{n} {words}" for verdict, words in COUNTED.items() if (n := verdicts.count(verdict)))

@@ -6,6 +6,8 @@ from typing import Any
 from advebm.papers.agreement import judge_claims, row_verdict, table_verdict
 from advebm.papers.inventory import Cell, Cells, Table, find_column, published_numbers
 
+FORMER = "former settings"  # beside numbers that are to be measured again
+
 
 def summarize(table: Table, scale: str, cells: Cells, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of ``results/NAME-SCALE.json``, which has all that reports show.
@@ -13,13 +15,15 @@ def summarize(table: Table, scale: str, cells: Cells, about: Mapping[str, Any]) 
     Its keys are:
 
     - ``table``, ``paper``, ``item``, ``what``, ``scale``, ``verdict`` and ``why``;
-    - ``about``: ``command``, ``seeds``, ``date``, ``hardware``, ``settings`` (of the scale) and ``trained`` (for each
-      run, the number of training images seen and of those in the data);
+    - ``about``: ``command``, ``seeds``, ``date``, ``hardware``, ``settings`` (of the scale), ``trained`` (for each
+      run, the number of training images seen and of those in the data) and perhaps ``former`` (row or column of numbers
+      that are to be measured again -> the settings that they were measured with);
     - ``columns``: published key -> heading;
     - ``rows``: each with ``name``, ``status``, ``note``, ``published`` (key -> number), ``code`` (results of reference
       code, if known), ``ours`` (key -> ``value``, ``error``, ``n``, ``seeds``, ``measured``; ``error`` is the standard
       error over n images, or with several training or sampling seeds the deviation over them) and ``verdict``;
-    - ``claims``: each with ``claim``, ``rows``, ``doubtful``, ``verdict`` and, if measured, ``difference``, ``error``.
+    - ``claims``: each with ``claim``, ``places`` (row and column of both sides), ``doubtful``, ``verdict`` and, if
+      measured, ``difference``, ``error``, ``published`` (the paper's difference, None if unknown) and their ``unit``.
     """
     claims = judge_claims(table, cells)
     rows = []
@@ -48,19 +52,22 @@ def text_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
     The heading of ours names what was measured, so that a distance in other features is not labelled FID.
     """
-    rows = [row for row in summary["rows"] if row["ours"]]
+    rows, former = [row for row in summary["rows"] if row["ours"]], summary["about"].get("former", {})
     coded = any(row["code"] for row in rows)
+    published = {key for row in summary["rows"] for key in row["published"]}
     headings = ["", "status"]
     for key, heading in summary["columns"].items():
         measured = {row["ours"][key]["measured"] for row in rows if key in row["ours"]}
         own = f"{measured.pop()}{' %' * (find_column(key).scale == 100)}" if len(measured) == 1 else heading
-        headings += [f"{heading}, paper", f"{own}, ours (n)"]
+        headings += [f"{heading}, paper"] * (key in published)
+        headings += [", ".join([f"{own}, ours (n)", *[FORMER] * (key in former)])]
     lines = []
     for row in rows:
-        line = [row["name"], "" if row["status"] == "runnable" else row["status"]]
+        status = "" if row["status"] == "runnable" else row["status"]
+        line = [row["name"], ", ".join(filter(None, [status, FORMER * (row["name"] in former)]))]
         for key in summary["columns"]:
-            published = f"{row['published'][key]:g}" if key in row["published"] else ""
-            line += [published, _format_cell(row["ours"].get(key))]
+            line += [f"{row['published'][key]:g}" if key in row["published"] else ""] * (key in published)
+            line += [_format_cell(row["ours"].get(key))]
         line += [", ".join(f"{summary['columns'][k]} {v:g}" for k, v in row["code"].items())] * coded
         lines.append([*line, row["verdict"]])
     return [*headings, *["reference code"] * coded, "verdict"], lines
@@ -78,13 +85,21 @@ def text_lines(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
     about, rows = summary["about"], summary["rows"]
     seeds = f"{about['seeds']} training seed{'s' * (about['seeds'] > 1)}"
     where = [f"scale {summary['scale']}: {about['settings']}", seeds, about["hardware"], about["date"]]
-    claims = []
-    for claim in summary["claims"]:
-        by = f" by {claim['difference']:.2f} ± {claim['error']:.2f}" if "difference" in claim else ""
-        doubt = " (on a doubtful number: does not count)" if claim["doubtful"] else ""
-        claims.append(f"{claim['claim']}{by}: {claim['verdict']}{doubt}")
+    claims = [_format_claim(claim, about.get("former", {})) for claim in summary["claims"]]
     if missing := sum(not row["ours"] for row in rows):
         published = sum(row["status"] != "unpublished" for row in rows)
         claims.append(f"{missing} of the paper's {published} rows have no number here")
     verdict = ". ".join(filter(None, [summary["verdict"], summary["why"]]))
     return "; ".join(where), [*claims, f"verdict: {verdict}"]
+
+
+def _format_claim(claim: Mapping[str, Any], former: Mapping[str, str]) -> str:
+    """Return a claim with our difference, the paper's, the verdict and what speaks against relying on it."""
+    text = claim["claim"]
+    if "difference" in claim:
+        text += f" by {claim['difference']:.2f} ± {claim['error']:.2f} {claim['unit']}"
+        text += "" if claim["published"] is None else f" (paper: {claim['published']:.2f})"
+    doubts = ["on a doubtful number: does not count"] * claim["doubtful"]
+    if "difference" in claim and any(name in former for place in claim["places"] for name in place):
+        doubts.append(FORMER)
+    return f"{text}: {claim['verdict']}" + f" ({'; '.join(doubts)})" * bool(doubts)

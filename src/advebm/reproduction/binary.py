@@ -13,7 +13,7 @@ from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
 from advebm.metrics.detectors import Detectors
 from advebm.metrics.keys import Key, attack_key, key_of
-from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution
+from advebm.metrics.ood import EnergyScore, MaxSoftmax, OutOfDistribution, Score
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.reporting import figures
 from advebm.reproduction.experiment import Experiment, Options, Results
@@ -77,19 +77,27 @@ def digits_binary_at(folder: Path, options: Options) -> Experiment:
 
 
 def detection_by(recipes: Mapping[str, Recipe], outliers: Sequence[Any], restarts: int = 1) -> Experiment:
-    """Return an experiment: detection of outliers, clean and attacked within l2 1, by the scores of the papers."""
+    """Return an experiment: detection of outliers, clean and attacked within l2 1.
+
+    Classifiers detect by low confidence, as Binary-AT section 5.2 says of OE, RATIO and JEM, and critics by energy.
+    What JEM's energy detects comes as ``jem, energy``.
+    """
     recipes = {m: dataclasses.replace(e, threat=Attack(1.0, "l2", 20)) for m, e in recipes.items()}
     sets = tuple(config.build(s, "outlier") for s in outliers)
+
+    def records(run: Run, score: Score) -> Records:
+        metric = OutOfDistribution((score,), sets, eps=1.0, restarts=restarts)
+        first = measure_missing(run, {DETECTION._replace(by=score.name): metric})[0]
+        found = [r for r in run.records() if r["time"] == first["time"] and key_of(r).by == score.name]
+        return [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in found]
 
     def measure(runs: Mapping[str, Run]) -> Results:
         results = {}
         for method, run in runs.items():
-            # the scores of the methods' papers: confidence, or log p(x)
-            score = MaxSoftmax() if method in ("oe", "ratio") else EnergyScore()
-            metric = OutOfDistribution((score,), sets, eps=1.0, restarts=restarts)
-            first = measure_missing(run, {DETECTION._replace(by=score.name): metric})[0]
-            records = [r for r in run.records() if r["time"] == first["time"] and r["settings"].get("metric")]
-            results[method] = [{**r, "name": r["name"].replace(f" {score.name}", "")} for r in records]
+            is_critic = run.recipe.objective.outputs == 1
+            results[method] = records(run, EnergyScore() if is_critic else MaxSoftmax())
+            if method == "jem":
+                results[f"{method}, energy"] = records(run, EnergyScore())
         return results
 
     return Experiment(recipes, measure)

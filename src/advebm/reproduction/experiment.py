@@ -5,11 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from advebm.core import config
+from advebm.core.errors import UserError
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records
 from advebm.reproduction.study import draw_if_missing, say, train_or_resume
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run, share_images
+from advebm.workflows.adopt import adopt
 
 Results = dict[str, Records]  # by title, such as a method or a table row
 Measure = Callable[[Mapping[str, Run]], Results]
@@ -37,11 +40,28 @@ class Experiment:
     conclude: Callable[[Results], list[str]] = lambda results: []
 
 
-def carry_out(experiment: Experiment, folder: Path, seeds: int) -> tuple[Results, list[Run]]:
+def wrap(reference: str, recipe: Recipe, folder: Path) -> Run:
+    """Return a run around a trained model, with a recipe's data, threat, sampler and seed; see :func:`adopt.adopt`."""
+    plain = config.describe(recipe)
+    return adopt(reference, folder, [(name, plain[name]) for name in ("name", "data", "threat", "sampler", "seed")])
+
+
+def carry_out(
+    experiment: Experiment, folder: Path, seeds: int, given: Mapping[str, str] | None = None
+) -> tuple[Results, list[Run]]:
     """Train the recipes, draw from them and measure, for each seed; return the records and the first seed's runs.
 
     With several seeds the records hold means over seeds, with standard deviations as errors.
+
+    Args:
+        experiment: the experiment.
+        folder: receives the runs.
+        seeds: number of training seeds.
+        given: references to trained models by the label of the recipe that they stand for, which is then not trained.
     """
+    given = given or {}
+    if unknown := given.keys() - experiment.recipes.keys():
+        raise UserError(f"there is no {sorted(unknown)[0]!r} to stand for; there is {', '.join(experiment.recipes)}")
     experiment.prepare()
     results: list[Results] = []
     first_runs: list[Run] = []
@@ -51,7 +71,10 @@ def carry_out(experiment: Experiment, folder: Path, seeds: int) -> tuple[Results
             say(f"[{number}/{len(experiment.recipes)}] {label}, seed {seed}")
             before = tuple(dataclasses.replace(stage, seed=seed) for stage in recipe.before)
             seeded = dataclasses.replace(recipe, name=label, seed=seed, before=before)
-            runs[label] = train_or_resume(seeded, folder / f"seed-{seed}" / label)
+            run_folder = folder / f"seed-{seed}" / label
+            runs[label] = (
+                wrap(given[label], seeded, run_folder) if label in given else train_or_resume(seeded, run_folder)
+            )
             share_images([*first_runs, *runs.values()])
             if experiment.per_class:
                 draw_if_missing(runs[label], seeded, experiment.per_class)

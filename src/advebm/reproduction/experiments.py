@@ -1,6 +1,6 @@
 """Carry out an experiment by name, on digits or CIFAR-10, or a table of the papers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from advebm.core import files
@@ -38,7 +38,14 @@ QUICK: dict[str, Options] = {
 
 
 def reproduce(
-    name: str, folder: Path, *, scale: str | None = None, seeds: int = 1, quick: bool = False, options: Options = ()
+    name: str,
+    folder: Path,
+    *,
+    scale: str | None = None,
+    seeds: int = 1,
+    quick: bool = False,
+    options: Options = (),
+    given: Mapping[str, str] | None = None,
 ) -> Path:
     """Carry out an experiment or a table; skip what an earlier call has already done in ``folder``.
 
@@ -50,13 +57,14 @@ def reproduce(
         seeds: number of training seeds; several give means and standard deviations.
         quick: whether to train for less, as :data:`QUICK` says; the report's title states it.
         options: options of ``train``, applied to every recipe.
+        given: references to trained models by the label of the run that they stand for, such as ``at``.
 
     Returns:
         The path of the report, or of a table's ``NAME-SCALE.json``.
 
     Raises:
-        UserError: the name or scale is unknown, ``seeds`` is below 1, there is no quick form, ``folder`` is a run, or a
-            recipe does not take the options.
+        UserError: the name or scale is unknown, ``seeds`` is below 1, there is no quick form, ``folder`` is a run, a
+            recipe does not take the options, or a given model does not fit.
     """
     check_name(name, scale, quick)
     if seeds < 1:
@@ -69,10 +77,10 @@ def reproduce(
         experiment = tables.at_scale(name, scale, folder, options)
     else:
         experiment = EXPERIMENTS[name](folder, [*(QUICK[name] if quick else ()), *options])
-    results, runs = carry_out(experiment, folder, seeds)
+    results, runs = carry_out(experiment, folder, seeds, given)
     files.write_json(folder / "results.json", results)
     if scale is not None:
-        return tables.write_table(name, scale, folder, results, runs, seeds=seeds, options=options)
+        return tables.write_table(name, scale, folder, results, runs, seeds=seeds, options=options, given=given)
     (print_runs if len(results) > 4 else print_side_by_side)(results)
     conclusions = experiment.conclude(results)
     for line in conclusions:
@@ -97,7 +105,7 @@ def check_name(name: str, scale: str | None, quick: bool) -> None:
         table = inventory.find_table(name)
         if scale not in SCALES:
             raise unknown_name("scale", scale, SCALES)
-        table.share(scale)
+        table.images(scale)
         return
     if name in inventory.tables():
         scales = ", ".join(inventory.tables()[name].scales)

@@ -20,18 +20,35 @@ Written by `make results` from `results/*.json`, which `advebm reproduce TABLE -
 Half an hour is a plan from the speed of single recipes, not measured; of two cores binary-at-table4 takes rather more.
 Two hours are what `cifar10-at-2h` may take; judges (19 minutes), DAT's second stage (20) and measuring (an hour
 for its three tables) come on top.
-How many of its recipe's images a row is trained on is fixed for each table and scale (`table:` in `papers.yaml`), so
-that results of different machines can be compared. Beside a number of ours stand its standard error over images and, in
-brackets, how many; `3 x` says that it is the deviation over so many seeds of training or sampling. The papers' FID
-and IS are of Inception features, ours at scale `full` alone: elsewhere they are FD and class score in the features
-of a small classifier, which compare within a column and never with the paper's.
+At `full` each row is trained for as long as in its paper, at `cpu-2h` for as long as its recipe says. At the other
+scales all rows of a table are trained on the same number of images (`table:` in `papers.yaml`); FREE takes an eighth
+of them and uses each eight times, DAT's second stage comes on top of its first, RST-AWP has as many images without
+labels on top, and judges of samples are trained as their recipes say (at `cpu-30min` on 30 % of that). `former
+settings` are numbers from before a row was changed, which are to be measured again. Beside a number of ours stand its
+standard error over images and, in brackets, how many; `3 x` says that it is the deviation over so many seeds of
+training or sampling. The papers' FID and IS are of Inception features, ours at scale `full` alone: elsewhere they are
+FD and class score in the features of a small classifier, which compare within a column and never with the paper's. `no
+steps` is the baseline of samplers: draws from the Gaussians that they begin from.
 
 Verdicts are computed. At scale `full` a table is *reproduced* where every number is within two joint standard errors of
 the paper's, or within {tolerances}.
-At every other scale, and where that fails, it is *reproduced in shape* if each inequality that it is about holds by
-more than two joint standard errors, *in part* if those that were measured do, else *not reproduced*. The standard error
-of a mean over seeds is its deviation over the root of their number. `doubtful` numbers contradict other sources: claims
-on them are listed and do not count. `quoted` ones are other papers', `unpublished` rows are ours alone.
+At every other scale, and where that fails, what counts are the inequalities that the table is about. With d our
+difference, s its standard error and p the paper's difference of the same two numbers, an inequality
+
+- is *not resolvable* at this scale if p is smaller than 2 s: an effect of the paper's size could not be seen here. A d
+  far from zero then has another cause than the paper's effect;
+- else *holds* if d is above 2 s, and *fails* if d is below p - 2 s;
+- else is *not resolvable*, too: neither no difference nor the paper's is ruled out.
+
+Differences are in points. FID and IS change their scale with the features, so theirs are in percent of the mean of the
+two numbers, the paper's of the paper's mean. Where the paper has no number for one side, p is 0 and the first line is
+left out. The papers' own errors, most of them unknown, are left out of s; of a mean over seeds the standard error is
+the deviation over the root of their number.
+
+A table is *reproduced in shape* if every inequality that can be resolved holds, *in part* if some were not measured,
+and *not reproduced* if one fails; if none holds or fails it is *undecided*. `doubtful` numbers contradict other
+sources: inequalities on them are listed and do not count. `quoted` ones are other papers', `unpublished` rows are ours
+alone.
 """
 
 
@@ -56,8 +73,9 @@ def resummarize(summary: Mapping[str, Any]) -> dict[str, Any]:
 def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table with a row per table of the papers."""
     rows = [
-        [f"[{summary['table']}](#{name})", summary["what"], summary["scale"], summary["verdict"]]
+        [f"[{summary['table']}](#{name})", summary["what"], summary["scale"], summary["verdict"] + former]
         for name, summary in summaries.items()
+        for former in (f" ({render.FORMER})" * ("former" in summary["about"]),)
     ]
     return markdown(["table", "what", "scale", "verdict"], rows)
 
@@ -75,6 +93,9 @@ def page(summaries: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) ->
         heading = f"{summary['what']} ({summary['paper']}, {summary['item']})"
         parts += [f"## {name}", heading, f"`{summary['about']['command']}`", f"{where}."]
         parts += [markdown(*render.text_table(summary)), "\n".join(f"- {line}" for line in verdict)]
+        former = summary["about"].get("former", {}).items()
+        listed = "; ".join(f"{summary['columns'].get(name, name)}: {settings}" for name, settings in former)
+        parts += [f"Former settings, to be measured again: {listed}."] * bool(former)
         notes = [f"{row['name']}: {row['note']}" for row in summary["rows"] if row["ours"] and row["note"]]
         trained = (f"{run} {images}" for run, images in summary["about"]["trained"].items())
         parts += [f"Notes. {'. '.join(notes)}."] * bool(notes) + [f"Trained on: {'; '.join(trained)}."]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Sizes of a table's experiment.  The table itself sets which share of its recipes' images rows are trained on.
+    """Sizes of a table's experiment.  The table itself sets how many images its rows are trained on.
 
     Attributes:
         about: description.
@@ -20,6 +20,7 @@ class Scale:
         features: feature space that judges samples; None: that of the same table's standard classifier.
         outliers: image sets that out-of-distribution detection is measured on.
         restarts: restarts of the worst-case attack on detection.
+        judge: share of its recipe's training images that the judge of samples is trained on.
     """
 
     about: str
@@ -32,6 +33,7 @@ class Scale:
     features: str | None = None
     outliers: tuple[Any, ...] = ()
     restarts: int = 1
+    judge: float = 1.0
 
 
 # Outside images that critics and detectors of CIFAR-10 are trained on.
@@ -68,6 +70,7 @@ SCALES = {
         images=500,
         version="quick",
         outliers=OUTLIERS,
+        judge=0.3,
     ),
     "digits": Scale(
         "8x8 digits, a network of four convolutions, AutoAttack's APGDs, all 359 test images, 1,000 samples",

@@ -18,6 +18,7 @@ from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.keys import Key, attack_key
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
+from advebm.objectives.free import FREE
 from advebm.papers import agreement, inventory, render
 from advebm.papers.inventory import Table
 from advebm.reporting import figures
@@ -58,7 +59,15 @@ def at_scale(name: str, scale: str, folder: Path, options: Options = ()) -> Expe
 
 
 def write_table(
-    name: str, scale: str, folder: Path, results: Results, runs: Sequence[Run], *, seeds: int = 1, options: Options = ()
+    name: str,
+    scale: str,
+    folder: Path,
+    results: Results,
+    runs: Sequence[Run],
+    *,
+    seeds: int = 1,
+    options: Options = (),
+    given: Mapping[str, str] | None = None,
 ) -> Path:
     """Print a table beside the paper's, write it and the report, and return the path of ``NAME-SCALE.json``.
 
@@ -68,6 +77,7 @@ def write_table(
     table = inventory.find_table(name)
     command = [f"advebm reproduce {name} --scale {scale}", f"--seeds {seeds}" * (seeds > 1)]
     command += [f"--{key} {value}" for key, value in options]
+    command += [f"--row {label}={reference}" for label, reference in (given or {}).items()]
     about = {"command": " ".join(filter(None, command)), "seeds": seeds, **provenance(SCALES[scale], results, runs)}
     plain = render.summarize(table, scale, agreement.table_cells(table, results), about)
     path = folder / f"{name}-{scale}.json"
@@ -82,33 +92,58 @@ def write_table(
 
 
 def recipes_of(table: Table, scale: str, folder: Path, options: Options) -> dict[str, Recipe]:
-    """Return the recipes of a table at a scale by method, the judge of samples first; leave out methods without one."""
+    """Return the recipes of a table at a scale by method, the judge of samples first; leave out methods without one.
+
+    All have the labels of ``rst-awp`` if that is among them: what it has beyond them are images without labels.
+    """
     judge = ["standard"] if "fid" in table.columns and table.data else []
     candidates = {method: recipe_of(table, scale, method, folder, options) for method in (*judge, *table.methods())}
-    return {method: recipe for method, recipe in candidates.items() if recipe is not None}
+    by_method = {method: recipe for method, recipe in candidates.items() if recipe is not None}
+    if "rst-awp" in by_method:
+        labelled = by_method["rst-awp"].data
+        by_method = {method: dataclasses.replace(recipe, data=labelled) for method, recipe in by_method.items()}
+    return by_method
 
 
 def recipe_of(table: Table, scale: str, method: str, folder: Path, options: Options) -> Recipe | None:
     """Return a method's recipe at a scale; None if there is none."""
+    size, own = SCALES[scale].size, table.recipes.get(method, {})
     stem = "-".join(filter(None, (table.data, method)))
-    size = SCALES[scale].size
-    name = table.recipes.get(method, {}).get(size, stem if size == "full" else f"{stem}-{size}")
-    name = f"digits-{method}" if scale == "digits" else name
+    method_on_digits = own.get("digits", method)
+    name = own.get(size, stem if size == "full" else f"{stem}-{size}")
+    name = f"digits-{method_on_digits}" if scale == "digits" else name
     if name not in recipes.names():
         return None
     roles = {"outside", "extra"} - recipes.find(name).keys()  # that this recipe does not have
     overrides = [(key, value) for key, value in options if key.partition(".")[0] not in roles]
-    share = 1.0 if "train.images" in dict(overrides) else table.share(scale)
     if scale == "digits":
-        return shorten(FAMILIES[table.digits](method, folder, overrides), share)
-    teacher = supervised.teacher_option(folder) if method == "rst-awp" else {}
-    return shorten(study.find_recipe(name, overrides, **SCALES[scale].changes, **teacher), share)
+        recipe = FAMILIES[table.digits](method_on_digits, folder, overrides)
+    else:
+        teacher = supervised.teacher_option(folder) if method == "rst-awp" else {}
+        recipe = study.find_recipe(name, overrides, **SCALES[scale].changes, **teacher)
+    if "train.images" in dict(overrides):
+        return recipe
+    if method not in table.methods():  # it judges samples
+        return lengthen(recipe, SCALES[scale].judge)
+    return with_images(recipe, table.images(scale))
 
 
-def shorten(recipe: Recipe, share: float) -> Recipe:
-    """Return a recipe with a share of its training images, in every stage."""
-    train = dataclasses.replace(recipe.train, images=round(share * recipe.train.images))
-    return dataclasses.replace(recipe, train=train, before=tuple(shorten(stage, share) for stage in recipe.before))
+def with_images(recipe: Recipe, images: int) -> Recipe:
+    """Return a recipe whose first stage is trained on a number of images, and later ones in proportion; 0: unchanged.
+
+    Images that ``free`` uses several times count as often.
+    """
+    if not images:
+        return recipe
+    first = recipe.before[0] if recipe.before else recipe
+    uses = first.objective.replays if isinstance(first.objective, FREE) else 1
+    return lengthen(recipe, images / (uses * first.train.images))
+
+
+def lengthen(recipe: Recipe, factor: float) -> Recipe:
+    """Return a recipe with a multiple of its training images, in every stage."""
+    train = dataclasses.replace(recipe.train, images=round(factor * recipe.train.images))
+    return dataclasses.replace(recipe, train=train, before=tuple(lengthen(stage, factor) for stage in recipe.before))
 
 
 def provenance(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]) -> dict[str, Any]:
@@ -117,9 +152,10 @@ def provenance(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]
     hardware = f"{machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} cores, "
     hardware += f"{machine.get('system')}, torch {machine.get('torch')}"
     trained = {
-        stage.recipe.name: f"{stage.recipe.train.images:,} images of {len(stage.data.train):,}"
+        stage.recipe.name: f"{images:,} images of {len(stage.data.train):,}" if images else "elsewhere"
         for run in runs
         for stage in run.stages
+        for images in (stage.recipe.train.images,)
     }
     days = [record["time"][:10] for records in results.values() for record in records if "time" in record]
     return {
@@ -154,14 +190,15 @@ def by_methods(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> E
             if (run := runs.get(row["method"])) is not None:
                 if row.get("stage") == "first":
                     run = Run.open(run.before[0])
-                results[name] = numbers(table, scale, run, threat, runs.get("standard"), row.get("sampler"))
+                sampler = (row["sampler"], row.get("start", "class")) if "sampler" in row else None
+                results[name] = numbers(table, scale, run, threat, runs.get("standard"), sampler)
         return results
 
     return Experiment(by_method, measure)
 
 
 def numbers(
-    table: Table, scale: Scale, run: Run, threat: Attack, judge: Run | None, kind: str | None = None
+    table: Table, scale: Scale, run: Run, threat: Attack, judge: Run | None, sampler: tuple[str, str] | None = None
 ) -> Records:
     """Return a run's records for the columns of a table; measure those that the run does not have.
 
@@ -172,7 +209,7 @@ def numbers(
         threat: its norm and radius bound the attacks.
         judge: run whose features choose the number of sampling steps and, unless the scale names others, judge the
             samples; None: the recipe's number of steps.
-        kind: kind of sampler, started from class Gaussians; None: the recipe's sampler.
+        sampler: kind and start of the sampler; None: the recipe's sampler.
     """
     attacks: dict[str, Adversary] = {
         "pgd50": dataclasses.replace(threat, loss="cross-entropy", steps=50, restarts=1),
@@ -185,7 +222,7 @@ def numbers(
     features = scale.features or (judge.folder if judge else None)
     space = compare.space_name(features)
     if "fid" in table.columns:
-        recipe = run.recipe if kind is None else unsupervised.with_sampler(run, kind, "class")
+        recipe = run.recipe if sampler is None else unsupervised.with_sampler(run, *sampler)
         if judge is not None:
             suffix = f"-{generate.set_name(recipe.sampler)}"
             recipe = study.with_best_steps(run, recipe, judge, unsupervised.FEW, suffix)

@@ -13,6 +13,7 @@ from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
 from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.probing import LinearProbe, NearestNeighbours
+from advebm.objectives.langevin import SGLD
 from advebm.reporting import figure_store, figures
 from advebm.reproduction.experiment import Experiment, Options, Results
 from advebm.reproduction.study import DIGITS_L2, find_recipe, measure_missing, say, with_best_steps
@@ -22,7 +23,7 @@ from advebm.sampling import generate
 from advebm.sampling.step_curve import Chains
 from advebm.workflows.sample import compare_sets
 
-NO_STEPS = "no steps"  # the row of the unchanged seeds
+NO_STEPS = "no steps"  # the baseline: images of the Gaussians that samplers begin from
 SEEDS = {f"{given}, {NO_STEPS}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
 SUPERVISED_ROWS = {f"cond, {name}": (name.lower(), "class") for name in ("TA", "Langevin", "CS", "RCS")}
 UNSUPERVISED = {
@@ -73,14 +74,18 @@ def compare_samplers(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Recor
         if rows := rows_of(title):
             table = table2(run, rows, judge, **drawing)
             results |= {f"{title}, {row}": records for row, records in table.items()}
-    text = "Uncurated; seeds, then a row a network."
+    text = "Uncurated: the Gaussians that samplers begin from, then a row for each network."
     figure_store.save_figure(judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", text)
     return results
 
 
 def with_sampler(run: Run, kind: str, start: str) -> Recipe:
-    """Return a run's recipe with another kind and start of sampler."""
-    return resolve(config.describe(run.recipe), [("sampler", kind), ("sampler.start", start)])
+    """Return a run's recipe with another kind and start of sampler; ``sgld`` has the step and noise of its training."""
+    changes: list[tuple[str, Any]] = [("sampler", kind), ("sampler.start", start)]
+    negatives = getattr(run.recipe.objective, "negatives", None)
+    if kind == "sgld" and isinstance(negatives, SGLD):
+        changes += [("sampler.step_size", negatives.step_size), ("sampler.noise", negatives.noise)]
+    return resolve(config.describe(run.recipe), changes)
 
 
 FEW = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64))  # chains to choose the number of steps by
@@ -158,9 +163,9 @@ def winners(results: Mapping[str, Records]) -> list[str]:
         rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and NO_STEPS not in t}
         (name, first), (second_name, second), *_ = sorted(rows.items(), key=lambda row: row[1][0])
         margin, error = second[0] - first[0], (first[1] ** 2 + second[1] ** 2) ** 0.5
-        seeds = fd[f"at, {group.rpartition(', ')[2]}, {NO_STEPS}"][0]
+        baseline = fd[f"at, {group.rpartition(', ')[2]}, {NO_STEPS}"][0]
         line = f"{group}: {name} ({first[0]:.1f}) before {second_name} by {margin:.1f} ± {error:.1f} in FD"
-        lines.append(f"{line}; its seeds have {seeds:.1f}")
+        lines.append(f"{line}; the baseline, {NO_STEPS}, has {baseline:.1f}")
     return lines
 
 
