@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from advebm.attacks.projected import Attack
 from advebm.metrics.keys import Key, key_of
+
+if TYPE_CHECKING:  # advebm list reads records without torch
+    from advebm.attacks.projected import Attack
 
 Quantity = tuple[str, str]  # names of the record and of its set of samples
 MEASURES = ("FD", "KID", "precision", "recall", "density", "coverage", "class score", "intended class")
@@ -98,7 +100,7 @@ def best_set(sets: Iterable[RatedSet], quantity: str = "FD") -> RatedSet | None:
 
 
 def find_accuracies(
-    records: Iterable[Mapping[str, Any]], threat: Attack, by: str | None = None
+    records: Iterable[Mapping[str, Any]], threat: "Attack", by: str | None = None
 ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
     """Return the records of clean accuracy, and of the lowest accuracy under attacks of the threat's norm and radius.
 
