@@ -38,8 +38,8 @@ class BinaryState(CurriculumState):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("loss") != "mean":
             raise UserError(
-                "this run began when the loss of binary-at and binary-mle was twice what it is now, so it cannot go on; "
-                "train again with half of its objective.r1 (with SGD also twice its optimizer.lr)"
+                "this run began when the loss of binary-at and binary-mle was twice what it is now, so it cannot go "
+                "on; train again with half of its objective.r1 (with SGD also twice its optimizer.lr)"
             )
         super().load_state_dict(state)
 
