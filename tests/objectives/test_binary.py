@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import hashlib
+import json
 import math
 
 import numpy as np
@@ -29,9 +31,11 @@ from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context, r1
 from advebm.objectives.binary import BinaryAT, BinaryMLE, BinaryResult
 from advebm.objectives.curriculum import Curriculum
+from advebm.objectives.dat import DAT, DATResult
 from advebm.reporting.build import report
 from advebm.runs.engine import Engine
 from advebm.runs.recipe import design, resolve
+from advebm.runs.run import Run
 from advebm.samplers.critic import Ascent
 from advebm.sampling import generate
 from advebm.sampling.tune import tune
@@ -122,16 +126,17 @@ def test_the_data_stays_where_it_is_in_the_paper(critic, pair):
 
 
 def test_the_gradient_is_the_self_annealed_one(critic, pair):
-    """Eq. 14: minus the gradient of the loss is E[(1-σ) ∇f] - E[σ ∇f]; by running statistics, in train mode too."""
+    """Eq. 14: minus the gradient of the loss is half of E[(1-σ) ∇f] - E[σ ∇f]; by running statistics in train mode."""
     with torch.no_grad():
         critic[4].bias -= copy.deepcopy(critic).eval()(pair.x).median()  # so that some are right and some are not
     found, loss = step(FIXED, critic, pair)
     quiet = copy.deepcopy(critic).eval()
     expected = reference.ascent_direction(quiet, pair.x, found.outside)
-    torch.testing.assert_close([-g for g in gradients(critic, loss.total)], expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close([-2 * g for g in gradients(critic, loss.total)], expected, rtol=1e-6, atol=1e-9)
     f = [quiet(x).squeeze(1).detach() for x in (pair.x, found.outside)]
     d = [torch.sigmoid(v) for v in f]
-    assert loss.total.item() == pytest.approx((-d[0].log()).mean().item() - (1 - d[1]).log().mean().item(), abs=1e-9)
+    both = torch.cat([-d[0].log(), -(1 - d[1]).log()])
+    assert loss.total.item() == pytest.approx(both.mean().item(), abs=1e-9)  # one mean, as in the authors' code
     right = [(f[0] > 0).double().mean().item(), (f[1] < 0).double().mean().item()]
     assert right[0] != right[1]
     assert loss.terms["accuracy"] == pytest.approx(sum(right) / 2)
@@ -147,8 +152,40 @@ def test_without_the_annealing_it_is_maximum_likelihood(critic, pair):
     found, loss = step(objective, critic, pair)
     quiet = copy.deepcopy(critic).eval()
     expected = reference.ascent_direction(quiet, pair.x, found.outside, scaled=False)
-    torch.testing.assert_close([-g for g in gradients(critic, loss.total)], expected, rtol=1e-6, atol=1e-9)
-    assert loss.total.item() == pytest.approx((quiet(found.outside).mean() - quiet(pair.x).mean()).item())
+    torch.testing.assert_close([-2 * g for g in gradients(critic, loss.total)], expected, rtol=1e-6, atol=1e-9)
+    assert 2 * loss.total.item() == pytest.approx((quiet(found.outside).mean() - quiet(pair.x).mean()).item())
+
+
+@pytest.mark.parametrize("method", [BinaryAT, BinaryMLE, DAT])
+def test_r1_weighs_against_one_mean_over_data_and_negatives(pair, method):
+    """Of f = w·x: ½ (σ(f(x')) x' - σ(-f(x)) x) + r1 w, so an R1 weight of the authors' code is one here.
+
+    DAT's s is the same f if there is one class to speak of, whose cross-entropy is 0.
+    """
+
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.linspace(-0.2, 0.3, 192, dtype=torch.float64))
+
+        def forward(self, x):
+            f = (x.flatten(1) @ self.w)[:, None]
+            return torch.cat([f, torch.full_like(f, -1e3)], 1) if method is DAT else f
+
+    line, r1_weight = Line(), 0.3
+    batch, y = pair._replace(view=pair.x), torch.zeros(len(pair.x), dtype=torch.int64)
+    found = BinaryResult(pair.x, pair.outside, torch.zeros(len(y)), 0)
+    if method is DAT:
+        batch, found = batch._replace(y=y), DATResult(pair.x, pair.outside)
+    objective = method(r1=r1_weight)
+    state = objective.init(pair.x, seeds.generator(0))
+    total = objective.loss(line, batch, found, state, Context(seeds.generator(0))).total
+    w, x, negatives = line.w.detach(), pair.x.flatten(1), pair.outside.flatten(1)
+    pull, push = (1 / (1 + torch.exp(x @ w)), 1 / (1 + torch.exp(-negatives @ w)))  # 1 - D(x) and D(x')
+    if method is BinaryMLE:
+        pull, push = torch.ones_like(pull), torch.ones_like(push)
+    expected = ((push[:, None] * negatives).mean(0) - (pull[:, None] * x).mean(0)) / 2 + r1_weight * w
+    torch.testing.assert_close(gradients(line, total)[0], expected)
 
 
 def test_r1_is_half_the_squared_slope(critic, pair):
@@ -217,7 +254,7 @@ def test_the_optimum_of_proposition_1():
         worst = centres[f.argmax()].repeat(len(data)).view(-1, 1, 1, 1) if negatives is None else negatives
         found, model = BinaryResult(data, worst, torch.zeros(len(data)), 0), Cells(f)
         loss = FIXED.loss(model, Batch(data, data), found, FIXED.init(data, seeds.generator(0)), Context(None))
-        return -loss.total, model
+        return -2 * loss.total, model  # of the game, which sums the two means
 
     best = torch.where(torch.tensor(density) > 0, 0.0, -3.0)
     assert value(best)[0].item() == pytest.approx(-math.log(4))
@@ -335,7 +372,7 @@ def test_patches_are_squares_of_the_photographs(size, channels):
             windows = photographs[y][:, low:high].unfold(0, 16, 1).unfold(1, 16, 1)  # (rows, columns, 3, 16, 16)
             corner = (windows[..., 0, 0] == x[:, 0, 0]).all(2)
             assert (windows[corner] == x).flatten(1).all(1).any()
-    assert [len(s) for s in data[2:]] == [42, 6, 12]
+    assert [len(s) for s in data[2:5]] == [42, 6, 12]
     small = dataclasses.replace(source, size=size, channels=channels, smallest=30, largest=32, contrast=0.1).load()
     assert small.shape == (channels, size, size)
     assert (small.train.float().mean(1).flatten(1).std(1, correction=0) > 0.095).all()  # before it was rounded: 0.1
@@ -349,7 +386,7 @@ def test_noise_images_are_uniform():
     counts = torch.bincount(data.train.x.flatten().long(), minlength=256).double()
     mean = counts.mean()
     assert ((counts - mean).square() / mean).sum() < 255 + 6 * math.sqrt(2 * 255)
-    assert [len(s) for s in data[2:]] == [500, 50, 100]
+    assert [len(s) for s in data[2:5]] == [500, 50, 100]
     assert data.shape == (1, 16, 16)
     assert not any(torch.equal(x, y) for x in data.train.x for y in data.test.x[:5])
 
@@ -485,6 +522,26 @@ def test_a_resumed_run_is_the_same_to_the_bit(critic_run, tmp_path):
     assert one == two
 
 
+def test_a_run_of_before_the_loss_was_halved_does_not_go_on(tmp_path):
+    """Its recipe still loads, and so do its models."""
+    run = train(short(train__images=640), tmp_path / "run", device="cpu")
+    (run.folder / "config.yaml").write_text(
+        (run.folder / "config.yaml").read_text().replace("images: 640", "images: 1280")
+    )
+    folder = run.checkpoints.path()
+    path = folder / "state" / "stream-0.pt"
+    state = torch.load(path, weights_only=True)
+    assert state.pop("loss") == "mean"
+    torch.save(state, path)
+    digests = json.loads((folder / "state" / "sha256.json").read_text())
+    digests["state/stream-0.pt"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "state" / "sha256.json").write_text(json.dumps(digests))
+    old = Run.open(run.folder)
+    assert old.model()[1].outputs == 1
+    with pytest.raises(UserError, match="began when the loss of binary-at and binary-mle was twice what it is now"):
+        train(old.recipe, old.folder, resume=True, device="cpu")
+
+
 def test_streams_have_a_k_of_their_own(tmp_path):
     run = train(short(train__streams=2, train__images=640), tmp_path / "run", device="cpu")
     assert {p.name for p in run.checkpoints.path().glob("state/stream*")} == {"stream-0.pt", "stream-1.pt"}
@@ -498,12 +555,12 @@ def test_maximum_likelihood_with_these_negatives_diverges(tmp_path):
         "optimizer": "sgd",
         "objective.step_size": 0.15,
     }
-    options |= {"optimizer.lr": 0.05, "train.clip": "none", "train.ema": 0, "train.rollbacks": 0}
+    options |= {"optimizer.lr": 0.1, "train.clip": "none", "train.ema": 0, "train.rollbacks": 0}
     options |= {"train.images": 64 * 100, "train.validate_every": 10**6, "train.checkpoint_every": 10**6}
     with pytest.raises(Diverged, match="the loss is not finite"):
         train(short(objective="binary-mle", **options), tmp_path / "mle", device="cpu")
     run = train(short(**options), tmp_path / "at", device="cpu")
-    assert all(line["train/loss"] < 1.5 for line in run.history() if "train/loss" in line)
+    assert all(line["train/loss"] < 0.75 for line in run.history() if "train/loss" in line)
 
 
 def test_a_note_becomes_a_warning_and_an_event(tmp_path, monkeypatch):

@@ -478,11 +478,75 @@ def test_an_encoder_has_a_projection_and_its_features_come_before_it(tmp_path):
     assert not dataclasses.replace(made, hidden=None).build().encoder
 
 
+@pytest.mark.parametrize("norm", ["dual", "batch", "none"])
+def test_the_head_of_acl_is_three_layers_with_batch_norms(tmp_path, norm):
+    """Linear and norm three times, ReLU between, a bias in the first alone; its norms have the backbone's branches."""
+    made = Architecture(SmallConv(width=4, norm=norm), 6, 1, 8, (0.5,), (0.25,), hidden=10, head="acl")
+    model, x = made.build().double().train(), torch.rand(7, 1, 8, 8, dtype=torch.float64)
+    layers = [m for m in model.head.modules() if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features, m.bias is not None) for m in layers] == [
+        (128, 10, True),
+        (10, 10, False),
+        (10, 6, False),
+    ]
+
+    def normalised(z):
+        return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
+
+    with using(model, "adversarial"):
+        z = model.features(x)
+        one = normalised(z @ layers[0].weight.T + layers[0].bias).relu()
+        two = normalised(one @ layers[1].weight.T).relu()
+        torch.testing.assert_close(model(x), normalised(two @ layers[2].weight.T))
+    with torch.no_grad():
+        attacked, state = model.eval()(x), copy.deepcopy(model.state_dict())
+        with using(model, "adversarial"):
+            assert torch.equal(model(x), attacked) == (norm != "dual")
+    assert any(".branches." in name for name in state if name.startswith("head.")) == (norm == "dual")
+    network.save(tmp_path, model.float(), made)
+    again, read = network.load(tmp_path)
+    assert read == made
+    assert torch.equal(again(x.float()), model(x.float()))
+    with pytest.raises(UserError, match="head is one of simclr, acl, got 'mlp'"):
+        dataclasses.replace(made, head="mlp")
+
+
+def test_recipes_of_acl_have_its_head_as_wide_as_the_features():
+    """Runs of before there was a choice name no head, and keep the one they were trained with."""
+    for name, width in (("digits-acl", 768), ("cifar10-acl", 512), ("cifar10-acl-resnet50", 2048)):
+        recipe = resolve(recipes.find(name))
+        channels, size = (1, 8) if "digits" in name else (3, 32)
+        assert recipe.backbone.build(channels, size)[1] == width
+        assert (recipe.objective.head, recipe.objective.hidden, recipe.objective.outputs) == ("acl", width, width)
+    plain = config.describe(resolve(recipes.find("digits-acl")))
+    del plain["objective"]["head"]
+    old = resolve(plain)
+    assert old.objective.head == "simclr"
+    assert design(old, Digits().load()).head == "simclr"
+
+
+@pytest.mark.parametrize("name", ["digits-adversarial-infonce", "cifar10-adversarial-infonce-small"])
+def test_recipes_of_adversarial_infonce_minimise_what_cem_writes(name, encoder, batch):
+    """Eq. 13 at images that climb eq. 11: -log exp g(x̂)·z / Σ_k exp g(x̂)·z_k, z of second views as numbers."""
+    objective = resolve(recipes.find(name)).objective
+    assert type(objective) is AdversarialInfoNCE
+    net = copy.deepcopy(encoder)
+    found, loss = step(objective, encoder, batch)
+    assert torch.equal(found.view, batch.view)
+    moved = (found.x - batch.x).flatten(1).norm(dim=1)
+    assert (moved > 0).all()
+    assert (moved <= objective.attack.eps + 1e-9).all()
+    scores = net(found.x) @ net(batch.view).detach().T
+    theirs = F.cross_entropy(scores, torch.arange(len(batch.x)))
+    torch.testing.assert_close(loss.total, theirs)
+    torch.testing.assert_close(gradients(loss.total, encoder), gradients(theirs, net))
+
+
 def test_models_published_before_there_were_encoders_still_load(tmp_path):
     made = Architecture(SmallConv(width=4), 6, 1, 8, (0.5,), (0.25,))
     network.save(tmp_path, made.build(), made)
     plain = json.loads((tmp_path / "config.json").read_text())
-    del plain["architecture"]["hidden"]
+    del plain["architecture"]["hidden"], plain["architecture"]["head"]
     (tmp_path / "config.json").write_text(json.dumps(plain))
     assert network.load(tmp_path)[1] == made
     assert "advebm.energy" in (tmp_path / "README.md").read_text()
@@ -564,7 +628,7 @@ def test_the_command_line_takes_labels_away(tmp_path, capsys):
     assert same(weights(runs[0]), weights(runs[1]))
     data = runs[1].recipe.data.load()
     assert data.classes == ("unlabelled",)
-    for split, labelled in zip(data[2:], runs[0].recipe.data.load()[2:], strict=True):
+    for split, labelled in zip(data[2:5], runs[0].recipe.data.load()[2:5], strict=True):
         assert torch.equal(split.x, labelled.x)
         assert (split.y == -1).all()
     assert runs[0].recipe.sampler.start == "class"

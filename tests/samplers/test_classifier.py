@@ -109,6 +109,32 @@ def test_one_step_of_sgld(net, batch):
     torch.testing.assert_close(found, (batch.x - 0.2 * gradient + 0.03 * noise).clamp(0, 1))
 
 
+@pytest.mark.parametrize("kind", ["cs", "rcs", "langevin", "np-langevin"])
+def test_raw_steps_at_temperature_one_are_the_printed_update(net, batch, kind):
+    """CEM section 3, 4.1 and eq. 10: x + α ∇log p + √(2α) ε, in pixels of [0, 1]; nothing else moves or scales it."""
+    net.eval()
+    alpha, bank = 2e-4, batch.view
+    log_p = {
+        "cs": lambda x: net(x)[torch.arange(6), batch.y],
+        "rcs": lambda x: net(x)[torch.arange(6), batch.y] + net(x).exp().sum(1).log(),
+        "langevin": lambda x: net(x).exp().sum(1).log(),
+        "np-langevin": lambda x: (net(x) @ net(bank).detach().T).exp().sum(1).log(),
+    }[kind]
+    options = {"steps": 3, "step_size": alpha, "direction": "raw", "temperature": 1, "noise": 0.0}
+    if kind == "np-langevin":
+        options |= {"count": 6, "cosine": False, "tau": 1.0}
+    start = 0.25 + batch.x / 2  # far from the sides of [0, 1], which the printed update does not know
+    sampler = config.build({"kind": kind, **options}, "sampler")
+    ours = sampler(net, batch.y, start, generator=torch.Generator().manual_seed(5), bank=bank)
+    generator, x = torch.Generator().manual_seed(5), start
+    for _ in range(3):
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(log_p(x).sum(), x)
+        x = x + alpha * gradient + (2 * alpha) ** 0.5 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    torch.testing.assert_close(ours, x.detach(), rtol=0, atol=1e-12)
+    assert (alpha * gradient).abs().max() > 1e-6  # so that the drift is seen
+
+
 def walk(sampler, count=4000, slope=1):
     """Mean and deviation of each step on a slope, far from the box."""
     model = Plain(lambda x: torch.stack([-slope * x.sum((1, 2, 3)), 0 * x.sum((1, 2, 3))], 1))

@@ -325,7 +325,13 @@ def test_mistakes_are_named(net, batch, digits):
 def run(tmp_path_factory):
     """A short, real training of an encoder with dual batch norms."""
     options = {"backbone.width": 8, "train.images": 2_560, "train.validate_every": 2_560, "objective.attack.steps": 1}
-    options |= {"threat.steps": 2, "threat.eps": 0.9, "sampler.steps": 2}
+    options |= {
+        "threat.steps": 2,
+        "threat.eps": 0.9,
+        "sampler.steps": 2,
+        "objective.hidden": 32,
+        "objective.outputs": 64,
+    }
     recipe = resolve(recipes.find("digits-acl"), list(options.items()))
     return train(recipe, tmp_path_factory.mktemp("runs") / "acl", device="cpu")
 
@@ -450,12 +456,30 @@ def test_the_branch_of_dual_batch_norms(run, digits):
             with using(probed, "clean"):
                 torch.testing.assert_close(probed.features(x), features[branch])
     assert not torch.allclose(features["clean"], features["adversarial"], atol=1e-4)
-    draw = lambda branch: MaxEnt(steps=1, noise=0.0, branch=branch)(model, torch.zeros(20), x)
+    draw = lambda branch=None: MaxEnt(steps=1, noise=0.0, branch=branch)(model, torch.zeros(20), x)
     with using(model, "adversarial"):
         asked = MaxEnt(steps=1, noise=0.0).begun(model.eval(), torch.zeros(20), x, None)
         expected = (x - 0.25 * unit(gradient(asked, x), {})).clamp(0, 1)
     torch.testing.assert_close(draw("adversarial"), expected)
+    assert torch.equal(draw(), draw("adversarial"))
     assert not torch.allclose(draw("clean"), expected, atol=1e-4)
+
+
+def test_samplers_take_the_branch_that_training_attacks():
+    """The robust encoder of ACL is its adversarial branch; other objectives never train that one.
+
+    Configurations of older runs name the clean one, which was the default, and keep it.
+    """
+    acl, infonce = recipes.find("digits-acl"), recipes.find("digits-infonce")
+    branch = lambda plain, *options: resolve(plain, options).sampler.branch
+    assert branch(acl) == branch(config.describe(resolve(acl)), ("sampler", "np-pgd")) == "adversarial"
+    assert branch(infonce) == branch(infonce, ("objective", "adversarial-infonce")) == "clean"
+    assert branch(infonce, ("objective", "acl")) == branch(acl, ("sampler.branch", "adversarial")) == "adversarial"
+    assert branch(acl, ("sampler.branch", "clean")) == "clean"
+    old = config.override(config.describe(resolve(acl)), "sampler.branch", "clean")
+    assert branch(old) == branch(old, ("sampler", "np-langevin")) == "clean"
+    with pytest.raises(UserError, match="branch is one of clean, adversarial, got 'robust'"):
+        branch(acl, ("sampler.branch", "robust"))
 
 
 def test_probing_leaves_no_trace(run, digits):

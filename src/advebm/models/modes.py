@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -88,13 +88,21 @@ class DualBatchNorm2d(nn.Module):
     signature ``forward(x)``.  The encoders of Jiang et al. (2020) need it.
     """
 
+    kind: ClassVar[type[_BatchNorm]] = nn.BatchNorm2d
+
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.branches = nn.ModuleDict({name: nn.BatchNorm2d(channels) for name in ("clean", "adversarial")})
+        self.branches = nn.ModuleDict({name: self.kind(channels) for name in ("clean", "adversarial")})
         self.branch = "clean"
 
     def forward(self, x: Tensor) -> Tensor:
         return self.branches[self.branch](x)
+
+
+class DualBatchNorm1d(DualBatchNorm2d):
+    """The same for features (B, D), as in the projection head of Jiang et al. (2020)."""
+
+    kind = nn.BatchNorm1d
 
 
 @contextmanager

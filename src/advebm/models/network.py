@@ -17,7 +17,7 @@ from advebm.core.errors import UserError
 from advebm.core.rng import derive_seed
 from advebm.models import hub
 from advebm.models.layers import Staged, avoid_wrong_gradient
-from advebm.models.modes import searching
+from advebm.models.modes import DualBatchNorm1d, searching
 
 
 class Backbone(Protocol):
@@ -47,11 +47,25 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-class Projection(nn.Sequential):
-    """Linear, ReLU, linear: the head of an encoder, Chen et al. (2020), from representations (B, W) to g(x) (B, D)."""
+Head = Literal["simclr", "acl"]
 
-    def __init__(self, width: int, hidden: int, outputs: int) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+class Projection(nn.Sequential):
+    """The head of an encoder, from representations (B, W) to g(x) (B, D).
+
+    ``simclr`` is linear, ReLU, linear, Chen et al. (2020).  ``acl`` has three linear layers, a batch norm after each
+    and ReLU between, as in the code of Jiang et al. (2020), where all are as wide as the representations; ``dual``
+    gives its batch norms two branches.
+    """
+
+    def __init__(self, width: int, hidden: int, outputs: int, kind: Head = "simclr", *, dual: bool = False) -> None:
+        if kind == "simclr":
+            super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+            return
+        norm = DualBatchNorm1d if dual else nn.BatchNorm1d
+        first = [nn.Linear(width, hidden), norm(hidden), nn.ReLU()]
+        second = [nn.Linear(hidden, hidden, bias=False), norm(hidden), nn.ReLU()]
+        super().__init__(*first, *second, nn.Linear(hidden, outputs, bias=False), norm(outputs))
 
 
 class Network(nn.Module):
@@ -158,6 +172,7 @@ class Architecture:
         mean, std: normalisation of each channel.
         hidden: width of an encoder's :class:`Projection`; None: a linear head.
         width: width of the images; None: they are square.
+        head: kind of an encoder's :class:`Projection`; its batch norms are dual if those of the backbone are.
     """
 
     backbone: Backbone
@@ -168,6 +183,7 @@ class Architecture:
     std: tuple[float, ...]
     hidden: int | None = None
     width: int | None = None
+    head: Head = "simclr"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -175,6 +191,7 @@ class Architecture:
         return self.channels, self.size, self.width or self.size
 
     def __post_init__(self) -> None:
+        config.check_choices(self)
         if min(self.outputs, self.channels, self.size) < 1 or len(self.mean) != self.channels:
             raise UserError(
                 f"outputs, channels and size must be at least 1 and there is a mean a channel, got "
@@ -201,7 +218,8 @@ class Architecture:
             return nn.Identity()
         if self.hidden is None:
             return nn.Linear(width, self.outputs)
-        return Projection(width, self.hidden, self.outputs)
+        dual = getattr(self.backbone, "norm", None) == "dual"
+        return Projection(width, self.hidden, self.outputs, self.head, dual=dual)
 
     def _check_outputs(self, model: Network) -> None:
         """Raise a UserError if the network gives other than ``outputs`` numbers on grey images."""

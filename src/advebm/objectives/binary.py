@@ -4,7 +4,7 @@ Binary-AT = Yin et al. (2022), "Learning Energy-Based Models with Adversarial Tr
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,28 @@ class BinaryResult(NamedTuple):
     steps: int
 
 
+class BinaryState(CurriculumState):
+    """State of a stream, which refuses checkpoints from before the loss was halved: they would go on with another."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "loss": "mean"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("loss") != "mean":
+            raise UserError(
+                "this run began when the loss of binary-at and binary-mle was twice what it is now, so it cannot go "
+                "on; train again with half of its objective.r1 (with SGD also twice its optimizer.lr)"
+            )
+        super().load_state_dict(state)
+
+
 @dataclass(frozen=True)
 class BinaryAT(Stateless):
-    """``-log D(x) - log(1 - D(x'))`` with ``D = σ(f)``, Binary-AT eq. 4 and 11; a critic with ``E(x) = -f(x)``.
+    """``½ [-log D(x) - log(1 - D(x'))]`` with ``D = σ(f)``, Binary-AT eq. 4 and 11; a critic with ``E(x) = -f(x)``.
+
+    With R1 the loss is ``½ [mean -log D(x) + mean -log(1 - D(x'))] + r1 · ½ mean ‖∇f(x)‖²``: one mean over data and
+    negatives together, as in the authors' code, so R1's weights and SGD's rates are on the scale of theirs.  The paper
+    writes the sum of the two means, which is twice that.  ``dat`` and ``gat`` take the same mean.
 
     Negatives x' are ``outside`` images (p0) after K steps ``x ← x + λ ∇f / ‖∇f‖``, eq. 8, within [0, 1].  With K fixed
     this is algorithm 1, with K growing algorithm 2.  f learns the support of the data, not its density
@@ -48,7 +67,8 @@ class BinaryAT(Stateless):
         inside_steps: number of steps of descent on f that perturb the data, as in the authors' code (5 on CIFAR-10);
             the paper has none.
         inside_radius: radius of an l2 ball around the data; None: no ball.
-        r1: weight of ``½ E‖∇f‖²`` (Mescheder et al., 2018) at the data; 0.01 on CIFAR-10, 30 to 100 at 256 pixels.
+        r1: weight of ``½ E‖∇f‖²`` (Mescheder et al., 2018) at the data.  The authors have 0.01 on CIFAR-10, and 30 or
+            100 at 256 pixels.
         r1_at: where R1 is taken if the data is perturbed: at the ``perturbed`` data, as in the code, or at the
             original ``data``.
     """
@@ -74,8 +94,8 @@ class BinaryAT(Stateless):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"{name} must be > 0 or none, got {value}")
 
-    def init(self, like: Tensor, generator: torch.Generator) -> CurriculumState:
-        return self.curriculum.init()
+    def init(self, like: Tensor, generator: torch.Generator) -> "BinaryState":
+        return BinaryState(self.curriculum.start, self.curriculum.steps)
 
     def search(self, model: nn.Module, batch: Batch, state: CurriculumState, ctx: Context) -> BinaryResult:
         """Advance K, then move outside images to lower energy and, if ``inside_steps`` > 0, data to higher energy."""
@@ -92,11 +112,11 @@ class BinaryAT(Stateless):
         return Descent(steps, self.step_size, unit, constraint)(energy, x)
 
     def loss(self, model: nn.Module, batch: Batch, found: BinaryResult, state: CurriculumState, ctx: Context) -> Loss:
-        """Return :meth:`contrast` plus the weighted R1 penalty, which takes a double backward pass."""
+        """Return half of :meth:`contrast` plus the weighted R1 penalty, which takes a double backward pass."""
         with freeze_batch_norms(model):
             both_sets = energies.binary(model(torch.cat([found.inside, found.outside])))
             data, negatives = both_sets.split([len(found.inside), len(found.outside)])
-            total = self.contrast(data, negatives)
+            total = self.contrast(data, negatives) / 2
             terms = {"loss": total.detach()}
             if self.r1:
                 x = found.inside if self.r1_at == "perturbed" else batch.x
@@ -138,9 +158,9 @@ class BinaryAT(Stateless):
 
 @dataclass(frozen=True)
 class BinaryMLE(BinaryAT):
-    """``E(x) - E(x')`` on the negatives of ``binary-at``, Binary-AT section 5.3: nothing bounds it, and it diverges.
+    """``½ [E(x) - E(x')]`` on the negatives of ``binary-at``, Binary-AT section 5.3: it is unbounded, and it diverges.
 
-    Its gradient is eq. 14 without the factors ``1 - D(x)`` and ``D(x')``.
+    Its gradient is that of ``binary-at`` (half of eq. 14) without the factors ``1 - D(x)`` and ``D(x')``.
 
     Attributes:
         curriculum, step_size, radius, inside_steps, inside_radius: see :class:`BinaryAT`.

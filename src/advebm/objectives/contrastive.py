@@ -20,6 +20,7 @@ from advebm.core.errors import UserError
 from advebm.descent import Energy
 from advebm.energies import Logits
 from advebm.models.modes import searching, using
+from advebm.models.network import Head
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.trades import divergence
 
@@ -87,10 +88,12 @@ class Queue:
 class InfoNCE:
     """``-log exp f(x, z⁺) / Σ_k exp f(x, z_k)``, the positive among the z_k: CEM eq. 8; NT-Xent of Chen et al. (2020).
 
-    The network is an encoder: a backbone and a projection head, Linear-ReLU-Linear.  Labels are not used.
+    The network is an encoder: a backbone and a projection head.  Labels are not used.
 
     Attributes:
         hidden, outputs: hidden width of the projection head, and dimension of g(x).
+        head: the layers of the projection head: ``simclr``, two linear ones with a ReLU between, or ``acl``, three with
+            batch norms, see :class:`advebm.models.network.Projection`.
         form: ``nt-xent``: both views are anchors, and all other views of the batch are negatives; ``infonce``: first
             views are anchors, second views their z_k, to which no gradient flows (CEM, footnote 1).
         temperature: τ in ``f = g(x)·z / τ``.
@@ -100,6 +103,7 @@ class InfoNCE:
 
     hidden: int = 128
     outputs: int = 64
+    head: Head = "simclr"
     form: Literal["nt-xent", "infonce"] = "nt-xent"
     temperature: float = 0.5
     cosine: bool = True
@@ -107,7 +111,7 @@ class InfoNCE:
 
     needs: ClassVar[frozenset[str]] = frozenset({"view"})
     replays: ClassVar[int] = 1
-    branch: ClassVar[str] = "clean"  # of dual batch norms, that attacked images use
+    branch: ClassVar[str] = "clean"  # of dual batch norms: what attacked images use, and samplers unless told otherwise
     sources: ClassVar[tuple[str, ...]] = ("oord2018", "chen2020", "cem-workshop")
 
     def __post_init__(self) -> None:
@@ -255,7 +259,7 @@ class AdversarialInfoNCE(InfoNCE):
     """InfoNCE at images that an attack on it found (Kim et al., 2020): NP-CEM's contrastive gradient, CEM eq. 13.
 
     Attributes:
-        hidden, outputs, temperature, cosine, negatives: see :class:`InfoNCE`.
+        hidden, outputs, head, temperature, cosine, negatives: see :class:`InfoNCE`.
         form: see :class:`InfoNCE`.  With ``infonce`` only the first views are attacked; with ``nt-xent`` both views are
             attacked together.
         attack: the inner maximisation, in eval mode, with CEM's settings (appendix B).  Its ``loss`` is not used.
@@ -342,11 +346,11 @@ class ACL(AdversarialInfoNCE):
     """Half the loss at clean views, half at attacked ones: adversarial contrastive learning, Jiang et al. (2020).
 
     This is their "dual stream", as in their code: a backbone with ``norm: dual`` has separate batch norms for clean
-    and attacked images, and the attack uses those for attacked ones.  Their projection head has three layers with
-    batch norm; here it has two without.
+    and attacked images, and the attack uses those for attacked ones.  Their projection head is ``head: acl``, as wide
+    as the features.
 
     Attributes:
-        hidden, outputs, temperature, cosine: see :class:`InfoNCE`.
+        hidden, outputs, head, temperature, cosine: see :class:`InfoNCE`.
         negatives: see :class:`InfoNCE`.  A queue is refused: encodings of one branch are not valid negatives for those
             of the other.
         attack: the inner maximisation, with the authors' settings.

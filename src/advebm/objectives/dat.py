@@ -27,10 +27,12 @@ class DATResult(NamedTuple):
 class DAT(Stateless):
     """``CE(x̂, y) + BCE(1 at s(x), 0 at s(x_out'))``, ``s = logsumexp f = -E(x)``: Yin et al. (2025), as in their code.
 
+    With R1 the loss is ``mean CE + ½ [mean -log σ(s(x)) + mean -log(1 - σ(s(x_out')))] + r1 · ½ mean ‖∇s(x)‖²``: the
+    BCE is one mean over both sets, as in ``binary-at``.
+
     x_out' (contrast images) are outside images after K unit steps that raise the logit of the class of the image they
-    are paired with, within [0, 1] but in no ball.  K grows as the model learns to tell data from contrast images.  The
-    BCE is one mean over both sets, that is half the sum of their means.  s tells data from other images; it is not a
-    log-density.
+    are paired with, within [0, 1] but in no ball.  K grows as the model learns to tell data from contrast images.  s
+    tells data from other images; it is not a log-density.
 
     It is a second training stage: start from weights trained with ``at``, given by ``before`` or ``init``.  Batch norm
     uses its running statistics throughout and never updates them.  The classifier gets images augmented by

@@ -17,7 +17,7 @@ from advebm.core.errors import Notice, UserError
 from advebm.data.sources import Data, Source, Unlabelled
 from advebm.metrics.base import Metric
 from advebm.models.inference import BackendName
-from advebm.models.network import Architecture, Backbone
+from advebm.models.network import Architecture, Backbone, Head
 from advebm.models.precision import usable_precision
 from advebm.objectives.base import Objective
 from advebm.runs.optim import SGD, Cosine, Optimizer, Schedule
@@ -275,7 +275,8 @@ def design(recipe: Recipe, data: Data) -> Architecture:
     mean, std = (a if b is None else b * channels if len(b) == 1 else b for a, b in zip(measured, fixed, strict=True))
     outputs = recipe.objective.outputs or len(data.classes)
     wide = None if width == height else width
-    return Architecture(recipe.backbone, outputs, channels, height, mean, std, recipe.objective.hidden, wide)
+    head: Head = getattr(recipe.objective, "head", "simclr")
+    return Architecture(recipe.backbone, outputs, channels, height, mean, std, recipe.objective.hidden, wide, head)
 
 
 def read(path: Path) -> dict[str, Any]:

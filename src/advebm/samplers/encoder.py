@@ -27,7 +27,8 @@ class OfEncoder(Sampler):
         tau: τ; None: that of the recipe's objective, or 0.5 (ACL's) without a recipe.
         cosine: whether features are compared by cosine similarity, as SimCLR and ACL train, or by the plain product, as
             in CEM; None: as in the recipe's objective, or cosine without a recipe.
-        branch: branch of dual batch norms, which ACL trains: ``clean`` or ``adversarial``.
+        branch: branch of dual batch norms: ``clean`` or ``adversarial``; None: the one that the recipe's objective
+            attacks, which for ``acl`` is the adversarial one (the robust encoder), or ``adversarial`` without a recipe.
         group: largest number of samples that interact, for samplers whose samples do.  Image i goes to group i modulo
             the number of groups, so that group sizes differ by at most one and the classes of seeds mix.
     """
@@ -35,7 +36,7 @@ class OfEncoder(Sampler):
     start: Literal["class", "global", "noise", "outside", "buffer"] = "global"
     tau: float | None = None
     cosine: bool | None = None
-    branch: Literal["clean", "adversarial"] = "clean"
+    branch: Literal["clean", "adversarial"] | None = None
     group: int = 100
 
     conditional: ClassVar[bool] = False
@@ -50,10 +51,10 @@ class OfEncoder(Sampler):
             raise UserError(f"samples interact in groups of at least 2, got group {self.group}")
 
     def trained_by(self, objective: Any) -> Sampler:
-        """Return a copy with the objective's temperature and ``cosine`` where ``tau`` and ``cosine`` are None."""
+        """Return a copy with the objective's temperature, ``cosine`` and branch where this sampler's are None."""
         tau = getattr(objective, "temperature", None) if self.tau is None else self.tau
         cosine = getattr(objective, "cosine", None) if self.cosine is None else self.cosine
-        return replace(self, tau=tau, cosine=cosine)
+        return replace(self, tau=tau, cosine=cosine, branch=self.branch or getattr(objective, "branch", None))
 
     @property
     def alike(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class OfEncoder(Sampler):
         return {"temperature": 0.5 if self.tau is None else self.tau, "cosine": self.cosine is not False}
 
     def __call__(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
-        with using(model, self.branch):
+        with using(model, self.branch or "adversarial"):
             return super().__call__(model, *args, **options)
 
     def parts(self, count: int, batch: int | None) -> list[slice]:
