@@ -780,7 +780,7 @@ def test_hub_test_without_labels(tmp_path, load_hub):
     root = hub(tmp_path / "set", {"image": "images", "label": [0, 1] * 20}, ["train"])
     hub(root, {"image": "images", "label": [-1] * 40}, ["test"])
     with pytest.warns(UserWarning, match="the test images have no labels; left out"):
-        assert sum(map(len, load_hub(root, val=0.1)[2:])) == 40
+        assert sum(map(len, load_hub(root, val=0.1).splits)) == 40
 
 
 @report("labels", "Hub labels that are lists or fractions", "DashAI#678", "refused in a line")

@@ -258,7 +258,7 @@ def test_bad_folders_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"1 of 37 images cannot be read: circle/bad.png"):
         advebm.load_data("folder", path=str(folder))
     with pytest.warns(UserWarning, match="left out"):
-        assert sum(map(len, advebm.load_data("folder", path=str(folder), corrupt="skip")[2:])) == 36
+        assert sum(map(len, advebm.load_data("folder", path=str(folder), corrupt="skip").splits)) == 36
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no image"):
         advebm.load_data("folder", path=str(folder))
@@ -290,7 +290,7 @@ def test_npz_archives(tmp_path):
     data = config.build(f"npz:{path}", "source").load()
     assert data.shape == (3, 8, 8)
     assert len(data.classes) == 4
-    everything = type(data.test)(torch.cat([p.x for p in data[2:]]), torch.cat([p.y for p in data[2:]]))
+    everything = type(data.test)(torch.cat([p.x for p in data.splits]), torch.cat([p.y for p in data.splits]))
     assert same_images(everything, x, y)
     np.savez(path, x=x[:30, :, :, 0], y=y[:30], x_test=x[30:, :, :, 0], y_test=y[30:])
     data = advebm.load_data("npz", path=str(path))

@@ -372,7 +372,7 @@ def test_patches_are_squares_of_the_photographs(size, channels):
             windows = photographs[y][:, low:high].unfold(0, 16, 1).unfold(1, 16, 1)  # (rows, columns, 3, 16, 16)
             corner = (windows[..., 0, 0] == x[:, 0, 0]).all(2)
             assert (windows[corner] == x).flatten(1).all(1).any()
-    assert [len(s) for s in data[2:5]] == [42, 6, 12]
+    assert [len(s) for s in data.splits] == [42, 6, 12]
     small = dataclasses.replace(source, size=size, channels=channels, smallest=30, largest=32, contrast=0.1).load()
     assert small.shape == (channels, size, size)
     assert (small.train.float().mean(1).flatten(1).std(1, correction=0) > 0.095).all()  # before it was rounded: 0.1
@@ -386,7 +386,7 @@ def test_noise_images_are_uniform():
     counts = torch.bincount(data.train.x.flatten().long(), minlength=256).double()
     mean = counts.mean()
     assert ((counts - mean).square() / mean).sum() < 255 + 6 * math.sqrt(2 * 255)
-    assert [len(s) for s in data[2:5]] == [500, 50, 100]
+    assert [len(s) for s in data.splits] == [500, 50, 100]
     assert data.shape == (1, 16, 16)
     assert not any(torch.equal(x, y) for x in data.train.x for y in data.test.x[:5])
 
