@@ -1,6 +1,6 @@
 """The pictures of docs/page.md: ``ADVEBM_PICTURES=docs/pictures make test-page`` makes them again.
 
-They show the CIFAR-10 model that comes with the package, so they need its images (ADVEBM_DATA).
+They show the CIFAR-10 model that comes with the package.
 """
 
 import os
@@ -11,8 +11,6 @@ import pytest
 pytest.importorskip("selenium")
 from selenium.webdriver.common.by import By
 
-from advebm.core import config
-from advebm.core.errors import UserError
 from tests.page.conftest import serving
 from tests.page.steps import idle, open_page, photograph, press, tab, text, until
 
@@ -24,10 +22,6 @@ PICTURES = os.environ.get("ADVEBM_PICTURES")
 def page(driver, tmp_path_factory):
     if not PICTURES:
         pytest.skip("ADVEBM_PICTURES names no folder to keep the pictures in")
-    try:
-        config.build("cifar10", "source").load()
-    except UserError as error:
-        pytest.skip(f"no CIFAR-10 images: {error}")
     with serving([MODEL], tmp_path_factory.mktemp("pictures")) as served:
         open_page(driver, served.url)
         until(lambda: idle(driver, "draw"))
