@@ -11,6 +11,7 @@ import advebm
 from advebm import cli
 from advebm.core.config import describe
 from advebm.core.errors import UserError
+from advebm.data.sources import Images
 from advebm.models import excerpt
 from advebm.models.excerpt import Published
 from advebm.models.hub import EXCERPT
@@ -95,6 +96,15 @@ def test_other_images_are_not_taken_for_its_data_set(published):
         Published(str(published), whole=True).load()
 
 
+def test_gaussians_of_test_images_need_their_labels():
+    """Also where the training images have labels."""
+    data = advebm.load_data("digits")
+    part = data._replace(test=Images(data.test.x, data.test.y.clone().index_fill_(0, torch.tensor([0]), -1)))
+    assert CS().prepare(part) is not None
+    with pytest.raises(UserError, match="has no labels to fit a Gaussian a class on"):
+        CS(fit="test").prepare(part)
+
+
 def test_images_of_ones_own_are_published_only_if_asked(tmp_path, small_run):
     assert excerpt.is_public({"kind": "cifar10"})
     assert excerpt.is_public({"kind": "part", "source": {"kind": "digits"}})
@@ -114,7 +124,9 @@ def test_a_run_around_a_published_model_is_published_with_what_it_brought(publis
     assert second.name == first.name
     assert torch.equal(second.test.x, first.test.x)
     assert torch.equal(second.gaussians.components, first.gaussians.components)
-    assert json.loads((again / "config.json").read_text())["options"]["data"]["kind"] == "digits"
+    about, original = (json.loads((folder / "config.json").read_text()) for folder in (again, published))
+    assert about["options"]["data"]["kind"] == "digits"
+    assert about["images_digest"] == original["images_digest"]
 
 
 def test_test_images_do_not_become_seeds(published):

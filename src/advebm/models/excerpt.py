@@ -47,12 +47,12 @@ class Published:
             UserError: the model brings none; or the whole set is not found, or is not that of the model.
         """
         folder = locate(self.model)[0]
-        about, excerpt = _read_about(folder), read_excerpt(folder)
+        excerpt = read_excerpt(folder)
         if not (self.whole or self.path):
             return excerpt
         options = original_data(folder)
         data: Data = config.build({**options, **({"path": self.path} if self.path else {})}, "source").load()
-        if about.get("images_digest") not in (None, data.digest()):
+        if _read_about(folder).get("images_digest") not in (None, data.digest()):
             raise UserError(f"the images of {data.name} are not those that {self.model} was trained on")
         return data._replace(gaussians=excerpt.gaussians)
 

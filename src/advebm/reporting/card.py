@@ -78,8 +78,8 @@ def write_model(
     rounded = "" if weights == "float32" else f" Weights were rounded to {weights} after what is below was measured."
     if images is None:
         images = PUBLIC_IMAGES if is_public(options["data"]) and _has_data(run) else 0
-    if images:
-        extra.setdefault("images_digest", run.data.digest())
+    if images and not isinstance(run.recipe.data, Published):  # whose digest is that of its own model
+        extra["images_digest"] = run.data.digest()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:

@@ -90,7 +90,7 @@ class Reference:
             given = {k: about[k] for k in ("data", "threat") if k in about} | dict(about.get("options") or {})
             options = {name: read(given[name]) for name, read in SAFE.items() if given.get(name) is not None}
             if has_excerpt(self.folder):
-                options["data"] = {**config.describe(Published(self.address)), "kind": "published"}
+                options["data"] = config.describe(Published(self.address))
             return options
         return {}
 

@@ -133,7 +133,7 @@ class Sampler:
         if self.start == "noise":
             return starts.noise
         split, by_class = data.train if self.fit == "train" else data.test, self.start == "class"
-        if by_class and not data.labelled:
+        if by_class and not (data.labelled if self.fit == "train" else split.labelled):
             raise UserError(f"{data.name} has no labels to fit a Gaussian a class on; set start to global or noise")
         if data.gaussians is not None:
             if self.fit == "test":
