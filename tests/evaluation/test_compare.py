@@ -40,7 +40,9 @@ from advebm.reproduction.experiment import Experiment
 from advebm.runs.optim import Cyclic
 from advebm.runs.recipe import read, resolve
 from advebm.runs.run import Run
-from advebm.sampling.step_curve import Chains, CurvePoint
+from advebm.samplers.classifier import CS, RCS, TA, Langevin
+from advebm.samplers.critic import Ascent
+from advebm.sampling.step_curve import CurvePoint
 from advebm.training.cost import passes_per_image
 from advebm.training.loop import train
 from advebm.workflows.sample import draw_set
@@ -324,30 +326,50 @@ def test_the_quick_form_is_shorter_and_says_so(name, tmp_path, monkeypatch):
     assert titles[1].startswith(f"{name} --quick")
 
 
-def test_steps_are_chosen_once_and_on_validation(critic, monkeypatch):
-    """Along chains of validation images; the file is used again for the very same chains alone."""
+def test_every_sampler_is_tuned_over_the_same_grid(critic, monkeypatch):
+    """By FD in the table's features; the best of all, and the best at the common number of steps."""
     asked = []
 
-    def look(self, model, sampler, data, space, *, outside=None):
-        asked.append((self.split, sampler.steps))
-        return [CurvePoint(k, 100.0 - k, abs(k - 6) / 10, k / 1000) for k in (2, 6, 8)]
+    def search(run, grid, *, features, by, per_class, device):
+        asked.append((features, by, per_class, device))
+        worth = lambda s: abs(s.steps - 32) + abs(s.step_size - 0.2) + s.noise + (s.radius or 0.5)
+        trials = [{"sampler": config.describe(s), "value": worth(s)} for s in grid]
+        asked.append({(s.step_size, s.noise, s.radius, s.steps) for s in grid})
+        return sorted(trials, key=lambda trial: trial["value"]), None
 
-    monkeypatch.setattr(Chains, "__call__", look)
-    for _ in range(2):
-        assert studies.with_best_steps(critic, critic.recipe, critic).sampler.steps == 6
-    assert asked == [("val", critic.recipe.sampler.steps)]
-    changed = dataclasses.replace(critic.recipe, sampler=dataclasses.replace(critic.recipe.sampler, step_size=0.7))
-    studies.with_best_steps(critic, changed, critic)
-    assert len(asked) == 2
+    monkeypatch.setattr(studies, "search_settings", search)
+    found = studies.tune(critic, Ascent(step_size=0.1), "inception", 100)
+    assert asked[0] == ("inception", "FD", 10, "cpu")
+    grids = [asked[1]]
+    for kind in (TA, CS, RCS):
+        studies.tune(critic, kind(step_size=0.1), "inception")
+        grids.append(asked[-1])
+    assert all(grid == grids[0] for grid in grids)
+    assert len(grids[0]) == 3 * 2 * 2 * 5
+    assert (found["best"].steps, found["best"].step_size, found["best"].radius) == (32, 0.2, None)
+    assert (found["common"].steps, found["common"].step_size) == (16, 0.2)
+    studies.tune(critic, Langevin(step_size=0.1, noise=0.03), "inception")
+    assert {noise for _, noise, _, _ in asked[-1]} == {0.0, 0.01, 0.03}, "and its own noise"
+
+
+def test_a_set_is_drawn_again_only_with_other_settings(critic, monkeypatch):
+    few = dataclasses.replace(critic.recipe, sampler=Ascent(steps=1, start="noise"))
+    drawn = []
+    monkeypatch.setattr(studies, "draw_set", lambda *a, **k: drawn.append(a[2].steps) or draw_set(*a, **k))
+    for steps in (1, 1, 2, 2):
+        other = dataclasses.replace(few, sampler=dataclasses.replace(few.sampler, steps=steps))
+        assert studies.draw_if_missing(critic, other, 1, "set") == "set"
+    assert drawn == [1, 2]
+    studies.draw_if_missing(critic, dataclasses.replace(few, seed=7), 1, "set")
+    assert drawn == [1, 2, 1]
 
 
 def test_efficiency_is_the_cost_of_equally_good_samples(monkeypatch):
     fds = {"binary-at": (9.0, 5.0, 2.0), "jem": (8.0, 6.0, 4.0), "short-run-mle": (9.0, 7.0, 3.5)}
     samplers = {}
 
-    def along(run, recipe, judge, chains):
+    def along(run, recipe, judge):
         samplers[run] = recipe
-        assert chains.split == "train"
         return [CurvePoint(k, fd, 0.0, k / 100) for k, fd in zip((1, 4, 8), fds[run], strict=True)]
 
     class Named(str):

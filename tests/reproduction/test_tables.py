@@ -167,6 +167,7 @@ def test_every_table_is_made_of_recipes_that_resolve(name, scale, tmp_path):
     assert entries
     if own.by == "samplers":
         titles = {f"{method}, {row}" for method in own.methods() for row in unsupervised.rows_of(method)}
+        titles |= {f"{title}, {studies.COMMON_STEPS} steps" for title in titles}
         assert {own.of(name)["method"] for name in (*own.ours, *own.beside)} <= titles
     assert own.ours.keys() <= {row["name"] for row in own.rows}
     assert all(entry.train.images > 0 for entry in entries.values())
@@ -356,8 +357,6 @@ def test_a_scale_has_its_own_size_of_recipes(tmp_path):
     digits = binary.hybrid("ratio", tmp_path, ())
     assert tables.recipe_of(own, "digits", "ratio", tmp_path, ()) == digits
     assert tables.recipe_of(own, "cpu-30min", "acl-resnet50", tmp_path, ()) is None
-    judge = studies.find_recipe("cifar10-standard-small", ()).train.images
-    assert tables.recipe_of(own, "cpu-30min", "standard", tmp_path, ()).train.images == 0.3 * judge
 
 
 @pytest.mark.parametrize(
@@ -457,7 +456,8 @@ def test_all_rows_are_measured_under_the_threat_of_the_first(tmp_path, monkeypat
     (tmp_path / "dat" / "config.yaml").write_text(dump(dataclasses.replace(entries["dat"], before=(stage,))))
     runs = {method: Run(tmp_path / method) for method in ("dat", "ratio", "jem")}
 
-    def numbers(table, scale, run, threat, judge, sampler):
+    def numbers(table, scale, run, threat, features, sampler):
+        assert features == "cifar10-infonce"
         seen[str(run.folder.relative_to(tmp_path))] = threat
         return []
 
@@ -492,11 +492,13 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     short = {"train__images": 512, "train__validate_every": 512, "sampler__steps": 2}
     families = {"tiny": lambda method, folder, options: tiny(f"digits-{method}", **short)}
     own = table(columns=dict.fromkeys(("clean", "cw", "is", "fid"), ""), claims=("clean: B > A",))
-    small = Scale("a test", images=12, samples=40, version="quick")
+    small = Scale("a test", images=12, samples=40, version="quick", features=None, trials=60)
     monkeypatch.setattr(inventory, "tables", lambda: {"two": own})
     monkeypatch.setattr(tables, "FAMILIES", families)
     monkeypatch.setitem(SCALES, "digits", small)
-    monkeypatch.setattr(unsupervised, "FEW", dataclasses.replace(unsupervised.FEW, count=60, steps=(1, 2)))
+    monkeypatch.setattr(studies, "STEPS", (1, 2))
+    monkeypatch.setattr(studies, "COMMON_STEPS", 2)
+    monkeypatch.setattr(studies, "BALLS", (None,))
     path = experiments.reproduce("two", tmp_path, scale="digits", options=[("seed", 0)])
     plain, (printed, shown) = json.loads(path.read_text()), capsys.readouterr()
     assert "noise: SampleQuality" in shown
@@ -508,6 +510,9 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     accuracy = next(r for r in runs["noise"].records() if r["name"] == "accuracy")
     assert rows["B"]["ours"]["clean"]["value"] == 100 * accuracy["value"]
     assert rows["B"]["ours"]["fid"]["measured"] == "FD (features of standard)"
+    (tuned,) = (runs["noise"].folder / "tuned").iterdir()
+    assert rows["B"]["ours"]["fid"]["sampler"] == json.loads(tuned.read_text())["sampler"]
+    assert "samplers: A: " in printed
     assert plain["about"]["command"] == "advebm reproduce two --scale digits --seed 0"
     assert plain["about"]["trained"]["at"] == f"512 images of {len(runs['at'].recipe.data.load().train):,}"
     assert plain["about"]["hardware"].startswith("cpu, ")
@@ -523,6 +528,7 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     for name in ("fit", "draw_set"):
         patch_experiments(monkeypatch, name, again)
     monkeypatch.setattr(compare.evaluate, "evaluate_run", again)
+    monkeypatch.setattr(generate, "generate_along", again)
     for run in runs.values():  # what was measured on another day, and since then on other images, is not the table's
         before = [{**r, "time": r["time"].replace(r["time"][:10], "2026-01-01")} for r in run.records()]
         others = [{**r, "value": 0.123, "settings": {**r["settings"], "images": 99}} for r in before]
@@ -534,6 +540,47 @@ def test_a_table_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.setattr(inventory, "tables", lambda: {"two": own})
     assert results_page.resummarize(plain) == plain
+
+
+def test_samples_are_judged_by_a_network_that_saw_no_labels(tmp_path):
+    """On CIFAR-10; on digits by a standard classifier, and at full scale by Inception."""
+    own = TABLES["cem-table2"]
+    assert "standard" not in tables.recipes_of(own, "cpu-2h", tmp_path, ())
+    assert next(iter(tables.recipes_of(own, "digits", tmp_path, ()))) == "standard"
+    runs = {"standard": SimpleNamespace(folder=tmp_path)}
+    spaces = {scale: tables.features_of(SCALES[scale], runs) for scale in own.scales}
+    assert spaces.pop("digits") == tmp_path
+    assert spaces.pop("full") == "inception"
+    assert set(spaces.values()) == {"cifar10-infonce"}
+
+
+def test_settings_of_samplers_are_listed():
+    """Those that were searched; the baseline, which takes no step, has none."""
+    sampler = {"kind": "ta", "steps": 16, "step_size": 0.25, "noise": 0.0, "radius": None}
+    assert render.format_sampler(sampler) == "16 steps of 0.25"
+    narrow = {**sampler, "noise": 0.01, "radius": 2.0}
+    assert render.format_sampler(narrow) == "16 steps of 0.25, noise 0.01, within 2 of the seed"
+    found = {
+        title: [record("FD (features of x)", 7.0, space="features of x", sampler=settings)]
+        for title, settings in (
+            ("at, cond, TA", sampler),
+            ("at, cond, TA, 16 steps", narrow),
+            ("at, cond, no steps", {**sampler, "steps": 0}),
+        )
+    }
+    own = TABLES["cem-table2"]
+    _, lines = render.text_lines(
+        render.summarize(own, "digits", paper_verdicts.table_cells(own, found), results_about())
+    )
+    listed = ["supervised, cond, TA: 16 steps of 0.25"]
+    listed += ["at, cond, TA, 16 steps: 16 steps of 0.25, noise 0.01, within 2 of the seed"]
+    assert lines[0] == f"samplers: {'; '.join(listed)}"
+    published = sum(row["status"] != "unpublished" for row in own.rows)
+    assert f"{published - 1} of the paper's {published} rows have no number here" in lines
+
+
+def results_about():
+    return {"settings": "s", "seeds": 1, "hardware": "h", "date": "d"}
 
 
 def test_the_picture_of_a_table_has_first_stages(monkeypatch):

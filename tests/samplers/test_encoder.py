@@ -1,5 +1,6 @@
 """Samplers of encoders, probes and nearest neighbours."""
 
+import dataclasses
 import io
 
 import pytest
@@ -29,7 +30,6 @@ from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.samplers.encoder import NPPGD, MaxEnt, NPLangevin
 from advebm.sampling import generate
-from advebm.sampling.step_curve import Chains, CurvePoint
 from advebm.training.loop import train
 from advebm.web.server import open_studios
 from advebm.workflows import probe
@@ -676,33 +676,45 @@ def test_what_cannot_be_probed_is_named(run, digits, small_run):
 # The experiment -------------------------------------------------------------------------------------------------------
 
 
-def test_each_row_of_the_table_takes_the_steps_of_validation(run, tmp_path, monkeypatch):
-    """Once: a second call draws and measures nothing; a row is its own sampler at the steps that it was given."""
+def test_each_row_of_the_table_has_settings_of_its_own(run, tmp_path, monkeypatch):
+    """Tuned on validation images, and the same beside it at a common number of steps; equal sets are drawn once."""
     (tmp_path / "acl").mkdir()
-    own, asked = linked(run, tmp_path / "acl"), []
+    own, drawn = linked(run, tmp_path / "acl"), {}
     steps = {"np-pgd": 4, "np-langevin": 2, "maxent": 16}
 
-    def look(self, model, sampler, data, space, *, outside=None):
-        assert (self.split, self.steps[-1]) == ("val", 64)
-        asked.append((kind := config.describe(sampler)["kind"], sampler.start))
-        return [CurvePoint(k, 1.0, abs(k - steps[kind]) / 10, 0.0) for k in self.steps]
+    def tune(run, sampler, features, count):
+        assert (features, count) == ("judge", 60)
+        best = dataclasses.replace(sampler, steps=steps[config.describe(sampler)["kind"]])
+        return {"best": best, "common": dataclasses.replace(sampler, steps=16)}
 
-    def contrast(run, samplers, per_class, seeds, *, features, say, device):
-        asked.append({name: (sampler.steps, sampler.start) for name, sampler in samplers.items()})
-        record = {"name": "FD (x)", "value": 3.0, "error": 0.5, "settings": {}}
-        return {name: [record] for name in samplers}, None
+    def draw(run, recipe, per_class, name):
+        assert per_class == 4
+        drawn[name] = (recipe.seed, recipe.sampler.steps, recipe.sampler.start)
 
-    monkeypatch.setattr(Chains, "__call__", look)
-    monkeypatch.setattr(unsupervised, "compare_sets", contrast)
-    wanted = {"cond, no steps": ("maxent", "class"), **unsupervised.UNSUPERVISED}
-    rows = [unsupervised.table2(own, wanted, own) for _ in range(2)]
-    assert rows[0] == rows[1]
-    assert len(asked) == 7
-    assert asked[-1]["cond-langevin"] == (2, "class")
-    assert asked[-1]["uncond-maxent"] == (16, "global")
-    assert asked[-1]["cond-no-steps"] == (0, "class")
-    assert [r["value"] for r in rows[0]["cond, PGD"]] == [4, 3.0]
-    assert set(rows[0]) == set(wanted)
+    def measure(run, wanted, features):
+        names = dict.fromkeys(key.samples for key in wanted)
+        value = lambda name: drawn[name][1] + float(name[-1])
+        return [{"name": "FD (x)", "value": value(n), "error": 9.0, "settings": {"samples": n}} for n in names]
+
+    patches = {"tune": tune, "draw_if_missing": draw, "measure_missing": measure}
+    for name, patch in patches.items():
+        monkeypatch.setattr(unsupervised, name, patch)
+    monkeypatch.setattr(unsupervised.compare, "space_name", lambda features: "x")
+    monkeypatch.setattr(unsupervised, "cem_figure1", lambda runs: b"")
+    monkeypatch.setattr(unsupervised.figure_store, "save_figure", lambda *a: None)
+    monkeypatch.setitem(
+        unsupervised.TABLE2, "acl", {"cond, no steps": ("maxent", "class"), **unsupervised.UNSUPERVISED}
+    )
+    found = unsupervised.compare_samplers({"acl": own}, "judge", samples=40, draws=2, trials=60)
+    assert drawn["cond-langevin-0"] == (0, 2, "class")
+    assert drawn["cond-langevin-1"] == (1, 2, "class")
+    assert drawn["uncond-pgd-16-steps-1"] == (1, 16, "global")
+    assert drawn["cond-no-steps-0"] == (0, 0, "class")
+    assert "uncond-maxent-16-steps-0" not in drawn, "its own settings have that many steps"
+    value = lambda row: [(r["value"], r["error"], r["seeds"]) for r in found[f"acl, {row}"]]
+    assert value("cond, Langevin") == [(2.5, pytest.approx(0.5**0.5), 2)]
+    assert value("uncond, MaxEnt") == value("uncond, MaxEnt, 16 steps") == [(16.5, pytest.approx(0.5**0.5), 2)]
+    assert len(found) == 1 + 2 * 6
 
 
 def test_it_says_which_sampler_wins_and_by_how_much(monkeypatch):
@@ -716,6 +728,9 @@ def test_it_says_which_sampler_wins_and_by_how_much(monkeypatch):
         "acl, uncond: MaxEnt (40.5) before PGD by 9.5 ± 0.0 in FD; the baseline, no steps, has 80.0",
     ]
     assert unsupervised.winners(results) == lines
+    equal = {"at, cond, TA, 16 steps": fd(5.0, 0.3), "at, cond, CS, 16 steps": fd(7.0, 0.4)}
+    sixteen = "at 16 steps, at, cond: TA (5.0) before CS by 2.0 ± 0.5 in FD; the baseline, no steps, has 6.0"
+    assert unsupervised.winners(results | equal) == [*lines, sixteen]
     drawn = []
     monkeypatch.setattr(figures, "bars", lambda values, label: drawn.append(values) or b"")
     assert list(unsupervised.unsupervised_figures(results)) == [". ".join(lines)]
@@ -734,7 +749,7 @@ def test_figure_1_shows_seeds_and_every_sampler(run, small_run, tmp_path):
             y = torch.arange(10) if start == "class" else torch.full((10,), -1)
             about = {"sampler": {}, "seed": 0}
             generate.write_set(
-                own[title].folder / "comparison" / f"{unsupervised.folder_of(row)}-0", SampleSet(x, y, about), 10
+                own[title].folder / "samples" / f"{unsupervised.folder_of(row)}-0", SampleSet(x, y, about), 10
             )
     picture = Image.open(io.BytesIO(unsupervised.cem_figure1(own)))
     assert picture.width > 1500

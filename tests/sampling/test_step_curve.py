@@ -14,7 +14,7 @@ from advebm.metrics.base import Features
 from advebm.metrics.distances import Moments, frechet_distance, kernel_pairs, kernel_sum, unbiased_mmd
 from advebm.samplers.classifier import CS
 from advebm.samplers.critic import Ascent
-from advebm.sampling.step_curve import STEPS, Chains, CurvePoint, best_point, first_reaching
+from advebm.sampling.step_curve import STEPS, Chains, CurvePoint, first_reaching
 from tests.helpers import Plain
 
 PIXELS = Features("pixels", lambda x: x.flatten(1))
@@ -35,17 +35,15 @@ def bowl():
     return Plain(lambda x: -(x.flatten(1) - CENTRE).square().sum(1, keepdim=True)), inside, outside
 
 
-@pytest.mark.parametrize("split", ["val", "train"])
-def test_points_are_those_of_samplers_that_stop_there(bowl, split):
+def test_points_are_those_of_samplers_that_stop_there(bowl):
     model, inside, outside = bowl
-    chains, sampler = Chains(split, count=40, steps=(0, 1, 3, 6)), Ascent(steps=99, step_size=0.1)
-    seen = chains._draw(model, sampler, inside, outside._replace(test=outside.val) if split == "val" else outside)
+    chains, sampler = Chains(count=40, steps=(0, 1, 3, 6)), Ascent(steps=99, step_size=0.1)
+    seen = chains._draw(model, sampler, inside, outside)
     begin = seen[0][0]
-    expected = outside.val if split == "val" else outside.test
-    assert {x.numpy().tobytes() for x in begin} <= {x.numpy().tobytes() for x in expected.x}
+    assert {x.numpy().tobytes() for x in begin} <= {x.numpy().tobytes() for x in outside.test.x}
     points = chains(model, sampler, inside, PIXELS, outside=outside)
     assert [p.steps for p in points] == [0, 1, 3, 6]
-    real = getattr(inside, split).float().flatten(1)
+    real = inside.train.float().flatten(1)
     for point in points:
         stopped = dataclasses.replace(sampler, steps=point.steps)
         x = stopped(model, torch.full((40,), -1), begin.float() / 255)
@@ -89,18 +87,17 @@ def test_looking_takes_no_time(bowl, monkeypatch):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.Tensor, "round", slow_round)
-    points = Chains("val", count=20, steps=(0, 1, 4))(Plain(tick), Ascent(), inside, PIXELS, outside=outside)
+    points = Chains(count=20, steps=(0, 1, 4))(Plain(tick), Ascent(), inside, PIXELS, outside=outside)
     assert [p.seconds for p in points] == [0.0, 2 / 20, 8 / 20]
 
 
-def test_best_and_reached():
+def test_first_reaching_a_level():
     points = [
         CurvePoint(1, 9.0, 0.5, 0.1),
         CurvePoint(2, 4.0, 0.2, 0.2),
         CurvePoint(4, 3.0, 0.3, 0.4),
         CurvePoint(8, 5.0, 0.2, 0.8),
     ]
-    assert best_point(points) == points[1]
     assert first_reaching(points, 4.0) == points[1]
     assert first_reaching(points, 3.5) == points[2]
     assert first_reaching(points, 2.0) is None
@@ -110,8 +107,6 @@ def test_bad_chains_are_refused(bowl):
     for options in ({"count": 1}, {"steps": ()}, {"steps": (3, 2)}, {"steps": (1, 1)}, {"steps": (-1, 2)}):
         with pytest.raises(UserError, match="count must be at least 2, and steps are rising numbers"):
             Chains(**options)
-    with pytest.raises(UserError, match="is one of val, train"):
-        Chains("test")
     model, inside, _ = bowl
     with pytest.raises(UserError, match="there are none; set start to"):
         Chains()(model, Ascent(), inside, PIXELS)

@@ -70,8 +70,8 @@ def test_trials_are_done_once_and_shared(run, space, monkeypatch):
         assert len(tune(run, SETTINGS, space, per_class=3)) == 2
     assert find_tuned(run, CS()) is None
     drawn = []
-    whole = generate.generate
-    monkeypatch.setattr(generate, "generate", lambda *a, **k: drawn.append(a[1]) or whole(*a, **k))
+    whole = generate.generate_along
+    monkeypatch.setattr(generate, "generate_along", lambda *a, **k: drawn.append(a[1]) or whole(*a, **k))
     assert len(tune(run, SETTINGS, space, per_class=3)) == 3
     assert drawn == [SETTINGS[1]]
     assert find_tuned(run, CS()) is not None
@@ -81,6 +81,25 @@ def test_trials_are_done_once_and_shared(run, space, monkeypatch):
 
 
 NOT_ASKED = ("sampler", "name", "value")
+
+
+@pytest.mark.parametrize(
+    ("changes", "chains"), [({}, [6]), ({"noise": 0.1}, [6]), ({"step_decay": 0.5}, [2, 4, 6]), ({"radius": 0.3}, [6])]
+)
+def test_numbers_of_steps_share_chains(run, space, monkeypatch, changes, chains):
+    """Each trial has the value of a chain of its own; annealed chains of other lengths are other chains."""
+    drawn = []
+    whole = generate.generate_along
+    monkeypatch.setattr(generate, "generate_along", lambda *a, **k: drawn.append(a[1].steps) or whole(*a, **k))
+    samplers = [CS(steps=k, step_size=0.1, **changes) for k in (2, 4, 6)]
+    together = {t["sampler"]["steps"]: t["value"] for t in tune(run, samplers, space, per_class=3)}
+    assert drawn == chains
+    for path in (run.folder / "tuning").glob("*.json"):
+        path.unlink()
+    for sampler in samplers:
+        (alone,) = tune(run, [sampler], space, per_class=3)
+        assert together[sampler.steps] == pytest.approx(alone["value"], rel=1e-6)
+    assert len(set(together.values())) == 3
 
 
 def test_test_images_are_not_looked_at(run, space):

@@ -19,6 +19,8 @@ def table_cells(table: Table, results: Mapping[str, Records]) -> Cells:
                 scale = find_column(key).scale
                 value, error = scale * record["value"], scale * record["error"]
                 about = {"n": record["count"], "seeds": record.get("seeds", 1), "measured": record["name"]}
+                if "sampler" in record["settings"]:
+                    about["sampler"] = record["settings"]["sampler"]
                 cells.setdefault(name, {})[key] = {"value": value, "error": error, **about}
     return cells
 

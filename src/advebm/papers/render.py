@@ -20,8 +20,9 @@ def summarize(table: Table, scale: str, cells: Cells, about: Mapping[str, Any]) 
       that are to be measured again -> the settings that they were measured with);
     - ``columns``: published key -> heading;
     - ``rows``: each with ``name``, ``status``, ``note``, ``published`` (key -> number), ``code`` (results of reference
-      code, if known), ``ours`` (key -> ``value``, ``error``, ``n``, ``seeds``, ``measured``; ``error`` is the standard
-      error over n images, or with several training or sampling seeds the deviation over them) and ``verdict``;
+      code, if known), ``ours`` (key -> ``value``, ``error``, ``n``, ``seeds``, ``measured`` and, of samples, the
+      settings of their ``sampler``; ``error`` is the standard error over n images, or with several training or sampling
+      seeds the deviation over them) and ``verdict``;
     - ``claims``: each with ``claim``, ``places`` (row and column of both sides), ``doubtful``, ``verdict`` and, if
       measured, ``difference``, ``error``, ``published`` (the paper's difference, None if unknown) and their ``unit``.
     """
@@ -81,16 +82,29 @@ def _format_cell(cell: Cell | None) -> str:
 
 
 def text_lines(summary: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return how, where and when it was measured; then lines with the claims, unmeasured rows and the verdict."""
+    """Return how, where and when it was measured; then lines with samplers, claims, unmeasured rows and the verdict."""
     about, rows = summary["about"], summary["rows"]
     seeds = f"{about['seeds']} training seed{'s' * (about['seeds'] > 1)}"
     where = [f"scale {summary['scale']}: {about['settings']}", seeds, about["hardware"], about["date"]]
-    claims = [_format_claim(claim, about.get("former", {})) for claim in summary["claims"]]
-    if missing := sum(not row["ours"] for row in rows):
-        published = sum(row["status"] != "unpublished" for row in rows)
-        claims.append(f"{missing} of the paper's {published} rows have no number here")
+    lines = [_format_claim(claim, about.get("former", {})) for claim in summary["claims"]]
+    samplers = {row["name"]: cell["sampler"] for row in rows for cell in row["ours"].values() if "sampler" in cell}
+    if listed := [f"{name}: {format_sampler(sampler)}" for name, sampler in samplers.items() if sampler["steps"]]:
+        lines.insert(0, f"samplers: {'; '.join(listed)}")
+    published = [row for row in rows if row["status"] != "unpublished"]
+    if missing := sum(not row["ours"] for row in published):
+        lines.append(f"{missing} of the paper's {len(published)} rows have no number here")
     verdict = ". ".join(filter(None, [summary["verdict"], summary["why"]]))
-    return "; ".join(where), [*claims, f"verdict: {verdict}"]
+    return "; ".join(where), [*lines, f"verdict: {verdict}"]
+
+
+def format_sampler(sampler: Mapping[str, Any]) -> str:
+    """Return what :func:`advebm.sampling.tune.tune` searches of a sampler, such as ``16 steps of 0.25, noise 0.01``."""
+    text = f"{sampler['steps']} steps of {sampler['step_size']:g}"
+    if sampler["noise"]:
+        text += f", noise {sampler['noise']:g}"
+    if sampler["radius"]:
+        text += f", within {sampler['radius']:g} of the seed"
+    return text
 
 
 def _format_claim(claim: Mapping[str, Any], former: Mapping[str, str]) -> str:

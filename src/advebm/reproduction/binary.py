@@ -7,7 +7,8 @@ from typing import Any
 
 from advebm.attacks.apgd import APGD
 from advebm.attacks.projected import Attack
-from advebm.core import config
+from advebm.core import config, files
+from advebm.core.checks import device
 from advebm.evaluation import compare, evaluate
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
@@ -22,13 +23,13 @@ from advebm.reproduction.study import (
     draw_if_missing,
     find_recipe,
     measure_missing,
-    measure_steps,
+    say,
     train_or_resume,
-    with_best_steps,
+    tune,
 )
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
-from advebm.sampling.step_curve import Chains, first_reaching
+from advebm.sampling.step_curve import Chains, CurvePoint, first_reaching
 
 DETECTION = Key("AUROC", set="uniform", by="energy")  # if a run has this record, detection was measured
 
@@ -62,14 +63,13 @@ def digits_binary_at(folder: Path, options: Options) -> Experiment:
     def measure(runs: Mapping[str, Run]) -> Results:
         results, judge = {}, Run.open(folder / "judge")
         for title, run in runs.items():
-            recipe = with_best_steps(run, run.recipe, judge)
-            draw_if_missing(run, recipe, 100)
+            sampler = tune(run, run.recipe.sampler, judge.folder)["best"]
+            draw_if_missing(run, dataclasses.replace(run.recipe, sampler=sampler), 100)
             metrics: Wanted = compare.quality_metrics(run, judge.folder)
             if "@" not in title:
                 metrics |= {DETECTION: detection(run, 512, 1)}
             measure_missing(run, metrics, judge.folder)
-            steps = Record("steps chosen on validation", recipe.sampler.steps, 0.0, 1)
-            results[title] = [dataclasses.asdict(steps), *table_records(run)]
+            results[title] = table_records(run)
         return results
 
     prepare = lambda: train_or_resume(judge_recipe, folder / "judge")
@@ -220,8 +220,8 @@ def digits_hybrids(folder: Path, options: Options) -> Experiment:
         results = {}
         for title, run in stages.items():
             is_critic = run.recipe.objective.outputs == 1
-            recipe = with_best_steps(run, run.recipe, judge) if is_critic else run.recipe
-            draw_if_missing(run, recipe, 50)
+            sampler = tune(run, run.recipe.sampler, judge.folder)["best"]
+            draw_if_missing(run, dataclasses.replace(run.recipe, sampler=sampler), 50)
             metrics: Wanted = compare.quality_metrics(run, judge.folder)
             metrics |= {DETECTION: detection(run, 512, 1)}
             if not is_critic and title != "short-run-mle":
@@ -244,7 +244,7 @@ def efficiency(runs: Mapping[str, Run], judge: Run, results: dict[str, Records])
         recipe = runs[title].recipe
         if title == "jem":
             recipe = dataclasses.replace(recipe, sampler=config.build(SHORT_RUN, "sampler"))
-        curves[title] = measure_steps(runs[title], recipe, judge, Chains("train"))
+        curves[title] = measure_steps(runs[title], recipe, judge)
     level = max(min(p.fd for p in curve) for curve in curves.values())
     for title, curve in curves.items():
         point = first_reaching(curve, level)
@@ -253,3 +253,20 @@ def efficiency(runs: Mapping[str, Run], judge: Run, results: dict[str, Records])
             record = Record(f"{name} to equal FD", value, 0.0, Chains().count, {"level": level})
             results[title].append(dataclasses.asdict(record))
     return results
+
+
+def measure_steps(run: Run, recipe: Recipe, judge: Run) -> list[CurvePoint]:
+    """Return the quality of a run's samples after each number of steps; kept in ``chains.json``."""
+    chains = Chains()
+    about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
+    about |= {"features": str(compare.feature_weights(judge.folder)), "checkpoint": run.checkpoints.path().name}
+    file = run.folder / "chains.json"
+    saved = files.read_json(file, default={})
+    if {k: saved.get(k) for k in about} != about:
+        say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
+        outside = recipe.outside.load() if recipe.outside is not None else None
+        space = evaluate.find_space(judge.folder).load(device())
+        points = chains(run.model()[0].to(device()), recipe.sampler, run.data, space, outside=outside)
+        saved = {**about, "points": [point._asdict() for point in points]}
+        files.write_json(file, saved)
+    return [CurvePoint(**point) for point in saved["points"]]

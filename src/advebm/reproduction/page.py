@@ -9,6 +9,7 @@ from advebm.core import files
 from advebm.core.errors import UserError
 from advebm.papers import inventory, render
 from advebm.reporting.records import markdown
+from advebm.reproduction import study
 from advebm.reproduction.scales import SCALES
 
 HEAD = """# Results
@@ -18,17 +19,22 @@ Written by `make results` from `results/*.json`, which `advebm reproduce TABLE -
 {scales}
 
 Half an hour is a plan from the speed of single recipes, not measured; of two cores binary-at-table4 takes rather more.
-Two hours are what `cifar10-at-2h` may take; judges (19 minutes), DAT's second stage (20) and measuring (an hour
-for its three tables) come on top.
+Two hours are what `cifar10-at-2h` may take; DAT's second stage (20 minutes) and measuring come on top. `--row
+at=cifar10-at-2h` takes the package's network instead of training it again.
 At `full` each row is trained for as long as in its paper, at `cpu-2h` for as long as its recipe says. At the other
 scales all rows of a table are trained on the same number of images (`table:` in `papers.yaml`); FREE takes an eighth
-of them and uses each eight times, DAT's second stage comes on top of its first, RST-AWP has as many images without
-labels on top, and judges of samples are trained as their recipes say (at `cpu-30min` on 30 % of that). `former
-settings` are numbers from before a row was changed, which are to be measured again. Beside a number of ours stand its
-standard error over images and, in brackets, how many; `3 x` says that it is the deviation over so many seeds of
-training or sampling. The papers' FID and IS are of Inception features, ours at scale `full` alone: elsewhere they are
-FD and class score in the features of a small classifier, which compare within a column and never with the paper's. `no
-steps` is the baseline of samplers: draws from the Gaussians that they begin from.
+of them and uses each eight times, DAT's second stage comes on top of its first, and RST-AWP has as many images without
+labels on top. `former settings` are numbers from before a row was changed, which are to be measured again. Beside a
+number of ours stand its standard error over images and, in brackets, how many; `3 x` says that it is the deviation over
+so many seeds of training or sampling.
+
+The papers' FID and IS are of Inception features, ours at scale `full` alone: elsewhere they are FD and class score in
+the features of a small network, which compare within a column and never with the paper's. On CIFAR-10 that network is
+`cifar10-infonce`, trained without labels on CIFAR-10's training images, so that it favours no sampler that descends a
+classifier's loss; its class score is that of a linear probe. On digits it is a standard classifier. Step size, noise,
+ball and number of steps of every sampler are those of the lowest FD to validation images, out of one grid for all:
+{grid}. Rows that end in `{common} steps` are the same at one number of steps. `no steps` is the baseline of samplers:
+draws from the Gaussians that they begin from.
 
 Verdicts are computed. At scale `full` a table is *reproduced* where every number is within two joint standard errors of
 the paper's, or within {tolerances}.
@@ -70,6 +76,15 @@ def resummarize(summary: Mapping[str, Any]) -> dict[str, Any]:
     return render.summarize(table, summary["scale"], cells, summary["about"])
 
 
+def describe_grid() -> str:
+    """Return in words which settings of samplers are tried."""
+    factors = ", ".join(f"{factor:g}" for factor in study.FACTORS)
+    noises = ", ".join(f"{noise:g}" for noise in study.NOISES)
+    balls = ", ".join("none" if radius is None else f"{radius:g}" for radius in study.BALLS)
+    steps = ", ".join(map(str, study.STEPS))
+    return f"{factors} times its step size, noise {noises} or its own, radius {balls}, and {steps} steps"
+
+
 def summary_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table with a row per table of the papers."""
     rows = [
@@ -85,7 +100,7 @@ def page(summaries: Mapping[str, Mapping[str, Any]], pictures: Iterable[str]) ->
     scales = "\n".join(f"- `{name}`: {scale.about}." for name, scale in SCALES.items())
     tolerances = ", ".join(f"{c.tolerance:g} ({c.heading})" for c in inventory.COLUMNS.values())
     parts = [
-        HEAD.format(scales=scales, tolerances=tolerances),
+        HEAD.format(scales=scales, tolerances=tolerances, grid=describe_grid(), common=study.COMMON_STEPS),
         summary_table(summaries),
     ]
     for name, summary in summaries.items():

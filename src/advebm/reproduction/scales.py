@@ -15,12 +15,12 @@ class Scale:
         images: number of test images that attacks run on; None: all.
         samples: number of samples in each set.
         draws: number of sampling seeds where samplers are compared.
+        trials: number of samples by which each setting of a sampler is tried, on validation images.
         version: version of AutoAttack.
         changes: options changed in every recipe.
-        features: feature space that judges samples; None: that of the same table's standard classifier.
+        features: feature space that judges samples; None: that of a standard classifier trained beside the table's.
         outliers: image sets that out-of-distribution detection is measured on.
         restarts: restarts of the worst-case attack on detection.
-        judge: share of its recipe's training images that the judge of samples is trained on.
     """
 
     about: str
@@ -28,12 +28,12 @@ class Scale:
     images: int | None = None
     samples: int = 1000
     draws: int = 3
+    trials: int = 250
     version: Literal["quick", "standard"] = "standard"
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    features: str | None = None
+    features: str | None = "cifar10-infonce"
     outliers: tuple[Any, ...] = ()
     restarts: int = 1
-    judge: float = 1.0
 
 
 # Outside images that critics and detectors of CIFAR-10 are trained on.
@@ -47,6 +47,7 @@ SCALES = {
         size="full",
         samples=50_000,
         draws=1,
+        trials=5_000,
         features="inception",
         outliers=(SVHN, "cifar100", IMAGENET, "uniform"),
         restarts=5,
@@ -59,9 +60,11 @@ SCALES = {
         outliers=OUTLIERS,
     ),
     "cpu-2h": Scale(
-        "ResNet-18s of width 32 for two hours of two cores, AutoAttack's APGDs on 1,000 images, 1,000 samples",
+        "ResNet-18s of width 32 for two hours of two cores, AutoAttack's APGDs on 1,000 images, 5,000 samples",
         size="2h",
         images=1000,
+        samples=5_000,
+        draws=1,
         version="quick",
         outliers=OUTLIERS,
     ),
@@ -70,11 +73,11 @@ SCALES = {
         images=500,
         version="quick",
         outliers=OUTLIERS,
-        judge=0.3,
     ),
     "digits": Scale(
         "8x8 digits, a network of four convolutions, AutoAttack's APGDs, all 359 test images, 1,000 samples",
         version="quick",
+        features=None,
         outliers=("uniform", "gaussian"),
     ),
 }

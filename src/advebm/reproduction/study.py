@@ -1,4 +1,4 @@
-"""Steps of experiments: train, draw and measure what is missing, choose the number of sampling steps."""
+"""Steps of experiments: train, draw and measure what is missing, choose the settings of samplers."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,14 @@ from advebm.attacks.projected import Attack
 from advebm.core import config, console, files
 from advebm.core.checks import device
 from advebm.core.errors import Diverged, UserError
-from advebm.evaluation import compare, evaluate
+from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
+from advebm.samplers.base import Sampler
 from advebm.sampling import generate
-from advebm.sampling.step_curve import Chains, CurvePoint, best_point
-from advebm.workflows.sample import draw_set
+from advebm.sampling.tune import settings_grid
+from advebm.workflows.sample import draw_set, is_drawn, search_settings
 from advebm.workflows.train import fit
 
 say = console.screen.print
@@ -50,10 +51,11 @@ def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
 
 
 def draw_if_missing(run: Run, recipe: Recipe, per_class: int, name: str | None = None) -> str:
-    """Draw a set of samples by the recipe's sampler unless it exists; return its name."""
+    """Draw a set of samples by the recipe's sampler and seed unless that very set exists; return its name."""
     name = name or generate.set_name(recipe.sampler)
-    if name not in run.samples():
-        draw_set(run, name, recipe.sampler, per_class, seed=recipe.seed, device=device())
+    options: dict[str, Any] = {"seed": recipe.seed, "device": device()}
+    if not is_drawn(run, name, recipe.sampler, per_class, **options):
+        draw_set(run, name, recipe.sampler, per_class, **options)
     return name
 
 
@@ -70,23 +72,25 @@ def compare_all(runs: Mapping[str, Run], judge_title: str, threat: Attack) -> di
     return compare.compare(list(runs.values()), threat=threat, **options)
 
 
-def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: str = "") -> list[CurvePoint]:
-    """Return the quality of a run's samples after each number of steps; kept in ``chains-SPLIT + name.json``."""
-    about = {"chains": config.describe(chains), "sampler": config.describe(recipe.sampler)}
-    about |= {"features": str(compare.feature_weights(judge.folder)), "checkpoint": run.checkpoints.path().name}
-    file = run.folder / f"chains-{chains.split}{name}.json"
-    saved = files.read_json(file, default={})
-    if {k: saved.get(k) for k in about} != about:
-        say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
-        outside = recipe.outside.load() if recipe.outside is not None else None
-        space = evaluate.find_space(judge.folder).load(device())
-        points = chains(run.model()[0].to(device()), recipe.sampler, run.data, space, outside=outside)
-        saved = {**about, "points": [point._asdict() for point in points]}
-        files.write_json(file, saved)
-    return [CurvePoint(**point) for point in saved["points"]]
+FACTORS = (0.5, 1.0, 2.0)  # step sizes that are tried, relative to that of the sampler
+NOISES, BALLS = (0.0, 0.01), (None, 2.0)  # in pixels of [0, 1], and radii from the seed
+STEPS = (4, 8, 16, 32, 64)
+COMMON_STEPS = 16  # samplers are also compared at this number of steps
 
 
-def with_best_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains | None = None, name: str = "") -> Recipe:
-    """Return the recipe with the number of sampling steps of least KID to the images of ``chains`` (validation)."""
-    steps = best_point(measure_steps(run, recipe, judge, chains or Chains(), name)).steps
-    return dataclasses.replace(recipe, sampler=dataclasses.replace(recipe.sampler, steps=steps))
+def tune(run: Run, sampler: Sampler, features: str | Path, count: int = 250) -> dict[str, Sampler]:
+    """Search step size, noise, ball and steps of a sampler for the lowest FD of ``count`` samples to validation images.
+
+    The grid is the same for every sampler, relative to its step size, which methods of unit steps share.
+
+    Returns:
+        The best settings, under ``best``, and the best of :data:`COMMON_STEPS` steps, under ``common``.
+    """
+    values: dict[str, Sequence[Any]] = {"radius": BALLS, "steps": STEPS, "noise": sorted({*NOISES, sampler.noise})}
+    values["step_size"] = [factor * sampler.step_size for factor in FACTORS]
+    per_class = max(2, count // max(1, len(run.data.classes)))
+    say(f"  {run.recipe.name}: settings of {generate.set_name(sampler)}")
+    grid = settings_grid(sampler, values)
+    trials, _ = search_settings(run, grid, features=features, by="FD", per_class=per_class, device=device())
+    common = next(trial for trial in trials if trial["sampler"]["steps"] == COMMON_STEPS)
+    return {name: config.build(t["sampler"], "sampler") for name, t in (("best", trials[0]), ("common", common))}

@@ -92,11 +92,11 @@ def write_table(
 
 
 def recipes_of(table: Table, scale: str, folder: Path, options: Options) -> dict[str, Recipe]:
-    """Return the recipes of a table at a scale by method, the judge of samples first; leave out methods without one.
+    """Return the recipes of a table at a scale by method, a judge of samples first; leave out methods without one.
 
     All have the labels of ``rst-awp`` if that is among them: what it has beyond them are images without labels.
     """
-    judge = ["standard"] if "fid" in table.columns and table.data else []
+    judge = ["standard"] if "fid" in table.columns and SCALES[scale].features is None else []
     candidates = {method: recipe_of(table, scale, method, folder, options) for method in (*judge, *table.methods())}
     by_method = {method: recipe for method, recipe in candidates.items() if recipe is not None}
     if "rst-awp" in by_method:
@@ -121,10 +121,8 @@ def recipe_of(table: Table, scale: str, method: str, folder: Path, options: Opti
     else:
         teacher = supervised.teacher_option(folder) if method == "rst-awp" else {}
         recipe = study.find_recipe(name, overrides, **SCALES[scale].changes, **teacher)
-    if "train.images" in dict(overrides):
+    if "train.images" in dict(overrides) or method not in table.methods():  # such as a judge of samples
         return recipe
-    if method not in table.methods():  # it judges samples
-        return lengthen(recipe, SCALES[scale].judge)
     return with_images(recipe, table.images(scale))
 
 
@@ -181,7 +179,7 @@ def samples_picture(table: Table, runs: Sequence[Run]) -> bytes | None:
 
 def by_methods(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
     """Return an experiment with a row per method, under the threat of the first."""
-    threat = by_method[table.methods()[0]].threat
+    threat, drawn = by_method[table.methods()[0]].threat, "fid" in table.columns
 
     def measure(runs: Mapping[str, Run]) -> Results:
         results = {}
@@ -191,14 +189,20 @@ def by_methods(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> E
                 if row.get("stage") == "first":
                     run = Run.open(run.before[0])
                 sampler = (row["sampler"], row.get("start", "class")) if "sampler" in row else None
-                results[name] = numbers(table, scale, run, threat, runs.get("standard"), sampler)
+                features = features_of(scale, runs) if drawn else None
+                results[name] = numbers(table, scale, run, threat, features, sampler)
         return results
 
     return Experiment(by_method, measure)
 
 
 def numbers(
-    table: Table, scale: Scale, run: Run, threat: Attack, judge: Run | None, sampler: tuple[str, str] | None = None
+    table: Table,
+    scale: Scale,
+    run: Run,
+    threat: Attack,
+    features: str | Path | None,
+    sampler: tuple[str, str] | None = None,
 ) -> Records:
     """Return a run's records for the columns of a table; measure those that the run does not have.
 
@@ -207,8 +211,7 @@ def numbers(
         scale: sizes of the experiment.
         run: trained run.
         threat: its norm and radius bound the attacks.
-        judge: run whose features choose the number of sampling steps and, unless the scale names others, judge the
-            samples; None: the recipe's number of steps.
+        features: feature space in which samplers are tuned and samples judged; None: the table has no samples.
         sampler: kind and start of the sampler; None: the recipe's sampler.
     """
     attacks: dict[str, Adversary] = {
@@ -219,23 +222,25 @@ def numbers(
     metrics: Wanted = {Key("accuracy"): Accuracy()} if "clean" in table.columns else {}
     for key in attacks.keys() & table.columns.keys():
         metrics[Key("accuracy", attack_key(attacks[key]))] = RobustAccuracy(attacks[key], images=scale.images)
-    features = scale.features or (judge.folder if judge else None)
-    space = compare.space_name(features)
-    if "fid" in table.columns:
+    if features is not None:
         recipe = run.recipe if sampler is None else unsupervised.with_sampler(run, *sampler)
-        if judge is not None:
-            suffix = f"-{generate.set_name(recipe.sampler)}"
-            recipe = study.with_best_steps(run, recipe, judge, unsupervised.FEW, suffix)
+        best = study.tune(run, recipe.sampler, features, scale.trials)["best"]
         count = scale.samples // max(1, len(run.data.classes))
-        set_name = study.draw_if_missing(run, recipe, count, table.name)
+        set_name = study.draw_if_missing(run, dataclasses.replace(recipe, sampler=best), count, table.name)
+        space = compare.space_name(features)
         metrics |= {Key(q, samples=set_name, space=space): SampleQuality() for q in ("FD", "class score")}
     return study.measure_missing(run, metrics, features)
 
 
 def by_samplers(table: Table, scale: Scale, by_method: Mapping[str, Recipe]) -> Experiment:
     """Return an experiment with a row per network, kind of start and sampler."""
-    options: dict[str, Any] = {"samples": scale.samples, "draws": scale.draws, "features": scale.features}
-    return Experiment(by_method, lambda runs: unsupervised.compare_samplers(runs, **options))
+    options = {"samples": scale.samples, "draws": scale.draws, "trials": scale.trials}
+    return Experiment(by_method, lambda runs: unsupervised.compare_samplers(runs, features_of(scale, runs), **options))
+
+
+def features_of(scale: Scale, runs: Mapping[str, Run]) -> str | Path:
+    """Return the feature space that judges samples at a scale: that of its name, or of the run ``standard``."""
+    return runs["standard"].folder if scale.features is None else scale.features
 
 
 COMPUTATIONS: dict[str, Callable[[Table, Scale, Mapping[str, Recipe]], Experiment]] = {

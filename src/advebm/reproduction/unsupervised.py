@@ -5,23 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from advebm.core import config, files
-from advebm.core.checks import device
+from advebm.core import config
 from advebm.data import pictures
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
-from advebm.metrics.base import Record
 from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.probing import LinearProbe, NearestNeighbours
+from advebm.metrics.quality import SampleQuality
 from advebm.objectives.langevin import SGLD
 from advebm.reporting import figure_store, figures
 from advebm.reproduction.experiment import Experiment, Options, Results
-from advebm.reproduction.study import DIGITS_L2, find_recipe, measure_missing, say, with_best_steps
+from advebm.reproduction.study import COMMON_STEPS, DIGITS_L2, draw_if_missing, find_recipe, measure_missing, tune
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
+from advebm.samplers.base import Sampler
 from advebm.sampling import generate
-from advebm.sampling.step_curve import Chains
-from advebm.workflows.sample import compare_sets
 
 NO_STEPS = "no steps"  # the baseline: images of the Gaussians that samplers begin from
 SEEDS = {f"{given}, {NO_STEPS}": ("langevin", start) for given, start in (("cond", "class"), ("uncond", "global"))}
@@ -31,6 +29,7 @@ UNSUPERVISED = {
     for given, start in (("uncond", "global"), ("cond", "class"))
     for name, kind in (("PGD", "np-pgd"), ("Langevin", "np-langevin"), ("MaxEnt", "maxent"))
 }
+QUANTITIES = ("FD", "KID", "class score")
 TABLE2 = {"at": SEEDS | SUPERVISED_ROWS, "infonce": UNSUPERVISED, "acl": UNSUPERVISED}  # rows as (kind, start), by run
 
 
@@ -59,23 +58,31 @@ def digits_unsupervised(folder: Path, options: Options) -> Experiment:
         results = {}
         for title, run in runs.items():
             results[title] = measure_missing(run, accuracies if run.recipe.objective.hidden is None else probes)
-        return results | compare_samplers(runs)
+        return results | compare_samplers(runs, runs["standard"].folder)
 
     return Experiment(recipes, measure, figures=unsupervised_figures, conclude=winners)
 
 
-def compare_samplers(runs: Mapping[str, Run], **drawing: Any) -> dict[str, Records]:
-    """Return the records of CEM's table 2 for all runs but the standard classifier, which judges them.
+def compare_samplers(
+    runs: Mapping[str, Run], features: str | Path, *, samples: int = 1000, draws: int = 3, trials: int = 250
+) -> dict[str, Records]:
+    """Return the records of CEM's table 2 for all runs that have rows there, and save CEM's figure 1 with the first.
 
-    Save CEM's figure 1 with that classifier's run.  ``drawing`` are options of :func:`table2`.
+    Args:
+        runs: runs by label.
+        features: feature space of the distances, in which samplers are also tuned, see :func:`study.tune`.
+        samples: number of samples of each set.
+        draws: number of sampling seeds; for several the records are means, with the deviation as error.
+        trials: number of samples of each trial of a sampler's settings.
     """
-    judge, results = runs["standard"], dict[str, Records]()
+    results = dict[str, Records]()
     for title, run in runs.items():
         if rows := rows_of(title):
-            table = table2(run, rows, judge, **drawing)
-            results |= {f"{title}, {row}": records for row, records in table.items()}
+            chosen = choose_samplers(run, rows, features, trials)
+            found = measure_samplers(run, chosen, features, samples=samples, draws=draws)
+            results |= {f"{title}, {row}": records for row, records in found.items()}
     text = "Uncurated: the Gaussians that samplers begin from, then a row for each network."
-    figure_store.save_figure(judge, "cem-figure1", cem_figure1(runs), "CEM figure 1", text)
+    figure_store.save_figure(next(iter(runs.values())), "cem-figure1", cem_figure1(runs), "CEM figure 1", text)
     return results
 
 
@@ -88,48 +95,42 @@ def with_sampler(run: Run, kind: str, start: str) -> Recipe:
     return resolve(config.describe(run.recipe), changes)
 
 
-FEW = Chains(count=500, steps=(1, 2, 4, 8, 16, 32, 64))  # chains to choose the number of steps by
-
-
-def table2(
-    run: Run,
-    rows: Mapping[str, tuple[str, str]],
-    judge: Run,
-    *,
-    samples: int = 1000,
-    draws: int = 3,
-    features: str | Path | None = None,
-) -> dict[str, Records]:
-    """Compare samplers of a run over ``draws`` sampling seeds, each with the number of steps of least validation KID.
-
-    Return records by row; skip drawing and measuring if ``table2.json`` already holds them.  Samples are judged in
-    ``features``; None: the judge's.
-    """
-    samplers = {}
+def choose_samplers(
+    run: Run, rows: Mapping[str, tuple[str, str]], features: str | Path, trials: int
+) -> dict[str, Sampler]:
+    """Return a tuned sampler for each row of (kind, start), and one of 16 steps for ``ROW, 16 steps``."""
+    chosen = {}
     for row, (kind, start) in rows.items():
-        recipe = with_sampler(run, kind, start)
-        name = f"-{generate.set_name(recipe.sampler)}"
-        count = 0 if NO_STEPS in row else with_best_steps(run, recipe, judge, FEW, name).sampler.steps
-        samplers[folder_of(row)] = dataclasses.replace(recipe.sampler, steps=count)
-    about: dict[str, Any] = {name: config.describe(sampler) for name, sampler in samplers.items()}
-    features = features or judge.folder
-    about |= {"features": compare.feature_weights(features), "checkpoint": run.checkpoints.path().name}
-    about |= {"samples": samples, "draws": draws}
-    file = run.folder / "table2.json"
-    saved = files.read_json(file, default={})
-    if saved.get("about") != about:
-        progress = lambda text: say(f"  {run.recipe.name}: {text}")
-        count = samples // len(run.data.classes)
-        found, _ = compare_sets(run, samplers, count, draws, features=features, say=progress, device=device())
-        saved = {"about": about, "found": found, "time": files.timestamp()}
-        files.write_json(file, saved)
-    time = saved.get("time", files.timestamp())
-    results = {}
-    for row in rows:
-        name = folder_of(row)
-        steps = Record("steps chosen on validation", samplers[name].steps, 0.0, 1)
-        results[row] = [{**record, "time": time} for record in (dataclasses.asdict(steps), *saved["found"][name])]
-    return results
+        sampler = with_sampler(run, kind, start).sampler
+        if NO_STEPS in row:
+            chosen[row] = dataclasses.replace(sampler, steps=0)
+        else:
+            tuned = tune(run, sampler, features, trials)
+            chosen |= {row: tuned["best"], f"{row}, {COMMON_STEPS} steps": tuned["common"]}
+    return chosen
+
+
+def measure_samplers(
+    run: Run, samplers: Mapping[str, Sampler], features: str | Path, *, samples: int, draws: int
+) -> dict[str, Records]:
+    """Draw by each sampler, from the same seeds, and return the records of their quality by row."""
+    count, space = samples // len(run.data.classes), compare.space_name(features)
+    sets = {sampler: folder_of(row) for row, sampler in reversed(list(samplers.items()))}  # equal ones are drawn once
+    for number in range(draws):
+        recipe = dataclasses.replace(run.recipe, seed=number)
+        for sampler, name in sets.items():
+            draw_if_missing(run, dataclasses.replace(recipe, sampler=sampler), count, f"{name}-{number}")
+    by_draw = []
+    for number in range(draws):
+        keys = [Key(q, samples=f"{n}-{number}", space=space) for n in sets.values() for q in QUANTITIES]
+        records = measure_missing(run, dict.fromkeys(keys, SampleQuality()), features)
+        by_draw.append({row: _of_set(records, f"{sets[s]}-{number}", row) for row, s in samplers.items()})
+    return compare.over_seeds(by_draw)
+
+
+def _of_set(records: Records, name: str, row: str) -> Records:
+    """Return the records of a set of samples as those of a row, whichever sampling seed the set is of."""
+    return [{**r, "settings": {**r["settings"], "samples": row}} for r in records if r["settings"]["samples"] == name]
 
 
 def folder_of(row: str) -> str:
@@ -140,7 +141,7 @@ def folder_of(row: str) -> str:
 def cem_figure1(runs: Mapping[str, Run]) -> bytes:
     """Return a PNG of samples of the first sampling seed, four of each class: the seeds, then a row per network."""
     sets = {
-        f"{title}, {row}": generate.read_set(run.folder / "comparison" / f"{folder_of(row)}-0")
+        f"{title}, {row}": generate.read_set(run.folder / "samples" / f"{folder_of(row)}-0")
         for title, run in runs.items()
         for row in rows_of(title)
     }
@@ -156,8 +157,19 @@ def distances(results: Mapping[str, Records]) -> dict[str, tuple[float, float]]:
 
 
 def winners(results: Mapping[str, Records]) -> list[str]:
-    """Return a line per network and kind of start: which sampler has the lowest FD, and by how much."""
+    """Return a line per network and kind of start: which sampler has the lowest FD, and by how much.
+
+    Lines on samplers with settings of their own come first, then those on samplers of the same number of steps.
+    """
     fd = distances(results)
+    equal = f", {COMMON_STEPS} steps"
+    tuned = {title: value for title, value in fd.items() if not title.endswith(equal)}
+    baselines = {title: value for title, value in tuned.items() if NO_STEPS in title}
+    common = {title.removesuffix(equal): value for title, value in fd.items() if title.endswith(equal)}
+    return [*_rank(tuned), *(f"at {COMMON_STEPS} steps, {line}" for line in _rank(baselines | common))]
+
+
+def _rank(fd: Mapping[str, tuple[float, float]]) -> list[str]:
     lines = []
     for group in dict.fromkeys(title.rpartition(", ")[0] for title in fd if NO_STEPS not in title):
         rows = {t.rpartition(", ")[2]: v for t, v in fd.items() if t.rpartition(", ")[0] == group and NO_STEPS not in t}
@@ -171,5 +183,6 @@ def winners(results: Mapping[str, Records]) -> list[str]:
 
 def unsupervised_figures(results: Mapping[str, Records]) -> dict[str, bytes]:
     """Return a bar chart of the FD of every row, titled by :func:`winners`."""
-    fd = distances(results)
-    return {". ".join(winners(results)): figures.bars(fd, "FD in the features of a standard classifier")}
+    tuned = {t: rs for t, rs in results.items() if not t.endswith(f", {COMMON_STEPS} steps")}
+    label = "FD in the features of a standard classifier"
+    return {". ".join(winners(tuned)): figures.bars(distances(results), label)}

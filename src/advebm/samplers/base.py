@@ -148,6 +148,11 @@ class Sampler:
         """Whether a sample's energy depends on the other samples of its group; groups do not depend on ``batch``."""
         return False
 
+    @property
+    def extendable(self) -> bool:
+        """Whether the first k steps of a chain are the chain of k steps, from the same random numbers."""
+        return self.step_decay == self.noise_decay == 1
+
     def bank(self, data: Data) -> Tensor | None:
         """Return the training images used as negatives, of the dtype in ``data``; None: the energy uses none."""
         return None

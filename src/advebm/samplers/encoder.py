@@ -130,6 +130,10 @@ class Contrasting(OfEncoder):
     def coupled(self) -> bool:
         return self.negatives == "batch"
 
+    @property
+    def extendable(self) -> bool:
+        return super().extendable and self.negatives != "data"  # all draws of negatives come before the first step
+
     def bank(self, data: Data) -> Tensor | None:
         """Return all training images (``data``), ``count`` of them, always the same ones (``bank``), or None."""
         if self.coupled:

@@ -15,6 +15,7 @@ from advebm.core import config, files, rng
 from advebm.core.errors import UserError
 from advebm.data import pictures
 from advebm.data.sources import Data, to_float
+from advebm.descent import Observer
 from advebm.metrics.base import SampleSet
 from advebm.models.batching import as_images, batch_size_for, device_of
 from advebm.models.inference import BackendName, View, find_backend, make_view
@@ -47,14 +48,41 @@ def generate(
         backend: how to compute the network, see :class:`advebm.models.inference.Backend`; ``auto`` folds batch norms.
         progress: called with the number of images done so far.
     """
-    check_groups(sampler, len(y))
-    start, chunks = sampler.prepare(data, outside), [torch.empty(0, *data.shape)]
-    bank, view = sampler.bank(data), sampling_view(model, data, len(y), backend)
-    for number in range(count_chunks(len(y))):
-        chunks.append(draw_chunk(model, sampler, start, y, number, shape=data.shape, seed=seed, view=view, bank=bank))
-        progress(sum(map(len, chunks)))
+    options: dict[str, Any] = {"outside": outside, "seed": seed, "backend": backend, "progress": progress}
+    images, view = generate_along(model, sampler, data, y, (sampler.steps,), **options)
     manifest = {"sampler": config.describe(sampler), "seed": seed, "fast": "off" if view is None else view.backend.name}
-    return SampleSet(torch.cat(chunks), y.cpu(), manifest)
+    return SampleSet(images[sampler.steps], y.cpu(), manifest)
+
+
+def generate_along(
+    model: nn.Module,
+    sampler: Sampler,
+    data: Data,
+    y: Tensor,
+    steps: Sequence[int],
+    *,
+    outside: Data | None = None,
+    seed: int = 0,
+    backend: BackendName = "auto",
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[dict[int, Tensor], View | None]:
+    """Draw as :func:`generate` does; return the images after each of ``steps``, and the view of the network used.
+
+    The images after k steps are those of a chain of k steps only if the sampler is ``extendable``.
+    """
+    check_groups(sampler, len(y))
+    start, images = sampler.prepare(data, outside), {k: [torch.empty(0, *data.shape)] for k in steps}
+    bank, view = sampler.bank(data), sampling_view(model, data, len(y), backend)
+
+    def keep(k: int, x: Tensor, energy: Tensor | None = None) -> None:
+        if k in images:
+            images[k].append(x.cpu())
+
+    options: dict[str, Any] = {"shape": data.shape, "seed": seed, "view": view, "bank": bank, "observe": keep}
+    for number in range(count_chunks(len(y))):
+        keep(sampler.steps, draw_chunk(model, sampler, start, y, number, **options))
+        progress(min(len(y), (number + 1) * CHUNK))
+    return {k: torch.cat(parts) for k, parts in images.items()}, view
 
 
 def check_groups(sampler: Sampler, count: int, batch: int | None = None) -> None:
@@ -82,19 +110,20 @@ def draw_chunk(
     batch: int | None = None,
     view: View | None = None,
     bank: Tensor | None = None,
+    observe: Observer | None = None,
 ) -> Tensor:
     """Draw chunk ``number`` of the images of classes ``y (N,)``, and return it on the CPU.
 
     The result does not depend on which chunks were drawn before.  ``batch`` (images per forward pass, default:
     :func:`batch_size_for`) and ``view`` (from :func:`sampling_view`) change rounding only.  ``bank`` is what
-    :meth:`Sampler.bank` returned.
+    :meth:`Sampler.bank` returned.  ``observe`` is called before each step.
     """
     batch = batch_size_for(shape) if batch is None else batch
     if isinstance(start, ImagePool):
         first = number * CHUNK
         start = dataclasses.replace(start, order=deal_images(len(start.x), first, min(CHUNK, len(y) - first), seed))
     chains = start_chains(model, start, y, number, shape, seed, "sample")
-    return run_chains(model, sampler, chains, batch=batch, bank=bank, view=view).cpu()
+    return run_chains(model, sampler, chains, batch=batch, bank=bank, view=view, observe=observe).cpu()
 
 
 class ChainStart(NamedTuple):

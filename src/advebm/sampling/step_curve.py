@@ -4,12 +4,12 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from advebm.core import config, rng
+from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data import ood_sets
 from advebm.data.sources import Data
@@ -43,21 +43,16 @@ class Chains:
     """Settings of a step curve: how many chains of a sampler to run, and after which steps to measure them.
 
     Attributes:
-        split: the split of real images (10,000 at most) that samples are compared with.  Use ``val`` to choose the
-            number of steps (chains with ``start: outside`` then start from validation images of the outside data), and
-            ``train`` to report results.
         count: number of chains, at least 2.
         steps: the numbers of steps after which to measure, increasing.
         seed: seed of the chains.
     """
 
-    split: Literal["val", "train"] = "val"
     count: int = 1000
     steps: tuple[int, ...] = STEPS
     seed: int = 0
 
     def __post_init__(self) -> None:
-        config.check_choices(self)
         if self.count < 2 or not self.steps or list(self.steps) != sorted({*self.steps}) or self.steps[0] < 0:
             got = f"{self.count} and {self.steps}"
             raise UserError(f"count must be at least 2, and steps are rising numbers >= 0, got {got}")
@@ -65,15 +60,11 @@ class Chains:
     def __call__(
         self, model: nn.Module, sampler: Sampler, data: Data, space: Features, *, outside: Data | None = None
     ) -> list[CurvePoint]:
-        """Return one point per number of steps, all measured on the same chains.
+        """Return one point per number of steps, all measured on the same chains and against training images.
 
         Chains run for the largest number of steps, whatever ``sampler.steps``; schedules span that number.
         """
-        if outside is not None and self.split == "val":
-            outside = outside._replace(test=outside.val)  # chains begin from ``test``
-        real_images = ood_sets.choose_images(
-            getattr(data, self.split).x, MAX_REAL_IMAGES, rng.generator(self.seed, "chains", "real")
-        )
+        real_images = ood_sets.choose_images(data.train.x, MAX_REAL_IMAGES, rng.generator(self.seed, "chains", "real"))
         real, points = RealFeatures(space.of(real_images, device_of(model))), []
         for steps, (x, seconds) in self._draw(model, sampler, data, outside).items():
             features = space.of(x, device_of(model))
@@ -104,11 +95,6 @@ class Chains:
 
             record(longest.steps, generate.run_chains(model, longest, chains, observe=record, bank=bank))
         return {k: (torch.cat(samples[k]), elapsed[k]) for k in self.steps}
-
-
-def best_point(points: Iterable[CurvePoint]) -> CurvePoint:
-    """Return the point with the lowest KID (unbiased for any number of samples); the first one if several are equal."""
-    return min(points, key=lambda point: point.kid)
 
 
 def first_reaching(points: Iterable[CurvePoint], fd: float) -> CurvePoint | None:

@@ -1,7 +1,8 @@
 """Grid search over the settings of a sampler, on the validation split; test images are never used.
 
-Each setting is a trial with its own file in ``RUN/tuning``, written atomically.  A process locks a trial while it runs,
-so several processes that make the same call share the trials.
+Each setting is a trial with its own file in ``RUN/tuning``, written atomically.  Trials that differ in the number of
+steps alone are measured along the same chains.  A process locks the trials of its chains while it runs, so several
+processes that make the same call share the trials.
 """
 
 import contextlib
@@ -91,14 +92,13 @@ def tune(
     real, outside = RealFeatures(space.of(data.val.x, torch.device(device))), start_images(run, samplers[0], number)
     if outside is not None and samplers[0].start == "outside":
         outside = outside._replace(test=outside.val)
-    trials: dict[Path, Sampler] = {_trial_path(run, sampler, about): sampler for sampler in samplers}
-    for path, sampler in trials.items():
-        if not path.exists():
-            _run_trial(path, sampler, model, data, outside, real, space, about)
-        progress(sum(trial.exists() for trial in trials))
-    records = [files.read_json(path) for path in trials if path.exists()]
+    paths = {sampler: _trial_path(run, sampler, about) for sampler in samplers}
+    for chain in _group_by_chain(samplers):
+        _run_trials({sampler: paths[sampler] for sampler in chain}, model, data, outside, real, space, about)
+        progress(sum(path.exists() for path in paths.values()))
+    records = [files.read_json(path) for path in paths.values() if path.exists()]
     records.sort(key=lambda trial: trial["value"])
-    if len(records) == len(trials):
+    if len(records) == len(paths):
         files.write_json(result_path(run, samplers[0]), {**records[0], "trials": len(records)})
     return records
 
@@ -138,9 +138,17 @@ def _trial_path(run: Run, sampler: Sampler, about: Mapping[str, Any]) -> Path:
     return run.folder / "tuning" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def _run_trial(
-    path: Path,
-    sampler: Sampler,
+def _group_by_chain(samplers: Sequence[Sampler]) -> list[list[Sampler]]:
+    """Return the samplers in groups that the same chains serve, as they differ in their number of steps alone."""
+    groups: dict[Sampler, list[Sampler]] = {}
+    for sampler in samplers:
+        chain = dataclasses.replace(sampler, steps=0) if sampler.extendable else sampler
+        groups.setdefault(chain, []).append(sampler)
+    return list(groups.values())
+
+
+def _run_trials(
+    paths: Mapping[Sampler, Path],
     model: nn.Module,
     data: Data,
     outside: Data | None,
@@ -148,20 +156,26 @@ def _run_trial(
     space: Features,
     about: Mapping[str, Any],
 ) -> None:
-    """Run a trial, unless another process is running it."""
+    """Run the missing trials of samplers that share their chains, unless another process is at them."""
+    lock = next(iter(paths.values())).with_suffix(".lock")
+    missing = lambda: {sampler.steps: (sampler, path) for sampler, path in paths.items() if not path.exists()}
+    if not missing():
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise files.as_user_error(path.parent, error) from None
-    lock = path.with_suffix(".lock")
-    with contextlib.suppress(Busy):  # another process is running this trial
-        with files.locked(lock, f"another process is at {path}"):
-            if path.exists():  # finished by another process in the meantime
+        raise files.as_user_error(lock.parent, error) from None
+    with contextlib.suppress(Busy):
+        with files.locked(lock, f"another process is at {lock.parent}"):
+            if not (trials := missing()):  # another process has finished them in the meantime
                 return
-            y = generate.classes_to_draw(sampler, data, about["per_class"])
-            x = generate.generate(model, sampler, data, y, outside=outside, seed=about["seed"]).x
-            features = space.of(x, device_of(model))
-            value = real.frechet(features) if about["by"] == "FD" else real.kernel(features)
+            longest, _ = trials[max(trials)]
+            y = generate.classes_to_draw(longest, data, about["per_class"])
+            options = {"outside": outside, "seed": about["seed"]}
+            images, _ = generate.generate_along(model, longest, data, y, tuple(trials), **options)
             name = f"{label(about['by'], space.name)} on validation images"
-            files.write_json(path, {"sampler": config.describe(sampler), "name": name, "value": value, **about})
+            for steps, (sampler, path) in trials.items():
+                features = space.of(images[steps], device_of(model))
+                value = real.frechet(features) if about["by"] == "FD" else real.kernel(features)
+                files.write_json(path, {"sampler": config.describe(sampler), "name": name, "value": value, **about})
         lock.unlink(missing_ok=True)

@@ -86,6 +86,13 @@ def _plan_set(run: Run, sampler: Sampler, per_class: int, options: Mapping[str, 
     return json.loads(json.dumps({k: v for k, v in plan.items() if k != "fast"}))
 
 
+def is_drawn(run: Run, name: str, sampler: Sampler, per_class: int, **options: Any) -> bool:
+    """Return whether the run has a finished set of that name, drawn with these settings; see :func:`draw_set`."""
+    kept = files.read_json(run.folder / "samples" / name / "manifest.json", default={})
+    plan = _plan_set(run, sampler, per_class, {"checkpoint": "latest", **options})
+    return all(kept.get(key) == value for key, value in plan.items())
+
+
 def _is_other_set(folder: Path, plan: Mapping[str, Any]) -> bool:
     """Return whether the folder has a set, finished or begun, that was drawn with other settings."""
     kept = [files.read_json(folder / name, default={}) for name in ("manifest.json", "plan.json")]
