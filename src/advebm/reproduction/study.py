@@ -10,8 +10,9 @@ from advebm.attacks.projected import Attack
 from advebm.core import config, console, files
 from advebm.core.checks import device
 from advebm.core.errors import Diverged, UserError
-from advebm.evaluation import compare, evaluate
+from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
+from advebm.runs.find_space import find_space
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -79,7 +80,7 @@ def measure_steps(run: Run, recipe: Recipe, judge: Run, chains: Chains, name: st
     if {k: saved.get(k) for k in about} != about:
         say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
         outside = recipe.outside.load() if recipe.outside is not None else None
-        space = evaluate.find_space(judge.folder).load(device())
+        space = find_space(judge.folder).load(device())
         points = chains(run.model()[0].to(device()), recipe.sampler, run.data, space, outside=outside)
         saved = {**about, "points": [point._asdict() for point in points]}
         files.write_json(file, saved)
