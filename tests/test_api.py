@@ -4,7 +4,7 @@ from torch import nn
 
 import advebm
 from advebm.core.errors import UserError
-from advebm.evaluation import evaluate
+from advebm.runs.find_space import ClassifierFeatures
 from tests.helpers import few_samples
 
 
@@ -180,7 +180,7 @@ def test_a_module_of_ones_own_is_found_by_its_name(tmp_path, monkeypatch, test_i
     weight, bias = (found.backbone[2].weight, found.backbone[2].bias)
     torch.testing.assert_close(found(x), x.flatten(1) @ weight.T + bias)
     assert not any(module.training for module in found.modules())
-    assert evaluate.ClassifierFeatures("ones_own:linear").judge == "ones_own:linear"
+    assert ClassifierFeatures("ones_own:linear").judge == "ones_own:linear"
     for name, message in (
         ("ones_own:text", "returns a str, not a torch module"),
         ("ones_own:missing", "cannot be imported"),

@@ -23,6 +23,7 @@ from advebm.models.modes import searching
 from advebm.models.network import Network, Normalize
 from advebm.reporting.build import report as build_report
 from advebm.runs import find_model
+from advebm.runs.find_space import feature_space, find_space
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run, new_folder
 from advebm.sampling import generate
@@ -197,7 +198,7 @@ def evaluate(
     :func:`load` returns.
 
     The metric of sample quality judges ``samples``, sets by name, in the feature space ``features``: a classifier, or a
-    text for :func:`advebm.evaluation.evaluate.find_space`: ``"inception"``, ``"pixels"``, a run or a model.
+    text for :func:`advebm.runs.find_space.find_space`: ``"inception"``, ``"pixels"``, a run or a model.
     """
     data = load_data(data) if isinstance(data, str) else data
     threat = threat or getattr(model, "threat", None)
@@ -205,9 +206,9 @@ def evaluate(
         raise UserError("no threat model is known of this model; give one, such as threat=Attack(eps=8 / 255)")
     space = None
     if isinstance(features, str):
-        space = evaluation.find_space(features).load(device_of(model))
+        space = find_space(features).load(device_of(model))
     elif features is not None:
-        space = evaluation.feature_space("given features", features)
+        space = feature_space("given features", features)
     model = _as_network(model)
     subject = Subject(model, data, data.test, threat, samples or {}, space, batch_size_for(data.shape))
     x, y = next(subject.batches())

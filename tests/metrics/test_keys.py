@@ -12,7 +12,6 @@ from advebm.attacks.cw import CW
 from advebm.attacks.projected import Attack, fgsm
 from advebm.core import config
 from advebm.edits.restore import Upsample
-from advebm.evaluation.evaluate import feature_space
 from advebm.metrics.base import Subject
 from advebm.metrics.calibration import Calibration
 from advebm.metrics.corruption import CorruptionAccuracy
@@ -25,6 +24,7 @@ from advebm.metrics.quality import SampleQuality
 from advebm.metrics.restoration import Counterfactuals, Restoration
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
 from advebm.reporting.records import as_text
+from advebm.runs.find_space import feature_space
 from advebm.sampling import generate
 
 PGD = Attack(eps=0.5, norm="l2", steps=2)

@@ -16,7 +16,7 @@ from advebm.attacks.projected import Attack
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Images
 from advebm.evaluation import compare
-from advebm.evaluation.evaluate import ClassifierFeatures, evaluate_run, feature_space, find_space
+from advebm.evaluation.evaluate import evaluate_run
 from advebm.metrics import overlap
 from advebm.metrics.base import Features, SampleSet, Subject
 from advebm.metrics.distances import Moments, inception_score, kernel_distance
@@ -25,6 +25,7 @@ from advebm.metrics.overlap import Balls, density_coverage, hits, precision_reca
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.spaces import InceptionFeatures, Pixels
 from advebm.models import inception
+from advebm.runs.find_space import ClassifierFeatures, feature_space, find_space
 from advebm.runs.run import Run
 from advebm.workflows.sample import draw_set
 from tests.helpers import few_samples

@@ -92,8 +92,9 @@ def objectives() -> dict[str, Recipe]:
 
 
 def stopped() -> Recipe:
-    """Chains, noise, crops, moving statistics and averaged weights, in float32."""
+    """Chains, noise, crops, moving statistics, averaged weights and samples to select by, in float32."""
     options = {"objective.negatives.steps": 2, "objective.negatives.buffer": 24, "data.augment.x.crop": 1}
+    options |= {"train.select": "fd", "train.features": "pixels", "train.samples": 520, "sampler.steps": 2}
     period = {"train.images": 960, "train.checkpoint_every": 160, "train.validate_every": 320}
     return make("digits-jem", {"backbone.norm": "batch", "train.streams": 2, **options, **period})
 

@@ -306,6 +306,8 @@ def test_two_processes_go_on_to_the_bytes_of_an_uninterrupted_run(work, name):
             assert twin.read_bytes() == path.read_bytes(), path.name
     scores = [[line for line in run.history() if "val/accuracy" in line] for run in (whole, other)]
     assert scores[0] == scores[1]
+    lowest = min(scores[0], key=lambda line: line["val/fd"])["images"]
+    assert whole.checkpoints.path("best").name == other.checkpoints.path("best").name == str(lowest)
     assert {p.name for p in (whole.checkpoints.path() / "state").glob("stream*")} == {"stream-0.pt", "stream-1.pt"}
 
 

@@ -8,7 +8,7 @@ import torch
 from advebm.cli import main
 from advebm.core import files
 from advebm.core.errors import UserError
-from advebm.evaluation import evaluate
+from advebm.runs.find_space import feature_space
 from advebm.samplers.classifier import CS, JEAT17, TA, Langevin
 from advebm.sampling import generate
 from advebm.sampling import tune as tuning
@@ -24,7 +24,7 @@ def run(small_run, tmp_path):
 
 @pytest.fixture
 def space(run):
-    return evaluate.feature_space("own features", run.model()[0])
+    return feature_space("own features", run.model()[0])
 
 
 SETTINGS = [CS(steps=2, step_size=0.1, noise=noise) for noise in (0.5, 0.0, 0.1)]

@@ -21,8 +21,10 @@ from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.curriculum import Curriculum
+from advebm.runs.engine import Engine
 from advebm.runs.recipe import design, resolve
-from advebm.training import cost, hardware, loop, trainer
+from advebm.sampling import generate
+from advebm.training import cost, hardware, loop, setup, trainer
 from advebm.training.cost import ImagesHeld, Passes, blank_data, estimate, estimates
 from advebm.training.hardware import PUBLISHED, Machine
 
@@ -181,6 +183,29 @@ def test_validation_is_counted_at_its_most():
     forward, backward = ((more - less) / 30 for less, more in zip(*taken, strict=True))
     assert (told.validation.forward, told.validation.backward) == (forward, backward) == (8, 5)
     assert estimate(recipe("digits-binary-at", train__validate_with=7)).validated == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), [("digits-at", "rcs"), ("digits-binary-at", "ascent"), ("digits-infonce", "np-pgd")]
+)
+def test_samples_are_counted_as_they_are_drawn(name, sampler, monkeypatch):
+    """By the difference of 20 images, as some of the work is done once for all."""
+    options = {"backbone": "tests.training.test_cost:Counted", "sampler__kind": sampler, "sampler__steps": 3}
+    options |= {"train__features": "pixels", "train__samples": 40, "train__validate_every": 16}
+    options |= {"outside__count": 500} if name == "digits-binary-at" else {}
+    monkeypatch.setattr(generate, "sampling_view", lambda *_: None)  # which tries the network out
+    taken = []
+    for samples in (20, 40):
+        prepared = setup.set_up(recipe(name, **{**options, "train__samples": samples}), Engine("cpu"))
+        COUNTS.update(forward=0, backward=0)
+        prepared.distance(prepared.model)
+        taken.append(tuple(COUNTS.values()))
+    told, without = (estimate(recipe(name, **{**options, "train__features": f})) for f in ("pixels", "none"))
+    forward, backward = ((more - less) / 20 for less, more in zip(*taken, strict=True))
+    assert (told.sampling.forward, told.sampling.backward) == (forward, backward)
+    assert backward == 3
+    assert (told.drawn, without.drawn) == (2 * 40, 0)  # after each of two steps
+    assert told.total[0] - without.total[0] == pytest.approx(80 * told.sampling.times(told.flops))
 
 
 # FLOP --------------------------------------------------------------------------------------------------------------

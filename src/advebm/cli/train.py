@@ -44,9 +44,9 @@ def add_run(verbs: Commands) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> None:
     """Train, draw, measure and report; print the grid's path, the records and the report's path."""
-    from advebm.evaluation.evaluate import find_space
     from advebm.reporting.build import report
     from advebm.reporting.terminal import print_records
+    from advebm.runs.find_space import find_space
     from advebm.workflows.evaluate import measure
     from advebm.workflows.sample import sample
 

@@ -141,7 +141,7 @@ def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:
     """Summarise the newest values of a training log in a few words; ``seen`` keeps them between calls."""
     names = {"train/loss": "loss", "val/accuracy": "clean", "val/robust_accuracy": "robust"}
     names |= {"val/auroc": "AUROC", "val/adversarial_auroc": "attacked", "train/steps": "K"}
-    names |= {"val/contrastive_accuracy": "clean", "val/robust_contrastive_accuracy": "robust"}
+    names |= {"val/contrastive_accuracy": "clean", "val/robust_contrastive_accuracy": "robust", "val/fd": "FD"}
     seen.update({k: v for k, v in line.items() if k in names})
     values = {label: seen[k] for k, label in names.items() if k in seen}
     return "  ".join(f"{label} {value:.3g}" for label, value in values.items())

@@ -18,6 +18,7 @@ from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
 from advebm.models.precision import asked_precision
+from advebm.runs.find_space import find_space
 from advebm.runs.run import Run, share_images
 from advebm.sampling import generate
 from advebm.training.cost import passes_per_image
@@ -176,9 +177,9 @@ def over_seeds(results: Sequence[Mapping[str, Records]]) -> dict[str, Records]:
 
 def space_name(features: str | Path | None) -> str:
     """Return the name of a feature space in records.  None: the run's own features."""
-    return evaluate.OWN_FEATURES if features is None else evaluate.find_space(features).name
+    return evaluate.OWN_FEATURES if features is None else find_space(features).name
 
 
 def feature_weights(features: str | Path | None) -> str | None:
     """Return the name of the feature network's weights in records.  None: the run's own features."""
-    return None if features is None else evaluate.find_space(features).judge
+    return None if features is None else find_space(features).judge

@@ -6,18 +6,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from advebm.core import config, files, rng
+from advebm.core import files, rng
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
-from advebm.metrics.base import Bar, Features, Metric, Record, Subject, no_bar
-from advebm.metrics.spaces import Space
+from advebm.metrics.base import Bar, Metric, Record, Subject, no_bar
 from advebm.models.batching import batch_size_for
-from advebm.models.modes import searching
-from advebm.models.network import Network
-from advebm.runs.find_model import find_model, find_reference
+from advebm.runs.find_space import feature_space, find_space
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -97,54 +91,6 @@ def evaluate_run(
             run.append([{**dataclasses.asdict(r), **about, **(weights if "space" in r.settings else {})} for r in new])
         records += new
     return records
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifierFeatures:
-    """Feature space: the penultimate features of the network of a run or model.
-
-    Attributes:
-        where: run or model, as :func:`find_model` reads it.
-    """
-
-    where: str
-
-    @property
-    def name(self) -> str:
-        """``features of`` and the name of the run or model."""
-        path = Path(self.where).resolve()
-        return f"features of {path.parents[1].name if path.parent.name == 'checkpoints' else path.name}"
-
-    @property
-    def judge(self) -> str:
-        """Folder (of a run: with its latest checkpoint), model on the Hub, or user-defined module."""
-        if self.where.startswith("hf:") or (reference := find_reference(self.where)).path is None or reference.module:
-            return self.where
-        latest = f"@{Run.open(self.where).checkpoints.path().name}" if reference.kind == "run" else ""
-        return f"{reference.path.resolve()}{latest}"
-
-    def load(self, device: torch.device | str) -> Features:
-        return feature_space(self.name, find_model(self.where).to(device))
-
-
-def find_space(features: str | Path) -> Space:
-    """Return the feature space that ``--features`` names.
-
-    ``inception``, ``inception:PATH`` (its weight file), ``pixels``, or what :func:`find_model` reads, such as a run.
-    A folder called ``pixels`` is written ``./pixels``.
-    """
-    text = str(features)
-    return config.build(text, "space") if text.partition(":")[0] in config.KINDS["space"] else ClassifierFeatures(text)
-
-
-def feature_space(name: str, model: Network) -> Features:
-    """Return a network's penultimate features as a feature space; an encoder's has no logits."""
-
-    def extract(x: Tensor) -> Tensor:
-        with searching(model):
-            return model.features(x)
-
-    return Features(name, extract, None if model.encoder else model.head)
 
 
 def newest_records(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -72,6 +72,7 @@ def curves(history: History) -> bytes | None:
             "train/energy_data": "E of data",
             "train/energy_negative": "E of negatives",
         },
+        "FD of samples": {"val/fd": "to validation images"},
     }
     drawn = {title: [(label, n, *series(history, n)) for n, label in lines.items()] for title, lines in panels.items()}
     drawn = {title: kept for title, lines in drawn.items() if (kept := [line for line in lines if line[2]])}

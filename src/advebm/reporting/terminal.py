@@ -14,7 +14,7 @@ from advebm.metrics.base import Record
 from advebm.metrics.keys import key_of
 from advebm.papers import render
 from advebm.reporting.records import as_text, best_set, class_tables, find_accuracies, pivot, rate_sets, short_text
-from advebm.training.cost import Estimate
+from advebm.training.cost import Estimate, Passes
 from advebm.training.hardware import GB, TERA, Machine
 
 MEANINGS = {
@@ -145,7 +145,7 @@ def _rate(stage: Estimate, machine: Machine) -> str:
 def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
     cfg, bounds = stage.recipe.train, (stage.least, stage.most)
     epochs = f" ({stage.images / stage.outline.train:.3g} epochs)" if stage.outline.train else ""
-    validated = f"{stage.validated:,} x {stage.validation.forward:.3g} + {stage.validation.backward:.3g}"
+    validated = _validation(stage.validated, stage.validation)
     rows = {
         "parameters": f"{stage.parameters:,}",
         "images": f"{stage.images:,}{epochs}",
@@ -155,6 +155,7 @@ def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
         "  of searches": _span(passes.search for passes in bounds),
         "teacher's passes, an image": _span(passes.teacher for passes in bounds) if stage.most.teacher else "",
         "validation, forward + backward": validated if stage.validated else "none",
+        "samples, forward + backward": _validation(stage.drawn, stage.sampling) if stage.drawn else "",
         "GFLOP, a forward pass": f"{stage.flops.forward / 1e9:.3g}",
         "PFLOP, in all": _span(flops / 1e15 for flops in stage.total),
     }
@@ -165,6 +166,10 @@ def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
         rows["images a second"] = _span(stage.images / 3600 / duration for duration in reversed(hours))
     rows["hours"] = _span(hours)
     return {name: text for name, text in rows.items() if text}
+
+
+def _validation(images: int, passes: Passes) -> str:
+    return f"{images:,} x {passes.forward:.3g} + {passes.backward:.3g}"
 
 
 def _span(values: Iterable[float]) -> str:

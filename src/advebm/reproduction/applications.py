@@ -19,6 +19,7 @@ from advebm.metrics.robustness import Accuracy
 from advebm.reporting import figure_store, figures
 from advebm.reproduction.experiment import Experiment, Options, Results
 from advebm.reproduction.study import DIGITS_L2, find_recipe, measure_missing
+from advebm.runs.find_space import find_space
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
@@ -64,7 +65,7 @@ def measure_translation(run: Run, source: Data, judge: Path) -> Records:
     The target is the data that the critic is trained on.  Save a figure of some translations, Binary-AT figure 7.
     """
     classes = tuple(int(name) for name in run.data.classes)
-    space, sampler, records = evaluate.find_space(judge).load("cpu"), run.recipe.sampler, []
+    space, sampler, records = find_space(judge).load("cpu"), run.recipe.sampler, []
     assert space.logits is not None
     model, films = run.model()[0], torch.empty(0)
     for amount in AMOUNTS:

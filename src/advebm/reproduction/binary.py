@@ -27,6 +27,7 @@ from advebm.reproduction.study import (
     train_or_resume,
     tune,
 )
+from advebm.runs.find_space import find_space
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
 from advebm.sampling.step_curve import Chains, CurvePoint, first_reaching
@@ -265,7 +266,7 @@ def measure_steps(run: Run, recipe: Recipe, judge: Run) -> list[CurvePoint]:
     if {k: saved.get(k) for k in about} != about:
         say(f"  {recipe.name}: samples after {', '.join(map(str, chains.steps))} steps")
         outside = recipe.outside.load() if recipe.outside is not None else None
-        space = evaluate.find_space(judge.folder).load(device())
+        space = find_space(judge.folder).load(device())
         points = chains(run.model()[0].to(device()), recipe.sampler, run.data, space, outside=outside)
         saved = {**about, "points": [point._asdict() for point in points]}
         files.write_json(file, saved)

@@ -31,7 +31,8 @@ class Progress:
         images: images seen so far.
         attempt: number of rollbacks; each attempt draws different random numbers.
         rate: factor on the learning rate, lowered by rollbacks.
-        best: best validation scores so far, under attack and clean, compared in this order; -1 before the first.
+        best: two numbers of the best validation so far, see :func:`advebm.training.validate.rank`: larger is better,
+            and the second decides if the first are equal; None before the first.
         best_images: images seen when they were reached.
         seconds: training time up to here, over all sessions.
     """
@@ -39,7 +40,7 @@ class Progress:
     images: int = 0
     attempt: int = 0
     rate: float = 1.0
-    best: tuple[float, float] = (-1.0, -1.0)
+    best: tuple[float, float] | None = None
     best_images: int = 0
     seconds: float = 0.0
 
@@ -141,7 +142,7 @@ class Checkpoints:
             if state is not None:
                 state.load_state_dict(torch.load(path / "state" / f"stream-{stream}.pt", weights_only=True))
         progress = Progress(**files.read_json(path / "state" / "progress.json"))
-        progress.best = (progress.best[0], progress.best[1])
+        progress.best = progress.best and (progress.best[0], progress.best[1])
         return progress
 
     def _publish(self, draft: Path, name: str, progress: Progress) -> None:

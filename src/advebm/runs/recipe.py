@@ -48,7 +48,15 @@ class Training:
             gradient (activation checkpointing): less memory, one more forward pass, the same numbers.
         clip: largest gradient norm; None: no limit.
         log_every, validate_every, checkpoint_every: periods in images.
-        validate_with: number of validation images used each time; None: all.
+        validate_with: number of validation images scored each time, clean and attacked; None: all.
+        select: which checkpoint is the best.  ``robustness``: that of the highest score under the recipe's threat
+            (accuracy of a classifier, AUROC of a critic, contrastive accuracy of an encoder); if equal, the clean score
+            decides.  ``fd``: that of the lowest FD in ``features``, as the authors' codes of AT-EBMs and DAT select by
+            FID; if equal, the score under the threat decides.
+        features: the feature space in which each validation logs ``val/fd``, the FD between images drawn by the
+            recipe's sampler and all validation images: a run or model other than this one, which would favour its own
+            samples, ``inception`` or ``pixels``.  None: validation draws no images.
+        samples: number of images drawn for ``val/fd``.  Fewer give a larger FD, so compare it at one number only.
         rollbacks: number of times that training may return to the last checkpoint after a non-finite loss before the
             run stops.  Each time, random numbers change and the learning rate is multiplied by ``backoff``.
     """
@@ -64,6 +72,9 @@ class Training:
     log_every: int = 2_000
     validate_every: int = 10_000
     validate_with: int | None = None
+    select: Literal["robustness", "fd"] = "robustness"
+    features: str | None = None
+    samples: int = 1_000
     checkpoint_every: int = 20_000
     rollbacks: int = 3
     backoff: float = 0.5
@@ -84,6 +95,13 @@ class Training:
             raise UserError(f"clip must be > 0 or none, got {self.clip}")
         if self.validate_with is not None and self.validate_with < 1:
             raise UserError(f"validate_with must be at least 1 or none, got {self.validate_with}")
+        if self.samples < 2:
+            raise UserError(f"samples must be at least 2, got {self.samples}")
+        if self.select == "fd" and self.features is None:
+            raise UserError(
+                "train.select fd needs a feature space for FD; give --train.features RUN (a classifier of these data, "
+                "not the run itself, which would favour its own samples), a model of the package, inception or pixels"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +138,8 @@ class Recipe:
         extra: further images, used without labels, for objectives that need them.
         normalise: the network's first layer.
         before: stages to train before this one, each starting from the weights of the previous one.  Options that a
-            stage omits are taken from this recipe.
+            stage omits are taken from this recipe, except ``init``, ``outside``, ``extra``, ``train.select`` and
+            ``train.features``.
     """
 
     name: str
@@ -250,6 +269,8 @@ def _complete_stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[st
     if stage.get("before") or stage.get("init"):
         raise UserError(f"recipe.{where} is a stage: it begins with the stage before it and has no init or before")
     inherited = {k: v for k, v in final.items() if k not in ("before", "init", "outside", "extra")}
+    # The next stage begins with the latest checkpoint, so none is selected by FD
+    inherited["train"] = {k: v for k, v in final["train"].items() if k not in ("select", "features")}
     return _fill_defaults(config.merge(inherited, stage), f"recipe.{where}")
 
 

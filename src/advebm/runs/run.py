@@ -97,6 +97,18 @@ class Run:
         if expected is not None and data.digest() != expected:
             raise UserError(f"the images of {data.name} are not those that {self.folder} was trained on")
 
+    def check_judge(self, judge: str | None) -> None:
+        """Raise UserError if validation would go on with FD in other features than it began with.
+
+        Only names of folders and numbers of checkpoints are compared, as folders may have moved.
+        """
+        before = self.environment.get("judge")
+        if before is not None and judge is not None and Path(before).name != Path(judge).name:
+            raise UserError(
+                f"{self.folder} took FD in the features of {before} so far, and train.features is now {judge}; FD of "
+                "the two cannot be compared: put the former back, or train anew"
+            )
+
     @property
     def images(self) -> int:
         """Number of images seen by the latest checkpoint; 0 before the first."""

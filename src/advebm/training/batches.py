@@ -26,7 +26,7 @@ class BatchSource:
         self.labels = "labels" in needs
         self.loader = loader(data.train, (roles.x, roles.view or roles.x) if "view" in needs else (roles.x,))
         self.others: dict[str, Loader] = {}
-        self.outside: Images | None = None  # for validation
+        self.outside: Images | None = None  # all validation images of the outside source
         for role, source in (("outside", recipe.outside), ("extra", recipe.extra)):
             if source is None:
                 continue
@@ -35,7 +35,7 @@ class BatchSource:
                 raise UserError(f"the images of --{role} are {dataset.shape}, those of {data.name} {data.shape}")
             self.others[role] = loader(dataset.train, (source.augment.x,), role)
             if role == "outside":
-                self.outside = dataset.val.take(slice(recipe.train.validate_with))
+                self.outside = dataset.val
                 if (shared := count_shared(dataset.train.x, data)) and engine.main:
                     what = f"{shared:,} of the {len(dataset.train):,} images of --outside are images of {data.name}"
                     warnings.warn(f"{what} itself; the objective takes them for what is not", stacklevel=3)

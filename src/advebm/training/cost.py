@@ -89,6 +89,8 @@ class Estimate:
     most: Passes
     validation: Passes  # per validation image whose attack never ends early, since it stays correctly classified
     validated: int  # number of images over all validations
+    sampling: Passes  # per image that validation draws for FD
+    drawn: int  # number of these images over all validations
     flops: Passes  # per image, of one pass of each kind
     memory: Memory  # of one process
 
@@ -99,7 +101,7 @@ class Estimate:
     @property
     def total(self) -> tuple[float, float]:
         """Return lower and upper bound of the FLOP of training and validation together."""
-        validation = self.validated * self.validation.times(self.flops)
+        validation = self.validated * self.validation.times(self.flops) + self.drawn * self.sampling.times(self.flops)
         least, most = (self.images * passes.times(self.flops) + validation for passes in (self.least, self.most))
         return least, most
 
@@ -111,8 +113,8 @@ def estimates(recipe: Recipe) -> list[Estimate]:
     running the objective and the validation on a tiny network.  FLOP (2 per multiply-add, of convolutions and linear
     layers) and memory are computed for the recipe's network on the ``meta`` device, that is, on tensors without data.
     A teacher is assumed to be as large as the recipe's network.  Not included: rollbacks, the comparisons that ``fast``
-    makes, diagnostics, and the weight copies of ``awp``.  If the image shape cannot be determined, or the network does
-    not accept it, ``UserError`` is raised.
+    makes, diagnostics, the weight copies of ``awp``, and of FD the features and what encoders encode besides the
+    samples.  If the image shape cannot be determined, or the network does not accept it, ``UserError`` is raised.
     """
     return [estimate(stage) for stage in (*recipe.before, recipe)]
 
@@ -124,7 +126,12 @@ def estimate(recipe: Recipe) -> Estimate:
     least, most, held = count_training(recipe)
     parameters, flops, memory = measure_network(architecture, recipe, held)
     validation, validated = count_validation(recipe), validated_images(recipe, spec)
-    return Estimate(recipe, spec, architecture, parameters, least, most, validation, validated, flops, memory)
+    sampling, drawn = Passes(0, 0, 0, 0, 0), 0
+    if recipe.train.features is not None:
+        sampling, drawn = count_sampling(recipe), count_validations(recipe) * recipe.train.samples
+    return Estimate(
+        recipe, spec, architecture, parameters, least, most, validation, validated, sampling, drawn, flops, memory
+    )
 
 
 def measure_machine(stage: Estimate, device: str) -> Machine:
@@ -285,11 +292,32 @@ def count_validation(recipe: Recipe) -> Passes:
 
     def count(n: int) -> list[int]:
         model = tiny_architecture(recipe.objective).build().eval()
-        x = torch.randint(256, (n, 3, 8, 8), generator=rng.generator(0), dtype=torch.uint8)
-        images = Images(x, model(x.float() / 255).argmax(1))
+        images = noise_images(n)
+        images = Images(images.x, model(images.float()).argmax(1))
         data = Data("noise", tuple("0123456789"), images, images, images)
         with count_passes(model) as counts:
             validate(model, data, images, plain, images)
+        return [counts[kind] for kind in Passes._fields]
+
+    return Passes(*count_per_image(count))
+
+
+def noise_images(count: int) -> Images:
+    """Return images of noise for the tiny network, all of class 0."""
+    x = torch.randint(256, (count, 3, 8, 8), generator=rng.generator(0), dtype=torch.uint8)
+    return Images(x, torch.zeros(count, dtype=torch.long))
+
+
+def count_sampling(recipe: Recipe) -> Passes:
+    """Count the passes per image that the recipe's sampler draws."""
+    sampler = recipe.sampler
+
+    def count(n: int) -> list[int]:
+        model, seeds = tiny_architecture(recipe.objective).build().eval(), noise_images(n)
+        negatives = noise_images(getattr(sampler, "count", 1))  # of an encoder's sampler
+        bank = sampler.bank(Data("noise", tuple("0123456789"), negatives, negatives, negatives))
+        with count_passes(model) as counts:
+            sampler(model, seeds.y, seeds.float(), generator=rng.generator(0), bank=bank)
         return [counts[kind] for kind in Passes._fields]
 
     return Passes(*count_per_image(count))
@@ -302,9 +330,13 @@ def validated_images(recipe: Recipe, spec: DataSpec) -> int:
         validates = objective.validate is not None
     else:
         validates = spec.classes != 1 if objective.outputs != 1 else recipe.outside is not None  # one class: unlabelled
-    steps = range(0, images_in_whole_batches(recipe), cfg.batch)
-    times = sum(Progress(seen).due_after(cfg.batch, cfg.images)(cfg.validate_every) for seen in steps)
-    return times * validates * min((n for n in (spec.val, cfg.validate_with) if n is not None), default=0)
+    images = min((n for n in (spec.val, cfg.validate_with) if n is not None), default=0)
+    return count_validations(recipe) * validates * images
+
+
+def count_validations(recipe: Recipe) -> int:
+    cfg, steps = recipe.train, range(0, images_in_whole_batches(recipe), recipe.train.batch)
+    return sum(Progress(seen).due_after(cfg.batch, cfg.images)(cfg.validate_every) for seen in steps)
 
 
 # FLOP and memory, on the meta device ----------------------------------------------------------------------------------

@@ -57,8 +57,10 @@ def train(
 
     # Check everything that may be wrong with the request before writing any file
     setup = set_up(recipe, engine)
+    judge = None if setup.distance is None else setup.distance.judge
     if resume:
         Run.open(folder).check_images(setup.data)
+        Run.open(folder).check_judge(judge)
     fresh = not resume or not Run.open(folder).checkpoints.latest()
     if fresh and recipe.init is not None and not recipe.before:
         load_initial_weights(setup.model, recipe.init, setup.data, recipe)
@@ -67,6 +69,7 @@ def train(
     # Create the folder, and train the earlier stages
     if not resume and engine.main:
         facts = {"processes": engine.world, "images": setup.data.digest()}
+        facts |= {} if judge is None else {"judge": judge}
         Run.create(folder, recipe, {**environment(engine.device, cfg.precision), **facts})
     engine.barrier()
     run = Run.open(folder)

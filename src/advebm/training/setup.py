@@ -21,6 +21,7 @@ from advebm.runs.engine import Engine
 from advebm.runs.find_model import find_model, load_module_weights
 from advebm.runs.recipe import Recipe, design
 from advebm.training.batches import BatchSource
+from advebm.training.sample_distance import SampleDistance
 
 
 class Setup(NamedTuple):
@@ -30,23 +31,32 @@ class Setup(NamedTuple):
         recipe: what to train.
         engine: the device of this process, and communication with the other processes.
         data: the dataset.
-        validation: the images that decide which checkpoint is best.
+        validation: the images that the network is scored on.
+        outside: outside images that a critic is scored against; None: there are none.
         batches: the source of training batches.
         architecture: the description that the network is built from.
         model: the network, on the CPU, in float32.
         states: the objective's state for each stream of this process.
-        validates: whether validation is possible, for example whether the images have labels.
+        scored: whether the network can be scored on validation images, for example whether they have labels.
+        distance: the FD of samples that validation measures; None: ``train.features`` is None.
     """
 
     recipe: Recipe
     engine: Engine
     data: Data
     validation: Images
+    outside: Images | None
     batches: BatchSource
     architecture: Architecture
     model: Network
     states: dict[int, Any]
-    validates: bool
+    scored: bool
+    distance: SampleDistance | None
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to validate."""
+        return self.scored or self.distance is not None
 
 
 def set_up(recipe: Recipe, engine: Engine) -> Setup:
@@ -74,12 +84,14 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
     model = architecture.build(recipe.seed)
     batches = BatchSource(recipe, data, engine)
     if objective.hidden is not None:
-        validates = objective.validate is not None and len(validation) > 1
+        scored = objective.validate is not None and len(validation) > 1
     else:
-        validates = validation.labelled if objective.outputs != 1 else batches.outside is not None
+        scored = validation.labelled if objective.outputs != 1 else batches.outside is not None
+    outside = None if batches.outside is None else batches.outside.take(slice(cfg.validate_with))
+    distance = None if cfg.features is None else SampleDistance(recipe, data, batches.outside, engine.device)
     x = torch.empty(cfg.batch // cfg.streams, *data.shape)
     states = {stream: objective.init(x, rng.generator(recipe.seed, "init", stream)) for stream in streams}
-    return Setup(recipe, engine, data, validation, batches, architecture, model, states, validates)
+    return Setup(recipe, engine, data, validation, outside, batches, architecture, model, states, scored, distance)
 
 
 def check_trainable(model: Network, recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from advebm.runs.run import Run
 from advebm.training import norm_statistics
 from advebm.training.energy_shift import EnergyShift
 from advebm.training.setup import Setup, search_view, set_precision
-from advebm.training.validate import SELECTED, validate
+from advebm.training.validate import rank, validate
 
 Report = Callable[[Mapping[str, Any]], None]  # called with every line of metrics.jsonl, images counted over all stages
 
@@ -158,17 +158,20 @@ class Trainer:
         self.write({**self.means.take(), **self.shifts, "train/lr": rate, "perf/img_per_s": speed, "perf/fast": name})
 
     def validate(self) -> None:
-        """Score the averaged network (or the network itself) on validation images, and update the best scores.
+        """Score the averaged network (or the network itself) and its samples, and note whether it is the best so far.
 
         Raises:
-            Diverged: energies or losses are not finite.
+            Diverged: energies, losses or samples are not finite.
         """
-        model, setup = self.model if self.ema is None else self.ema.module, self.setup
-        scores = validate(model, setup.data, setup.validation, self.recipe, setup.batches.outside, self.engine)
+        model, setup, scores = self.model if self.ema is None else self.ema.module, self.setup, dict[str, float]()
+        if setup.scored:
+            scores = validate(model, setup.data, setup.validation, self.recipe, setup.outside, self.engine)
+        if setup.distance is not None:
+            scores["val/fd"] = setup.distance(model, self.engine)
         scores = self.engine.all_gather(scores)[0]
-        attacked, clean = (scores[name] for name in SELECTED if name in scores)
-        if (attacked, clean) > self.progress.best:
-            self.progress.best, self.progress.best_images = (attacked, clean), self.progress.images
+        ranked, best = rank(scores, self.cfg.select), self.progress.best
+        if ranked is not None and (best is None or ranked > best):
+            self.progress.best, self.progress.best_images = ranked, self.progress.images
         self.write(scores)
         self.clock.speed(self.progress.images)  # excludes validation time from the next reading
 

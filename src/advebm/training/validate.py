@@ -1,6 +1,8 @@
 """Score a network on validation images, clean and attacked."""
 
 import math
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,12 +20,24 @@ from advebm.models.modes import searching
 from advebm.objectives.base import Batch
 from advebm.runs.recipe import Recipe
 
-# The scores that decide which checkpoint is best, attacked before clean, of a classifier, a critic and an encoder
+# The scores that checkpoints are selected by, attacked before clean, of a classifier, a critic and an encoder
 SELECTED = (
     *("val/robust_accuracy", "val/accuracy"),
     *("val/adversarial_auroc", "val/auroc"),
     *("val/robust_contrastive_accuracy", "val/contrastive_accuracy"),
 )
+
+
+def rank(scores: Mapping[str, float], select: Literal["robustness", "fd"]) -> tuple[float, float] | None:
+    """Return what checkpoints are compared by, see ``train.select``: larger is better, the second number breaks ties.
+
+    These are the scores under attack and clean, or with ``fd`` minus the FD and the score under attack, 0 if there is
+    none.  None: nothing was measured that tells.
+    """
+    found = [scores[name] for name in SELECTED if name in scores]
+    if select == "fd":
+        return -scores["val/fd"], found[0] if found else 0.0
+    return (found[0], found[1]) if found else None
 
 
 def validate(

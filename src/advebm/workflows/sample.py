@@ -17,6 +17,7 @@ from advebm.metrics.keys import key_of
 from advebm.metrics.quality import SampleQuality
 from advebm.models.batching import batch_size_for
 from advebm.reporting import figure_store, figures
+from advebm.runs.find_space import feature_space, find_space
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler
@@ -206,9 +207,9 @@ def search_settings(
 ) -> tuple[list[dict[str, Any]], Path]:
     """Call :func:`advebm.sampling.tune.tune`; return all trials, best first, and the path of a figure of them."""
     if features is None:
-        space = evaluate.feature_space(evaluate.OWN_FEATURES, run.model(checkpoint)[0].to(device))
+        space = feature_space(evaluate.OWN_FEATURES, run.model(checkpoint)[0].to(device))
     else:
-        space = evaluate.find_space(features).load(device)
+        space = find_space(features).load(device)
     options |= {"judge": compare.feature_weights(features), "checkpoint": checkpoint, "device": device}
     with console.bar("tune", len(samplers)) as progress:
         trials = tune.tune(run, samplers, space, progress=progress, **options)
@@ -243,8 +244,8 @@ def compare_sets(
     data = run.data
     model = run.model(str(options.get("checkpoint", "latest")))[0].to(device)
     about = about or {}
-    own_space = evaluate.feature_space(evaluate.OWN_FEATURES, model)
-    space = own_space if features is None else evaluate.find_space(features).load(device)
+    own_space = feature_space(evaluate.OWN_FEATURES, model)
+    space = own_space if features is None else find_space(features).load(device)
     sets: dict[str, SampleSet] = {}
     numbers = range(seed, seed + seeds)
     for number in numbers:
