@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogFormatter, MultipleLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogFormatter, MultipleLocator, ScalarFormatter
 
 History = Sequence[Mapping[str, Any]]
 Records = Iterable[Mapping[str, Any]]
@@ -201,6 +201,7 @@ def lines(
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
         if log:
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
         if any(groups):
             axis.legend(frameon=False, fontsize=7)
         return png(figure)

@@ -14,7 +14,7 @@ from advebm.reproduction.binary import binary_at_stability, digits_binary_at, di
 from advebm.reproduction.experiment import Experiment, Options, carry_out
 from advebm.reproduction.scales import SCALES
 from advebm.reproduction.study import say
-from advebm.reproduction.supervised import cem_claims, digits_supervised, jeat_figure5
+from advebm.reproduction.supervised import cem_claims, cem_gradients, digits_supervised, jeat_figure5
 from advebm.reproduction.unsupervised import digits_unsupervised
 
 EXPERIMENTS: dict[str, Callable[[Path, Options], Experiment]] = {
@@ -22,6 +22,7 @@ EXPERIMENTS: dict[str, Callable[[Path, Options], Experiment]] = {
     "jeat-figure4": jeat_figure4,
     "jeat-figure5": jeat_figure5,
     "cem-claims": cem_claims,
+    "cem-gradients": cem_gradients,
     "digits-binary-at": digits_binary_at,
     "binary-at-stability": binary_at_stability,
     "digits-hybrids": digits_hybrids,
@@ -34,6 +35,7 @@ QUICK: dict[str, Options] = {
     "digits-hybrids": [("train.images", 12_000)],
     "digits-unsupervised": [("train.images", 12_000)],
     "digits-applications": [("train.images", 12_000)],
+    "cem-gradients": [("train.images", 16_384)],
 }
 
 

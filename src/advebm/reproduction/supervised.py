@@ -5,13 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from advebm.core import config
+from torch.nn.functional import cosine_similarity
+
+from advebm.attacks.projected import Attack
+from advebm.core import config, rng
+from advebm.core.checks import device
+from advebm.core.errors import UserError
+from advebm.diagnostics.cem_gradient import draw_langevin_negatives, split_likelihood_gradient
 from advebm.evaluation import compare, evaluate
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.base import Record
 from advebm.metrics.energy import Energies
 from advebm.metrics.keys import Key, attack_key
 from advebm.metrics.robustness import TargetedAccuracy
+from advebm.models.modes import searching
+from advebm.objectives.at import AT
+from advebm.reporting import figures
 from advebm.reproduction.experiment import Experiment, Options, Results
 from advebm.reproduction.study import compare_all, draw_if_missing, find_recipe, measure_missing, train_or_resume
 from advebm.runs.recipe import Recipe, resolve
@@ -105,3 +114,94 @@ def cem_claims(folder: Path, options: Options) -> Experiment:
         return results
 
     return Experiment(recipes, measure)
+
+
+LANGEVIN_STEP = 8e-4  # its noise, 0.04 a pixel, is about as long in l2 as a step of the attack
+GRADIENT_IMAGES = 512  # of the training split, the same at every point of training
+
+
+def cem_gradients(folder: Path, options: Options) -> Experiment:
+    """CEM section 3 on digits: consistency and contrastive gradient over training, PGD and Langevin negatives.
+
+    The network has group norm rather than batch norm, so that an image's logits depend on that image alone, and the
+    contrastive gradient with PGD negatives is that of training itself.
+    """
+    changes = {"backbone__norm": "group", "schedule": "steps", "train__images": 65_536, "train__ema": 0}
+    whole = find_recipe("digits-at", options, **changes)
+    if not isinstance(whole.objective, AT):
+        kind = type(whole.objective).__name__
+        raise UserError(f"cem-gradients measures adversarial training, objective at, got {kind}; leave out --objective")
+    attack, recipes = whole.objective.attack, {"at": whole}
+    # The learning rate is constant, so shorter runs are the beginnings of longer ones.
+    for count in (whole.train.images >> halvings for halvings in range(1, 8)):
+        if count >= whole.train.batch:
+            recipes[f"at@{count}"] = dataclasses.replace(whole, train=dataclasses.replace(whole.train, images=count))
+    return Experiment(
+        recipes,
+        lambda runs: {label: gradient_records(run, recipes[label].train.images, attack) for label, run in runs.items()},
+        figures=gradient_figures,
+        conclude=conclude_gradients,
+    )
+
+
+def gradient_records(run: Run, images: int, attack: Attack) -> Records:
+    """Return norms and cosines of the likelihood gradient's parts after ``images`` of adversarial training.
+
+    The negatives are adversarial images, and samples of Langevin dynamics with as many steps.
+    """
+    model = run.model()[0].to(device())
+    batch = run.data.train.take(slice(GRADIENT_IMAGES))
+    x, y = batch.float().to(device()), batch.y.to(device())
+    generators = [rng.generator("cem-gradients", name, device=device()) for name in ("PGD", "Langevin")]
+    with searching(model) as f:
+        pgd = attack.raise_loss(f, x, y, generators[0])
+    langevin = draw_langevin_negatives(model, x, steps=attack.steps, step_size=LANGEVIN_STEP, generator=generators[1])
+    at_update = split_likelihood_gradient(model, x, y, pgd).contrastive
+    records = []
+    for name, negatives in (("PGD", pgd), ("Langevin", langevin)):
+        gradient = split_likelihood_gradient(model, x, y, negatives)
+        values = {
+            "norm of consistency": gradient.consistency.norm(),
+            "norm of contrastive": gradient.contrastive.norm(),
+            "cosine of both": cosine_similarity(gradient.consistency, gradient.contrastive, dim=0),
+            "cosine of contrastive with AT": cosine_similarity(gradient.contrastive, at_update, dim=0),
+            "cosine of sum with AT": cosine_similarity(gradient.total, at_update, dim=0),
+        }
+        settings = {"training images": images, "negatives": name}
+        records += [Record(f"{key}, {name}", float(value), 0.0, len(x), settings) for key, value in values.items()]
+    return [dataclasses.asdict(record) for record in records]
+
+
+def gradient_figures(results: Results) -> dict[str, bytes]:
+    """Return figures of norms and cosines of the likelihood gradient's parts against training images."""
+
+    def plot(prefix: str, ylabel: str) -> bytes:
+        curves: dict[str, dict[float, tuple[float, float]]] = {}
+        for record in (r for records in results.values() for r in records if r["name"].startswith(prefix)):
+            point = {record["settings"]["training images"]: (record["value"], record["error"])}
+            curves.setdefault(record["name"].removeprefix(prefix), {}).update(point)
+        return figures.lines(curves, "training images", ylabel, log=True)
+
+    whole = "Cosine of the likelihood's whole gradient and adversarial training's update"
+    return {
+        "Norms of the likelihood's consistency and contrastive gradient": plot("norm of ", "l2 norm"),
+        "Cosine of the consistency and the contrastive gradient": plot("cosine of both, ", "cosine"),
+        whole: plot("cosine of sum with AT, ", "cosine"),
+    }
+
+
+def conclude_gradients(results: Results) -> list[str]:
+    """Return in words how the parts of the likelihood's gradient, and AT's update, compare at the end of training."""
+    value = {record["name"]: record["value"] for record in results["at"]}
+    images = results["at"][0]["settings"]["training images"]
+    parts = [
+        f"{value[f'norm of consistency, {name}']:.3g} and {value[f'norm of contrastive, {name}']:.3g} with {name} "
+        f"negatives (cosine {value[f'cosine of both, {name}']:.2f})"
+        for name in ("PGD", "Langevin")
+    ]
+    whole = " and ".join(f"{value[f'cosine of sum with AT, {name}']:.2f}" for name in ("PGD", "Langevin"))
+    return [
+        f"After {images:,} images of AT the norms of the consistency and the contrastive gradient are "
+        f"{' and '.join(parts)}; AT's update, the contrastive gradient with PGD negatives, has a cosine of {whole} "
+        "with the sum of both."
+    ]
