@@ -74,6 +74,7 @@ def test_list_is_a_screenful_of_where_to_begin(capsys, monkeypatch, tmp_path):
     assert [line.split()[0] for line in lines[1:11]] == list(recipes.RECOMMENDED)
     assert "run here" not in out
     assert re.search(r"^  cifar10-at-2h +resnet for cifar10, trained against l2 0\.5$", out, re.M)
+    assert re.search(r"^  cifar10-infonce +resnet for cifar10, a linear probe, for --features$", out, re.M)
     assert re.search(rf"^  recipe +{len(recipes.names())}  ", out, re.M)
     for role, kinds in config.KINDS.items():
         assert re.search(rf"^  {role} +{len(kinds)}  \S", out, re.M), role

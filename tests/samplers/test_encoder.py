@@ -15,7 +15,7 @@ import advebm
 from advebm import energies, recipes
 from advebm.attacks.projected import Attack
 from advebm.cli import main
-from advebm.core import config
+from advebm.core import config, files
 from advebm.core.errors import UserError
 from advebm.data.sources import Images
 from advebm.descent import unit, value_and_gradient
@@ -517,6 +517,12 @@ def test_a_probe_is_a_run_that_every_command_takes(own, tmp_path, capsys):
     assert probed.recipe.sampler.steps == 2
     assert cli("sample", probed.folder, "--per-class", 1) == 0
     assert cli("evaluate", probed.folder, "--metrics", "accuracy,sample-quality") == 0
+    assert main(["export", str(probed.folder), str(tmp_path / "exported")]) == 0
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"`{own.recipe.name}` (objective `acl`, {own.recipe.train.images:,} images, " in card
+    assert "The head is a linear probe, fitted on the labels of the training images." in card
+    assert "objective `standard`" not in card
+    assert files.read_json(tmp_path / "exported" / "config.json")["probed"] == own.recipe.name
     assert cli("probe", own.folder) == 2
     assert "acl-probe is not empty; choose another --out" in " ".join(capsys.readouterr().err.split())
 

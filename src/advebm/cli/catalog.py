@@ -78,9 +78,11 @@ def _print_overview() -> None:
     print("\nmodels of the package, which take the place of a run: advebm sample NAME")
     for name, folder in bundled_models().items():
         about = files.read_json(folder / "config.json")
-        threat = about["threat"]
-        network = f"{about['architecture']['backbone']['kind']} for {about['data']}"
-        print(f"  {name:23} {network}, trained against {threat['norm']} {_as_written(threat['eps'])}")
+        network, threat = f"{about['architecture']['backbone']['kind']} for {about['data']}", about["threat"]
+        trained = f"trained against {threat['norm']} {_as_written(threat['eps'])}"
+        if "probed" in about:
+            trained = "a linear probe, for --features"
+        print(f"  {name:23} {network}, {trained}")
     print("\nall of a kind: advebm list WHAT; what one of them is: advebm explain NAME")
     for role, text in ROLES.items():
         count = len(recipes.names() if role == "recipe" else KINDS[role])

@@ -70,6 +70,8 @@ def write_model(
         published = locate(run.recipe.data.model)[0]
         extra |= {k: v for k, v in files.read_json(published / "config.json").items() if k in ("data", "images_digest")}
         options["data"] = original_data(published)
+    if (probed := _probed(run)) is not None:
+        extra["probed"] = probed.recipe.name
     tuned = find_tuned(run, run.recipe.sampler)
     if tuned is not None and tuned[1]["checkpoint"] == path.name:
         options["sampler"] = config.describe(tuned[0])
@@ -125,7 +127,13 @@ def _hide_local_paths(options: Any) -> Any:
 
 
 def _training_sentence(run: Run, path: Path, data: str) -> str:
-    """Return a sentence on the training of a checkpoint: each stage with its images and minutes, and the machine."""
+    """Return a sentence on the training of a checkpoint: each stage with its images and minutes, and the machine.
+
+    Of a linear probe it is on the network that was probed.
+    """
+    if (probed := _probed(run)) is not None:
+        head = "The head is a linear probe, fitted on the labels of the training images."
+        return f"{_training_sentence(probed, probed.checkpoints.path(), data)} {head}"
     parts = []
     for stage in run.stages:
         recipe, checkpoint = stage.recipe, path if stage is run else stage.checkpoints.path()
@@ -142,6 +150,14 @@ def _training_sentence(run: Run, path: Path, data: str) -> str:
     cores = f"{machine.get('threads')} of {machine.get('cores')} cores, {machine.get('system')}"
     where = f" On {machine['device']} ({cores}, torch {machine.get('torch')}), {machine['started'][:10]}."
     return f"Trained on {data}: {', then '.join(parts)}." + where
+
+
+def _probed(run: Run) -> Run | None:
+    """Return the run whose features ``advebm probe`` fitted the run's model on; None for other runs."""
+    if run.recipe.init is None or not Path(run.recipe.init, "config.json").is_file():
+        return None
+    is_probe = "probe" in files.read_json(Path(run.recipe.init, "config.json"))
+    return Run.open(Path(run.recipe.init).parent) if is_probe else None
 
 
 def _usage(architecture: Architecture, saved: Mapping[str, Any], images: int) -> str:
