@@ -24,14 +24,16 @@ from advebm.core import console
 from advebm.core.errors import Diverged, Interrupted, UserError
 from advebm.core.rng import rand
 from advebm.data.npz import Npz
+from advebm.data.sources import Digits
 from advebm.models.factory import Own
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.standard import Standard
 from advebm.runs.checkpoint import Progress
+from advebm.runs.engine import Engine
 from advebm.runs.optim import SGD, Cosine, Cyclic, Steps
 from advebm.runs.recipe import dump, resolve
 from advebm.runs.run import Run
-from advebm.training import trainer, validate
+from advebm.training import setup, trainer, validate
 from advebm.training.loop import train
 from tests.helpers import tiny
 
@@ -628,3 +630,17 @@ def test_what_was_done_earlier_is_no_speed(monkeypatch, capsys):
         now[0] = 25.0
         tell(300)
     assert "300/1,000 5/s, 140 s left" in " ".join(capsys.readouterr().err.split())
+
+
+def test_part_of_a_sorted_validation_split_has_all_classes(monkeypatch):
+    """Folders are read class by class, and the first images of their splits are of one class."""
+    data = Digits().load()
+    by_class = data._replace(val=data.val.take(data.val.y.argsort(stable=True)))
+    monkeypatch.setattr(Digits, "load", lambda self: by_class)
+    prepared = setup.set_up(tiny("digits-at", train__validate_with=40), Engine("cpu"))
+    assert len(prepared.validation) == 40
+    assert prepared.validation.y.unique().numel() == 10
+    again = setup.set_up(tiny("digits-at", train__validate_with=40), Engine("cpu"))
+    assert torch.equal(prepared.validation.x, again.validation.x)
+    whole = setup.set_up(tiny("digits-at", train__validate_with=None), Engine("cpu"))
+    assert torch.equal(whole.validation.y, by_class.val.y)

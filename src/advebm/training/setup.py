@@ -79,7 +79,7 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
             f"of all streams apart, takes a stream a process; set --train.streams {engine.world}"
         )
     objective.check(len(data.train), recipe.threat)
-    validation = data.val.take(slice(cfg.validate_with))
+    validation = _choose(data.val, cfg.validate_with)
     architecture = design(recipe, data)
     model = architecture.build(recipe.seed)
     batches = BatchSource(recipe, data, engine)
@@ -87,11 +87,18 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
         scored = objective.validate is not None and len(validation) > 1
     else:
         scored = validation.labelled if objective.outputs != 1 else batches.outside is not None
-    outside = None if batches.outside is None else batches.outside.take(slice(cfg.validate_with))
+    outside = None if batches.outside is None else _choose(batches.outside, cfg.validate_with)
     distance = None if cfg.features is None else SampleDistance(recipe, data, batches.outside, engine.device)
     x = torch.empty(cfg.batch // cfg.streams, *data.shape)
     states = {stream: objective.init(x, rng.generator(recipe.seed, "init", stream)) for stream in streams}
     return Setup(recipe, engine, data, validation, outside, batches, architecture, model, states, scored, distance)
+
+
+def _choose(images: Images, count: int | None) -> Images:
+    """Return ``count`` images at random, always the same, as a split may be sorted by class; None: all."""
+    if count is None or count >= len(images):
+        return images
+    return images.take(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count])
 
 
 def check_trainable(model: Network, recipe: Recipe) -> None:
