@@ -7,7 +7,7 @@ PEERS := .venv-agreement/.ready
 RIVALS := .venv-bench/.ready
 PAGE := .venv-page/.ready
 
-.PHONY: demo test test-all test-cpus test-page lint mutants recipes agreement bench results clean
+.PHONY: demo test test-all test-cpus test-page lint mutants recipes agreement bench gpu-check results clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
@@ -52,6 +52,11 @@ agreement: $(PEERS)
 # ARGS='--rows pgd --repeats 3', '--quick', '--curves'; writes benchmarks/results/.
 bench: $(RIVALS)
 	.venv-bench/bin/python -m benchmarks $(ARGS)
+
+# What a GPU is asked, in nine minutes.  ARGS='--pack FILE' makes a file of images where CIFAR-10 is, ARGS='--images FILE'
+# reads it where the GPU is, and ARGS='--images FILE --device cpu --quick' tries everything out.
+gpu-check: $(RIVALS)
+	.venv-bench/bin/python -m benchmarks.gpu_check $(ARGS)
 
 # docs/results.md, from results/*.json, which advebm reproduce TABLE --scale SCALE writes.
 results: $(READY)

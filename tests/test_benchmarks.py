@@ -1,12 +1,19 @@
 """The benchmarks run, and both sides of a row do the same work."""
 
+import time
+import zipfile
+
 import pytest
 import torch
 from benchmarks import __main__ as benchmark
-from benchmarks import tasks
+from benchmarks import gpu_check, tasks
 from benchmarks.__main__ import ROWS, contestants
 from benchmarks.tasks import TASKS, Setting
 
+from advebm.data.readers import CIFAR10 as CLASSES
+from advebm.data.readers import Cifar10
+from advebm.data.sources import Data, Images
+from advebm.runs.run import Run
 from advebm.training.loop import train
 from tests.helpers import tiny
 
@@ -68,3 +75,34 @@ def test_nothing_is_measured_in_emulated_bfloat16(monkeypatch, has):
         sides = contestants(row, "CIFAR", "DIGITS", "cpu", quick=False)
         assert any("bf16" in name for name in sides) == (has and any("bf16" in way for way in row.ours))
         assert any(name.startswith("advebm") for name in sides)
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch):
+    """Images are packed and read again, a network is trained on them, attacked, drawn from and reported."""
+    draw = torch.Generator().manual_seed(0)
+    few = lambda n: Images(torch.randint(256, (n, 3, 32, 32), generator=draw, dtype=torch.uint8), torch.arange(n) % 10)
+    data = Data("cifar10", CLASSES, few(300), few(40), few(60))
+    monkeypatch.setattr(Cifar10, "load", lambda self: data)
+    gpu_check.pack(tmp_path / "images.zip", tests=50)
+    with zipfile.ZipFile(tmp_path / "images.zip") as archive:
+        archive.extractall(tmp_path / "images")
+    check = gpu_check.Check("cpu", tmp_path / "out", time.monotonic() + 400, True)
+    check.out.mkdir()
+    name = "AT step, PGD-7, ResNet-18, batch 256"
+    monkeypatch.setattr(gpu_check, "ROWS", {name: (gpu_check.ROWS[name][0], ("plain loop", "advebm fold", "nobody"))})
+    found = gpu_check.speeds(check, 0.0)
+    assert found[name]["advebm fold"]["seconds"] > 0
+    assert gpu_check._rate(found) == 256 / found[name]["advebm fold"]["seconds"]
+    trained = gpu_check.train(check, tmp_path / "images", 500.0)
+    assert trained["status"] == 0
+    assert [point["images"] for point in trained["points"]] == [256]
+    assert trained["seconds to"].keys() == {"40%", "45%"}
+    run = Run.open(check.out / "run")
+    assert torch.equal(run.data.val.x[run.data.val.y.argsort(stable=True)], data.val.x[data.val.y.argsort(stable=True)])
+    assert len(run.data.test) == 50
+    closing = gpu_check.close(check)["APGD-CE and APGD-T"]
+    assert closing["advebm fold"]["accuracy"] <= 1
+    assert (check.out / "grid.png").exists()
+    assert (check.out / "report.html").exists()
+    assert gpu_check.speeds(check, 1e9) == {name: {"left out": "no time"}}
