@@ -92,8 +92,14 @@ def test_numbers_of_steps_share_chains(run, space, monkeypatch, changes, chains)
     whole = generate.generate_along
     monkeypatch.setattr(generate, "generate_along", lambda *a, **k: drawn.append(a[1].steps) or whole(*a, **k))
     samplers = [CS(steps=k, step_size=0.1, **changes) for k in (2, 4, 6)]
-    together = {t["sampler"]["steps"]: t["value"] for t in tune(run, samplers, space, per_class=3)}
+    told = []
+    trials = tune(run, samplers, space, per_class=3, progress=told.append)
+    together = {t["sampler"]["steps"]: t["value"] for t in trials}
     assert drawn == chains
+    assert tuning.count_steps(samplers) == sum(chains)
+    assert set(range(chains[0] + 1)) <= set(told), "every step is told"
+    assert told == sorted(told)
+    assert told[-1] == sum(chains)
     for path in (run.folder / "tuning").glob("*.json"):
         path.unlink()
     for sampler in samplers:

@@ -41,9 +41,13 @@ class Experiment:
 
 
 def wrap(reference: str, recipe: Recipe, folder: Path) -> Run:
-    """Return a run around a trained model, with a recipe's data, threat, sampler and seed; see :func:`adopt.adopt`."""
+    """Return a run around a trained model, with a recipe's data, threat, sampler, precision and seed.
+
+    See :func:`advebm.workflows.adopt.adopt`.
+    """
     plain = config.describe(recipe)
-    return adopt(reference, folder, [(name, plain[name]) for name in ("name", "data", "threat", "sampler", "seed")])
+    own = [(name, plain[name]) for name in ("name", "data", "threat", "sampler", "seed")]
+    return adopt(reference, folder, [*own, ("train.precision", recipe.train.precision)])
 
 
 def carry_out(

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from advebm import recipes
 from advebm.attacks.projected import Attack
 from advebm.core import config, console, files
@@ -12,6 +14,8 @@ from advebm.core.checks import device
 from advebm.core.errors import Diverged, UserError
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
+from advebm.models.inference import BackendName
+from advebm.models.precision import usable_precision
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler
@@ -53,7 +57,7 @@ def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
 def draw_if_missing(run: Run, recipe: Recipe, per_class: int, name: str | None = None) -> str:
     """Draw a set of samples by the recipe's sampler and seed unless that very set exists; return its name."""
     name = name or generate.set_name(recipe.sampler)
-    options: dict[str, Any] = {"seed": recipe.seed, "device": device()}
+    options: dict[str, Any] = {"seed": recipe.seed, "device": device(), "backend": _backend(run)}
     if not is_drawn(run, name, recipe.sampler, per_class, **options):
         draw_set(run, name, recipe.sampler, per_class, **options)
     return name
@@ -74,7 +78,7 @@ def compare_all(runs: Mapping[str, Run], judge_title: str, threat: Attack) -> di
 
 FACTORS = (0.5, 1.0, 2.0)  # step sizes that are tried, relative to that of the sampler
 NOISES, BALLS = (0.0, 0.01), (None, 2.0)  # in pixels of [0, 1], and radii from the seed
-STEPS = (4, 8, 16, 32, 64)
+STEPS = (4, 8, 16, 32)
 COMMON_STEPS = 16  # samplers are also compared at this number of steps
 
 
@@ -91,6 +95,13 @@ def tune(run: Run, sampler: Sampler, features: str | Path, count: int = 250) -> 
     per_class = max(2, count // max(1, len(run.data.classes)))
     say(f"  {run.recipe.name}: settings of {generate.set_name(sampler)}")
     grid = settings_grid(sampler, values)
-    trials, _ = search_settings(run, grid, features=features, by="FD", per_class=per_class, device=device())
+    options: dict[str, Any] = {"per_class": per_class, "device": device(), "backend": _backend(run)}
+    trials, _ = search_settings(run, grid, features=features, by="FD", **options)
     common = next(trial for trial in trials if trial["sampler"]["steps"] == COMMON_STEPS)
     return {name: config.build(t["sampler"], "sampler") for name, t in (("best", trials[0]), ("common", common))}
+
+
+def _backend(run: Run) -> BackendName:
+    """Return how samples are computed: as the recipe trains, in bfloat16 where the device multiplies in it."""
+    is_bfloat16 = usable_precision(run.recipe.train.precision, torch.device(device())) == "bfloat16"
+    return "bf16" if is_bfloat16 else "auto"

@@ -46,7 +46,7 @@ def generate(
         outside: the data whose test images chains start from, with ``start: outside`` or ``start: buffer``.
         seed: seed of the starting images and of the noise.
         backend: how to compute the network, see :class:`advebm.models.inference.Backend`; ``auto`` folds batch norms.
-        progress: called with the number of images done so far.
+        progress: called at each step with the number of images done so far; those under way count by their steps.
     """
     options: dict[str, Any] = {"outside": outside, "seed": seed, "backend": backend, "progress": progress}
     images, view = generate_along(model, sampler, data, y, (sampler.steps,), **options)
@@ -74,14 +74,15 @@ def generate_along(
     start, images = sampler.prepare(data, outside), {k: [torch.empty(0, *data.shape)] for k in steps}
     bank, view = sampler.bank(data), sampling_view(model, data, len(y), backend)
 
-    def keep(k: int, x: Tensor, energy: Tensor | None = None) -> None:
-        if k in images:
-            images[k].append(x.cpu())
-
-    options: dict[str, Any] = {"shape": data.shape, "seed": seed, "view": view, "bank": bank, "observe": keep}
+    options: dict[str, Any] = {"shape": data.shape, "seed": seed, "view": view, "bank": bank}
     for number in range(count_chunks(len(y))):
-        keep(sampler.steps, draw_chunk(model, sampler, start, y, number, **options))
-        progress(min(len(y), (number + 1) * CHUNK))
+
+        def keep(k: int, x: Tensor, energy: Tensor | None = None, done: int = number * CHUNK) -> None:
+            if k in images:
+                images[k].append(x.cpu())
+            progress(done + len(x) * k // max(1, sampler.steps))
+
+        keep(sampler.steps, draw_chunk(model, sampler, start, y, number, observe=keep, **options))
     return {k: torch.cat(parts) for k, parts in images.items()}, view
 
 

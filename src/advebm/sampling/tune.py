@@ -24,6 +24,7 @@ from advebm.metrics.base import Features
 from advebm.metrics.distances import RealFeatures
 from advebm.metrics.keys import label
 from advebm.models.batching import device_of
+from advebm.models.inference import BackendName
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate
@@ -61,6 +62,7 @@ def tune(
     seed: int = 0,
     checkpoint: str = "latest",
     device: str = "cpu",
+    backend: BackendName = "auto",
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Evaluate every sampler, and write the best one to ``RUN/tuned/METHOD-START.json``.
@@ -78,7 +80,8 @@ def tune(
         seed: seed of the samples, the same for every trial.
         checkpoint: which checkpoint of the run to use.
         device: where to compute.
-        progress: called with the number of finished trials.
+        backend: how to compute the network, see :class:`advebm.models.inference.Backend`.
+        progress: called with the number of steps taken, of those that :func:`count_steps` counts.
 
     Returns:
         The records of the finished trials, the best (smallest distance) first.
@@ -86,21 +89,29 @@ def tune(
     number = run.checkpoints.path(checkpoint).name
     data, model = run.data, run.model(number)[0].to(device)
     about = {"by": by, "space": space.name, "judge": judge, "per_class": per_class, "seed": seed, "checkpoint": number}
-    about |= {"split": "val", "reference_count": len(data.val)}
+    about |= {"split": "val", "reference_count": len(data.val), "fast": backend}
     if any(sampler.fit == "test" for sampler in samplers):
         raise UserError("tuning never looks at test images; set fit to train")
     real, outside = RealFeatures(space.of(data.val.x, torch.device(device))), start_images(run, samplers[0], number)
     if outside is not None and samplers[0].start == "outside":
         outside = outside._replace(test=outside.val)
     paths = {sampler: _trial_path(run, sampler, about) for sampler in samplers}
+    done = 0
     for chain in _group_by_chain(samplers):
-        _run_trials({sampler: paths[sampler] for sampler in chain}, model, data, outside, real, space, about)
-        progress(sum(path.exists() for path in paths.values()))
+        tell = lambda steps, done=done: progress(done + steps)
+        _run_trials({sampler: paths[sampler] for sampler in chain}, model, data, outside, real, space, about, tell)
+        done += count_steps(chain)
+        progress(done)
     records = [files.read_json(path) for path in paths.values() if path.exists()]
     records.sort(key=lambda trial: trial["value"])
     if len(records) == len(paths):
         files.write_json(result_path(run, samplers[0]), {**records[0], "trials": len(records)})
     return records
+
+
+def count_steps(samplers: Sequence[Sampler]) -> int:
+    """Return how many steps :func:`tune` takes with every sample of its trials."""
+    return sum(max(sampler.steps for sampler in chain) for chain in _group_by_chain(samplers))
 
 
 def result_path(run: Run, like: Sampler) -> Path:
@@ -155,6 +166,7 @@ def _run_trials(
     real: RealFeatures,
     space: Features,
     about: Mapping[str, Any],
+    progress: Callable[[int], None],
 ) -> None:
     """Run the missing trials of samplers that share their chains, unless another process is at them."""
     lock = next(iter(paths.values())).with_suffix(".lock")
@@ -171,8 +183,9 @@ def _run_trials(
                 return
             longest, _ = trials[max(trials)]
             y = generate.classes_to_draw(longest, data, about["per_class"])
-            options = {"outside": outside, "seed": about["seed"]}
-            images, _ = generate.generate_along(model, longest, data, y, tuple(trials), **options)
+            tell = lambda done: progress(done * longest.steps // len(y))
+            options: dict[str, Any] = {"outside": outside, "seed": about["seed"], "backend": about["fast"]}
+            images, _ = generate.generate_along(model, longest, data, y, tuple(trials), progress=tell, **options)
             name = f"{label(about['by'], space.name)} on validation images"
             for steps, (sampler, path) in trials.items():
                 features = space.of(images[steps], device_of(model))

@@ -211,7 +211,7 @@ def search_settings(
     else:
         space = find_space(features).load(device)
     options |= {"judge": compare.feature_weights(features), "checkpoint": checkpoint, "device": device}
-    with console.bar("tune", len(samplers)) as progress:
+    with console.bar("tune, steps", tune.count_steps(samplers)) as progress:
         trials = tune.tune(run, samplers, space, progress=progress, **options)
     if not trials:
         raise UserError("other processes are at all trials; wait for them")
