@@ -103,7 +103,7 @@ class ClassGaussians:
         for k, index in enumerate(members):
             if len(index) < 2:
                 raise UserError(f"class {k} has {len(index)} images to fit on; a Gaussian needs 2")
-            variance, mean = torch.var_mean(_rows(x, index), 0)
+            variance, mean = _var_mean(x, index)
             if not variance.any():
                 raise UserError(
                     f"the {len(index)} images of class {k} are all the same; a Gaussian needs them to differ"
@@ -119,14 +119,17 @@ class ClassGaussians:
         seeds = torch.empty_like(white)
         for k in y.unique().tolist():
             rows, mean = (y == k).to(x.device), self.means[k].to(x)
-            images = _rows(self.x, self.members[k]).to(x)
-            draw = torch.randn(int(rows.sum()), len(images), generator=generator, device=x.device, dtype=x.dtype)
-            coloured = (draw @ images - draw.sum(1, keepdim=True) * mean) / (len(images) - 1) ** 0.5
+            index = self.members[k]
+            draw = torch.randn(int(rows.sum()), len(index), generator=generator, device=x.device, dtype=x.dtype)
+            pieces = zip(_pieces(self.x, index), _pieces(self.x, index, draw.T), strict=True)
+            total = sum(weights.T @ _rows(self.x, piece).to(x) for piece, weights in pieces)
+            coloured = (total - draw.sum(1, keepdim=True) * mean) / (len(index) - 1) ** 0.5
             isotropic = self.variances[k].to(x).sqrt() * white[rows]
             seeds[rows] = mean + (1 - self.shrinkage) ** 0.5 * coloured + self.shrinkage**0.5 * isotropic
         return seeds.view(len(x), *self.x.shape[1:]).clamp(0, 1)
 
 
+PIECE = 2**30  # bytes of the images of a class that are held in floating point at once
 RANK, RANK_EDGE = 64, 16  # components of a class of compact Gaussians, at most, and pixels of their edges
 RANK_BYTES = 500_000  # of the components of all classes, at most
 SPECTRUM_EDGE, MEAN_EDGE = 32, 64  # frequencies along an edge, and pixels of a mean's edge, at most
@@ -170,11 +173,14 @@ class CompactGaussians:
         rank = min(RANK, max(1, RANK_BYTES // (classes * math.prod(small))))
         parts, spectra = [], []
         for mean, index in zip(exact.means, exact.members, strict=True):
-            away = (_rows(x, index) - mean).view(-1, *shape)
-            low = adaptive_avg_pool2d(away, small[1:]).flatten(1)
-            values, vectors = torch.linalg.eigh(low.T @ low / (len(low) - 1))
+            products, power = torch.zeros(()), torch.zeros(())
+            for piece in _pieces(x, index):
+                away = (_rows(x, piece) - mean).view(-1, *shape)
+                low = adaptive_avg_pool2d(away, small[1:]).flatten(1)
+                products, power = products + low.T @ low, power + cosines(away).square().sum(0)
+            values, vectors = torch.linalg.eigh(products / (len(index) - 1))
             part = (vectors * values.clamp_min(0).sqrt()).T[-rank:].view(-1, *small)
-            left = cosines(away).square().sum(0) / (len(away) - 1) - cosines(_resize(part, shape)).square().sum(0)
+            left = power / (len(index) - 1) - cosines(_resize(part, shape)).square().sum(0)
             parts.append(part)
             spectra.append(adaptive_avg_pool2d(left.clamp_min(0), size[1:]))
         scales = torch.stack(parts).abs().amax((2, 3, 4)).clamp_min(1e-12) / 127
@@ -270,6 +276,27 @@ def _check_classes(y: Tensor | None, count: int, classes: int) -> Tensor:
     if len(y) and not (int(y.min()) >= 0 and int(y.max()) < classes):
         raise UserError(f"classes 0 to {classes - 1} have seeds, got {int(y.min())} to {int(y.max())}")
     return y
+
+
+def _pieces(x: Tensor, index: Tensor, of: Tensor | None = None) -> Sequence[Tensor]:
+    """Return ``index``, or what belongs to it, in pieces whose images take at most ``PIECE`` bytes in float32."""
+    return (index if of is None else of).split(max(1, PIECE // (4 * math.prod(x.shape[1:]))))
+
+
+def _var_mean(x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return variance and mean of each pixel of images at ``index``, (D,) each; Chan et al.'s update over pieces."""
+    pieces = _pieces(x, index)
+    if len(pieces) == 1:
+        return torch.var_mean(_rows(x, index), 0)
+    count, squares = 0, torch.zeros(math.prod(x.shape[1:]), dtype=torch.float64)
+    mean = torch.zeros_like(squares)
+    for piece in pieces:
+        rows = _rows(x, piece).double()
+        added, away = rows.mean(0), rows.mean(0) - mean
+        squares += (rows - added).square().sum(0) + away.square() * (count * len(rows) / (count + len(rows)))
+        count += len(rows)
+        mean += away * (len(rows) / count)
+    return (squares / (count - 1)).float(), mean.float()
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

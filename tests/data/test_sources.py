@@ -16,7 +16,8 @@ from PIL import Image
 import advebm
 from advebm.core import config
 from advebm.core.errors import UserError
-from advebm.data.decode import cached, decode
+from advebm.data.cache import cached
+from advebm.data.decode import decode
 from advebm.data.readers import Cifar10
 from advebm.data.sources import Data, Images
 
@@ -109,7 +110,7 @@ def test_the_environment_names_the_folder(hub_folder, monkeypatch):
 def test_images_are_decoded_once(hub_folder, monkeypatch):
     folder, _, _ = hub_folder
     first = advebm.load_data("cifar10", path=str(folder), val=0.2)
-    monkeypatch.setattr("advebm.data.readers.decode", lambda *a, **k: pytest.fail("decoded again"))
+    monkeypatch.setattr("advebm.data.tables.decode", lambda *a, **k: pytest.fail("decoded again"))
     again = advebm.load_data("cifar10", path=str(folder), val=0.2)
     assert torch.equal(first.train.x, again.train.x)
 

@@ -68,8 +68,8 @@ def say(*texts: str) -> None:
 class Bar:
     """A progress bar on a terminal, else an occasional line; both show the recent speed and the time left."""
 
-    def __init__(self, progress: Progress, name: str, total: int, done: int | None) -> None:
-        self.progress, self.name, self.total = progress, name, total
+    def __init__(self, progress: Progress, name: str, total: int, done: int | None, lines: bool = False) -> None:
+        self.progress, self.name, self.total, self.lines = progress, name, total, lines
         self.task = progress.add_task(name, total=total, completed=done or 0, note="", speed="")
         self.begun = done is not None
         self._begin(done or 0)
@@ -84,7 +84,8 @@ class Bar:
 
         If no initial count was given, the items of the first call were done earlier and do not count towards the speed.
         """
-        say()
+        if not self.lines:
+            say()
         if not self.begun or done < self.done:  # the first call, or a return to a checkpoint
             self.begun = True
             self._begin(done)
@@ -92,7 +93,7 @@ class Bar:
         self.progress.update(self.task, completed=min(done, self.total), note=note, speed=self._speed()[0])
         now = time.perf_counter()
         if now - self.marks[-1][0] > (QUIET if len(self.marks) > 1 else FIRST) and done < self.total:
-            if not screen.is_terminal:
+            if self.lines or not screen.is_terminal:
                 self.tell()
             self.marks.append((now, done))
 
@@ -135,6 +136,15 @@ def bar(name: str, total: int, done: int | None = None) -> Iterator[Bar]:
             yield progress_bar
     if total and not screen.is_terminal:
         progress_bar.tell()
+
+
+@contextmanager
+def lines(name: str, total: int, done: int = 0) -> Iterator[Bar]:
+    """Show progress in lines, also on a terminal, where a bar of what waits for it may be; none if it takes ``FIRST``.
+
+    As for :func:`bar`, ``done`` of ``total`` items were finished before.
+    """
+    yield Bar(Progress(disable=True), name, total, done, lines=True)
 
 
 def training_note(line: Mapping[str, Any], seen: dict[str, float]) -> str:

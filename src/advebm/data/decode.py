@@ -1,14 +1,13 @@
-"""Decoding of image files to one uint8 tensor: in parallel, once, cached under the hash of their content."""
+"""Decoding of image files to one uint8 tensor, in parallel."""
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -16,14 +15,13 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 
-from advebm.core import files
+from advebm.core import console
 from advebm.core.errors import Notice, UserError
 
 Corrupt = Literal["refuse", "skip"]
+Progress = Callable[[int], None]  # called with the number of images done
 SHOWN = 3  # number of bad images that a message names
 # Formats that are read.  Pillow knows more, of which some run programs; AVIF and HEIF depend on how it was built and on
 # the package pillow-heif.
@@ -52,7 +50,13 @@ def readable_suffixes() -> frozenset[str]:
 
 
 def decode(
-    blobs: Sequence[bytes | Path], names: Sequence[str], *, channels: int, size: int | None, corrupt: Corrupt
+    blobs: Sequence[bytes | Path],
+    names: Sequence[str],
+    *,
+    channels: int,
+    size: int | None,
+    corrupt: Corrupt,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the readable images as uint8 (M, C, H, W), and their indices (M,) in ``blobs``.
 
@@ -66,6 +70,7 @@ def decode(
             which must then all have the same size.
         corrupt: whether unreadable images are an error or left out with a warning; it is an error if all are
             unreadable.
+        progress: called with the number of images done; None: lines with an estimate, where it takes seconds.
     """
     if not blobs:
         raise UserError("there are no images")
@@ -81,8 +86,10 @@ def decode(
     kept: list[int] = []
     bad: list[str] = []
     remarked: Counter[str] = Counter()
-    with _no_warnings_of_pillow(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    report = console.lines("images decoded", len(blobs)) if progress is None else contextlib.nullcontext(progress)
+    with report as tell, _no_warnings_of_pillow(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for position, (result, remarks) in enumerate(pool.map(read, zip(blobs, names, strict=True))):
+            tell(position + 1)
             remarked.update(remarks)
             if isinstance(result, str):
                 bad.append(result)
@@ -318,34 +325,3 @@ def _colourless(picture: Image.Image, channels: int) -> bool:
     """Return whether grey is wanted and a colour picture contains only greys."""
     bands = np.asarray(picture.convert("RGB"))
     return channels == 1 and bool((bands == bands[..., :1]).all())
-
-
-def cached(content: Iterable[bytes], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the result of ``make``, cached on disk under the hash of ``content``.
-
-    The folder is ``ADVEBM_CACHE``, else ``advebm`` in the user's cache folder.  If the cache cannot be written, a
-    warning is given; a damaged cache file is replaced.
-    """
-    digest = hashlib.sha256(READER)
-    for piece in content:
-        digest.update(hashlib.sha256(piece).digest())
-    path = cache_folder() / f"{digest.hexdigest()[:32]}.safetensors"
-    try:
-        return safetensors.load_file(path)
-    except (OSError, SafetensorError):
-        made = {name: value.contiguous() for name, value in make().items()}
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.save_file(made, draft)
-        draft.replace(path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-        warnings.warn(f"decoded images are not cached: {files.as_user_error(path, OSError(str(error)))}", stacklevel=2)
-    return made
-
-
-def cache_folder() -> Path:
-    chosen = os.environ.get("ADVEBM_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "advebm"

@@ -1,5 +1,6 @@
 """Folders of image files, with a sub-folder for each class, and those again in sub-folders for each split or not."""
 
+import functools
 import itertools
 import warnings
 from collections import Counter
@@ -12,9 +13,22 @@ from torch import Tensor
 
 from advebm.core.config import check_choices
 from advebm.core.errors import Notice, UserError, suggest
-from advebm.data.decode import Corrupt, cached, decode, readable_formats, readable_suffixes
+from advebm.data import disk
+from advebm.data.cache import cached
+from advebm.data.decode import Corrupt, decode, readable_formats, readable_suffixes
+from advebm.data.shard_files import find_shard_files, read_shard_files
 from advebm.data.sources import UNLABELLED, Augmentations, Data, DataSpec, Images
-from advebm.data.splits import Shares, assemble, check_shape, check_shares, existing_path, find_splits, list_some
+from advebm.data.splits import (
+    Parts,
+    Shares,
+    assemble,
+    check_shape,
+    check_shares,
+    existing_path,
+    find_splits,
+    list_some,
+)
+from advebm.data.tables import Encoded, make_shards
 
 JUNK = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}  # made by file managers and archivers
 
@@ -27,6 +41,9 @@ class Folder:
     classes, these are the splits; what is missing is cut from ``train``, and with ``val`` but no ``test``, as in
     ImageNet's layout, ``val`` is the test split.  Else images are split here.  Images without sub-folders are
     unlabelled, for objectives that need no labels.
+
+    Without image files the folder may hold shards: parquet as on the Hub, or tar as webdataset writes it, see
+    :func:`advebm.data.shard_files.read_shard_files`.  A set that memory does not hold is decoded to the cache folder.
 
     Attributes:
         path: the folder.
@@ -58,6 +75,8 @@ class Folder:
     def outline(self) -> DataSpec:
         """Return the shape and, if the folder exists, the number of classes."""
         root = Path(self.path).expanduser()
+        if root.is_dir() and _shards(root):
+            return DataSpec((self.channels, self.size, self.size))
         classes = self._classes(_find_split_folders(root).get("train", root)) if root.is_dir() else None
         return DataSpec((self.channels, self.size, self.size), None if classes is None else len(classes))
 
@@ -65,6 +84,10 @@ class Folder:
         root = existing_path(self.path)
         if not root.is_dir():
             raise UserError(f"{root} is a file; a folder of images is meant, or npz:PATH for an archive of arrays")
+        shares = Shares(self.val, self.test, self.split_seed)
+        if shards := _shards(root):
+            parts, names = read_shard_files(root, shards, size=self.size, channels=self.channels, corrupt=self.corrupt)
+            return assemble(root.resolve().name, parts, names, shares)
         name, splits = root.resolve().name, _find_split_folders(root) or {"train": root}
         classes = self._classes(splits["train"])
         for split in ("val", "test"):
@@ -83,8 +106,7 @@ class Folder:
             warnings.warn(f"{root}: {stray} images outside the folders of classes: left out", stacklevel=2)
         if classes == UNLABELLED:
             warnings.warn(f"{root}: images without folders of classes are read without labels", Notice, stacklevel=2)
-        parts = {split: [self._read(folder, classes)] for split, folder in splits.items()}
-        return assemble(name, parts, classes, Shares(self.val, self.test, self.split_seed))
+        return assemble(name, self._read(splits, classes), classes, shares)
 
     def _classes(self, root: Path) -> tuple[str, ...]:
         """Return the names of the classes in a split's folder, sorted; raise UserError for fewer than two."""
@@ -110,22 +132,52 @@ class Folder:
             )
         return names
 
-    def _read(self, root: Path, classes: Sequence[str]) -> Images:
+    def _read(self, splits: dict[str, Path], classes: Sequence[str]) -> Parts:
+        labelled = {split: self._list_labelled(folder, classes) for split, folder in splits.items()}
+        shape = (self.channels, self.size, self.size)
+        if disk.fits(sum(map(len, labelled.values())), shape):
+            return {split: [self._decode(splits[split], rows)] for split, rows in labelled.items()}
+        parts: Parts = {}
+        for split, rows in labelled.items():
+            pieces = [rows[i : i + disk.chunk(shape)] for i in range(0, len(rows), disk.chunk(shape))]
+            encoded = [_encoded(splits[split], piece) for piece in pieces]
+            parts[split] = [*make_shards(encoded, shape=shape, size=self.size, corrupt=self.corrupt)]
+        return parts
+
+    def _list_labelled(self, root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+        """Return the image files of a split, with the numbers of their classes or -1."""
         if classes == UNLABELLED:
             labelled = [(path, -1) for path in list_pictures(root)]
         else:
             there = [(k, root / name) for k, name in enumerate(classes) if (root / name).is_dir()]
             labelled = [(path, k) for k, folder in there for path in list_pictures(folder)]
-        paths, names = [p for p, _ in labelled], [str(p.relative_to(root)) for p, _ in labelled]
-        if not paths:
+        if not labelled:
             raise UserError(f"{root} holds no image")
+        return labelled
+
+    def _decode(self, root: Path, labelled: Sequence[tuple[Path, int]]) -> Images:
+        """Return the images of a split in memory; decoded once and then read from the cache."""
+        paths, names = [p for p, _ in labelled], [str(p.relative_to(root)) for p, _ in labelled]
 
         def make() -> dict[str, Tensor]:
             x, kept = decode(paths, names, channels=self.channels, size=self.size, corrupt=self.corrupt)
             return {"x": x, "y": torch.tensor([k for _, k in labelled])[kept]}
 
         settings = f"{self.size} {self.channels} {self.corrupt} {names} {[k for _, k in labelled]}"
-        return Images(**cached(itertools.chain([settings.encode()], (p.read_bytes() for p in paths)), make))
+        decoded = cached(itertools.chain([settings.encode()], (p.read_bytes() for p in paths)), make)
+        return Images(decoded["x"], decoded["y"])
+
+
+def _shards(root: Path) -> list[Path]:
+    """Return the files of a folder that holds its images in parquet or tar files; none if it has image files."""
+    found = find_shard_files(root)
+    return [] if found and list_pictures(root) else found
+
+
+def _encoded(root: Path, labelled: Sequence[tuple[Path, int]]) -> Encoded:
+    paths = [path for path, _ in labelled]
+    names = [str(path.relative_to(root)) for path in paths]
+    return Encoded(functools.partial(list, paths), names, [k for _, k in labelled], disk.stamp(paths, root))
 
 
 def _sub_folders(root: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from advebm.core import rng
+from advebm.data import disk
 from advebm.data.augment import Augment
 from advebm.data.sources import Images, to_float
 
@@ -18,7 +19,7 @@ class Loader:
     reads its own share of each batch.  So a resumed run needs no state but the number of images seen.
 
     Attributes:
-        images: the training split, moved to ``device`` once, as uint8.
+        images: the training split, as uint8; moved to ``device`` once, or batch by batch if it is mapped from disk.
         seed: the run's seed.
         batch: number of images per step over all streams.
         streams: number of equal shares that a batch is cut into.
@@ -36,15 +37,17 @@ class Loader:
     _epoch: tuple[int, Tensor] = field(default=(-1, torch.empty(0)), repr=False)
 
     def __post_init__(self) -> None:
-        self.images = Images(self.images.x.to(self.device), self.images.y.to(self.device))
+        if disk.fits(len(self.images), self.images.shape):
+            self.images = Images(self.images.x.to(self.device), self.images.y.to(self.device))
 
     def __call__(self, seen: int, stream: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
         """Return the views, float32 (B/streams, C, H, W) in [0, 1] each, and the labels, after ``seen`` images."""
         share = self.batch // self.streams
         start = seen + stream * share
         index = torch.cat([self._positions(e, lo, hi) for e, lo, hi in self._pieces(start, start + share)])
-        batch = self.images.take(index.to(self.device))
-        return [augment(to_float(batch.x), generator) for augment in self.augment], batch.y
+        batch = self.images.take(index.to(self.images.x.device))
+        x = batch.x.to(self.device)
+        return [augment(to_float(x), generator) for augment in self.augment], batch.y.to(self.device)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Return the global positions start … stop as (epoch, from, to)."""

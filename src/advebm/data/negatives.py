@@ -1,6 +1,6 @@
 """Images that are not from the data, to train critics and others against: p0 of binary adversarial training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data.ood_sets import fit_shape
-from advebm.data.sources import Augmentations, Data, Images, Source, to_float
+from advebm.data.sources import Augmentations, Data, Images, Source, gather, to_float
 
 TRIES, ROUND = 30, 4096  # draws before giving up the search for contrast, and fewest squares per draw
 
@@ -162,8 +162,10 @@ class Mixture:
         return Data("+".join(names), names, train, val, test)
 
     def _mix(self, parts: list[Images], name: str) -> Images:
-        share, chosen = min(map(len, parts)), []
+        share, start, chosen = min(map(len, parts)), 0, []
         for number, part in enumerate(parts):
             order = torch.randperm(len(part), generator=rng.generator(self.split_seed, "mixture", name, number))
-            chosen.append(part.x[order[:share].sort().values])
-        return Images(torch.cat(chosen), torch.arange(len(parts)).repeat_interleave(share))
+            chosen.append(start + order[:share].sort().values)
+            start += len(part)
+        (mixed,) = gather([*parts], torch.cat(chosen))
+        return replace(mixed, y=torch.arange(len(parts)).repeat_interleave(share))

@@ -64,7 +64,7 @@ class Npz:
                 raise UserError(
                     f"{path}: labels {y[split]} must be >= 0, got {smallest}; leave them out for unlabelled images"
                 )
-        if len(shapes := {tuple(shards[0].x.shape[1:]) for shards in parts.values()}) > 1:
+        if len(shapes := {shards[0].shape for shards in parts.values()}) > 1:
             raise UserError(
                 f"{path}: the images of all splits have one shape, got {' and '.join(map(str, sorted(shapes)))}"
             )

@@ -1,39 +1,27 @@
 """Sources that read tables of images: parquet files as on the Hugging Face Hub, the Hub itself, CIFAR's archives."""
 
 import functools
-import itertools
-import json
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError, unknown_name
+from advebm.data import disk
 from advebm.data.augment import Augment
-from advebm.data.decode import Corrupt, cached, decode
+from advebm.data.decode import Corrupt, decode
+from advebm.data.shard_files import IMAGE_COLUMNS, LABEL_COLUMNS, choose_column, import_optional, parquet_table
 from advebm.data.sources import Augmentations, Data, DataSpec, Images
-from advebm.data.splits import (
-    Parts,
-    Shares,
-    assemble,
-    check_shape,
-    check_shares,
-    existing_path,
-    find_splits,
-    number_labels,
-)
+from advebm.data.splits import Parts, Shares, assemble, check_shape, check_shares, existing_path, find_splits
+from advebm.data.tables import Table, decode_tables, find_blob
 
 NATURAL = Augmentations(x=Augment(crop=4, flip=True))
-IMAGE_COLUMNS = ("img", "image", "images", "pixel_values", "picture", "png", "jpg", "jpeg", "webp")
-LABEL_COLUMNS = ("label", "fine_label", "labels", "cls", "class", "class_label", "target", "y")
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -169,18 +157,8 @@ class HubImages:
 # Three layouts: parquet files, the Hub, CIFAR's archives --------------------------------------------------------------
 
 
-class Table(NamedTuple):
-    """Rows of a split: encoded images, labels as they stand there, and the key of the decoded images in the cache."""
-
-    where: str
-    images: Callable[[], Sequence[Any]]
-    labels: Sequence[Any]
-    content: Callable[[], Iterable[bytes]]
-
-
 def _read_parquet(folder: Path, corrupt: Corrupt) -> tuple[Parts, tuple[str, ...]]:
     """Return splits and class names of ``train-*.parquet`` and ``test-*.parquet``, anywhere below ``folder``."""
-    parquet = _optional("pyarrow.parquet")
     tables: dict[str, list[Table]] = {}
     classes: tuple[str, ...] = ()
     for split in ("train", "test"):
@@ -189,44 +167,31 @@ def _read_parquet(folder: Path, corrupt: Corrupt) -> tuple[Parts, tuple[str, ...
             raise UserError(f"{folder} has no {split}-*.parquet; it needs training and test images")
         tables[split] = []
         for shard in shards:
-            try:
-                schema = parquet.read_schema(shard)
-            except Exception as error:  # pyarrow raises many kinds
-                raise UserError(f"{shard} is not parquet: {' '.join(str(error).split())[:200]}") from None
-            image, label = (_choose_column(shard, schema.names, usual) for usual in (IMAGE_COLUMNS, LABEL_COLUMNS))
-            classes = classes or _names_in(schema.metadata or {}, label)
-            cells = functools.partial(_read_column, parquet, shard, image)
-            content = functools.partial(_shard_content, shard, corrupt)
-            tables[split].append(Table(f"{shard.name} row", cells, _read_column(parquet, shard, label), content))
-    return _decode_tables(str(folder), tables, classes, corrupt)
-
-
-def _shard_content(shard: Path, corrupt: Corrupt) -> tuple[bytes, bytes]:
-    return f"parquet {corrupt}".encode(), shard.read_bytes()
-
-
-def _read_column(parquet: Any, shard: Path, name: str) -> list[Any]:
-    return parquet.read_table(shard, columns=[name])[name].to_pylist()
+            table, names = parquet_table(shard, folder, corrupt)
+            classes = classes or names
+            tables[split].append(table)
+    return decode_tables(str(folder), tables, classes, corrupt)
 
 
 def _read_hub(source: HubImages) -> tuple[Parts, tuple[str, ...]]:
     """Return splits and class names of a set that the ``datasets`` library loads."""
-    datasets = _optional("datasets")
+    datasets = import_optional("datasets")
     try:
         loaded = datasets.load_dataset(source.path, source.subset)
     except Exception as error:  # the hub's client raises many kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         fix = "" if Path(source.path).exists() else "; give a folder with --data.path or ADVEBM_DATA"
         raise UserError(f"the data set {source.path!r} cannot be loaded ({reason}){fix}") from None
-    tables: dict[str, list[Table]] = {}
+    whole: dict[str, Table] = {}
+    rows_of: dict[str, Any] = {}
     classes: tuple[str, ...] = ()
     for split, name in _choose_splits(source, list(loaded)).items():
         rows, where = loaded[name], f"{source.path} {name}"
         kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
-        image = _choose_column(where, rows.column_names, IMAGE_COLUMNS, source.image_column, "image_column", kinds)
+        image = choose_column(where, rows.column_names, IMAGE_COLUMNS, source.image_column, "image_column", kinds)
         label = None
         if len(rows.column_names) > 1:
-            label = _choose_column(where, rows.column_names, LABEL_COLUMNS, source.label_column, "label_column", kinds)
+            label = choose_column(where, rows.column_names, LABEL_COLUMNS, source.label_column, "label_column", kinds)
         names = tuple(getattr(rows.features.get(label), "names", None) or ())
         classes = classes or names
         labels = list(rows[label]) if label else [-1] * len(rows)
@@ -243,70 +208,48 @@ def _read_hub(source: HubImages) -> tuple[Parts, tuple[str, ...]]:
             source.corrupt,
             image,
         )
-        tables[split] = [
-            Table(
-                where,
-                functools.partial(_read_cells, raw, image),
-                labels,
-                functools.partial(tuple, [f"hub {' '.join(map(str, settings))}".encode()]),
+        key, rows_of[split] = f"hub {' '.join(map(str, settings))}", raw.select_columns([image])
+        cells = functools.partial(_read_cells, rows_of[split], 0, len(labels))
+        whole[split] = Table(where, cells, labels, functools.partial(tuple, [key.encode()]), key)
+    shape = _find_shape(source, whole["train"], rows_of["train"])
+    fits = shape is None or disk.fits(sum(len(table.labels) for table in whole.values()), shape)
+    tables = {
+        split: [table] if fits or shape is None else _cut(table, rows_of[split], disk.chunk(shape))
+        for split, table in whole.items()
+    }
+    return decode_tables(source.path, tables, classes, source.corrupt, source.channels, source.size, shape)
+
+
+def _read_cells(rows: Any, start: int, stop: int) -> list[Any]:
+    return next(iter(rows[start:stop].values()))
+
+
+def _find_shape(source: HubImages, table: Table, rows: Any) -> tuple[int, ...] | None:
+    """Return the shape (C, H, W) of decoded images, by the first that can be read if ``size`` is None, or None."""
+    if source.size is not None:
+        return source.channels, source.size, source.size
+    for cell in _read_cells(rows, 0, 8):
+        try:
+            blob = find_blob(cell, table.where)
+            return tuple(
+                decode([blob], [table.where], channels=source.channels, size=None, corrupt="refuse")[0][0].shape
             )
-        ]
-    return _decode_tables(source.path, tables, classes, source.corrupt, source.channels, source.size)
+        except UserError:
+            continue
+    return None
 
 
-def _read_cells(rows: Any, column: str) -> list[Any]:
-    return list(rows[column])
-
-
-def _decode_tables(
-    name: str,
-    tables: Mapping[str, Sequence[Table]],
-    classes: tuple[str, ...],
-    corrupt: Corrupt,
-    channels: int = 3,
-    size: int | None = None,
-) -> tuple[Parts, tuple[str, ...]]:
-    """Decode the images of tables, or read them from the cache, and number their labels."""
-    everything = [label for shards in tables.values() for table in shards for label in table.labels]
-    numbers, classes = number_labels(everything, name, classes)
-    rest = iter(numbers)
-    parts: Parts = {}
-
-    def decode_table(table: Table) -> dict[str, Tensor]:
-        blobs = [_find_blob(cell, table.where) for cell in table.images()]
-        names = [f"{table.where} {i}" for i in range(len(blobs))]
-        x, rows = decode(blobs, names, channels=channels, size=size, corrupt=corrupt)
-        return {"x": x, "rows": rows}
-
-    for split, shards in tables.items():
-        parts[split] = []
-        for table in shards:
-            own = list(itertools.islice(rest, len(table.labels)))
-            if own.count(None) == len(own):  # such as the test images of a competition
-                own = [-1] * len(own)
-            if (without := own.count(None)) and corrupt == "refuse":
-                raise UserError(
-                    f"{without} of {len(own)} images have no label, the first of them {table.where} {own.index(None)}; "
-                    "leave such images out with --data.corrupt skip"
-                )
-            decoded = cached(table.content(), functools.partial(decode_table, table))
-            x, rows = decoded["x"], decoded["rows"]
-            if without:
-                labelled = torch.tensor([own[row] is not None for row in rows.tolist()])
-                x, rows = x[labelled], rows[labelled]
-            parts[split].append(Images(x, torch.tensor([own[row] for row in rows.tolist()], dtype=torch.int64)))
-    return parts, classes
-
-
-def _find_blob(cell: Any, where: str) -> bytes | Path:
-    """Return the encoded image in a cell, or its path; empty for an empty cell."""
-    if isinstance(cell, Mapping):
-        cell = cell.get("bytes") or cell.get("path")
-    if cell is None or isinstance(cell, bytes):
-        return cell or b""
-    if isinstance(cell, str):
-        return Path(cell)
-    raise UserError(f"{where}: a cell of the image column holds a {type(cell).__name__}, not an image file")
+def _cut(table: Table, rows: Any, length: int) -> list[Table]:
+    """Return parts of at most ``length`` rows of a table, so that not all of its images are in memory at once."""
+    return [
+        table._replace(
+            images=functools.partial(_read_cells, rows, start, start + length),
+            labels=table.labels[start : start + length],
+            stamp=f"{table.stamp} {start} {length}",
+            first=start,
+        )
+        for start in range(0, len(table.labels), length)
+    ]
 
 
 def _choose_splits(source: HubImages, names: Sequence[str]) -> dict[str, str]:
@@ -363,49 +306,3 @@ class _Arrays(pickle.Unpickler):
         if module.split(".")[0] != "numpy" or name not in self.allowed:
             raise pickle.UnpicklingError(f"{module}.{name} is refused")
         return self.allowed[name]
-
-
-# Small parts ----------------------------------------------------------------------------------------------------------
-
-
-def _choose_column(
-    where: object,
-    names: Sequence[str],
-    usual: Sequence[str],
-    given: str | None = None,
-    option: str = "",
-    kinds: Mapping[str, str] = MappingProxyType({}),
-) -> str:
-    """Return the column that is given, or else one of a usual name or the only one of its type.
-
-    For images the type counts more, for labels the name.
-    """
-    if given is not None:
-        if given not in names:
-            raise unknown_name(f"column for --data.{option}", given, names)
-        return given
-    typed = [name for name in names if kinds.get(name) == ("Image" if usual is IMAGE_COLUMNS else "ClassLabel")]
-    named = [name for name in usual if name in names]
-    if usual is IMAGE_COLUMNS and len(typed) == 1:
-        return typed[0]
-    if named or len(typed) == 1:
-        return (named or typed)[0]
-    fix = f"; say which it is: --data.{option} NAME" if option else ""
-    raise UserError(f"{where} has the columns {', '.join(names)}; it needs one of {', '.join(usual)}{fix}")
-
-
-def _names_in(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
-    """Return the class names in the metadata of the Hub's parquet files, if any."""
-    try:
-        return tuple(json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"])
-    except (KeyError, TypeError, ValueError):
-        return ()
-
-
-def _optional(module: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"this data needs {module.split('.')[0]}: pip install 'advebm[data]'") from None

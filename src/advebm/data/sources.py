@@ -1,8 +1,13 @@
-"""Sources of labelled images.  They are kept as one uint8 tensor; batches are converted to float32 in [0, 1]."""
+"""Sources of labelled images.  They are kept as one uint8 tensor; batches are converted to float32 in [0, 1].
+
+The tensor is in memory, or mapped from a file that holds what does not fit there: :mod:`advebm.data.disk`.
+"""
 
 import hashlib
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -10,21 +15,40 @@ from torch import Tensor
 
 from advebm.core import rng
 from advebm.core.errors import UserError, unknown_name
+from advebm.data import disk
 from advebm.data.augment import Augment
+from advebm.data.cache import remember
+from advebm.data.decode import Progress
+from advebm.data.disk import Shard
 from advebm.starts import CompactGaussians
 
+Value = TypeVar("Value")
 UNLABELLED = ("unlabelled",)  # the class names of images without labels
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a split, ``x`` uint8 (N, C, H, W), and their labels, ``y`` int64 (N,)."""
+    """The images of a split, ``x`` uint8 (N, C, H, W), and their labels, ``y`` int64 (N,).
+
+    ``key`` names the content of ``x`` if that is mapped from a file, and is empty if it is in memory.  A mapped ``x``
+    is read-only; whoever goes through all of it takes a few hundred images at a time.
+    """
 
     x: Tensor
     y: Tensor
+    key: str = ""
 
     def __len__(self) -> int:
         return self.x.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape (C, H, W) of one image."""
+        return tuple(self.x.shape[1:])
+
+    def decode(self, progress: Progress) -> Tensor:
+        """Return ``x``, as :class:`advebm.data.disk.Shard` does after decoding it."""
+        return self.x
 
     @property
     def labelled(self) -> bool:
@@ -60,7 +84,7 @@ class Data(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Return the shape (C, H, W) of one image."""
-        return tuple(self.train.x.shape[1:])
+        return self.train.shape
 
     @property
     def labelled(self) -> bool:
@@ -69,6 +93,16 @@ class Data(NamedTuple):
 
     def digest(self) -> str:
         """Return a hash of all images, labels and names of classes."""
+        return self._remembered("digest", self._hash)
+
+    def _remembered(self, what: str, compute: Callable[[], Value]) -> Value:
+        """Return a JSON value of these images; those on disk are read for it once only."""
+        if not all(part.key for part in self.splits):
+            return compute()
+        labels = [hashlib.sha256(part.y.numpy().tobytes()).hexdigest() for part in self.splits]
+        return remember(json.dumps([what, self.classes, [part.key for part in self.splits], labels]), compute)
+
+    def _hash(self) -> str:
         content = hashlib.sha256(repr(self.classes).encode())
         for part in self.splits:
             for tensor in (part.x, part.y):
@@ -85,14 +119,21 @@ class Data(NamedTuple):
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation of each channel of the training split, computed from histograms."""
+        means, deviations = self._remembered("statistics", self._measure)
+        return tuple(means), tuple(deviations)
+
+    def _measure(self) -> list[list[float]]:
         means, deviations = [], []
         levels = torch.arange(256, dtype=torch.float64) / 255
-        for channel in self.train.x.unbind(1):
-            share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        counts = torch.zeros(self.shape[0], 256, dtype=torch.int64)
+        for images in self.train.x.split(disk.ROWS):
+            counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+        for count in counts:
+            share = count.double() / count.sum()
             mean = (share * levels).sum()
             means.append(round(mean.item(), 4))
             deviations.append(round((share * (levels - mean) ** 2).sum().sqrt().item(), 4))
-        return tuple(means), tuple(deviations)
+        return [means, deviations]
 
 
 class DataSpec(NamedTuple):
@@ -231,7 +272,7 @@ class Unlabelled(Derived):
     def load(self) -> Data:
         """Return the source's data with every label -1, and one class without members."""
         data = self.source.load()
-        train, val, test = (Images(part.x, torch.full_like(part.y, -1)) for part in data.splits)
+        train, val, test = (replace(part, y=torch.full_like(part.y, -1)) for part in data.splits)
         return Data(data.name, UNLABELLED, train, val, test)
 
 
@@ -273,8 +314,8 @@ class Classes(Derived):
         number = torch.full((len(data.classes),), -1).scatter(0, kept, torch.arange(len(kept)))
 
         def of(images: Images) -> Images:
-            chosen = images.take(torch.isin(images.y, kept))
-            return Images(chosen.x, number[chosen.y])
+            (chosen,) = gather([images], torch.isin(images.y, kept).nonzero().squeeze(1))
+            return replace(chosen, y=number[chosen.y])
 
         names = tuple(data.classes[k] for k in kept.tolist())
         what = f"{data.name}, {len(kept)} {'other ' * self.rest}classes"
@@ -293,7 +334,7 @@ def find_spec(source: Source) -> DataSpec:
     return DataSpec(data.shape, len(data.classes), len(data.train), len(data.val))
 
 
-def partition(shards: list[Images], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
+def partition(shards: list[Images | Shard], classes: int, shares: tuple[float, ...], seed: int) -> tuple[Images, ...]:
     """Split a set into parts of these shares and a remainder, class by class, so that each keeps the class proportions.
 
     The set is the concatenation of ``shards``; that list is emptied, see :func:`gather`.
@@ -315,18 +356,25 @@ def partition(shards: list[Images], classes: int, shares: tuple[float, ...], see
     return gather(shards, *(torch.cat(part).sort().values for part in parts))
 
 
-def gather(shards: list[Images], *parts: Tensor) -> tuple[Images, ...]:
+def gather(shards: list[Images | Shard], *parts: Tensor) -> tuple[Images, ...]:
     """Return, for each part, the images at its sorted positions in the concatenation of ``shards``.
 
-    The list ``shards`` is emptied on the way, so that there are never two copies of a whole set in memory.
+    The list ``shards`` is emptied on the way, so that there are never two copies of a whole set in memory.  What does
+    not fit there is written to disk, by :func:`advebm.data.disk.write_parts`.
     """
-    if len(shapes := {tuple(shard.x.shape[1:]) for shard in shards}) > 1:
+    if len(shapes := {shard.shape for shard in shards}) > 1:
         raise UserError(f"images of one set have one size, got {' and '.join(map(str, sorted(shapes)))}")
     y = torch.cat([shard.y for shard in shards])
-    made = [torch.empty((len(part), *next(iter(shapes))), dtype=torch.uint8) for part in parts]
+    (shape,) = shapes
+    if any(isinstance(shard, Shard) for shard in shards) or not disk.fits(sum(map(len, parts)), shape):
+        written = disk.write_parts(shards, parts, shape)
+        shards.clear()
+        return tuple(Images(x, y[part], key) for (x, key), part in zip(written, parts, strict=True))
+    made = [torch.empty((len(part), *shape), dtype=torch.uint8) for part in parts]
     start, filled = 0, [0] * len(parts)
     while shards:
         shard = shards.pop(0)
+        assert isinstance(shard, Images)
         for i, part in enumerate(parts):
             own = part[(part >= start) & (part < start + len(shard))] - start
             torch.index_select(shard.x, 0, own, out=made[i][filled[i] : filled[i] + len(own)])

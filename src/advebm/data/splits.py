@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from advebm.core.errors import UserError
+from advebm.data.disk import Shard
 from advebm.data.sources import UNLABELLED, Data, Images, gather, partition
 
 NAMES = {
@@ -18,7 +20,7 @@ NAMES = {
     "test": ("test", "testing", "tst", "eval"),
 }  # what people call the splits, in any case
 
-Parts = dict[str, list[Images]]  # the shards of each split
+Parts = dict[str, list[Images | Shard]]  # the shards of each split
 
 
 AROUND = {"set", "data", "dataset", "images", "imgs", "img", "split", "seg", "folder"}  # words beside, as in train_set
@@ -74,7 +76,7 @@ def assemble(name: str, parts: Parts, classes: Sequence[str], shares: Shares, *,
         UserError: images of several shapes, fewer than two classes, labels without a name, a split with labels that the
             training images have not, or images too few to be split.
     """
-    shapes = sorted({tuple(shard.x.shape[1:]) for shards in parts.values() for shard in shards})
+    shapes = sorted({shard.shape for shards in parts.values() for shard in shards})
     if len(shapes) > 1:
         raise UserError(f"{name}: the images of all splits have one shape, got {' and '.join(map(str, shapes))}")
     labels = {split: torch.cat([shard.y for shard in shards]) for split, shards in parts.items()}
@@ -86,7 +88,7 @@ def assemble(name: str, parts: Parts, classes: Sequence[str], shares: Shares, *,
     if named != UNLABELLED:
         there = torch.tensor(kept)
         for shards in parts.values():
-            shards[:] = [Images(shard.x, torch.searchsorted(there, shard.y)) for shard in shards]
+            shards[:] = [replace(shard, y=torch.searchsorted(there, shard.y)) for shard in shards]
     if "test" not in parts and "val" in parts:
         parts["test"] = parts.pop("val")
     if "test" not in parts:
@@ -99,7 +101,7 @@ def assemble(name: str, parts: Parts, classes: Sequence[str], shares: Shares, *,
     return Data(name, named, train, val, test)
 
 
-def _join(shards: list[Images]) -> Images:
+def _join(shards: list[Images | Shard]) -> Images:
     return gather(shards, torch.arange(sum(map(len, shards))))[0]
 
 

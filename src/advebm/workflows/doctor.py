@@ -40,7 +40,8 @@ def examine_model(
     split, kind = data.test, "test"
     if len(split) < FEWEST <= sum(map(len, data.splits)):
         parts = (data.test, data.val, data.train)
-        split = Images(*(torch.cat([getattr(part, name) for part in parts])[:FEWEST] for name in ("x", "y")))
+        few = [part.take(slice(FEWEST)) for part in parts]
+        split = Images(torch.cat([part.x for part in few]), torch.cat([part.y for part in few])).take(slice(FEWEST))
         kind = "test, validation and training"
     count = min(images, len(split))
     console.say(f"{model} on {count} {kind} images of {data.name} at {ball_text(threat.eps, threat.norm)}")
