@@ -24,8 +24,7 @@ from advebm.data.cache import cache_folder
 from advebm.data.decode import READER, Progress
 
 IN_MEMORY = 2 * 2**30  # bytes of the decoded images of a set that is held in memory, at most
-CHUNK = 128 * 2**20  # bytes of the decoded images of a shard, at most, where shards can be cut so
-ROWS = 512  # images that are handled at once where all of a set are
+CHUNK = 128 * 2**20  # bytes of the images that are handled at once, where shards can be cut so and all images are read
 HEAD_START = 0.5  # seconds by which the first process of a machine is the one that decodes, and so the one that reports
 
 
@@ -68,7 +67,7 @@ def fits(count: int, shape: Sequence[int]) -> bool:
 
 
 def chunk(shape: Sequence[int]) -> int:
-    """Return how many images of a shape (C, H, W) make a shard."""
+    """Return how many images of a shape (C, H, W) are handled at once."""
     return max(1, CHUNK // math.prod(shape))
 
 
@@ -108,7 +107,8 @@ def _name(shards: Sequence[Decodable], parts: Sequence[Tensor]) -> str:
     for shard in shards:
         content.update(f"{len(shard)} {shard.key}\n".encode())
         if not shard.key:
-            for rows in shard.decode(lambda done: None).split(ROWS):
+            x = shard.decode(lambda done: None)
+            for rows in x.split(chunk(x.shape[1:])):
                 content.update(rows.contiguous().numpy().data)
     for part in parts:
         content.update(f"{len(part)}\n".encode() + part.numpy().tobytes())
@@ -163,7 +163,7 @@ def _write(folder: Path, shards: Sequence[Decodable], parts: Sequence[Tensor], s
                     got, first = (" x ".join(map(str, s[:0:-1])) for s in (tuple(x.shape[1:]), shape))
                     raise UserError(f"images of one set have one size, got {first} and {got}; give it with --data.size")
                 for output, part in zip(outputs, parts, strict=True):
-                    for rows in part[(part >= start) & (part < stop)].split(ROWS):
+                    for rows in part[(part >= start) & (part < stop)].split(chunk(shape)):
                         output.write(x[rows - start].numpy().tobytes())
                     output.flush()
                     os.fsync(output.fileno())

@@ -126,7 +126,7 @@ class Data(NamedTuple):
         means, deviations = [], []
         levels = torch.arange(256, dtype=torch.float64) / 255
         counts = torch.zeros(self.shape[0], 256, dtype=torch.int64)
-        for images in self.train.x.split(disk.ROWS):
+        for images in self.train.x.split(disk.chunk(self.shape)):
             counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
         for count in counts:
             share = count.double() / count.sum()
