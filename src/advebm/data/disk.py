@@ -148,8 +148,7 @@ def _write(folder: Path, shards: Sequence[Decodable], parts: Sequence[Tensor], s
     try:
         shutil.rmtree(folder, ignore_errors=True)  # what is there is cut short
         draft.mkdir(exist_ok=True)
-        done = int(files.read_json(draft / "shards", default=0)) if (draft / "shards").exists() else 0
-        written = [int((part < starts[done]).sum()) * size for part in parts]
+        done, written = _find_done(draft, parts, starts, size)
         _check_room(draft, sum(map(len, parts)) * size - sum(written))
         with contextlib.ExitStack() as stack:
             outputs = [stack.enter_context((draft / str(i)).open("ab")) for i in range(len(parts))]
@@ -171,6 +170,15 @@ def _write(folder: Path, shards: Sequence[Decodable], parts: Sequence[Tensor], s
         draft.replace(folder)
     except OSError as error:
         raise _cannot_write(folder, error) from None
+
+
+def _find_done(draft: Path, parts: Sequence[Tensor], starts: Sequence[int], size: int) -> tuple[int, list[int]]:
+    """Return how many shards are in the draft, and how many bytes of each file they are."""
+    done = int(files.read_json(draft / "shards", default=0))
+    written = [int((part < starts[done]).sum()) * size for part in parts]
+    if done and any((draft / str(i)).stat().st_size < length for i, length in enumerate(written)):
+        return 0, [0] * len(parts)
+    return done, written
 
 
 def behind(start: int, progress: Progress) -> Progress:

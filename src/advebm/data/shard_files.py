@@ -234,5 +234,8 @@ def _read_place(file: Any, place: Place) -> bytes:
 
 
 def _read_places(shard: Path, places: Iterable[Place]) -> list[bytes]:
-    with shard.open("rb") as file:
-        return [_read_place(file, place) for place in places]
+    try:
+        with shard.open("rb") as file:
+            return [_read_place(file, place) for place in places]
+    except OSError as error:
+        raise UserError(f"cannot read {shard}: {error.strerror or error}") from None
