@@ -11,7 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from advebm.core import console
 from advebm.core.errors import Notice, UserError, unknown_name
+from advebm.data.cache import remember
 from advebm.data.decode import Corrupt, readable_suffixes
 from advebm.data.disk import stamp
 from advebm.data.splits import Parts, list_some, split_name
@@ -47,18 +49,19 @@ def read_shard_files(
         UserError: names that do not say which files are the training images, or a damaged file.
     """
     splits = _find_file_splits(root, shards)
-    tables: dict[str, list[Table]] = {}
+    tables: dict[str, list[Table]] = {split: [] for split in splits}
     classes: tuple[str, ...] = ()
     settings = f" {channels} {size}"
-    for split, paths in splits.items():
-        tables[split] = []
-        for path in paths:
+    everything = [(split, path) for split, paths in splits.items() for path in paths]
+    with console.lines("shards looked through", len(everything)) as tell:
+        for number, (split, path) in enumerate(everything):
             if path.suffix == ".tar":
                 table = _tar_table(path, root, corrupt, settings)
             else:
                 table, names = parquet_table(path, root, corrupt, settings)
                 classes = classes or names
             tables[split].append(table)
+            tell(number + 1)
     return decode_tables(str(root), tables, classes, corrupt, channels, size, (channels, size, size))
 
 
@@ -179,6 +182,14 @@ def _tar_table(shard: Path, root: Path, corrupt: Corrupt, settings: str) -> Tabl
     Raises:
         UserError: the file is damaged, or a sample has several images.
     """
+    changes = stamp([shard], root)
+    places, labels = remember(f"samples of {shard.resolve()} {changes}", lambda: _read_samples(shard))
+    content = functools.partial(_shard_content, shard, f"tar {corrupt}{settings}")
+    return Table(f"{shard.name} image", functools.partial(_read_places, shard, places), labels, content, changes)
+
+
+def _read_samples(shard: Path) -> tuple[list[Place], list[Any]]:
+    """Return where the images of a tar file are, and their labels."""
     try:
         samples = _list_samples(shard)
         places, labels = [], []
@@ -192,10 +203,7 @@ def _tar_table(shard: Path, root: Path, corrupt: Corrupt, settings: str) -> Tabl
                     labels.append(_read_label(file, kinds))
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{shard} is not a whole tar file: {' '.join(str(error).split())}") from None
-    content = functools.partial(_shard_content, shard, f"tar {corrupt}{settings}")
-    return Table(
-        f"{shard.name} image", functools.partial(_read_places, shard, places), labels, content, stamp([shard], root)
-    )
+    return places, labels
 
 
 def _list_samples(shard: Path) -> dict[str, dict[str, Place]]:
@@ -228,12 +236,12 @@ def _read_label(file: Any, kinds: Mapping[str, Place]) -> int | str | None:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-def _read_place(file: Any, place: Place) -> bytes:
+def _read_place(file: Any, place: Sequence[int]) -> bytes:
     file.seek(place[0])
     return file.read(place[1])
 
 
-def _read_places(shard: Path, places: Iterable[Place]) -> list[bytes]:
+def _read_places(shard: Path, places: Iterable[Sequence[int]]) -> list[bytes]:
     try:
         with shard.open("rb") as file:
             return [_read_place(file, place) for place in places]
