@@ -119,16 +119,21 @@ def test_stages_have_the_seed_of_their_run(tmp_path, monkeypatch):
 def test_a_trained_model_stands_for_a_run(tmp_path, monkeypatch, small_run, capsys):
     """With the data, threat and sampler of the row that it stands for, and without any training."""
     patch_experiments(monkeypatch, "train_or_resume", lambda *a: pytest.fail("trained"))
-    recipe = dataclasses.replace(binary.hybrid("at", tmp_path, ()), seed=3)
+    recipe = binary.hybrid("at", tmp_path, ())
+    recipe = dataclasses.replace(recipe, seed=3, train=dataclasses.replace(recipe.train, precision="bfloat16"))
     experiment = Experiment({"at": recipe}, lambda runs: {})
     _, (run,) = carry_out(experiment, tmp_path / "out", 1, {"at": str(small_run.folder)})
     assert (run.recipe.name, run.recipe.seed, run.recipe.train.images) == ("at", 0, 0)
     assert (run.recipe.threat, run.recipe.sampler) == (recipe.threat, recipe.sampler)
     assert run.recipe.threat != small_run.recipe.threat
+    assert run.recipe.train.precision == "bfloat16"
+    for has, backend in ((True, "bf16"), (False, "auto")):
+        monkeypatch.setattr("advebm.models.precision.multiplies_bfloat16", lambda device, has=has: has)
+        assert studies._backend(run) == backend
     x = run.data.test.take(slice(8)).float()
     assert torch.equal(run.model()[0](x), small_run.model()[0](x))
     trained = tables.provenance(SCALES["digits"], {}, [run])["trained"]
-    assert trained == {"at": "elsewhere"}
+    assert trained == {"at": f"weights of {Path(run.recipe.init).name}"}
     with pytest.raises(UserError, match="there is no 'art' to stand for; there is at"):
         carry_out(experiment, tmp_path / "out", 1, {"art": str(small_run.folder)})
     assert cli.main(["reproduce", "dat", "--scale", "digits", "--row", "dat"]) == 2
@@ -639,8 +644,11 @@ def test_numbers_of_runs_of_another_length_are_marked(tmp_path):
             if not any(row["ours"] and (row["name"] == place or place in row["ours"]) for row in plain["rows"]):
                 continue
             recipe = tables.recipe_of(own, plain["scale"], method, tmp_path, ())
-            length = int(about["trained"][method].partition(" ")[0].replace(",", ""))
-            assert length == recipe.train.images or place in about.get("former", {}), f"{name}: {place}"
+            length, _, rest = about["trained"][method].partition(" ")
+            if length == "weights":  # of --row
+                assert f"--row {method}={rest.removeprefix('of ')}" in about["command"]
+            elif int(length.replace(",", "")) != recipe.train.images:
+                assert place in about.get("former", {}), f"{name}: {place}"
 
 
 def test_the_page_has_the_papers_numbers_ours_and_the_verdict(tmp_path, monkeypatch):

@@ -150,7 +150,9 @@ def provenance(scale: Scale, results: Mapping[str, Records], runs: Sequence[Run]
     hardware = f"{machine.get('device')}, {machine.get('threads')} of {machine.get('cores')} cores, "
     hardware += f"{machine.get('system')}, torch {machine.get('torch')}"
     trained = {
-        stage.recipe.name: f"{images:,} images of {len(stage.data.train):,}" if images else "elsewhere"
+        stage.recipe.name: f"{images:,} images of {len(stage.data.train):,}"
+        if images
+        else f"weights of {Path(stage.recipe.init or 'a module').name}"
         for run in runs
         for stage in run.stages
         for images in (stage.recipe.train.images,)
