@@ -27,7 +27,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.serialization
@@ -74,12 +74,14 @@ class Tags:
     """The tagged storages, those that an operator made without saying where, and what made the host wait.
 
     Attributes:
-        waits: synchronisations in the order they happened: the operator, and the line of the package that called it.
+        waits: synchronisations in the order they happened, and calls of ``backward``: what it was, and the line of the
+            package that called it.
         allows_float64: whether the device has float64; Apple's has none.
     """
 
+    tagged: ClassVar[dict[int, StorageWeakRef]] = {}  # also of earlier uses, whose tensors may be in a cache
+
     def __init__(self, allows_float64: bool) -> None:
-        self.tagged: dict[int, StorageWeakRef] = {}
         self.undecided: dict[int, StorageWeakRef] = {}
         self.waits: list[tuple[str, str]] = []
         self.allows_float64 = allows_float64
@@ -103,7 +105,8 @@ class Tags:
             raise TypeError("this device has no float64")
         self.tagged[key] = StorageWeakRef(storage(x))  # which keeps the address from being used again
         if len(self.tagged) % 5000 == 0:
-            self.tagged = {key: reference for key, reference in self.tagged.items() if not reference.expired()}
+            for old in [key for key, reference in self.tagged.items() if reference.expired()]:
+                del self.tagged[old]
 
     def leave_open(self, x: Tensor) -> None:
         self.tagged.pop(storage(x)._cdata, None)
@@ -226,6 +229,8 @@ class Functions(TorchFunctionMode):
             target = self.tags.has(args[0])
         self.check_generator(kwargs.get("generator"), given, target)
         out = func(*args, **kwargs)
+        if func is Tensor.backward:
+            self.tags.note_wait("backward")
         results = tensors_in(out) if isinstance(out, Tensor | tuple | list) else []
         if target is not None and isinstance(out, Tensor):
             return self.place(out, given, tagged=target, copied=func in (torch.tensor, Tensor.new_tensor))
@@ -286,6 +291,16 @@ class Functions(TorchFunctionMode):
             raise RuntimeError(f"Expected a '{expected}' device type for generator but found '{found}'")
 
 
+def group_by_device(tags: Tags, original: Any) -> Any:
+    """Return what torch groups gradients and weights with by device, a function that only sees the CPU otherwise."""
+
+    def group(tensors: Any, with_indices: bool = False) -> Any:
+        groups = original(tensors, with_indices)
+        return {(DEVICE if tags.has(g[0][0][0]) else place, kind): g for (place, kind), g in groups.items()}
+
+    return group
+
+
 @contextlib.contextmanager
 def tagged_device(*, float64: bool = True, loads: bool = True) -> Iterator[Tags]:
     """Make ``cuda`` a device on which everything works as on the CPU, but mixes with nothing; yield its tags.
@@ -294,7 +309,9 @@ def tagged_device(*, float64: bool = True, loads: bool = True) -> Iterator[Tags]
     """
     tags, registry = Tags(float64), torch.serialization._package_registry
     made, saved, named, forked = torch.Generator, list(registry), torch.cuda.get_device_name, torch.random.fork_rng
+    grouping = torch._C._group_tensors_by_device_and_dtype
     try:
+        torch._C._group_tensors_by_device_and_dtype = group_by_device(tags, grouping)
         torch.cuda.get_device_name = lambda device=None: "a tagged device"
         torch.random.fork_rng = lambda devices=None, **options: forked([], **options)
         torch.Generator = Generator  # type: ignore[misc]
@@ -308,6 +325,7 @@ def tagged_device(*, float64: bool = True, loads: bool = True) -> Iterator[Tags]
     finally:
         torch.Generator = made  # type: ignore[misc]
         torch.cuda.get_device_name, torch.random.fork_rng = named, forked
+        torch._C._group_tensors_by_device_and_dtype = grouping
         registry[:] = saved
 
 

@@ -5,7 +5,8 @@ precision, its truncations.  Random numbers are first drawn for all images (:fun
 (:func:`apply_plan`), so that the result for an image depends only on that image and its own numbers.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ def draw_plan(count: int, generator: torch.Generator) -> Plan:
     sub = torch.randint(len(POLICY), (count,), generator=generator, device=device)
     chance = torch.rand(count, 2, generator=generator, device=device, dtype=torch.float64)
     sign = 2.0 * torch.randint(2, (count, 2), generator=generator, device=device).double() - 1
-    return Plan(sub, chance < _PROBABILITY.to(device)[sub], sign)
+    return Plan(sub, chance < _tables(device)[0][sub], sign)
 
 
 def apply_plan(x: Tensor, plan: Plan) -> Tensor:
@@ -86,16 +87,24 @@ def apply_plan(x: Tensor, plan: Plan) -> Tensor:
     if x.shape[1] not in (1, 3):
         raise UserError(f"autoaugment takes grey or RGB images, 1 or 3 channels, got {x.shape[1]}")
     pixels = (x * 255).round().to(torch.uint8)
-    operation, base, span = (table.to(x.device)[plan.sub] for table in (_OPERATION, _BASE, _SPAN))
+    operation, base, span = (table[plan.sub] for table in _tables(x.device)[1:])
     operation = torch.where(plan.applied, operation, len(OPERATIONS))
     magnitude = base + plan.sign * span
-    for turn in range(2):
-        counts = operation[:, turn].bincount(minlength=len(OPERATIONS) + 1).tolist()
-        *groups, _ = operation[:, turn].argsort().split(counts)
+    for turn, groups in enumerate(group_by_operation(operation, len(OPERATIONS))):
         for (function, *_), members in zip(OPERATIONS.values(), groups, strict=True):
             if len(members):
                 pixels[members] = function(pixels[members], magnitude[members, turn])
     return pixels.to(x.dtype) / 255
+
+
+def group_by_operation(chosen: Tensor, operations: int) -> list[Sequence[Tensor]]:
+    """Return, for each turn, the indices of the images that take each operation.
+
+    ``chosen (B, turns)`` holds numbers of operations; larger ones stand for none.  The host waits for the device once.
+    """
+    counts = (chosen[:, :, None] == torch.arange(operations, device=chosen.device)).sum(0).tolist()
+    order = chosen.argsort(dim=0, stable=True)
+    return [order[: sum(sizes), turn].split(sizes) for turn, sizes in enumerate(counts)]
 
 
 # --- operations: uint8 (B, C, H, W), C = 1 or 3, and float64 magnitudes (B,) -> uint8 (B, C, H, W) ---
@@ -292,3 +301,10 @@ _OPERATION = torch.tensor([[list(OPERATIONS).index(name) for name, _, _ in pair]
 _BASE, _SPAN = torch.tensor(
     [[_terms(name, level) for name, _, level in pair] for pair in POLICY], dtype=torch.float64
 ).unbind(2)
+
+
+@functools.cache  # a copy to the device makes the host wait
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return probability, operation, and base and span of the magnitude of each sub-policy, (25, 2) each."""
+    probability, operation, base, span = (t.to(device) for t in (_PROBABILITY, _OPERATION, _BASE, _SPAN))
+    return probability, operation, base, span

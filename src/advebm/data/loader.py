@@ -43,7 +43,7 @@ class Loader:
         share = self.batch // self.streams
         start = seen + stream * share
         index = torch.cat([self._positions(e, lo, hi) for e, lo, hi in self._pieces(start, start + share)])
-        batch = self.images.take(index.to(self.device))
+        batch = self.images.take(index)
         return [augment(to_float(batch.x), generator) for augment in self.augment], batch.y
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
@@ -60,5 +60,5 @@ class Loader:
         if self._epoch[0] != epoch:
             keys = ("order", self.role) if self.role else ("order",)
             order = torch.randperm(len(self.images), generator=rng.generator(self.seed, *keys, epoch))
-            self._epoch = (epoch, order)
+            self._epoch = (epoch, order.to(self.device))  # once an epoch: each copy makes the host wait
         return self._epoch[1][start:stop]

@@ -4,6 +4,7 @@ Random numbers are first drawn for every image, and then applied.  Colour operat
 exactly; crops are resampled in floating point, where Pillow rounds to uint8 twice.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from advebm.core.errors import UserError
 from advebm.core.rng import rand
-from advebm.data.autoaugment import brightness, color, contrast, luma
+from advebm.data.autoaugment import brightness, color, contrast, group_by_operation, luma
 
 TRIES = 10  # draws of a crop, of which the first that fits is used
 RATIO = 4 / 3  # largest ratio of a crop's sides
@@ -85,20 +86,26 @@ class Colours(NamedTuple):
 def draw_colours(count: int, strength: float, generator: torch.Generator) -> Colours:
     """Draw factors in ``1 ± 0.8 strength`` (>= 0), hue shifts in ``± 0.2 strength`` and orders, for 8 in 10 images."""
     uniform = lambda *shape: torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float64)
-    span = strength * torch.tensor(STRENGTHS, dtype=torch.float64, device=generator.device)
-    middle = torch.tensor([1.0, 1, 1, 0], dtype=torch.float64, device=generator.device)
+    middle, span = _colour_ranges(generator.device)
+    span = strength * span
     low = torch.where(middle > 0, (middle - span).clamp(min=0), -span)
     magnitude = low + (middle + span - low) * uniform(count, 4)
     return Colours(uniform(count) < CHANCE, uniform(count, 4).argsort(1), magnitude)
 
 
+@functools.cache  # a copy to the device makes the host wait
+def _colour_ranges(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the middle and the half-width, at strength 1, of each operation's magnitudes, (4,) float64 each."""
+    middle, span = (torch.tensor(v, dtype=torch.float64, device=device) for v in ((1, 1, 1, 0), STRENGTHS))
+    return middle, span
+
+
 def recolour(pixels: Tensor, colours: Colours) -> Tensor:
     """Change the colours of uint8 (B, C, H, W) -> the same; grey images only change in brightness and contrast."""
     pixels, operations = pixels.clone(), (brightness, contrast, color, hue)
-    for turn in range(4):
-        operation = torch.where(colours.applied, colours.order[:, turn], len(operations))
-        for number, function in enumerate(operations):
-            members = (operation == number).nonzero().squeeze(1)
+    chosen = torch.where(colours.applied[:, None], colours.order, len(operations))
+    for groups in group_by_operation(chosen, len(operations)):
+        for number, (function, members) in enumerate(zip(operations, groups, strict=True)):
             if len(members):
                 pixels[members] = function(pixels[members], colours.magnitude[members, number])
     return pixels

@@ -123,7 +123,7 @@ class BinaryAT(Stateless):
                 penalty = r1(lambda z: energies.binary(model(z)), x)
                 total = total + self.r1 * penalty
                 terms = {"loss": total.detach(), "r1": penalty.detach()}
-        steps = found.move.new_tensor(found.steps)
+        steps = found.move.new_full((), found.steps)
         with torch.no_grad():
             terms |= {
                 "energy_data": data.mean(),
