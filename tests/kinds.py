@@ -13,7 +13,7 @@ from advebm.models.small import SmallConv
 from advebm.objectives.base import Batch
 from tests.helpers import default
 
-SHORT = {"steps": 2, "queries": 9, "searches": 2, "images": 6, "noise": 12, "count": 8, "iterations": 20}
+SHORT = {"steps": 2, "queries": 9, "searches": 2, "images": 3, "noise": 12, "count": 8, "iterations": 20}
 SHORT |= {"start": 2, "buffer": 16, "targets": 2, "overlap": 12, "groups": 4, "restarts": 1, "watch_every": 1}
 OTHERS = {
     "objective": [

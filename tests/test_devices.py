@@ -16,8 +16,9 @@ from torch import nn
 from advebm import energies, recipes
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
-from advebm.core import config, rng
+from advebm.core import checks, config, floats, rng
 from advebm.core.config import KINDS
+from advebm.core.errors import UserError
 from advebm.data.augment import Augment
 from advebm.data.ood_sets import draw_outliers
 from advebm.data.sources import Digits, to_float
@@ -34,13 +35,14 @@ from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
 from advebm.objectives.base import Context
 from advebm.runs.checkpoint import weights
+from advebm.runs.engine import Engine
 from advebm.runs.find_space import feature_space
 from advebm.runs.recipe import resolve
 from advebm.sampling import generate
 from advebm.sampling.job import SampleJob, draw_set
 from advebm.starts import CompactGaussians
 from advebm.training.loop import train
-from tests.helpers import default
+from tests.helpers import default, tiny
 from tests.kinds import batch_of, build, few_digits, kinds, place, shorten, small_networks
 from tests.tagged_device import tagged_device
 
@@ -55,8 +57,22 @@ def networks():
     return small_networks()
 
 
-def agree(compute):
-    """Compute on both devices; the results, which may be nested, have to be equal, and those on the device be there."""
+@pytest.fixture(params=["float64", "no float64"])
+def narrow(request, monkeypatch):
+    """Whether the device has no float64."""
+    if request.param == "no float64":
+        monkeypatch.setattr(floats, "NO_FLOAT64", {"cuda"})
+    return request.param == "no float64"
+
+
+def agree(compute, *, narrow=False):
+    """Compute on both devices; the results, which may be nested, have to be equal.
+
+    A device that has no float64 rounds otherwise: there it is enough that nothing asks for it.
+    """
+    if narrow:
+        with tagged_device(float64=False):
+            return compute("cuda")
     results = []
     for device in ("cpu", "cuda"):
         with tagged_device():  # also for the CPU, as torch takes other kernels where operators are watched
@@ -125,7 +141,7 @@ def test_the_tagged_device_refuses_what_cuda_refuses():
 
 
 @kinds("objective")
-def test_objectives(role, kind, plain, data, networks, tmp_path):
+def test_objectives(role, kind, plain, data, networks, tmp_path, narrow):
     """Two steps, a checkpoint of the state that a CPU could load, and one step more."""
     objective = build(role, kind, plain)
     if kind == "rst":
@@ -164,11 +180,11 @@ def test_objectives(role, kind, plain, data, networks, tmp_path):
                 state.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
         return terms, dict(model.state_dict())
 
-    agree(compute)
+    agree(compute, narrow=narrow)
 
 
 @kinds("sampler")
-def test_samplers(role, kind, plain, data, networks):
+def test_samplers(role, kind, plain, data, networks, narrow):
     sampler = build(role, kind, plain)
     name = "encoder" if sampler.encoder else "critic" if kind == "ascent" else "classifier"
     y = torch.arange(10) if sampler.conditional or sampler.start == "class" else torch.full((10,), -1)
@@ -180,7 +196,7 @@ def test_samplers(role, kind, plain, data, networks):
         assert drawn.device.type == film.device.type == "cpu"
         return drawn, film
 
-    agree(compute)
+    agree(compute, narrow=narrow)
 
 
 @pytest.mark.parametrize("by_class", [True, False])
@@ -198,7 +214,7 @@ def test_gaussians_that_published_models_bring(by_class, data):
 
 
 @kinds("edit")
-def test_edits(role, kind, plain, data, networks):
+def test_edits(role, kind, plain, data, networks, narrow):
     edit = build(role, kind, plain)
     x, y = data.test.x[:4], data.test.y[:4].roll(1)
     if kind == "upsample":
@@ -214,11 +230,11 @@ def test_edits(role, kind, plain, data, networks):
         mask = None if kind == "upsample" else hole
         return [edit(model, x, goal, hole=mask, generator=draws) for goal in (None, y)]
 
-    agree(compute)
+    agree(compute, narrow=narrow)
 
 
 @kinds("adversary")
-def test_attacks(role, kind, plain, data, networks, monkeypatch):
+def test_attacks(role, kind, plain, data, networks, monkeypatch, narrow):
     attack, long = build(role, kind, plain), AutoAttack.attacks
     short = lambda parts: [config.build(shorten(config.describe(part)), role) for part in parts]
     monkeypatch.setattr(AutoAttack, "attacks", lambda self, classes: short(long(self, classes)))
@@ -231,12 +247,12 @@ def test_attacks(role, kind, plain, data, networks, monkeypatch):
         assert x_adv.device.type == device
         return x_adv, attack(model, x, y)
 
-    agree(compute)
+    agree(compute, narrow=narrow)
 
 
 @kinds("metric")
 @pytest.mark.filterwarnings("ignore")  # of few images
-def test_metrics(role, kind, plain, data, networks):
+def test_metrics(role, kind, plain, data, networks, narrow):
     metric = build(role, kind, plain)
 
     def compute(device):
@@ -248,11 +264,11 @@ def test_metrics(role, kind, plain, data, networks):
         records = metric(subject, rng.generator("metric", device=device))
         return [(r.name, r.value, r.error, r.series) for r in records]
 
-    agree(compute)
+    agree(compute, narrow=narrow)
 
 
 @kinds("score")
-def test_scores(role, kind, plain, data, networks):
+def test_scores(role, kind, plain, data, networks, narrow):
     score = build(role, kind, plain)
 
     def compute(device):
@@ -260,7 +276,7 @@ def test_scores(role, kind, plain, data, networks):
         assert values.device.type == device
         return values
 
-    agree(compute)
+    agree(compute, narrow=narrow)
 
 
 @kinds("outlier", skip=KINDS["source"])
@@ -328,14 +344,14 @@ def test_optimisers(role, kind, plain, networks):
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_augmentations(augment, channels):
+def test_augmentations(augment, channels, narrow):
     def compute(device):
         x = torch.rand(12, channels, 8, 8, generator=rng.generator("images")).to(device)
         out = augment(x, rng.generator("augment", device=device))
         assert out.device.type == device
         return out
 
-    agree(compute)
+    agree(compute, narrow=narrow)
 
 
 LOOPS = {
@@ -347,7 +363,7 @@ LOOPS = {
 }
 
 
-def test_diagnostics(data, networks):
+def test_diagnostics(data, networks, narrow):
     def compute(device):
         model, x = place(networks["classifier"], device), to_float(data.test.x).to(device)
         y, draws = data.test.y.to(device), rng.generator("draws", device=device)
@@ -364,17 +380,17 @@ def test_diagnostics(data, networks):
         rated = unusual(model, data.val.x, data.test.x)
         return parts, planes, shapes, slopes, probes.invert(model, x, x.flip(0), steps=2, size=0.1)[1], rated
 
-    agree(compute)
+    agree(compute, narrow=narrow)
 
 
-def test_the_doctor(networks):
+def test_the_doctor(networks, narrow):
     digits = Digits().load().val
 
     def compute(device):
         found = doctor.examine_split(place(networks["classifier"], device), digits, threat=Attack(steps=2), count=50)
         return [(f.name, f.severity, f.what) for f in found]
 
-    agree(compute)
+    agree(compute, narrow=narrow)
 
 
 def test_verdicts_are_resumed_where_they_began(data, networks, tmp_path):
@@ -425,3 +441,29 @@ def test_a_run_goes_on_and_is_sampled_and_measured_on_any_device(name, tmp_path)
             records = evaluate_run(run, recipe=dataclasses.replace(recipe, metrics=()), device=device)
             results.append((generate.read_set(draw_set(job)).x, records))
     assert torch.equal(results[0][0], results[1][0])
+
+
+def test_names_of_devices(monkeypatch):
+    """A wrong name is answered with what there is; one of several GPUs may be chosen."""
+    for name in ("gpu", "cuda:x", "meta", "mps", "0", "cpu:cuda"):
+        with pytest.raises(UserError, match=f"no device '{name}' here; there is cpu$"):
+            checks.device(name)
+    assert checks.device() == checks.device("cpu") == checks.device("cpu:0") == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="there is cpu, cuda, cuda:1; cuda is the first of 2 GPUs"):
+        checks.device("gpu")
+    with tagged_device():
+        for name in ("cuda", "cuda:1"):
+            assert checks.device(name) == name
+            assert Engine(name).device == torch.device(name)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert checks.device() == "cuda"
+    assert Engine("cpu").device == torch.device("cpu")
+
+
+def test_a_device_without_float64_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(floats, "NO_FLOAT64", {"cuda"})
+    with tagged_device(float64=False), pytest.raises(UserError, match="has no float64; set --train"):
+        train(tiny(train__precision="float64"), tmp_path / "run", device="cuda")
+    assert not (tmp_path / "run").exists()
+    assert floats.widest(torch.device("cpu")) == torch.float64
