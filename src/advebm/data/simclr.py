@@ -87,10 +87,9 @@ class Colours(NamedTuple):
 
 def draw_colours(count: int, strength: float, generator: torch.Generator) -> Colours:
     """Draw factors in ``1 ± 0.8 strength`` (>= 0), hue shifts in ``± 0.2 strength`` and orders, for 8 in 10 images."""
-    uniform = lambda *shape: torch.rand(
-        *shape, generator=generator, device=generator.device, dtype=widest(generator.device)
-    )
-    middle, span = _colour_ranges(generator.device, widest(generator.device))
+    device, kind = generator.device, widest(generator.device)
+    uniform = lambda *shape: torch.rand(*shape, generator=generator, device=device, dtype=kind)
+    middle, span = _colour_ranges(device, kind)
     span = strength * span
     low = torch.where(middle > 0, (middle - span).clamp(min=0), -span)
     magnitude = low + (middle + span - low) * uniform(count, 4)
