@@ -341,14 +341,18 @@ class ReplayBuffer:
         return cls(torch.rand(count, *shape, generator=generator))
 
     def draw(self, count: int, restart: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return ``count`` distinct slots (count,) and their chains; each is new noise with probability ``restart``."""
+        """Return ``count`` distinct slots (count,) and their chains; each is new noise with probability ``restart``.
+
+        Slots are on the host, where the chains are kept, the drawn chains on the generator's device.
+        """
         if count > len(self.chains):
             raise UserError(f"{count} chains are asked of a replay buffer of {len(self.chains)}; enlarge the buffer")
         device = generator.device  # chains live on the host, the generator where the model is
         slots = torch.randperm(len(self.chains), generator=generator, device=device)[:count].cpu()
-        fresh = (torch.rand(count, generator=generator, device=device) < restart).cpu()
-        noise = torch.rand(self.chains[slots].shape, generator=generator, device=device).cpu()
-        return slots, torch.where(per_sample(fresh, noise), noise, self.chains[slots])
+        fresh = torch.rand(count, generator=generator, device=device) < restart
+        kept = self.chains[slots].to(device)
+        noise = torch.rand(kept.shape, generator=generator, device=device)
+        return slots, torch.where(per_sample(fresh, noise), noise, kept)
 
     def put(self, slots: Tensor, x: Tensor) -> None:
         self.chains[slots] = x.detach().to(self.chains)

@@ -84,7 +84,8 @@ def side(share: float, size: int) -> int:
 
 def _random_window(size: int, shape: torch.Size, generator: torch.Generator) -> tuple[slice, slice]:
     """Draw a window of ``size`` x ``size`` pixels anywhere within the image; return its row and column slices."""
-    corner = [int(torch.randint(0, n - size + 1, (), generator=generator, device=generator.device)) for n in shape[2:]]
+    draw = lambda n: torch.randint(0, n - size + 1, (), generator=generator, device=generator.device)
+    corner = torch.stack([draw(n) for n in shape[2:]]).tolist()  # read together: the host waits once
     return slice(corner[0], corner[0] + size), slice(corner[1], corner[1] + size)
 
 

@@ -27,7 +27,7 @@ FAST_VALUES = "auto, off, fold, compile, bf16 or bf16+compile"  # values of --fa
 SHARED: dict[str, dict[str, Any]] = {  # options that many commands take
     "seed": {"type": int, "default": 0},
     "checkpoint": {"default": "latest", "metavar": "WHICH", "help": "latest, best or a number of images"},
-    "device": {"metavar": "NAME", "help": "cpu, cuda, …; the best there is by default"},
+    "device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, mps, …; the first GPU of CUDA by default, else cpu"},
     "threads": {"type": int, "metavar": "N", "help": "of the CPU; all cores by default"},  # main() applies it
 }
 

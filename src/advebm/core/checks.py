@@ -10,13 +10,23 @@ from advebm.core.errors import UserError
 
 
 def device(name: str | None = None) -> str:
-    """Return the name of an available device, else raise UserError; default: cuda if available, else cpu."""
+    """Return the name of an available device, such as ``cuda:1``, else raise UserError; default: cuda, else cpu."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"there is no device {name!r} here") from None
-    return name
+        kind = torch.empty(0, device=name).device.type
+    except (RuntimeError, AssertionError):  # what torch raises depends on how it was built
+        kind = ""
+    if kind in ("", "meta"):
+        gpus = f"; cuda is the first of {count} GPUs" if (count := torch.cuda.device_count()) > 1 else ""
+        raise UserError(f"there is no device {name!r} here; there is {', '.join(devices())}{gpus}")
+    return "cpu" if kind == "cpu" else name
+
+
+def devices() -> list[str]:
+    """Return the names of the devices that there are: ``cpu``, then every GPU."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    names = ["cpu", *(["cuda"] if gpus else []), *gpus[1:]]
+    return names + ["mps"] * torch.backends.mps.is_available()
 
 
 ROUNDING = 1e-5  # how far outside [0, 1] images may lie by rounding, as after resizing

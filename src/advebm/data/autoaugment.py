@@ -1,17 +1,20 @@
 """AutoAugment's policy for CIFAR-10 (Cubuk et al., 2019), applied to a whole batch on its device.
 
 The operations work on uint8 and reproduce Pillow exactly: its fixed-point coordinates, its single and double
-precision, its truncations.  Random numbers are first drawn for all images (:func:`draw_plan`) and then applied
-(:func:`apply_plan`), so that the result for an image depends only on that image and its own numbers.
+precision, its truncations, except for rounding on a device that has no float64.  Random numbers are first drawn for all
+images (:func:`draw_plan`) and then applied (:func:`apply_plan`), so that the result for an image depends only on that
+image and its own numbers.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from advebm.core.errors import UserError
+from advebm.core.floats import widen, widest
 
 GREY = 128  # fill value outside the image in shear, translate and rotate, the usual choice for CIFAR
 LEVELS = 10  # the paper's grid of magnitudes, 0 ... 9
@@ -52,7 +55,7 @@ class Plan(NamedTuple):
     Attributes:
         sub: int64 (B,), the index of the sub-policy in :data:`POLICY`.
         applied: bool (B, 2), whether its first and its second operation are applied.
-        sign: float64 (B, 2), -1 or 1; operations without a direction ignore it.
+        sign: (B, 2), -1 or 1; operations without a direction ignore it.
     """
 
     sub: Tensor
@@ -73,9 +76,9 @@ def draw_plan(count: int, generator: torch.Generator) -> Plan:
     """Draw the random choices for ``count`` images, on the generator's device."""
     device = generator.device
     sub = torch.randint(len(POLICY), (count,), generator=generator, device=device)
-    chance = torch.rand(count, 2, generator=generator, device=device, dtype=torch.float64)
-    sign = 2.0 * torch.randint(2, (count, 2), generator=generator, device=device).double() - 1
-    return Plan(sub, chance < _PROBABILITY.to(device)[sub], sign)
+    chance = torch.rand(count, 2, generator=generator, device=device, dtype=widest(device))
+    sign = 2.0 * widen(torch.randint(2, (count, 2), generator=generator, device=device)) - 1
+    return Plan(sub, chance < _tables(device, widest(device))[0][sub], sign)
 
 
 def apply_plan(x: Tensor, plan: Plan) -> Tensor:
@@ -86,19 +89,27 @@ def apply_plan(x: Tensor, plan: Plan) -> Tensor:
     if x.shape[1] not in (1, 3):
         raise UserError(f"autoaugment takes grey or RGB images, 1 or 3 channels, got {x.shape[1]}")
     pixels = (x * 255).round().to(torch.uint8)
-    operation, base, span = (table.to(x.device)[plan.sub] for table in (_OPERATION, _BASE, _SPAN))
+    operation, base, span = (table[plan.sub] for table in _tables(x.device, widest(x.device))[1:])
     operation = torch.where(plan.applied, operation, len(OPERATIONS))
     magnitude = base + plan.sign * span
-    for turn in range(2):
-        counts = operation[:, turn].bincount(minlength=len(OPERATIONS) + 1).tolist()
-        *groups, _ = operation[:, turn].argsort().split(counts)
+    for turn, groups in enumerate(group_by_operation(operation, len(OPERATIONS))):
         for (function, *_), members in zip(OPERATIONS.values(), groups, strict=True):
             if len(members):
                 pixels[members] = function(pixels[members], magnitude[members, turn])
     return pixels.to(x.dtype) / 255
 
 
-# --- operations: uint8 (B, C, H, W), C = 1 or 3, and float64 magnitudes (B,) -> uint8 (B, C, H, W) ---
+def group_by_operation(chosen: Tensor, operations: int) -> list[Sequence[Tensor]]:
+    """Return, for each turn, the indices of the images that take each operation.
+
+    ``chosen (B, turns)`` holds numbers of operations; larger ones stand for none.  The host waits for the device once.
+    """
+    counts = (chosen[:, :, None] == torch.arange(operations, device=chosen.device)).sum(0).tolist()
+    order = chosen.argsort(dim=0, stable=True)
+    return [order[: sum(sizes), turn].split(sizes) for turn, sizes in enumerate(counts)]
+
+
+# --- operations: uint8 (B, C, H, W), C = 1 or 3, and magnitudes (B,) -> uint8 (B, C, H, W) ---
 
 
 def shear_x(x: Tensor, magnitude: Tensor) -> Tensor:
@@ -133,9 +144,9 @@ def rotate(x: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def autocontrast(x: Tensor, magnitude: Tensor) -> Tensor:
-    """Stretch each channel to 0 ... 255, truncated in float64 as in Pillow; a constant channel stays."""
+    """Stretch each channel to 0 ... 255, truncated as in Pillow; a constant channel stays."""
     del magnitude
-    low, high = (f((2, 3), keepdim=True).double() for f in (x.amin, x.amax))
+    low, high = (widen(f((2, 3), keepdim=True)) for f in (x.amin, x.amax))
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / tensor would round twice
     stretched = (x * scale + -low * scale).to(torch.uint8)
     return torch.where(high > low, stretched, x)
@@ -292,3 +303,10 @@ _OPERATION = torch.tensor([[list(OPERATIONS).index(name) for name, _, _ in pair]
 _BASE, _SPAN = torch.tensor(
     [[_terms(name, level) for name, _, level in pair] for pair in POLICY], dtype=torch.float64
 ).unbind(2)
+
+
+@functools.cache  # a copy to the device makes the host wait
+def _tables(device: torch.device, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return probability, operation, and base and span of the magnitude of each sub-policy, (25, 2) each."""
+    probability, base, span = (table.to(kind).to(device) for table in (_PROBABILITY, _BASE, _SPAN))
+    return probability, _OPERATION.to(device), base, span

@@ -45,9 +45,9 @@ class Loader:
         share = self.batch // self.streams
         start = seen + stream * share
         index = torch.cat([self._positions(e, lo, hi) for e, lo, hi in self._pieces(start, start + share)])
-        batch = self.images.take(index.to(self.images.x.device))
-        x = batch.x.to(self.device)
-        return [augment(to_float(x), generator) for augment in self.augment], batch.y.to(self.device)
+        batch = self.images.take(index)
+        x, y = batch.x.to(self.device), batch.y.to(self.device)  # those from disk; the others are there
+        return [augment(to_float(x), generator) for augment in self.augment], y
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Return the global positions start … stop as (epoch, from, to)."""
@@ -63,5 +63,5 @@ class Loader:
         if self._epoch[0] != epoch:
             keys = ("order", self.role) if self.role else ("order",)
             order = torch.randperm(len(self.images), generator=rng.generator(self.seed, *keys, epoch))
-            self._epoch = (epoch, order)
+            self._epoch = (epoch, order.to(self.images.x.device))  # once an epoch: each copy makes the host wait
         return self._epoch[1][start:stop]

@@ -1,9 +1,11 @@
 """The augmentations of SimCLR (Chen et al., 2020) for a whole batch on its device: crops, colours, grey.
 
 Random numbers are first drawn for every image, and then applied.  Colour operations work on uint8 and reproduce Pillow
-exactly; crops are resampled in floating point, where Pillow rounds to uint8 twice.
+exactly, except for rounding on a device that has no float64; crops are resampled in floating point, where Pillow rounds
+to uint8 twice.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,8 +13,9 @@ import torch
 from torch import Tensor
 
 from advebm.core.errors import UserError
+from advebm.core.floats import widen, widest
 from advebm.core.rng import rand
-from advebm.data.autoaugment import brightness, color, contrast, luma
+from advebm.data.autoaugment import brightness, color, contrast, group_by_operation, luma
 
 TRIES = 10  # draws of a crop, of which the first that fits is used
 RATIO = 4 / 3  # largest ratio of a crop's sides
@@ -35,7 +38,7 @@ def draw_crops(x: Tensor, scale: float, generator: torch.Generator) -> Crops:
     Both are uniform, the ratio in its logarithm; if none of ten draws fits into the image, the box is the whole image.
     """
     count, (height, width) = len(x), x.shape[2:]
-    uniform = lambda *shape: torch.rand(*shape, generator=generator, device=x.device, dtype=torch.float64)
+    uniform = lambda *shape: torch.rand(*shape, generator=generator, device=x.device, dtype=widest(x.device))
     area = height * width * (scale + (1 - scale) * uniform(count, TRIES))
     ratio = ((2 * uniform(count, TRIES) - 1) * math.log(RATIO)).exp()
     rows, columns = ((area * r).sqrt().round().long() for r in (1 / ratio, ratio))
@@ -74,7 +77,7 @@ class Colours(NamedTuple):
     Attributes:
         applied: bool (B,), whether an image is changed.
         order: int64 (B, 4), a permutation of the operations for each image.
-        magnitude: float64 (B, 4), factors of brightness, contrast and saturation, and the hue's shift in turns.
+        magnitude: (B, 4), factors of brightness, contrast and saturation, and the hue's shift in turns.
     """
 
     applied: Tensor
@@ -84,21 +87,28 @@ class Colours(NamedTuple):
 
 def draw_colours(count: int, strength: float, generator: torch.Generator) -> Colours:
     """Draw factors in ``1 ± 0.8 strength`` (>= 0), hue shifts in ``± 0.2 strength`` and orders, for 8 in 10 images."""
-    uniform = lambda *shape: torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float64)
-    span = strength * torch.tensor(STRENGTHS, dtype=torch.float64, device=generator.device)
-    middle = torch.tensor([1.0, 1, 1, 0], dtype=torch.float64, device=generator.device)
+    device, kind = generator.device, widest(generator.device)
+    uniform = lambda *shape: torch.rand(*shape, generator=generator, device=device, dtype=kind)
+    middle, span = _colour_ranges(device, kind)
+    span = strength * span
     low = torch.where(middle > 0, (middle - span).clamp(min=0), -span)
     magnitude = low + (middle + span - low) * uniform(count, 4)
     return Colours(uniform(count) < CHANCE, uniform(count, 4).argsort(1), magnitude)
 
 
+@functools.cache  # a copy to the device makes the host wait
+def _colour_ranges(device: torch.device, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the middle and the half-width, at strength 1, of each operation's magnitudes, (4,) each."""
+    middle, span = (torch.tensor(v, dtype=kind, device=device) for v in ((1, 1, 1, 0), STRENGTHS))
+    return middle, span
+
+
 def recolour(pixels: Tensor, colours: Colours) -> Tensor:
     """Change the colours of uint8 (B, C, H, W) -> the same; grey images only change in brightness and contrast."""
     pixels, operations = pixels.clone(), (brightness, contrast, color, hue)
-    for turn in range(4):
-        operation = torch.where(colours.applied, colours.order[:, turn], len(operations))
-        for number, function in enumerate(operations):
-            members = (operation == number).nonzero().squeeze(1)
+    chosen = torch.where(colours.applied[:, None], colours.order, len(operations))
+    for groups in group_by_operation(chosen, len(operations)):
+        for number, (function, members) in enumerate(zip(operations, groups, strict=True)):
             if len(members):
                 pixels[members] = function(pixels[members], colours.magnitude[members, number])
     return pixels
@@ -117,17 +127,17 @@ def _hsv(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     red, green, blue = x.long().unbind(1)
     top, bottom = x.long().amax(1), x.long().amin(1)
     span = (top - bottom).clamp(min=1).float()
-    r, g, b = (((top - channel).float() / span).double() for channel in (red, green, blue))
-    sector = torch.where(red == top, b - g, torch.where(green == top, 2 + r - b, 4 + g - r)).float().double()
-    h = (((sector / 6 + 1) % 1).float().double() * 255).long()
-    s = (((top - bottom).float() / top.clamp(min=1).float()).double() * 255).long()
+    r, g, b = (widen((top - channel).float() / span) for channel in (red, green, blue))
+    sector = widen(torch.where(red == top, b - g, torch.where(green == top, 2 + r - b, 4 + g - r)).float())
+    h = (widen(((sector / 6 + 1) % 1).float()) * 255).long()
+    s = (widen((top - bottom).float() / top.clamp(min=1).float()) * 255).long()
     return torch.where(top > bottom, h, 0), torch.where(top > bottom, s, 0), top
 
 
 def _rgb(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
     """Return uint8 (B, 3, H, W) for hue, saturation and value, rounded as in Pillow."""
-    turn = (h.float() * 6 / 255).double()
-    share, sector = s.float().double() / 255, turn.floor()
+    turn = widen(h.float() * 6 / 255)
+    share, sector = widen(s.float()) / 255, turn.floor()
     inside = turn - sector
     p, q, t = ((v * (1 - share * part) + 0.5).floor().long() for part in (torch.ones_like(inside), inside, 1 - inside))
     cases = ((v, t, p), (q, v, p), (p, v, t), (p, q, v), (t, p, v), (v, p, q))

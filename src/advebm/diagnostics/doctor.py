@@ -18,6 +18,7 @@ from advebm.attacks.projected import Attack, fgsm
 from advebm.attacks.square import Square
 from advebm.core import checks, rng
 from advebm.core.errors import UserError
+from advebm.core.floats import widen
 from advebm.data.sources import Images
 from advebm.descent import per_sample
 from advebm.energies import Logits
@@ -107,7 +108,7 @@ class ModelUnderTest:
         variances: dict[Any, list[Tensor]] = {}
 
         def record(norm: Any, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].double()
+            x = widen(inputs[0])
             variances.setdefault(norm, []).append(x.var([d for d in range(x.ndim) if d != 1]))
 
         norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
@@ -120,7 +121,7 @@ class ModelUnderTest:
             finally:
                 for handle in handles:
                     handle.remove()
-        ratios = [(torch.stack(v).mean(0) + m.eps) / (m.running_var.double() + m.eps) for m, v in variances.items()]
+        ratios = [(torch.stack(v).mean(0) + m.eps) / (widen(m.running_var) + m.eps) for m, v in variances.items()]
         layers = [ratio.log().square().mean().sqrt() for ratio in ratios]
         return torch.stack(layers).quantile(0.5).exp().item() if layers else 1.0
 
@@ -280,7 +281,7 @@ def describe_error(error: Exception) -> str:
 
 
 def share(hits: Tensor) -> float:
-    return hits.double().mean().item()
+    return hits.cpu().double().mean().item()
 
 
 def percent(value: float) -> str:

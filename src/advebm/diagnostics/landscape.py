@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from advebm.core.errors import UserError
+from advebm.core.floats import widen
 from advebm.core.rng import randn
 from advebm.descent import Energy, per_sample, value_and_gradient
 from advebm.models.batching import batch_size_for
@@ -49,7 +50,7 @@ def directions(
         if images is None or len(images) < 3:
             raise UserError("principal components take at least 3 images")
         flat = images.flatten(1)
-        _, vectors = torch.linalg.eigh(flat.double().T.cov())  # in ascending order of eigenvalues
+        _, vectors = torch.linalg.eigh(widen(flat).T.cov())  # in ascending order of eigenvalues
         axes = [v * v[v.abs().argmax()].sign() for v in (vectors[:, -1], vectors[:, -2])]  # makes signs unique
         first, second = (axis.view(1, *x.shape[1:]).expand_as(x).to(x) for axis in axes)
         return first, second
@@ -83,7 +84,7 @@ def plane(
             a, b = (per_sample(offsets, x) for offsets in points[point].T)
             parts.append(energy_of(image)(x[image] + a * first[image] + b * second[image]))
     values = torch.cat(parts).view(-1, count, count)
-    return (values - values[:, count // 2, count // 2, None, None]).double().cpu()
+    return (values - values[:, count // 2, count // 2, None, None]).cpu().double()
 
 
 def measure_landscape(values: Tensor, reach: float) -> LandscapeStatistics:

@@ -35,7 +35,7 @@ def slopes(model: nn.Module, sampler: Sampler, y: Tensor, begin: Tensor, generat
     def record(k: int, x: Tensor, value: Tensor) -> None:
         with searching(model) as f:
             for energy, norms in ((lambda v: energies.joint(f(v), y), joint_norms), (marginal(f), marginal_norms)):
-                norms.append(value_and_gradient(energy, x)[1].flatten(1).norm(dim=1).double().cpu())
+                norms.append(value_and_gradient(energy, x)[1].flatten(1).norm(dim=1).cpu().double())
 
     sampler(model, y, begin, generator=generator, observe=record)
     return GradientNorms(torch.stack(joint_norms), torch.stack(marginal_norms))
@@ -89,7 +89,7 @@ def chain(
         if k in selected:
             with searching(model) as f:
                 energy, gradient = value_and_gradient(marginal(f), x)
-            saturated = ((x <= 0) | (x >= 1)).flatten(1).double().mean(1)
+            saturated = ((x <= 0) | (x >= 1)).flatten(1).cpu().double().mean(1)
             steps.append(k)
             states.append((energy, gradient.flatten(1).norm(dim=1), saturated, x))
 

@@ -53,6 +53,6 @@ def populations(model: nn.Module, sets: Mapping[str, Tensor], *, batch: int = 50
     with searching(model) as f, torch.no_grad():
         energy = marginal(f)
         return {
-            name: torch.cat([energy(as_images(part, device)).double().cpu() for part in x.split(batch)])
+            name: torch.cat([energy(as_images(part, device)).cpu().double() for part in x.split(batch)])
             for name, x in sets.items()
         }

@@ -196,7 +196,7 @@ class Edit:
 
 def to_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the values as float64 on the CPU."""
-    return {name: value.double().cpu() for name, value in values.items()}
+    return {name: value.cpu().double() for name, value in values.items()}
 
 
 def prepare_images(x: Tensor, *models: nn.Module) -> Tensor:

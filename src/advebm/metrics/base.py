@@ -132,11 +132,11 @@ class Metric(Protocol):
 def proportion(hits: Tensor) -> tuple[float, float, int]:
     """Return the share p of true values, its standard error √(p(1-p)/n), and n."""
     n = hits.numel()
-    p = hits.double().mean().item()
+    p = hits.cpu().double().mean().item()
     return p, math.sqrt(p * (1 - p) / n), n
 
 
 def average(values: Tensor) -> tuple[float, float, int]:
     """Return the mean, its standard error s/√n, and n."""
-    n = values.numel()
-    return values.double().mean().item(), values.double().std().item() / math.sqrt(n), n
+    n, values = values.numel(), values.cpu().double()
+    return values.mean().item(), values.std().item() / math.sqrt(n), n

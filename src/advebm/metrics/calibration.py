@@ -167,7 +167,7 @@ def _logits(subject: Subject, split: Images) -> tuple[Tensor, Tensor]:
     with searching(subject.model) as f, torch.no_grad(), subject.bar("calibration", len(split)) as tell:
         counted = ProgressCounter(tell).count(f)
         for x, y in subject._replace(split=split).batches():
-            batches.append((checks.logits(counted(x), len(x)).double().cpu(), y.cpu()))
+            batches.append((checks.logits(counted(x), len(x)).cpu().double(), y.cpu()))
     logits, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if logits.shape[1] < 2:
         raise UserError("calibration needs a classifier, the model has one output")

@@ -57,5 +57,5 @@ class CorruptionAccuracy:
                 records.append(Record(f"accuracy under {name} {severity}", *proportion(hits), settings))
                 all_hits.append(hits)
         settings = {"corruption": list(self.corruptions), "severity": list(self.severities), "parameters": "advebm"}
-        shares = torch.stack(all_hits).double().mean(0)  # per image: repeated images are not independent
+        shares = torch.stack(all_hits).cpu().double().mean(0)  # per image: repeated images are not independent
         return [*records, Record("accuracy under corruptions", *average(shares), settings)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from advebm.core import config
 from advebm.core.errors import UserError
+from advebm.core.floats import widen
 from advebm.data import ood_sets
 from advebm.energies import Logits
 from advebm.metrics.base import ProgressCounter, Record, Subject
@@ -66,7 +67,7 @@ class Detectors:
                     logits = f(x)
                     if logits.ndim != 2 or logits.shape[1] != len(names):
                         raise UserError(f"detectors need a classifier of {len(names)} classes; a critic is one already")
-                    return -logits[:, k].double()
+                    return -widen(logits[:, k])
 
                 inside, clean, lowest = [], [], []
                 for part in own.split(subject.batch):

@@ -20,6 +20,7 @@ from advebm.attacks.base import ball_text, check_radius
 from advebm.attacks.projected import Attack
 from advebm.core import config, rng
 from advebm.core.errors import UserError
+from advebm.core.floats import widen
 from advebm.data import ood_sets
 from advebm.data.ood_sets import ClassGaussianNoise, GaussianNoise, Outlier, UniformNoise
 from advebm.descent import value_and_gradient
@@ -33,7 +34,7 @@ BINS = 40  # number of bins of the histograms in records
 GROUPS = 20  # of the jackknife
 MORE = 4  # outliers for each image of the data, at most
 
-# Scores: network and images -> (B,) float64, high = more out of distribution -----------------------------------------
+# Scores: network and images -> (B,), widened, high = more out of distribution -----------------------------------------
 
 
 class Score(Protocol):
@@ -48,7 +49,10 @@ class Score(Protocol):
         """Whether the score needs a classifier, rather than a critic (one output)."""
 
     def __call__(self, f: Logits, x: Tensor) -> Tensor:
-        """Return scores (B,) float64 of images (B, C, H, W), with ``f`` giving logits (B, K), or (B,) for a critic."""
+        """Return scores (B,) of images (B, C, H, W), with ``f`` giving logits (B, K), or (B,) for a critic.
+
+        They are float64, or float32 on a device that has no float64.
+        """
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,8 @@ class ODIN:
 
 
 def _outputs(f: Logits, x: Tensor) -> Tensor:
-    """Return outputs (B, K), or (B, 1) of a critic; float64, since ODIN divides logits by 1000."""
-    return f(x).double().reshape(len(x), -1)
+    """Return outputs (B, K), or (B, 1) of a critic, widened, since ODIN divides logits by 1000."""
+    return widen(f(x)).reshape(len(x), -1)
 
 
 def _log_odds(logits: Tensor) -> Tensor:
@@ -217,7 +221,7 @@ def _check_scores(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
             bad = int((~torch.isfinite(scores)).sum())
             what = f"shape {tuple(scores.shape)}" + f", {bad} of them NaN or infinite" * (bad > 0)
             raise UserError(f"{name} scores must be at least 2 finite numbers (N,), got {what}")
-    return inside.double().cpu(), outside.double().cpu()
+    return inside.cpu().double(), outside.cpu().double()
 
 
 MEASURES: dict[str, Callable[[Tensor, Tensor], Estimate]] = {

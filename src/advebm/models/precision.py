@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 import torch
 
+from advebm.core.errors import UserError
+from advebm.core.floats import widest
+
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -17,6 +20,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False  # as far as is known
     if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
         return False
     bound = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
@@ -29,7 +34,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def usable_precision(asked: str, device: torch.device) -> str:
-    """Return ``asked``, or ``float32`` if that is ``bfloat16`` and the device does not multiply in it."""
+    """Return ``asked``, or ``float32`` if that is ``bfloat16`` and the device does not multiply in it.
+
+    Raises:
+        UserError: ``asked`` is ``float64``, which the device does not have.
+    """
+    if asked == "float64" and widest(device) != torch.float64:
+        raise UserError(f"{device.type} has no float64; set --train.precision float32, or --device cpu")
     return "float32" if asked == "bfloat16" and not multiplies_bfloat16(device) else asked
 
 

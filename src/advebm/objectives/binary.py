@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from advebm import energies
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
+from advebm.core.floats import widen
 from advebm.descent import Constraint, Descent, Energy, both, box, l2_ball, unit
 from advebm.models.modes import freeze_batch_norms, searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
@@ -123,12 +124,12 @@ class BinaryAT(Stateless):
                 penalty = r1(lambda z: energies.binary(model(z)), x)
                 total = total + self.r1 * penalty
                 terms = {"loss": total.detach(), "r1": penalty.detach()}
-        steps = found.move.new_tensor(found.steps)
+        steps = found.move.new_full((), found.steps)
         with torch.no_grad():
             terms |= {
                 "energy_data": data.mean(),
                 "energy_negative": negatives.mean(),
-                "accuracy": ((data < 0).double().mean() + (negatives > 0).double().mean()) / 2,
+                "accuracy": (widen(data < 0).mean() + widen(negatives > 0).mean()) / 2,
                 "auroc": auroc(data, negatives),
                 "move": found.move.mean(),
                 "steps": steps,

@@ -248,7 +248,7 @@ class InfoNCE:
                 for name, pair, branch in (("", clean, "clean"), ("robust_", attacked, self.branch)):
                     with using(model, branch), torch.no_grad():
                         anchors, references = self.encode(f, pair)
-                    correct = self.positive_is_nearest(anchors, references).double()
+                    correct = self.positive_is_nearest(anchors, references).cpu().double()
                     results.setdefault(f"val/{name}contrastive_accuracy", []).append(correct)
                     results.setdefault(f"val/{name}loss", []).append(self.per_anchor_loss(anchors, references))
         return {name: torch.cat(values).mean().item() for name, values in results.items()}

@@ -18,20 +18,22 @@ class CurriculumState:
     largest: int
     since: int = 0  # images seen when ``steps`` took its present value
     at: list[int] = field(default_factory=list)
-    seen: list[Tensor] = field(default_factory=list)  # (R,) each, the AUROC first
+    seen: list[Tensor] = field(default_factory=list)  # (R,) each, the AUROC first, on the CPU
     warned: bool = False  # whether the warning that the critic has won was given
 
     def note(self, readings: Tensor, images: int) -> None:
-        """Record a step's readings (R,), the AUROC first; ``images`` is the number seen before the step."""
-        self.at, self.seen = [*self.at, images], [*self.seen, readings.detach()]
+        """Record a step's readings (R,), the AUROC first; ``images`` is the number seen before the step.
+
+        The host waits for them here, after the step was queued, rather than where the next one begins.
+        """
+        self.at, self.seen = [*self.at, images], [*self.seen, readings.detach().cpu()]
 
     def mean(self) -> list[float]:
         """Return the mean of each reading over the recorded steps, R numbers."""
-        latest = self.seen[-1]  # those restored from a checkpoint are on the CPU
-        return torch.stack([readings.to(latest) for readings in self.seen]).mean(0).tolist()
+        return torch.stack(self.seen).mean(0).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        seen = torch.stack(self.seen).cpu() if self.seen else torch.empty(0)
+        seen = torch.stack(self.seen) if self.seen else torch.empty(0)
         return {"steps": self.steps, "since": self.since, "at": self.at, "seen": seen, "warned": self.warned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -137,10 +137,10 @@ class Checkpoints:
         network.load_weights(model, path / "model.safetensors")
         if ema is not None:
             network.load_weights(ema.module, path / "ema.safetensors")
-        optimizer.load_state_dict(torch.load(path / "state" / "optimizer.pt", weights_only=True))
+        optimizer.load_state_dict(_on_host(path / "state" / "optimizer.pt"))
         for stream, state in states.items():
             if state is not None:
-                state.load_state_dict(torch.load(path / "state" / f"stream-{stream}.pt", weights_only=True))
+                state.load_state_dict(_on_host(path / "state" / f"stream-{stream}.pt"))
         progress = Progress(**files.read_json(path / "state" / "progress.json"))
         progress.best = progress.best and (progress.best[0], progress.best[1])
         return progress
@@ -178,6 +178,11 @@ def _serialize(state: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
+
+
+def _on_host(path: Path) -> Any:
+    """Return what :func:`_serialize` wrote, on the CPU, whichever device the run was on; its owner moves it."""
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def weights(path: Path) -> str:

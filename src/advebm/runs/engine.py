@@ -13,7 +13,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
-from advebm.core import processes
+from advebm.core import checks, processes
 from advebm.core.errors import Lost, UserError
 
 Thing = TypeVar("Thing")
@@ -62,8 +62,8 @@ class Engine:
             # destroyed, so it is imported while there is none.
             importlib.import_module("torch.distributed.nn.functional")
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[timeout])
-        self.device = self.accelerator.device
-        if device not in (None, self.device.type, str(self.device)):
+        self.device = self.accelerator.device if distributed else torch.device(checks.device(device))
+        if distributed and device not in (None, self.device.type, str(self.device)):
             raise UserError(f"there is no device {device!r} for this process, which has {str(self.device)!r}")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process

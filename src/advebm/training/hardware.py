@@ -53,6 +53,8 @@ def describe_device(device: str) -> str:
     """Return a short description of a local device, such as ``cpu, 2 threads``."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    if torch.device(device).type != "cpu":
+        return device
     threads = torch.get_num_threads()
     return f"{device}, {threads} thread{'s' * (threads > 1)}"
 
@@ -86,7 +88,7 @@ def seconds(compute: Callable[[], object], device: str, repeats: int = 3) -> flo
     for _ in range(repeats + 2):
         start = time.perf_counter()
         compute()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize()
+        if torch.device(device).type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])

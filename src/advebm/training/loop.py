@@ -36,7 +36,7 @@ def train(
         resume: whether to continue from the latest checkpoint; this needs the same number of processes.  On CPU the
             result is bit-identical to an uninterrupted run, except that the first logged means after resuming cover
             only the steps since the checkpoint.
-        device: ``cpu`` or ``cuda``.  None: the best available.
+        device: ``cpu``, ``cuda``, ``cuda:1``, …  None: ``cuda`` if there is one, else ``cpu``.
         report: called with every line of ``metrics.jsonl``.
         tick: called after every step with the images seen so far, over all stages.
 
