@@ -231,7 +231,7 @@ def close(check: Check) -> dict[str, Any]:
 
 def run_tests(check: Check) -> dict[str, Any]:
     """Run the device tests on the device, for at most :data:`TESTS` seconds."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/core/test_devices.py", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_devices.py", "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(
             command,

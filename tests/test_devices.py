@@ -1,12 +1,15 @@
 """Everything on another device: no tensor of the host meets one of the device, and results equal the CPU's to the bit.
 
 The device is the tagged one of tests/tagged_device.py, which says what it cannot see.  Kinds are taken from ``KINDS``,
-so that a new one is tested without being named here.
+so that a new one is tested without being named here.  ``ADVEBM_TEST_DEVICE=cuda`` computes on a real device instead,
+where numbers round otherwise, so that only the number and shapes of the results have to agree: ``make gpu-check``.
 """
 
+import contextlib
 import copy
 import dataclasses
 import io
+import os
 
 import numpy as np
 import pytest
@@ -65,11 +68,19 @@ def narrow(request, monkeypatch):
     return request.param == "no float64"
 
 
+REAL = os.environ.get("ADVEBM_TEST_DEVICE")
+tagged_only = pytest.mark.skipif(REAL is not None, reason="a real device says other things")
+
+
 def agree(compute, *, narrow=False):
     """Compute on both devices; the results, which may be nested, have to be equal.
 
     A device that has no float64 rounds otherwise: there it is enough that nothing asks for it.
     """
+    if REAL is not None:
+        cpu, other = ([getattr(part, "shape", 0) for part in flat(compute(device))] for device in ("cpu", REAL))
+        assert cpu == other
+        return None
     if narrow:
         with tagged_device(float64=False):
             return compute("cuda")
@@ -100,6 +111,7 @@ def flat(thing):
         yield thing if thing == thing else "nan"
 
 
+@tagged_only
 def test_the_tagged_device_refuses_what_cuda_refuses():
     with tagged_device():
         x, host = torch.rand(4, 3, device="cuda"), torch.rand(4, 3)
@@ -146,7 +158,7 @@ def test_objectives(role, kind, plain, data, networks, tmp_path, narrow):
     objective = build(role, kind, plain)
     if kind == "rst":
         folder = tmp_path / "teacher"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         network.save(
             folder, networks["classifier"], Architecture(SmallConv(width=4), 10, 1, 8, (0.3,), (0.4,)), title="t"
         )
@@ -302,7 +314,7 @@ def test_backbones(role, kind, plain, tmp_path):
         view, path = make_view(model, x, Backend()), tmp_path / device
         outputs = [model(x), average.module(x), *([] if view is None else [view.refresh()(x)])]
         assert {out.device.type for out in outputs} == {device}
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         network.save(path, model, architecture, title="t")
         loaded, _ = network.load(path)
         assert {v.device.type for v in loaded.state_dict().values()} == {"cpu"}
@@ -425,24 +437,26 @@ def test_a_run_goes_on_and_is_sampled_and_measured_on_any_device(name, tmp_path)
         if images == 48:
             raise Stopped
 
-    digests = set()
-    for number, (first, second) in enumerate([("cpu", "cpu"), ("cuda", "cpu"), ("cpu", "cuda")]):
+    digests, other = set(), REAL or "cuda"
+    within = tagged_device if REAL is None else lambda loads=True: contextlib.nullcontext()
+    for number, (first, second) in enumerate([("cpu", "cpu"), (other, "cpu"), ("cpu", other)]):
         folder = tmp_path / str(number)
-        with tagged_device(), pytest.raises(Stopped):
+        with within(), pytest.raises(Stopped):
             train(recipe, folder, device=first, tick=stop)
-        with tagged_device(loads=second == "cuda"):
+        with within(loads=second == other):
             run = train(recipe, folder, resume=True, device=second)
         digests.add(weights(run.checkpoints.path()))
-    assert len(digests) == 1
+    assert len(digests) == 1 or REAL
     results = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", other):
         job = SampleJob(run, device, recipe.sampler, per_class=1, device=device)
-        with tagged_device():
+        with within():
             records = evaluate_run(run, recipe=dataclasses.replace(recipe, metrics=()), device=device)
             results.append((generate.read_set(draw_set(job)).x, records))
-    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][0], results[1][0]) or REAL
 
 
+@tagged_only
 def test_names_of_devices(monkeypatch):
     """A wrong name is answered with what there is; one of several GPUs may be chosen."""
     for name in ("gpu", "cuda:x", "meta", "mps", "0", "cpu:cuda"):
@@ -461,6 +475,7 @@ def test_names_of_devices(monkeypatch):
     assert Engine("cpu").device == torch.device("cpu")
 
 
+@tagged_only
 def test_a_device_without_float64_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(floats, "NO_FLOAT64", {"cuda"})
     with tagged_device(float64=False), pytest.raises(UserError, match="has no float64; set --train"):
