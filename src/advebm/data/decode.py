@@ -216,7 +216,7 @@ def _opened(
             levels = _in_bytes(picture, name)
             upright = ImageOps.exif_transpose(levels) if levels is picture else _turn(levels, picture)
             yield (_in_srgb(upright, profile, remarks) if profile else upright), remarks
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"there is no {name}") from None
