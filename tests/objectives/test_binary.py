@@ -633,11 +633,12 @@ def test_samples_of_a_critic(critic_run):
 
 
 def test_tuning_a_critic_begins_from_validation_images(critic_run, tmp_path, monkeypatch):
-    begun, real = [], generate.generate
+    begun, real = [], generate.generate_along
     look = lambda *args, outside, **rest: begun.append(outside.test.x) or real(*args, outside=outside, **rest)
-    monkeypatch.setattr(generate, "generate", look)
+    monkeypatch.setattr(generate, "generate_along", look)
     pixels = Features("pixels", lambda x: x.flatten(1))
-    tune(linked(critic_run, tmp_path), [Ascent(steps=1), Ascent(steps=2)], pixels, per_class=5)
+    samplers = [Ascent(steps=1), Ascent(steps=1, step_size=0.1)]
+    tune(linked(critic_run, tmp_path), samplers, pixels, per_class=5)
     outside = critic_run.recipe.outside.load()
     assert len(begun) == 2
     assert all(torch.equal(x, outside.val.x) for x in begun)
