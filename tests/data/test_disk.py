@@ -441,6 +441,7 @@ import resource, sys
 import torch
 import advebm
 from advebm.data import disk
+from advebm.data.decode import decode
 from advebm.data.loader import Loader
 from advebm.data.augment import Augment
 from advebm.core import rng
