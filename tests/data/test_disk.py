@@ -23,6 +23,7 @@ from advebm.core import config, console, rng
 from advebm.core.errors import Interrupted, Notice, UserError
 from advebm.data import disk, tables
 from advebm.data.augment import Augment
+from advebm.data.decode import decode
 from advebm.data.loader import Loader
 from advebm.data.negatives import Mixture
 from advebm.data.ood_sets import count_shared
@@ -140,7 +141,7 @@ def test_other_files_other_sizes_and_other_splits_are_other_sets(tmp_path, small
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_decoding_that_was_killed_goes_on_behind_the_last_whole_shard(tmp_path, small_memory, monkeypatch, layout):
-    this, decode, seen = source(layout, tmp_path / "set"), tables.decode, []
+    this, seen = source(layout, tmp_path / "set"), []
 
     def dies(blobs, names, **options):
         if len(seen) == 3:
