@@ -107,7 +107,7 @@ def _write_images(
     for number, (x, label) in enumerate(zip(images.x, images.y.tolist(), strict=True)):
         file = io.BytesIO()
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(file, **options)
-        archive.writestr(f"{split}/{classes[label]}/{number}.{options['format'].lower()}", file.getvalue())
+        archive.writestr(f"{split}/{classes[label]}/{number:05}.{options['format'].lower()}", file.getvalue())
 
 
 # Speed ----------------------------------------------------------------------------------------------------------------
