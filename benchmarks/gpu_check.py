@@ -81,7 +81,7 @@ class Check(NamedTuple):
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Return how many seconds remain until the deadline."""
         return self.deadline - time.monotonic()
 
 

@@ -40,3 +40,19 @@ def small_run(tmp_path_factory):
     from tests.helpers import tiny
 
     return train(tiny(), tmp_path_factory.mktemp("runs") / "tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Digits, a few of each class."""
+    from tests.kinds import few_digits
+
+    return few_digits()
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """A classifier, a critic and an encoder with both branches, on the host."""
+    from tests.kinds import small_networks
+
+    return small_networks()

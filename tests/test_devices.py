@@ -46,18 +46,8 @@ from advebm.sampling.job import SampleJob, draw_set
 from advebm.starts import CompactGaussians
 from advebm.training.loop import train
 from tests.helpers import default, tiny
-from tests.kinds import batch_of, build, few_digits, kinds, place, shorten, small_networks
+from tests.kinds import batch_of, build, kinds, place, shorten
 from tests.tagged_device import tagged_device
-
-
-@pytest.fixture(scope="module")
-def data():
-    return few_digits()
-
-
-@pytest.fixture(scope="module")
-def networks():
-    return small_networks()
 
 
 @pytest.fixture(params=["float64", "no float64"])

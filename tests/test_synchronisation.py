@@ -20,20 +20,10 @@ from advebm.objectives.base import Context
 from advebm.runs.recipe import resolve
 from advebm.training.loop import train
 from advebm.training.trainer import Trainer
-from tests.kinds import batch_of, build, few_digits, kinds, place, small_networks
+from tests.kinds import batch_of, build, kinds, place
 from tests.tagged_device import tagged_device
 
 FEW, MANY = 8, 16  # steps of a search
-
-
-@pytest.fixture(scope="module")
-def data():
-    return few_digits()
-
-
-@pytest.fixture(scope="module")
-def networks():
-    return small_networks()
 
 
 def waits(prepare):

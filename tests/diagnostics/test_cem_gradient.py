@@ -74,7 +74,7 @@ def test_the_contrastive_part_is_what_adversarial_training_descends(net, batch):
 
 
 def test_with_data_for_negatives_it_is_standard_training(net, batch):
-    """CEM section 3.1."""
+    """The consistency part vanishes, and the contrastive one is the gradient of cross-entropy: CEM section 3.1."""
     ours = split_likelihood_gradient(net, batch.x, batch.y, batch.x)
     loss = nn.functional.cross_entropy(net.eval()(batch.x), batch.y)
     close(ours.total, -flat(reference.parameter_gradient(net, loss)))

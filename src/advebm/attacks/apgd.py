@@ -145,10 +145,8 @@ def maximise(
     interval, since_check = max(int(FIRST * steps), 1), 0
     every = 1 if x.device.type == "cpu" else LOOK_EVERY
     for k in range(steps):
-        if k % every == 0 and 8 * int(state["done"].sum()) >= len(
-            state["done"]
-        ):  # drop finished points, an eighth or more at a time
-            done = state["done"]
+        done = state["done"]
+        if k % every == 0 and 8 * int(done.sum()) >= len(done):  # drop finished points, an eighth or more at a time
             x_adv[state["rows"][done]], values[state["rows"][done]] = state["x"][done], state["value"][done]
             state = {name: v[~done] for name, v in state.items()}
             if len(state["rows"]) == 0:

@@ -21,6 +21,11 @@ def generator(*keys: int | str, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(derive_seed(*keys))
 
 
+def fixed_permutation(count: int) -> Tensor:
+    """Return a random permutation of ``range(count)``, the same one at every call."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
 def randn(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return standard normal numbers of the shape, type and device of ``like``."""
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.metrics.base import Features, ProgressCounter, Record, SampleSet, Subject, proportion
 from advebm.metrics.distances import (
@@ -81,7 +82,7 @@ class SampleQuality:
         with subject.bar("features", len(subject.data.train)) as tell:
             counted = space._replace(extract=ProgressCounter(tell).count(space.extract, "of the training images"))
             features = counted.of(subject.data.train.x, subject.device, subject.batch)
-        centres = features[_fixed_permutation(len(features))[: self.overlap]]
+        centres = features[rng.fixed_permutation(len(features))[: self.overlap]]
         real = Reference(RealFeatures(features), Balls.around(centres, NEAR), Balls.around(centres, WIDE))
         _warn_of_small_sets(space, sets, features.shape[1])
         records = []
@@ -91,7 +92,7 @@ class SampleQuality:
 
     def _rate(self, name: str, samples: SampleSet, space: Features, subject: Subject, real: Reference) -> list[Record]:
         count, groups = len(samples.x), min(self.groups, len(samples.x) // 2)
-        order = _fixed_permutation(count)
+        order = rng.fixed_permutation(count)  # so that groups and splits do not depend on how samples are sorted
         fake, classes = space.of(samples.x[order], subject.device, subject.batch), samples.y[order]
         parts, limited = fake.tensor_split(groups), fake[: self.overlap]
         settings = {"samples": name, "space": space.name, "dimensions": fake.shape[1], "reference": "train"}
@@ -176,11 +177,6 @@ def _warn_of_small_sets(space: Features, sets: Mapping[str, SampleSet], dimensio
             f"{', '.join(few)}; compare at one count only, or by KID",
             stacklevel=3,
         )
-
-
-def _fixed_permutation(count: int) -> Tensor:
-    """Return a fixed random permutation, so that groups and splits do not depend on how samples are sorted."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

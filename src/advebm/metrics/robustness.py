@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advebm.attacks.base import Adversary
 from advebm.attacks.projected import Attack, Targeted
-from advebm.core import config
+from advebm.core import config, rng
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.metrics.base import Record, Subject, proportion
@@ -35,7 +35,7 @@ def random_subset(subject: Subject, images: int | None) -> Subject:
     """Limit the subject to ``images`` random images of its split, the same ones at every call.  None: all."""
     if images is None or images >= len(subject.split):
         return subject
-    rows = torch.randperm(len(subject.split), generator=torch.Generator().manual_seed(0))[:images]
+    rows = rng.fixed_permutation(len(subject.split))[:images]
     return subject._replace(split=subject.split.take(rows.sort().values))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm import energies
+from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, to_float
 from advebm.descent import Energy
@@ -145,7 +146,7 @@ class Contrasting(OfEncoder):
             )
         if self.negatives == "data":
             return data.train.x
-        return data.train.x[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: self.count]]
+        return data.train.x[rng.fixed_permutation(len(data.train))[: self.count]]
 
     @torch.no_grad()
     def contrast(

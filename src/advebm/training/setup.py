@@ -98,7 +98,7 @@ def _choose(images: Images, count: int | None) -> Images:
     """Return ``count`` images at random, always the same, as a split may be sorted by class; None: all."""
     if count is None or count >= len(images):
         return images
-    return images.take(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count])
+    return images.take(rng.fixed_permutation(len(images))[:count])
 
 
 def check_trainable(model: Network, recipe: Recipe) -> None:
