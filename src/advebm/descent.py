@@ -1,6 +1,8 @@
 """The inner loop of attacks and samplers: lower an input's energy within a constraint set, with optional noise."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,9 @@ Direction = Callable[[Tensor, dict[str, Tensor]], Tensor]  # gradient, per-call 
 Constraint = Callable[[Tensor, Tensor], Tensor]  # x, origin -> nearest allowed x
 Observer = Callable[[int, Tensor, Tensor], None]  # step, x (B, ...), energy (B,)
 Schedule = Callable[[float], float]  # share of the steps done, in [0, 1) -> value
+Differentiate = Callable[[Energy, Tensor], tuple[Tensor, Tensor]]  # E, x (B, ...) -> E(x) (B,), gradient like x
+
+_faster: ContextVar[tuple[torch.Size, Differentiate] | None] = ContextVar("_faster", default=None)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,27 @@ class Descent:
 
 def value_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``E(x) (B,)`` and ``∂ΣE/∂x``, of the shape of ``x``, both detached.  Never changes ``parameter.grad``."""
+    shape, faster = _faster.get() or (None, differentiate)
+    fits = shape is not None and x.shape[1:] == shape[1:] and len(x) % shape[0] == 0
+    return faster(energy, x) if fits else differentiate(energy, x)
+
+
+@contextmanager
+def differentiating(faster: tuple[torch.Size, Differentiate] | None) -> Iterator[None]:
+    """Let :func:`value_and_gradient` call a compiled :func:`differentiate`; None: no other than that one.
+
+    It is called for batches of its shape, or of a multiple of its images, such as both views that ACL attacks at once.
+    All others would be compiled anew, for each number of images.
+    """
+    token = _faster.set(faster)
+    try:
+        yield
+    finally:
+        _faster.reset(token)
+
+
+def differentiate(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what :func:`value_and_gradient` does, computed by torch as it is."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = energy(x)

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -28,10 +29,11 @@ from advebm.models.network import Architecture
 from advebm.models.resnet import PreActResNet, ResNet
 from advebm.models.small import SmallConv
 from advebm.models.wide_resnet import WideResNet
-from advebm.objectives.base import Context
+from advebm.objectives.at import AT
+from advebm.objectives.base import Batch, Context
 from advebm.objectives.curriculum import Curriculum
 from advebm.objectives.langevin import SGLD
-from advebm.samplers.classifier import CS
+from advebm.samplers.classifier import CS, TA
 from advebm.sampling import generate
 from advebm.training.loop import train
 from tests.helpers import Plain, default, tiny
@@ -299,31 +301,72 @@ def test_what_has_no_gradient_to_try_is_only_folded():
 # Compiling ------------------------------------------------------------------------------------------------------------
 
 
-def test_gradients_are_compiled_at_one_size_of_batch(monkeypatch):
-    """Traced by dynamo, run by torch: the compiler itself takes too long for a test."""
-    seen = []
+@pytest.fixture
+def graphs(monkeypatch):
+    """The calls of compiled functions, each with its graph: traced by dynamo, run by torch, as compiling takes long."""
+    calls = []
 
     def backend(graph, example):
         def run(*arguments):
-            seen.append(len(arguments))
+            calls.append(graph)
             return graph.forward(*arguments)
 
         return run
 
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield calls
+    torch._dynamo.reset()
+
+
+def test_network_energy_and_gradient_are_one_compiled_function_for_one_shape(graphs):
     model, x = network(ResNet(8, width=8)), images()
     made = make_view(model, x, BACKENDS["compile"], loud=True)
     assert made.backend.name == "compile"
     for change in (1, 2):
-        seen.clear()
+        graphs.clear()
         disturb(model, change)
+        with searching(model) as f:
+            expected = gradient(f, x)
+        assert not graphs
         with searching(model, view=made) as f:
-            torch.testing.assert_close(gradient(f, x), gradient(model, x), rtol=1e-3, atol=1e-5)
-            assert len(seen) == 1
+            torch.testing.assert_close(gradient(f, x), expected, rtol=1e-3, atol=1e-5)
+            (graph,) = graphs
+            called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            assert sum("conv2d" in name for name in called) == 9
+            assert any("grad" in name for name in called)
             with torch.no_grad():
                 f(x)
             gradient(f, x[:3])
-            assert len(seen) == 1
+            with searching(model) as other:
+                gradient(other, x)  # another network's search, within this one
+            assert len(graphs) == 1
+            gradient(f, x)
+            assert len(graphs) == 2
+        gradient(made, x)
+        assert len(graphs) == 2
+
+
+def test_chains_and_attacks_are_the_same_compiled(graphs):
+    """To the bit, as the same kernels run: with labels, classes and momentum of their own at each call."""
+    model, x = network(ResNet(8, width=8)), images()
+    eager, made = (make_view(model, x, BACKENDS[way]) for way in ("fold", "compile"))
+    searches = (
+        lambda view, y: AT(Attack(0.1, steps=2)).search(model, Batch(x, y), None, Context(rng.generator(0), view=view)),
+        lambda view, y: CS(steps=2, momentum=0.5, noise=0.1, step_decay=0.5)(
+            model, y, x, generator=rng.generator(1), view=view
+        ),
+        lambda view, y: TA(steps=2, step_size=0.1)(model, y, x, generator=rng.generator(1), view=view),
+    )
+    for search in searches:
+        for labels in (torch.arange(8) % 5, torch.arange(8) % 3):
+            expected = search(eager, labels)
+            graphs.clear()
+            found = search(made, labels)
+            assert torch.equal(found, expected)
+            assert not torch.equal(found, x)
+            assert len(graphs) == 2  # once a step
+    assert len(set(map(id, graphs))) == 1
 
 
 def test_without_a_compiler_it_runs_as_it_is(monkeypatch):
@@ -414,9 +457,8 @@ def test_records_say_how_searches_ran(trained):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted(config.KINDS["objective"]))
-def test_every_inner_loop_goes_through_the_view(kind, net, batch, generator):
-    """With the same random numbers it finds the same points, but for rounding in float64."""
+def searched(kind, net, batch, *views):
+    """What an objective's second search finds by each view, from the same random numbers; skips if it has none."""
     if kind in ("rst", "noise", "standard", "free", "oe", "infonce"):
         pytest.skip("it has no search of its own")
     objective = default("objective", kind)
@@ -426,19 +468,40 @@ def test_every_inner_loop_goes_through_the_view(kind, net, batch, generator):
         objective = dataclasses.replace(objective, curriculum=Curriculum(steps=2, start=2))
     if isinstance(getattr(objective, "negatives", None), SGLD):
         objective = type(objective)(negatives=SGLD(steps=2, buffer=8))
-    calls, found = [], []
-    made = make_view(net, batch.x, Backend())
+    for make in views:
+        view = make()
+        for _ in range(2):
+            state = objective.init(batch.x, rng.generator(0))
+            found = objective.search(net, batch, state, Context(rng.generator(1), view=view))
+        yield flat(found)
+
+
+@pytest.mark.parametrize("kind", sorted(config.KINDS["objective"]))
+def test_every_inner_loop_goes_through_the_view(kind, net, batch):
+    """With the same random numbers it finds the same points, but for rounding in float64."""
+    calls = []
 
     def watched():
-        quick = made.refresh()
+        quick = make_view(net, batch.x, Backend()).refresh()
         return lambda x: calls.append(1) or quick(x)
 
-    for seen in (None, SimpleNamespace(refresh=watched)):
-        state = objective.init(batch.x, rng.generator(0))
-        found.append(objective.search(net, batch, state, Context(rng.generator(1), view=seen)))
-    assert calls or getattr(objective, "search_mode", "") == "train"
-    for one, two in zip(*map(flat, found), strict=True):
+    found = searched(kind, net, batch, lambda: None, lambda: SimpleNamespace(refresh=watched, compiled=None))
+    for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+    assert calls or kind == "fast"  # which searches in train mode
+
+
+@pytest.mark.parametrize("kind", sorted(set(config.KINDS["objective"]) - {"fast"}))
+def test_every_inner_loop_is_compiled_once_and_as_a_whole(kind, net, batch, graphs):
+    """Its points are the same to the bit, and a second search compiles nothing."""
+    torch._dynamo.utils.counters.clear()
+    views = [functools.partial(make_view, net, batch.x, BACKENDS[way]) for way in ("fold", "compile")]
+    expected, found = searched(kind, net, batch, *views)
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    calls = Counter(map(id, graphs[1:]))  # without the trial that making the view is
+    assert len(calls) == 1 + (kind in ("dat", "jeat", "ratio"))  # which search two energies
+    assert all(count % 2 == 0 for count in calls.values())
 
 
 def flat(found):

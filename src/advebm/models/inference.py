@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from advebm.core.errors import unknown_name
-from advebm.descent import value_and_gradient
+from advebm.descent import Differentiate, differentiate, differentiating, value_and_gradient
 from advebm.models.modes import DualBatchNorm2d, searching
 from advebm.models.network import Network, call_foreign, type_of
 from advebm.models.precision import Precision, usable_precision
@@ -31,7 +31,7 @@ class Backend:
         fold: merge batch norms, which are affine in eval mode, into the convolutions before them.
         precision: type of convolutions and linear layers.  Images, their gradients and updates, the normalisation, the
             head and every energy stay float32.
-        compiled: use ``torch.compile`` for gradients at one batch shape; other calls are not compiled.
+        compiled: use ``torch.compile`` for energies with their gradients at one batch shape; the rest is not compiled.
     """
 
     fold: bool = True
@@ -99,8 +99,8 @@ class View(nn.Module):
         super().__init__()
         parts = (model.normalise, model.backbone, model.head) if isinstance(model, Network) else (None, model, None)
         self.normalise, self.body, self.head = (nn.Identity() if part is None else part for part in parts)
-        self.backend, self.shape = Backend(fold=False), torch.Size()
-        self.fast: Callable[[Tensor], Tensor] = self.plain
+        self.backend = Backend(fold=False)
+        self.compiled: tuple[torch.Size, Differentiate] | None = None
         self.kind = type_of(self.body, torch.float32)  # of the images, also where the copies of layers are in bfloat16
         self.copies: list[LayerCopy] = []
         self.searches = 0
@@ -115,8 +115,8 @@ class View(nn.Module):
         self.backend = replace(self.backend, precision="bfloat16")
 
     def speed_up(self, shape: torch.Size) -> None:
-        """Compile gradients at batches of ``shape``."""
-        self.shape, self.fast = shape, torch.compile(self.plain, dynamic=False)
+        """Compile network, energy and gradient as one function, for searches of batches of ``shape``."""
+        self.compiled = (shape, compile_gradients())
         self.backend = replace(self.backend, compiled=True)
 
     def refresh(self) -> "View":
@@ -126,17 +126,13 @@ class View(nn.Module):
         self.searches += 1
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the network's outputs, in the type of ``x``."""
-        return (self.fast if x.shape == self.shape and torch.is_grad_enabled() else self.plain)(x)
-
     def features(self, x: Tensor) -> Tensor:
         """Return the input of the head, as :meth:`Network.features` does."""
         x = self.normalise(x)
         return call_foreign(self.body, x, self.kind) if isinstance(self.head, nn.Identity) else self.body(x)
 
-    def plain(self, x: Tensor) -> Tensor:
-        """Return the same outputs, not compiled."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the network's outputs, in the type of ``x``."""
         if self.backend.precision == "float32":
             return self.head(self.features(x))
         with torch.autocast(x.device.type, torch.bfloat16):
@@ -190,8 +186,20 @@ def _try_view(model: nn.Module, x: Tensor, backend: Backend) -> View:
         if backend.compiled:
             view.speed_up(x.shape)
         if backend.precision != "float32" or backend.compiled:
-            value_and_gradient(lambda z: view(z).flatten(1).sum(1), x)
+            with differentiating(view.compiled):
+                value_and_gradient(lambda z: view(z).flatten(1).sum(1), x)
         return view
+
+
+def compile_gradients() -> Differentiate:
+    """Return :func:`advebm.descent.differentiate`, compiled with the energy, and so the network, that it is given.
+
+    Versions of torch that do not trace ``autograd.grad`` compile the energy and its derivative one by one.
+    """
+    compiled, options = torch.compile(differentiate, dynamic=False), torch._dynamo.config
+    if not hasattr(options, "trace_autograd_ops"):
+        return compiled
+    return options.patch(trace_autograd_ops=True)(compiled)
 
 
 def faster_model(model: nn.Module, x: Tensor, *, precision: Precision = "float32") -> nn.Module:

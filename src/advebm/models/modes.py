@@ -10,12 +10,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from advebm.core.errors import UserError
+from advebm.descent import Differentiate, differentiating
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class SearchView(Protocol):
-    """A network in eval mode, computed faster; made by :func:`advebm.models.inference.make_view`."""
+    """A network in eval mode, computed faster; made by :func:`advebm.models.inference.make_view`.
+
+    Attributes:
+        compiled: a compiled function of an energy and images, and the shape of the images it is for; None: there is
+            none.
+    """
+
+    compiled: tuple[torch.Size, Differentiate] | None
 
     def refresh(self) -> Callable[[Tensor], Tensor]:
         """Return the function (B, C, H, W) -> outputs, with the network's current weights and statistics."""
@@ -53,8 +61,9 @@ def searching(
             norm.track_running_stats = False  # in train mode: use the batch's statistics, update nothing
         for p in trainable:
             p.requires_grad_(False)
-        with torch.inference_mode(False):
-            yield model if view is None or training else view.refresh()
+        view = None if training else view
+        with torch.inference_mode(False), differentiating(None if view is None else view.compiled):
+            yield model if view is None else view.refresh()
     finally:
         for p in trainable:
             p.requires_grad_(True)
