@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import advebm
 from advebm import cli, recipes
@@ -201,6 +203,33 @@ def test_the_commands_that_documents_name_are_understood(capsys):
     assert len(tables) > 10
     for name, scale in tables:
         assert inventory.find_table(name).images(scale) >= 0
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_slurm_script_is_understood(begun, tmp_path, capsys):
+    """By bash, with a stand-in for SLURM that prints the command, and then by torchrun and advebm."""
+    (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL)
+    run = tmp_path / "run"
+    if begun:
+        run.mkdir()
+        (run / "config.yaml").touch()
+    slurm = "srun() { echo $TORCH_DISABLE_SHARE_RDZV_TCP_STORE $@; }; scontrol() { echo node0; echo node1; }\n"
+    script = slurm + script.replace("/shared/runs/at", str(run))
+    known = {"PATH": os.environ["PATH"], "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-eu", "-c", script], env=known, capture_output=True, text=True, check=True)
+    variable, program, *words = done.stdout.split()
+    assert (variable, program) == ("1", "torchrun")
+    asked = get_args_parser().parse_args(words)
+    assert (asked.nnodes, asked.rdzv_endpoint, asked.module, asked.training_script) == (
+        "2",
+        "node0:29500",
+        True,
+        "advebm",
+    )
+    assert asked.training_script_args[1] == ("--resume" if begun else "--recipe")
+    assert str(run) in asked.training_script_args
+    if not begun:
+        assert not cli.main([*asked.training_script_args, "--print_config"]), capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -239,6 +239,42 @@ def test_low_precision_is_the_backbones_alone(name):
     assert all(torch.equal(v, full[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_training_in_low_precision_computes_as_an_unfolded_view(name):
+    """To the bit: the head in float32, the backbone under autocast."""
+    model, x = network(BACKBONES[name]).eval(), images()
+    view = View(model, Backend(fold=False))
+    view.lower()
+    model.precision = torch.bfloat16
+    seen = []
+    model.head.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
+    assert torch.equal(model(x), view(x))
+    assert seen == [(torch.float32, torch.float32)] * 2
+
+
+@pytest.mark.parametrize("way", ["off", "fold", "bf16"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_activations_and_their_gradients_are_channels_last(name, way):
+    """But for the gradient that comes from a flattened map."""
+    model, x = network(BACKBONES[name]), images()
+    f, layouts, gradients = make_view(model, x, BACKENDS[way]) or model.eval(), [], []
+
+    def is_channels_last(t):
+        return t.is_contiguous(memory_format=torch.channels_last)
+
+    def note(module, inputs, out):
+        layouts.append(is_channels_last(out))
+        out.register_hook(lambda g: gradients.append(is_channels_last(g)))
+
+    for m in f.modules():
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_hook(note)
+    gradient(f, x)
+    assert len(layouts) == len(gradients) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert all(layouts)
+    assert all(gradients[isinstance(BACKBONES[name], SmallConv) :])  # the first is that of the last layer
+
+
 def test_a_lowered_view_follows_the_weights():
     model, x = network(ResNet(8, width=8)), images()
     made = make_view(model, x, BACKENDS["bf16"])

@@ -7,14 +7,22 @@ import torch
 
 from advebm.attacks.projected import Attack
 from advebm.core import rng
-from advebm.core.errors import Interrupted
+from advebm.core.errors import Interrupted, UserError
 from advebm.evaluation import compare
+from advebm.evaluation.evaluate import evaluate
 from advebm.metrics.base import Subject
 from advebm.metrics.keys import Key, attack_key
 from advebm.metrics.robustness import RobustAccuracy
+from advebm.metrics.verdicts import find_verdicts
 from advebm.models import precision
 from advebm.models.inference import faster_model
-from advebm.models.precision import asked_precision, multiplies_bfloat16, precision_label, usable_precision
+from advebm.models.precision import (
+    asked_precision,
+    float32,
+    multiplies_bfloat16,
+    precision_label,
+    usable_precision,
+)
 from advebm.runs.run import Run
 from advebm.training.loop import train
 from tests.helpers import tiny
@@ -151,3 +159,34 @@ def test_a_record_of_either_kind_of_machine_is_held(hardware, small_run, tmp_pat
     assert len(run.records()) == 1
     other = {Key("accuracy", attack_key(threat)): RobustAccuracy(threat, images=50)}
     assert compare.measure(run, other)[0]["settings"]["precision"] == "float32"
+
+
+class Seen:
+    """A metric that notes whether convolutions and matrix products may be rounded to TF32."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, subject, generator):
+        self.seen += [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+        return []
+
+
+def test_what_is_evaluated_is_not_rounded_to_tf32(small_run):
+    model, data, metric = small_run.model()[0], small_run.data, Seen()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        evaluate(Subject(model, data, data.val, Attack(0.9, "l2")), [metric])
+        assert metric.seen == [False, False]
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "medium"
+        model.register_forward_hook(lambda *call: metric.seen.append(torch.backends.cudnn.allow_tf32))
+        find_verdicts(model, data.val.x[:8], data.val.y[:8], Attack(0.9, "l2", steps=2))
+        assert not any(metric.seen)
+        with pytest.raises(UserError), float32():
+            raise UserError("it ends by an error")
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)

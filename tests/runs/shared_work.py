@@ -17,6 +17,7 @@ from torch import nn
 from advebm import cli, recipes
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
+from advebm.core import processes
 from advebm.core.errors import Interrupted
 from advebm.data.augment import Augment
 from advebm.data.sources import Augmentations
@@ -197,12 +198,12 @@ def main(folder: Path) -> None:
 
 
 def killed(words: list[str]) -> int:
-    """A command during which the second process is killed, once the checkpoint of 160 images is whole."""
+    """A command during which the second process is killed, once, when the checkpoint of 160 images is whole."""
     save = Checkpoints.save
 
     def last(checkpoints: Checkpoints, engine: Engine, *parts: object, **about: object) -> None:
         save(checkpoints, engine, *parts, **about)
-        if engine.rank == 1 and checkpoints.latest() == "160":
+        if engine.rank == 1 and checkpoints.latest() == "160" and not processes.is_restarted():
             os.kill(os.getpid(), signal.SIGKILL)
 
     Checkpoints.save = last

@@ -177,11 +177,13 @@ class Work(NamedTuple):
     killed: tuple[int, str, str]
 
 
-def launch(*words: object, **options: Any) -> subprocess.Popen:
+def launch(*words: object, restarts: int = 0, **options: Any) -> subprocess.Popen:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    start += ["--max-restarts", restarts]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else {}
     return subprocess.Popen(
-        [*start, *map(str, words)],
+        [*map(str, start), *map(str, words)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -191,9 +193,10 @@ def launch(*words: object, **options: Any) -> subprocess.Popen:
     )
 
 
-def kill_one(folder: Path, config: Path) -> tuple[int, str, str]:
-    """Train under torchrun; the second process is killed when the first checkpoint is whole."""
-    job = launch("-m", "tests.runs.shared_work", "kill", "train", "--config", config, "--out", folder)
+def kill_one(folder: Path, config: Path, restarts: int = 0) -> tuple[int, str, str]:
+    """Train under torchrun; the second process is killed, once, when the first checkpoint is whole."""
+    words = ("kill", "train", "--config", config, "--out", folder)
+    job = launch("-m", "tests.runs.shared_work", *words, restarts=restarts)
     out, err = job.communicate(timeout=300)
     return job.returncode, out, err
 
@@ -325,6 +328,44 @@ def test_a_killed_process_ends_the_job_with_a_message(work):
     assert "another process of this job has ended" in line
     assert "torchrun --nproc-per-node 2 -m advebm train --resume" in line
     assert "loop.py" not in err, "no traceback but torchrun's own"
+
+
+@pytest.mark.slow
+def test_an_elastic_restart_goes_on(work, tmp_path):
+    """The same command, begun again by torchrun: it ends as an uninterrupted run does."""
+    (tmp_path / "stopped.yaml").write_text(dump(shared_work.stopped()))
+    status, out, err = kill_one(tmp_path / "run", tmp_path / "stopped.yaml", restarts=1)
+    assert status == 0, err
+    assert out.strip() == str(tmp_path / "run")
+    assert "another process of this job has ended" in err
+    whole, run = Run.open(work.two / "whole"), Run.open(tmp_path / "run")
+    assert whole.checkpoints.path().name == run.checkpoints.path().name
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (whole.checkpoints.path() / name).read_bytes() == (run.checkpoints.path() / name).read_bytes()
+
+
+def test_restarts_that_would_hang_are_refused(second, monkeypatch, capsys):
+    """By a stand-in for what torchrun sets: really it hangs, or fails to connect, in about half of all cases."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert cli.main(["train", "--recipe", "digits-standard", "--device", "cpu"]) == 2
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment" in capsys.readouterr().err
+    for name, value in (("MAX_RESTARTS", "0"), ("USE_AGENT_STORE", "False")):
+        with monkeypatch.context() as change:
+            change.setenv(f"TORCHELASTIC_{name}", value)
+            processes.check_restarts()
+
+
+def test_a_restart_goes_on_with_a_run_of_its_own_recipe_alone(tmp_path, monkeypatch, capsys):
+    words = ["train", "--recipe", "digits-standard", "--train.images", "256", "--train.batch", "64", "--device", "cpu"]
+    words += ["--out", str(tmp_path / "run"), "--threads", "1"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert cli.main(words) == 0  # there is no run yet
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--seed", "1"]) == 2
+    assert "run is not empty; to go on with it: advebm train --resume" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert cli.main(words) == 2
 
 
 def test_processes_share_the_chunks_of_a_set(work):

@@ -115,7 +115,8 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
         _print_costs(recipe, args.dry_run, args.device)
         return None
     folder = args.resume or args.out or new_folder(Path("runs"), recipe.name)
-    return fit(recipe, folder, resume=args.resume is not None, device=args.device)
+    goes_on = processes.is_restarted() and (folder / "config.yaml").exists() and Run.open(folder).recipe == recipe
+    return fit(recipe, folder, resume=goes_on or args.resume is not None, device=args.device)
 
 
 def _print_costs(recipe: "Recipe", machine: str, device: str | None) -> None:

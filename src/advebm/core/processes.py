@@ -3,6 +3,8 @@
 import os
 from typing import Protocol, TypeVar
 
+from advebm.core.errors import UserError
+
 Thing = TypeVar("Thing")
 
 
@@ -34,6 +36,24 @@ def rank_and_world() -> tuple[int, int]:
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_restarted() -> bool:
+    """Return whether ``torchrun --max-restarts`` has begun this command again, after one of its processes ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def check_restarts() -> None:
+    """Raise ``UserError`` if torchrun is to restart processes and would let them read addresses of earlier ones.
+
+    Those are left in its store (PyTorch's issue 135712), so that restarted processes hang, or cannot connect.
+    """
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise UserError(
+            "torchrun --max-restarts would hang at the first restart: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment, and give it --standalone (one machine) or --rdzv-backend c10d (several)"
+        )
 
 
 def launch_command(world: int) -> str:

@@ -11,6 +11,7 @@ from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
 from advebm.metrics.base import Bar, Metric, Record, Subject, no_bar
 from advebm.models.batching import batch_size_for
+from advebm.models.precision import float32
 from advebm.runs.find_space import feature_space, find_space
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
@@ -34,7 +35,8 @@ def evaluate(
             fix = "choose --metrics linear-probe,knn,sample-quality, or make a classifier of it by advebm probe"
             raise UserError(f"{name} reads logits, and the model is an encoder; {fix}")
         progress(name)
-        records += metric(subject, rng.generator(seed, "evaluate", name, device=subject.device))
+        with float32():
+            records += metric(subject, rng.generator(seed, "evaluate", name, device=subject.device))
     return records
 
 

@@ -20,9 +20,9 @@ from advebm.descent import value_and_gradient
 from advebm.energies import Logits
 from advebm.metrics.base import ProgressCallback
 from advebm.models.batching import as_images, device_of
-from advebm.models.inference import View, faster_model, float32
+from advebm.models.inference import View, faster_model
 from advebm.models.modes import searching
-from advebm.models.precision import Precision, precision_label
+from advebm.models.precision import Precision, float32, precision_label
 
 STANDS, WRONG = -1, 0  # not broken by any run; misclassified without an attack
 

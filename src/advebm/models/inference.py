@@ -3,8 +3,6 @@
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -205,17 +203,6 @@ def compile_gradients() -> Differentiate:
 def faster_model(model: nn.Module, x: Tensor, *, precision: Precision = "float32") -> nn.Module:
     """Return the model folded and in ``precision``, as far as that applies, for searches inside ``searching``."""
     return make_view(model, x, Backend(precision=precision)) or model
-
-
-@contextmanager
-def float32() -> Iterator[None]:
-    """Compute convolutions in float32 on GPUs, too, where cuDNN may round their inputs to TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def fold(module: nn.Module, *, everything: bool = False) -> tuple[fx.GraphModule, list[LayerCopy]]:

@@ -71,8 +71,8 @@ class Projection(nn.Sequential):
 class Network(nn.Module):
     """Map ``x (B, C, H, W)`` in [0, 1] to logits ``(B, K)``, or to the projection g(x) ``(B, D)`` of an encoder.
 
-    ``precision`` is the type that autocast computes in, inside the network only: images, their gradients and the logits
-    stay float32.  It is a setting at run time, not part of the weights; loaded networks are in float32.
+    ``precision`` is the type that autocast computes in, in the backbone only: images, their gradients, the head and the
+    logits stay float32.  It is a setting at run time, not part of the weights; loaded networks are in float32.
     """
 
     precision: torch.dtype = torch.float32
@@ -92,7 +92,8 @@ class Network(nn.Module):
         if self.precision == torch.float32:
             return self.head(self.features(x))
         with torch.autocast(x.device.type, self.precision):
-            return self.head(self.features(x)).float()
+            features = self.features(x)
+        return self.head(features.to(x.dtype))
 
     @property
     def foreign(self) -> bool:

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -53,3 +54,20 @@ def precision_label(asked: str, device: torch.device) -> str:
 def asked_precision(label: str) -> str:
     """Return the requested precision, given a label of :func:`precision_label`."""
     return label.rpartition(" for ")[2]
+
+
+@contextmanager
+def float32() -> Iterator[None]:
+    """Compute float32 as float32 on NVIDIA GPUs, too, where torch rounds the inputs of convolutions to TF32.
+
+    That type has the 10 bits of a half's mantissa.  Training, samplers and edits leave torch's setting as it is; what
+    is evaluated is computed here, attacks included.
+    """
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])

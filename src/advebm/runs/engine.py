@@ -58,6 +58,7 @@ class Engine:
         timeout, distributed = InitProcessGroupKwargs(timeout=TIMEOUT), processes.rank_and_world()[1] > 1
         cpu = device == "cpu" or (distributed and not torch.cuda.is_available())  # accelerate does not detect this
         if distributed:
+            processes.check_restarts()
             # Its functions keep the process group of the time of its import as a default, even when the group is
             # destroyed, so it is imported while there is none.
             importlib.import_module("torch.distributed.nn.functional")
