@@ -27,6 +27,8 @@ from advebm.runs.engine import Engine
 from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.sampling import job
+from advebm.training import gradient_exchange
+from advebm.training.gradient_exchange import GradientExchange
 from advebm.training.loop import train
 
 TINY = {
@@ -167,6 +169,7 @@ def leaving(folder: Path) -> None:
 def main(folder: Path) -> None:
     """The part of one of two processes."""
     torch.set_num_threads(1)
+    gradient_exchange.BUCKET = 512  # bytes, so that several buckets are sent
     atexit.register(leaving, folder)  # called after what the engine registers
     engine = Engine("cpu")
     known = work(folder, engine)
@@ -189,8 +192,7 @@ def main(folder: Path) -> None:
     engine.broadcast(lone)
     known["agreed"] = lone.weight.tolist()
     pair = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
-    pair[engine.rank].sum().backward()
-    engine.average_gradients(pair)
+    GradientExchange(pair, engine).backward(pair[engine.rank].sum())
     known["gradients"] = [p.grad if p.grad is None else p.grad.item() for p in pair]
     known["shared"] = engine.all_gather(engine.rank)
     known["rows"] = engine.gather(torch.full((1,), float(engine.rank))).tolist()

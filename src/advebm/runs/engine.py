@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -49,9 +49,7 @@ class Gather(torch.autograd.Function):
 class Engine:
     """The device of this process, and its communication with the other processes of the run.
 
-    Mixed precision is not handled here, as autocast wraps the network rather than the whole step.  Gradients are
-    averaged once per step, after all streams of the process.  This costs little compared with the search, which needs
-    no communication, and it lets the loss call the network any number of times.
+    Mixed precision is not handled here, as autocast wraps the network rather than the whole step.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -107,17 +105,16 @@ class Engine:
         for tensor, mean in zip(tensors, means.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average gradients over processes, in place; a gradient that is None in every process stays None."""
-        if self.world == 1:
-            return
-        parameters = [p for p in parameters if p.requires_grad]
-        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self.average([*(p.grad for p in parameters if p.grad is not None), used])
-        for p, share in zip(parameters, used.tolist(), strict=True):
-            p.grad = p.grad if share else None
+    def begin_sum(self, value: Tensor) -> Callable[[], None]:
+        """Begin to add up a tensor over processes, in place; call what is returned to wait for the sum."""
+        with self.together():
+            work = torch.distributed.all_reduce(value, async_op=True)
+
+        def wait() -> None:
+            with self.together():
+                work.wait()
+
+        return wait
 
     @torch.no_grad()
     def broadcast(self, model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from advebm.runs.engine import Engine
 from advebm.runs.run import Run
 from advebm.training import norm_statistics
 from advebm.training.energy_shift import EnergyShift
+from advebm.training.gradient_exchange import GradientExchange
 from advebm.training.setup import Setup, search_view, set_precision
 from advebm.training.validate import rank, validate
 
@@ -43,6 +44,7 @@ class Trainer:
         run: the run folder that everything is written to.
         model: the network that is trained.
         ema: the averaged network, which is validated and published in its place; None if the recipe has none.
+        gradients: how gradients are computed and averaged over processes.
         optimizer: the optimiser of the network.
         progress: images seen, number of rollbacks, best scores.
         means: running means of the logged values, and whether every loss was finite.
@@ -60,6 +62,7 @@ class Trainer:
         self.precision = set_precision(self.model, self.cfg.precision, self.engine.device)
         self.engine.broadcast(self.model)
         self.ema = EMA(self.model, self.cfg.ema) if self.cfg.ema else None
+        self.gradients = GradientExchange(self.model.parameters(), self.engine)
         self.optimizer = self.recipe.optimizer.build(self.model.parameters())
         self.progress, self.means = Progress(), RunningMeans(self.engine)
         self.clock = Clock(self.progress)
@@ -115,7 +118,7 @@ class Trainer:
     def _take_gradients(self, seen: int, replay: int) -> list[Share]:
         """Compute gradients of the mean loss over all streams, and return the shares of this process's streams."""
         self.optimizer.zero_grad(set_to_none=True)
-        shares, engine = list[Share](), self.engine
+        shares, engine, last = list[Share](), self.engine, max(self.states)
         statistics = norm_statistics.Statistics(self.model if self.cfg.streams > 1 else None)
         for stream, state in self.states.items():
             keys = (self.recipe.seed, self.progress.attempt, seen, stream)
@@ -125,11 +128,10 @@ class Trainer:
             torch.manual_seed(rng.derive_seed(*keys, replay, "global"))  # for dropout in user-defined modules
             result = self.objective.search(self.model, batch, state, ctx)
             loss = self.objective.loss(self.model, batch, result, state, ctx)
-            (loss.total / len(self.states)).backward()
+            self.gradients.backward(loss.total / len(self.states), exchange=stream == last)
             statistics.next()
             self.means.add(loss.total, loss.terms)
             shares.append(Share(batch, result, state, loss, ctx))
-        engine.average_gradients(self.model.parameters())
         statistics.settle(engine.average)
         return shares
 
