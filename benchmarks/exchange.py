@@ -7,6 +7,7 @@ Medians of the slower process, and the bytes that went through the loopback devi
 """
 
 import copy
+import gc
 import os
 import platform
 import statistics
@@ -89,19 +90,26 @@ def work(turns: int) -> None:
     """Measure and print, as one of two processes."""
     torch.set_num_threads(1)
     engine = Engine("cpu")
-    for name, (backbone, images) in NETWORKS.items():
-        model = Architecture(backbone, 10, 3, 32, (0.5,) * 3, (0.25,) * 3).build().train()
-        x, y = torch.rand(images, 3, 32, 32), torch.arange(images) % 10
-        contest = sides(model, x, y, engine)
-        found: dict[str, list[Measured]] = {who: [] for who in contest}
-        for turn in range(turns + 1):
-            for who, side in contest.items():
-                measured = measure(side, engine)
-                if turn:  # the first warms up
-                    found[who].append(measured)
-        if engine.main:
-            show(name, images, sum(p.numel() for p in model.parameters()), found)
+    for name in NETWORKS:
+        contend(name, turns, engine)
+        gc.collect()  # DistributedDataParallel, which hangs if it outlives the connections
     close_connections()
+
+
+def contend(name: str, turns: int, engine: Engine) -> None:
+    """Measure and print a network's sides in turn."""
+    backbone, images = NETWORKS[name]
+    model = Architecture(backbone, 10, 3, 32, (0.5,) * 3, (0.25,) * 3).build().train()
+    x, y = torch.rand(images, 3, 32, 32), torch.arange(images) % 10
+    contest = sides(model, x, y, engine)
+    found: dict[str, list[Measured]] = {who: [] for who in contest}
+    for turn in range(turns + 1):
+        for who, side in contest.items():
+            measured = measure(side, engine)
+            if turn:  # the first warms up
+                found[who].append(measured)
+    if engine.main:
+        show(name, images, sum(p.numel() for p in model.parameters()), found)
 
 
 def show(name: str, images: int, parameters: int, found: dict[str, list[Measured]]) -> None:
