@@ -1,4 +1,4 @@
-"""``make test-matrix``: the quick tests with the oldest and newest Python and torch, each in an environment of its own."""
+"""``make test-matrix``: the quick tests with the oldest and newest Python and torch, in environments of their own."""
 
 import nox
 
