@@ -122,8 +122,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
         return None
     folder = args.resume or args.out or new_folder(Path("runs"), recipe.name)
     goes_on = processes.is_restarted() and (folder / "config.yaml").exists() and Run.open(folder).recipe == recipe
-    resume = goes_on or args.resume is not None
-    return fit(recipe, folder, resume=resume, device=args.device, track=args.track)
+    return fit(recipe, folder, resume=goes_on or args.resume is not None, device=args.device, track=args.track)
 
 
 def _print_costs(recipe: "Recipe", machine: str, device: str | None) -> None:

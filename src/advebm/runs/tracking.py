@@ -26,6 +26,7 @@ from advebm.core.errors import UserError, unknown_name
 from advebm.data import pictures
 from advebm.runs.run import Run
 
+REFUSED = {"dvclive"}  # it makes the user's git repository a DVC repository, and adds files to the index
 CONFIGURED_ONCE = ("tensorboard", "mlflow")  # the first adds a run for each configuration, the second refuses changes
 
 
@@ -80,7 +81,6 @@ def settings_for(name: str, folder: Path, title: str, resume_from: int | None) -
             identity=("id", "id"),
         ),
         "aim": Settings(project=title, identity=("run_hash", "hash")),
-        "dvclive": Settings({"dir": at, "resume": True, "save_dvc_exp": False, "report": None}),
         "clearml": Settings({"task_name": title, **quiet}, {"CLEARML_OFFLINE_MODE": "1", "CLEARML_CACHE_DIR": at}),
         "comet_ml": Settings({"online": "COMET_API_KEY" in given}, {"COMET_OFFLINE_DIRECTORY": at}),
     }
@@ -94,10 +94,10 @@ def find_trackers(track: str | Sequence[str]) -> tuple[str, ...]:
         UserError: a tracker is unknown or not installed.
     """
     names = tuple(dict.fromkeys(track.split(",") if isinstance(track, str) else track))
-    installed = {str(found) for found in get_available_trackers()}
+    known, installed = LOGGER_TYPE_TO_CLASS.keys() - REFUSED, {str(found) for found in get_available_trackers()}
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise unknown_name("tracker", name, LOGGER_TYPE_TO_CLASS)
+        if name not in known:
+            raise unknown_name("tracker", name, known)
         if name in LoggerType.list() and name not in installed:
             raise UserError(f"tracker {name} is not installed: pip install {name}")
     return names
@@ -157,10 +157,12 @@ def tracking(names: Sequence[str], run: Run, *, main: bool = True) -> Iterator[T
     """
     with contextlib.ExitStack() as stack:
         started = Tracking([])
-        stack.callback(started.finish)
-        for name in names if main else ():
-            started.trackers.append(start(name, run, stack))
-        yield started
+        try:
+            for name in names if main else ():
+                started.trackers.append(start(name, run, stack))
+            yield started
+        finally:
+            started.finish()
 
 
 def start(name: str, run: Run, stack: contextlib.ExitStack) -> GeneralTracker:
@@ -238,8 +240,6 @@ def send_picture(tracker: GeneralTracker, picture: Image.Image, step: int) -> No
         tracker.log({name: importlib.import_module("trackio").Image(picture)}, step=step)
     elif tracker.name == "mlflow":
         importlib.import_module("mlflow").log_image(picture, key=name, step=step)
-    elif tracker.name == "dvclive":
-        tracker.tracker.log_image(f"{name}.png", picture)
     elif tracker.name == "comet_ml":
         tracker.tracker.log_image(picture, name=name, step=step)
     elif tracker.name == "aim":
