@@ -299,7 +299,7 @@ def interrupted(tmp_path):
 
     def both(name):
         def fail(line):
-            if line["images"] > 1_200:
+            if line["images"] > 1_300:
                 raise KeyboardInterrupt
 
         recipe = short()
@@ -345,12 +345,7 @@ def test_trackio_shows_the_run_and_goes_on(interrupted, tmp_path, monkeypatch):
     shown = [step for step, values in lines if "samples" in values]
     assert shown == [512, 1024, 1536]
     found = {(step, k): v for step, values in lines for k, v in values.items() if k != "samples"}
-    expected = numbers(run)
-    assert found.keys() == expected.keys()
-    again = {key for key in found if key[1] == "perf/img_per_s"}
-    assert {k: v for k, v in found.items() if k not in again} == pytest.approx(
-        {k: v for k, v in expected.items() if k not in again}
-    )
+    assert found == pytest.approx(numbers(run))
     assert json.loads(kept)["objective.kind"] == "standard"
     assert len(list((run.folder / "tracking" / "trackio" / "media").rglob("*.png"))) == 3
     assert "TRACKIO_DIR" not in os.environ
