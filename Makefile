@@ -7,7 +7,7 @@ PEERS := .venv-agreement/.ready
 RIVALS := .venv-bench/.ready
 PAGE := .venv-page/.ready
 
-.PHONY: demo test test-all test-cpus test-page lint mutants recipes agreement bench gpu-check results clean
+.PHONY: demo test test-all test-cpus test-page lint mutants recipes agreement bench gpu-check results docs clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
@@ -61,6 +61,10 @@ gpu-check: $(RIVALS)
 # docs/results.md, from results/*.json, which advebm reproduce TABLE --scale SCALE writes.
 results: $(READY)
 	$(BIN)/python -m advebm.reproduction.page
+
+# The site, in build/site; ARGS='serve' shows it while it is written.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(ARGS),build)
 
 clean:
 	rm -rf .venv .venv-agreement .venv-bench .venv-page build dist .pytest_cache .mypy_cache .ruff_cache runs

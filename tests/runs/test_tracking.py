@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import advebm
-from advebm import cli
+from advebm import cli, recipes
 from advebm.core import config
 from advebm.core.errors import Interrupted, UserError
 from advebm.runs import tracking
+from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.training.loop import train
 from tests.helpers import tiny
@@ -130,10 +131,14 @@ def test_stages_share_one_axis(tmp_path, recorders):
     assert recorder.lines[-1][0] == 2048
 
 
-def test_samples_of_a_later_stage_are_on_that_axis(tmp_path, recorders):
-    sampled = {"train__features": "pixels", "train__samples": 20, "sampler__steps": 1, "train__validate_every": 512}
-    train(staged(**sampled), tmp_path / "run", device="cpu", track="recorder")
-    assert [step for step, _ in recorders[0].shown] == [1536, 2048]
+def test_samples_of_every_stage_are_on_that_axis(tmp_path, recorders):
+    standard = {"objective": {"kind": "standard"}}
+    sampling = {"name": "second", **standard, "train": {"features": "pixels"}}
+    plain = {**recipes.find("digits-standard"), "before": [{"name": "first", **standard}, sampling]}
+    short_stage = {"train.images": 512, "train.validate_every": 512, "train.samples": 20, "sampler.steps": 1}
+    recipe = resolve(plain, [*short_stage.items(), ("backbone.width", 8), ("train.features", "pixels")])
+    train(recipe, tmp_path / "run", device="cpu", track="recorder")
+    assert [step for step, _ in recorders[0].shown] == [1024, 1536]
 
 
 def test_events_are_no_numbers(tmp_path, recorders):

@@ -230,9 +230,9 @@ class Architecture:
             raise UserError(f"the network returns {got} for 2 images, there have to be {self.outputs} logits an image")
 
 
+TAGS = ["energy-based-model", "adversarial-training"]
 CARD = """---
-library_name: advebm
-tags: [energy-based-model, adversarial-training]
+{metadata}
 ---
 
 # {title}
@@ -261,6 +261,7 @@ def save(
     title: str = "model",
     summary: str = "",
     more: str = "",
+    metadata: str = "",
     weights: Weights | None = None,
     ema: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -268,8 +269,9 @@ def save(
     """Write ``model.safetensors`` (and ``ema.safetensors``), ``config.json`` and the card ``README.md`` to ``folder``.
 
     ``extra`` is put into ``config.json`` beside the architecture: training set, threat model, numbers.  The card shows
-    ``summary`` at its top and ``more`` at its end.  ``weights`` is the type in which matrices and filters are stored;
-    None: as they are.  Biases, scales and statistics, which are few, always stay as they are.
+    ``summary`` at its top and ``more`` at its end; ``metadata``, YAML for the Hub, goes before it.  ``weights`` is the
+    type in which matrices and filters are stored; None: as they are.  Biases, scales and statistics, which are few,
+    always stay as they are.
     """
     description = config.describe(architecture)
     large = {name for name, p in model.named_parameters() if p.ndim > 1}
@@ -287,6 +289,7 @@ def save(
     if architecture.hidden is not None:
         example = "features, projection = model.features(images), model(images)  # (B, W) and g(x), (B, D);"
     card = CARD.format(
+        metadata=metadata.strip() or f"library_name: advebm\ntags: [{', '.join(TAGS)}]",
         example=example,
         own=f"{own}@" if own else "",
         title=title,
