@@ -113,7 +113,7 @@ class Tracking:
         """Send the numbers of a line of ``metrics.jsonl``, with its ``images`` as the step; events are left out."""
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "images"}
         if numbers and "event" not in line:
-            self._tell(lambda tracker: tracker.log(numbers, step=line["images"]))
+            self._tell(lambda tracker: send(tracker, numbers, line["images"]))
 
     def show(self, images: int, x: Tensor, y: Tensor) -> None:
         """Send a picture of samples.
@@ -231,13 +231,20 @@ def draw_grid(x: Tensor, y: Tensor) -> Image.Image:
     return pictures.grid(pictures.rows_by_class(x, y, rows, columns)).convert("RGB")
 
 
+def send(tracker: GeneralTracker, values: Mapping[str, Any], step: int) -> None:
+    if tracker.name == "trackio":
+        tracker.tracker.log(dict(values), step=step)  # accelerate 1.10 to 1.13 leaves its step out
+    else:
+        tracker.log(values, step=step)
+
+
 def send_picture(tracker: GeneralTracker, picture: Image.Image, step: int) -> None:
     """Send a picture in the form that the tracker takes; one that takes none gets none."""
     name = "samples"
     if tracker.name == "tensorboard":
         tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
     elif tracker.name == "trackio":
-        tracker.log({name: importlib.import_module("trackio").Image(picture)}, step=step)
+        send(tracker, {name: importlib.import_module("trackio").Image(picture)}, step)
     elif tracker.name == "mlflow":
         importlib.import_module("mlflow").log_image(picture, key=name, step=step)
     elif tracker.name == "comet_ml":
