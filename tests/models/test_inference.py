@@ -249,7 +249,8 @@ def test_training_in_low_precision_computes_as_an_unfolded_view(name):
     seen = []
     model.head.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
     assert torch.equal(model(x), view(x))
-    assert seen == [(torch.float32, torch.float32)] * 2
+    assert model(x.half()).dtype == model(x.bfloat16()).dtype == torch.float32
+    assert seen == [(torch.float32, torch.float32)] * 4
 
 
 @pytest.mark.parametrize("way", ["off", "fold", "bf16"])
@@ -403,6 +404,23 @@ def test_chains_and_attacks_are_the_same_compiled(graphs):
             assert not torch.equal(found, x)
             assert len(graphs) == 2  # once a step
     assert len(set(map(id, graphs))) == 1
+
+
+def test_an_energy_that_cannot_be_compiled_is_computed_as_it_is(graphs, monkeypatch):
+    model, x = network(ResNet(8, width=8)), images()
+    made = make_view(model, x, BACKENDS["compile"])
+
+    def fail(energy, x):
+        raise torch._dynamo.exc.TorchRuntimeError("no fake implementation\nand much else")
+
+    monkeypatch.setattr(made, "compute", fail)
+    with searching(model, view=made) as f:
+        with pytest.warns(RuntimeWarning, match="^not compiled: no fake implementation; searches run with fast fold$"):
+            first = gradient(f, x)
+        assert torch.equal(gradient(f, x), first)
+    assert made.backend == Backend()
+    with searching(model, view=made) as f:
+        assert torch.equal(gradient(f, x), first)
 
 
 def test_without_a_compiler_it_runs_as_it_is(monkeypatch):

@@ -120,8 +120,10 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
     if args.dry_run is not None:
         _print_costs(recipe, args.dry_run, args.device)
         return None
+    if processes.may_restart() and not (args.resume or args.out):
+        raise UserError("torchrun --max-restarts begins this command again, in a new folder each time; give --out DIR")
     folder = args.resume or args.out or new_folder(Path("runs"), recipe.name)
-    goes_on = processes.is_restarted() and (folder / "config.yaml").exists() and Run.open(folder).recipe == recipe
+    goes_on = processes.may_restart() and (folder / "config.yaml").exists() and Run.open(folder).recipe == recipe
     return fit(recipe, folder, resume=goes_on or args.resume is not None, device=args.device, track=args.track)
 
 

@@ -72,7 +72,8 @@ class Network(nn.Module):
     """Map ``x (B, C, H, W)`` in [0, 1] to logits ``(B, K)``, or to the projection g(x) ``(B, D)`` of an encoder.
 
     ``precision`` is the type that autocast computes in, in the backbone only: images, their gradients, the head and the
-    logits stay float32.  It is a setting at run time, not part of the weights; loaded networks are in float32.
+    logits stay float32.  A wrapped module is all backbone, so its logits are rounded to that type.  It is a setting at
+    run time, not part of the weights; loaded networks are in float32.
     """
 
     precision: torch.dtype = torch.float32
@@ -93,7 +94,7 @@ class Network(nn.Module):
             return self.head(self.features(x))
         with torch.autocast(x.device.type, self.precision):
             features = self.features(x)
-        return self.head(features.to(x.dtype))
+        return self.head(features.float())
 
     @property
     def foreign(self) -> bool:

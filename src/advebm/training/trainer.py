@@ -119,7 +119,7 @@ class Trainer:
     def _take_gradients(self, seen: int, replay: int) -> list[Share]:
         """Compute gradients of the mean loss over all streams, and return the shares of this process's streams."""
         self.optimizer.zero_grad(set_to_none=True)
-        shares, engine, last = list[Share](), self.engine, max(self.states)
+        shares, engine, last = list[Share](), self.engine, list(self.states)[-1]
         statistics = norm_statistics.Statistics(self.model if self.cfg.streams > 1 else None)
         for stream, state in self.states.items():
             keys = (self.recipe.seed, self.progress.attempt, seen, stream)
