@@ -1,6 +1,6 @@
 """The public functions.  Images are float32 (B, C, H, W) in [0, 1], labels int64 (B,); inputs are checked."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,6 +225,7 @@ def train(
     options: Mapping[str, Any] | None = None,
     resume: bool = False,
     device: str | None = None,
+    track: str | Sequence[str] = (),
 ) -> Run:
     """Train a recipe and return its run; see :func:`advebm.training.loop.train`.
 
@@ -234,6 +235,7 @@ def train(
         options: changes to a named recipe, such as ``{"train.images": 10_000, "objective.attack.eps": "8/255"}``.
         resume: whether to resume the run in ``folder``, with its own recipe.
         device: None: the best one available.
+        track: experiment trackers that show the run, such as ``"tensorboard"`` or ``["tensorboard", "wandb"]``.
     """
     if options and (resume or isinstance(recipe, Recipe)):
         raise UserError("options go with the name of a recipe; a Recipe and a run that is resumed have their own")
@@ -242,7 +244,8 @@ def train(
             raise UserError("resume needs the folder of the run")
         recipe = Run.open(folder).recipe
     recipe = load_recipe(recipe, options) if isinstance(recipe, str) else recipe
-    return loop.train(recipe, Path(folder or new_folder(Path("runs"), recipe.name)), resume=resume, device=device)
+    folder = Path(folder or new_folder(Path("runs"), recipe.name))
+    return loop.train(recipe, folder, resume=resume, device=device, track=track)
 
 
 def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:

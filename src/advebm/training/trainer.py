@@ -25,6 +25,7 @@ from advebm.training.setup import Setup, search_view, set_precision
 from advebm.training.validate import rank, validate
 
 Report = Callable[[Mapping[str, Any]], None]  # called with every line of metrics.jsonl, images counted over all stages
+Show = Callable[[int, Tensor, Tensor], None]  # called with images seen, samples in uint8 (N, C, H, W) and classes (N,)
 
 
 class Share(NamedTuple):
@@ -52,9 +53,9 @@ class Trainer:
         view: the faster network that searches call; None if they call the network itself.
     """
 
-    def __init__(self, run: Run, setup: Setup, report: Report) -> None:
+    def __init__(self, run: Run, setup: Setup, report: Report, show: Show) -> None:
         """Move the network to its device and precision, with the same weights in all processes."""
-        self.run, self.setup, self.report = run, setup, report
+        self.run, self.setup, self.report, self.show = run, setup, report, show
         self.recipe, self.engine, self.states = setup.recipe, setup.engine, setup.states
         self.cfg, self.objective = setup.recipe.train, setup.recipe.objective
         self.seen_before = sum(stage.train.images for stage in setup.recipe.before)
@@ -169,7 +170,8 @@ class Trainer:
         if setup.scored:
             scores = validate(model, setup.data, setup.validation, self.recipe, setup.outside, self.engine)
         if setup.distance is not None:
-            scores["val/fd"] = setup.distance(model, self.engine)
+            seen = self.seen_before + self.progress.images
+            scores["val/fd"] = setup.distance(model, self.engine, lambda x, y: self.show(seen, x, y))
         scores = self.engine.all_gather(scores)[0]
         ranked, best = rank(scores, self.cfg.select), self.progress.best
         if ranked is not None and (best is None or ranked > best):
