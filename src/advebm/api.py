@@ -444,7 +444,7 @@ def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), ou
     return build_report(first, beside=others, out=None if out is None else Path(out))
 
 
-def open_run(where: str | Path | Run, options: Mapping[str, Any] | None = None) -> Run:
+def open_run(where: str | Path | Run, options: Mapping[str, Any] | None = None, *, whole: bool = True) -> Run:
     """Return the run that a reference stands for; around any other model make one in ``runs/models``, and say where.
 
     Args:
@@ -452,6 +452,7 @@ def open_run(where: str | Path | Run, options: Mapping[str, Any] | None = None) 
             weights, ``PACKAGE.MODULE:FACTORY`` or ``PACKAGE.MODULE:FACTORY@WEIGHTS``.
         options: of a run where its images are now: ``{"data.path": PLACE}``; of a model that does not say what it was
             trained on, options of a recipe, such as ``{"data": "cifar10", "threat.eps": "8/255"}``.
+        whole: of a published model, whether its data set is needed, as for measuring; else the images that it brings.
 
     Raises:
         UserError: nothing is there, or the model's data are not known.
@@ -463,7 +464,7 @@ def open_run(where: str | Path | Run, options: Mapping[str, Any] | None = None) 
     """
     if isinstance(where, Run):
         return where.with_images_at((options or {}).items()) if options else where
-    return adopt.open_run(where, (options or {}).items())
+    return adopt.open_run(where, (options or {}).items(), whole=whole)
 
 
 @torch.inference_mode(False)
@@ -591,7 +592,8 @@ def diagnose(
 
     Args:
         runs: a run, or several on the same data; see :func:`open_run`.
-        what: of ``landscapes``, ``gradients``, ``populations``, …, see ``advebm diagnose --help``; empty: all.
+        what: of ``landscape``, ``gradients``, ``energies``, ``neighbours``, ``interpolation``, ``chains``, ``saliency``,
+            ``inversion``; empty: all that apply.
         method: sampler of the chains; None: the first run's.
         images: number of test images behind the numbers.
         along: directions of landscapes: ``random``, ``gradient`` or ``pca``.
