@@ -396,7 +396,7 @@ def wrong(model, x, run):
         "a network for a run": (lambda: advebm.draw_set(model), "works in the folder of a run"),
         "no images": (lambda: advebm.draw_set(run, per_class=0), "per_class must be at least 1"),
         "a name that tuning does not know": (lambda: advebm.tune(run, by="FID"), "FID"),
-        "an unknown figure": (lambda: advebm.diagnose(run, ["landscape"]), "did you mean 'landscapes'"),
+        "an unknown figure": (lambda: advebm.diagnose(run, ["landscapes"]), "did you mean 'landscape'"),
         "no run": (lambda: advebm.report("nowhere"), "nowhere"),
         "a table without a scale": (lambda: advebm.reproduce("cem-table2"), "is a table; say how large"),
         "minus one image": (lambda: advebm.export(run, "x", images=-1), "images must be at least 0"),

@@ -113,6 +113,11 @@ def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
 
     A model with one output is a critic, with ``E(x) = -f(x)``; a classifier's energy is JEAT eq. 12.
 
+    Args:
+        model: classifier or critic on images in [0, 1].
+        x: images (B, C, H, W) in [0, 1], on the model's device.
+        y: classes (B,), int64, for E(x, y); None: E(x).
+
     Raises:
         UserError: images are outside [0, 1], labels out of range, outputs are probabilities instead of logits, labels
             are given for a critic, or the model is an encoder.
@@ -592,8 +597,8 @@ def diagnose(
 
     Args:
         runs: a run, or several on the same data; see :func:`open_run`.
-        what: of ``landscape``, ``gradients``, ``energies``, ``neighbours``, ``interpolation``, ``chains``, ``saliency``,
-            ``inversion``; empty: all that apply.
+        what: of ``landscape``, ``gradients``, ``energies``, ``neighbours``, ``interpolation``, ``chains``,
+            ``saliency``, ``inversion``; empty: all that apply.
         method: sampler of the chains; None: the first run's.
         images: number of test images behind the numbers.
         along: directions of landscapes: ``random``, ``gradient`` or ``pca``.
