@@ -16,7 +16,7 @@ from advebm import cli
 from advebm.core.errors import UserError
 from advebm.data.sources import Images
 from advebm.diagnostics.doctor import Finding, Findings
-from advebm.edits import Inpaint
+from advebm.edits import Compose, Inpaint
 from advebm.metrics.base import Record, Records, SampleSet
 from advebm.metrics.robustness import RobustAccuracy
 from advebm.metrics.verdicts import Verdicts
@@ -299,7 +299,7 @@ def test_edits_of_a_tensor_are_those_of_the_class(model, test_images):
     assert torch.equal(moved.x, advebm.edit(model, "translate", x[:6], 3, steps=20).x)
     assert torch.equal(moved.x, advebm.edit(model, "translate", x[:6], torch.full((6,), 3), steps=20).x)
     both = advebm.edit(model, "compose", x[:6], classes=(3, 8), steps=5)
-    assert both.x.shape == x[:6].shape
+    assert torch.equal(both.x, Compose(steps=5)([model, model], x[:6], (3, 8)).x)
     assert torch.equal(both.x, advebm.edit(model, "compose", x[:6], others=[model], classes=(3, 8), steps=5).x)
 
 
@@ -354,6 +354,7 @@ def test_the_doctor_finds_the_same_by_reference_and_by_network(small_run, capsys
     by_name, by_run = (advebm.doctor(model, images=60, device="cpu") for model in (small_run.folder, small_run))
     network = advebm.doctor(advebm.load(small_run.folder), images=60)
     assert by_name == by_run == network
+    assert capsys.readouterr().err.count("60 test images of digits at l2 0.9") == 3
     assert by_name.faults == []
 
 
