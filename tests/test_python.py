@@ -164,7 +164,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("ADVEBM_DATA", raising=False)
     kernel = types.ModuleType("__main__")
     monkeypatch.setitem(sys.modules, "__main__", kernel)
-    shown = []
+    shown, pages = [], []
     for cell in NOTEBOOK["cells"]:
         if cell["cell_type"] == "code":
             tree = ast.parse("".join(cell["source"]))
@@ -172,6 +172,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
             exec(compile(tree, cell["id"], "exec"), kernel.__dict__)
             if last is not None:
                 shown.append(eval(compile(ast.Expression(last.value), cell["id"], "eval"), kernel.__dict__))
+                pages += [shown[-1]._repr_html_()] if hasattr(shown[-1], "_repr_html_") else []
     made = kernel.__dict__
     y = made["y"]
     with torch.no_grad():
@@ -190,7 +191,6 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     records = shown[-2]
     assert records[0].value > 0.8
     assert sum(isinstance(value, Image.Image) for value in shown) == 2
-    pages = [value._repr_html_() for value in shown if hasattr(value, "_repr_html_")]
     assert sum("<img " in page for page in pages) == 4  # data, two edits, the run
     for png in re.findall(r'base64,([^"]+)"', "".join(pages)):
         assert base64.b64decode(png).startswith(b"\x89PNG")
