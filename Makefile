@@ -7,7 +7,7 @@ PEERS := .venv-agreement/.ready
 RIVALS := .venv-bench/.ready
 PAGE := .venv-page/.ready
 
-.PHONY: demo test test-all test-cpus test-page lint mutants recipes agreement bench gpu-check results clean
+.PHONY: demo test test-all test-cpus test-matrix test-page lint mutants recipes agreement bench gpu-check results docs clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
@@ -27,6 +27,11 @@ CPUS_TESTS := tests/models tests/training tests/diagnostics/test_kernels.py test
 test-cpus: $(READY)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(CPUS_TESTS)
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(CPUS_TESTS)
+
+# The quick tests with the oldest and newest Python and torch that are supported, in environments of their own (5 GB each);
+# needs python3.10 to python3.13.  ARGS="-s 'tests(python='3.10', torch='2.6.0')'" for one.
+test-matrix: $(READY)
+	$(BIN)/python -m nox $(ARGS)
 
 # The page in a headless browser; needs Chromium and its driver (Debian: apt-get install chromium chromium-driver).
 # ADVEBM_PICTURES=docs/pictures keeps screenshots.
@@ -62,8 +67,12 @@ gpu-check: $(RIVALS)
 results: $(READY)
 	$(BIN)/python -m advebm.reproduction.page
 
+# The site, in build/site; ARGS='serve' shows it while it is written.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(ARGS),build)
+
 clean:
-	rm -rf .venv .venv-agreement .venv-bench .venv-page build dist .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf .venv .venv-matrix .venv-agreement .venv-bench .venv-page build dist .pytest_cache .mypy_cache .ruff_cache runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The peers, in an environment of their own; without what they require, which would replace torch.

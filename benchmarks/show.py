@@ -42,7 +42,7 @@ def share(name: str, side: dict[str, Any], peak: dict[str, dict[str, float]]) ->
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables for docs/speed.md."""
+    """The tables for results/notes/speed.md."""
     about = result["machine"]
     peak = "; ".join(
         f"{dtype} {', '.join(f'{what} {rate / 1e9:.0f} GFLOP/s' for what, rate in found.items())}"

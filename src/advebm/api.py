@@ -361,6 +361,7 @@ def train(
     options: Mapping[str, Any] | None = None,
     resume: bool = False,
     device: str | None = None,
+    track: str | Sequence[str] = (),
 ) -> Run:
     """Train a recipe, or go on with a run, and return the run; see :func:`advebm.training.loop.train`.
 
@@ -370,6 +371,7 @@ def train(
         options: changes to a named recipe, such as ``{"train.images": 10_000, "objective.attack.eps": "8/255"}``.
         resume: whether to resume the run in ``folder``, with its own recipe.
         device: ``cpu``, ``cuda``, ``cuda:1``, …; None: the best one available.
+        track: experiment trackers that show the run, such as ``"tensorboard"`` or ``["tensorboard", "wandb"]``.
 
     Raises:
         UserError: an unknown recipe or option, a folder that is not empty, or a run that another process trains.
@@ -387,7 +389,8 @@ def train(
             raise UserError("resume needs the folder of the run")
         recipe = Run.open(folder).recipe
     recipe = load_recipe(recipe, options) if isinstance(recipe, str) else recipe
-    return loop.train(recipe, Path(folder or new_folder(Path("runs"), recipe.name)), resume=resume, device=device)
+    folder = Path(folder or new_folder(Path("runs"), recipe.name))
+    return loop.train(recipe, folder, resume=resume, device=device, track=track)
 
 
 def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
@@ -882,6 +885,7 @@ def export(
     *,
     weights: Weights = "float32",
     images: int | None = None,
+    license: str | None = None,
     checkpoint: str | int = "latest",
 ) -> Path:
     """Write a run's model by itself, its averaged weights and a card with what was measured; return the folder.
@@ -892,6 +896,7 @@ def export(
         weights: ``float32``, ``float16`` or ``bfloat16``.
         images: test images of each class that go along, with Gaussians of the training images, for drawing where the
             data are not; 0: neither; None: 4 of digits and CIFAR, 0 of other data.
+        license: identifier of the model's licence, such as ``apache-2.0``; None: the card names none.
         checkpoint: ``latest``, ``best`` or a number of images.
 
     Raises:
@@ -901,7 +906,8 @@ def export(
         >>> advebm.load(advebm.export("runs/digits-at", "published", weights="float16")).threat.norm
         'l2'
     """
-    options: dict[str, Any] = {"weights": weights, "images": _count(images), "checkpoint": str(checkpoint)}
+    options: dict[str, Any] = {"weights": weights, "images": _count(images), "license": license}
+    options["checkpoint"] = str(checkpoint)
     return card.write_model(_open(run, whole=False), Path(folder), **options)
 
 
@@ -912,6 +918,7 @@ def push(
     private: bool = False,
     weights: Weights = "float32",
     images: int | None = None,
+    license: str | None = None,
     checkpoint: str | int = "latest",
 ) -> str:
     """Publish on the Hub what :func:`export` writes, where ``hf:USER/NAME`` finds it; return the page's address.
@@ -920,7 +927,7 @@ def push(
         run: the run, or what stands for it; see :func:`open_run`.
         name: ``USER/NAME``.
         private: for those with access only.
-        weights, images, checkpoint: as for :func:`export`.
+        weights, images, license, checkpoint: as for :func:`export`.
 
     Raises:
         UserError: nobody is logged in to the Hub, or it cannot be reached.
@@ -928,7 +935,8 @@ def push(
     Example:
         >>> advebm.push("runs/digits-at", "USER/NAME", private=True)  # doctest: +SKIP
     """
-    options: dict[str, Any] = {"weights": weights, "images": _count(images), "checkpoint": str(checkpoint)}
+    options: dict[str, Any] = {"weights": weights, "images": _count(images), "license": license}
+    options["checkpoint"] = str(checkpoint)
     return card.push_model(_open(run, whole=False), name, private=private, **options)
 
 

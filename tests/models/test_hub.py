@@ -11,6 +11,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 
 import advebm
 from advebm import cli, recipes
@@ -20,7 +22,7 @@ from advebm.metrics.base import Record
 from advebm.models import hub, network
 from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
-from advebm.reporting.card import _hide_local_paths
+from advebm.reporting.card import _hide_local_paths, hub_metadata
 from advebm.reporting.card import write_model as publish_run
 from advebm.reporting.terminal import print_records
 from advebm.runs.recipe import dump, resolve
@@ -418,6 +420,46 @@ def test_the_card_says_what_was_measured_of_that_checkpoint(measured_run, tmp_pa
     assert json.loads(plain)["options"]["train"]["images"] == measured_run.recipe.train.images
 
 
+def card_data(folder):
+    """Of a card, as the Hub's own library reads it, which refuses an incomplete model-index."""
+    card = ModelCard.load(folder / "README.md")
+    return card.data
+
+
+def test_the_card_has_what_the_hub_lists(measured_run, tmp_path):
+    assert cli.main(["export", str(measured_run.folder), str(tmp_path / "model"), "--license", "mit"]) == 0
+    data = card_data(tmp_path / "model")
+    assert (data.license, data.pipeline_tag, data.library_name) == ("mit", "image-classification", "advebm")
+    assert (data.metrics, data.model_name, data.datasets) == (["accuracy"], "digits-at", None)
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.125, "digits")
+    publish_run(measured_run, tmp_path / "other")
+    assert card_data(tmp_path / "other").license is None
+
+
+def test_metadata_name_sets_of_the_hub_and_what_samples_were_compared_with():
+    architecture = Architecture(SmallConv(width=4), 10, 1, 8, (0.3,), (0.4,))
+    names = {
+        "accuracy under PGD-20 l2 0.5": None,
+        "FD (features of judge)": "drawn",
+        "accuracy (fog, severity 3)": None,
+        "accuracy of something else": None,
+        "precision (features of judge)": "drawn",
+    }
+    records = [{"name": name, "value": 0.25, "settings": {"samples": of}} for name, of in names.items()]
+    found = yaml.safe_load(hub_metadata("mine", architecture, {"kind": "cifar10"}, records))
+    assert found["datasets"] == ["uoft-cs/cifar10"]
+    assert found["metrics"] == ["accuracy", "fd"]
+    accuracy, quality = found["model-index"][0]["results"]
+    assert (accuracy["task"]["type"], accuracy["dataset"]["split"]) == ("image-classification", "test")
+    assert len(accuracy["metrics"]) == 2
+    assert (quality["task"]["type"], quality["dataset"]["split"]) == ("unconditional-image-generation", "train")
+    assert quality["metrics"] == [{"type": "fd", "value": 0.25, "name": "FD (features of judge), drawn"}]
+    other = yaml.safe_load(hub_metadata("mine", architecture, {"kind": "hf", "name": "me/photos"}, []))
+    assert other["datasets"] == ["me/photos"]
+    assert "model-index" not in other
+
+
 def test_a_recipe_without_options_of_its_own_is_not_said_to_have_them(measured_run, tmp_path):
     """Where its data are is not such an option."""
     plain = resolve(recipes.find("cifar10-at-small"), [("data.path", "here")])
@@ -494,6 +536,10 @@ def test_the_kept_models_can_be_used(folder):
     assert sum(p.stat().st_size for p in folder.iterdir()) < 25e6
     plain = json.loads((folder / "config.json").read_text())
     assert {"accuracy"} < {record["name"] for record in plain["measured"]}
+    data = card_data(folder)
+    assert (data.license, data.datasets) == ("apache-2.0", ["uoft-cs/cifar10"])
+    listed = {result.metric_name.partition(",")[0]: result.metric_value for result in data.eval_results}
+    assert listed["accuracy"] == next(r["value"] for r in plain["measured"] if r["name"] == "accuracy")
     assert _hide_local_paths(plain["options"]) == plain["options"]
     size = plain["architecture"]["size"]
     images = torch.rand(4, plain["architecture"]["channels"], size, size)

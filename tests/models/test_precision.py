@@ -1,6 +1,8 @@
 """bfloat16 where the device multiplies in it, float32 elsewhere: in training, searches, sampling and evaluation."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -190,3 +192,22 @@ def test_what_is_evaluated_is_not_rounded_to_tf32(small_run):
         assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+NEWER = """
+import torch
+from advebm.models.precision import float32
+
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+with float32():
+    print(torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+print(torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has only the older settings")
+def test_the_newer_settings_of_torch_are_kept_as_well():
+    """In a process of its own, as torch takes either the older or the newer ones."""
+    done = subprocess.run([sys.executable, "-c", NEWER], capture_output=True, text=True)
+    assert done.stdout.split() == ["ieee", "ieee", "tf32", "tf32"], done.stderr

@@ -17,7 +17,6 @@ from torch import nn
 from advebm import cli, recipes
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
-from advebm.core import processes
 from advebm.core.errors import Interrupted
 from advebm.data.augment import Augment
 from advebm.data.sources import Augmentations
@@ -205,7 +204,8 @@ def killed(words: list[str]) -> int:
 
     def last(checkpoints: Checkpoints, engine: Engine, *parts: object, **about: object) -> None:
         save(checkpoints, engine, *parts, **about)
-        if engine.rank == 1 and checkpoints.latest() == "160" and not processes.is_restarted():
+        is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if engine.rank == 1 and checkpoints.latest() == "160" and is_first:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Checkpoints.save = last

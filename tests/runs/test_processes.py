@@ -348,7 +348,7 @@ def test_restarts_that_would_hang_are_refused(second, monkeypatch, capsys):
     """By a stand-in for what torchrun sets: really it hangs, or fails to connect, in about half of all cases."""
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert cli.main(["train", "--recipe", "digits-standard", "--device", "cpu"]) == 2
+    assert cli.main(["train", "--recipe", "digits-standard", "--device", "cpu", "--out", "somewhere"]) == 2
     assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment" in capsys.readouterr().err
     for name, value in (("MAX_RESTARTS", "0"), ("USE_AGENT_STORE", "False")):
         with monkeypatch.context() as change:
@@ -359,12 +359,14 @@ def test_restarts_that_would_hang_are_refused(second, monkeypatch, capsys):
 def test_a_restart_goes_on_with_a_run_of_its_own_recipe_alone(tmp_path, monkeypatch, capsys):
     words = ["train", "--recipe", "digits-standard", "--train.images", "256", "--train.batch", "64", "--device", "cpu"]
     words += ["--out", str(tmp_path / "run"), "--threads", "1"]
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    assert cli.main(words[:-4]) == 2
+    assert "in a new folder each time; give --out DIR" in capsys.readouterr().err
     assert cli.main(words) == 0  # there is no run yet
     assert cli.main(words) == 0
     assert cli.main([*words, "--seed", "1"]) == 2
     assert "run is not empty; to go on with it: advebm train --resume" in capsys.readouterr().err
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     assert cli.main(words) == 2
 
 

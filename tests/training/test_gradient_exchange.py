@@ -24,6 +24,7 @@ class Others:
 
     def begin_sum(self, values):
         self.log.append(len(values))
+        self.sent = values.clone()
         scale = torch.full_like(values, 5)
         values.mul_(scale)
         return lambda: self.log.append("waited")
@@ -73,6 +74,9 @@ def test_losses_are_added_up_before_they_are_exchanged():
     exchange.backward(loss_of(model))
     for p, gradient in zip(model.parameters(), once, strict=True):
         torch.testing.assert_close(p.grad, 2 * gradient * 5 / 3)
+    sent = len(engine.log)
+    exchange.backward(loss_of(model), exchange=False)
+    assert len(engine.log) == sent
 
 
 def test_parameters_without_a_gradient_are_sent_as_well():
@@ -82,15 +86,35 @@ def test_parameters_without_a_gradient_are_sent_as_well():
     exchange.backward(conv2d(torch.ones(1, 3, 3, 3), model[0].weight).sum())
     assert engine.log == [187, 124, "waited", "waited"]
     assert [p.grad is None for p in model.parameters()] == [False] + 5 * [True]
+    assert engine.sent.count_nonzero() == 108 + 1  # of the first layer's weights, and that they are there
 
 
-def test_frozen_and_thawed_parameters_are_still_exchanged():
-    """As a search does between steps."""
+def test_what_is_frozen_is_not_exchanged_until_it_is_thawed():
+    """An objective may thaw layers; and a search freezes all for a while."""
     model, engine = network(), Others()
+    model[3].requires_grad_(False)
     exchange = GradientExchange(model.parameters(), engine)
+    exchange.backward(loss_of(model))
+    assert engine.log == [124, "waited"]
+    assert model[3].weight.grad is None
+    engine.log.clear()
     model.requires_grad_(False).requires_grad_(True)
+    model.zero_grad()
+    expected = copy.deepcopy(network())
+    loss_of(expected).backward()
+    model.load_state_dict(expected.state_dict())
     exchange.backward(loss_of(model))
     assert engine.log == [187, 124, "waited", "waited"]
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad * 5 / 3)
+
+
+def test_each_type_of_numbers_has_its_own_buckets():
+    engine = Others()
+    parameters = [nn.Parameter(torch.ones(2, dtype=kind)) for kind in (torch.float32, torch.float64, torch.float32)]
+    GradientExchange(parameters, engine).backward(sum(p.double().sum() for p in parameters))
+    assert [p.grad.dtype for p in parameters] == [p.dtype for p in parameters]
+    assert engine.log == [3, 3, 3, "waited", "waited", "waited"]
 
 
 def test_a_gradient_in_two_parts_is_refused():
@@ -98,7 +122,7 @@ def test_a_gradient_in_two_parts_is_refused():
     exchange = GradientExchange(model.parameters(), engine)
     x = torch.rand(2, 3, 6, 6, requires_grad=True)
     parts = [checkpoint(model, part, use_reentrant=True).sum() for part in (x, 1 - x)]
-    with pytest.raises(UserError, match="set its use_reentrant to False"):
+    with pytest.raises(UserError, match=r"in two parts.*set its use_reentrant to False"):
         exchange.backward(sum(parts))
     model.zero_grad()
     exchange.backward(checkpoint(model, x, use_reentrant=False).sum() + model(x).sum())

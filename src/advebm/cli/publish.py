@@ -60,9 +60,12 @@ def _add_model_options(parser: Parser) -> None:
         help="test images of each class that go along, with Gaussians of the training images: what sample, edit and "
         "app need where the data are not; 0: neither (4 of digits and CIFAR, 0 of other data)",
     )
+    parser.add_argument(
+        "--license", metavar="ID", help="the licence in the card, as the Hub names it: mit, cc-by-4.0, …"
+    )
     parser.add_shared("checkpoint")
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
     check_at_least(args, 0, "images")
-    return {"checkpoint": args.checkpoint, "weights": args.weights, "images": args.images}
+    return {name: getattr(args, name) for name in ("checkpoint", "weights", "images", "license")}

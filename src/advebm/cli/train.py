@@ -75,6 +75,12 @@ def _add_training_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_shared("device")
     parser.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {FAST_VALUES}; --train.fast")
+    parser.add_argument(
+        "--track",
+        metavar="NAMES",
+        default=(),
+        help="show the run in tensorboard, trackio, wandb, mlflow, …: A or A,B,…",
+    )
     parser.add_argument("--print_config", "--print-config", action="store_true", help="print the recipe and stop")
     parser.add_argument(
         "--dry-run",
@@ -114,9 +120,11 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
     if args.dry_run is not None:
         _print_costs(recipe, args.dry_run, args.device)
         return None
+    if processes.may_restart() and not (args.resume or args.out):
+        raise UserError("torchrun --max-restarts begins this command again, in a new folder each time; give --out DIR")
     folder = args.resume or args.out or new_folder(Path("runs"), recipe.name)
-    goes_on = processes.is_restarted() and (folder / "config.yaml").exists() and Run.open(folder).recipe == recipe
-    return fit(recipe, folder, resume=goes_on or args.resume is not None, device=args.device)
+    goes_on = processes.may_restart() and (folder / "config.yaml").exists() and Run.open(folder).recipe == recipe
+    return fit(recipe, folder, resume=goes_on or args.resume is not None, device=args.device, track=args.track)
 
 
 def _print_costs(recipe: "Recipe", machine: str, device: str | None) -> None:

@@ -38,9 +38,12 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_restarted() -> bool:
-    """Return whether ``torchrun --max-restarts`` has begun this command again, after one of its processes ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def may_restart() -> bool:
+    """Return whether torchrun may begin this command again, or has done so (``--max-restarts``).
+
+    All processes of a job agree on it, whereas each node counts only the restarts that it began itself.
+    """
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 def check_restarts() -> None:
@@ -48,8 +51,7 @@ def check_restarts() -> None:
 
     Those are left in its store (PyTorch's issue 135712), so that restarted processes hang, or cannot connect.
     """
-    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+    if may_restart() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise UserError(
             "torchrun --max-restarts would hang at the first restart: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
             "environment, and give it --standalone (one machine) or --rdzv-backend c10d (several)"

@@ -6,7 +6,7 @@ import sys
 from advebm.core.errors import UserError
 
 # Iterations that an idle thread of GNU OpenMP spins before it sleeps.  With the default of 300,000, two threads on two
-# busy cores slow each other down; docs/speed.md has measurements.
+# busy cores slow each other down; results/notes/speed.md has measurements.
 SPINS = "50000"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from advebm.core.errors import unknown_name
-from advebm.descent import Differentiate, differentiate, differentiating, value_and_gradient
+from advebm.descent import Differentiate, Energy, differentiate
 from advebm.models.modes import DualBatchNorm2d, searching
 from advebm.models.network import Network, call_foreign, type_of
 from advebm.models.precision import Precision, usable_precision
@@ -99,6 +99,7 @@ class View(nn.Module):
         self.normalise, self.body, self.head = (nn.Identity() if part is None else part for part in parts)
         self.backend = Backend(fold=False)
         self.compiled: tuple[torch.Size, Differentiate] | None = None
+        self.compute: Differentiate = differentiate
         self.kind = type_of(self.body, torch.float32)  # of the images, also where the copies of layers are in bfloat16
         self.copies: list[LayerCopy] = []
         self.searches = 0
@@ -114,8 +115,20 @@ class View(nn.Module):
 
     def speed_up(self, shape: torch.Size) -> None:
         """Compile network, energy and gradient as one function, for searches of batches of ``shape``."""
-        self.compiled = (shape, compile_gradients())
+        self.compiled, self.compute = (shape, self.differentiate), compile_gradients()
         self.backend = replace(self.backend, compiled=True)
+
+    def differentiate(self, energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return value and gradient by the compiled function; of an energy that it does not take, not compiled."""
+        if self.compiled is None:
+            return differentiate(energy, x)
+        try:
+            return self.compute(energy, x)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.compiled, self.backend = None, replace(self.backend, compiled=False)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"not compiled: {reason}; searches run with fast {self.backend.name}", RuntimeWarning, 2)
+            return differentiate(energy, x)
 
     def refresh(self) -> "View":
         """Update the copies from the network's current weights and running statistics; return the view."""
@@ -184,8 +197,8 @@ def _try_view(model: nn.Module, x: Tensor, backend: Backend) -> View:
         if backend.compiled:
             view.speed_up(x.shape)
         if backend.precision != "float32" or backend.compiled:
-            with differentiating(view.compiled):
-                value_and_gradient(lambda z: view(z).flatten(1).sum(1), x)
+            compute = view.compute if backend.compiled else differentiate
+            compute(lambda z: view(z).flatten(1).sum(1), x)
         return view
 
 

@@ -72,7 +72,8 @@ class Network(nn.Module):
     """Map ``x (B, C, H, W)`` in [0, 1] to logits ``(B, K)``, or to the projection g(x) ``(B, D)`` of an encoder.
 
     ``precision`` is the type that autocast computes in, in the backbone only: images, their gradients, the head and the
-    logits stay float32.  It is a setting at run time, not part of the weights; loaded networks are in float32.
+    logits stay float32.  A wrapped module is all backbone, so its logits are rounded to that type.  It is a setting at
+    run time, not part of the weights; loaded networks are in float32.
     """
 
     precision: torch.dtype = torch.float32
@@ -103,7 +104,7 @@ class Network(nn.Module):
             return self.head(self.features(x))
         with torch.autocast(x.device.type, self.precision):
             features = self.features(x)
-        return self.head(features.to(x.dtype))
+        return self.head(features.float())
 
     @property
     def foreign(self) -> bool:
@@ -240,9 +241,9 @@ class Architecture:
             raise UserError(f"the network returns {got} for 2 images, there have to be {self.outputs} logits an image")
 
 
+TAGS = ["energy-based-model", "adversarial-training"]
 CARD = """---
-library_name: advebm
-tags: [energy-based-model, adversarial-training]
+{metadata}
 ---
 
 # {title}
@@ -271,6 +272,7 @@ def save(
     title: str = "model",
     summary: str = "",
     more: str = "",
+    metadata: str = "",
     weights: Weights | None = None,
     ema: Mapping[str, Tensor] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -278,8 +280,9 @@ def save(
     """Write ``model.safetensors`` (and ``ema.safetensors``), ``config.json`` and the card ``README.md`` to ``folder``.
 
     ``extra`` is put into ``config.json`` beside the architecture: training set, threat model, numbers.  The card shows
-    ``summary`` at its top and ``more`` at its end.  ``weights`` is the type in which matrices and filters are stored;
-    None: as they are.  Biases, scales and statistics, which are few, always stay as they are.
+    ``summary`` at its top and ``more`` at its end; ``metadata``, YAML for the Hub, goes before it.  ``weights`` is the
+    type in which matrices and filters are stored; None: as they are.  Biases, scales and statistics, which are few,
+    always stay as they are.
     """
     description = config.describe(architecture)
     large = {name for name, p in model.named_parameters() if p.ndim > 1}
@@ -297,6 +300,7 @@ def save(
     if architecture.hidden is not None:
         example = "features, projection = model.features(images), model(images)  # (B, W) and g(x), (B, D);"
     card = CARD.format(
+        metadata=metadata.strip() or f"library_name: advebm\ntags: [{', '.join(TAGS)}]",
         example=example,
         own=f"{own}@" if own else "",
         title=title,

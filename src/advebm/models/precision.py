@@ -63,7 +63,12 @@ def float32() -> Iterator[None]:
     That type has the 10 bits of a half's mantissa.  Training, samplers and edits leave torch's setting as it is; what
     is evaluated is computed here, attacks included.
     """
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody has set ``fp32_precision``, of torch 2.9 and later, which these must not join
+        with _fp32_precision("ieee"):
+            yield
+        return
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     try:
@@ -71,3 +76,24 @@ def float32() -> Iterator[None]:
     finally:
         torch.backends.cudnn.allow_tf32 = before[0]
         torch.set_float32_matmul_precision(before[1])
+
+
+@contextmanager
+def _fp32_precision(kind: str) -> Iterator[None]:
+    """Set ``fp32_precision`` of convolutions and matrix products, on NVIDIA GPUs and CPUs."""
+    backends: Any = torch.backends
+    parts = (
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.cuda.matmul,
+        backends.mkldnn.conv,
+        backends.mkldnn.matmul,
+    )
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = kind
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.fp32_precision = value

@@ -1,6 +1,7 @@
 """Export a model for publication: its weights, and a model card."""
 
 import dataclasses
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, get_args
 from advebm import recipes
 from advebm.core import config, files
 from advebm.core.errors import Notice, UserError, unknown_name
+from advebm.data.readers import Cifar10, Cifar100
 from advebm.evaluation import evaluate
 from advebm.metrics.texts import as_text
 from advebm.models import hub, network
@@ -22,6 +24,8 @@ from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.sampling.tune import find_tuned
 
+HUB_DATASETS = {"cifar10": Cifar10.hub, "cifar100": Cifar100.hub}
+QUANTITIES = ("accuracy", "FD", "FID", "KID")  # that a card's metadata list
 PUBLIC_IMAGES = 4  # of each class, of public data sets
 
 
@@ -32,6 +36,7 @@ def write_model(
     checkpoint: str = "latest",
     weights: Weights = "float32",
     images: int | None = None,
+    license: str | None = None,
 ) -> Path:
     """Write the weights of a run's model (averaged, if the run averages them) and a card with its evaluation results.
 
@@ -42,6 +47,8 @@ def write_model(
         weights: data type of the saved weights; float16 takes half the space of float32 and rounds less than bfloat16.
         images: test images of each class that go along, with Gaussians of the training images, so that the model can be
             sampled where its data are not; 0: neither.  None: 4 of public data sets, 0 of other data.
+
+        license: an identifier that the Hub knows, such as ``mit`` or ``cc-by-4.0``, for the card; None: it names none.
 
     Returns:
         The folder, which :func:`advebm.load` accepts.
@@ -92,6 +99,7 @@ def write_model(
                 architecture,
                 title=run.recipe.name,
                 summary=_training_sentence(run, path, saved["data"]) + rounded,
+                metadata=hub_metadata(run.recipe.name, architecture, options["data"], records, license),
                 more=_usage(architecture, extra, images) + _results_section(records),
                 weights=weights,
                 extra=extra,
@@ -176,6 +184,57 @@ def _probed(run: Run) -> Run | None:
         return None
     is_probe = "probe" in files.read_json(Path(run.recipe.init, "config.json"))
     return Run.open(Path(run.recipe.init).parent) if is_probe else None
+
+
+def hub_metadata(
+    name: str,
+    architecture: Architecture,
+    data: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    license: str | None = None,
+) -> str:
+    """Return a card's metadata for the Hub as YAML: task, data set, licence, and what was measured (``model-index``).
+
+    Args:
+        name: the model's name.
+        architecture: tells an encoder (``image-feature-extraction``) from what classifies.
+        data: description of the training data; only sets of the Hub are named.
+        records: evaluation records.  Accuracies and distances of samples are listed.
+        license: identifier of the licence; None: left out.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    kind = str(data.get("kind"))
+    dataset = data.get("name") if kind == "hf" else HUB_DATASETS.get(kind)
+    task = "image-classification" if architecture.hidden is None else "image-feature-extraction"
+    results = []
+    for record in records:
+        quantity = next((q for q in QUANTITIES if re.fullmatch(rf"{q}( under .*| \(.*)?", record["name"])), None)
+        if quantity is None:
+            continue
+        samples = record.get("samples") or record.get("settings", {}).get("samples")
+        results.append(
+            EvalResult(
+                task_type="unconditional-image-generation" if samples else task,
+                dataset_type=dataset or kind,
+                dataset_name=kind,
+                dataset_split="train" if samples else "test",  # samples are compared with the training images
+                metric_type=quantity.lower(),
+                metric_name=f"{record['name']}, {samples}" if samples else record["name"],
+                metric_value=round(record["value"], 4),
+            )
+        )
+    metadata = ModelCardData(
+        library_name="advebm",
+        license=license,
+        tags=list(network.TAGS),
+        datasets=[dataset] if dataset else None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        pipeline_tag=task,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return metadata.to_yaml()
 
 
 def _usage(architecture: Architecture, saved: Mapping[str, Any], images: int) -> str:

@@ -1,4 +1,4 @@
-"""Devices and multi-process communication.  This is the only file that imports accelerate."""
+"""Devices and multi-process communication.  Only this file and ``tracking`` import accelerate."""
 
 import contextlib
 import datetime

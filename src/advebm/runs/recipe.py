@@ -157,7 +157,7 @@ class Recipe:
     outside: Source | None = None
     extra: Source | None = None
     normalise: Normalisation = Normalisation()
-    before: tuple["Recipe", ...] = ()
+    before: "tuple[Recipe, ...]" = ()  # as a whole: Python 3.10 does not look into tuple["Recipe", ...]
 
     def __repr__(self) -> str:
         plain = config.describe(self)

@@ -71,8 +71,8 @@ class Run:
             raise UserError(f"{folder} is not empty{hint}")
         if not empty:
             raise UserError(f"{folder} is a file; --out takes a folder")
-        files.write(folder / "config.yaml", recipes.dump(recipe))
         files.write_json(folder / "env.json", dict(environment))
+        files.write(folder / "config.yaml", recipes.dump(recipe))  # last: a folder without it is no run
         return cls(folder)
 
     @classmethod

@@ -1,7 +1,6 @@
 """The mean of gradients over processes, exchanged while the backward pass still computes others."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from itertools import chain
 
 import torch
@@ -21,20 +20,12 @@ class GradientExchange:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], engine: Engine) -> None:
-        self.engine = engine
+        self.parameters, self.engine = list(parameters), engine
         self.buckets: list[list[nn.Parameter]] = []
+        self.numbers: dict[int, int] = {}  # id of a parameter -> its bucket
+        self.hooked = set[int]()
         self.missing: list[set[int]] | None = None  # ids of parameters without their gradient; None: no exchange
         self.sent: list[tuple[Tensor, list[Tensor], Callable[[], None]]] = []
-        if engine.world == 1:
-            return
-        size = BUCKET
-        for p in reversed([p for p in parameters if p.requires_grad]):  # about the order of the backward pass
-            if size >= BUCKET:
-                self.buckets.append([])
-                size = 0
-            self.buckets[-1].append(p)
-            size += p.numel() * p.element_size()
-            p.register_post_accumulate_grad_hook(partial(self._note, len(self.buckets) - 1))
 
     def backward(self, loss: Tensor, *, exchange: bool = True) -> None:
         """Add the gradients of a scalar loss to those that are there, and then average all over processes.
@@ -47,6 +38,7 @@ class GradientExchange:
         if self.engine.world == 1 or not exchange:
             loss.backward()
             return
+        self._group()
         self.sent, self.missing = [], [set(map(id, bucket)) for bucket in self.buckets]
         try:
             loss.backward()
@@ -56,13 +48,31 @@ class GradientExchange:
             self._send()
         self._receive()
 
-    def _note(self, number: int, p: Tensor) -> None:
-        """Note that a parameter of a bucket has its gradient; send what is complete, in the order of buckets."""
+    def _group(self) -> None:
+        """Divide the parameters that are trained now into buckets, unless they are those of the last time."""
+        trained = [p for p in reversed(self.parameters) if p.requires_grad]  # about the order of the backward pass
+        if [id(p) for p in trained] == list(self.numbers):
+            return
+        self.buckets, size = [], BUCKET
+        for p in trained:
+            if size >= BUCKET or p.dtype != self.buckets[-1][0].dtype:
+                self.buckets.append([])
+                size = 0
+            self.buckets[-1].append(p)
+            size += p.numel() * p.element_size()
+            if id(p) not in self.hooked:
+                self.hooked.add(id(p))
+                p.register_post_accumulate_grad_hook(self._note)
+        self.numbers = {id(p): number for number, bucket in enumerate(self.buckets) for p in bucket}
+
+    def _note(self, p: Tensor) -> None:
+        """Note that a parameter has its gradient; send the buckets that are complete, in their order."""
         if self.missing is None:
             return
+        number = self.numbers[id(p)]
         if id(p) not in self.missing[number]:
             raise UserError(
-                "a gradient was computed in two parts, of which the first was exchanged already; "
+                "a gradient was computed in two parts, which cannot be exchanged during the backward pass; "
                 "torch.utils.checkpoint does so: set its use_reentrant to False"
             )
         self.missing[number].remove(id(p))

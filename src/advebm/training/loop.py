@@ -1,20 +1,22 @@
 """The training loop, which counts progress in images.  It contains no code for particular training methods."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from advebm.core import processes
 from advebm.core.errors import Diverged, EarlyStop, Interrupted
 from advebm.runs.engine import Engine
 from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run, environment
+from advebm.runs.tracking import find_trackers, tracking
 from advebm.training.setup import check_trainable, load_initial_weights, set_up
 from advebm.training.signals import explain_resume, stopping
-from advebm.training.trainer import Report, Trainer
+from advebm.training.trainer import Report, Show, Trainer
 
 Tick = Callable[[int], None]  # called with the images seen so far
 
@@ -25,8 +27,10 @@ def train(
     *,
     resume: bool = False,
     device: str | None = None,
+    track: str | Sequence[str] = (),
     report: Report = lambda line: None,
     tick: Tick = lambda images: None,
+    show: Show = lambda images, x, y: None,
 ) -> Run:
     """Train a recipe in a run folder.
 
@@ -37,18 +41,23 @@ def train(
             result is bit-identical to an uninterrupted run, except that the first logged means after resuming cover
             only the steps since the checkpoint.
         device: ``cpu``, ``cuda``, ``cuda:1``, …  None: ``cuda`` if there is one, else ``cpu``.
+        track: names of experiment trackers, such as ``("tensorboard",)``, see :mod:`advebm.runs.tracking`; or text
+            with commas.
         report: called with every line of ``metrics.jsonl``.
         tick: called after every step with the images seen so far, over all stages.
+        show: called with the samples that validation draws, if ``train.features`` is set.
 
     Raises:
-        UserError: the recipe or the folder cannot be used.
+        UserError: the recipe, the folder or a tracker cannot be used.
         Diverged: losses or weights were non-finite more often than the recipe's ``rollbacks``.
         Interrupted: SIGINT or SIGTERM was received; the run is saved.
         Lost: another process of the job has ended.
     """
     engine, cfg = Engine(device), recipe.train
     folder = engine.all_gather(folder)[0]
-    command = f"{processes.launch_command(engine.world)} train --resume"
+    trackers = find_trackers(track)
+    options = f"--track {','.join(trackers)} --resume" if trackers else "--resume"
+    command = f"{processes.launch_command(engine.world)} train {options}"
     if resume:
         run = Run.open(folder)
         if run.stopped_early or (run.finished and run.processes != engine.world):
@@ -74,43 +83,57 @@ def train(
     engine.barrier()
     run = Run.open(folder)
     run.data = setup.data  # so that it is not loaded again
-    if fresh and recipe.before:
-        last_stage = train_stages_before(recipe, run, device, report, tick, command)
-        load_initial_weights(setup.model, str(last_stage.folder), setup.data, recipe)
-    trainer = Trainer(run, setup, report)
+    with run.locked(engine.main), tracking(trackers, run, main=engine.main) as tracker:
 
-    with (
-        explain_resume(run, command),
-        run.locked(engine.main),
-        stopping() as signalled,
-        torch.random.fork_rng(devices=[]),
-    ):
-        trainer.begin()
-        while not trainer.finished:
-            due = trainer.progress.due_after(cfg.batch, cfg.images)
-            try:
-                trainer.step(measure_shift=due(cfg.log_every))
-                if engine.main:
-                    tick(trainer.seen_before + trainer.progress.images)
-                trainer.warn()
-                if due(cfg.log_every):
-                    trainer.log()
-                if setup.validates and due(cfg.validate_every):
-                    trainer.validate()
-                stop = engine.any(signalled())
-                if due(cfg.checkpoint_every) or trainer.progress.at_best or stop:
-                    trainer.save()
-                if stop and not trainer.finished:
-                    raise Interrupted(f"saved after {trainer.progress.images:,} images; {command} {folder}")
-            except EarlyStop as reason:
-                trainer.stop_early(reason)
-                break
-            except Diverged as failure:
-                trainer.rollback(failure)
+        def report_and_track(line: Mapping[str, Any]) -> None:
+            report(line)
+            tracker.log(line)
+
+        def show_and_track(images: int, x: Tensor, y: Tensor) -> None:
+            show(images, x, y)
+            tracker.show(images, x, y)
+
+        callbacks: dict[str, Any] = {"report": report_and_track, "tick": tick, "show": show_and_track}
+        if fresh and recipe.before:
+            last_stage = train_stages_before(recipe, run, device, command, **callbacks)
+            load_initial_weights(setup.model, str(last_stage.folder), setup.data, recipe)
+        trainer = Trainer(run, setup, report_and_track, show_and_track)
+        with explain_resume(run, command), stopping() as signalled, torch.random.fork_rng(devices=[]):
+            trainer.begin()
+            train_to_end(trainer, tick, signalled, command)
     return run
 
 
-def train_stages_before(recipe: Recipe, run: Run, device: str | None, report: Report, tick: Tick, command: str) -> Run:
+def train_to_end(trainer: Trainer, tick: Tick, signalled: Callable[[], bool], command: str) -> None:
+    """Train until all images are seen or the objective stops, with logs, validations, checkpoints and rollbacks."""
+    engine, cfg = trainer.engine, trainer.cfg
+    while not trainer.finished:
+        due = trainer.progress.due_after(cfg.batch, cfg.images)
+        try:
+            trainer.step(measure_shift=due(cfg.log_every))
+            if engine.main:
+                tick(trainer.seen_before + trainer.progress.images)
+            trainer.warn()
+            if due(cfg.log_every):
+                trainer.log()
+            if trainer.setup.validates and due(cfg.validate_every):
+                trainer.validate()
+            stop = engine.any(signalled())
+            if due(cfg.checkpoint_every) or trainer.progress.at_best or stop:
+                trainer.save()
+            if stop and not trainer.finished:
+                saved = f"saved after {trainer.progress.images:,} images"
+                raise Interrupted(f"{saved}; {command} {trainer.run.folder}")
+        except EarlyStop as reason:
+            trainer.stop_early(reason)
+            break
+        except Diverged as failure:
+            trainer.rollback(failure)
+
+
+def train_stages_before(
+    recipe: Recipe, run: Run, device: str | None, command: str, report: Report, tick: Tick, show: Show
+) -> Run:
     """Train the unfinished earlier stages of a recipe in ``RUN/before``, and return the run of the last one."""
     init = recipe.init
     for number, (stage, folder) in enumerate(zip(recipe.before, run.before, strict=True)):
@@ -120,6 +143,7 @@ def train_stages_before(recipe: Recipe, run: Run, device: str | None, report: Re
             callbacks: dict[str, Any] = {
                 "report": lambda line, offset=offset: report({**line, "images": offset + line["images"]}),
                 "tick": lambda images, offset=offset: tick(offset + images),
+                "show": lambda images, x, y, offset=offset: show(offset + images, x, y),
             }
             try:
                 train(dataclasses.replace(stage, init=init), folder, resume=started, device=device, **callbacks)

@@ -1,6 +1,7 @@
 """FD of samples during training, by which checkpoints can be selected; test images are never used."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,8 +61,15 @@ class SampleDistance:
         self.judge, self.space = space.judge, space.load(device)
         self.real = Moments.of(self._features(data.val.x))
 
-    def __call__(self, model: nn.Module, team: Team = ALONE) -> float:
-        """Return the FD of a network's samples; the processes of a ``team`` share the work.
+    def __call__(
+        self, model: nn.Module, team: Team = ALONE, show: Callable[[Tensor, Tensor], None] = lambda x, y: None
+    ) -> float:
+        """Return the FD of a network's samples.
+
+        Args:
+            model: the network.
+            team: processes that share the work.
+            show: called in the main process with the first samples, uint8 (N, C, H, W), and their classes (N,).
 
         Raises:
             Diverged: a sample is not finite.
@@ -72,6 +80,8 @@ class SampleDistance:
         for number in range(team.rank, generate.count_chunks(len(self.y)), team.world):
             x = generate.draw_chunk(model, self.sampler, self.start, self.y, number, **options)
             drawn[number] = self._features(generate.to_bytes(x)) if x.isfinite().all() else None
+            if number == 0 and drawn[number] is not None:
+                show(generate.to_bytes(x), self.y[: len(x)])
         parts = {number: features for share in team.all_gather(drawn) for number, features in share.items()}
         finite = [features for _, features in sorted(parts.items()) if features is not None]
         if len(finite) < len(parts):  # raised in all processes

@@ -25,6 +25,7 @@ from advebm.training.setup import Setup, search_view, set_precision
 from advebm.training.validate import rank, validate
 
 Report = Callable[[Mapping[str, Any]], None]  # called with every line of metrics.jsonl, images counted over all stages
+Show = Callable[[int, Tensor, Tensor], None]  # called with images seen, samples in uint8 (N, C, H, W) and classes (N,)
 
 
 class Share(NamedTuple):
@@ -52,9 +53,9 @@ class Trainer:
         view: the faster network that searches call; None if they call the network itself.
     """
 
-    def __init__(self, run: Run, setup: Setup, report: Report) -> None:
+    def __init__(self, run: Run, setup: Setup, report: Report, show: Show) -> None:
         """Move the network to its device and precision, with the same weights in all processes."""
-        self.run, self.setup, self.report = run, setup, report
+        self.run, self.setup, self.report, self.show = run, setup, report, show
         self.recipe, self.engine, self.states = setup.recipe, setup.engine, setup.states
         self.cfg, self.objective = setup.recipe.train, setup.recipe.objective
         self.seen_before = sum(stage.train.images for stage in setup.recipe.before)
@@ -118,7 +119,7 @@ class Trainer:
     def _take_gradients(self, seen: int, replay: int) -> list[Share]:
         """Compute gradients of the mean loss over all streams, and return the shares of this process's streams."""
         self.optimizer.zero_grad(set_to_none=True)
-        shares, engine, last = list[Share](), self.engine, max(self.states)
+        shares, engine, last = list[Share](), self.engine, list(self.states)[-1]
         statistics = norm_statistics.Statistics(self.model if self.cfg.streams > 1 else None)
         for stream, state in self.states.items():
             keys = (self.recipe.seed, self.progress.attempt, seen, stream)
@@ -169,7 +170,8 @@ class Trainer:
         if setup.scored:
             scores = validate(model, setup.data, setup.validation, self.recipe, setup.outside, self.engine)
         if setup.distance is not None:
-            scores["val/fd"] = setup.distance(model, self.engine)
+            seen = self.seen_before + self.progress.images
+            scores["val/fd"] = setup.distance(model, self.engine, lambda x, y: self.show(seen, x, y))
         scores = self.engine.all_gather(scores)[0]
         ranked, best = rank(scores, self.cfg.select), self.progress.best
         if ranked is not None and (best is None or ranked > best):

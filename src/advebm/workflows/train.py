@@ -1,6 +1,6 @@
 """Find the recipe that a command names and train it, with a progress bar."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,14 @@ def find_recipe(
     return recipe.unlabelled() if labels == "none" else recipe
 
 
-def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | None = None) -> Run:
+def fit(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    track: str | Sequence[str] = (),
+) -> Run:
     """Train a recipe by :func:`advebm.training.loop.train`, with a progress bar."""
     device_name = checks.device(device)
     earlier = Run.open(folder) if resume else None
@@ -61,6 +68,7 @@ def fit(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | Non
             folder,
             resume=resume,
             device=device,
+            track=track,
             report=lambda line: progress(line["images"], console.training_note(line, latest)),
             tick=lambda images: progress(images, console.training_note({}, latest)),
         )
