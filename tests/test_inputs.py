@@ -1073,8 +1073,8 @@ def test_a_recipe_on_other_data_says_so(tmp_path):
     "marked, and never among the main numbers of a report",
 )
 def test_distances_that_say_little(digits_run, tmp_path, capsys):
+    from advebm.metrics.texts import as_text
     from advebm.reporting import overview
-    from advebm.reporting.records import as_text
     from advebm.workflows.sample import draw_set
 
     about = {"samples": "s", "space": "own features", "few": False}

@@ -154,10 +154,11 @@ def test_what_extensions_import_is_there():
     for module, names in rows:
         for name in re.match(r"`(.*?)`", names)[1].split():
             assert getattr(importlib.import_module(module), name).__name__ == name
-    from advebm import apps, doctor
+    from advebm import apps
+    from advebm.doctor import examine
 
     assert apps.Inpaint is importlib.import_module("advebm.edits").Inpaint
-    assert doctor.examine.__module__ == "advebm.diagnostics.doctor"
+    assert examine.__module__ == "advebm.diagnostics.doctor"
     with pytest.raises(AttributeError, match=r"'advebm.samplers' has no attribute 'CT'; there is"):
         importlib.import_module("advebm.samplers").CT  # noqa: B018
 

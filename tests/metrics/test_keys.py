@@ -23,7 +23,7 @@ from advebm.metrics.probing import LinearProbe, NearestNeighbours
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.restoration import Counterfactuals, Restoration
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
-from advebm.reporting.records import as_text
+from advebm.metrics.texts import as_text
 from advebm.runs.find_space import feature_space
 from advebm.sampling import generate
 

@@ -14,9 +14,10 @@ from advebm.core import config
 from advebm.data.sources import Images
 from advebm.evaluation import evaluate
 from advebm.metrics.quality import SampleQuality
+from advebm.metrics.texts import caution, short_text
 from advebm.reporting import figures, overview
 from advebm.reporting.build import report
-from advebm.reporting.records import best_set, caution, find_accuracies, rate_sets, short_text
+from advebm.reporting.records import best_set, find_accuracies, rate_sets
 from advebm.reporting.terminal import print_accuracies, print_sets
 from advebm.runs.run import Run
 from advebm.workflows import demo

@@ -25,8 +25,8 @@ from advebm.core import citations, config, files
 from advebm.core.config import KINDS
 from advebm.core.errors import UserError, unknown_name
 from advebm.metrics.keys import key_of
+from advebm.metrics.texts import as_text
 from advebm.models.hub import bundled_models
-from advebm.reporting import records
 
 ROLES = {  # what can be listed
     "recipe": "a training: its images, network, method and measurements",
@@ -120,7 +120,7 @@ def _describe_run(run: Path) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):  # damaged
         threat = yaml.safe_load((run / "config.yaml").read_text())["threat"]
         if record := _newest_accuracy(files.read_json(run / "metrics.json", []), threat):
-            return f"{run}, {record['name']} {records.as_text(record)['value']}"
+            return f"{run}, {record['name']} {as_text(record)['value']}"
     return str(run)
 
 

@@ -2,23 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from advebm.cli.options import Commands, Overrides, new_path, split_blocks
-from advebm.core import config, console
-from advebm.core.config import KINDS
-from advebm.core.errors import UserError, unknown_name
-
-# Options that only some edits take.
-TAKERS = {
-    "mask": ("inpaint", "paint"),
-    "box": ("inpaint", "paint"),
-    "others": ("compose",),
-    "classes": ("compose",),
-    "amount": ("translate",),
-    "source": ("translate", "counterfactual", "score"),
-    "goal": ("translate", "inpaint", "paint", "denoise", "upsample", "counterfactual"),
-}
+from advebm.cli.options import Commands, Overrides, split_blocks
+from advebm.core.errors import UserError
 
 
 def add_edit(verbs: Commands) -> None:
@@ -53,10 +39,11 @@ def add_edit(verbs: Commands) -> None:
 def edit(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.reporting.terminal import print_numbers
     from advebm.sampling import edit_job
+    from advebm.workflows import edit as workflow
     from advebm.workflows.adopt import open_run, open_runs
     from advebm.workflows.devices import choose_device
 
-    _check_arguments(args)
+    workflow.check_options(args.what, vars(args))
     data_overrides, overrides = split_blocks(overrides, "data")
     run, *others = open_runs([args.run, *args.others], data_overrides, whole=args.what == "score")
     request = edit_job.EditRequest(
@@ -81,28 +68,9 @@ def edit(args: argparse.Namespace, overrides: Overrides) -> None:
         print_numbers(edit_job.score_images(request))
         return
     amount = [("edit.amount", args.amount)] if args.amount else []
-    settings: Any = {"edit": config.describe(config.build(args.what, "edit"))}
-    for name, value in [*overrides, *amount]:
-        settings = config.override(settings, name, value)
-    method = config.build(settings["edit"], "edit")
-    finished = lambda folder: "models" in edit_job.check_folder(folder)
-    default = request.run.folder / "edits" / args.what
-    out = new_path(args.out or default, named=bool(args.out), replace=args.replace, taken=finished)
-    with console.bar(args.what, len(edit_job.list_images(request.images)) if request.images else args.count, 0) as tell:
-        path, numbers = edit_job.run_edit(request, method, out, film=args.film, progress=tell)
-    print_numbers(numbers)
+    method = workflow.find_edit(args.what, [*overrides, *amount])
+    out = workflow.choose_folder(args.what, request, args.out, replace=args.replace)
+    done = workflow.edit(request, method)
+    path = done.write(out, film=args.film)
+    print_numbers(done.numbers)
     print(path)
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError for an unknown edit or options that it does not take."""
-    if args.what not in ("score", *KINDS["edit"]):
-        raise unknown_name("edit", args.what, ["score", *KINDS["edit"]])
-    for name, takers in TAKERS.items():
-        if getattr(args, name) not in (None, []) and args.what not in takers:
-            flag = {"goal": "class", "others": "with", "source": "from"}.get(name, name)
-            raise UserError(f"--{flag} is for {', '.join(takers)}; {args.what} takes none")
-    if args.count < 1:
-        raise UserError(f"--count must be at least 1, got {args.count}")
-    if args.image and (args.split or args.source):
-        raise UserError("--image or --split, not both; --from goes with --split")

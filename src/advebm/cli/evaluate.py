@@ -5,8 +5,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from advebm.cli.options import FEATURES, Commands, Overrides, new_path, split_blocks
-from advebm.core import config, console, processes
+from advebm.cli.options import FEATURES, Commands, Overrides, split_blocks
+from advebm.core import config, processes
 from advebm.core.errors import UserError
 
 
@@ -110,8 +110,7 @@ def probe(args: argparse.Namespace, overrides: Overrides) -> None:
     run = open_run(args.run, data_overrides)
     neighbours = NearestNeighbours(args.neighbours, args.branch)
     options = {"checkpoint": args.checkpoint, "device": choose_device(args.device)}
-    folder = args.out or run.folder.with_name(f"{run.folder.resolve().name}-probe")
-    probe_run = probe(run, folder, by=Probe(args.c, branch=args.branch), overrides=overrides, **options)
+    probe_run = probe(run, args.out, by=Probe(args.c, branch=args.branch), overrides=overrides, **options)
     print(probe_run.folder)
     print_records(measure_probe(run, probe_run, neighbours, seed=args.seed, **options))
 
@@ -132,19 +131,15 @@ def add_compare(verbs: Commands) -> None:
 
 
 def compare(args: argparse.Namespace, overrides: Overrides) -> None:
-    from advebm.evaluation.compare import compare
-    from advebm.reporting.build import report
     from advebm.reporting.terminal import print_runs, print_side_by_side
     from advebm.runs.recipe import resolve
     from advebm.workflows.adopt import open_runs
-    from advebm.workflows.devices import choose_device
+    from advebm.workflows.evaluate import compare_runs
 
-    out = new_path(args.out or Path("comparison.html"), named=args.out is not None, replace=args.replace)
     data_overrides, overrides = split_blocks(overrides, "data")
     runs = open_runs(args.runs, data_overrides)
     threat = resolve(config.describe(runs[0].recipe), overrides).threat
-    options = {"features": args.features, "seed": args.seed, "device": choose_device(args.device)}
-    records = compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)
-    path = report(runs[0], beside=runs[1:], out=out, compared=records)
+    options = {"features": args.features, "seed": args.seed, "device": args.device}
+    records, path = compare_runs(runs, threat, **options, out=args.out, replace=args.replace)
     (print_runs if len(records) > 4 else print_side_by_side)(records)
     print(path)

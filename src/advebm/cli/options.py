@@ -1,10 +1,8 @@
 """Parse arguments: options of a recipe, most of which have a dot, and ordinary arguments."""
 
 import argparse
-import itertools
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from advebm.core.errors import UserError, suggest
@@ -131,20 +129,3 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
     for name in names:
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-
-
-def new_path(path: Path, *, named: bool, replace: bool, taken: Callable[[Path], bool] = Path.exists) -> Path:
-    """Return ``path``, or where it is taken ``path`` with a number, so that nothing is overwritten.
-
-    Args:
-        path: a file or folder.
-        named: whether the user named it: then it is an error if it is taken.
-        replace: whether it may be overwritten.
-        taken: tells whether something is there that must be kept.
-    """
-    if replace or not taken(path):
-        return path
-    if named:
-        raise UserError(f"{path} is there already; give another --out, or --replace")
-    numbered = (path.with_name(f"{path.stem}-{k}{path.suffix}") for k in itertools.count(2))
-    return next(candidate for candidate in numbered if not taken(candidate))

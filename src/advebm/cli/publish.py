@@ -1,7 +1,6 @@
 """``advebm report``, ``export`` and ``push``: publish a run or its model."""
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,11 @@ def add_push(verbs: Commands) -> None:
 
 
 def push(args: argparse.Namespace, overrides: Overrides) -> None:
-    from advebm.models import hub
-    from advebm.reporting.card import write_model
+    from advebm.reporting.card import push_model
     from advebm.workflows.adopt import open_run
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(open_run(args.run, overrides, whole=False), Path(folder), **_model_options(args))
-        print(hub.push(Path(folder), args.name, private=args.private))
+    run = open_run(args.run, overrides, whole=False)
+    print(push_model(run, args.name, private=args.private, **_model_options(args)))
 
 
 def _add_model_options(parser: Parser) -> None:

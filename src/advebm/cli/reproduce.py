@@ -54,14 +54,9 @@ def reproduce(args: argparse.Namespace, overrides: Overrides) -> None:
                     values = "  ".join(f"{k} {'-' if v is None else v}" for k, v in row["values"].items())
                     print(f"  {'':28} {row['status']:9} {row['name']}: {values}")
         return
-    if args.scale is not None:
-        folder_name = tables()[name].runs if name in tables() else ""
-        folder = args.out or Path("runs") / f"{folder_name or name}-{args.scale}"
-    else:
-        folder = args.out or Path("runs") / f"{name}{'-quick' * args.quick}"
     given = dict(_parse_row(text) for text in args.row)
     options = {"seeds": args.seeds, "quick": args.quick, "options": overrides, "given": given}
-    print(experiments.reproduce(name, folder, scale=args.scale, **options))
+    print(experiments.reproduce(name, args.out, scale=args.scale, **options))
 
 
 def _parse_row(text: str) -> tuple[str, str]:

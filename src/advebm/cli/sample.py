@@ -112,17 +112,13 @@ def tune_sampler(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.workflows.adopt import open_run
 
     check_at_least(args, 1, "per_class")
-    values = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    values = {name: text.split(",") for name in SETTINGS if (text := getattr(args, name)) is not None}
     options = {"by": args.by, "features": args.features, "per_class": args.per_class, "seed": args.seed}
     options |= {"checkpoint": args.checkpoint, "device": args.device}
     data_overrides, overrides = split_blocks(overrides, "data")
     run = open_run(args.run, data_overrides)
-    trials, best, figure = workflow.tune_sampler(run, args.method, overrides, values, **options)
-    rows = {}
-    for number, trial in enumerate(trials[:10], 1):
-        settings = {name: value for name in SETTINGS if (value := trial["sampler"][name]) is not None}
-        rows[str(number)] = {trial["name"]: trial["value"], **settings}
-    print_numbers(rows)
-    if best.exists():
-        print(best)
-    print(figure)
+    tuning = workflow.tune_sampler(run, args.method, overrides, values, **options)
+    print_numbers(tuning.rows())
+    if tuning.best.exists():
+        print(tuning.best)
+    print(tuning.figure)

@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,3 +83,20 @@ def as_user_error(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "make room there" if full else "choose a writable folder with --out"
     return UserError(f"cannot write {path}: {error.strerror or error}; {fix}")
+
+
+def new_path(path: Path, *, named: bool, replace: bool, taken: Callable[[Path], bool] = Path.exists) -> Path:
+    """Return ``path``, or where it is taken ``path`` with a number, so that nothing is overwritten.
+
+    Args:
+        path: a file or folder.
+        named: whether the user named it: then it is an error if it is taken.
+        replace: whether it may be overwritten.
+        taken: tells whether something is there that must be kept.
+    """
+    if replace or not taken(path):
+        return path
+    if named:
+        raise UserError(f"{path} is there already; give another --out, or --replace")
+    numbered = (path.with_name(f"{path.stem}-{k}{path.suffix}") for k in itertools.count(2))
+    return next(candidate for candidate in numbered if not taken(candidate))

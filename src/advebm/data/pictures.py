@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from advebm.core import files
+from advebm.core import files, notebook
 
 GAP = 1  # pixels between tiles, before enlarging
 GAP_GREY = 0.45  # grey level of the gaps
@@ -44,6 +44,38 @@ def rows_by_class(x: Tensor, y: Tensor, classes: int, columns: int = 10) -> Tens
         members = x[y == k][:columns]
         rows[k, : len(members)] = members.float() / scale
     return rows
+
+
+def sheet(x: Tensor, columns: int = 10, *, tile: int = 64) -> Image.Image:
+    """Draw images (N, C, H, W), uint8 or floating point in [0, 1], in rows of ``columns``, each about ``tile`` wide."""
+    columns = max(1, min(columns, len(x)))
+    rows = rows_by_class(x, torch.full((len(x),), -1), -(-len(x) // columns), columns)
+    return grid(rows, tile=tile)
+
+
+def preview(x: Tensor, y: Tensor, about: str) -> str:
+    """Return HTML with ``about`` and the first ten images of each of the first ten classes; unlabelled: the first 50.
+
+    ``x`` is uint8 or floating point (N, C, H, W), ``y`` int64 (N,); of images on disk only those shown are read.
+    """
+    if not len(x):
+        return notebook.line(about)
+    labels = y.unique().tolist()[:10]
+    of_class = [(y == k).nonzero().squeeze(1)[: 50 if k < 0 else 10] for k in labels]
+    shown = sheet(torch.cat([x[index] for index in of_class])) if -1 in labels else _class_rows(x, of_class)
+    return notebook.line(about) + notebook.picture(encode_png(shown), about)
+
+
+def _class_rows(x: Tensor, of_class: Sequence[Tensor]) -> Image.Image:
+    """Draw a row of images for each class, with the numbers of its images."""
+    numbers = torch.cat([torch.full((len(index),), k) for k, index in enumerate(of_class)])
+    longest = max(map(len, of_class))
+    return grid(rows_by_class(torch.cat([x[i] for i in of_class]), numbers, len(of_class), longest), tile=48)
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """Return the shape (C, H, W) of an image as people write it: ``3 x 32 x 32``."""
+    return " x ".join(map(str, shape))
 
 
 def to_picture(x: Tensor) -> Image.Image:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advebm.core import rng
 from advebm.core.errors import UserError, unknown_name
-from advebm.data import disk
+from advebm.data import disk, pictures
 from advebm.data.augment import Augment
 from advebm.data.cache import remember
 from advebm.data.decode import Progress
@@ -40,6 +40,13 @@ class Images:
 
     def __len__(self) -> int:
         return self.x.shape[0]
+
+    def __repr__(self) -> str:
+        labels = f"{len(self.y.unique())} classes" if len(self) and self.labelled else "no labels"
+        return f"Images: {len(self):,} of {pictures.size_text(self.shape)}, {labels}"
+
+    def _repr_html_(self) -> str:
+        return pictures.preview(self.x, self.y, repr(self))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,6 +82,15 @@ class Data(NamedTuple):
     val: Images
     test: Images
     gaussians: CompactGaussians | None = None
+
+    def __repr__(self) -> str:
+        counts = " + ".join(f"{len(part):,}" for part in self.splits)
+        named = ", ".join(self.classes[:10]) + ", …" * (len(self.classes) > 10)
+        what = f"{len(self.classes)} classes: {named}" if self.classes != UNLABELLED else "no labels"
+        return f"Data {self.name}: {counts} images of {pictures.size_text(self.shape)} (train + val + test), {what}"
+
+    def _repr_html_(self) -> str:
+        return pictures.preview(self.test.x, self.test.y, repr(self))
 
     @property
     def splits(self) -> tuple[Images, Images, Images]:

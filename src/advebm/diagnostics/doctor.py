@@ -16,7 +16,7 @@ from advebm.attacks.apgd import APGD
 from advebm.attacks.base import Adversary, is_correct
 from advebm.attacks.projected import Attack, fgsm
 from advebm.attacks.square import Square
-from advebm.core import checks, rng
+from advebm.core import checks, notebook, rng
 from advebm.core.errors import UserError
 from advebm.core.floats import widen
 from advebm.data.sources import Images
@@ -51,6 +51,25 @@ class Finding:
     severity: Literal["fault", "warning", "skipped"]
     what: str
     fix: str
+
+    def __repr__(self) -> str:
+        return f"{self.severity} {self.name}: {self.what}; to do: {self.fix}"
+
+
+class Findings(list[Finding]):
+    """What a model is examined for and was found, shown as lines and in notebooks as a table; otherwise a list."""
+
+    @property
+    def faults(self) -> list[Finding]:
+        """The findings that make energies or robust accuracies wrong."""
+        return [finding for finding in self if finding.severity == "fault"]
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self)) or f"no faults found by {len(CHECKS)} checks"
+
+    def _repr_html_(self) -> str:
+        rows = [(f.severity, f.name, f.what, f.fix) for f in self]
+        return notebook.table(("", "finding", "what was found", "to do"), rows) if rows else notebook.line(self)
 
 
 @dataclass(frozen=True)
@@ -167,7 +186,7 @@ def examine(
     threat: Attack,
     generator: torch.Generator,
     progress: Callable[[str], None] = lambda name: None,
-) -> list[Finding]:
+) -> Findings:
     """Run all checks on a classifier and return the problems found: an empty list if there are none.
 
     A check that an earlier fault makes meaningless is skipped, and listed as such: fix the fault and examine again.
@@ -192,7 +211,7 @@ def examine(
     if not threat.eps > 0:
         raise UserError(f"a model is examined at a radius above 0, got eps {threat.eps}; give --threat.eps")
     device, training = device_of(model), model.training
-    findings: list[Finding] = []
+    findings = Findings()
     faults: dict[Check, str] = {}
     with preserve_state(model, generator) as state, searching(model) as f:
         tested = ModelUnderTest(model, f, x.float().to(device), y.to(device), threat, generator, state, training)
@@ -220,7 +239,7 @@ def examine_split(
     count: int = 300,
     seed: int = 0,
     progress: Callable[[str], None] = lambda name: None,
-) -> list[Finding]:
+) -> Findings:
     """Call :func:`examine` on ``count`` images drawn from a split, or on all of them if there are fewer."""
     if not split.labelled:
         raise UserError("a model is examined on labelled images, these have none")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from advebm import energies
-from advebm.core import checks
+from advebm.core import checks, notebook
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
+from advebm.data import pictures
 from advebm.descent import Constraint, Descent, Direction, Energy, Observer, both, box, l2_ball, per_sample, unit
 from advebm.energies import Logits
 from advebm.models.batching import as_images, device_of
@@ -37,6 +38,16 @@ class Edited(NamedTuple):
     frame_steps: list[int]
     numbers: dict[str, Tensor]
     series: dict[str, Tensor]
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{name} {value.mean():.3g}" for name, value in self.numbers.items() if len(value))
+        return f"Edited: {len(self.x):,} images of {pictures.size_text(self.x.shape[1:])}; means: {means}"
+
+    def _repr_html_(self) -> str:
+        """Return the first ten images as they were at the start of the search, and below them as they became."""
+        pairs = torch.stack([self.begin[:10], self.x[:10]]) if self.begin.shape == self.x.shape else self.x[None, :10]
+        shown = pictures.encode_png(pictures.grid(pairs)) if len(self.x) else b""
+        return notebook.line(self) + (notebook.picture(shown, "start of the search, and result") if shown else "")
 
 
 def join_parts(parts: Sequence[Edited]) -> Edited:

@@ -9,7 +9,7 @@ from typing import Any
 from advebm.core import files, rng
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
-from advebm.metrics.base import Bar, Metric, Record, Subject, no_bar
+from advebm.metrics.base import Bar, Metric, Record, Records, Subject, no_bar
 from advebm.models.batching import batch_size_for
 from advebm.models.precision import float32
 from advebm.runs.find_space import feature_space, find_space
@@ -26,9 +26,9 @@ def evaluate(
     *,
     seed: int = 0,
     progress: Callable[[str], None] = lambda name: None,
-) -> list[Record]:
+) -> Records:
     """Return the records of several metrics.  Each has its own random generator, so their order does not matter."""
-    records = []
+    records = Records()
     for metric in metrics:
         name = type(metric).__name__
         if getattr(subject.model, "encoder", False) and not getattr(metric, "encoders", False):
@@ -51,7 +51,7 @@ def evaluate_run(
     progress: Callable[[str], None] = lambda name: None,
     bar: Bar = no_bar,
     team: Team = ALONE,
-) -> list[Record]:
+) -> Records:
     """Evaluate a checkpoint and all samples of a run, append the records to its ``metrics.json``, and return them.
 
     Args:
@@ -78,9 +78,9 @@ def evaluate_run(
         if (origin := sample_set.manifest.get("checkpoint", path.name)) != path.name:
             warnings.warn(f"samples {name} were drawn from checkpoint {origin}, not {path.name}", stacklevel=2)
     own = (f"{run.folder.resolve()}@{path.name}", str(path.resolve()))
-    records = []
+    records = Records()
     for metric in recipe.metrics:
-        new = evaluate(subject, [metric], seed=seed, progress=progress)
+        new: list[Record] = evaluate(subject, [metric], seed=seed, progress=progress)
         about = {"checkpoint": path.name, "split": "test", "seed": seed, "time": files.timestamp()}
         judge = None if chosen_space is None else chosen_space.judge
         if judge in own:  # the model under its own name, which favours its samples like OWN_FEATURES

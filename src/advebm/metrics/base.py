@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from advebm.attacks.projected import Attack
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
+from advebm.data import pictures
 from advebm.data.sources import Data, Images
+from advebm.metrics import texts
 from advebm.models.batching import as_images, device_of
 
 
@@ -38,6 +40,21 @@ class Record:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     series: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        text = texts.as_text(vars(self))
+        samples, but = (f", {text[key]}" if text[key] else "" for key in ("samples", "caution"))
+        return f"{self.name}{samples}: {text['value']} (n = {text['count']}{but})"
+
+
+class Records(list[Record]):
+    """Records, shown as lines and in notebooks as a table; otherwise a list like any other."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self)) or "no records"
+
+    def _repr_html_(self) -> str:
+        return texts.html_table(map(vars, self))
+
 
 class SampleSet(NamedTuple):
     """Generated images ``x``, float32 (N, C, H, W) in [0, 1], their intended classes ``y``, and how they were made."""
@@ -45,6 +62,14 @@ class SampleSet(NamedTuple):
     x: Tensor
     y: Tensor
     manifest: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        sampler = self.manifest.get("sampler")
+        how = f", drawn by {sampler['kind']} from {sampler['start']}, {sampler['steps']} steps" if sampler else ""
+        return f"SampleSet: {len(self.x):,} images of {pictures.size_text(self.x.shape[1:])}{how}"
+
+    def _repr_html_(self) -> str:
+        return pictures.preview(self.x, self.y, repr(self))
 
 
 class Features(NamedTuple):

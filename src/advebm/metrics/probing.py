@@ -4,9 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import skip_init
@@ -74,6 +71,9 @@ class Probe:
         Raises:
             UserError: a class has no images.
         """
+        from sklearn.linear_model import LogisticRegression  # a second to import
+        from sklearn.preprocessing import StandardScaler
+
         if missing := sorted(set(range(classes)) - set(y.tolist())):
             raise UserError(f"a probe is fitted on images of every class, and class {missing[0]} has none")
         rows = z.double().numpy()
@@ -149,6 +149,8 @@ class NearestNeighbours:
             raise UserError(f"k must be at least 1, got {self.k}")
 
     def __call__(self, subject: Subject, generator: torch.Generator) -> list[Record]:
+        from sklearn.neighbors import KNeighborsClassifier  # a second to import
+
         subject.check_labelled()
         train = subject.data.train
         if self.k > len(train):

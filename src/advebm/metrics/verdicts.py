@@ -34,6 +34,12 @@ class Verdicts(NamedTuple):
     broken: Tensor  # (N,): -1 not broken, 0 misclassified without an attack, k broken by the k-th of ``attacks``
     fast: str = "off"  # how searches computed the network, see :class:`advebm.models.inference.Backend`
 
+    def __repr__(self) -> str:
+        counts = {"wrong without attack": int((self.broken == WRONG).sum())}
+        counts |= {f"broken by {name}": int((self.broken == k).sum()) for k, name in enumerate(self.attacks, 1)}
+        rest = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+        return f"Verdicts: {int(self.standing().sum()):,} of {len(self.broken):,} images stand; {rest}"
+
     def standing(self, after: int | None = None) -> Tensor:
         """Return which images are still right after the first ``after`` attacks, bool (N,).  None: after all."""
         return (self.broken == STANDS) | (self.broken > (len(self.attacks) if after is None else after))

@@ -84,6 +84,16 @@ class Network(nn.Module):
         super().__init__()
         self.normalise, self.backbone, self.head = normalise, backbone, head
 
+    def __repr__(self) -> str:
+        """Return a line for people; ``print(model.backbone)`` shows the layers."""
+        count = sum(p.numel() for p in self.parameters())
+        outputs = getattr(self.head, "out_features", None)
+        kind = "encoder" if self.encoder else "critic" if outputs == 1 else "classifier"
+        classes = f" of {outputs} classes" if kind == "classifier" and outputs else ""
+        name = f" {self.origin.text}" if self.origin is not None else ""
+        threat = f", threat {self.threat.name}" if self.threat is not None else ""
+        return f"Network{name}: {type(self.backbone).__name__}, {kind}{classes}, {count:,} parameters{threat}"
+
     @property
     def encoder(self) -> bool:
         """Return whether the outputs are a projection g(x), to be compared with others, rather than logits."""

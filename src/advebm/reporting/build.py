@@ -17,9 +17,10 @@ from advebm.core import citations, config, files
 from advebm.data import pictures
 from advebm.evaluation import compare, evaluate
 from advebm.metrics.keys import key_of
+from advebm.metrics.texts import as_text, caution
 from advebm.papers import render
 from advebm.reporting import figure_store, figures, overview
-from advebm.reporting.records import MEASURES, as_text, best_set, caution, pivot, rate_sets
+from advebm.reporting.records import MEASURES, best_set, pivot, rate_sets
 from advebm.runs.recipe import dump
 from advebm.runs.run import Run
 from advebm.sampling import generate

@@ -13,12 +13,13 @@ from advebm.core import config, files
 from advebm.core.errors import Notice, UserError, unknown_name
 from advebm.data.readers import Cifar10, Cifar100
 from advebm.evaluation import evaluate
-from advebm.models import network
+from advebm.metrics.texts import as_text
+from advebm.models import hub, network
 from advebm.models.excerpt import Published, is_public, original_data, write_excerpt
 from advebm.models.factory import Own
 from advebm.models.network import Architecture, Weights, locate
 from advebm.reporting.build import describe_sampler
-from advebm.reporting.records import as_text, class_tables, markdown
+from advebm.reporting.records import class_tables, markdown
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.sampling.tune import find_tuned
@@ -109,6 +110,23 @@ def write_model(
     except OSError as error:
         raise files.as_user_error(folder, error) from None
     return folder
+
+
+def push_model(run: Run, name: str, *, private: bool = False, **options: Any) -> str:
+    """Publish on the Hub, as ``hf:NAME``, what :func:`write_model` writes; return the address of the model's page.
+
+    Args:
+        run: the trained run.
+        name: ``USER/NAME``.
+        private: for those with access only.
+        options: options of :func:`write_model`.
+
+    Raises:
+        UserError: what :func:`write_model` and :func:`advebm.models.hub.push` raise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(run, Path(folder), **options)
+        return hub.push(Path(folder), name, private=private)
 
 
 def _has_data(run: Run) -> bool:

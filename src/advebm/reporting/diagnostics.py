@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from advebm.attacks.projected import Attack
+from advebm.core import notebook
 from advebm.core.errors import UserError, unknown_name
 from advebm.core.rng import generator
 from advebm.data import ood_sets, pictures
@@ -364,6 +365,27 @@ FIGURES: Mapping[str, Callable[[FigureContext], FigureResult]] = MappingProxyTyp
 ENCODER_FIGURES = ("neighbours", "interpolation", "inversion")  # these need no logits
 
 
+class Diagnosis(NamedTuple):
+    """Figures of runs, and the numbers behind them.
+
+    Attributes:
+        numbers: numbers by the name of the figure, and in it by the title of a run; a pair is a mean and its standard
+            error.
+        figures: paths of the figures, PNG files.
+    """
+
+    numbers: dict[str, dict[str, Any]]
+    figures: list[Path]
+
+    def __repr__(self) -> str:
+        return "Diagnosis: " + ", ".join(map(str, self.figures))
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            notebook.line(path.stem) + notebook.picture(path.read_bytes(), path.stem) for path in self.figures
+        )
+
+
 def diagnose(
     runs: Mapping[str, Run],
     what: Sequence[str] = (),
@@ -373,8 +395,8 @@ def diagnose(
     device: str = "cpu",
     progress: Callable[[str], None] = lambda name: None,
     **options: Any,
-) -> tuple[dict[str, dict[str, Any]], list[Path]]:
-    """Draw figures of runs into the first one's folder, for its report.  Return numbers by figure, and the files.
+) -> Diagnosis:
+    """Draw figures of runs into the first one's folder, for its report.
 
     Args:
         runs: runs by title, all on the same data.
@@ -427,7 +449,7 @@ def diagnose(
         result = FIGURES[name](context)
         numbers[name] = result.numbers
         paths.append(figure_store.save_figure(first, name, *result))
-    return numbers, paths
+    return Diagnosis(numbers, paths)
 
 
 def _mean(values: Tensor) -> list[float]:

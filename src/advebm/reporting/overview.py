@@ -7,7 +7,8 @@ from typing import Any
 from advebm.attacks.base import ball_text
 from advebm.attacks.projected import Attack
 from advebm.metrics.keys import key_of
-from advebm.reporting.records import best_set, caution, find_accuracies, rate_sets, short_text
+from advebm.metrics.texts import caution, short_text
+from advebm.reporting.records import best_set, find_accuracies, rate_sets
 from advebm.runs.find_model import trained_threat
 from advebm.runs.run import Run
 

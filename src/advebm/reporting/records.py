@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from advebm.metrics.keys import Key, key_of
+from advebm.metrics.texts import as_text, caution, judges_itself
 
 if TYPE_CHECKING:  # advebm list reads records without torch
     from advebm.attacks.projected import Attack
@@ -12,47 +13,6 @@ if TYPE_CHECKING:  # advebm list reads records without torch
 Quantity = tuple[str, str]  # names of the record and of its set of samples
 MEASURES = ("FD", "KID", "precision", "recall", "density", "coverage", "class score", "intended class")
 LOWER_IS_BETTER = ("FD", "KID")
-
-
-def as_text(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return ``name``, ``samples``, ``value``, ``count``, ``caution``; shares in percent, others with 3 decimals."""
-    share = key_of(record).is_share
-    scale, unit = (100, " %") if share else (1, "")
-    value, error = record["value"] * scale, record["error"] * scale
-    digits = 1 if share else 3
-    text = f"{value:.{digits}f} ± {error:.{digits}f}{unit}"
-    if error == 0 and not share and not record["settings"]:  # a count
-        text = f"{value:,.0f}" if value == round(value) or value > 100 else f"{value:.1f}"
-    return {
-        "name": record["name"],
-        "value": text,
-        "count": f"{record['count']:,}",
-        "samples": str(record["settings"].get("samples", "")),
-        "caution": caution(record),
-    }
-
-
-def caution(record: Mapping[str, Any]) -> str:
-    """Return why a distance between features says little, else the empty string."""
-    if key_of(record).quantity != "FD":
-        return ""
-    if record["settings"].get("few"):
-        return "no more images than dimensions"
-    return "in the model's own features" if judges_itself(record) else ""
-
-
-def judges_itself(record: Mapping[str, Any]) -> bool:
-    """Return whether samples are judged in the features of the model that they were drawn from."""
-    settings = record["settings"]
-    return settings.get("space") == "own features" or bool(settings.get("own_features"))
-
-
-def short_text(record: Mapping[str, Any]) -> str:
-    """Return value ± standard error, with as many digits as the error allows."""
-    if key_of(record).is_share:
-        return f"{100 * record['value']:.1f} ± {100 * record['error']:.1f} %"
-    digits = max(0, -math.floor(math.log10(record["error"]))) if record["error"] > 0 else 3
-    return f"{record['value']:.{digits}f} ± {record['error']:.{digits}f}"
 
 
 class RatedSet(NamedTuple):

@@ -12,8 +12,9 @@ from advebm.attacks.projected import Attack
 from advebm.diagnostics import doctor
 from advebm.metrics.base import Record
 from advebm.metrics.keys import key_of
+from advebm.metrics.texts import as_text, short_text
 from advebm.papers import render
-from advebm.reporting.records import as_text, best_set, class_tables, find_accuracies, pivot, rate_sets, short_text
+from advebm.reporting.records import best_set, class_tables, find_accuracies, pivot, rate_sets
 from advebm.training.cost import Estimate, Passes
 from advebm.training.hardware import GB, TERA, Machine
 

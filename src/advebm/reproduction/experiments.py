@@ -41,7 +41,7 @@ QUICK: dict[str, Options] = {
 
 def reproduce(
     name: str,
-    folder: Path,
+    folder: Path | None = None,
     *,
     scale: str | None = None,
     seeds: int = 1,
@@ -54,7 +54,8 @@ def reproduce(
     Args:
         name: an experiment of :data:`EXPERIMENTS` or, with ``scale``, a table of :func:`inventory.tables`.
         folder: receives a run for each recipe and seed, ``results.json``, ``report.html`` and, for a table, what
-            :func:`advebm.reproduction.tables.write_table` writes.
+            :func:`advebm.reproduction.tables.write_table` writes.  None: ``runs/NAME``, ``runs/NAME-quick`` or, of a
+            table, ``runs/NAME-SCALE``.
         scale: a table's scale, of :data:`advebm.reproduction.scales.SCALES`; None: ``name`` is an experiment.
         seeds: number of training seeds; several give means and standard deviations.
         quick: whether to train for less, as :data:`QUICK` says; the report's title states it.
@@ -69,6 +70,7 @@ def reproduce(
             recipe does not take the options, or a given model does not fit.
     """
     check_name(name, scale, quick)
+    folder = folder or _default_folder(name, scale, quick)
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")
     if (folder / "config.yaml").exists():
@@ -97,6 +99,12 @@ def reproduce(
         shown=pngs,
         sentence=" ".join(conclusions) or None,
     )
+
+
+def _default_folder(name: str, scale: str | None, quick: bool) -> Path:
+    if scale is not None:
+        return Path("runs") / f"{inventory.find_table(name).runs or name}-{scale}"  # tables of the same runs share them
+    return Path("runs") / f"{name}{'-quick' * quick}"
 
 
 def check_name(name: str, scale: str | None, quick: bool) -> None:

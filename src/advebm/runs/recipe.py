@@ -159,6 +159,12 @@ class Recipe:
     normalise: Normalisation = Normalisation()
     before: "tuple[Recipe, ...]" = ()  # as a whole: Python 3.10 does not look into tuple["Recipe", ...]
 
+    def __repr__(self) -> str:
+        plain = config.describe(self)
+        kinds = ", ".join(f"{role} {plain[role]['kind']}" for role in ("data", "objective", "backbone", "sampler"))
+        ball = ball_text(self.threat.eps, self.threat.norm)
+        return f"Recipe {self.name}: {kinds}, threat {ball}, {self.train.images:,} images"
+
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
             raise UserError(f"a name is part of a folder's, without /, got {self.name!r}")

@@ -15,9 +15,10 @@ import numpy
 import torch
 
 import advebm
-from advebm.core import files, processes
+from advebm.core import files, notebook, processes
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Images, Source
+from advebm.metrics import texts
 from advebm.models import network
 from advebm.models.excerpt import Published
 from advebm.models.network import Architecture, Network
@@ -38,6 +39,25 @@ class Run:
     def __reduce__(self) -> tuple[Callable[..., "Run"], tuple[Any, ...]]:
         """Pickle only the folder and where the images are, not the loaded images."""
         return _reopen, (self.folder, self.places)
+
+    def __repr__(self) -> str:
+        """Return a line about the run; only its folder, if its files cannot be read."""
+        try:
+            sets, records = len(self.samples()), len(self.records())
+            seen = f"{self.images:,} of {self.recipe.train.images:,} images"
+            return f"Run {self.folder}: {self.recipe.name}, {seen}, {sets} sets of samples, {records} records"
+        except UserError:
+            return f"Run {self.folder}"
+
+    def _repr_html_(self) -> str:
+        """Return the recipe, the newest records, and the grid of each set of samples."""
+        records = {(r["name"], r["settings"].get("samples")): r for r in self.records()}
+        parts = [notebook.line(self), notebook.line(self.recipe)]
+        parts += [texts.html_table(records.values())] if records else []
+        for name, folder in self.samples().items():
+            if (path := folder / "grid.png").is_file():
+                parts += [notebook.line(f"samples {name}"), notebook.picture(path.read_bytes(), f"samples {name}")]
+        return "".join(parts)
 
     @classmethod
     def create(cls, folder: Path, recipe: Recipe, environment: Mapping[str, Any]) -> "Run":

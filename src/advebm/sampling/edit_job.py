@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class EditRequest:
         fit: whether to convert image files to the size and channels of the model.
         goal: name or number of the class to move the images to.
         classes: for a composition, one class per model.
-        mask: path of an image file with the mask.
+        mask: path of an image file with the mask, or the mask.
         box: the hole as ``left,top,right,bottom``, in pixels.
         seed: seed of all random numbers.
         checkpoint: the checkpoint of every run to load.
@@ -63,25 +63,15 @@ class EditRequest:
     fit: bool = False
     goal: str | None = None
     classes: tuple[str, ...] = ()
-    mask: Path | None = None
+    mask: Path | Tensor | None = None
     box: str | None = None
     seed: int = 0
     checkpoint: str = "latest"
     device: str = "cpu"
 
     def hole(self, method: Edit, size: tuple[int, int]) -> Tensor | None:
-        """Return the mask (H, W) or None; :class:`Inpaint` defaults to the middle half of both edges."""
-        if self.mask is not None and self.box is not None:
-            raise UserError("--mask or --box, not both")
-        if self.mask is not None:
-            return open_mask(self.mask, size, fit=self.fit)
-        if self.box is not None:
-            try:
-                left, top, right, bottom = (int(word) for word in self.box.split(","))
-            except ValueError:
-                raise UserError(f"a box is left,top,right,bottom such as 8,8,24,24, got {self.box!r}") from None
-            return box_hole(size, left, top, right, bottom)
-        return middle_hole(size) if isinstance(method, Inpaint) else None
+        """Return the mask (H, W) or None, see :func:`find_hole`."""
+        return find_hole(method, size, self.mask, self.box, fit=self.fit)
 
     def models(self) -> list[tuple[Run, str]]:
         return [(run, self.checkpoint) for run in (self.run, *self.others)]
@@ -104,6 +94,31 @@ class EditRequest:
         return start(torch.empty(self.count, *data.shape), None, rng.generator(self.seed, "seeds"))
 
 
+def find_hole(
+    method: Edit, size: tuple[int, int], mask: Path | Tensor | None, box: str | None, *, fit: bool = False
+) -> Tensor | None:
+    """Return the mask, bool (H, W), true where pixels are to be made; None: there is none.
+
+    Args:
+        method: the edit; for :class:`Inpaint` the default is the middle half of both edges.
+        size: height and width of the images.
+        mask: an image file that is white there, or the mask itself.
+        box: the hole as ``left,top,right,bottom``, in pixels.
+        fit: whether to scale a mask of another size.
+    """
+    if mask is not None and box is not None:
+        raise UserError("--mask or --box, not both")
+    if mask is not None:
+        return mask if isinstance(mask, Tensor) else open_mask(mask, size, fit=fit)
+    if box is not None:
+        try:
+            left, top, right, bottom = (int(word) for word in box.split(","))
+        except ValueError:
+            raise UserError(f"a box is left,top,right,bottom such as 8,8,24,24, got {box!r}") from None
+        return box_hole(size, left, top, right, bottom)
+    return middle_hole(size) if isinstance(method, Inpaint) else None
+
+
 def score_images(order: EditRequest) -> dict[str, dict[str, float]]:
     """Return the energy of each image, by name, and the share of validation images with a lower energy."""
     data = order.run.data
@@ -116,26 +131,40 @@ def score_images(order: EditRequest) -> dict[str, dict[str, float]]:
     }
 
 
-def run_edit(
-    order: EditRequest,
-    method: Edit,
-    out: Path | None = None,
-    *,
-    film: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
-) -> tuple[Path, dict[str, dict[str, float]]]:
-    """Edit images and write the results to ``out`` (default: ``RUN/edits/KIND``).
+class EditedImages(NamedTuple):
+    """An edit of named images.
 
-    Return the path of ``edit.png``, and the numbers of each image, such as its energies, by name.
+    Attributes:
+        method: the edit.
+        names: a name for each result.
+        given: the images that were given (N, C, h, w) in [0, 1].
+        edited: the results.
+        manifest: what else determined them: weights, seed, classes.
+    """
+
+    method: Edit
+    names: list[str]
+    given: Tensor
+    edited: Edited
+    manifest: dict[str, Any]
+
+    @property
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """The numbers of each result, such as its energies, by its name."""
+        return {name: {k: v[i].item() for k, v in self.edited.numbers.items()} for i, name in enumerate(self.names)}
+
+    def write(self, folder: Path, *, film: bool = False) -> Path:
+        """Write the results to a folder by :func:`write_edit`; return the path of ``edit.png``."""
+        return write_edit(folder, self.method, self.given, self.edited, self.names, self.manifest, film=film)
+
+
+def run_edit(order: EditRequest, method: Edit, *, progress: Callable[[int], None] = lambda done: None) -> EditedImages:
+    """Edit images; what restores images gets them spoilt, if they are of a split, and is compared with them.
 
     Raises:
-        UserError: the model does not accept the images, the mask or a class, or the folder holds something other than
-            an edit.
+        UserError: the model does not accept the images, the mask or a class.
     """
-    run, kind = order.run, config.describe(method)["kind"]
-    folder = run.folder / "edits" / kind if out is None else out
-    check_folder(folder)
-    data = run.data
+    data = order.run.data
     channels, height, width = data.shape
     models = [r.model(which)[0].to(order.device) for r, which in order.models()]
     hole, truth = order.hole(method, (height, width)), None
@@ -166,8 +195,7 @@ def run_edit(
         edited = edited._replace(numbers={**edited.numbers, **restoration})
     manifest = {"models": [weights_of(*pair) for pair in order.models()], "seed": order.seed}
     manifest |= {"class": goal, "classes": classes if isinstance(method, Compose) else None}
-    path = write_edit(folder, method, x, edited, names, manifest, film=film)
-    return path, {name: {k: v[i].item() for k, v in edited.numbers.items()} for i, name in enumerate(names)}
+    return EditedImages(method, names, x, edited, manifest)
 
 
 def _load_inputs(order: EditRequest, shape: Sequence[int]) -> tuple[Tensor, list[str]]:

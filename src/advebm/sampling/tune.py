@@ -12,13 +12,13 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from advebm.core import config, files
-from advebm.core.errors import Busy, UserError
+from advebm.core.errors import Busy, UserError, unknown_name
 from advebm.data.sources import Data
 from advebm.metrics.base import Features
 from advebm.metrics.distances import RealFeatures
@@ -86,6 +86,8 @@ def tune(
     Returns:
         The records of the finished trials, the best (smallest distance) first.
     """
+    if by not in get_args(Quantity):
+        raise unknown_name("distance", by, get_args(Quantity))
     number = run.checkpoints.path(checkpoint).name
     data, model = run.data, run.model(number)[0].to(device)
     about = {"by": by, "space": space.name, "judge": judge, "per_class": per_class, "seed": seed, "checkpoint": number}

@@ -9,8 +9,9 @@ from advebm.core import files
 from advebm.core.errors import UserError
 from advebm.evaluation import evaluate
 from advebm.metrics.keys import INCEPTION, attack_key, key_of
+from advebm.metrics.texts import as_text
 from advebm.reporting import build
-from advebm.reporting.records import as_text, pivot
+from advebm.reporting.records import pivot
 from advebm.runs.find_model import find_reference
 from advebm.runs.run import Run
 from advebm.web import views

@@ -9,10 +9,11 @@ from torch import nn
 
 from advebm import recipes
 from advebm.attacks.base import ball_text
+from advebm.attacks.projected import Attack
 from advebm.core import console
 from advebm.core.errors import UserError
-from advebm.data.sources import Images, find_spec
-from advebm.diagnostics.doctor import FEWEST, Finding, examine_split
+from advebm.data.sources import Data, Images, find_spec
+from advebm.diagnostics.doctor import FEWEST, Findings, examine_split
 from advebm.diagnostics.kernels import KNOWN_WRONG, Verdict, check, convolutions
 from advebm.runs.find_model import find_reference
 from advebm.runs.recipe import resolve
@@ -28,7 +29,7 @@ BATCH = 16  # batch size of the checked convolutions
 
 def examine_model(
     model: str, overrides: Overrides = (), *, images: int, checkpoint: str, seed: int, device: str | None
-) -> list[Finding]:
+) -> Findings:
     """Examine a run's model on the run's test images, or any model on the data that ``overrides`` name."""
     overrides, reference = list(overrides), find_reference(model)
     known = {k: v for k, v in reference.options().items() if k in ("data", "threat")}
@@ -36,7 +37,13 @@ def examine_model(
         raise UserError(f"{model} says nothing of its images: give --data NAME, as in --data cifar10")
     recipe = resolve({**IMAGES_ALONE, **known}, overrides)
     module = reference.load(checkpoint).to(choose_device(device))
-    data, threat = recipe.data.load(), recipe.threat
+    return examine_on(module, recipe.data.load(), recipe.threat, title=model, images=images, seed=seed)
+
+
+def examine_on(
+    module: nn.Module, data: Data, threat: Attack, *, title: str = "the model", images: int = 300, seed: int = 0
+) -> Findings:
+    """Examine a module on up to ``images`` test images, or on images of all splits where there are too few of these."""
     split, kind = data.test, "test"
     if len(split) < FEWEST <= sum(map(len, data.splits)):
         parts = (data.test, data.val, data.train)
@@ -44,7 +51,7 @@ def examine_model(
         split = Images(torch.cat([part.x for part in few]), torch.cat([part.y for part in few])).take(slice(FEWEST))
         kind = "test, validation and training"
     count = min(images, len(split))
-    console.say(f"{model} on {count} {kind} images of {data.name} at {ball_text(threat.eps, threat.norm)}")
+    console.say(f"{title} on {count} {kind} images of {data.name} at {ball_text(threat.eps, threat.norm)}")
     return examine_split(module, split, threat=threat, count=count, seed=seed, progress=console.say)
 
 

@@ -3,22 +3,24 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from advebm.attacks.base import ball_text
 from advebm.attacks.projected import Attack
-from advebm.core import config, console
+from advebm.core import config, console, files, notebook
 from advebm.core.errors import UserError
 from advebm.data.folders import read_folder
-from advebm.evaluation import evaluate
+from advebm.evaluation import compare, evaluate
 from advebm.evaluation.suites import suite
-from advebm.metrics.base import Record, SampleSet
+from advebm.metrics.base import Records, SampleSet
 from advebm.metrics.robustness import RobustAccuracy
+from advebm.reporting.build import report
+from advebm.reporting.records import pivot
 from advebm.runs.find_model import trained_threat
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
-from advebm.workflows.devices import join_team
+from advebm.workflows.devices import choose_device, join_team
 
 
 def measure(
@@ -32,7 +34,7 @@ def measure(
     checkpoint: str = "latest",
     seed: int = 0,
     device: str | None = None,
-) -> list[Record]:
+) -> Records:
     """Measure a run and its samples; return the records and append them to the run's ``metrics.json``.
 
     Args:
@@ -58,6 +60,52 @@ def measure(
         console.say(name)
 
     return evaluate.evaluate_run(run, recipe=recipe, team=team, **options, progress=progress, bar=console.bar)
+
+
+class Comparison(NamedTuple):
+    """Several runs, measured alike.
+
+    Attributes:
+        records: the records of each run, as ``metrics.json`` keeps them, by the run's title.
+        report: path of the report.
+    """
+
+    records: dict[str, list[dict[str, Any]]]
+    report: Path
+
+    def __repr__(self) -> str:
+        return f"Comparison of {', '.join(self.records)}: {self.report}"
+
+    def _repr_html_(self) -> str:
+        return notebook.line(self) + notebook.table(*pivot(self.records).quantities_down())
+
+
+def compare_runs(
+    runs: Sequence[Run],
+    threat: Attack | None = None,
+    *,
+    features: str | Path | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    out: Path | None = None,
+    replace: bool = False,
+) -> Comparison:
+    """Measure runs by :func:`advebm.evaluation.compare.compare` and write one report.
+
+    Args:
+        runs: trained runs on the same images.
+        threat: threat model for all runs; None: the first run's.
+        features, seed, device: as for :func:`measure`.
+        out: file of the report; None: ``comparison.html``, ``comparison-2.html`` …
+        replace: whether to replace the file if it is there.
+
+    Raises:
+        UserError: the runs have different test images, or ``out`` is there already.
+    """
+    path = files.new_path(out or Path("comparison.html"), named=out is not None, replace=replace)
+    options: dict[str, Any] = {"features": features, "seed": seed, "device": choose_device(device)}
+    records = compare.compare(runs, threat=threat, **options, progress=console.say, bar=console.bar)
+    return Comparison(records, report(runs[0], beside=runs[1:], out=path, compared=records))
 
 
 def threat_text(threat: Attack, trained: Attack | None) -> str:

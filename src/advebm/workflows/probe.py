@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from advebm.core import config, console
 from advebm.core.errors import UserError
 from advebm.evaluation.evaluate import evaluate_run
-from advebm.metrics.base import Record
+from advebm.metrics.base import Records
 from advebm.metrics.probing import NearestNeighbours, Probe
 from advebm.models import network
 from advebm.models.batching import batch_size_for
@@ -16,9 +16,21 @@ from advebm.runs.run import Run
 from advebm.workflows.adopt import adopt, untrained_recipe
 
 
+class Probed(NamedTuple):
+    """A linear probe.
+
+    Attributes:
+        run: the classifier, a run like any other.
+        records: its accuracies, and that of nearest neighbours in the same features.
+    """
+
+    run: Run
+    records: Records
+
+
 def probe(
     run: Run,
-    folder: Path,
+    folder: Path | None = None,
     *,
     by: Probe,
     overrides: Iterable[tuple[str, Any]] = (),
@@ -29,7 +41,7 @@ def probe(
 
     Args:
         run: run whose network has features, typically an encoder.
-        folder: folder of the new run.
+        folder: folder of the new run; None: ``RUN-probe``, beside the run.
         by: how the classifier is fitted, on the training split.
         overrides: options of the new run's recipe, such as another threat.
         checkpoint: checkpoint of ``run``.
@@ -39,6 +51,7 @@ def probe(
         UserError: the data has no labels, the network no features, an option is wrong, or ``folder`` is not empty.
     """
     recipe, data = run.recipe, run.data
+    folder = folder or run.folder.with_name(f"{run.folder.resolve().name}-probe")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; choose another --out")
     if not data.train.labelled:
@@ -65,9 +78,9 @@ def measure_probe(
     checkpoint: str = "latest",
     seed: int = 0,
     device: str = "cpu",
-) -> list[Record]:
+) -> Records:
     """Return the records of ``probed``, and of nearest neighbours in the features of ``run``."""
     options: dict[str, Any] = {"seed": seed, "device": device, "progress": console.say}
     records = evaluate_run(probed, bar=console.bar, **options)
     neighbours_only = dataclasses.replace(run.recipe, metrics=(neighbours,))
-    return [*records, *evaluate_run(run, recipe=neighbours_only, checkpoint=checkpoint, **options)]
+    return Records([*records, *evaluate_run(run, recipe=neighbours_only, checkpoint=checkpoint, **options)])

@@ -5,9 +5,9 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from advebm.core import config, console, files
+from advebm.core import config, console, files, notebook
 from advebm.core.errors import UserError
 from advebm.core.processes import ALONE, Team
 from advebm.data import pictures
@@ -126,27 +126,62 @@ def compare_methods(
     return compare_sets(run, samplers, per_class, seeds, say=console.say, **options)
 
 
+class Tuning(NamedTuple):
+    """A search of a sampler's settings.
+
+    Attributes:
+        trials: the trials, best first: ``sampler`` has the settings, ``value`` the distance called ``name``.
+        best: path of the best settings, which ``sample`` then takes; not there before all trials are finished.
+        figure: path of a figure of the trials.
+    """
+
+    trials: list[dict[str, Any]]
+    best: Path
+    figure: Path
+
+    def rows(self, count: int = 10) -> dict[str, dict[str, float]]:
+        """Return distance and settings of the best ``count`` trials, by their rank from 1."""
+        settings = lambda trial: {name: v for name in tune.SETTINGS if (v := trial["sampler"][name]) is not None}
+        return {str(i): {t["name"]: t["value"], **settings(t)} for i, t in enumerate(self.trials[:count], 1)}
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{name} {value:.3g}" for name, value in self.rows(1)["1"].items())
+        return f"Tuning: {len(self.trials)} trials, the best: {best}"
+
+    def _repr_html_(self) -> str:
+        rows = self.rows()
+        heads = list(dict.fromkeys(name for row in rows.values() for name in row))
+        cells = [[rank, *(f"{row[h]:.3g}" if h in row else "" for h in heads)] for rank, row in rows.items()]
+        return notebook.line(self) + notebook.table(["", *heads], cells)
+
+
 def tune_sampler(
-    run: Run, method: str | None, overrides: Overrides, values: Mapping[str, str], *, device: str | None, **options: Any
-) -> tuple[list[dict[str, Any]], Path, Path]:
-    """Search a sampler's settings; return all trials, best first, the path of the best settings, and of a figure.
+    run: Run,
+    method: str | None,
+    overrides: Overrides,
+    values: Mapping[str, Sequence[Any]],
+    *,
+    device: str | None,
+    **options: Any,
+) -> Tuning:
+    """Search a sampler's settings.
 
     Args:
         run: trained run.
         method: kind of sampler; None: the recipe's.
         overrides: options of the sampler.
-        values: values to try for each setting, such as ``0.05,0.1``.
+        values: values to try for each setting, such as ``{"step_size": (0.05, 0.1)}``.
         device: None: the best one available.
         options: further options of :func:`search_settings`.
     """
     sampler = choose_sampler(run, method, overrides)
     plain = config.describe(sampler)
     listed = {
-        name: [getattr(config.build({**plain, name: v}, "sampler"), name) for v in text.split(",")]
-        for name, text in values.items()
+        name: [getattr(config.build({**plain, name: v}, "sampler"), name) for v in chosen]
+        for name, chosen in values.items()
     }
     trials, figure = search_settings(run, tune.settings_grid(sampler, listed), device=choose_device(device), **options)
-    return trials, tune.result_path(run, sampler), figure
+    return Tuning(trials, tune.result_path(run, sampler), figure)
 
 
 def choose_sampler(run: Run, method: str | None, overrides: Overrides = ()) -> Sampler:
