@@ -88,7 +88,7 @@ def test_docstrings_say_what_each_parameter_is():
         said = {word for names in re.findall(r"^    (\w[\w, ]*): ", arguments, re.M) for word in names.split(", ")}
         assert set(inspect.signature(function).parameters) == said, name
         assert "Raises:" in text, name
-        assert ">>> " in text.partition("Example:")[2], name
+        assert ">>> " in text.partition("Examples:")[2], name
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ SEARCH = {  # how generated pages stand in the search, beside 1 of those that ar
     "results": "{boost: 0.3}",
     "recipes.md": "{boost: 0.5}",
     "contributing.md": "{boost: 0.3}",
-    "changelog.md": "{exclude: true}",
+    "changelog.md": "{boost: 0.1}",
 }
 FAMILIES = {"digits": "8x8 digits, offline", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 

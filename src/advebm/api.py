@@ -74,7 +74,7 @@ def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
     Raises:
         UserError: there is no model, or its file is damaged.
 
-    Example:
+    Examples:
         >>> advebm.load("cifar10-at-2h")
         Network cifar10-at-2h: Staged, classifier of 10 classes, 2,797,610 parameters, threat PGD-20 l2 0.5
     """
@@ -94,7 +94,7 @@ def wrap(module: nn.Module, *, mean: float | Iterable[float] = 0.0, std: float |
     Raises:
         UserError: it is no module, ``std`` is not positive, or the normalisation is for images up to 255.
 
-    Example:
+    Examples:
         >>> mine = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
         >>> model = advebm.wrap(mine, mean=0.5, std=0.25)
         >>> model(torch.rand(4, 3, 32, 32)).shape
@@ -122,7 +122,7 @@ def energy(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
         UserError: images are outside [0, 1], labels out of range, outputs are probabilities instead of logits, labels
             are given for a critic, or the model is an encoder.
 
-    Example:
+    Examples:
         >>> model, images = advebm.load("runs/digits-at"), advebm.load_data("digits").test.float()
         >>> noise = torch.rand(100, 1, 8, 8)
         >>> bool(advebm.energy(model, images).mean() < advebm.energy(model, noise).mean())
@@ -175,7 +175,7 @@ def attack(
     Raises:
         UserError: images, labels, a radius or a name that do not fit, or a model that is no classifier.
 
-    Example:
+    Examples:
         >>> model, test = advebm.load("runs/digits-at"), advebm.load_data("digits").test
         >>> x, y = test.float()[:100], test.y[:100]
         >>> x_adv = advebm.attack(model, x, y, eps=0.9, norm="l2")
@@ -234,7 +234,7 @@ def sample(
     Raises:
         UserError: a class, a method or a setting that the model or its data do not have, or no data are known.
 
-    Example:
+    Examples:
         >>> model = advebm.load("runs/digits-at")
         >>> images = advebm.sample(model, torch.arange(10), method="cs", steps=10)
         >>> images.shape
@@ -303,7 +303,7 @@ def evaluate(
     Raises:
         UserError: what is needed is not known, an option is of the other kind of model, or a name does not exist.
 
-    Example:
+    Examples:
         >>> model = advebm.load("runs/digits-at")
         >>> records = advebm.evaluate(model, data="digits", threat=advebm.Attack(eps=0.5, norm="l2", steps=5))
         >>> [record.name for record in records]
@@ -377,7 +377,7 @@ def train(
         UserError: an unknown recipe or option, a folder that is not empty, or a run that another process trains.
         Diverged: the loss was not finite, and no checkpoint was left to go back to.
 
-    Example:
+    Examples:
         >>> options = {"train.images": 500, "backbone.width": 8}
         >>> advebm.train("digits-standard", folder="runs/short", options=options, device="cpu")
         Run runs/short: digits-standard, 512 of 500 images, 0 sets of samples, 0 records
@@ -403,7 +403,7 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     Raises:
         UserError: an unknown recipe or option, or a value of the wrong type.
 
-    Example:
+    Examples:
         >>> advebm.load_recipe("digits-at", {"train.images": 20_000, "seed": 1})
         Recipe digits-at: data digits, objective at, backbone small-conv, sampler cs, threat l2 0.9, 20,000 images
     """
@@ -426,7 +426,7 @@ def load_data(name: str, **settings: Any) -> Data:
     Raises:
         UserError: an unknown source or setting, or no images there.
 
-    Example:
+    Examples:
         >>> advebm.load_data("digits").test
         Images: 359 of 1 x 8 x 8, 10 classes
     """
@@ -444,7 +444,7 @@ def report(run: Run | str | Path, *, beside: Iterable[Run | str | Path] = (), ou
     Raises:
         UserError: there is no run, or the file cannot be written.
 
-    Example:
+    Examples:
         >>> advebm.report("runs/digits-at", out="report.html")
         PosixPath('report.html')
     """
@@ -465,7 +465,7 @@ def open_run(where: str | Path | Run, options: Mapping[str, Any] | None = None, 
     Raises:
         UserError: nothing is there, or the model's data are not known.
 
-    Example:
+    Examples:
         >>> run = advebm.open_run("runs/digits-at")
         >>> run.recipe.name, run.finished
         ('digits-at', True)
@@ -519,7 +519,7 @@ def draw_set(
     Raises:
         UserError: a name, class or setting that does not exist, or ``name`` is that of a set with other settings.
 
-    Example:
+    Examples:
         >>> advebm.draw_set("runs/digits-at", method="cs", per_class=2, steps=5, device="cpu")
         SampleSet: 20 images of 1 x 8 x 8, drawn by cs from class, 5 steps
     """
@@ -567,7 +567,7 @@ def tune(
     Raises:
         UserError: a name or a setting that does not exist, or other processes are at all trials.
 
-    Example:
+    Examples:
         >>> tuning = advebm.tune("runs/digits-at", steps=(5, 10), step_size=(0.1,), per_class=10, device="cpu")
         >>> len(tuning.trials), tuning.trials[0]["value"] <= tuning.trials[1]["value"]
         (2, True)
@@ -615,7 +615,7 @@ def diagnose(
     Raises:
         UserError: an unknown figure, or runs on different data.
 
-    Example:
+    Examples:
         >>> diagnosis = advebm.diagnose("runs/digits-at", ["gradients"], images=20, device="cpu")
         >>> [path.name for path in diagnosis.figures]
         ['gradients.png']
@@ -684,7 +684,7 @@ def edit(
     Raises:
         UserError: an unknown edit, class or setting, or options that do not go together.
 
-    Example:
+    Examples:
         >>> model, test = advebm.load("runs/digits-at"), advebm.load_data("digits").test
         >>> edited = advebm.edit(model, "inpaint", test.float()[:4], box=(2, 2, 6, 6), steps=10)
         >>> edited.x.shape
@@ -786,7 +786,7 @@ def doctor(
     Raises:
         UserError: no data are known, they have no labels, or too few images; or the model is an encoder.
 
-    Example:
+    Examples:
         >>> softmax = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Softmax(1))
         >>> advebm.doctor(softmax, data="digits").faults[0].name
         'probabilities'
@@ -825,7 +825,7 @@ def compare(
     Raises:
         UserError: the runs have different test images, or ``out`` is there already.
 
-    Example:
+    Examples:
         >>> comparison = advebm.compare(["runs/digits-at"], out="comparison.html", device="cpu")
         >>> list(comparison.records), comparison.report.name
         (['digits-at'], 'comparison.html')
@@ -865,7 +865,7 @@ def probe(
     Raises:
         UserError: the data have no labels, the network no features, or ``out`` is not empty.
 
-    Example:
+    Examples:
         >>> probed = advebm.probe("runs/digits-at", out="runs/probed", device="cpu")
         >>> probed.records[0].name
         'accuracy'
@@ -902,7 +902,7 @@ def export(
     Raises:
         UserError: a folder that is not empty, or weights that are too large for their type.
 
-    Example:
+    Examples:
         >>> advebm.load(advebm.export("runs/digits-at", "published", weights="float16")).threat.norm
         'l2'
     """
@@ -932,7 +932,7 @@ def push(
     Raises:
         UserError: nobody is logged in to the Hub, or it cannot be reached.
 
-    Example:
+    Examples:
         >>> advebm.push("runs/digits-at", "USER/NAME", private=True)  # doctest: +SKIP
     """
     options: dict[str, Any] = {"weights": weights, "images": _count(images), "license": license}
@@ -968,7 +968,7 @@ def reproduce(
     Raises:
         UserError: an unknown name, scale or option, or a model that does not fit.
 
-    Example:
+    Examples:
         >>> advebm.reproduce("cem-table2", scale="digits")  # doctest: +SKIP
     """
     given: dict[str, Any] = {"seeds": seeds, "quick": quick, "given": rows, "options": list((options or {}).items())}
@@ -986,7 +986,7 @@ def grid(x: Tensor, *, columns: int = 10, tile: int = 64) -> Image.Image:
     Raises:
         UserError: not images, or none.
 
-    Example:
+    Examples:
         >>> advebm.grid(advebm.load_data("digits").test.x[:20], tile=32).size
         (364, 76)
     """
