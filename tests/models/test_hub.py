@@ -455,9 +455,11 @@ def test_metadata_name_sets_of_the_hub_and_what_samples_were_compared_with():
     assert len(accuracy["metrics"]) == 2
     assert (quality["task"]["type"], quality["dataset"]["split"]) == ("unconditional-image-generation", "train")
     assert quality["metrics"] == [{"type": "fd", "value": 0.25, "name": "FD (features of judge), drawn"}]
-    other = yaml.safe_load(hub_metadata("mine", architecture, {"kind": "hf", "name": "me/photos"}, []))
+    other = yaml.safe_load(hub_metadata("mine", architecture, {"kind": "hf", "path": "me/photos"}, []))
     assert other["datasets"] == ["me/photos"]
     assert "model-index" not in other
+    assert _hide_local_paths({"kind": "hf", "path": "me/photos"}) == {"kind": "hf", "path": "me/photos"}
+    assert _hide_local_paths({"kind": "hf", "path": str(ROOT)}) == {"kind": "hf", "path": None}
 
 
 def test_a_recipe_without_options_of_its_own_is_not_said_to_have_them(measured_run, tmp_path):

@@ -148,8 +148,15 @@ def _hide_local_paths(options: Any) -> Any:
     """Return options with local paths replaced by None."""
     if isinstance(options, Mapping):
         hidden = {k for k in ("path", "root", "init", "teacher") if not str(options.get(k)).startswith("hf:")}
+        if _is_on_hub(options):
+            hidden.discard("path")
         return {k: None if k in hidden else _hide_local_paths(v) for k, v in options.items()}
     return [_hide_local_paths(option) for option in options] if isinstance(options, list) else options
+
+
+def _is_on_hub(source: Mapping[str, Any]) -> bool:
+    """Return whether a described source is a set of the Hub, rather than files on this machine."""
+    return source.get("kind") == "hf" and not Path(str(source.get("path"))).exists()
 
 
 def _training_sentence(run: Run, path: Path, data: str) -> str:
@@ -205,7 +212,7 @@ def hub_metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     kind = str(data.get("kind"))
-    dataset = data.get("name") if kind == "hf" else HUB_DATASETS.get(kind)
+    dataset = data["path"] if _is_on_hub(data) else HUB_DATASETS.get(kind)
     task = "image-classification" if architecture.hidden is None else "image-feature-extraction"
     results = []
     for record in records:

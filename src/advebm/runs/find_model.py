@@ -129,9 +129,19 @@ def _checked(role: str) -> Callable[[Any], Any]:
     return lambda options: config.describe(config.build(options, role, foreign=False))
 
 
+NEED_PATH = ("folder", "npz", "hf")  # sources that are nothing without one
+
+
+def _read_source(options: Any) -> Any:
+    """Return options of a source; a path that publishing has left out, and the source needs, is called DIR."""
+    if isinstance(options, Mapping) and options.get("kind") in NEED_PATH and options.get("path", "") is None:
+        options = {**options, "path": "DIR"}
+    return _checked("source")(options)
+
+
 # What is taken from a published model, whose options may be anybody's: nothing that imports code.
 SAFE: dict[str, Callable[[Any], Any]] = {
-    "data": _checked("source"),
+    "data": _read_source,
     "sampler": _checked("sampler"),
     "threat": lambda options: config.describe(_build_threat(options), Attack),
     "metrics": lambda options: [_checked("metric")(metric) for metric in options],
