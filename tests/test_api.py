@@ -358,16 +358,6 @@ def test_the_doctor_finds_the_same_by_reference_and_by_network(small_run, capsys
     assert by_name.faults == []
 
 
-def test_the_doctor_is_a_function_after_its_module_is_imported(model):
-    code = (
-        "import advebm, torch; from advebm.doctor import examine; from advebm.core.errors import UserError\n"
-        "try: advebm.doctor(torch.nn.Linear(1, 2))\n"
-        "except UserError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "no data are known of this model" in done.stdout
-
-
 def test_importing_is_quick_and_loads_no_torch():
     code = "import sys, advebm; dir(advebm); assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

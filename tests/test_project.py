@@ -52,8 +52,7 @@ LAYERS = [
     "cli",
     "api",
 ]
-SHIMS = {"apps", "doctor"}  # old names of edits and diagnostics.doctor
-FREE = {"__main__", *SHIMS}  # which hold nothing but an import
+FREE = {"__main__"}  # which holds nothing but an import
 
 
 def imports(path: Path) -> set[str]:
@@ -154,11 +153,6 @@ def test_what_extensions_import_is_there():
     for module, names in rows:
         for name in re.match(r"`(.*?)`", names)[1].split():
             assert getattr(importlib.import_module(module), name).__name__ == name
-    from advebm import apps
-    from advebm.doctor import examine
-
-    assert apps.Inpaint is importlib.import_module("advebm.edits").Inpaint
-    assert examine.__module__ == "advebm.diagnostics.doctor"
     with pytest.raises(AttributeError, match=r"'advebm.samplers' has no attribute 'CT'; there is"):
         importlib.import_module("advebm.samplers").CT  # noqa: B018
 
