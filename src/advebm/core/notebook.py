@@ -19,5 +19,5 @@ def picture(png: bytes, about: str = "") -> str:
 
 
 def line(text: object) -> str:
-    """Return a line of text."""
+    """Return text as a line of HTML, escaped."""
     return f"<div>{escape(str(text))}</div>"

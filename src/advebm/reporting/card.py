@@ -47,7 +47,6 @@ def write_model(
         weights: data type of the saved weights; float16 takes half the space of float32 and rounds less than bfloat16.
         images: test images of each class that go along, with Gaussians of the training images, so that the model can be
             sampled where its data are not; 0: neither.  None: 4 of public data sets, 0 of other data.
-
         license: an identifier that the Hub knows, such as ``mit`` or ``cc-by-4.0``, for the card; None: it names none.
 
     Returns:
