@@ -213,10 +213,10 @@ def _is_wrapped(weights: Weights, expected: Weights) -> bool:
 
 def _recognise(weights: Weights, expected: Weights, path: Path) -> Layout:
     """Return the layout, by names or, where two layouts share them, by the order of a block's norm and convolution."""
-    if any(name.startswith(("backbone.", "head.")) for name in weights):
-        return OURS
     if _is_wrapped(weights, expected):
         return WRAPPED
+    if any(name.startswith(("backbone.", "head.")) for name in weights):
+        return OURS
     if any(re.match(WIDE.block, name) for name in weights):
         return WIDE
     if any(re.match(LAYER, name) for name in weights):
