@@ -50,6 +50,12 @@ def resize(x: Tensor, size: int, crop: float) -> Tensor:
     return x[:, :, top : top + size, left : left + size]
 
 
+@fx.wrap
+def take_logits(out: Any) -> Tensor:
+    """Return a library's output, or the logits within it."""
+    return out if isinstance(out, Tensor) else find_logits(out)
+
+
 class Resized(nn.Module):
     """A library's network on images of any size: ``(B, C, H, W)`` -> features or logits ``(B, W)``.
 
@@ -63,8 +69,7 @@ class Resized(nn.Module):
         self.net, self.size, self.crop = net, size, crop
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.net(x if self.size is None else resize(x, self.size, self.crop))
-        return out if isinstance(out, Tensor) else find_logits(out)
+        return take_logits(self.net(x if self.size is None else resize(x, self.size, self.crop)))
 
 
 def check_size(size: int | None, crop: float) -> None:
@@ -83,7 +88,7 @@ def need(package: str, what: str) -> Any:
         if error.name != package:
             raise UserError(f"{what} needs {package}, which needs {error.name}: pip install {error.name}") from None
         raise UserError(f"{what} needs {package}, which is not installed: pip install {package}") from None
-    except Exception as error:  # a torchvision for another torch raises anything
+    except Exception as error:  # a library that was made for another torch raises anything
         raise UserError(f"{what} needs {package}, which cannot be imported here: {one_line(error)}") from error
 
 

@@ -159,7 +159,7 @@ def _load(backbone: Transformers, sized: bool, weights: Path | None) -> tuple[Ne
         normalise = load_file(module.float(), weights, processor.mean, processor.std)
     elif missing := sorted(found["missing_keys"]):
         raise UserError(f"{backbone.name} has no {missing[0]}; train it first: --backbone transformers:{backbone.name}")
-    size = int(backbone.size or getattr(module.config, "image_size", 224))
-    channels = getattr(module.config, "num_channels", 3)
+    settings = module.config.to_dict()
+    size, channels = backbone.size or settings.get("image_size", 224), settings.get("num_channels", 3)
     module, head = split(module.float())
     return assemble(backbone, Resized(module, backbone.size, backbone.crop), head, normalise, channels, size)
