@@ -20,7 +20,8 @@ def test_images_of_the_networks_size_are_taken_as_they_are(generator):
 
 
 @pytest.mark.parametrize(
-    ("shape", "size", "crop", "shorter"), [((48, 48), 32, 0.8, 40), ((60, 80), 30, 0.5, 60), ((300, 200), 64, 0.875, 73)]
+    ("shape", "size", "crop", "shorter"),
+    [((48, 48), 32, 0.8, 40), ((60, 80), 30, 0.5, 60), ((300, 200), 64, 0.875, 73)],
 )
 def test_larger_images_are_reduced_and_their_centre_kept_as_libraries_do(shape, size, crop, shorter, generator):
     """Compared with Pillow, whose bytes are rounded after each direction."""
@@ -59,7 +60,11 @@ def test_batch_norms_behind_the_resizing_are_folded(generator):
 
 
 def test_bad_sizes_are_refused():
-    for size, crop, message in ((0, 1.0, "size must be at least 1"), (8, 0.0, "crop is the share"), (8, 2.0, "crop is")):
+    for size, crop, message in (
+        (0, 1.0, "size must be at least 1"),
+        (8, 0.0, "crop is the share"),
+        (8, 2.0, "crop is"),
+    ):
         with pytest.raises(UserError, match=message):
             check_size(size, crop)
 
@@ -72,7 +77,9 @@ def test_a_library_that_is_not_there_is_named_with_how_to_install_it(monkeypatch
         raise RuntimeError("operator torchvision::nms\ndoes not exist")
 
     monkeypatch.setattr(base, "import_module", broken)
-    with pytest.raises(UserError, match="needs timm, which cannot be imported here: operator torchvision::nms does not"):
+    with pytest.raises(
+        UserError, match="needs timm, which cannot be imported here: operator torchvision::nms does not"
+    ):
         need("timm", "timm:x")
 
 

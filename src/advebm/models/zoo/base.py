@@ -97,11 +97,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def name_of(module: nn.Module, part: nn.Module) -> str:
-    """Return the name of a part of a module."""
-    return next(name for name, found in module.named_modules() if found is part)
-
-
 def load_file(module: nn.Module, path: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> Normalize:
     """Load the state dict in a file into a library's classifier; return the normalisation, which the file may bring.
 

@@ -13,7 +13,7 @@ from advebm.core import config, files
 from advebm.core.errors import UserError, suggest
 from advebm.models import hub, public_weights
 from advebm.models.network import Architecture, Network, Normalize
-from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, load_file, name_of, need, one_line
+from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, load_file, need, one_line
 
 WEIGHTS = "model.safetensors"
 
@@ -115,29 +115,33 @@ def create(backbone: Timm, channels: int, size: int, **options: Any) -> nn.Modul
 
 
 def split(module: Any) -> tuple[nn.Module, nn.Linear]:
-    """Return a classifier of timm without its last layer, and that layer.
+    """Return a classifier of timm without its last layer, and that layer."""
+    head: nn.Linear = module.get_submodule(name_of_head(module))
+    module.reset_classifier(0)
+    return module, head
+
+
+def name_of_head(module: Any) -> str:
+    """Return the name of the layer from features to logits.
 
     Raises:
-        UserError: there is not one linear layer from features to logits.
+        UserError: there is not one linear layer.
     """
     head = module.get_classifier()
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(module).__name__} of timm has no linear layer from features to logits")
-    module.reset_classifier(0)
-    return module, head
+    return next(name for name, part in module.named_modules() if part is head)
 
 
 def _load(backbone: Timm, configuration: Any, weights: Path | None) -> tuple[Network, Architecture]:
     channels, size = configuration.input_size[0], backbone.size or configuration.input_size[-1]
     normalise = Normalize(tuple(configuration.mean), tuple(configuration.std))
-    module: Any
     if weights is None:
         if not configuration.has_weights:
             raise UserError(f"timm has no weights of {backbone.name}; give a file: timm:{backbone.name}@FILE")
         module = create(backbone, channels, size, pretrained=True)
     else:
-        module = create(backbone, channels, size)
-        last, state = name_of(module, module.get_classifier()), public_weights.read(weights)
+        last, state = name_of_head(create(backbone, channels, size)), public_weights.read(weights)
         if f"{last}.weight" not in state:
             raise UserError(f"{weights} has no {last}.weight, so it does not fit {backbone.name} of timm")
         module = create(backbone, channels, size, num_classes=len(state[f"{last}.weight"]))
