@@ -39,7 +39,7 @@ test-matrix: $(READY)
 test-page: $(PAGE)
 	.venv-page/bin/python -m pytest tests/page $(ARGS)
 
-# With timm, transformers and a full torch, 6 GB.  ROBUSTBENCH_SRC and AUTOATTACK_SRC name checkouts of these; else they are skipped.
+# References to models of timm, transformers and RobustBench, with these and a full torch (6 GB).
 test-zoo: $(ZOO)
 	OMP_NUM_THREADS=2 .venv-zoo/bin/python -m pytest tests/zoo $(ARGS)
 
@@ -105,8 +105,8 @@ $(PAGE): pyproject.toml constraints.txt
 $(ZOO): pyproject.toml
 	$(PYTHON) -m venv .venv-zoo
 	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 \
-		timm==1.0.31 transformers==5.24.0 torchdiffeq geotorch gdown pandas scipy 'setuptools<80' -e '.[data]' \
-		'pytest>=8' 'pytest-xdist>=3.6'
+		timm==1.0.31 transformers==5.24.0 torchdiffeq geotorch gdown pandas scipy 'setuptools<80' -e '.[data]' 'pytest>=8'
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps robustbench==1.1.1 pyautoattack==0.2.0
 	touch $(ZOO)
 
 $(READY): pyproject.toml constraints.txt

@@ -1,12 +1,7 @@
 """Tests with timm, transformers and RobustBench themselves, in the environment of make test-zoo."""
 
-import os
-import sys
-
 import pytest
 import torch
-
-sys.path[:0] = [os.environ[name] for name in ("ROBUSTBENCH_SRC", "AUTOATTACK_SRC") if name in os.environ]
 
 
 @pytest.fixture(autouse=True)

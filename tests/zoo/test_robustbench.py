@@ -3,19 +3,19 @@ import torch
 
 import advebm
 from advebm.core.errors import UserError
+from advebm.models.zoo.robustbench import RobustBench
 from advebm.runs.find_model import find_reference
 from tests.zoo.conftest import agree
 
-REASON = "ROBUSTBENCH_SRC and AUTOATTACK_SRC name checkouts for make test-zoo"
-zoo = pytest.importorskip("robustbench.model_zoo.models", reason=REASON, exc_type=ImportError)
+pytest.importorskip("pyautoattack", reason="make test-zoo installs robustbench")
 
 NAME = "Rice2020Overfitting"
 
 
 def make():
     torch.manual_seed(2)
-    net = next(p for d, ps in zoo.model_dicts.items() if d.value == "cifar10" for t, p in ps.items() if t.value == "L2")
-    return net[NAME]["model"]().eval()
+    net = RobustBench(NAME, threat="L2").build(3, 32)[0].net.eval()
+    return net
 
 
 def test_logits_are_the_zoos(tmp_path, pictures, monkeypatch):

@@ -1,5 +1,6 @@
 """What networks of other libraries have in common: resizing, the classifier, and weights that a library knows."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -83,11 +84,14 @@ def check_size(size: int | None, crop: float) -> None:
 def need(package: str, what: str) -> Any:
     """Import a library, or raise a UserError that says how to install it."""
     try:
-        return import_module(package)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what one library says of another is no concern of the user's
+            return import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package:
-            raise UserError(f"{what} needs {package}, which needs {error.name}: pip install {error.name}") from None
-        raise UserError(f"{what} needs {package}, which is not installed: pip install {package}") from None
+        library, missing = package.partition(".")[0], str(error.name)
+        if missing != library:
+            raise UserError(f"{what} needs {library}, which needs {missing}: pip install {missing}") from None
+        raise UserError(f"{what} needs {library}, which is not installed: pip install {library}") from None
     except Exception as error:  # a library that was made for another torch raises anything
         raise UserError(f"{what} needs {package}, which cannot be imported here: {one_line(error)}") from error
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -67,7 +70,9 @@ class RobustBench:
 
 def _parts() -> dict[tuple[str, str], Mapping[str, Any]]:
     """Return the zoo's tables of models, by data set and threat."""
-    zoo = need("robustbench.model_zoo.models", "robustbench:…")
+    if find_spec("autoattack") is None and find_spec("pyautoattack") is not None:
+        sys.modules["autoattack"] = import_module("pyautoattack")  # PyPI's name of what robustbench imports
+    zoo = need("robustbench.model_zoo.models", "robustbench:NAME")
     tables = zoo.model_dicts.items()
     return {(data.value, threat.value): part for data, parts in tables for threat, part in parts.items()}
 
