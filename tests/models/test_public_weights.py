@@ -622,6 +622,16 @@ def test_statistics_that_do_not_tell_a_variant(closing, names, tmp_path, generat
     agree(model, lambda x: normalised(net, x), images(generator))
 
 
+def test_other_norms_of_a_variant_are_refused(tmp_path, generator):
+    state = foreign_net("preact-pytorch-cifar", generator).state_dict()
+    grouped = {k: v for k, v in state.items() if not k.endswith(("running_mean", "running_var", "tracked"))}
+    bare = {k: v for k, v in grouped.items() if ".bn" not in k}
+    for content in (grouped, bare):
+        torch.save(content, tmp_path / "net.pt")
+        with pytest.raises(UserError, match="no running statistics of batch norm"):
+            public_weights.build(tmp_path / "net.pt")
+
+
 def test_our_own_names_for_a_stated_network(tmp_path, generator):
     arch = Architecture(SmallConv(width=4, activation="silu"), 10, 3, 32, MEAN, STD)
     model = theirs.randomise(arch.build(1), generator)

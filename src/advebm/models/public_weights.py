@@ -3,7 +3,8 @@
 Equal names do not imply equal functions.  Differences that names and shapes do not show are refused where the file
 gives a sign of them (see :func:`load`).  You have to rule out yourself what no file shows: another activation than a
 code base's usual one, a normalisation that was kept outside the file or computed from each image, an ε of batch norm
-other than 1e-5, and shortcuts without parameters that put new channels elsewhere than :class:`resnet.Padding` does.
+other than 1e-5, other strides, and shortcuts without parameters that put new channels elsewhere than
+:class:`advebm.models.resnet.Padding` does.
 """
 
 import math
@@ -500,6 +501,8 @@ def _choose_backbone(renamed: Weights, origin: Mapping[str, str], layout: Layout
     backbones = _find_backbones(renamed, layout.variants, layout.activations[0])
     if len(backbones) < 2:
         return backbones[0] if backbones else None
+    if reason := _find_missing_part(renamed, layout):
+        raise UserError(f"{path} has {layout.title}, but {reason}")
     with torch.device("meta"):
         module, _ = backbones[0].build(_count_channels(renamed), 32)
     parts = {name: value for name, value in renamed.items() if name.startswith("backbone.")}
@@ -577,7 +580,7 @@ def _describe_backbone(weights: Weights, variants: Collection[Variant]) -> str:
     if not (backbones := _find_backbones(weights, variants)):
         return "a network of another kind"
     options = config.describe(backbones[0])
-    usual = {"width": None, "stem": "cifar", "shortcut": "projection"}
+    usual: dict[str, Any] = {"width": None, "stem": "cifar", "shortcut": "projection"}
     usual |= {} if isinstance(backbones[0], WideResNet) else {"widen": 1}
     names = [n for n in ("depth", "width", "widen", "norm", "stem", "shortcut") if n in options]
     texts = {name: options[name] for name in names if name not in usual or options[name] != usual[name]}
@@ -657,7 +660,9 @@ def _has_bare_shortcuts(w: Weights) -> bool | None:
         bare += ((shortcut_mean - matrix @ mean).square() / scale).mean().item()
         activated_mean = matrix @ _mean_activation(w, f"{block}opening.0")
         activated += ((shortcut_mean - activated_mean).square() / scale).mean().item()
-    return True if 3 * bare < activated else False if 3 * activated < bare else None
+    if 3 * bare < activated:
+        return True
+    return False if 3 * activated < bare else None
 
 
 def _mean_activation(w: Weights, norm: str) -> Tensor:

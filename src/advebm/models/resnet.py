@@ -178,8 +178,7 @@ class ResNet:
         stem: ``cifar``, a 3x3 convolution, or ``imagenet``, a 7x7 convolution and a 3x3 maximum, each of stride 2.
         shortcut: where the shape changes, ``projection``, a 1x1 convolution and a norm, or ``padding``, no parameters:
             every other pixel, and zeros for new channels (option A of the paper, its CIFAR networks).
-        widen: factor on the channels inside bottlenecks, Zagoruyko & Komodakis (2016); 2 in torchvision's
-            wide_resnet50_2.
+        widen: factor on the channels inside bottlenecks, Zagoruyko & Komodakis (2016): 2 in wide_resnet50_2.
     """
 
     depth: int = 18
