@@ -309,10 +309,10 @@ def _is_wrapped(weights: Weights, expected: Weights) -> bool:
 
 def _recognise(weights: Weights, expected: Weights, path: Path) -> Layout:
     """Return the layout, by names or, where two layouts share them, by the order of a block's norm and convolution."""
-    if any(name.startswith(("backbone.", "head.")) for name in weights):
-        return OURS
     if _is_wrapped(weights, expected):
         return WRAPPED
+    if any(name.startswith(("backbone.", "head.")) for name in weights):
+        return OURS
     if (layout := next((ours for ours in NAMED if any(re.match(ours.block, n) for n in weights)), None)) is not None:
         return layout
     if any(re.match(LAYER, name) for name in weights):
