@@ -153,10 +153,10 @@ def shrink(x: Tensor, edge: int) -> Tensor:
     longest = max(x.shape[2:])
     if longest <= edge:
         return x
-    size = [max(1, round(length * edge / longest)) for length in x.shape[2:]]
-    small = torch.empty(len(x), x.shape[1], *size, dtype=x.dtype)
+    height, width = (max(1, round(length * edge / longest)) for length in x.shape[2:])
+    small = torch.empty(len(x), x.shape[1], height, width, dtype=x.dtype)
     for piece in _pieces(x, torch.arange(len(x))):
-        pooled = adaptive_avg_pool2d(_rows(x, piece).view(len(piece), *x.shape[1:]), size)
+        pooled = adaptive_avg_pool2d(_rows(x, piece).view(len(piece), *x.shape[1:]), (height, width))
         small[piece] = pooled if x.dtype.is_floating_point else (pooled * 255).round().to(x.dtype)
     return small
 

@@ -246,6 +246,17 @@ def test_names_of_a_module_of_ones_own(prefix, tmp_path, generator):
     assert public_weights.load(model, tmp_path / "net.pt") == []
 
 
+def test_a_normalisation_in_front_of_a_module_of_ones_own(tmp_path, generator):
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 5))
+    constants = {"mean": torch.tensor([0.1, 0.2, 0.3]), "std": torch.tensor([0.4, 0.5, 0.6])}
+    inside = with_prefix("model.", module.state_dict())
+    torch.save({"state_dict": inside | with_prefix("normalize.", constants)}, tmp_path / "net.pt")
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 5))
+    model = Network(Normalize(MEAN, STD), other, nn.Identity()).eval()
+    assert public_weights.load(model, tmp_path / "net.pt") == []
+    agree(model, lambda x: normalised(module, x, *(tuple(c.tolist()) for c in constants.values())), images(generator))
+
+
 def test_a_file_in_a_files_own_names_for_the_small_network(tmp_path, generator):
     arch = Architecture(SmallConv(width=4), 10, 3, 8, MEAN, STD)
     net, model = arch.build(1).eval(), arch.build(2).eval()
@@ -406,13 +417,13 @@ def test_running_means_tell_what_a_shortcut_takes(bare, size, generator):
     net = theirs.randomise(theirs.PreActResNet(EIGHTEEN, 8, bare=bare), generator)
     state = theirs.settle(net, torch.rand(16, 3, size, size, generator=generator)).state_dict()
     for names in (list(state), sorted(state), sorted(state, reverse=True)):
-        named, _ = public_weights._rename({name: state[name] for name in names}, public_weights.PREACT)
+        named, _ = public_weights._rename({name: state[name] for name in names}, public_weights.PREACT, {})
         assert public_weights._has_bare_shortcuts(named) is bare
         ends = {name: value for name, value in named.items() if "closing" not in name}
         assert public_weights._has_bare_shortcuts(ends) is bare
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fresh, _ = public_weights._rename(theirs.PreActResNet(EIGHTEEN, 8).state_dict(), public_weights.PREACT)
+        fresh, _ = public_weights._rename(theirs.PreActResNet(EIGHTEEN, 8).state_dict(), public_weights.PREACT, {})
     assert public_weights._has_bare_shortcuts(fresh) is None, "statistics that nothing has moved tell nothing"
 
 

@@ -218,7 +218,7 @@ def _load(model: Network, path: Path, *, stated: bool) -> list[str]:
     expected, readings = model.state_dict(), list(_strip_prefixes(_read_state_dict(path)))
     weights = next((w for w in readings if _is_wrapped(w, expected)), readings[-1])
     layout = _recognise(weights, expected, path)
-    renamed, origin = _rename(weights, layout)
+    renamed, origin = _rename(weights, layout, expected)
     unused = [name for name in renamed if name.startswith(layout.unused)]
     for name in unused:
         del renamed[name]
@@ -303,8 +303,9 @@ def _is_shared(prefix: str, weights: Weights) -> bool:
 
 
 def _is_wrapped(weights: Weights, expected: Weights) -> bool:
-    """Return whether the names are those of the module inside a network."""
-    return all(f"backbone.{name}" in expected for name in weights)
+    """Return whether the names are those of the module inside a network, and of a normalisation in front of it."""
+    inside = {name: f"backbone.{name}" in expected for name in weights}
+    return any(inside.values()) and all(found or _constant_of(name) for name, found in inside.items())
 
 
 def _recognise(weights: Weights, expected: Weights, path: Path) -> Layout:
@@ -324,13 +325,14 @@ def _recognise(weights: Weights, expected: Weights, path: Path) -> Layout:
     raise UserError(f"{path} has names that are not known: {_join_names(weights)}")
 
 
-def _rename(weights: Weights, layout: Layout) -> tuple[Weights, dict[str, str]]:
-    """Return the entries under our names, and the original name of each; public layouts' constants are renamed, too."""
+def _rename(weights: Weights, layout: Layout, expected: Weights) -> tuple[Weights, dict[str, str]]:
+    """Return the entries under our names, and the original name of each; constants of a normalisation likewise."""
     renamed: Weights = {}
     origin: dict[str, str] = {}
     for name, value in weights.items():
         ours = f"backbone.{name}" if layout is WRAPPED else layout.translate(name)
-        if layout in PUBLIC and (constant := _constant_of(name)):
+        outside = layout in PUBLIC or (layout is WRAPPED and ours not in expected)
+        if outside and (constant := _constant_of(name)):
             ours = f"normalise.{constant}"
             if ours in renamed and torch.equal(renamed[ours].flatten(), value.flatten()):
                 continue
@@ -408,7 +410,7 @@ def build(
     """
     *_, weights = _strip_prefixes(_read_state_dict(path))
     layout = _recognise(weights, {}, path)
-    renamed, origin = _rename(weights, layout)
+    renamed, origin = _rename(weights, layout, {})
     head, channels, stated = renamed.get("head.weight"), _count_channels(renamed), backbone is not None
     if layout in PUBLIC and backbone is None and channels:
         backbone = _choose_backbone(renamed, origin, layout, path)

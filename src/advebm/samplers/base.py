@@ -145,8 +145,8 @@ class Sampler:
                 raise UserError(f"{data.name} brings Gaussians of training images; set fit to train, or give --data")
             return data.gaussians.start(by_class=by_class, shrinkage=self.shrinkage)
         x = split.x if self.fit_size is None else starts.shrink(split.x, self.fit_size)
-        classes = {"y": split.y, "classes": len(data.classes)} if by_class else {}
-        gaussians = ClassGaussians.fit(x, **classes, shrinkage=self.shrinkage)
+        y, classes = (split.y, len(data.classes)) if by_class else (None, 1)
+        gaussians = ClassGaussians.fit(x, y, classes=classes, shrinkage=self.shrinkage)
         return gaussians if x is split.x else starts.Enlarged(gaussians, tuple(x.shape[1:]))
 
     @property
