@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import advebm
@@ -11,9 +12,11 @@ from advebm.data.sources import Data, Images
 from advebm.diagnostics import landscape
 from advebm.edits.restore import Denoise, Inpaint, Upsample
 from advebm.edits.transform import Counterfactual, Interpolate, Paint, Translate
+from advebm.metrics.base import SampleSet
 from advebm.metrics.distances import Moments
 from advebm.models.zoo.base import Resized
 from advebm.samplers.classifier import CS, RCS, TA, Langevin
+from advebm.sampling import generate
 
 SHAPE, CLASSES = (3, 60, 84), 1000
 
@@ -57,6 +60,18 @@ def test_edits(edit, model, data):
     edited = edit(model, x, torch.tensor([998, 999]), hole=hole, generator=rng.generator(0))
     scale = edit.factor if isinstance(edit, Upsample) else 1
     assert edited.x.shape == (2, 3, scale * SHAPE[1], scale * SHAPE[2])
+
+
+def test_pictures_of_a_thousand_classes_have_a_hundred_rows(model, data, tmp_path):
+    """And as many columns as there are images of a class; memory does not grow with classes or steps."""
+    y = torch.arange(150).repeat_interleave(2)
+    x = torch.rand(300, 3, 8, 8, generator=rng.generator(0))
+    generate.write_set(tmp_path, SampleSet(x, y, {}), CLASSES)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.height / grid.width == pytest.approx(100 / 2, rel=0.05)
+    film, steps = generate.draw_trajectory(model, TA(steps=3, start="global", fit_size=8), data, frames=3)
+    assert film.shape == (100, 3, *SHAPE)
+    assert steps == [0, 2, 3]
 
 
 def test_interpolation(model, data):

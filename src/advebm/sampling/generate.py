@@ -22,6 +22,7 @@ from advebm.models.inference import BackendName, View, find_backend, make_view
 from advebm.samplers.base import Sampler
 from advebm.starts import ImagePool, Start
 
+COLUMNS, ROWS = 10, 100  # of a grid of samples, at most
 CHUNK = 500  # images per chunk; each chunk has its own generator, so results do not depend on the number of processes
 
 
@@ -183,17 +184,23 @@ def draw_trajectory(
 ) -> tuple[Tensor, list[int]]:
     """Run one chain per class; return images (classes, frames, C, H, W) from seed to last iterate, and their steps.
 
-    A single class gets two chains if samples interact.
+    Of more than 100 classes, the first 100 are drawn.  A single class gets two chains if samples interact.
     """
-    pair = sampler.coupled and len(data.classes if classes is None else classes) == 1
+    classes = (range(len(data.classes)) if classes is None else classes)[:ROWS]
+    pair = sampler.coupled and len(classes) == 1
     device, y = device_of(model), classes_to_draw(sampler, data, 1 + pair, classes)
     generator = rng.generator(seed, "film", device=device)
     x = sampler.prepare(data, outside)(torch.empty(len(y), *data.shape, device=device), y.to(device), generator)
-    path: list[Tensor] = []
-    options: dict[str, Any] = {"generator": generator, "bank": sampler.bank(data)}
-    end = sampler(model, y.to(device), x, observe=lambda k, x, value: path.append(x.cpu()), **options)
-    path.append(end.cpu())
     steps = sorted({round(i) for i in np.linspace(0, sampler.steps, frames)})
+    path: dict[int, Tensor] = {}
+
+    def keep(k: int, x: Tensor, value: Tensor | None) -> None:
+        if k in steps:
+            path[k] = x.cpu()
+
+    options: dict[str, Any] = {"generator": generator, "bank": sampler.bank(data)}
+    options["batch"] = max(batch_size_for(data.shape, model), 1 + pair)
+    path[sampler.steps] = sampler(model, y.to(device), x, observe=keep, **options).cpu()
     return torch.stack([path[k] for k in steps], 1), steps
 
 
@@ -237,18 +244,28 @@ def write_parts(
             for part in parts:
                 out.write(part.numpy().tobytes())
                 for x, k in zip(part, y[done : done + len(part)].tolist(), strict=True):
-                    if len(row := first.setdefault(k, [])) < (10 if k >= 0 else 10 * classes):  # the grid shows no more
+                    room = COLUMNS if k >= 0 else COLUMNS * min(ROWS, classes)
+                    if len(row := first.setdefault(k, [])) < room and (row or len(first) <= ROWS):
                         row.append(x.clone())
                 done += len(part)
         with archive.open(_archive_entry("y"), "w") as out:
             np.lib.format.write_array(out, y.numpy())
-    shown = [(x, k) for k, row in sorted(first.items()) for x in row]
-    images = torch.stack([x for x, _ in shown]) if shown else torch.empty(0, *shape)
-    rows = pictures.rows_by_class(images, torch.tensor([k for _, k in shown], dtype=torch.int64), classes)
-    pictures.save(pictures.grid(rows), folder / "grid.png")
+    pictures.save(pictures.grid(_rows_of_grid(first, shape)), folder / "grid.png")
     if strip is not None:
         pictures.save(pictures.grid(strip[0]), folder / "film.png")
     files.write_json(folder / "manifest.json", {**manifest, "count": len(y), "film": [] if strip is None else strip[1]})
+
+
+def _rows_of_grid(first: Mapping[int, list[Tensor]], shape: Sequence[int]) -> Tensor:
+    """Return rows of a grid (rows, columns, C, H, W): one for each class that was drawn, or of images of no class."""
+    drawn = [torch.stack(row) for _, row in sorted(first.items()) if row]
+    if not drawn:
+        return torch.ones(1, 1, *shape)
+    if -1 in first:
+        columns = min(COLUMNS, len(drawn[0]))
+        return pictures.rows_by_class(drawn[0], torch.full((len(drawn[0]),), -1), -(-len(drawn[0]) // columns), columns)
+    numbers = torch.arange(len(drawn)).repeat_interleave(torch.tensor([len(row) for row in drawn]))
+    return pictures.rows_by_class(torch.cat(drawn), numbers, len(drawn), max(map(len, drawn)))
 
 
 def _archive_entry(name: str) -> zipfile.ZipInfo:
