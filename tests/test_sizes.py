@@ -68,7 +68,7 @@ def test_pictures_of_a_thousand_classes_have_a_hundred_rows(model, data, tmp_pat
     x = torch.rand(300, 3, 8, 8, generator=rng.generator(0))
     generate.write_set(tmp_path, SampleSet(x, y, {}), CLASSES)
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.height / grid.width == pytest.approx(100 / 2, rel=0.05)
+        assert grid.height / grid.width == pytest.approx(100 / 2, rel=0.1)
     film, steps = generate.draw_trajectory(model, TA(steps=3, start="global", fit_size=8), data, frames=3)
     assert film.shape == (100, 3, *SHAPE)
     assert steps == [0, 2, 3]
