@@ -215,14 +215,14 @@ class Leaderboard:
     Attributes:
         protocol: what was measured.
         rows: the models, those of the highest robust accuracy first.
-        images: the data, as :class:`advebm.data.sources.Data` names them, and numbers of training and test images.
+        data: the images.
         environment: hardware, versions and date, see :func:`advebm.runs.run.environment`.
         folder: where ``leaderboard.json``, ``leaderboard.md`` and ``leaderboard.png`` are.
     """
 
     protocol: Protocol
     rows: list[Row]
-    images: tuple[str, int, int]
+    data: Data
     environment: Mapping[str, Any]
     folder: Path
 
@@ -253,7 +253,7 @@ class Leaderboard:
 
     def describe(self) -> dict[str, Any]:
         """Return plain data, as JSON holds it."""
-        images = dict(zip(("data", "training images", "test images"), self.images, strict=True))
+        images = {"data": self.data.name, "train": len(self.data.train), "test": len(self.data.test)}
         about = {"protocol": self.protocol.describe(), "images": images, "environment": dict(self.environment)}
         return {**about, "rows": [row.describe() for row in self.rows]}
 

@@ -4,21 +4,25 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from advebm.attacks.base import ball_text
 from advebm.core import files
+from advebm.data import pictures
 from advebm.evaluation.leaderboard import OUTLIERS, TIMED, Leaderboard, Row
 from advebm.reporting.figures import STYLE, png, show_images
 from advebm.reporting.records import markdown
 from advebm.sampling import generate
 
 COLUMNS = 10  # classes that the picture shows a sample of, at most
-BEST, OTHER = "#0f6fc6", "#6b7280"
+BEST, OTHER, DARK = "#0f6fc6", "#6b7280", "#374151"
+DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))  # from a point to its title
 
 
 def write(board: Leaderboard) -> None:
@@ -32,14 +36,15 @@ def write(board: Leaderboard) -> None:
 
 def page(board: Leaderboard, *, pictured: bool) -> str:
     """Return the table, the picture, and how all of it was measured, in Markdown."""
-    protocol, (data, trained, tested), here = board.protocol, board.images, board.environment
+    protocol, here = board.protocol, board.environment
+    trained, tested = len(board.data.train), len(board.data.test)
     attacked = min(protocol.images or tested, tested)
     which = "all" if attacked == tested else f"{attacked:,} (the same for every model)"
     sets = ", ".join(noise.name for noise in OUTLIERS)
     sampler, threat = protocol.sampler, ball_text(protocol.attack.eps, protocol.attack.norm)
     drawn = f"{generate.set_name(sampler).rpartition('-')[0]}, {sampler.steps} steps of {sampler.step_size:g}"
     lines = [
-        f"- {data}: {tested:,} test images; clean accuracy on all, robust accuracy on {which}, under "
+        f"- {board.data.name}: {tested:,} test images; clean accuracy on all, robust accuracy on {which}, under "
         f"{protocol.attack.name}, whatever a model was trained for.",
         f"- Samples: about {protocol.samples:,}, by {drawn}, from the same starts ({sampler.start}) for every model.",
         f"- FD (lower is better) and class score: in the features of `{protocol.features}`, FD from the {trained:,} "
@@ -58,32 +63,32 @@ def page(board: Leaderboard, *, pictured: bool) -> str:
 def draw(board: Leaderboard) -> bytes | None:
     """Plot FD against robust accuracy, and show a sample of each class of each model; None if no model has both.
 
-    Models that no other one beats in both are blue and joined by a line.
+    Models that no other one beats in both are blue and joined by a line.  Bars are 1.96 standard errors.
     """
     rows = [row for row in board.rows if {"robust", "FD"} <= row.numbers.keys()]
     if not rows:
         return None
     points = {row.title: (100 * row.numbers["robust"]["value"], row.numbers["FD"]["value"]) for row in rows}
-    errors = {row.title: (100 * row.numbers["robust"]["error"], row.numbers["FD"]["error"]) for row in rows}
+    bars = {row.title: (196 * row.numbers["robust"]["error"], 1.96 * row.numbers["FD"]["error"]) for row in rows}
     best = undominated(points)
     with plt.rc_context(STYLE):
-        size = (11.5, max(4.2, 0.9 + 0.5 * len(rows)))
-        figure, (axis, beside) = plt.subplots(1, 2, figsize=size, width_ratios=(1, 1.05), layout="constrained")
-        front = sorted(points[title] for title in best)
-        axis.plot(*zip(*front, strict=True), color=BEST, lw=1, alpha=0.4, zorder=1)
+        figure = plt.figure(figsize=(11.5, max(4.4, 0.9 + 0.5 * len(rows))), layout="constrained")
+        halves = figure.add_gridspec(1, 2, width_ratios=(1, 1.1), wspace=0.04)
+        axis = figure.add_subplot(halves[0])
+        axis.plot(*zip(*sorted(points[title] for title in best), strict=True), color=BEST, lw=1, alpha=0.35, zorder=1)
         for title, (x, y) in points.items():
-            color = BEST if title in best else OTHER
-            dx, dy = (1.96 * error for error in errors[title])
-            axis.errorbar(x, y, dy, dx, color=color, elinewidth=0.8, alpha=0.5, zorder=2)
-            axis.plot(x, y, "o", ms=6.5, color=color, mec="white", mew=0.8, zorder=3)
-        space = next(row.numbers["FD"] for row in rows)["name"].removeprefix("FD").strip(" ()")
-        axis.set(xlabel=f"robust accuracy, % ({board.protocol.attack.name}), higher is better →")
-        axis.set(ylabel=f"← lower is better, FD to real images ({space})")
-        axis.set_title(f"Robust and generative: {len(rows)} models of {board.images[0]}", loc="left")
+            color, (dx, dy) = BEST if title in best else OTHER, bars[title]
+            axis.errorbar(x, y, dy, dx, color=color, elinewidth=0.8, alpha=0.4, zorder=2)
+            axis.plot(x, y, "o", ms=7, color=color, mec="white", mew=0.8, zorder=3)
+        judge = board.protocol.features.rpartition("/")[2]
+        axis.set(xlabel=f"robust accuracy, % ({board.protocol.attack.name}): higher is better →")
+        axis.set(ylabel=f"FD of samples (judge: {judge})\n← lower is better")
+        axis.set_title(f"{len(rows)} models of {board.data.name}: robust and generative", loc="left")
         axis.margins(0.16)
-        _show_samples(beside, rows, best)
+        _show_samples(figure, halves[1], rows, best, board.data.classes)
         figure.canvas.draw()
-        label_points(axis, points, best)
+        figure.set_layout_engine("none")
+        label_points(axis, points, bars, best)
         return png(figure, tight=False)
 
 
@@ -93,29 +98,44 @@ def undominated(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return [title for title, q in points.items() if not any(beats(p, q) for p in points.values())]
 
 
-def label_points(axis: Axes, points: Mapping[str, tuple[float, float]], best: Sequence[str] = ()) -> list[Annotation]:
-    """Write each title near its point, clear of other titles and points as far as there is room; return the texts."""
-    pixel = axis.figure.dpi / 72
-    frame = axis.get_window_extent()
-    centres = {title: axis.transData.transform(point) for title, point in points.items()}
-    taken = [Bbox.from_extents(*(c - 5 * pixel), *(c + 5 * pixel)) for c in centres.values()]
-    directions = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
-    texts = []
+def label_points(
+    axis: Axes,
+    points: Mapping[str, tuple[float, float]],
+    bars: Mapping[str, tuple[float, float]],
+    best: Sequence[str] = (),
+) -> list[Annotation]:
+    """Write each title near its point, clear of other titles, points and error bars as far as there is room.
+
+    Args:
+        axis: plot, whose limits must not change any more.
+        points: (x, y) by title.
+        bars: half the lengths of the error bars in x and y.
+        best: titles to be written in blue.
+    """
+    pixel, frame = axis.figure.dpi / 72, axis.get_window_extent()
+    place = lambda x, y: axis.transData.transform((x, y))
+    taken = []
+    for title, (x, y) in points.items():
+        (dx, dy), centre = bars[title], place(x, y)
+        corners = [(centre - 5 * pixel, centre + 5 * pixel)]
+        corners += [(place(x - dx, y) - 1, place(x + dx, y) + 1), (place(x, y - dy) - 1, place(x, y + dy) + 1)]
+        taken += [Bbox([low, high]) for low, high in corners]
+    texts: list[Annotation] = []
     for title, point in points.items():
-        text = axis.annotate(title, point, textcoords="offset points", fontsize=8, zorder=4)
-        text.set_color(BEST if title in best else "#374151")
+        text = axis.annotate(title, point, (0, 0), textcoords="offset points", fontsize=8, zorder=4)
+        text.set(color=BEST if title in best else DARK, path_effects=[withStroke(linewidth=2, foreground="white")])
         options = []
-        for distance, (right, up) in product((8, 16, 28, 42, 60), directions):
+        for distance, (right, up) in product((6, 12, 20, 32, 48, 64), DIRECTIONS):
             _put(text, right, up, distance)
             box = text.get_window_extent()
             outside = box.width * box.height - _shared(box, frame)
             options.append((sum(_shared(box, other) for other in taken) + 2 * outside, distance, right, up))
         _, distance, right, up = min(options, key=lambda option: option[:2])
         _put(text, right, up, distance)
-        if distance > 16:
-            away = np.array([right, up]) * distance * pixel
-            ends = axis.transData.inverted().transform([centres[title], centres[title] + 0.9 * away])
-            axis.plot(*ends.T, color="#9ca3af", lw=0.6, zorder=1, scalex=False, scaley=False)
+        if distance > 12:
+            end = place(*point) + 0.9 * distance * pixel * np.array([right, up])
+            line = axis.transData.inverted().transform([place(*point), end])
+            axis.plot(*line.T, color=OTHER, lw=0.6, alpha=0.6, zorder=1, scalex=False, scaley=False)
         taken.append(text.get_window_extent())
         texts.append(text)
     return texts
@@ -131,20 +151,23 @@ def _shared(a: Bbox, b: Bbox) -> float:
     return 0.0 if both is None else both.width * both.height
 
 
-def _show_samples(axis: Axes, rows: Sequence[Row], best: Sequence[str]) -> None:
-    """Show the first sample of each of the first classes, a line for each model."""
-    lines = []
-    for row in rows:
+def _show_samples(
+    figure: Figure, place: SubplotSpec, rows: Sequence[Row], best: Sequence[str], classes: Sequence[str]
+) -> None:
+    """Show the first samples of each of the first classes; of few models more than one."""
+    lines = max(1, 9 // len(rows))
+    axes = place.subgridspec(len(rows), 1, hspace=0.03).subplots(squeeze=False)[:, 0]
+    for axis, row in zip(axes, rows, strict=True):
         assert row.samples is not None
         x, y, _ = generate.read_set(row.samples)
-        firsts = [int((y == k).nonzero()[0]) for k in y.unique()[:COLUMNS]]
-        lines.append(x[firsts] if len(firsts) > 1 else x[:COLUMNS])
-    tiles = torch.stack(lines)
-    show_images(axis, tiles, "The first sample of each class, not selected")
-    height = axis.get_ylim()[0] / len(rows)
-    axis.set_yticks([(i + 0.5) * height for i in range(len(rows))], [row.title for row in rows])
-    axis.tick_params(length=0)
-    axis.grid(False)
-    axis.set_anchor("N")
-    for label, row in zip(axis.get_yticklabels(), rows, strict=True):
-        label.set_color(BEST if row.title in best else "#374151")
+        by_class = pictures.rows_by_class(x, y, min(COLUMNS, len(classes)), lines)
+        show_images(axis, by_class.transpose(0, 1))
+        axis.set_ylabel(
+            row.title, rotation=0, ha="right", va="center", fontsize=8, color=BEST if row.title in best else DARK
+        )
+        axis.grid(False)
+    names = classes[:COLUMNS]
+    width = (axes[0].get_xlim()[1] + 0.5) / len(names)
+    axes[0].set_xticks([(i + 0.3) * width for i in range(len(names))], names, fontsize=7, rotation=25, ha="left")
+    axes[0].tick_params(top=False, bottom=False, labeltop=True, labelbottom=False, pad=1)
+    axes[0].set_title(f"The first {lines if lines > 1 else 'sample'} of each class, not selected", loc="left")

@@ -88,26 +88,28 @@ def rank(
     runs = share_data(runs, fail)
     if not runs:
         raise UserError(f"no model can be measured: {'; '.join(f'{where}: {row.why}' for where, row in rows.items())}")
-    data = next(iter(runs.values())).data
-    features = str(features or default_features(data))
+    shared = next(iter(runs.values())).data
+    features = str(features or default_features(shared))
     find_space(features).load(device)  # fail now, not after the attacks
     protocol = choose_protocol(list(runs.values()), [p for p in overrides if p not in of_data], tier, features, seed)
     ours = json.loads(json.dumps(protocol.describe()))
     taken = lambda path: files.read_json(path / "leaderboard.json", default={}).get("protocol", ours) != ours
     out = files.new_path(out or Path("leaderboard"), named=out is not None, replace=replace, taken=taken)
-    images, about = (data.name, len(data.train), len(data.test)), environment(torch.device(device))
+    about = environment(torch.device(device))
 
     def write() -> Leaderboard:
-        board = Leaderboard(protocol, most_robust_first(rows.values()), images, about, out)
+        board = Leaderboard(protocol, most_robust_first(rows.values()), shared, about, out)
         pages.write(board)
         return board
 
     left: dict[str, float] = {}
-    for where, run in runs.items():
-        try:
-            left[where] = estimate(run, rows[where], protocol, device)
-        except FAULTS as error:
-            fail(where, error)
+    with console.bar("models timed", len(runs), 0) as tell:
+        for done, (where, run) in enumerate(runs.items(), 1):
+            try:
+                left[where] = estimate(run, rows[where], protocol, device)
+            except FAULTS as error:
+                fail(where, error)
+            tell(done)
     for number, where in enumerate(list(left), 1):
         own, rest = (_span(seconds) for seconds in (left[where], sum(left.values())))
         console.say(f"{rows[where].title}, {number} of {len(left)}: up to {own}; all that is left: up to {rest}")
@@ -116,8 +118,8 @@ def rank(
         except FAULTS as error:
             fail(where, error)
         left[where] = 0.0
-        write()
-    return write()
+        board = write()
+    return board if left else write()
 
 
 def _span(seconds: float) -> str:
@@ -133,7 +135,9 @@ def share_data(runs: Mapping[str, Run], fail: Callable[[str, Exception], None]) 
     copies: dict[str, Run] = {}
     for where, run in runs.items():
         try:
-            own = run.data
+            own, architecture = run.data, run.model()[1]
+            if architecture.hidden is not None or architecture.outputs != len(own.classes):
+                raise UserError(f"it is no classifier of {len(own.classes)} classes; leaderboards are of classifiers")
             shared = own._replace(gaussians=None) if shared is None else shared
             if own.classes != shared.classes or not torch.equal(own.test.x, shared.test.x):
                 raise UserError(f"it has other test images or classes than {next(iter(copies))}")
