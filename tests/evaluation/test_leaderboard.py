@@ -26,6 +26,7 @@ from advebm.reporting import leaderboard as pages
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.sampling import generate
+from advebm.starts import CompactGaussians
 from advebm.training.loop import train
 from advebm.workflows import leaderboard as workflow
 from tests.helpers import few_samples, linked
@@ -89,7 +90,10 @@ def test_numbers_are_those_of_evaluate_on_the_same_images(runs):
 
 
 def test_starts_attack_and_judge_are_the_same_for_all(runs):
-    """Without a step the samples of all models are the same, and so is their FD."""
+    """Without a step the samples of all models are the same, and so is their FD, whatever a run keeps for validation."""
+    config = runs[1].folder / "config.yaml"
+    assert config.read_text().count("val: 0.1\n") == 1
+    config.write_text(config.read_text().replace("val: 0.1\n", "val: 0.3\n"))
     board = rank(list(runs), options={"sampler.steps": 0, "threat.eps": 0.25, "threat.norm": "l2"})
     first, second = board.rows
     assert first.numbers["FD"]["value"] == second.numbers["FD"]["value"]
@@ -187,6 +191,13 @@ def test_other_test_images_are_refused(runs, tmp_path):
     board = rank([str(trained.folder), str(other)])
     assert [bool(row.why) for row in board.rows] == [False, True]
     assert "other test images or classes than" in board.rows[1].why
+
+
+def test_gaussians_that_a_model_brings_are_not_used(runs):
+    trained = Run(runs[0].folder)
+    trained.data = trained.data._replace(gaussians=CompactGaussians.fit(trained.data.train.x))
+    assert workflow.share_data({"a": trained}, pytest.fail)["a"].data.gaussians is None
+    assert trained.data.gaussians is not None, "the run that was given stays as it is"
 
 
 def test_critics_have_no_row_of_numbers(runs, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def rank(
     rows = {where: Row(where, where) for where in given}
 
     def fail(where: str, error: Exception) -> None:
-        rows[where].why = " ".join(str(error).split())
+        rows[where].why = textwrap.shorten(str(error), 300, placeholder=" …")
         console.say(f"{rows[where].title}: {rows[where].why}")
 
     of_data = [pair for pair in overrides if pair[0].partition(".")[0] == "data"]
