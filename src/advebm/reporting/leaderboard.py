@@ -85,6 +85,7 @@ def draw(board: Leaderboard) -> bytes | None:
         axis.set(ylabel=f"FD of samples (judge: {judge})\n← lower is better")
         axis.set_title(f"{len(rows)} models of {board.data.name}: robust and generative", loc="left")
         axis.margins(0.16)
+        axis.set(xlim=(max(axis.get_xlim()[0], -4), axis.get_xlim()[1]), ylim=(max(axis.get_ylim()[0], 0), None))
         _show_samples(figure, halves[1], rows, best, board.data.classes)
         figure.canvas.draw()
         figure.set_layout_engine("none")
