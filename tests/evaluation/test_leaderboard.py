@@ -90,7 +90,7 @@ def test_numbers_are_those_of_evaluate_on_the_same_images(runs):
 
 
 def test_starts_attack_and_judge_are_the_same_for_all(runs):
-    """Without a step the samples of all models are the same, and so is their FD, whatever a run keeps for validation."""
+    """Without a step all models have the same samples and FD, whatever a run keeps for validation."""
     config = runs[1].folder / "config.yaml"
     assert config.read_text().count("val: 0.1\n") == 1
     config.write_text(config.read_text().replace("val: 0.1\n", "val: 0.3\n"))
