@@ -220,10 +220,14 @@ def test_a_model_is_not_judged_by_itself(runs):
     assert judged["digits-raw"].numbers["class score"]["value"] >= 1
 
 
-def test_the_judge_of_the_package_is_that_of_its_data(small_run):
+def test_the_judge_of_the_package_is_that_of_its_data(small_run, monkeypatch):
+    for name, about in {"robust": {"data": "cifar10"}, "judge": {"data": "cifar10", "probed": "infonce"}}.items():
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(json.dumps(about))
+    monkeypatch.setattr(leaderboard, "bundled_models", lambda: {name: Path(name) for name in ("robust", "judge")})
     data = small_run.data
     assert leaderboard.default_features(data) == "pixels"
-    assert leaderboard.default_features(data._replace(name="cifar10")) == "cifar10-infonce"
+    assert leaderboard.default_features(data._replace(name="cifar10")) == "judge"
 
 
 def test_the_threat_is_that_of_the_first_model_that_knows_one(runs):
