@@ -6,8 +6,9 @@ READY := .venv/.ready
 PEERS := .venv-agreement/.ready
 RIVALS := .venv-bench/.ready
 PAGE := .venv-page/.ready
+ZOO := .venv-zoo/.ready
 
-.PHONY: demo test test-all test-cpus test-matrix test-page lint mutants recipes agreement bench gpu-check results docs clean
+.PHONY: demo test test-all test-cpus test-matrix test-page test-zoo lint mutants recipes agreement bench gpu-check results docs clean
 
 demo: $(READY)
 	$(BIN)/advebm demo
@@ -37,6 +38,10 @@ test-matrix: $(READY)
 # ADVEBM_PICTURES=docs/pictures keeps screenshots.
 test-page: $(PAGE)
 	.venv-page/bin/python -m pytest tests/page $(ARGS)
+
+# References to models of timm, transformers and RobustBench, with these and a full torch (6 GB).
+test-zoo: $(ZOO)
+	OMP_NUM_THREADS=2 .venv-zoo/bin/python -m pytest tests/zoo $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -72,7 +77,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(or $(ARGS),build)
 
 clean:
-	rm -rf .venv .venv-matrix .venv-agreement .venv-bench .venv-page build dist .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf .venv .venv-matrix .venv-agreement .venv-bench .venv-page .venv-zoo build dist .pytest_cache .mypy_cache .ruff_cache runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The peers, in an environment of their own; without what they require, which would replace torch.
@@ -96,6 +101,13 @@ $(PAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-page
 	.venv-page/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,data,dev]' 'selenium>=4'
 	touch $(PAGE)
+
+$(ZOO): pyproject.toml
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 \
+		timm==1.0.31 transformers==5.24.0 torchdiffeq geotorch gdown pandas scipy 'setuptools<80' -e '.[data]' 'pytest>=8'
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps robustbench==1.1.1 pyautoattack==0.2.0
+	touch $(ZOO)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

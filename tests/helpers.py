@@ -35,7 +35,9 @@ def default(role: str, kind: str) -> object:
     """A method object with every option at its default; what has none is a path or a name."""
     cls = config.lookup(role, kind)
     needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-    assert set(needed) <= {"path", "teacher", "model"}, "a method works with its defaults, or names what it needs"
+    assert set(needed) <= {"path", "name", "teacher", "model"}, (
+        "a method works with its defaults, or names what it needs"
+    )
     return config.build({"kind": kind, **dict.fromkeys(needed, "some.where:file")}, role)
 
 

@@ -2,10 +2,13 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from advebm import starts
 from advebm.core import rng
 from advebm.core.errors import UserError
+from advebm.data.sources import Data, Images
+from advebm.samplers.classifier import CS
 from advebm.starts import ClassGaussians, CompactGaussians, Gaussian, ReplayBuffer, UniformBall, clean, cosines, noise
 
 
@@ -196,3 +199,27 @@ def test_seeds_depend_on_every_key_and_its_type():
     assert torch.equal(
         rng.randn(torch.empty(3), rng.generator(1, "x")), rng.randn(torch.empty(3), rng.generator(1, "x"))
     )
+
+
+def test_low_resolution_seeds_have_the_moments_of_the_averaged_images(generator):
+    """Enlarging is linear, so mean and covariance of seeds are those of the enlarged averages; nothing is clamped."""
+    y = torch.arange(400) % 2
+    x = (0.3 + 0.3 * y.view(-1, 1, 1, 1) + 0.02 * torch.randn(400, 1, 8, 12, generator=generator)).clamp(0, 1)
+    small = starts.shrink(x, 3)
+    assert small.shape == (400, 1, 2, 3)
+    torch.testing.assert_close(small, x.view(400, 1, 2, 4, 3, 4).mean((3, 5)))
+    data = Data("x", ("a", "b"), *(Images(x, y) for _ in range(3)))
+    start = CS(fit_size=3, shrinkage=0.0).prepare(data)
+    seeds = start(torch.empty(4000, 1, 8, 12), torch.ones(4000, dtype=torch.long), generator)
+    assert seeds.shape == (4000, 1, 8, 12)
+    large = interpolate(small[y == 1], size=(8, 12), mode="bilinear")
+    torch.testing.assert_close(seeds.mean(0), large.mean(0), rtol=0, atol=1e-3)
+    torch.testing.assert_close(seeds.flatten(1).T.cov(), large.flatten(1).T.cov(), rtol=0.2, atol=1e-5)
+
+
+def test_shrinking_keeps_bytes_and_leaves_small_images(generator):
+    x = torch.randint(256, (5, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    small = starts.shrink(x, 4)
+    assert small.dtype == torch.uint8
+    assert (small.float() - x.float().view(5, 3, 4, 4, 4, 4).mean((3, 5))).abs().max() <= 0.501
+    assert starts.shrink(x, 16) is x

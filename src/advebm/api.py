@@ -348,7 +348,7 @@ def _make_subject(
     elif features is not None:
         space = feature_space("given features", features)
     model = _as_network(model)
-    subject = Subject(model, data, data.test, threat, samples or {}, space, batch_size_for(data.shape))
+    subject = Subject(model, data, data.test, threat, samples or {}, space, batch_size_for(data.shape, model))
     x, y = next(subject.batches())
     if not getattr(model, "encoder", False):  # some metrics fit a classifier on an encoder
         _check_classifier(model, x[:16], y[:16], classes=len(data.classes))
@@ -508,7 +508,8 @@ def draw_set(
         untuned: whether to use the recipe's settings even if :func:`tune` found others.
         checkpoint: ``latest``, ``best`` or a number of images.
         processes: number of processes; the images do not depend on it.
-        batch: images that the network sees at once; None: 500 of up to 32 x 32 pixels, fewer larger ones.
+        batch: images that the network sees at once; None: as many as the memory allows, at most
+            500, and fewer of more than 32 x 32 pixels.
         fast: how the network is computed: ``auto``, ``off``, ``fold``, ``compile``, ``bf16`` or ``bf16+compile``.
         trajectory: whether to write a film of one chain for each class, too.
         device: None: the best one available.

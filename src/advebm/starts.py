@@ -129,6 +129,38 @@ class ClassGaussians:
         return seeds.view(len(x), *self.x.shape[1:]).clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class Enlarged:
+    """Seeds of another start in a low resolution, enlarged to the size of the images.
+
+    Attributes:
+        start: the start.
+        shape: (C, h, w) of its images.
+    """
+
+    start: Start
+    shape: tuple[int, ...]
+
+    def __call__(self, x: Tensor, y: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        return _resize(self.start(x.new_empty(len(x), *self.shape), y, generator), x.shape[1:]).clamp(0, 1)
+
+
+def shrink(x: Tensor, edge: int) -> Tensor:
+    """Return images ``x (N, C, H, W)`` averaged down so that their longer edge has ``edge`` pixels, of the same type.
+
+    Smaller images are returned as they are.
+    """
+    longest = max(x.shape[2:])
+    if longest <= edge:
+        return x
+    height, width = (max(1, round(length * edge / longest)) for length in x.shape[2:])
+    small = torch.empty(len(x), x.shape[1], height, width, dtype=x.dtype)
+    for piece in _pieces(x, torch.arange(len(x))):
+        pooled = adaptive_avg_pool2d(_rows(x, piece).view(len(piece), *x.shape[1:]), (height, width))
+        small[piece] = pooled if x.dtype.is_floating_point else (pooled * 255).round().to(x.dtype)
+    return small
+
+
 PIECE = 2**30  # bytes of the images of a class that are held in floating point at once
 RANK, RANK_EDGE = 64, 16  # components of a class of compact Gaussians, at most, and pixels of their edges
 RANK_BYTES = 500_000  # of the components of all classes, at most

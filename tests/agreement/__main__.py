@@ -5,14 +5,14 @@ Without arguments three small networks are trained on scikit-learn's digits firs
 ``--run RUN``      other models, trained runs; may be repeated
 ``--images 512``   how many images the attacks are compared on
 ``--standard``     all of AutoAttack, timed in turns; long
-``--only WORD``    only the parts whose name holds it: quality, speed, attacks
+``--only WORD``    only the parts whose name holds it: architectures, quality, speed, attacks
 """
 
 import argparse
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from advebm.recipes import find
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.workflows.train import fit
-from tests.agreement import attacks, quality
+from tests.agreement import architectures, attacks, quality
 from tests.agreement.rows import Row
 
 DIGITS = ("digits-standard", "digits-at", "digits-trades")
@@ -52,6 +52,8 @@ def main() -> None:
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{os.cpu_count()} cores, {platform.machine()}")  # fmt: skip
     print(f"{'what':78} {'peer':24} {'theirs':>12} {'ours':>12}  difference")
+    if args.only in "architectures":
+        show(architectures.rows())
     if args.only in "quality":
         show(quality.rows())
     if args.only in "speed":
@@ -78,7 +80,7 @@ def compare(run: Run, args: argparse.Namespace) -> None:
         show(attacks.torchattacks(recipe.name, model, x, y, eps))
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: Iterable[Row]) -> None:
     """A line each."""
     for r in rows:
         difference = f"{r.difference:.3g} {r.unit}" if r.unit else f"{r.difference:.1e}"

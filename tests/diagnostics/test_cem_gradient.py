@@ -34,7 +34,7 @@ def moved(batch):
 @pytest.mark.parametrize("at_once", [500, 4])
 def test_parts_and_sum_are_the_papers(net, batch, moved, monkeypatch, at_once):
     """Each is the paper's sum over images and classes, with as many images at once as fit; running statistics count."""
-    monkeypatch.setattr(cem_gradient, "batch_size_for", lambda shape: at_once)
+    monkeypatch.setattr(cem_gradient, "batch_size_for", lambda shape, model: at_once)
     net(batch.x)  # moves the running statistics off their start
     ours = split_likelihood_gradient(net, batch.x, batch.y, moved)
     net.eval()

@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from advebm.attacks.projected import Attack
 from advebm.core import config, rng
 from advebm.core.errors import UserError
 from advebm.models import network
+from advebm.models.inference import Backend, make_view
 from advebm.models.modes import DualBatchNorm2d, freeze_batch_norms, searching, using
 from advebm.models.network import Architecture
 from advebm.models.resnet import PreActResNet, ResNet
@@ -32,6 +34,17 @@ FAMILIES = {
     "preact-resnet": (PreActResNet, {"width": 8}),
     "wide-resnet": (WideResNet, {"depth": 16, "widen": 2}),
     "wide-resnet-1": (WideResNet, {"depth": 10, "widen": 1}),
+    "resnet-14-padding": (ResNet, {"depth": 14, "width": 8, "shortcut": "padding"}),
+    "resnet-34": (ResNet, {"depth": 34, "width": 8}),
+    "resnet-18-imagenet": (ResNet, {"depth": 18, "width": 8, "stem": "imagenet"}),
+    "resnet-50-2-imagenet": (ResNet, {"depth": 50, "width": 8, "stem": "imagenet", "widen": 2}),
+    "preact-resnet-34": (PreActResNet, {"depth": 34, "width": 8}),
+    "preact-wong2020": (PreActResNet, {"width": 8, "variant": "wong2020"}),
+    "preact-fast-adversarial": (PreActResNet, {"width": 8, "variant": "fast-adversarial"}),
+    "preact-pytorch-cifar": (PreActResNet, {"width": 8, "variant": "pytorch-cifar"}),
+    "preact-deepmind": (PreActResNet, {"width": 8, "variant": "deepmind"}),
+    "wide-resnet-deepmind": (WideResNet, {"depth": 16, "widen": 2, "variant": "deepmind"}),
+    "wide-resnet-jem": (WideResNet, {"depth": 16, "widen": 2, "variant": "jem"}),
 }
 # blocks a stage, channels a stage returns, the block of the reference
 LAYERS = {
@@ -41,11 +54,29 @@ LAYERS = {
     "preact-resnet": ((2, 2, 2, 2), (8, 16, 32, 64), networks.preactivation),
     "wide-resnet": ((2, 2, 2), (32, 64, 128), networks.preactivation),
     "wide-resnet-1": ((1, 1, 1), (16, 32, 64), networks.preactivation),
+    "resnet-14-padding": ((2, 2, 2), (8, 16, 32), networks.padded),
+    "resnet-34": ((3, 4, 6, 3), (8, 16, 32, 64), networks.basic),
+    "resnet-18-imagenet": ((2, 2, 2, 2), (8, 16, 32, 64), networks.basic),
+    "resnet-50-2-imagenet": ((3, 4, 6, 3), (32, 64, 128, 256), networks.bottleneck),
+    "preact-resnet-34": ((3, 4, 6, 3), (8, 16, 32, 64), networks.preactivation),
+    "preact-wong2020": ((2, 2, 2, 2), (8, 16, 32, 64), partial(networks.preactivation, bare=True)),
+    "preact-fast-adversarial": ((2, 2, 2, 2), (8, 16, 32, 64), partial(networks.preactivation, bare=True)),
+    "preact-pytorch-cifar": ((2, 2, 2, 2), (8, 16, 32, 64), networks.preactivation),
+    "preact-deepmind": ((2, 2, 2, 2), (8, 16, 32, 64), partial(networks.preactivation, bare=True, same=True)),
+    "wide-resnet-deepmind": ((2, 2, 2), (32, 64, 128), partial(networks.preactivation, same=True)),
+    "wide-resnet-jem": ((2, 2, 2), (32, 64, 128), partial(networks.preactivation, bare=True, late=True)),
 }
+OPEN = ("preact-wong2020", "preact-pytorch-cifar")  # nothing between the last block and the pooling
+
+
+def least(name):
+    """The smallest images that a family takes."""
+    return 32 if "imagenet" in name else 8
 
 
 def architecture(name, size=8, channels=3, **options):
     cls, small = FAMILIES[name]
+    size = max(size, least(name))
     return Architecture(cls(**small, **options), 10, channels, size, (0.4,) * channels, (0.25,) * channels)
 
 
@@ -85,6 +116,54 @@ def test_parameters_are_those_published_for_ten_classes(backbone, count):
     assert sum(p.numel() for p in model.parameters()) == count == by_hand(backbone)
 
 
+# parameters that torchvision's pages say for 1000 classes, and the CIFAR networks of He et al. (2016) for 10
+PUBLIC = [
+    (ResNet(18, stem="imagenet"), 1000, 11_689_512),
+    (ResNet(34, stem="imagenet"), 1000, 21_797_672),
+    (ResNet(50, stem="imagenet"), 1000, 25_557_032),
+    (ResNet(101, stem="imagenet"), 1000, 44_549_160),
+    (ResNet(152, stem="imagenet"), 1000, 60_192_808),
+    (ResNet(50, stem="imagenet", widen=2), 1000, 68_883_240),
+    (ResNet(20, shortcut="padding"), 10, 269_722),
+    (ResNet(32, shortcut="padding"), 10, 464_154),
+    (ResNet(44, shortcut="padding"), 10, 658_586),
+    (ResNet(56, shortcut="padding"), 10, 853_018),
+    (ResNet(110, shortcut="padding"), 10, 1_727_962),
+    (ResNet(20), 10, 272_474),
+]
+
+
+@pytest.mark.parametrize(("backbone", "outputs", "count"), PUBLIC, ids=lambda v: f"{v}"[:90])
+def test_parameters_are_those_of_public_networks(backbone, outputs, count):
+    with torch.device("meta"):
+        model = Architecture(backbone, outputs, 3, 32, (0.5,) * 3, (0.5,) * 3).build()
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_norm_after_a_convolution_is_left_when_folded(name, generator):
+    model = shake(architecture(name).build(1), generator)
+    x = images(generator, least(name)).float()
+    view = make_view(model, x, Backend())
+    left = [key for key, m in view.body.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not any("residual" in key or "shortcut" in key for key in left)
+    openings = 0 if FAMILIES[name][0] is ResNet else sum(LAYERS[name][0]) + (name not in OPEN)
+    assert (
+        openings - 1 <= len(left) <= openings
+    )  # where nothing else uses it, the first opens on the stem's convolution
+    torch.testing.assert_close(view(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["deepmind", "jem"])
+def test_a_variant_is_another_function_of_the_same_weights(variant, generator):
+    """What it changes is not small: a file that is loaded as another variant gives other logits."""
+    plain, other = build("wide-resnet"), build("wide-resnet", variant=variant)
+    shake(plain, generator)
+    other.load_state_dict(plain.state_dict())
+    x = images(generator)
+    assert (other.eval()(x) - plain(x)).abs().max() > 0.01
+
+
 def by_hand(backbone):
     """The layer lists of the papers, summed: weights of convolutions, two numbers a channel of a norm, the head.
 
@@ -121,9 +200,11 @@ def by_hand(backbone):
 def test_logits_are_those_of_an_independent_derivation(name, norm, activation, generator):
     model = shake(build(name, norm=norm, activation=activation), generator)
     counts, _, block = LAYERS[name]
-    for size in (8, 13):
-        x = images(generator, size)
-        expected = networks.logits(model.state_dict(), x, counts, block, ACTIVATIONS[activation])
+    for size in (8, 16) if "deepmind" in name else (8, 13):
+        x, imagenet = images(generator, size), "imagenet" in name
+        expected = networks.logits(
+            model.state_dict(), x, counts, block, ACTIVATIONS[activation], name not in OPEN, imagenet
+        )
         torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
         assert expected.std() > 1e-3
 
@@ -154,7 +235,10 @@ def test_images_do_not_see_each_other_in_eval_mode(name, norm, generator):
 def test_stages_halve_the_size_and_end_in_the_features(name, size, generator):
     model, x = shake(build(name, size), generator), images(generator, size, count=2)
     maps, widths = model.feature_maps(x), LAYERS[name][1]
-    sizes = [math.ceil(size / 2**i) for i in range(len(widths))]
+    first = math.ceil(size / 4) if "imagenet" in name else size
+    sizes = [first]
+    for _ in widths[1:]:
+        sizes.append(sizes[-1] // 2 if name == "preact-deepmind" else math.ceil(sizes[-1] / 2))
     assert [m.shape for m in maps] == [(2, c, s, s) for c, s in zip(widths, sizes, strict=True)]
     assert model.features(x).shape == (2, widths[-1])
     torch.testing.assert_close(model.backbone.closing(maps[-1]).mean((2, 3)), model.features(x))
@@ -210,6 +294,11 @@ def test_a_wide_network_counts_its_depth_itself():
     small = {"kind": "resnet", "depth": 8, "width": 24, "norm": "none"}
     assert config.build(config.switch(small, "backbone", "wide-resnet"), "backbone") == WideResNet(norm="none")
     assert config.switch({"kind": "wide-resnet", "depth": 16}, "backbone", "resnet") == {"kind": "resnet"}
+    assert config.switch(small, "backbone", "preact-resnet") == {"kind": "preact-resnet", "width": 24, "norm": "none"}
+    wide = {"kind": "resnet", "depth": 50, "widen": 2}
+    assert config.switch(wide, "backbone", "wide-resnet") == {"kind": "wide-resnet"}
+    jem = {"kind": "wide-resnet", "variant": "jem", "norm": "none"}
+    assert config.switch(jem, "backbone", "preact-resnet") == {"kind": "preact-resnet", "norm": "none"}
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -234,7 +323,14 @@ BAD = [
     (lambda: WideResNet(depth=27), r"depth is 6n \+ 4, so one of 10, 16, 22, 28, 34, ..., got 27"),
     (lambda: WideResNet(depth=4), "depth is 6n .* got 4"),
     (lambda: WideResNet(widen=0), "widen must be at least 1, got 0"),
-    (lambda: ResNet(depth=9), "depth is one of 8, 18, 50, got 9"),
+    (lambda: ResNet(depth=9), "depth is one of 8, 14, 18, 20, 32, 34, 44, 50, 56, 101, 110, 152, got 9"),
+    (lambda: ResNet(depth=18, widen=2), "widen is for bottlenecks, which depth 18 has none of; width makes it wider"),
+    (lambda: ResNet(depth=50, widen=0), "widen must be at least 1, got 0"),
+    (lambda: ResNet(stem="image"), "stem is one of cifar, imagenet, got 'image'"),
+    (lambda: ResNet(stem="imagenet").build(3, 31), "resnet takes images of at least 32 pixels, got 31"),
+    (lambda: PreActResNet(depth=50), "depth is 18 or 34, got 50"),
+    (lambda: PreActResNet(variant="jem"), "variant is one of standard, wong2020, fast-adversarial, pytorch-cifar, dee"),
+    (lambda: WideResNet(variant="deepmind").build(3, 30), "deepmind takes images of 8, 12, 16, … pixels, got 30"),
     (lambda: ResNet(width=0), "width must be at least 1, got 0"),
     (lambda: PreActResNet(width=0), "width must be at least 1, got 0"),
     (lambda: ResNet(norm="layer"), "norm is one of batch, group, dual, none, got 'layer'"),

@@ -539,7 +539,7 @@ def test_a_probe_is_refused_before_anything_is_fitted(own, monkeypatch, capsys):
 
 def test_a_probe_computes_as_many_images_at_once_as_their_size_allows(own, tmp_path, monkeypatch):
     seen, classifier = [], Probe.classifier
-    monkeypatch.setattr(probe, "batch_size_for", lambda shape: 123)
+    monkeypatch.setattr(probe, "batch_size_for", lambda shape, model: 123)
     monkeypatch.setattr(Probe, "classifier", lambda *a: seen.append(a[-1]) or classifier(*a))
     probe.probe(own, tmp_path / "probed", by=Probe(c=0.1))
     assert seen == [123]

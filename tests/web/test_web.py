@@ -483,7 +483,7 @@ def test_without_training_images_chains_start_from_noise(small_run, monkeypatch)
 def test_no_more_images_at_once_than_their_size_allows(studio, monkeypatch):
     whole, seen = drawn(studio), []
     for module in (sampling, web_studio):
-        monkeypatch.setattr(module, "batch_size_for", lambda shape: 3 if shape == GREY else None)
+        monkeypatch.setattr(module, "batch_size_for", lambda shape, model: 3 if shape == GREY else None)
     hook = studio.model.register_forward_hook(lambda model, given, out: seen.append(len(out)))
     parts = drawn(studio)
     hook.remove()

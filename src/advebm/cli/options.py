@@ -14,8 +14,9 @@ BLOCKS = {"data": "source", "backbone": "backbone", "objective": "objective", "s
 BLOCKS |= {"optimizer": "optimizer", "schedule": "schedule", "outside": "source", "extra": "source"}
 
 RUN = (
-    "a run; or any model, around which a run is made: its folder, one of the package, hf:USER/NAME, a weight file, "
-    "PACKAGE.MODULE:FACTORY or PACKAGE.MODULE:FACTORY@WEIGHTS, with --data where it does not say its own"
+    "a run; or any model, around which a run is made: its folder, one of the package, hf:USER/NAME, timm:NAME, "
+    "robustbench:NAME, a weight file, NETWORK:OPTION=VALUE,...@FILE, PACKAGE.MODULE:FACTORY or "
+    "PACKAGE.MODULE:FACTORY@WEIGHTS, with --data where it does not say its own"
 )
 FEATURES = (
     "what judges the samples: the classifier of a run or model (its own by default), pixels, inception (downloads its "

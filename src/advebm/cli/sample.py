@@ -34,13 +34,21 @@ def add_sample(verbs: Commands) -> None:
         "--processes", type=int, default=1, metavar="N", help="number of processes; images do not depend on it (1)"
     )
     parser.add_argument(
-        "--batch", type=int, metavar="N", help="images the network sees at once (500); changes rounding"
+        "--batch",
+        type=batch_size,
+        metavar="N",
+        help="images the network sees at once, or auto (default): as many as the memory allows, up to 500",
     )
     parser.add_argument("--trajectory", action="store_true", help="also write film.gif, one chain per class")
     parser.add_argument("--compare", metavar="A,B", help="draw by several methods from the same seeds and judge them")
     parser.add_argument("--seeds", type=int, metavar="N", help="with --compare: sampling seeds; mean and deviation (1)")
     parser.add_argument("--features", metavar="RUN", help=f"with --compare: {FEATURES}")
     parser.add_shared("device", "threads")
+
+
+def batch_size(text: str) -> int | None:
+    """Read a batch size; None for ``auto``."""
+    return None if text == "auto" else int(text)
 
 
 def sample(args: argparse.Namespace, overrides: Overrides) -> None:

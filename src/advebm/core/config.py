@@ -8,6 +8,7 @@ inverse of the other.  Names are used only in YAML files and on the command line
 import dataclasses
 import importlib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -42,6 +43,9 @@ KINDS: dict[str, dict[str, str]] = {
         "preact-resnet": "advebm.models.resnet:PreActResNet",
         "wide-resnet": "advebm.models.wide_resnet:WideResNet",
         "stargan": "advebm.models.stargan:StarGAN",
+        "timm": "advebm.models.zoo.timm:Timm",
+        "transformers": "advebm.models.zoo.transformers:Transformers",
+        "robustbench": "advebm.models.zoo.robustbench:RobustBench",
         "own": "advebm.models.factory:Own",
     },
     "objective": {
@@ -173,9 +177,30 @@ def build(data: Any, role: str, *, where: str = "", foreign: bool = True) -> Any
 
 
 def short(text: str, role: str) -> dict[str, str]:
-    """Expand a kind, or a kind and a path: ``folder:PATH`` -> ``{"kind": "folder", "path": "PATH"}``."""
-    kind, colon, path = text.partition(":")
-    return {"kind": kind, "path": path} if colon and kind in KINDS[role] else {"kind": text}
+    """Expand a kind, or a kind and its first option: ``folder:PATH`` -> ``{"kind": "folder", "path": "PATH"}``."""
+    kind, colon, value = text.partition(":")
+    return {"kind": kind, first_option(role, kind): value} if colon and kind in KINDS[role] else {"kind": text}
+
+
+def first_option(role: str, kind: str) -> str:
+    """Return the name of a kind's first option, which may be written behind a colon."""
+    return dataclasses.fields(lookup(role, kind))[0].name
+
+
+def read_options(text: str, role: str, kind: str) -> dict[str, Any]:
+    """Read options such as ``depth=28,widen=10,mean=[0.5,0.5,0.5]``; the first one's name may be left out.
+
+    Raises:
+        UserError: the text is not of this form.
+    """
+    words = [word for word in re.split(r",(?![^\[]*\])", text) if word]
+    options = {}
+    for position, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if not equals and position:
+            raise UserError(f"{kind}:{text} takes OPTION=VALUE between commas, got {word!r}")
+        options[name if equals else first_option(role, kind)] = yaml.safe_load(value) if equals else word
+    return options
 
 
 def describe(thing: Any, hint: Any = None) -> Any:

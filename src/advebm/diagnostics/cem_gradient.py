@@ -60,7 +60,7 @@ def split_likelihood_gradient(model: nn.Module, x: Tensor, y: Tensor, negatives:
         raise UserError("the model has no weights that require a gradient; call model.requires_grad_()")
     size = sum(weight.numel() for weight in weights)
     consistency, contrastive = (torch.zeros(size, dtype=weights[0].dtype, device=x.device) for _ in range(2))
-    for part in torch.arange(len(x), device=x.device).split(batch_size_for(x.shape[1:])):
+    for part in torch.arange(len(x), device=x.device).split(batch_size_for(x.shape[1:], network)):
         with torch.enable_grad():
             at_data, at_negatives = (checks.logits(network(images[part]), len(part)) for images in (x, negatives))
             label = checks.labels(y, len(x), at_data.shape[1])[part]

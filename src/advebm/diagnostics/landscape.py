@@ -49,9 +49,11 @@ def directions(
     if along == "pca":
         if images is None or len(images) < 3:
             raise UserError("principal components take at least 3 images")
-        flat = images.flatten(1)
-        _, vectors = torch.linalg.eigh(widen(flat).T.cov())  # in ascending order of eigenvalues
-        axes = [v * v[v.abs().argmax()].sign() for v in (vectors[:, -1], vectors[:, -2])]  # makes signs unique
+        away = widen(images.flatten(1))
+        away = away - away.mean(0)
+        _, shares = torch.linalg.eigh(away @ away.T)  # (N, N), however many pixels; in ascending order
+        axes = [_normalise((share @ away)[None])[0] for share in (shares[:, -1], shares[:, -2])]
+        axes = [axis * axis[axis.abs().argmax()].sign() for axis in axes]  # makes signs unique
         first, second = (axis.view(1, *x.shape[1:]).expand_as(x).to(x) for axis in axes)
         return first, second
     first = _normalise(value_and_gradient(energy, x)[1] if along == "gradient" else randn(x, generator))

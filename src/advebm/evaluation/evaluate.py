@@ -75,7 +75,8 @@ def evaluate_run(
     samples = {name: generate.read_set(folder) for name, folder in chosen.items()}
     chosen_space = None if features is None else find_space(features)
     space = feature_space(OWN_FEATURES, model) if chosen_space is None else chosen_space.load(device)
-    options: dict[str, Any] = {"batch": batch_size_for(data.shape), "folder": run.folder / "verdicts", "bar": bar}
+    options: dict[str, Any] = {"folder": run.folder / "verdicts", "bar": bar}
+    options["batch"] = batch_size_for(data.shape, model)
     subject = Subject(model, data, data.test, recipe.threat, samples, space, team=team, **options)
     for name, sample_set in samples.items():
         if (origin := sample_set.manifest.get("checkpoint", path.name)) != path.name:

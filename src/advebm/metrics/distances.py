@@ -21,6 +21,9 @@ def check_features(features: Tensor) -> Tensor:
     return features.double()
 
 
+WIDEST = 16_384  # dimension of features, whose covariance then takes 2 GiB
+
+
 @dataclass(frozen=True)
 class Moments:
     """Count, sum and sum of outer products of features (N, D); those of batches or processes can be added."""
@@ -32,6 +35,11 @@ class Moments:
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
         f = check_features(features)
+        if f.shape[1] > WIDEST:
+            raise UserError(
+                f"a covariance of {f.shape[1]:,} features takes too much memory, at most {WIDEST:,} are possible; "
+                "choose features of a network, not pixels"
+            )
         return cls(len(f), f.sum(0), f.T @ f)
 
     def __add__(self, other: "Moments") -> "Moments":

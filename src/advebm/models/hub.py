@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import advebm
 from advebm.core import files
@@ -66,13 +67,27 @@ def pull(name: str, *, revision: str | None = None) -> Path:
     Raises:
         UserError: no such model or revision, no access to it, not a model of advebm, or no Hub and no cached copy.
     """
+    folder = pull_files(name, FILES, revision=revision)
+    _check_model(folder, f"is {name} of the Hub, which is not a model of advebm")
+    return folder
+
+
+def read_configuration(name: str) -> Any:
+    """Return the content of ``config.json`` of a model on the Hub, of any library; empty if there is no such file.
+
+    Raises:
+        UserError: no such model, no access to it, or no Hub and no cached copy.
+    """
+    return files.read_json(pull_files(name, ["config.json"]) / "config.json", default={})
+
+
+def pull_files(name: str, wanted: list[str], *, revision: str | None = None) -> Path:
+    """Download some files of a model into the Hub client's cache, and return the folder there."""
     _check_name(name)
     from huggingface_hub import HfApi
 
     with _as_user_error(name, f"cannot pull {name}" + (f" at {revision}" if revision else "")):
-        folder = Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=FILES))
-    _check_model(folder, f"is {name} of the Hub, which is not a model of advebm")
-    return folder
+        return Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def bundled_models() -> dict[str, Path]:

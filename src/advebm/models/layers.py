@@ -35,12 +35,14 @@ def norm2d(kind: Norm, channels: int) -> nn.Module:
             return nn.Identity()
 
 
-def conv2d(inputs: int, outputs: int, kernel: int, stride: int, norm: Norm) -> nn.Conv2d:
+def conv2d(inputs: int, outputs: int, kernel: int, stride: int, norm: Norm, *, padding: int | None = None) -> nn.Conv2d:
     """Return a convolution that divides the size by its stride only; it has biases exactly when ``norm`` is ``none``.
 
-    Weights are drawn as in He et al. (2015), normal with variance ``2 / (kernel² outputs)``; biases begin at 0.
+    ``padding`` is 0 where the input is padded before.  Weights are drawn as in He et al. (2015), normal with variance
+    ``2 / (kernel² outputs)``; biases begin at 0.
     """
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=norm == "none")
+    padding = kernel // 2 if padding is None else padding
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=norm == "none")
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
@@ -150,7 +152,7 @@ def stages(
     return sequence
 
 
-def check_size(kind: str, size: int) -> None:
-    """Raise a UserError for images below 8 pixels: three halvings of 8 leave one."""
-    if size < 8:
-        raise UserError(f"{kind} takes images of at least 8 pixels, got {size}")
+def check_size(kind: str, size: int, least: int = 8) -> None:
+    """Raise a UserError for images of fewer pixels than all halvings together need: three of 8 leave one."""
+    if size < least:
+        raise UserError(f"{kind} takes images of at least {least} pixels, got {size}")

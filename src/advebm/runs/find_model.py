@@ -1,8 +1,11 @@
 """Find a model by its reference: a run, a checkpoint, a published model, a weight file or a user-defined module."""
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +19,17 @@ from advebm.models import hub, network, public_weights
 from advebm.models.excerpt import Published, has_excerpt
 from advebm.models.factory import Own
 from advebm.models.network import Architecture, Network, Normalize
-from advebm.runs.recipe import Recipe
+from advebm.models.zoo.base import Pretrained
+from advebm.runs.recipe import Normalisation, Recipe
 from advebm.runs.recipe import read as read_recipe
 from advebm.runs.run import Run
 
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 ALLOWED = (
-    "a run, a checkpoint, a model's folder, a weight file, a model of the package{bundled}, hf:USER/NAME, "
-    "PACKAGE.MODULE:FACTORY, or PACKAGE.MODULE:FACTORY@WEIGHTS"
+    "a run, a checkpoint, a model's folder, a weight file, a model of the package{bundled}, hf:USER/NAME, timm:NAME, "
+    "robustbench:NAME, NETWORK:OPTION=VALUE,…@FILE, PACKAGE.MODULE:FACTORY, or PACKAGE.MODULE:FACTORY@WEIGHTS"
 )
+LIBRARIES = ("timm", "robustbench", "transformers")  # modules of advebm.models.zoo
 
 
 @dataclass(frozen=True)
@@ -33,15 +38,18 @@ class Reference:
 
     Attributes:
         text: the reference as it was given.
-        kind: ``run``, ``checkpoint`` (of a run), ``model`` (published), ``file`` (a state dict) or ``module``.
+        kind: ``run``, ``checkpoint`` (of a run), ``model`` (published by this package), ``pretrained`` (a network and
+            weights of others) or ``module``.
         path: the folder or file; of a module the folder or file with its weights, if one is given.
+        pretrained: of that kind, what loads it.
         module: ``PACKAGE.MODULE:FACTORY`` of a module.
         averaged: whether averaged weights are preferred, if the folder has some.
     """
 
     text: str
-    kind: Literal["run", "checkpoint", "model", "file", "module"]
+    kind: Literal["run", "checkpoint", "model", "pretrained", "module"]
     path: Path | None = None
+    pretrained: Pretrained | None = None
     module: str | None = None
     averaged: bool = True
 
@@ -51,8 +59,8 @@ class Reference:
         if self.module:
             return self.module.rpartition(":")[2]
         if self.text.startswith("hf:") or self.path is None:
-            return Path(self.text).name
-        return self.path.stem if self.kind == "file" else self.path.resolve().name
+            return re.split("[/:]", self.text)[-1]
+        return self.path.stem if self.path.is_file() else self.path.resolve().name
 
     @property
     def address(self) -> str:
@@ -63,8 +71,8 @@ class Reference:
         """Load the network, in eval mode, on the CPU; ``checkpoint`` is that of a run."""
         if self.kind == "run":
             return Run.open(self.folder).model(checkpoint)[0]
-        if self.kind == "file":
-            return public_weights.build(self.folder)[0]
+        if self.pretrained is not None:
+            return self.pretrained.load()[0]
         if self.kind == "module":
             model = Network(Normalize((0.0,), (1.0,)), Own(str(self.module)).make(), nn.Identity())
             if self.path is not None:
@@ -76,8 +84,8 @@ class Reference:
         """Return the architecture; None of a module, which says nothing of its images."""
         if self.kind == "module":
             return None
-        if self.kind == "file":
-            return public_weights.build(self.folder)[1]
+        if self.pretrained is not None:
+            return self.pretrained.load()[1]
         folder = Run.open(self.folder).checkpoints.path(checkpoint) if self.kind == "run" else self.folder
         return network.read_architecture(folder, foreign=self.kind != "model")
 
@@ -92,7 +100,7 @@ class Reference:
             if has_excerpt(self.folder):
                 options["data"] = config.describe(Published(self.address))
             return options
-        return {}
+        return {} if self.pretrained is None else self.pretrained.options
 
     def threat(self) -> Attack | None:
         """Return the threat model that the model was trained for or evaluated under, if it is known."""
@@ -200,7 +208,9 @@ def trained_threat(recipe: Recipe) -> Attack | None:
 
 def is_factory(where: str | Path) -> bool:
     """Return whether a reference is ``PACKAGE.MODULE:FACTORY``, which imports code, rather than files."""
-    return ":" in str(where) and not str(where).startswith("hf:") and not Path(where).exists()
+    prefix, colon, _ = str(where).partition(":")
+    known = prefix == "hf" or prefix in config.KINDS["backbone"]
+    return bool(colon) and not known and not Path(where).exists()
 
 
 def _resolve_run(text: str) -> Reference | None:
@@ -211,6 +221,8 @@ def _resolve_folder(text: str) -> Reference | None:
     path = Path(text)
     if not (path / "config.json").is_file():
         return None
+    if (library := find_library(files.read_json(path / "config.json", default={}))) is not None:
+        return Reference(text, "pretrained", path, library.find_published(path))
     in_run = path.resolve().parent.name == "checkpoints" and (path.resolve().parents[1] / "config.yaml").is_file()
     return Reference(text, "checkpoint" if in_run else "model", path)
 
@@ -222,7 +234,8 @@ def _resolve_file(text: str) -> Reference | None:
         return folder and replace(folder, text=text, averaged=path.name == "ema.safetensors")
     if path.suffix in WEIGHT_FILES and not path.is_file() and not is_factory(text):
         raise UserError(f"there is no weight file at {text}")
-    return Reference(text, "file", path) if path.is_file() else None
+    load = partial(public_weights.build, path)
+    return Reference(text, "pretrained", path, Pretrained(load)) if path.is_file() else None
 
 
 def _resolve_bundled(text: str) -> Reference | None:
@@ -231,7 +244,45 @@ def _resolve_bundled(text: str) -> Reference | None:
 
 
 def _resolve_hub(text: str) -> Reference | None:
-    return Reference(text, "model", hub.pull(text.removeprefix("hf:"))) if text.startswith("hf:") else None
+    if not text.startswith("hf:"):
+        return None
+    name = text.removeprefix("hf:")
+    if (library := find_library(hub.read_configuration(name))) is not None:
+        return Reference(text, "pretrained", pretrained=library.find_published(name))
+    return Reference(text, "model", hub.pull(name))
+
+
+def find_library(configuration: Any) -> Any:
+    """Return the module of :mod:`advebm.models.zoo` whose library wrote a ``config.json``; None: this package did."""
+    if not isinstance(configuration, Mapping):
+        return None
+    if isinstance(configuration.get("model_type"), str):
+        return import_module("advebm.models.zoo.transformers")
+    if isinstance(configuration.get("architecture"), str):
+        return import_module("advebm.models.zoo.timm")
+    return None
+
+
+def _resolve_network(text: str) -> Reference | None:
+    """Resolve ``NETWORK:OPTION=VALUE,…@FILE`` and, without a file, a library's ``LIBRARY:NAME,OPTION=VALUE,…``."""
+    kind, _, rest = text.partition(":")
+    if kind not in config.KINDS["backbone"] or kind == "own" or Path(text).exists():
+        return None
+    words, at, file = rest.partition("@")
+    path = Path(file) if at else None
+    if path is not None and not path.is_file():
+        raise UserError(f"there is no weight file at {file}, which {text} names")
+    options = config.read_options(words, "backbone", kind)
+    if kind in LIBRARIES:
+        pretrained = import_module(f"advebm.models.zoo.{kind}").find(options, path)
+        return Reference(text, "pretrained", path, pretrained)
+    if path is None:
+        raise UserError(f"{text} is a network without weights; give a file of them: {text}@FILE")
+    constants: dict[str, Any] = {name: options.pop(name) for name in ("mean", "std") if name in options}
+    normalise = config.construct(Normalisation, constants, where=text)
+    backbone = config.build({**options, "kind": kind}, "backbone", where=text, foreign=False)
+    load = partial(public_weights.build, path, backbone, normalise.mean, normalise.std)
+    return Reference(text, "pretrained", path, Pretrained(load))
 
 
 def _resolve_module(text: str) -> Reference | None:
@@ -240,7 +291,7 @@ def _resolve_module(text: str) -> Reference | None:
     module, at, weights = text.partition("@")
     if at and not Path(weights).exists():
         raise UserError(f"there are no weights at {weights}, which {text} names")
-    return Reference(text, "module", Path(weights) if at else None, module)
+    return Reference(text, "module", Path(weights) if at else None, module=module)
 
 
 # In this order, as a folder of that name comes before a model of the package.  A resolver returns None for what it does
@@ -249,6 +300,7 @@ RESOLVERS: tuple[Callable[[str], Reference | None], ...] = (
     _resolve_run,
     _resolve_folder,
     _resolve_hub,
+    _resolve_network,
     _resolve_bundled,
     _resolve_file,
     _resolve_module,

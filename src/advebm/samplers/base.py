@@ -62,6 +62,8 @@ class Sampler:
             replay chains of the checkpoint).
         fit: the split that Gaussians are fitted on.  CEM and Santurkar et al. used ``test``, a leak: scores measured
             against test images afterwards are too good.
+        fit_size: longer edge, in pixels, that images are averaged down to before Gaussians are fitted; the seeds are
+            enlarged, as Santurkar et al. do for ImageNet.  None: the images' own size, which takes long for large ones.
         shrinkage: share of white noise in a seed's covariance.
     """
 
@@ -76,6 +78,7 @@ class Sampler:
     noise_decay: float = 1.0
     start: Literal["class", "global", "noise", "outside", "buffer"] = "class"
     fit: Literal["train", "test"] = "train"
+    fit_size: int | None = None
     shrinkage: float = 0.01
 
     conditional: ClassVar[bool] = True  # whether the energy depends on a class
@@ -89,6 +92,8 @@ class Sampler:
             raise UserError(f"a sampler takes steps >= 0, finite step_size > 0 and noise >= 0, got {got}")
         if self.radius is not None and not self.radius > 0:
             raise UserError(f"radius must be > 0 or none, got {self.radius}")
+        if self.fit_size is not None and self.fit_size < 1:
+            raise UserError(f"fit_size must be at least 1 pixel, or none for the images' own size, got {self.fit_size}")
         if not 0 <= self.momentum < 1 or not 0 <= self.shrinkage <= 1:
             got = f"{self.momentum}, {self.shrinkage}"
             raise UserError(f"momentum must lie in [0, 1) and shrinkage must lie in [0, 1], got {got}")
@@ -139,9 +144,10 @@ class Sampler:
             if self.fit == "test":
                 raise UserError(f"{data.name} brings Gaussians of training images; set fit to train, or give --data")
             return data.gaussians.start(by_class=by_class, shrinkage=self.shrinkage)
-        if not by_class:
-            return ClassGaussians.fit(split.x, shrinkage=self.shrinkage)
-        return ClassGaussians.fit(split.x, split.y, classes=len(data.classes), shrinkage=self.shrinkage)
+        x = split.x if self.fit_size is None else starts.shrink(split.x, self.fit_size)
+        y, classes = (split.y, len(data.classes)) if by_class else (None, 1)
+        gaussians = ClassGaussians.fit(x, y, classes=classes, shrinkage=self.shrinkage)
+        return gaussians if x is split.x else starts.Enlarged(gaussians, tuple(x.shape[1:]))
 
     @property
     def coupled(self) -> bool:

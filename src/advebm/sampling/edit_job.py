@@ -124,7 +124,7 @@ def score_images(order: EditRequest) -> dict[str, dict[str, float]]:
     data = order.run.data
     x, names = _load_inputs(order, data.shape)
     model = order.run.model(order.checkpoint)[0].to(order.device)
-    energies = unusual(model, x, data.val.x, batch=batch_size_for(data.shape))
+    energies = unusual(model, x, data.val.x, batch=batch_size_for(data.shape, model))
     return {
         name: {"energy": energies.score[i].item(), "share of validation images below": energies.share[i].item()}
         for i, name in enumerate(names)
@@ -234,7 +234,7 @@ def apply_edit(
         edited = method(models[0], x, y, frames=frames)
         progress(len(x))
         return edited
-    size, device, parts = batch_size_for(x.shape[1:]), device_of(models[0]), []
+    size, device, parts = batch_size_for(x.shape[1:], models[0]), device_of(models[0]), []
     for first in range(0, len(x), size):
         rows = slice(first, first + size)
         if isinstance(method, Compose):

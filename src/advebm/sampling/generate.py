@@ -95,7 +95,7 @@ def check_groups(sampler: Sampler, count: int, batch: int | None = None) -> None
 def sampling_view(model: nn.Module, data: Data, count: int, backend: BackendName) -> View | None:
     """Return the network as ``backend`` computes it, for ``count`` images; None if that cannot be applied."""
     images = data.train.x if len(data.train) else data.test.x
-    example = as_images(images[: min(count, CHUNK, batch_size_for(data.shape))], device_of(model))
+    example = as_images(images[: min(count, CHUNK, batch_size_for(data.shape, model))], device_of(model))
     return make_view(model, example, find_backend(backend), loud=backend != "auto") if len(example) else None
 
 
@@ -119,7 +119,7 @@ def draw_chunk(
     :func:`batch_size_for`) and ``view`` (from :func:`sampling_view`) change rounding only.  ``bank`` is what
     :meth:`Sampler.bank` returned.  ``observe`` is called before each step.
     """
-    batch = batch_size_for(shape) if batch is None else batch
+    batch = batch_size_for(shape, model) if batch is None else batch
     if isinstance(start, ImagePool):
         first = number * CHUNK
         start = dataclasses.replace(start, order=deal_images(len(start.x), first, min(CHUNK, len(y) - first), seed))

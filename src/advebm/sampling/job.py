@@ -49,7 +49,8 @@ class SampleJob:
         seed: seed of the starting images and of the noise.
         checkpoint: name of the checkpoint: ``latest``, ``best``, or its number of training images.
         device: where to compute.
-        batch: images per forward pass.  Default: 500 images of up to 32 x 32 pixels, fewer larger ones.
+        batch: images per forward pass.  Default: as many as the memory allows, see
+            :func:`advebm.models.batching.batch_size_for`.
         backend: how to compute the network, see :class:`advebm.models.inference.Backend`; ``auto`` folds batch norms.
         about: further entries of the plan and the manifest.
         within: folder in the run folder that holds the set.

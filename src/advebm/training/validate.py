@@ -57,7 +57,7 @@ def validate(
     Raises:
         Diverged: a critic's energies, or an encoder's losses, are not finite.
     """
-    subject = Subject(model, data, split, recipe.threat, batch=batch_size_for(data.shape), team=team)
+    subject = Subject(model, data, split, recipe.threat, batch=batch_size_for(data.shape, model), team=team)
     generator = rng.generator(recipe.seed, "val", device=subject.device)
     if (validate_pair := recipe.objective.validate) is not None:
         augment, x = recipe.data.augment, subject.on_device(split.x)

@@ -50,7 +50,7 @@ def build_sampler(studio: Studio, method: str, start: str, alpha: Any, beta: Any
 
 def sample_first(studio: Studio, job: Job) -> Sampled:
     """Return images of every class by the model's own sampler; they are drawn once and kept."""
-    count = min(FIRST, batch_size_for(studio.data.shape))
+    count = min(FIRST, batch_size_for(studio.data.shape, studio.model))
     return studio.keep("sample", lambda: sample(studio, studio.sampler(), EVERY, count, 0, job), job)
 
 
@@ -75,7 +75,7 @@ def sample(studio: Studio, sampler: Sampler, kind: str, count: float, seed: floa
 
     with studio.search(job) as model:
         initial, draws = studio.seeds(sampler, y, parse_integer(seed, "the seed", 0, 2**31))
-        batch = batch_size_for(studio.data.shape)
+        batch = batch_size_for(studio.data.shape, studio.model)
         x = sampler(model, y.to(initial.device), initial, generator=draws, observe=observe, batch=batch)
         observe(total, x, studio.descended(sampler, x, y))
         seconds = time.perf_counter() - start

@@ -187,7 +187,7 @@ class Studio:
 
     def compute(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Return ``function(f, *tensors)``, computed in batches, on the CPU; ``tensors`` are (B, C, H, W) and (B,)."""
-        size = batch_size_for(self.data.shape)
+        size = batch_size_for(self.data.shape, self.model)
         with searching(self.model) as f, torch.no_grad():
             parts = zip(*(values.to(self.device).split(size) for values in tensors), strict=True)
             return torch.cat([function(f, *part).cpu() for part in parts])

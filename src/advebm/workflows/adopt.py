@@ -180,7 +180,7 @@ def adopt(
 
 def _check_data(reference: Reference, architecture: Architecture, data: Data) -> None:
     """Raise UserError for data of another shape or number of classes than the model's; warn of other class names."""
-    size = data.shape[1:] if reference.kind == "file" else architecture.shape[1:]  # a file does not say its size
+    size = data.shape[1:] if reference.kind == "pretrained" else architecture.shape[1:]  # theirs may be any
     ours, theirs = (architecture.outputs, architecture.channels, *size), (len(data.classes), *data.shape)
     if ours != theirs:
         words = "{} classes of {} x {} x {}".format

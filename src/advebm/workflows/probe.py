@@ -62,7 +62,7 @@ def probe(
     options["sampler"] = config.switch(described["sampler"], "sampler", "cs")
     pairs = [("name", title), *options.items(), *overrides]
     untrained_recipe(title, {"backbone": described["backbone"]}, pairs)  # raises for wrong options before the fit
-    classifier = by.classifier(model.to(device), data.train, len(data.classes), batch_size_for(data.shape))
+    classifier = by.classifier(model.to(device), data.train, len(data.classes), batch_size_for(data.shape, model))
     plain = dataclasses.replace(architecture, outputs=len(data.classes), hidden=None)
     about = {"data": data.name, "classes": data.classes, "probe": config.describe(by), "recipe": recipe.name}
     where = run.folder / "probe"

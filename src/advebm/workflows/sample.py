@@ -291,7 +291,7 @@ def compare_sets(
     first_sets = {m: sets[f"{m}-{seed}"] for m in samplers}
     panels = {m: pictures.rows_by_class(s.x, s.y, len(data.classes)) for m, s in first_sets.items()}
     say(f"judging {len(sets)} sets")
-    subject = Subject(model, data, data.test, recipe.threat, sets, space, batch_size_for(data.shape))
+    subject = Subject(model, data, data.test, recipe.threat, sets, space, batch_size_for(data.shape, model))
     records = [dataclasses.asdict(r) for r in evaluate.evaluate(subject, [SampleQuality()], seed=seed)]
     records_of = lambda m, name: [
         {**r, "settings": {**r["settings"], "samples": m}} for r in records if r["settings"]["samples"] == name

@@ -1,0 +1,1 @@
+"""Networks of other libraries, which are imported on first use: timm, transformers and RobustBench."""

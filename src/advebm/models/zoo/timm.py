@@ -1,0 +1,150 @@
+"""Networks of timm, the PyTorch image models of Hugging Face."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from advebm.core import config, files
+from advebm.core.errors import UserError, suggest
+from advebm.models import hub, public_weights
+from advebm.models.network import Architecture, Network, Normalize
+from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, load_file, need, one_line
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Timm:
+    """A network of timm up to its pooled features, such as ``convnext_atto.d2_in1k``; needs ``pip install timm``.
+
+    Batch norm, layer norm and all other layers are the library's.  Weights begin as the library draws them;
+    ``--init timm:NAME`` starts from its pretrained ones.
+
+    Attributes:
+        name: as ``timm.list_models()`` prints it; what follows a dot names pretrained weights.
+        size: height and width in pixels that images are resized to before the network, through which gradients go
+            back to the images; None: images are taken as they are.
+        crop: share of the shorter side that is kept of images larger than ``size``.
+    """
+
+    name: str
+    size: int | None = None
+    crop: float = 1.0
+
+    cites: ClassVar[tuple[str, ...]] = ("wightman2019",)
+
+    def __post_init__(self) -> None:
+        check_size(self.size, self.crop)
+
+    def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
+        """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``."""
+        module, head = split(create(self, channels, size))
+        return Resized(module, self.size, self.crop), head.in_features
+
+
+def find(options: Mapping[str, Any], weights: Path | None) -> Pretrained:
+    """Return a network with weights from a file or, by default, with those that timm knows, which are downloaded once.
+
+    Args:
+        options: those of :class:`Timm`; unless they set ``size``, images are resized to that of the pretrained weights.
+        weights: a file with the state dict of the whole classifier.
+
+    Raises:
+        UserError: timm is not installed, or an option or the name is unknown to it.
+    """
+    backbone = config.construct(Timm, options, where=f"timm:{options.get('name', '')}")
+    configuration = find_configuration(backbone.name)
+    if "size" not in options:
+        backbone = replace(backbone, size=configuration.input_size[-1], crop=configuration.crop_pct)
+    return Pretrained(partial(_load, backbone, configuration, weights))
+
+
+def find_published(where: str | Path) -> Pretrained:
+    """Return a network that timm has written into a folder or published as ``USER/NAME`` on the Hub.
+
+    Raises:
+        UserError: something is missing, or its options are not those of the network in this version of timm.
+    """
+    folder = where if isinstance(where, Path) else hub.pull_files(where, ["config.json", WEIGHTS])
+    about, weights = files.read_json(folder / "config.json"), folder / WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{folder} has no {WEIGHTS}, the weights of its {about['architecture']}")
+    if about.get("model_args"):
+        given = ", ".join(about["model_args"])
+        raise UserError(f"{where} changes options of {about['architecture']} ({given}), which are not taken here")
+    backbone, own = Timm(about["architecture"]), about.get("pretrained_cfg") or {}
+    known = {name: own[name] for name in ("mean", "std", "input_size", "crop_pct") if name in own}
+    configuration = dataclasses.replace(find_configuration(backbone.name), **known)
+    backbone = replace(backbone, size=configuration.input_size[-1], crop=configuration.crop_pct)
+    return Pretrained(partial(_load, backbone, configuration, weights))
+
+
+def find_configuration(name: str) -> Any:
+    """Return timm's ``pretrained_cfg`` of a network: size, mean and standard deviation of its inputs.
+
+    Raises:
+        UserError: timm is not installed, or has no network of this name.
+    """
+    timm = need("timm", f"timm:{name}")
+    architecture, _, tag = name.partition(".")
+    if ":" in name or not timm.is_model(architecture):
+        near = suggest(architecture, timm.list_models())
+        raise UserError(f"timm has no model {name!r}{near}; see timm.list_models()")
+    if tag and name not in timm.list_models(pretrained=True):
+        known = [weights for weights in timm.list_models(pretrained=True) if weights.startswith(f"{architecture}.")]
+        raise UserError(f"timm has no weights {name!r}; there is {', '.join(known) or 'none'}")
+    return timm.get_pretrained_cfg(name)
+
+
+def create(backbone: Timm, channels: int, size: int, **options: Any) -> nn.Module:
+    """Return timm's classifier for images of ``size`` pixels, or of those that the backbone resizes to."""
+    configuration = find_configuration(backbone.name)
+    if configuration.fixed_input_size:
+        options["img_size"] = backbone.size or size
+    try:
+        module: nn.Module = need("timm", "").create_model(backbone.name, in_chans=channels, **options)
+    except Exception as error:  # no connection, a size that does not fit, …
+        pixels = f"{channels} x {backbone.size or size} x {backbone.size or size}"
+        raise UserError(f"timm cannot make {backbone.name} for images of {pixels}: {one_line(error)}") from error
+    return module
+
+
+def split(module: Any) -> tuple[nn.Module, nn.Linear]:
+    """Return a classifier of timm without its last layer, and that layer."""
+    head: nn.Linear = module.get_submodule(name_of_head(module))
+    module.reset_classifier(0)
+    return module, head
+
+
+def name_of_head(module: Any) -> str:
+    """Return the name of the layer from features to logits.
+
+    Raises:
+        UserError: there is not one linear layer.
+    """
+    head = module.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(module).__name__} of timm has no linear layer from features to logits")
+    return next(name for name, part in module.named_modules() if part is head)
+
+
+def _load(backbone: Timm, configuration: Any, weights: Path | None) -> tuple[Network, Architecture]:
+    channels, size = configuration.input_size[0], backbone.size or configuration.input_size[-1]
+    normalise = Normalize(tuple(configuration.mean), tuple(configuration.std))
+    if weights is None:
+        if not configuration.has_weights:
+            raise UserError(f"timm has no weights of {backbone.name}; give a file: timm:{backbone.name}@FILE")
+        module = create(backbone, channels, size, pretrained=True)
+    else:
+        last, state = name_of_head(create(backbone, channels, size)), public_weights.read(weights)
+        if f"{last}.weight" not in state:
+            raise UserError(f"{weights} has no {last}.weight, so it does not fit {backbone.name} of timm")
+        module = create(backbone, channels, size, num_classes=len(state[f"{last}.weight"]))
+        normalise = load_file(module, weights, configuration.mean, configuration.std)
+    module, head = split(module)
+    return assemble(backbone, Resized(module, backbone.size, backbone.crop), head, normalise, channels, size)

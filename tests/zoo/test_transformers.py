@@ -1,0 +1,113 @@
+import json
+
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+import advebm
+from advebm.core.errors import UserError
+from advebm.models.zoo.transformers import Transformers, read_processor
+from tests.zoo.conftest import agree, normalised
+
+transformers = pytest.importorskip("transformers", reason="make test-zoo installs transformers")
+
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def vit(folder, *, size=48, kind=None, **options):
+    torch.manual_seed(5)
+    settings = transformers.ViTConfig(**SMALL, image_size=size, patch_size=8, num_labels=7, initializer_range=0.3)
+    net = (kind or transformers.ViTForImageClassification)(settings).eval()
+    net.save_pretrained(folder)
+    about = {"image_processor_type": "ViTImageProcessor", "image_mean": HALF[0], "image_std": HALF[1]}
+    about |= {"size": {"height": size, "width": size}, **options}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    return net
+
+
+def resnet(folder):
+    torch.manual_seed(6)
+    settings = transformers.ResNetConfig(embedding_size=16, hidden_sizes=[16, 24], depths=[1, 1], num_labels=7)
+    net = transformers.ResNetForImageClassification(settings).eval()
+    net.save_pretrained(folder)
+    about = {"size": {"shortest_edge": 40}, "crop_size": 32, "do_center_crop": True}
+    about |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    return net
+
+
+def test_logits_of_a_vit_are_the_librarys(tmp_path, pictures):
+    net = vit(tmp_path)
+    model = advebm.load(tmp_path)
+    large = interpolate(pictures, (48, 48), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        agree(model(pictures), net(normalised(large, *HALF)).logits)
+        assert model.features(pictures).shape == (3, 32)
+    assert model.head.out_features == 7
+
+
+def test_logits_of_a_resnet_are_the_librarys(tmp_path, generator):
+    net, x = resnet(tmp_path), torch.rand(2, 3, 40, 40, generator=generator)
+    with torch.no_grad():
+        expected = net(normalised(x[..., 4:36, 4:36], (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))).logits
+        agree(advebm.load(tmp_path)(x), expected)
+
+
+def test_half_precision_weights_are_computed_in_float32(tmp_path, pictures):
+    net = vit(tmp_path, size=32)
+    net.bfloat16().save_pretrained(tmp_path)
+    with torch.no_grad():
+        agree(advebm.load(tmp_path)(pictures), net.float()(normalised(pictures, *HALF)).logits)
+
+
+def test_a_network_that_is_no_classifier_is_refused(tmp_path):
+    vit(tmp_path, kind=transformers.ViTModel)
+    with pytest.raises(UserError, match=r"has no classifier.bias; train it first: --backbone transformers:"):
+        advebm.load(tmp_path)
+
+
+def test_a_new_network_has_the_librarys_features(tmp_path, pictures):
+    vit(tmp_path)
+    module, width = Transformers(str(tmp_path)).build(3, 32)
+    assert module(pictures).shape == (3, width)
+    module, width = Transformers(str(tmp_path), size=64).build(1, 32)
+    assert module(pictures[:, :1]).shape == (3, width)
+
+
+def test_what_processors_say():
+    mean = {"image_mean": [0.5], "image_std": [0.5]}
+    for settings, expected in (
+        ({"size": 224}, (224, 1.0)),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 0.875}, (224, 0.875)),
+        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, (384, 1.0)),
+        (
+            {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
+            (224, 0.875),
+        ),
+        ({"size": {"height": 256, "width": 256}, "do_resize": False}, (None, 1.0)),
+    ):
+        found = read_processor(mean | settings)
+        assert (found.size, found.crop) == expected
+    assert read_processor({"do_normalize": False, "size": 8}).std == (1.0,)
+    for settings, message in (
+        ({}, "has no image_mean and image_std"),
+        ({"rescale_factor": 1 / 127.5, **mean}, "rescales bytes by 0.00784"),
+        ({"size": {"height": 4, "width": 8}, **mean}, "makes images of 4 x 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_processor(settings)
+
+
+def test_one_line_for_what_is_missing_or_damaged(tmp_path):
+    vit(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"transformers cannot make .*preprocessor_config.json") as error:
+        advebm.load(tmp_path)
+    assert "\n" not in str(error.value)
+    vit(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="transformers cannot make") as error:
+        advebm.load(tmp_path)
+    assert "\n" not in str(error.value)
