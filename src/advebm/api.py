@@ -26,6 +26,7 @@ from advebm.diagnostics.landscape import Along
 from advebm.edits.base import Edit, Edited
 from advebm.evaluation import compare as comparison
 from advebm.evaluation import evaluate as evaluation
+from advebm.evaluation.leaderboard import Leaderboard
 from advebm.evaluation.suites import suite as find_suite
 from advebm.metrics.base import Metric, Records, SampleSet, Subject
 from advebm.metrics.probing import NearestNeighbours, Probe
@@ -53,6 +54,7 @@ from advebm.workflows import sample as drawing
 from advebm.workflows.devices import choose_device
 from advebm.workflows.doctor import examine_on
 from advebm.workflows.evaluate import Comparison
+from advebm.workflows.leaderboard import rank
 from advebm.workflows.probe import Probed, measure_probe
 from advebm.workflows.probe import probe as fit_probe
 from advebm.workflows.sample import Tuning
@@ -835,6 +837,51 @@ def compare(
     return measuring.compare_runs(
         [_open(run) for run in runs], threat, out=None if out is None else Path(out), **options
     )
+
+
+@torch.inference_mode(False)
+def leaderboard(
+    runs: Sequence[Run | str | Path],
+    *,
+    options: Mapping[str, Any] | None = None,
+    tier: Literal["quick", "standard", "full"] = "quick",
+    features: str | Path | None = None,
+    out: str | Path | None = None,
+    replace: bool = False,
+    device: str | None = None,
+    seed: int = 0,
+) -> Leaderboard:
+    """Rank models by one protocol: clean and robust accuracy, FD, class score, detection of outliers, seconds.
+
+    What a run holds already is not measured again.  A model that cannot be opened or measured does not stop the others.
+
+    Args:
+        runs: runs, or what stands for them; see :func:`open_run`.
+        options: as on the command line: ``data`` of models that do not know theirs; ``threat.eps`` and ``threat.norm``
+            (else those of the first model that knows its threat model); ``sampler``, ``sampler.steps``, …
+        tier: how much is measured.  ``quick``: PGD-20 on 512 images, 1,000 samples; ``standard``: APGD-CE and APGD-T
+            on 1,000, 5,000 samples; ``full``: AutoAttack on all, 50,000 samples.
+        features: the judge of all samples, as for :func:`evaluate`; None: ``cifar10-infonce`` for CIFAR-10, else
+            ``pixels``.
+        out: folder of table and picture; None: ``leaderboard``, with a number if another protocol's is there.
+        replace: whether to replace another protocol's there.
+        device: None: the best one available.
+        seed: seed of all random numbers.
+
+    Returns:
+        The rows, the most robust model first; in a notebook shown as a table and a picture.
+
+    Raises:
+        UserError: no model can be measured, or an option that does not exist.
+
+    Examples:
+        >>> board = advebm.leaderboard(["runs/digits-at"], options={"sampler.steps": 2}, device="cpu")
+        >>> board.rows[0].title, round(board.rows[0].numbers["AUROC"]["value"]) <= 1
+        ('digits-at', True)
+    """
+    models = [run if isinstance(run, Run) else str(run) for run in runs]
+    given: dict[str, Any] = {"tier": tier, "features": features, "replace": replace, "device": device, "seed": seed}
+    return rank(models, list((options or {}).items()), out=None if out is None else Path(out), **given)
 
 
 @torch.inference_mode(False)

@@ -1,4 +1,4 @@
-"""``advebm evaluate``, ``probe`` and ``compare``: measure runs and models."""
+"""``advebm evaluate``, ``probe``, ``compare`` and ``leaderboard``: measure runs and models."""
 
 import argparse
 import dataclasses
@@ -143,3 +143,40 @@ def compare(args: argparse.Namespace, overrides: Overrides) -> None:
     records, path = compare_runs(runs, threat, **options, out=args.out, replace=args.replace)
     (print_runs if len(records) > 4 else print_side_by_side)(records)
     print(path)
+
+
+def add_leaderboard(verbs: Commands) -> None:
+    parser = verbs.add(
+        "leaderboard",
+        leaderboard,
+        "Rank models by one protocol: a table, and a picture of FD against robust accuracy.",
+        "Clean and robust accuracy, FD, class score, AUROC, seconds; what a run holds is not measured again, so the "
+        "same command goes on. Takes --threat.eps, --threat.norm, --sampler KIND and --sampler.option VALUE.",
+        takes=("threat", "sampler"),
+    )
+    parser.add_run(several=True)
+    parser.add_argument(
+        "--tier",
+        default="quick",
+        metavar="NAME",
+        help="quick (default: PGD-20 on 512 images, 1,000 samples), standard (APGD-CE and APGD-T on 1,000, 5,000 "
+        "samples) or full (AutoAttack on all, 50,000 samples)",
+    )
+    parser.add_argument(
+        "--features",
+        metavar="RUN",
+        help="what judges the samples of all: a run or model (cifar10-infonce for CIFAR-10), pixels (for other data), "
+        "inception or inception:PATH",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of table and picture (leaderboard)")
+    parser.add_argument("--replace", action="store_true", help="replace a leaderboard of another protocol there")
+    parser.add_shared("seed", "device", "threads")
+
+
+def leaderboard(args: argparse.Namespace, overrides: Overrides) -> None:
+    from advebm.reporting.terminal import print_leaderboard
+    from advebm.workflows.leaderboard import rank
+
+    options = {"features": args.features, "out": args.out, "replace": args.replace}
+    board = rank(args.runs, overrides, tier=args.tier, **options, device=args.device, seed=args.seed)
+    print_leaderboard(board)

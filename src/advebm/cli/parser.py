@@ -18,6 +18,7 @@ ADD = (
     diagnose.add_doctor,
     publish.add_report,
     evaluate.add_compare,
+    evaluate.add_leaderboard,
     reproduce.add_reproduce,
     page.add_app,
     publish.add_export,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from advebm.attacks.base import Adversary
 from advebm.attacks.projected import Attack
 from advebm.core import config, files
 from advebm.core.errors import UserError
@@ -83,8 +84,10 @@ def compare(
     return results
 
 
-def accuracy_metrics(attacks: Iterable[Attack]) -> Wanted:
-    return {Key("accuracy"): Accuracy()} | {Key("accuracy", attack_key(a)): RobustAccuracy(a) for a in attacks}
+def accuracy_metrics(attacks: Iterable[Adversary], images: int | None = None) -> Wanted:
+    """Return clean accuracy, and that under each attack on ``images`` test images (None: all)."""
+    robust = {Key("accuracy", attack_key(a)): RobustAccuracy(a, images=images) for a in attacks}
+    return {Key("accuracy"): Accuracy(), **robust}
 
 
 def quality_metrics(run: Run, features: str | Path | None) -> Wanted:
@@ -94,14 +97,32 @@ def quality_metrics(run: Run, features: str | Path | None) -> Wanted:
 def measure(run: Run, wanted: Wanted, *, features: str | Path | None = None, seed: int = 0, **options: Any) -> Records:
     """Evaluate the metrics that the run has no current records of, and return the newest record of each wanted key.
 
+    ``options`` are further ones of :func:`advebm.evaluation.evaluate.evaluate_run`.
+    """
+    current = current_records(run, wanted, features=features, seed=seed)
+    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if key not in current))
+    if missing:
+        recipe = dataclasses.replace(run.recipe, metrics=missing)
+        evaluate.evaluate_run(run, recipe=recipe, features=features, seed=seed, **options)
+        current = current_records(run, wanted, features=features, seed=seed)
+    return list(current.values())
+
+
+def current_records(
+    run: Run, wanted: Wanted, *, features: str | Path | None = None, seed: int = 0
+) -> dict[Key, dict[str, Any]]:
+    """Return the newest current record of each wanted key that has one.
+
     A record is current if checkpoint (the latest), seed, attack, number of images, precision and metric settings agree;
     for sample quality also the set of samples (by its manifest) and the weights of the feature network.
     """
     about = {"checkpoint": run.checkpoints.path().name, "seed": seed}
     judge = feature_weights(features)
-    manifests = {name: generate.read_set(folder).manifest for name, folder in run.samples().items()}
+    named = {key.samples for key in wanted}
+    manifests = {name: generate.read_set(folder).manifest for name, folder in run.samples().items() if name in named}
+    records = run.records()
 
-    def find_current(records: Records, key: Key, metric: Metric) -> Records:
+    def find_current(key: Key, metric: Metric) -> Records:
         samples = key.samples if key.space is not None else None  # the set whose quality is measured
         settings = {"samples": samples, **manifests[samples]} if samples else {}
         if (attack := getattr(metric, "attack", None)) is not None:
@@ -120,13 +141,7 @@ def measure(run: Run, wanted: Wanted, *, features: str | Path | None = None, see
             and spec.items() <= r["settings"].get("metric", spec).items()  # not every metric stores its settings
         ]
 
-    records = run.records()
-    missing = tuple(dict.fromkeys(metric for key, metric in wanted.items() if not find_current(records, key, metric)))
-    if missing:
-        recipe = dataclasses.replace(run.recipe, metrics=missing)
-        evaluate.evaluate_run(run, recipe=recipe, features=features, seed=seed, **options)
-        records = run.records()
-    return [current[-1] for key, metric in wanted.items() if (current := find_current(records, key, metric))]
+    return {key: found[-1] for key, metric in wanted.items() if (found := find_current(key, metric))}
 
 
 COSTS = ("forward passes an image", "backward passes an image", "training images a second")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,19 @@ def evaluate_run(
     checkpoint: str = "latest",
     seed: int = 0,
     device: str = "cpu",
+    sets: Collection[str] | None = None,
     progress: Callable[[str], None] = lambda name: None,
     bar: Bar = no_bar,
     team: Team = ALONE,
 ) -> Records:
-    """Evaluate a checkpoint and all samples of a run, append the records to its ``metrics.json``, and return them.
+    """Evaluate a checkpoint and the samples of a run, append the records to its ``metrics.json``, and return them.
 
     Args:
         recipe: gives threat model and metrics; default: the run's own.
         features: feature space of sample quality, as :func:`find_space` reads it.  None: the features of the run's own
             model; records are then named ``own features``, and the results favour the model's own samples.
         checkpoint: ``latest``, ``best`` or a number of training images.
+        sets: names of the sets of samples to evaluate.  None: all.
         progress: called with the name of each metric.
         bar: progress bar of attacks; an interrupted attack resumes from the run's folder ``verdicts``.
         team: processes that all call this function: they divide the images of attacks among them and each compute
@@ -69,7 +71,8 @@ def evaluate_run(
     path = run.checkpoints.path(checkpoint)
     model = run.model(path.name)[0].to(device)
     data = run.data
-    samples = {name: generate.read_set(folder) for name, folder in run.samples().items()}
+    chosen = {name: folder for name, folder in run.samples().items() if sets is None or name in sets}
+    samples = {name: generate.read_set(folder) for name, folder in chosen.items()}
     chosen_space = None if features is None else find_space(features)
     space = feature_space(OWN_FEATURES, model) if chosen_space is None else chosen_space.load(device)
     options: dict[str, Any] = {"folder": run.folder / "verdicts", "bar": bar}

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from advebm.attacks.projected import Attack
 from advebm.diagnostics import doctor
+from advebm.evaluation.leaderboard import Leaderboard
 from advebm.metrics.base import Record
 from advebm.metrics.keys import key_of
 from advebm.metrics.texts import as_text, short_text
@@ -72,6 +73,14 @@ def print_runs(runs: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
         columns = quantities[first : first + 8]
         _print_rows(*table.runs_down(columns), width=60 + 14 * len(columns))
         print()
+
+
+def print_leaderboard(board: Leaderboard) -> None:
+    """Print a row for each model, the most robust first, and where the files are."""
+    heads, rows = board.table()
+    _print_rows(heads, rows, width=60 + 16 * len(heads))
+    print(f"FD, lower is better, and class score: by {board.protocol.features}; ± one standard error.")
+    print(board.folder)
 
 
 def print_paper_table(summary: Mapping[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """Open the run that a reference stands for; around any other model make one, without training it."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.workflows.train import fit
 
+KNOWING = ("run", "checkpoint", "model", "file", "module")  # kinds of references, those that know their data first
 MADE = Path("runs") / "models"  # where runs around models are made, as a model's own folder may not be written to
 
 
@@ -73,17 +75,44 @@ def open_runs(wheres: Sequence[str], overrides: Iterable[tuple[str, Any]] = (), 
     If there are runs and other models, overrides are for the models; only those of a path are for the runs, too.
     ``whole`` is as for :func:`open_run`.
     """
-    overrides, references = list(overrides), [find_reference(where) for where in wheres]
+    runs = open_each(wheres, overrides, whole=whole)
+    return [runs[where] for where in wheres]
+
+
+def open_each(
+    wheres: Sequence[str],
+    overrides: Iterable[tuple[str, Any]] = (),
+    *,
+    whole: bool = True,
+    failed: Callable[[str, UserError], None] | None = None,
+) -> dict[str, Run]:
+    """Return by reference the runs that :func:`open_runs` returns, without those that cannot be opened.
+
+    ``failed`` is called with the reference of each of those, and why.  None: the first one raises its error.
+    """
+
+    @contextlib.contextmanager
+    def reporting(where: str) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            if failed is None:
+                raise
+            failed(where, error)
+
+    overrides, references, runs = list(overrides), list[Reference](), dict[str, Run]()
+    for where in dict.fromkeys(wheres):
+        with reporting(where):
+            references.append(find_reference(where))
     paths = [pair for pair in overrides if pair[0].endswith(".path")]
     for_runs = overrides if all(reference.kind == "run" for reference in references) else paths
-    runs = {r.text: open_run(r.text, for_runs, whole=whole) for r in references if r.kind == "run"}
-    for reference in references:
-        if reference.kind != "run":
-            own = overrides
-            if runs and not own and "data" not in reference.options():
+    for reference in sorted(references, key=lambda reference: KNOWING.index(reference.kind)):
+        with reporting(reference.text):
+            own = for_runs if reference.kind == "run" else overrides
+            if reference.kind != "run" and runs and not own and "data" not in reference.options():
                 own = [("data", config.describe(next(iter(runs.values())).recipe.data))]
             runs[reference.text] = open_run(reference.text, own, whole=whole)
-    return [runs[reference.text] for reference in references]
+    return {where: runs[where] for where in wheres if where in runs}
 
 
 def _read_source(reference: Reference) -> str:
