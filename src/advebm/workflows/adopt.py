@@ -23,7 +23,7 @@ from advebm.runs.recipe import Recipe, resolve
 from advebm.runs.run import Run
 from advebm.workflows.train import fit
 
-KNOWING = ("run", "checkpoint", "model", "pretrained", "module")  # kinds of references, first those that know their data
+KNOWING = ("run", "checkpoint", "model", "pretrained", "module")  # kinds of references, the most informed first
 MADE = Path("runs") / "models"  # where runs around models are made, as a model's own folder may not be written to
 
 
