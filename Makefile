@@ -56,6 +56,7 @@ recipes: $(READY)
 	$(BIN)/python -m tests.recipes $(ARGS)
 
 # ARGS='--run RUN --standard --images 512' compares AutoAttack on a model of yours; AUTOATTACK_SRC names a checkout of its code.
+# ARGS='--only architectures' compares networks with public code; ARCHITECTURES_SRC names a folder of checkouts, OWNER+NAME each.
 agreement: $(PEERS)
 	.venv-agreement/bin/python -m tests.agreement $(ARGS)
 
