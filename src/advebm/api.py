@@ -47,6 +47,7 @@ from advebm.runs.run import Run, new_folder
 from advebm.sampling import edit_job, generate
 from advebm.sampling.tune import Quantity
 from advebm.training import loop
+from advebm.training.sweep import By, Sweep
 from advebm.workflows import adopt
 from advebm.workflows import edit as edits
 from advebm.workflows import evaluate as measuring
@@ -58,6 +59,7 @@ from advebm.workflows.leaderboard import rank
 from advebm.workflows.probe import Probed, measure_probe
 from advebm.workflows.probe import probe as fit_probe
 from advebm.workflows.sample import Tuning
+from advebm.workflows.sweep import sweep as run_sweep
 
 
 @torch.inference_mode(False)
@@ -393,6 +395,63 @@ def train(
     recipe = load_recipe(recipe, options) if isinstance(recipe, str) else recipe
     folder = Path(folder or new_folder(Path("runs"), recipe.name))
     return loop.train(recipe, folder, resume=resume, device=device, track=track)
+
+
+@torch.inference_mode(False)
+def sweep(
+    recipe: Recipe | str,
+    *,
+    out: str | Path,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    trials: Sequence[Mapping[str, Any]] = (),
+    options: Mapping[str, Any] | None = None,
+    seeds: int = 1,
+    seed: int | None = None,
+    jobs: int | None = None,
+    halve: int = 0,
+    budget: float | None = None,
+    by: By = "robust",
+    device: str | None = None,
+) -> Sweep:
+    """Train combinations of options side by side, and sort them by their score on validation images.
+
+    Each trial is a run in ``out/trials``, trained with one thread in a process of its own.  After an interruption the
+    same call goes on.  A script that calls this needs the guard ``if __name__ == "__main__":``, as its processes import
+    the script.
+
+    Args:
+        recipe: name of a recipe of the package, or the result of :func:`load_recipe`.
+        out: folder of ``sweep.md``, ``sweep.json``, ``sweep.png`` and the trials.
+        vary: values by option, such as ``{"optimizer.lr": [0.05, 0.1]}``; all combinations are tried.
+        trials: given combinations, such as ``[{"objective": "trades", "objective.beta": 3}]``.
+        options: options of all trials, such as ``{"train.images": 20_000}``.
+        seeds: number of seeds of each combination; their mean counts.
+        seed: the first seed; None: the recipe's.
+        jobs: number of trials side by side; None: as many as cores, one on a GPU.
+        halve: number of rounds of successive halving before the last; 2: all train on a quarter of the images, the
+            better half of them on a half, and the better half of these on all, each from the beginning.
+        budget: FLOP of training that each trial may cost; it sets ``train.images``.
+        by: the score that counts: ``robust`` or ``clean`` (accuracy, or AUROC of a critic), or ``fd``.
+        device: ``cpu``, ``cuda``, …; None: the best one available.
+
+    Returns:
+        The combinations, the best first; ``sweep.best`` is the run of the first.
+
+    Raises:
+        UserError: an option, a value or a combination that does not exist, or a folder with other runs.
+        Interrupted: Ctrl-C; what is trained is saved.
+
+    Examples:
+        >>> options = {"train.images": 256, "backbone.width": 8, "threat.steps": 2}
+        >>> found = advebm.sweep(
+        ...     "digits-standard", out="lr", vary={"optimizer.lr": [0.01, 0.1]}, options=options, device="cpu"
+        ... )
+        >>> [row.images for row in found.rows], found.best.finished
+        ([256, 256], True)
+    """
+    given: dict[str, Any] = {"seeds": seeds, "seed": seed, "jobs": jobs, "halve": halve, "budget": budget, "by": by}
+    overrides = list((options or {}).items())
+    return run_sweep(recipe, overrides, vary=vary or {}, trials=trials, out=Path(out), device=device, **given)
 
 
 def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:

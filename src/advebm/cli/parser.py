@@ -1,7 +1,7 @@
 """All commands, in the order of the help."""
 
 from advebm import __version__
-from advebm.cli import catalog, demo, diagnose, edit, evaluate, page, publish, reproduce, sample, train
+from advebm.cli import catalog, demo, diagnose, edit, evaluate, page, publish, reproduce, sample, sweep, train
 from advebm.cli.options import Commands, Parser
 
 ADD = (
@@ -9,6 +9,7 @@ ADD = (
     demo.add_toy,
     train.add_train,
     train.add_run,
+    sweep.add_sweep,
     sample.add_sample,
     sample.add_tune_sampler,
     diagnose.add_diagnose,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from advebm.runs.run import Run
 
 TAKES = (*BLOCKS, "train", "threat", "metrics", "normalise", "before")
+LABELS = "none: train an encoder or a critic on the images alone"
 OPTIONS = (
     "Any option of a recipe can be given as --block.option VALUE, as in --objective.attack.eps 8/255; --print_config "
     "shows them all."
@@ -23,7 +24,7 @@ OPTIONS = (
 def add_train(verbs: Commands) -> None:
     parser = verbs.add("train", train, "Train a recipe, or go on with a run.", OPTIONS, takes=TAKES, shared=True)
     _add_training_options(parser)
-    parser.add_argument("--labels", choices=("none",), help="none: train an encoder or a critic on the images alone")
+    parser.add_argument("--labels", choices=("none",), help=LABELS)
     parser.add_shared("threads")
 
 
@@ -62,19 +63,40 @@ def run(args: argparse.Namespace, overrides: Overrides) -> None:
         print(report(run))
 
 
-def _add_training_options(parser: Parser) -> None:
+def add_recipe_options(parser: Parser) -> argparse._MutuallyExclusiveGroup:
+    """Add what :func:`recipe_source` reads; return the group of options that say where the recipe is."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="NAME", help="a recipe of the package; see advebm list")
     source.add_argument("--config", type=Path, metavar="FILE", help="a recipe as YAML, such as a run's config.yaml")
-    source.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where its last checkpoint is")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/NAME-TIME)")
     parser.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="train a torch module of your own")
     parser.add_argument(
         "--init", metavar="RUN", help="begin with the weights of a run, a model or a file; other classes: new head"
     )
+    parser.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {FAST_VALUES}; --train.fast")
+    return source
+
+
+def recipe_source(args: argparse.Namespace, overrides: Overrides, *, more: str = "") -> tuple[str | Path, Overrides]:
+    """Return the name or file of the recipe, and the overrides with those that other options stand for."""
+    from advebm.models.factory import find_root
+
+    if (args.recipe or args.config) is None:
+        raise UserError(
+            f"{args.verb} takes --recipe NAME{more} or --config FILE; recipes: {', '.join(recipes.names())}"
+        )
+    if args.model:
+        overrides = [*overrides, ("backbone", {"kind": "own", "path": args.model, "root": find_root(args.model)})]
+    if args.fast:
+        overrides = [*overrides, ("train.fast", args.fast)]
+    return args.recipe or args.config, overrides
+
+
+def _add_training_options(parser: Parser) -> None:
+    source = add_recipe_options(parser)
+    source.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run where its last checkpoint is")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/NAME-TIME)")
     parser.add_argument("--seed", type=int)
     parser.add_shared("device")
-    parser.add_argument("--fast", metavar="WAY", help=f"how searches compute the network: {FAST_VALUES}; --train.fast")
     parser.add_argument(
         "--track",
         metavar="NAMES",
@@ -93,7 +115,6 @@ def _add_training_options(parser: Parser) -> None:
 
 def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
     """Train as the options say and return the run; None if only the recipe or its cost was to be printed."""
-    from advebm.models.factory import find_root
     from advebm.runs.recipe import dump
     from advebm.runs.run import Run, new_folder
     from advebm.workflows.train import find_recipe, fit
@@ -105,15 +126,8 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
         run = Run.open(args.resume)
         recipe = (run.with_images_at(overrides) if overrides else run).recipe
     else:
-        if (args.recipe or args.config) is None:
-            raise UserError(
-                f"train takes --recipe NAME, --config FILE or --resume RUN; recipes: {', '.join(recipes.names())}"
-            )
-        if args.model:
-            overrides = [*overrides, ("backbone", {"kind": "own", "path": args.model, "root": find_root(args.model)})]
-        if args.fast:
-            overrides = [*overrides, ("train.fast", args.fast)]
-        recipe = find_recipe(args.recipe or args.config, overrides, seed=args.seed, init=args.init, labels=args.labels)
+        source, overrides = recipe_source(args, overrides, more=", --resume RUN")
+        recipe = find_recipe(source, overrides, seed=args.seed, init=args.init, labels=args.labels)
     if args.print_config:
         print(dump(recipe), end="")
         return None

@@ -19,6 +19,11 @@ def bound_waiting() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
+def count_cores() -> int:
+    """Return how many cores of the CPU this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 _user_count: list[int] = []  # the count that the user chose, if any
 
 
@@ -41,7 +46,7 @@ def take_over_threads(count: int | None) -> str:
     """
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     if count is None or _user_count or count == torch.get_num_threads():
         return ""
     if count > cores:

@@ -15,9 +15,11 @@ from advebm.metrics.base import Record
 from advebm.metrics.keys import key_of
 from advebm.metrics.texts import as_text, short_text
 from advebm.papers import render
+from advebm.reporting import sweep as sweep_page
 from advebm.reporting.records import best_set, class_tables, find_accuracies, pivot, rate_sets
 from advebm.training.cost import Estimate, Passes
 from advebm.training.hardware import GB, TERA, Machine
+from advebm.training.sweep import Sweep
 
 MEANINGS = {
     "FD": "FD: distance to real images, lower is better.",
@@ -81,6 +83,14 @@ def print_leaderboard(board: Leaderboard) -> None:
     _print_rows(heads, rows, width=60 + 16 * len(heads))
     print(f"FD, lower is better, and class score: by {board.protocol.features}; ± one standard error.")
     print(board.folder)
+
+
+def print_sweep(sweep: Sweep) -> None:
+    """Print a row for each combination, the best first, what the columns are, and where the files are."""
+    heads, rows = sweep.table()
+    _print_rows(heads, rows, width=60 + 12 * len(heads))
+    print(*sweep_page.legend(sweep), sep="\n")
+    print(sweep.folder)
 
 
 def print_paper_table(summary: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Steps of experiments: train, draw and measure what is missing, choose the settings of samplers."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ import torch
 
 from advebm import recipes
 from advebm.attacks.projected import Attack
-from advebm.core import config, console, files
+from advebm.core import config, console
 from advebm.core.checks import device
-from advebm.core.errors import Diverged, UserError
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
 from advebm.models.inference import BackendName
@@ -21,6 +19,7 @@ from advebm.runs.run import Run
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate
 from advebm.sampling.tune import settings_grid
+from advebm.workflows import train as workflow
 from advebm.workflows.sample import draw_set, is_drawn, search_settings
 from advebm.workflows.train import fit
 
@@ -35,23 +34,11 @@ def find_recipe(name: str, options: Sequence[tuple[str, Any]], **changes: Any) -
 
 
 def train_or_resume(recipe: Recipe, folder: Path) -> Run:
-    """Train a recipe in a folder, or resume its run there, or return that run if it is finished or has diverged."""
-    if not (folder / "config.yaml").is_file():
-        return _fit(recipe, folder)
-    run = Run.open(folder)
-    if dataclasses.replace(run.recipe, init=None) != dataclasses.replace(recipe, init=None):
-        raise UserError(f"{folder} holds a run of another recipe; choose another --out")
-    return run if run.finished or (folder / "diverged").exists() else _fit(recipe, folder, resume=True)
-
-
-def _fit(recipe: Recipe, folder: Path, *, resume: bool = False) -> Run:
-    """Train; a run that diverges for good is kept at its last checkpoint and counts as a result."""
-    try:
-        return fit(recipe, folder, resume=resume)
-    except Diverged as failure:
-        say(f"  {recipe.name}: {failure}")
-        files.write(folder / "diverged", str(failure))
-        return Run.open(folder)
+    """Do :func:`advebm.workflows.train.train_or_resume`, and say if the run has diverged."""
+    run = workflow.train_or_resume(recipe, folder, fit)
+    if run.diverged:
+        say(f"  {recipe.name}: {run.diverged}")
+    return run
 
 
 def draw_if_missing(run: Run, recipe: Recipe, per_class: int, name: str | None = None) -> str:

@@ -145,6 +145,12 @@ class Run:
         return any(line.get("event") == "early stop" for line in self.history())
 
     @property
+    def diverged(self) -> str:
+        """Why training ended before its time and will not go on; empty if it did not."""
+        path = self.folder / "diverged"
+        return path.read_text() if path.exists() else ""
+
+    @property
     def before(self) -> list[Path]:
         """The run folders of the earlier stages, in order."""
         return [self.folder / "before" / f"{i}-{stage.name}" for i, stage in enumerate(self.recipe.before)]

@@ -99,11 +99,16 @@ class Estimate:
         return images_in_whole_batches(self.recipe)
 
     @property
+    def training(self) -> tuple[float, float]:
+        """Return lower and upper bound of the FLOP of training alone."""
+        return self.images * self.least.times(self.flops), self.images * self.most.times(self.flops)
+
+    @property
     def total(self) -> tuple[float, float]:
         """Return lower and upper bound of the FLOP of training and validation together."""
         validation = self.validated * self.validation.times(self.flops) + self.drawn * self.sampling.times(self.flops)
-        least, most = (self.images * passes.times(self.flops) + validation for passes in (self.least, self.most))
-        return least, most
+        least, most = self.training
+        return least + validation, most + validation
 
 
 def estimates(recipe: Recipe) -> list[Estimate]:
