@@ -92,9 +92,12 @@ def draw(sweep: Sweep) -> bytes | None:
     if not rows:
         return None
     last = max(row.rung for row in rows)
-    flops = [row.flops for row in rows if row.rung == last]
+    flops = [row.flops for row in rows if row.rung == last and row.flops is not None]
     options = [name for name in sweep.varied if len({str(row.options.get(name)) for row in sweep.rows}) > 1]
-    panels = [*options, *([None] if max(flops) > 1.02 * min(flops) or last or not options else [])]
+    panels = [
+        *options,
+        *([None] if max(flops, default=0) > 1.02 * min(flops, default=0) or last or not options else []),
+    ]
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     with plt.rc_context(STYLE):
@@ -204,12 +207,13 @@ def _number(value: Any) -> float:
 
 
 def _against_flops(axis: Axes, sweep: Sweep, rows: Sequence[Row], last: int) -> None:
-    flops = [row.flops / TERA for row in rows]
-    if max(flops) > 3 * min(flops):
+    known = {id(row): row.flops / TERA for row in rows if row.flops is not None}
+    if known and max(known.values()) > 3 * min(known.values()):
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(PlainLogFormatter())
         axis.xaxis.set_minor_formatter(PlainLogFormatter(minor_thresholds=(1.5, 0.5)))
     for row in rows:
-        _dots(axis, sweep, row, row.flops / TERA, last)
+        if id(row) in known:
+            _dots(axis, sweep, row, known[id(row)], last)
     axis.margins(x=0.12)
     axis.set_xlabel("TFLOP of training")

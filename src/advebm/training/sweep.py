@@ -152,7 +152,7 @@ class Row:
     Attributes:
         options: what the combination sets.
         trials: one for each seed.
-        flops: FLOP of training of one trial.
+        flops: FLOP of training of one trial; None: unknown.
         count: number of validation images.
         rung: 0, or of successive halving the number of this round.
         results: of the trials that have ended, by folder.
@@ -161,7 +161,7 @@ class Row:
 
     options: Options
     trials: tuple[Trial, ...]
-    flops: float
+    flops: float | None
     count: int
     rung: int = 0
     results: dict[Path, Result] = dataclasses.field(default_factory=dict)
@@ -291,7 +291,11 @@ class Sweep:
         rows = []
         for row in self.rows:
             cells = [str(row.options.get(name, "")) for name in self.varied] + [_cell(row, by) for by in scores]
-            cells += [f"{row.images:,}", f"{row.flops / TERA:.4g}", "" if row.seconds is None else f"{row.seconds:.0f}"]
+            cells += [
+                f"{row.images:,}",
+                "" if row.flops is None else f"{row.flops / TERA:.4g}",
+                "" if row.seconds is None else f"{row.seconds:.0f}",
+            ]
             rows.append([*cells, row.note])
         noted = any(row.note for row in self.rows)
         return [*heads, "note"][: len(heads) + noted], [cells[: len(heads) + noted] for cells in rows]

@@ -101,15 +101,21 @@ def sweep(
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
     overrides, combinations = list(overrides), combine(vary, trials)
-    if budget is not None and any(name == "train.images" for options in combinations for name in options):
+    varied = {name for options in combinations for name in options}
+    if "seed" in varied:
+        raise UserError("seed says which is the first one, and seeds how many; leave it out of what varies")
+    if budget is not None and "train.images" in varied:
         raise UserError("a budget says how many images; leave train.images out of what varies")
 
     def recipes_of(options: Options) -> tuple[Recipe, ...]:
         """Return the recipes of a combination, one for each seed."""
         changes: dict[str, Any] = {"init": init, "labels": labels}
-        first = find_recipe(source, [*overrides, *options.items()], seed=seed, **changes)
-        others = range(first.seed + 1, first.seed + seeds)
-        return first, *(find_recipe(source, [*overrides, *options.items()], seed=s, **changes) for s in others)
+        make = lambda s: find_recipe(source, [*overrides, *options.items()], seed=s, **changes)
+        try:
+            first = make(seed)
+        except UserError as error:
+            raise UserError(f"{', '.join(f'{name}={value}' for name, value in options.items())}: {error}") from None
+        return first, *map(make, range(first.seed + 1, first.seed + seeds))
 
     planned = [(options, recipes_of(options)) for options in combinations]
     check_comparable([recipes[0] for _, recipes in planned], by)
@@ -172,7 +178,7 @@ def plan(
                 images = images_in_whole_batches(with_images(recipes[0], round(share * images)))
             sized = [with_images(recipe, images) for recipe in recipes]
             trials = tuple(Trial(r, folder / trial_name(options, r.seed, images)) for r in sized)
-            rows.append(Row(options, trials, training_flops(sized[0]), count_validation(sized[0]), rung))
+            rows.append(Row(options, trials, flops_if_known(sized[0]), count_validation(sized[0]), rung))
             tell(number)
     folders = [trial.folder for row in rows for trial in row.trials]
     for trial in (trial for row in rows for trial in row.trials):
@@ -181,6 +187,15 @@ def plan(
         if (trial.folder / "config.yaml").is_file() and Run.open(trial.folder).recipe != trial.recipe:
             raise UserError(f"{trial.folder} holds a run of another recipe; choose another --out")
     return rows
+
+
+def flops_if_known(recipe: Recipe) -> float | None:
+    """Return the FLOP of training, or None if counting fails, as it may for networks and objectives of users."""
+    try:
+        return training_flops(recipe)
+    except Exception as error:
+        console.say(f"{recipe.name}: its FLOP cannot be counted: {textwrap.shorten(str(error), 200, placeholder=' …')}")
+        return None
 
 
 def train_rows(rows: Sequence[Row], jobs: int, device: str, changed: Callable[[], object]) -> None:
@@ -273,9 +288,7 @@ def run_side_by_side(
                 except (EOFError, OSError):
                     process.join()
                     del running[receiver]
-                    signalled = -(process.exitcode or 0)
-                    killed = f"its process was killed by signal {signalled}" if signalled > 0 else ""
-                    ended(trial, faults.get(trial.folder, killed))
+                    ended(trial, faults.get(trial.folder) or _exit_text(process.exitcode or 0))
                     continue
                 if isinstance(message, str):
                     faults[trial.folder] = message
@@ -288,6 +301,13 @@ def run_side_by_side(
             process.join()
         unfinished = len(waiting) + len(running)
         raise Interrupted(f"stopped with {unfinished} trials unfinished; the same command goes on") from None
+
+
+def _exit_text(status: int) -> str:
+    """Return why a process with this exit status did not end by itself; empty if it did."""
+    if status < 0:
+        return f"its process was killed by signal {-status}"
+    return f"its process ended with status {status}" if status else ""
 
 
 def _context() -> Any:
