@@ -45,6 +45,7 @@ NOWHERE = {
 }
 # Options of one command that are no parameters of its functions.
 NOWHERE_OF = {
+    "sweep": {"fast": "option train.fast"},
     "train": {"seed": "option seed", "out": "folder", "fast": "option train.fast"},
     "sample": {"seeds": "compare_methods", "features": "compare_methods", "steps": "a setting of the sampler"},
     "evaluate": {"out": "the folder of a run around a model: open_run"},

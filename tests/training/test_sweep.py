@@ -4,6 +4,9 @@ import functools
 import json
 import math
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -176,7 +179,12 @@ def test_a_budget_sets_the_number_of_images(trained):
 
 def test_numbers_are_those_of_the_validation_images(trained):
     """Counted again from the averaged weights of each seed; the errors by their formulas."""
-    found = sweep(vary={"optimizer.lr": [0.02]}, seeds=2, seed=5, options={"train.validate_with": 100})
+    found = sweep(
+        vary={"optimizer.lr": [0.02]},
+        seeds=2,
+        seed=5,
+        options={"train.validate_with": 100, "train.validate_every": 128},
+    )
     (row,) = found.rows
     assert [trial.recipe.seed for trial in row.trials] == [5, 6]
     clean = []
@@ -418,6 +426,36 @@ def test_interrupted_trials_save_and_go_on(monkeypatch):
     assert 0 < run.images < 200_000
     with run.locked():  # its process has ended
         pass
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on():
+    """Its trials end with it at once, so that none is busy; each goes on at its checkpoint, to the same weights."""
+    options = {**SMALL, "train.images": 20_000, "train.checkpoint_every": 640, "train.validate_every": 20_000}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    words += ["--recipe", "digits-standard", "--vary", "optimizer.lr=0.02,0.05", "--device", "cpu", "--jobs", "2"]
+    command = [sys.executable, "-m", "advebm", "sweep", *words, "--out"]
+    killed = subprocess.Popen([*command, "out"], stderr=subprocess.DEVNULL)
+    begun = lambda: [Run(folder).images for folder in Path("out/trials").glob("*") if (folder / "checkpoints").is_dir()]
+    until = time.monotonic() + 120
+    while len(begun()) < 2 or min(begun()) < 640:
+        assert killed.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    time.sleep(1)
+    seen = begun()
+    assert all(640 <= images < 20_000 for images in seen), seen
+    time.sleep(1)
+    assert begun() == seen
+    for out in ("out", "whole"):
+        subprocess.run([*command, out], check=True, stderr=subprocess.DEVNULL)
+    for folder in Path("out/trials").iterdir():
+        runs = [Run(Path(out) / "trials" / folder.name) for out in ("out", "whole")]
+        weights = [load_file(run.checkpoints.path() / "ema.safetensors") for run in runs]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+        assert runs[0].history()[-1]["val/accuracy"] == runs[1].history()[-1]["val/accuracy"]
 
 
 # Page and picture -----------------------------------------------------------------------------------------------------

@@ -164,8 +164,8 @@ def _dots(axis: Axes, sweep: Sweep, row: Row, x: float, last: int) -> None:
     """Show the trials of a combination, one dot a seed; a cross at the bottom if a seed has no score but a fault."""
     best = row is sweep.rows[0]
     style: dict[str, Any] = {"color": BEST if best else OTHER, "zorder": 4 if best else 3, "ls": ""}
-    style |= {"marker": "o", "ms": 7 if best else 5.5, "alpha": 1 if best else 0.75}
-    style |= {"mec": "white", "mew": 0.8} if row.rung == last else {"mfc": "none", "mew": 0.9, "alpha": 0.6}
+    style |= {"marker": "o", "ms": 8 if best else 6.5, "alpha": 1 if best else 0.75}
+    style |= {"mec": "white", "mew": 0.8} if row.rung == last else {"mfc": "none", "mew": 0.9, "ms": 4, "alpha": 0.6}
     values = [_scale(sweep) * value for value in row.values(sweep.by)]
     axis.plot([x] * len(values), values, **style)
     if row.faults:

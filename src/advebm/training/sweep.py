@@ -199,8 +199,9 @@ class Row:
     @property
     def note(self) -> str:
         """What happened to the trials, in one line."""
-        told = [f"seed {t.recipe.seed}: " * (len(self.trials) > 1) + self.faults.get(t.folder, "") for t in self.trials]
-        told = [text for text, t in zip(told, self.trials, strict=True) if t.folder in self.faults]
+        several = len(self.trials) > 1
+        faults = [(trial.recipe.seed, self.faults.get(trial.folder)) for trial in self.trials]
+        told = [f"seed {seed}: {why}" if several else why for seed, why in faults if why]
         told += [r.note for r in self.results.values() if r.note]
         left = len(self.trials) - len(self.results) - len(self.faults)
         return "; ".join(told + [f"{left} of {len(self.trials)} not finished"] * (left > 0))
@@ -266,7 +267,7 @@ class Sweep:
         Raises:
             UserError: no combination has a score of each seed.
         """
-        row = best_first(self.rows, self.by)[0]
+        row = self.rows[0]
         if len(row.values(self.by)) < len(row.trials):
             raise UserError(f"no combination has a score: {row.note}")
         return Run.open(row.trials[0].folder)
