@@ -202,7 +202,6 @@ def train_rows(rows: Sequence[Row], jobs: int, device: str, changed: Callable[[]
     """Train what is missing, and put results and faults into the rows; ``changed`` is called after each trial."""
     row_of = {trial.folder: row for row in rows for trial in row.trials}
     trials = [trial for row in rows for trial in row.trials]
-    seen = dict.fromkeys(row_of, 0)
 
     def take(trial: Trial, fault: str = "") -> bool:
         """Take over the result of a trial; return whether it has ended."""
@@ -222,15 +221,14 @@ def train_rows(rows: Sequence[Row], jobs: int, device: str, changed: Callable[[]
 
     length = lambda trial: sum(stage.train.images for stage in (*trial.recipe.before, trial.recipe))
     left = [trial for trial in trials if not take(trial)]
-    for trial in trials:
-        run = Run(trial.folder)
-        if trial not in left:
-            seen[trial.folder] = length(trial)
-        elif (trial.folder / "config.yaml").is_file():
-            seen[trial.folder] = sum(stage.images for stage in run.stages)
+    if not left:
+        return
+    seen = {trial.folder: length(trial) for trial in trials}
+    for trial in left:
+        begun = (trial.folder / "config.yaml").is_file()
+        seen[trial.folder] = sum(stage.images for stage in Run(trial.folder).stages) if begun else 0
+    console.say(f"{len(left)} of {len(trials)} trials to train, {min(jobs, len(left))} side by side")
     total = sum(map(length, trials))
-    if left:
-        console.say(f"{len(left)} of {len(trials)} trials to train, {min(jobs, len(left))} side by side")
     with console.bar("images", total) as tell:
 
         def told(trial: Trial, images: int) -> None:
@@ -295,12 +293,13 @@ def run_side_by_side(
                 else:
                     told(trial, message)
     except KeyboardInterrupt:
+        unfinished = len(waiting) + len(running)
+        raise Interrupted(f"stopped with {unfinished} trials unfinished; the same command goes on") from None
+    finally:
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
             process.join()
-        unfinished = len(waiting) + len(running)
-        raise Interrupted(f"stopped with {unfinished} trials unfinished; the same command goes on") from None
 
 
 def _exit_text(status: int) -> str:
