@@ -114,7 +114,25 @@ def test_names():
     assert max(map(len, long)) < 200
 
 
-def test_values_of_the_command_line(tmp_path):
+def test_what_the_command_line_takes(capsys):
+    Path("wrong.yaml").write_text("optimizer.lr: 0.1")
+    recipe = ["--recipe", "digits-at"]
+    for words, text in (
+        (["--out", "x"], "sweep takes --recipe NAME or --config FILE"),
+        (recipe, "required: --out"),
+        ([*recipe, "--out", "x"], "nothing varies"),
+        ([*recipe, "--out", "x", "--trials", "wrong.yaml"], "wrong.yaml takes a list of combinations"),
+        ([*recipe, "--out", "x", "--trials", "none.yaml"], "cannot read none.yaml"),
+        ([*recipe, "--out", "x", "--vary", "optimizer.lr"], "--vary takes OPTION=VALUE,VALUE"),
+    ):
+        assert cli.main(["sweep", *words]) == 2
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
+    assert not Path("x").exists()
+
+
+def test_values_of_options():
     assert parse_vary(["optimizer.lr=0.1,0.2", "--objective=at,trades", "backbone.widths=[[1,2],[3,4]]"]) == {
         "optimizer.lr": ["0.1", "0.2"],
         "objective": ["at", "trades"],

@@ -76,14 +76,14 @@ def add_recipe_options(parser: Parser) -> argparse._MutuallyExclusiveGroup:
     return source
 
 
-def recipe_source(args: argparse.Namespace, overrides: Overrides, *, more: str = "") -> tuple[str | Path, Overrides]:
+def recipe_source(
+    args: argparse.Namespace, overrides: Overrides, known: str = "--recipe NAME or --config FILE"
+) -> tuple[str | Path, Overrides]:
     """Return the name or file of the recipe, and the overrides with those that other options stand for."""
     from advebm.models.factory import find_root
 
     if (args.recipe or args.config) is None:
-        raise UserError(
-            f"{args.verb} takes --recipe NAME{more} or --config FILE; recipes: {', '.join(recipes.names())}"
-        )
+        raise UserError(f"{args.verb} takes {known}; recipes: {', '.join(recipes.names())}")
     if args.model:
         overrides = [*overrides, ("backbone", {"kind": "own", "path": args.model, "root": find_root(args.model)})]
     if args.fast:
@@ -126,7 +126,7 @@ def _train(args: argparse.Namespace, overrides: Overrides) -> "Run | None":
         run = Run.open(args.resume)
         recipe = (run.with_images_at(overrides) if overrides else run).recipe
     else:
-        source, overrides = recipe_source(args, overrides, more=", --resume RUN")
+        source, overrides = recipe_source(args, overrides, "--recipe NAME, --config FILE or --resume RUN")
         recipe = find_recipe(source, overrides, seed=args.seed, init=args.init, labels=args.labels)
     if args.print_config:
         print(dump(recipe), end="")
