@@ -53,6 +53,7 @@ KINDS: dict[str, dict[str, str]] = {
         "noise": "advebm.objectives.standard:NoiseInjection",
         "at": "advebm.objectives.at:AT",
         "fast": "advebm.objectives.fast:FAST",
+        "n-fgsm": "advebm.objectives.fast:NFGSM",
         "free": "advebm.objectives.free:FREE",
         "trades": "advebm.objectives.trades:TRADES",
         "weat": "advebm.objectives.trades:WEAT",
