@@ -77,6 +77,7 @@ KINDS: dict[str, dict[str, str]] = {
         "sgd": "advebm.runs.optim:SGD",
         "adam": "advebm.runs.optim:Adam",
         "lars": "advebm.runs.optim:LARS",
+        "muon": "advebm.runs.optim:Muon",
     },
     "schedule": {
         "cosine": "advebm.runs.optim:Cosine",
