@@ -7,7 +7,9 @@ from torch.nn.functional import interpolate
 
 import advebm
 from advebm.core.errors import UserError
+from advebm.models.network import save
 from advebm.models.zoo.timm import Timm
+from advebm.runs.find_model import find_reference
 from tests.zoo.conftest import agree, normalised
 
 timm = pytest.importorskip("timm", reason="make test-zoo installs timm", exc_type=ImportError)
@@ -151,3 +153,12 @@ def test_older_folders_have_the_normalisation_at_the_top(tmp_path, pictures):
     save_file(net.state_dict(), tmp_path / "model.safetensors")
     with torch.no_grad():
         agree(advebm.load(tmp_path)(pictures), net(normalised(pictures, own["mean"], own["std"])))
+
+
+def test_a_saved_network_is_loaded_again_and_its_card_names_it(tmp_path, pictures):
+    torch.save(make("resnet18").state_dict(), tmp_path / "net.pt")
+    model, architecture = find_reference(f"timm:resnet18,size=32@{tmp_path / 'net.pt'}").pretrained.load()
+    save(tmp_path / "folder", model, architecture)
+    with torch.no_grad():
+        agree(advebm.load(tmp_path / "folder")(pictures), model(pictures))
+    assert "Backbone `timm:resnet18`, which needs `pip install timm`, " in (tmp_path / "folder/README.md").read_text()
