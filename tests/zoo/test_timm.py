@@ -125,6 +125,11 @@ def test_one_line_for_what_is_unknown_damaged_or_of_another_network(tmp_path):
         assert "\n" not in str(error.value), reference
 
 
+def test_a_size_that_the_network_does_not_take_is_refused():
+    with pytest.raises(UserError, match="VGG of timm takes no images of 3 x 8 x 8"):
+        Timm("vgg11").build(3, 8)
+
+
 def test_logits_of_two_last_layers_are_refused():
     with pytest.raises(UserError, match="VOLO of timm computes its logits by more than one last layer"):
         Timm("volo_d1_224").build(3, 224)

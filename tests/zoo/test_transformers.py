@@ -77,6 +77,12 @@ def test_a_new_network_has_the_librarys_features(tmp_path, pictures):
     assert module(pictures[:, :1]).shape == (3, width)
 
 
+def test_a_size_that_the_network_does_not_take_is_refused(tmp_path):
+    vit(tmp_path)
+    with pytest.raises(UserError, match="for images of 64 x 64: Input image size"):
+        advebm.load(f"transformers:{tmp_path},size=64")
+
+
 def test_what_processors_say():
     mean = {"image_mean": [0.5], "image_std": [0.5]}
     for settings, expected in (

@@ -139,14 +139,21 @@ def split(module: Any, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Linear]:
     """Return a classifier of timm, for images of a shape (C, H, W), without its last layer, and that layer.
 
     Raises:
-        UserError: the logits are not what the last layer returns, as where a second one is added to it.
+        UserError: it takes no such images, or the logits are not what the last layer returns, as where those of a
+            second one are added.
     """
     place, _, name = name_of_head(module).rpartition(".")
     head: nn.Linear = module.get_submodule(f"{place}.{name}".lstrip("."))
     x, training = torch.linspace(-1, 1, math.prod(shape)).view(1, *shape), module.training
     module.eval()
     with torch.no_grad():
-        logits = module(x)
+        try:
+            logits = module(x)
+        except Exception as error:  # images that are too small
+            pixels = " x ".join(map(str, shape))
+            raise UserError(
+                f"{type(module).__name__} of timm takes no images of {pixels}: {one_line(error)}"
+            ) from error
         setattr(module.get_submodule(place), name, nn.Identity())  # reset_classifier may take more away than the layer
         try:
             same = torch.allclose(head(module(x)), logits, rtol=1e-4, equal_nan=True)

@@ -172,4 +172,5 @@ def _load(backbone: Transformers, sized: bool, weights: Path | None) -> tuple[Ne
     settings = module.config.to_dict()
     size, channels = backbone.size or settings.get("image_size", 224), settings.get("num_channels", 3)
     module, head = split(module.float())
-    return assemble(backbone, Resized(module, backbone.size, backbone.crop), head, normalise, channels, size)
+    with _as_user_error(f"{backbone.name} for images of {size} x {size}"):
+        return assemble(backbone, Resized(module, backbone.size, backbone.crop), head, normalise, channels, size)
