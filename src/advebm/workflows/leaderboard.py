@@ -94,7 +94,11 @@ def rank(
     find_space(features).load(device)  # fail now, not after the attacks
     protocol = choose_protocol(list(runs.values()), [p for p in overrides if p not in of_data], tier, features, seed)
     ours = json.loads(json.dumps(protocol.describe()))
-    taken = lambda path: files.read_json(path / "leaderboard.json", default={}).get("protocol", ours) != ours
+
+    def taken(path: Path) -> bool:
+        there = files.read_json(path / "leaderboard.json", default={"protocol": ours})
+        return not isinstance(there, dict) or there.get("protocol") != ours
+
     out = files.new_path(out or Path("leaderboard"), named=out is not None, replace=replace, taken=taken)
     about = environment(torch.device(device))
 

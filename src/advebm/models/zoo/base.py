@@ -126,11 +126,8 @@ def assemble(
         channels, size: of the images.
     """
     network = Network(normalise, module, nn.Identity() if head is None else head).eval()
-    if head is None:
-        with torch.no_grad():
-            outputs = int(network(torch.full((1, channels, size, size), 0.5)).shape[-1])
-    else:
-        outputs = head.out_features
+    with torch.no_grad():
+        outputs = int(network(torch.full((1, channels, size, size), 0.5)).shape[-1])
     mean, std = (tuple(value.flatten().tolist()) for value in (normalise.mean, normalise.std))
     mean, std = (value * channels if len(value) == 1 else value for value in (mean, std))
     return network, Architecture(backbone, outputs, channels, size, mean, std)
