@@ -153,3 +153,22 @@ def test_one_line_for_what_is_missing_or_damaged(tmp_path):
     with pytest.raises(UserError, match="transformers cannot make") as error:
         advebm.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_around_a_folder_is_not_exported_without_it(tmp_path, monkeypatch):
+    """The folder's name would mean nothing elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    settings = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=10, num_channels=1)
+    transformers.ViTForImageClassification(settings).save_pretrained("net")
+    about = {"image_mean": [0.5], "image_std": [0.5], "size": {"height": 8, "width": 8}}
+    (tmp_path / "net" / "preprocessor_config.json").write_text(json.dumps(about))
+    run = advebm.open_run("net", {"data": "digits"})
+    with pytest.raises(UserError, match="which others do not have; publish that folder by transformers' push_to_hub"):
+        advebm.export(run, "published")
+    assert not (tmp_path / "published").exists()
+
+
+def test_a_file_of_weights_is_refused(tmp_path):
+    vit(tmp_path)
+    with pytest.raises(UserError, match="takes the folder that save_pretrained wrote"):
+        find_reference(f"transformers:{tmp_path}@{tmp_path}/model.safetensors")

@@ -12,7 +12,7 @@ from torch import nn
 from advebm.core import config
 from advebm.core.errors import UserError
 from advebm.models.network import Architecture, Network, Normalize
-from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, load_file, need, one_line
+from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, need, one_line
 
 PROCESSOR = "preprocessor_config.json"
 SAFE = {"trust_remote_code": False}  # else the library asks on the terminal whether to run code of the model's folder
@@ -67,20 +67,22 @@ def _as_user_error(name: str) -> Iterator[None]:
 
 
 def find(options: Mapping[str, Any], weights: Path | None) -> Pretrained:
-    """Return a network with the weights of its folder or of the Hub, or with those in a file.
+    """Return a network with the weights of its folder or of the Hub.
 
     Args:
         options: those of :class:`Transformers`; unless they set ``size``, it is that of the model's image processor.
-        weights: a file with the state dict of the whole classifier.
+        weights: None; a file is refused.
 
     Raises:
-        UserError: transformers is not installed, or an option is unknown.
+        UserError: transformers is not installed, an option is unknown, or a file of weights is given.
     """
+    if weights is not None:
+        raise UserError(f"transformers takes the folder that save_pretrained wrote, or hf:USER/NAME, not {weights}")
     backbone = config.construct(Transformers, options, where="transformers")
     if Path(backbone.name).is_dir():  # so that a run around it can be opened from any folder
         backbone = replace(backbone, name=str(Path(backbone.name).resolve()))
     need("transformers", f"transformers:{backbone.name}")
-    return Pretrained(partial(_load, backbone, "size" in options, weights))
+    return Pretrained(partial(_load, backbone, "size" in options))
 
 
 def find_published(where: str | Path) -> Pretrained:
@@ -156,18 +158,17 @@ def split(module: Any) -> tuple[nn.Module, nn.Linear | None]:
     return module, last
 
 
-def _load(backbone: Transformers, sized: bool, weights: Path | None) -> tuple[Network, Architecture]:
+def _load(backbone: Transformers, sized: bool) -> tuple[Network, Architecture]:
     transformers = need("transformers", f"transformers:{backbone.name}")
     with _as_user_error(backbone.name):
         processor = read_processor(transformers.ImageProcessingMixin.get_image_processor_dict(backbone.name)[0])
         if not sized:
             backbone = replace(backbone, size=processor.size, crop=processor.crop)
         classifiers = transformers.AutoModelForImageClassification
+        transformers.utils.logging.disable_progress_bar()
         module, found = classifiers.from_pretrained(backbone.name, output_loading_info=True, **SAFE)
     normalise = Normalize(processor.mean, processor.std)
-    if weights is not None:
-        normalise = load_file(module.float(), weights, processor.mean, processor.std)
-    elif missing := sorted(found["missing_keys"]):
+    if missing := sorted(found["missing_keys"]):
         raise UserError(f"{backbone.name} has no {missing[0]}; train it first: --backbone transformers:{backbone.name}")
     settings = module.config.to_dict()
     size, channels = backbone.size or settings.get("image_size", 224), settings.get("num_channels", 3)
