@@ -19,7 +19,7 @@ from advebm.core.errors import UserError
 from advebm.data.cache import cached
 from advebm.data.decode import decode
 from advebm.data.readers import Cifar10
-from advebm.data.sources import Data, Images
+from advebm.data.sources import Data, Images, find_spec
 
 RNG = np.random.default_rng(0)
 
@@ -82,6 +82,17 @@ def test_parquet_is_read_to_the_pixel(hub_folder):
     both = torch.cat([data.train.x, data.val.x]), torch.cat([data.train.y, data.val.y])
     assert same_images(type(data.test)(*both), x[:60], y[:60])
     assert data.val.y.bincount().tolist() == [1] * 10
+
+
+def test_images_are_averaged_down(hub_folder):
+    folder, x, y = hub_folder
+    data = advebm.load_data("cifar10", path=str(folder), val=0.2, size=16)
+    means = x[60:].astype(float).reshape(20, 16, 2, 16, 2, 3).mean((2, 4))
+    assert np.abs(data.test.x.permute(0, 2, 3, 1).numpy() - means).max() < 0.501
+    assert data.test.y.tolist() == list(y[60:])
+    assert find_spec(Cifar10(size=16)).shape == data.shape == (3, 16, 16)
+    with pytest.raises(UserError, match="size is an edge of 8 to 32 pixels"):
+        Cifar10(size=4)
 
 
 def test_a_class_has_a_name_and_a_number():

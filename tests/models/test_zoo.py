@@ -98,6 +98,11 @@ def test_a_kind_and_its_first_option():
     assert config.build("resnet:50", "backbone").depth == 50
 
 
+def test_a_name_too_long_for_a_file_is_told_in_one_line():
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        find_reference("resnet:18@" + "a" * 5000)
+
+
 def test_a_network_without_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match="is a network without weights; give a file of them: resnet:depth=18@FILE"):
         find_reference("resnet:depth=18")

@@ -20,7 +20,7 @@ from advebm.evaluation.evaluate import evaluate_run
 from advebm.objectives.at import AT, PreJEAT
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context, Loss
-from advebm.objectives.fast import FAST, CollapseMonitor
+from advebm.objectives.fast import FAST, NFGSM, CollapseMonitor
 from advebm.objectives.free import FREE
 from advebm.objectives.langevin import JEAT, JEM, MLE, SGLD
 from advebm.objectives.rst import RST
@@ -99,6 +99,25 @@ def test_fast_is_one_step_in_train_mode(net, batch):
     start = 0.06 * (2 * torch.rand(batch.x.shape, generator=rng.generator(0), dtype=torch.float64) - 1)
     close(found, reference.fast_search(copy.deepcopy(net), batch.x, batch.y, start, 0.06, 0.075))
     close(ours, gradients(net, reference.at_loss(net, found, batch.y)))
+
+
+def test_n_fgsm_is_one_step_from_strong_noise(net, batch):
+    found, _, ours = step(NFGSM(Attack(eps=0.06, steps=1), noise=1.5), net, batch)
+    noise = 0.09 * (2 * torch.rand(batch.x.shape, generator=rng.generator(0), dtype=torch.float64) - 1)
+    close(found, reference.nfgsm_search(copy.deepcopy(net), batch.x, batch.y, noise, 0.06))
+    assert (found - batch.x).abs().max() > 0.13
+    close(ours, gradients(net, reference.at_loss(net, found, batch.y)))
+
+
+@pytest.mark.parametrize("objective", [Standard(smoothing=0.3), AT(smoothing=0.3), TRADES(beta=0.0, smoothing=0.3)])
+def test_smoothed_labels(objective, net, inside):
+    again, _, _ = step(dataclasses.replace(objective, smoothing=0.0), net, inside)
+    assert torch.equal(again, step(objective, net, inside)[0])  # the search takes the labels as they are
+    found, loss, ours = step(objective, net, inside)
+    x = inside.x if isinstance(objective, TRADES) else found
+    expected = nn.functional.cross_entropy(net(x), inside.y, label_smoothing=0.3)
+    close(loss.total, expected)
+    close(ours, gradients(net, expected))
 
 
 def test_steps_follow_the_radius(net, inside):
@@ -351,6 +370,7 @@ def test_jeat_ascends_the_likelihood_gradient(net, inside):
 
 LOOPED = {
     "fast": {"objective.watch_every": 256},
+    "n-fgsm": {"objective.watch_every": 256},
     "free": {"objective.replays": 2, "objective.eps": "0.1"},
     "awp": {},
     "jem": {"objective.negatives.buffer": 150, "objective.negatives.steps": 3},
@@ -418,6 +438,8 @@ def test_bad_settings_are_refused(tmp_path, batch):
     for make, message in (
         (lambda: TRADES(Attack(start="clean")), "the KL is flat"),
         (lambda: TRADES(beta=-1), "beta is a weight >= 0"),
+        (lambda: AT(smoothing=1.0), "smoothing is the share of a label"),
+        (lambda: NFGSM(noise=-1.0), "noise is a radius in units of eps"),
         (lambda: FAST(fall=0), "fall in"),
         (lambda: FAST(Attack(steps=4)), "training by one step, got attack.steps 4"),
         (lambda: PreJEAT(Attack(steps=1)), "attack.loss is energy, got cross-entropy"),

@@ -91,6 +91,13 @@ def fast_search(model, x0, y, start, eps, alpha):
     return (x0 + delta).clamp(0, 1)
 
 
+def nfgsm_search(model, x0, y, noise, alpha):
+    """de Jorge et al. (2022): the sign step from noise that is cut to the box only, as is its end."""
+    v = (x0 + noise).clamp(0, 1).requires_grad_(True)
+    g = torch.autograd.grad(F.cross_entropy(model(v), y, reduction="sum"), v)[0]
+    return (v.detach() + alpha * g.sign()).clamp(0, 1)
+
+
 def free_steps(model, optimizer, x, y, delta0, eps, step, m, box="loss"):
     """Shafahi et al. (2019): ``m`` replays of one batch; returns δ for the next batch and the losses.
 

@@ -1,4 +1,4 @@
-"""LARS against a re-derivation."""
+"""LARS and Muon against re-derivations."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from advebm.core.errors import UserError
-from advebm.runs.optim import LARS
+from advebm.runs.optim import LARS, Muon, orthogonalize
 from tests.references.contrastive import lars
 
 
@@ -63,3 +63,38 @@ def test_lars_resumes_skips_and_does_not_divide_by_zero():
             LARS(**bad)
     with pytest.raises(UserError, match="lr must be > 0"):
         LARS(lr=0.0)
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5), (6, 6)])
+def test_an_orthogonalized_matrix_keeps_its_singular_vectors(shape, generator):
+    matrix = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = left.T @ orthogonalize(matrix) @ right.T
+    assert values.min() > values.max() / 100
+    off_diagonal = found - torch.diag(found.diagonal())
+    assert off_diagonal.abs().max() < 1e-9
+    assert 0.65 < found.diagonal().min() <= found.diagonal().max() < 1.25
+    torch.testing.assert_close(orthogonalize(7 * matrix), orthogonalize(matrix))
+
+
+def test_muon_by_hand(generator):
+    """Nesterov's momentum of filters as matrices, times a step that decays with the schedule; biases as they are."""
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    filters, bias = nn.Parameter(draw(6, 2, 1, 2)), nn.Parameter(draw(6))
+    first, second = filters.detach().clone(), bias.detach().clone()
+    optimizer = Muon(lr=0.2, momentum=0.9, weight_decay=0.5, vector_lr=0.05).build([filters, bias])
+    velocities = [torch.zeros_like(first), torch.zeros_like(second)]
+    for rate in (0.2, 0.1):
+        optimizer.param_groups[0]["lr"] = rate
+        slopes = draw(6, 2, 1, 2), draw(6)
+        filters.grad, bias.grad = slopes
+        optimizer.step()
+        velocities = [0.9 * v + slope for v, slope in zip(velocities, slopes, strict=True)]
+        moves = [slope + 0.9 * v for v, slope in zip(velocities, slopes, strict=True)]
+        step = (6 / 4) ** 0.5 * orthogonalize(moves[0].reshape(6, 4)).reshape(first.shape)
+        first = first - rate * 0.5 * first - rate * step
+        second = second - rate / 0.2 * 0.05 * moves[1]
+    torch.testing.assert_close(filters.detach(), first)
+    torch.testing.assert_close(bias.detach(), second)
+    with pytest.raises(UserError, match="momentum must lie in"):
+        Muon(momentum=1.0)

@@ -7,7 +7,9 @@ from torch.nn.functional import interpolate
 
 import advebm
 from advebm.core.errors import UserError
+from advebm.models.network import save
 from advebm.models.zoo.timm import Timm
+from advebm.runs.find_model import find_reference
 from tests.zoo.conftest import agree, normalised
 
 timm = pytest.importorskip("timm", reason="make test-zoo installs timm", exc_type=ImportError)
@@ -19,6 +21,7 @@ NETWORKS = (
     "vit_tiny_patch16_224",
     "swin_tiny_patch4_window7_224",
     "mobilenetv3_small_050",
+    "efficientvit_m0",  # a batch norm stands before its last layer
 )
 
 
@@ -103,17 +106,64 @@ def test_one_line_for_what_is_unknown_damaged_or_of_another_network(tmp_path):
     weights = make("convnext_atto").state_dict()
     weights["stem.0.weight"] = weights["stem.0.weight"][:3]
     torch.save(weights, tmp_path / "shape.pt")
+    torch.save({"fc.weight": torch.tensor(3.0)}, tmp_path / "scalar.pt")
     for reference, message in {
         "timm:convnext_attoo": r"timm has no model 'convnext_attoo' \(did you mean 'convnext_atto'\?\)",
         "timm:convnext_atto.nowhere": "timm has no weights 'convnext_atto.nowhere'; there is convnext_atto.d2_in1k",
         "timm:test_vit4": "cannot|no weights",
         f"timm:convnext_atto@{tmp_path}/none.pt": "there is no weight file at",
-        f"timm:convnext_atto@{tmp_path}/net.pt": "has no head.fc.weight, so it does not fit convnext_atto of timm",
+        f"timm:convnext_atto@{tmp_path}/net.pt": "has no matrix head.fc.weight, so it does not fit convnext_atto",
         f"timm:convnext_atto@{tmp_path}/shape.pt": "of another shape: stem.0.weight",
         f"timm:convnext_atto@{tmp_path}/half.pt": "damaged",
         f"timm:deit_tiny_distilled_patch16_224@{tmp_path}/net.pt": "has no linear layer from features to logits",
         f"timm:resnet18,crops=1@{tmp_path}/net.pt": "has no option 'crops'",
+        f"timm:resnet18,size=[1@{tmp_path}/net.pt": r"size takes a number, a word or a list",
+        f"timm:resnet18@{tmp_path}/scalar.pt": "has no matrix fc.weight",
     }.items():
         with pytest.raises(UserError, match=message) as error:
             advebm.load(reference)
         assert "\n" not in str(error.value), reference
+
+
+def test_a_size_that_the_network_does_not_take_is_refused():
+    with pytest.raises(UserError, match="VGG of timm takes no images of 3 x 8 x 8"):
+        Timm("vgg11").build(3, 8)
+
+
+def test_logits_of_two_last_layers_are_refused():
+    with pytest.raises(UserError, match="VOLO of timm computes its logits by more than one last layer"):
+        Timm("volo_d1_224").build(3, 224)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"pretrained_cfg": [1]}, "its pretrained_cfg is"),
+        ({"pretrained_cfg": {"mean": "x"}}, "mean.0 takes a number"),
+        ({"pretrained_cfg": {"input_size": 3}}, "input_size takes a list"),
+        ({"pretrained_cfg": {"input_size": [3]}}, "input_size is channels, height and width"),
+        ({"model_args": 3}, "changes options of resnet18"),
+    ],
+)
+def test_one_line_for_a_damaged_configuration(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", **content}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        advebm.load(tmp_path)
+
+
+def test_older_folders_have_the_normalisation_at_the_top(tmp_path, pictures):
+    net, own = make("resnet18"), {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.4, 0.5], "input_size": [3, 32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "crop_pct": 1.0, **own}))
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        agree(advebm.load(tmp_path)(pictures), net(normalised(pictures, own["mean"], own["std"])))
+
+
+def test_a_saved_network_is_loaded_again_and_its_card_names_it(tmp_path, pictures):
+    torch.save(make("resnet18").state_dict(), tmp_path / "net.pt")
+    model, architecture = find_reference(f"timm:resnet18,size=32@{tmp_path / 'net.pt'}").pretrained.load()
+    save(tmp_path / "folder", model, architecture)
+    with torch.no_grad():
+        agree(advebm.load(tmp_path / "folder")(pictures), model(pictures))
+    assert "Backbone `timm:resnet18`, which needs `pip install timm`, " in (tmp_path / "folder/README.md").read_text()

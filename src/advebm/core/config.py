@@ -53,6 +53,7 @@ KINDS: dict[str, dict[str, str]] = {
         "noise": "advebm.objectives.standard:NoiseInjection",
         "at": "advebm.objectives.at:AT",
         "fast": "advebm.objectives.fast:FAST",
+        "n-fgsm": "advebm.objectives.fast:NFGSM",
         "free": "advebm.objectives.free:FREE",
         "trades": "advebm.objectives.trades:TRADES",
         "weat": "advebm.objectives.trades:WEAT",
@@ -76,6 +77,7 @@ KINDS: dict[str, dict[str, str]] = {
         "sgd": "advebm.runs.optim:SGD",
         "adam": "advebm.runs.optim:Adam",
         "lars": "advebm.runs.optim:LARS",
+        "muon": "advebm.runs.optim:Muon",
     },
     "schedule": {
         "cosine": "advebm.runs.optim:Cosine",
@@ -191,7 +193,7 @@ def read_options(text: str, role: str, kind: str) -> dict[str, Any]:
     """Read options such as ``depth=28,widen=10,mean=[0.5,0.5,0.5]``; the first one's name may be left out.
 
     Raises:
-        UserError: the text is not of this form.
+        UserError: the text is not of this form, or a value is no YAML.
     """
     words = [word for word in re.split(r",(?![^\[]*\])", text) if word]
     options = {}
@@ -199,7 +201,10 @@ def read_options(text: str, role: str, kind: str) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals and position:
             raise UserError(f"{kind}:{text} takes OPTION=VALUE between commas, got {word!r}")
-        options[name if equals else first_option(role, kind)] = yaml.safe_load(value) if equals else word
+        try:
+            options[name if equals else first_option(role, kind)] = yaml.safe_load(value) if equals else word
+        except yaml.YAMLError:
+            raise UserError(f"{kind}:{text}: {name} takes a number, a word or a list [1,2], got {value!r}") from None
     return options
 
 

@@ -20,6 +20,7 @@ from advebm.data.shard_files import IMAGE_COLUMNS, LABEL_COLUMNS, choose_column,
 from advebm.data.sources import Augmentations, Data, DataSpec, Images
 from advebm.data.splits import Parts, Shares, assemble, check_shape, check_shares, existing_path, find_splits
 from advebm.data.tables import Table, decode_tables, find_blob
+from advebm.starts import shrink
 
 NATURAL = Augmentations(x=Augment(crop=4, flip=True))
 
@@ -38,6 +39,7 @@ class _Hub:
         split_seed: chooses which ones.
         augment: augmentation of the training images; default: zero-padded crops by 4 pixels, and flips.
         corrupt: whether an image that cannot be read is an error (``refuse``) or left out (``skip``).
+        size: edge in pixels that images are averaged down to; None: 32.
     """
 
     path: str | None = None
@@ -45,6 +47,7 @@ class _Hub:
     split_seed: int = 0
     augment: Augmentations = NATURAL
     corrupt: Corrupt = "refuse"
+    size: int | None = None
 
     name: ClassVar[str]
     hub: ClassVar[str]
@@ -54,11 +57,13 @@ class _Hub:
     def __post_init__(self) -> None:
         check_choices(self)
         check_shares(self.val)
+        if self.size is not None and not 8 <= self.size <= 32:
+            raise UserError(f"size is an edge of 8 to 32 pixels, or none for 32, got {self.size}")
 
     def outline(self) -> DataSpec:
         """Return the specification of the whole set; a folder may hold fewer images."""
-        kept = round(self.val * 50_000)
-        return DataSpec((3, 32, 32), self.classes, 50_000 - kept, kept)
+        kept, edge = round(self.val * 50_000), self.size or 32
+        return DataSpec((3, edge, edge), self.classes, 50_000 - kept, kept)
 
     def load(self) -> Data:
         """Return training, validation and test images; files are decoded once, then read from the cache."""
@@ -72,7 +77,11 @@ class _Hub:
             parts = _read_archive(folder)
         if not classes:
             classes = CIFAR10 if self.name == "cifar10" else tuple(map(str, range(self.classes)))
-        return assemble(self.name, parts, classes, Shares(self.val, 0.2, self.split_seed), fixed=True)
+        data = assemble(self.name, parts, classes, Shares(self.val, 0.2, self.split_seed), fixed=True)
+        if self.size is None:
+            return data
+        train, val, test = (Images(shrink(split.x, self.size), split.y) for split in data.splits)
+        return data._replace(train=train, val=val, test=test)
 
     def _folder(self) -> Path | None:
         if self.path is not None:

@@ -257,8 +257,8 @@ model = advebm.load("{own}PATH OF THIS FOLDER")
 {example} images (B, {channels}, {height}, {width}) in [0, 1]
 ```
 
-Backbone `{backbone}`, {parameters:,} parameters, {outputs} outputs. `config.json` holds the architecture and what is
-known of the training; written by advebm {version}.
+Backbone `{backbone}`{needs}, {parameters:,} parameters, {outputs} outputs. `config.json` holds
+the architecture and what is known of the training; written by advebm {version}.
 {more}"""
 
 Weights = Literal["float32", "float16", "bfloat16"]
@@ -297,6 +297,7 @@ def save(
     files.write_json(folder / "config.json", configuration)
     example = "energy = advebm.energy(model, images)  # (B,), low on data;"
     own = getattr(architecture.backbone, "path", None)
+    kind, library = description["backbone"]["kind"], description["backbone"].get("name")
     if architecture.hidden is not None:
         example = "features, projection = model.features(images), model(images)  # (B, W) and g(x), (B, D);"
     card = CARD.format(
@@ -306,7 +307,8 @@ def save(
         title=title,
         summary=summary,
         more=more and f"\n{more}\n",
-        backbone=description["backbone"]["kind"],
+        backbone=f"{kind}:{library}" if library else kind,
+        needs=f", which needs `pip install {kind}`" if library else "",
         parameters=sum(p.numel() for p in model.parameters()),
         version=advebm.__version__,
         channels=architecture.channels,

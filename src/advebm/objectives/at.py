@@ -10,7 +10,7 @@ from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.models.modes import searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
-from advebm.objectives.standard import cross_entropy
+from advebm.objectives.standard import check_smoothing, cross_entropy
 
 ENERGY_STEP = Attack(eps=8 / 255, steps=1, loss="energy")
 
@@ -34,15 +34,18 @@ class AT(Stateless):
         attack: the inner maximisation.
         search_mode: statistics that batch norm uses during the search: ``eval`` (running ones, as in the reference
             code) or ``train`` (those of the batch, without updating the running ones).
+        smoothing: share of each label that is spread evenly over all classes in the loss, not in the search.
     """
 
     attack: Attack = Attack(steps=7)
     search_mode: Literal["eval", "train"] = "eval"
+    smoothing: float = 0.0
 
     cites: ClassVar[tuple[str, ...]] = ("madry2018",)
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_smoothing(self.smoothing)
 
     def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
         with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
@@ -53,7 +56,7 @@ class AT(Stateless):
         return self.attack
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
-        return cross_entropy(model, found, batch.y)
+        return cross_entropy(model, found, batch.y, self.smoothing)
 
     def adversarial(self, batch: Batch, found: Tensor) -> Tensor:
         return found
@@ -67,7 +70,7 @@ class PreJEAT(AT):
 
     Attributes:
         attack: the energy attack; ``step_size`` None: eps.
-        search_mode: see :class:`AT`.
+        search_mode, smoothing: see :class:`AT`.
     """
 
     attack: Attack = ENERGY_STEP

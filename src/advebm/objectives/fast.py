@@ -1,16 +1,18 @@
 """Adversarial training by a single step, with a monitor that detects its collapse."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
 from advebm.core.errors import EarlyStop, UserError
+from advebm.descent import box
 from advebm.models.modes import searching
 from advebm.objectives.at import AT, with_step
 from advebm.objectives.base import Batch, Context, Loss
+from advebm.starts import UniformBall
 
 
 @dataclass
@@ -37,7 +39,7 @@ class FAST(AT):
 
     Attributes:
         attack: the one-step attack; ``step_size`` None: 1.25 eps.
-        search_mode: see :class:`AT`.
+        search_mode, smoothing: see :class:`AT`.
         watch_every: number of images between checks; 0: no checks.
         fall: largest fall of the accuracy from one check to the next, as a share.
     """
@@ -78,3 +80,38 @@ class FAST(AT):
             raise EarlyStop(
                 f"accuracy under PGD-5 fell from {previous:.0%} to {accuracy:.0%}: catastrophic overfitting"
             )
+
+
+@dataclass(frozen=True)
+class NFGSM(FAST):
+    """AT by one step of eps from an image with strong noise, without projection, de Jorge et al. (2022, algorithm 1).
+
+    The noise is uniform in a ball of ``noise`` times eps, and neither it nor the step is cut to the eps-ball, only to
+    [0, 1], so training images may be up to ``noise`` + 1 times eps away.  This avoids the collapse of one-step training
+    at radii where FAST has it.
+
+    Attributes:
+        attack: radius, norm and loss; ``step_size`` None: eps.  Its start is not used.
+        search_mode, smoothing: see :class:`AT`.
+        watch_every, fall: see :class:`FAST`.
+        noise: radius of the noise in units of eps.
+    """
+
+    noise: float = 2.0
+
+    cites: ClassVar[tuple[str, ...]] = ("dejorge2022",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.noise >= 0:
+            raise UserError(f"noise is a radius in units of eps, at least 0, got {self.noise}")
+
+    def inner(self) -> Attack:
+        return with_step(self.attack, 1.0)
+
+    def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> Tensor:
+        attack, in_range = self.inner(), box()
+        start = UniformBall(self.noise * attack.eps, attack.norm)(batch.x, None, ctx.generator)
+        step = replace(attack.descent(), constraint=in_range)
+        with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
+            return step(attack.negative_loss(f, batch.y), in_range(start, batch.x), generator=ctx.generator)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from advebm import energies
 from advebm.attacks.projected import Attack
@@ -13,6 +13,7 @@ from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.models.modes import searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.standard import check_smoothing, smoothed
 
 INNER = Attack(eps=0.031, steps=10, step_size=0.007, start="gaussian", spread=0.001)
 
@@ -32,15 +33,18 @@ class TRADES(Stateless):
     Attributes:
         attack: the search for x̂; its ``loss`` is not used.  Radius, steps and start are those of the code for linf.
         beta: weight of the KL, 1/λ in the paper.
+        smoothing: share of each label that is spread evenly over all classes in the cross-entropy.
     """
 
     attack: Attack = INNER
     beta: float = 6.0
+    smoothing: float = 0.0
 
     cites: ClassVar[tuple[str, ...]] = ("zhang2019", "madry2018")
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_smoothing(self.smoothing)
         if not self.beta >= 0:
             raise UserError(f"beta is a weight >= 0, got {self.beta}")
         if self.attack.start == "clean":
@@ -54,7 +58,7 @@ class TRADES(Stateless):
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
         clean, adversarial = model(batch.x), model(found)
-        return self._total(clean, adversarial, cross_entropy(clean, batch.y, reduction="none"), batch.y)
+        return self._total(clean, adversarial, smoothed(clean, batch.y, self.smoothing), batch.y)
 
     def adversarial(self, batch: Batch, found: Tensor) -> Tensor:
         return found
@@ -84,7 +88,7 @@ class WEAT(TRADES):
     The weights are computed from the energies of the clean images, without gradient and without normalisation.
 
     Attributes:
-        attack, beta: see :class:`TRADES`.
+        attack, beta, smoothing: see :class:`TRADES`.
         on: images that the cross-entropy is taken at: ``clean`` (their WEAT_nat) or ``adversarial`` (WEAT_adv, whose
             code has 7 as one default of beta and 6 as another).
     """
@@ -95,7 +99,7 @@ class WEAT(TRADES):
 
     def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
         clean, adversarial = model(batch.x), model(found)
-        first = cross_entropy(clean if self.on == "clean" else adversarial, batch.y, reduction="none")
+        first = smoothed(clean if self.on == "clean" else adversarial, batch.y, self.smoothing)
         return self._total(clean, adversarial, first, batch.y)
 
     def _weights(self, clean: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from advebm.models import hub, network
 from advebm.models.excerpt import Published, is_public, original_data, write_excerpt
 from advebm.models.factory import Own
 from advebm.models.network import Architecture, Weights, locate
+from advebm.models.zoo.transformers import Transformers
 from advebm.reporting.build import describe_sampler
 from advebm.reporting.records import class_tables, markdown
 from advebm.runs.recipe import resolve
@@ -54,7 +55,7 @@ def write_model(
 
     Raises:
         UserError: a folder that is not empty or not writable, an unknown type of weights, weights too large for that
-            type, or a user-defined class of backbones, which others do not have.
+            type, or a user-defined class of backbones or a network of a local folder, which others do not have.
     """
     if weights not in get_args(Weights):
         raise unknown_name("kind of weights", weights, get_args(Weights))
@@ -64,6 +65,11 @@ def write_model(
     model, architecture = run.model(checkpoint)
     if isinstance(architecture.backbone, Own):
         architecture = dataclasses.replace(architecture, backbone=Own(architecture.backbone.path))  # without its folder
+    elif isinstance(architecture.backbone, Transformers) and Path(architecture.backbone.name).is_dir():
+        raise UserError(
+            f"the network of {run.folder} is described in {architecture.backbone.name}, which others do not have; "
+            "publish that folder by transformers' push_to_hub, and adopt it as hf:USER/NAME"
+        )
     else:
         network.read_architecture(path)  # raises if loading would import a class of the user's
     saved = files.read_json(path / "config.json")

@@ -180,8 +180,11 @@ def find_reference(where: str | Path) -> Reference:
     """
     text = str(where)
     for resolver in RESOLVERS:
-        if (reference := resolver(text)) is not None:
-            return reference
+        try:
+            if (reference := resolver(text)) is not None:
+                return reference
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            raise UserError(f"{text[:80]} cannot be read: {error.strerror}") from None
     models = ", ".join(sorted(hub.bundled_models()))
     near = Path(text).parent if Path(text).parent.is_dir() else Path()
     runs = sorted(p.parent.name for p in near.glob("*/config.yaml"))

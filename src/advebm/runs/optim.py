@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advebm.core.errors import UserError
 
@@ -128,6 +128,82 @@ class LARS:
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return LayerwiseSGD(parameters, self.lr, self.momentum, self.weight_decay, self.trust)
+
+
+class OrthogonalMomentum(torch.optim.Optimizer):
+    """Muon: each matrix moves by its momentum with all singular values made about 1, Jordan et al. (2024).
+
+    ``v ← m v + g``, then ``w ← (1 - γ d) w - γ √max(1, rows / columns) O(g + m v)``, where O is :func:`orthogonalize`
+    and a filter is a matrix of one row for each output.  One-dimensional parameters (biases, norms) follow Nesterov's
+    momentum, ``w ← w - γ_1 (g + m v)``, without decay.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, vector_lr: float
+    ) -> None:
+        shares = {"lr": lr, "vector_share": vector_lr / lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(parameters, shares)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for w in (p for p in group["params"] if p.grad is not None):
+                state = self.state[w]
+                if not state:
+                    state["velocity"] = torch.zeros_like(w)
+                velocity = state["velocity"].mul_(momentum).add_(w.grad)
+                update = w.grad + momentum * velocity
+                if w.ndim < 2:
+                    w -= rate * group["vector_share"] * update
+                    continue
+                matrix = update.flatten(1)
+                scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                w *= 1 - rate * group["weight_decay"]
+                w -= rate * scale * orthogonalize(matrix).view_as(w)
+
+
+def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Return ``U V^T`` for a matrix ``U S V^T``, with singular values that are only about 1, by Newton-Schulz steps.
+
+    Five steps of the polynomial of Jordan et al. (2024) bring singular values above 1/100 of the largest to 0.7 to 1.2.
+    """
+    x = matrix / matrix.norm().clamp_min(1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Momentum made orthogonal for matrices and filters, Jordan et al. (2024), see :class:`OrthogonalMomentum`.
+
+    Attributes:
+        lr: peak learning rate of matrices and filters: the spectral norm of a step.
+        momentum: of all parameters, in [0, 1).
+        weight_decay: share of matrices and filters, times the learning rate, that each step takes off.
+        vector_lr: peak learning rate of biases and norms.
+    """
+
+    lr: float = 0.02
+    momentum: float = 0.95
+    weight_decay: float = 0.01
+    vector_lr: float = 0.01
+
+    cites: ClassVar[tuple[str, ...]] = ("jordan2024",)
+
+    def __post_init__(self) -> None:
+        _check_rates(self.lr, self.weight_decay)
+        _check_rates(self.vector_lr, 0.0)
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must lie in [0, 1), got {self.momentum}")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return OrthogonalMomentum(parameters, self.lr, self.momentum, self.weight_decay, self.vector_lr)
 
 
 def _check_rates(lr: float, weight_decay: float) -> None:

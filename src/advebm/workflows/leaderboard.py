@@ -93,8 +93,13 @@ def rank(
     features = str(features or default_features(shared))
     find_space(features).load(device)  # fail now, not after the attacks
     protocol = choose_protocol(list(runs.values()), [p for p in overrides if p not in of_data], tier, features, seed)
-    ours = json.loads(json.dumps(protocol.describe()))
-    taken = lambda path: files.read_json(path / "leaderboard.json", default={}).get("protocol", ours) != ours
+    empty = Leaderboard(protocol, [], shared, {}, Path()).describe()
+    ours = json.loads(json.dumps({name: empty[name] for name in ("protocol", "images")}))
+
+    def taken(path: Path) -> bool:
+        there = files.read_json(path / "leaderboard.json", default=ours)
+        return not isinstance(there, dict) or {name: there.get(name) for name in ours} != ours
+
     out = files.new_path(out or Path("leaderboard"), named=out is not None, replace=replace, taken=taken)
     about = environment(torch.device(device))
 

@@ -1,8 +1,10 @@
 """What networks of other libraries have in common: resizing, the classifier, and weights that a library knows."""
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,21 @@ class Pretrained:
     """A network of a library together with its weights.
 
     Attributes:
-        load: makes the network, in eval mode on the CPU, and its architecture, whose ``size`` may be any.
+        make: makes the network, in eval mode on the CPU, and its architecture, whose ``size`` may be any.
         options: what is known of the recipe that trained it: ``data``, ``threat``.
     """
 
-    load: Callable[[], tuple[Network, Architecture]]
+    make: Callable[[], tuple[Network, Architecture]]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def _made(self) -> tuple[Network, Architecture]:
+        return self.make()
+
+    def load(self) -> tuple[Network, Architecture]:
+        """Return a copy of the network, which is read once, and its architecture."""
+        network, architecture = self._made
+        return copy.deepcopy(network), architecture
 
 
 @fx.wrap
@@ -126,11 +137,8 @@ def assemble(
         channels, size: of the images.
     """
     network = Network(normalise, module, nn.Identity() if head is None else head).eval()
-    if head is None:
-        with torch.no_grad():
-            outputs = int(network(torch.full((1, channels, size, size), 0.5)).shape[-1])
-    else:
-        outputs = head.out_features
+    with torch.no_grad():
+        outputs = int(network(torch.full((1, channels, size, size), 0.5)).shape[-1])
     mean, std = (tuple(value.flatten().tolist()) for value in (normalise.mean, normalise.std))
     mean, std = (value * channels if len(value) == 1 else value for value in (mean, std))
     return network, Architecture(backbone, outputs, channels, size, mean, std)

@@ -1,12 +1,14 @@
 """Networks of timm, the PyTorch image models of Hugging Face."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from advebm.core import config, files
@@ -43,7 +45,7 @@ class Timm:
 
     def build(self, channels: int, size: int) -> tuple[nn.Module, int]:
         """Return the module ``(B, C, size, size) -> (B, features)`` and ``features``."""
-        module, head = split(create(self, channels, size))
+        module, head = split(create(self, channels, size), (channels, *[self.size or size] * 2))
         return Resized(module, self.size, self.crop), head.in_features
 
 
@@ -75,13 +77,32 @@ def find_published(where: str | Path) -> Pretrained:
     if not weights.is_file():
         raise UserError(f"{folder} has no {WEIGHTS}, the weights of its {about['architecture']}")
     if about.get("model_args"):
-        given = ", ".join(about["model_args"])
+        given = ", ".join(map(str, about["model_args"])) if isinstance(about["model_args"], Mapping) else "model_args"
         raise UserError(f"{where} changes options of {about['architecture']} ({given}), which are not taken here")
-    backbone, own = Timm(about["architecture"]), about.get("pretrained_cfg") or {}
-    known = {name: own[name] for name in ("mean", "std", "input_size", "crop_pct") if name in own}
-    configuration = dataclasses.replace(find_configuration(backbone.name), **known)
+    backbone, own = Timm(about["architecture"]), about.get("pretrained_cfg") or about  # older files have one level
+    if not isinstance(own, Mapping):
+        raise UserError(f"{folder / 'config.json'} is damaged: its pretrained_cfg is {own!r}")
+    configuration, names = find_configuration(backbone.name), [field.name for field in dataclasses.fields(Inputs)]
+    known = {name: own.get(name, getattr(configuration, name)) for name in names}
+    inputs = config.construct(Inputs, known, where=str(folder / "config.json"))
+    configuration = dataclasses.replace(configuration, **vars(inputs))
     backbone = replace(backbone, size=configuration.input_size[-1], crop=configuration.crop_pct)
     return Pretrained(partial(_load, backbone, configuration, weights))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What timm writes of a network's inputs: normalisation, shape (C, H, W), and the share that a crop keeps."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, ...]
+    crop_pct: float
+
+    def __post_init__(self) -> None:
+        if len(self.input_size) != 3 or min(self.input_size) < 1:
+            raise UserError(f"input_size is channels, height and width, got {list(self.input_size)}")
+        check_size(self.input_size[-1], self.crop_pct)
 
 
 def find_configuration(name: str) -> Any:
@@ -114,11 +135,33 @@ def create(backbone: Timm, channels: int, size: int, **options: Any) -> nn.Modul
     return module
 
 
-def split(module: Any) -> tuple[nn.Module, nn.Linear]:
-    """Return a classifier of timm without its last layer, and that layer."""
-    head: nn.Linear = module.get_submodule(name_of_head(module))
-    module.reset_classifier(0)
-    return module, head
+def split(module: Any, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Linear]:
+    """Return a classifier of timm, for images of a shape (C, H, W), without its last layer, and that layer.
+
+    Raises:
+        UserError: it takes no such images, or the logits are not what the last layer returns, as where those of a
+            second one are added.
+    """
+    place, _, name = name_of_head(module).rpartition(".")
+    head: nn.Linear = module.get_submodule(f"{place}.{name}".lstrip("."))
+    x, training = torch.linspace(-1, 1, math.prod(shape)).view(1, *shape), module.training
+    module.eval()
+    with torch.no_grad():
+        try:
+            logits = module(x)
+        except Exception as error:  # images that are too small
+            pixels = " x ".join(map(str, shape))
+            raise UserError(
+                f"{type(module).__name__} of timm takes no images of {pixels}: {one_line(error)}"
+            ) from error
+        setattr(module.get_submodule(place), name, nn.Identity())  # reset_classifier may take more away than the layer
+        try:
+            same = torch.allclose(head(module(x)), logits, rtol=1e-4, equal_nan=True)
+        except RuntimeError:  # features and logits have been added
+            same = False
+    if not same:
+        raise UserError(f"{type(module).__name__} of timm computes its logits by more than one last layer")
+    return module.train(training), head
 
 
 def name_of_head(module: Any) -> str:
@@ -142,9 +185,9 @@ def _load(backbone: Timm, configuration: Any, weights: Path | None) -> tuple[Net
         module = create(backbone, channels, size, pretrained=True)
     else:
         last, state = name_of_head(create(backbone, channels, size)), public_weights.read(weights)
-        if f"{last}.weight" not in state:
-            raise UserError(f"{weights} has no {last}.weight, so it does not fit {backbone.name} of timm")
+        if f"{last}.weight" not in state or state[f"{last}.weight"].ndim != 2:
+            raise UserError(f"{weights} has no matrix {last}.weight, so it does not fit {backbone.name} of timm")
         module = create(backbone, channels, size, num_classes=len(state[f"{last}.weight"]))
         normalise = load_file(module, weights, configuration.mean, configuration.std)
-    module, head = split(module)
+    module, head = split(module, (channels, size, size))
     return assemble(backbone, Resized(module, backbone.size, backbone.crop), head, normalise, channels, size)

@@ -12,9 +12,10 @@ from torch import nn
 from advebm.core import config
 from advebm.core.errors import UserError
 from advebm.models.network import Architecture, Network, Normalize
-from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, load_file, need, one_line
+from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, need, one_line
 
 PROCESSOR = "preprocessor_config.json"
+SAFE = {"trust_remote_code": False}  # else the library asks on the terminal whether to run code of the model's folder
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class Transformers:
         """
         transformers = need("transformers", f"transformers:{self.name}")
         with _as_user_error(self.name):
-            settings = transformers.AutoConfig.from_pretrained(self.name)
+            settings = transformers.AutoConfig.from_pretrained(self.name, **SAFE)
             settings.num_channels = channels
             if hasattr(settings, "image_size"):
                 settings.image_size = self.size or size
-            module, head = split(transformers.AutoModelForImageClassification.from_config(settings).float())
+            module, head = split(transformers.AutoModelForImageClassification.from_config(settings, **SAFE).float())
         return Resized(module, self.size, self.crop), None if head is None else head.in_features
 
 
@@ -66,18 +67,22 @@ def _as_user_error(name: str) -> Iterator[None]:
 
 
 def find(options: Mapping[str, Any], weights: Path | None) -> Pretrained:
-    """Return a network with the weights of its folder or of the Hub, or with those in a file.
+    """Return a network with the weights of its folder or of the Hub.
 
     Args:
         options: those of :class:`Transformers`; unless they set ``size``, it is that of the model's image processor.
-        weights: a file with the state dict of the whole classifier.
+        weights: None; a file is refused.
 
     Raises:
-        UserError: transformers is not installed, or an option is unknown.
+        UserError: transformers is not installed, an option is unknown, or a file of weights is given.
     """
+    if weights is not None:
+        raise UserError(f"transformers takes the folder that save_pretrained wrote, or hf:USER/NAME, not {weights}")
     backbone = config.construct(Transformers, options, where="transformers")
+    if Path(backbone.name).is_dir():  # so that a run around it can be opened from any folder
+        backbone = replace(backbone, name=str(Path(backbone.name).resolve()))
     need("transformers", f"transformers:{backbone.name}")
-    return Pretrained(partial(_load, backbone, "size" in options, weights))
+    return Pretrained(partial(_load, backbone, "size" in options))
 
 
 def find_published(where: str | Path) -> Pretrained:
@@ -105,8 +110,11 @@ def read_processor(settings: Mapping[str, Any]) -> Processor:
     """Return what a ``preprocessor_config.json`` says.
 
     Raises:
-        UserError: images are rescaled other than to [0, 1], or made rectangular.
+        UserError: images are rescaled other than to [0, 1], shifted, made rectangular, or their channels are reversed.
     """
+    for name in ("do_flip_channel_order", "rescale_offset"):
+        if settings.get(name):
+            raise UserError(f"{PROCESSOR} sets {name}, which networks here cannot do; they take RGB in [0, 1]")
     if settings.get("do_rescale", True) and abs(255 * settings.get("rescale_factor", 1 / 255) - 1) > 1e-3:
         raise UserError(f"{PROCESSOR} rescales bytes by {settings['rescale_factor']:g}; networks here take [0, 1]")
     mean, std = (
@@ -115,9 +123,13 @@ def read_processor(settings: Mapping[str, Any]) -> Processor:
     if mean is None or std is None:
         raise UserError(f"{PROCESSOR} has no image_mean and image_std, so it does not say how images are normalised")
     means, stds = (tuple(value) if isinstance(value, list | tuple) else (float(value),) for value in (mean, std))
+    if settings.get("include_top"):  # EfficientNet's processor divides by the deviation once more
+        stds = tuple(a * b for a, b in zip(stds, settings["image_std"], strict=True))
     size, crop = _edge(settings.get("size")), 1.0
     if not settings.get("do_resize", True):
         size = None
+    if settings.get("do_center_crop") and size is not None and settings.get("crop_pct"):  # as PoolFormer's
+        size = int(size / settings["crop_pct"])
     if settings.get("do_center_crop") and (kept := _edge(settings.get("crop_size"))) is not None:
         size, crop = kept, 1.0 if size is None else min(1.0, kept / size)
     elif size is not None and settings.get("crop_pct") and size < 384:  # as ConvNeXt's processor
@@ -146,20 +158,20 @@ def split(module: Any) -> tuple[nn.Module, nn.Linear | None]:
     return module, last
 
 
-def _load(backbone: Transformers, sized: bool, weights: Path | None) -> tuple[Network, Architecture]:
+def _load(backbone: Transformers, sized: bool) -> tuple[Network, Architecture]:
     transformers = need("transformers", f"transformers:{backbone.name}")
     with _as_user_error(backbone.name):
         processor = read_processor(transformers.ImageProcessingMixin.get_image_processor_dict(backbone.name)[0])
         if not sized:
             backbone = replace(backbone, size=processor.size, crop=processor.crop)
-        classifiers, settings = transformers.AutoModelForImageClassification, {"output_loading_info": True}
-        module, found = classifiers.from_pretrained(backbone.name, **settings)
+        classifiers = transformers.AutoModelForImageClassification
+        transformers.utils.logging.disable_progress_bar()
+        module, found = classifiers.from_pretrained(backbone.name, output_loading_info=True, **SAFE)
     normalise = Normalize(processor.mean, processor.std)
-    if weights is not None:
-        normalise = load_file(module.float(), weights, processor.mean, processor.std)
-    elif missing := sorted(found["missing_keys"]):
+    if missing := sorted(found["missing_keys"]):
         raise UserError(f"{backbone.name} has no {missing[0]}; train it first: --backbone transformers:{backbone.name}")
     settings = module.config.to_dict()
     size, channels = backbone.size or settings.get("image_size", 224), settings.get("num_channels", 3)
     module, head = split(module.float())
-    return assemble(backbone, Resized(module, backbone.size, backbone.crop), head, normalise, channels, size)
+    with _as_user_error(f"{backbone.name} for images of {size} x {size}"):
+        return assemble(backbone, Resized(module, backbone.size, backbone.crop), head, normalise, channels, size)
