@@ -286,11 +286,16 @@ def test_noises(role, kind, plain, data):
     agree(lambda device: draw_outliers(build(role, kind, plain), data, 9, rng.generator("x", device=device)))
 
 
-@kinds("backbone", skip=("own",))
+@kinds("backbone", skip=("own", "timm", "transformers", "robustbench"))
 def test_backbones(role, kind, plain, tmp_path):
     """Training mode, a folded view, an average, and weights that were saved on the device."""
     plain = config.describe(default(role, kind))
-    small = {"width": 4, "depth": 10 if kind == "wide-resnet" else 8, "blocks": [1, 1, 1, 1], "widths": [4, 4, 4]}
+    small = {
+        "width": 4,
+        "depth": {"wide-resnet": 10, "preact-resnet": 18}.get(kind, 8),
+        "blocks": [1, 1, 1, 1],
+        "widths": [4, 4, 4],
+    }
     backbone = config.build({**plain, **{k: v for k, v in small.items() if k in plain}}, role)
     size = 16 if kind == "stargan" else 8
     architecture = Architecture(backbone, 3, 1, size, (0.3,), (0.4,))

@@ -144,7 +144,7 @@ FIRST = {"jeat": 2, "jem": 2, "mle": 2}  # those before the gradients are queued
 @kinds("objective", skip=("rst",))
 def test_training_waits_a_stated_few_times(role, kind, plain, data):
     objective = build(role, kind, plain)
-    if kind == "fast":
+    if kind in ("fast", "n-fgsm"):
         objective = dataclasses.replace(objective, watch_every=0)
     norm = "dual" if objective.hidden is not None else "batch"
     described = (objective.outputs or 10, 1, 8, (0.3,), (0.4,), objective.hidden)

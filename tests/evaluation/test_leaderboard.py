@@ -145,7 +145,7 @@ def test_a_stopped_one_goes_on(runs, monkeypatch):
 
 def broken(monkeypatch):
     """Modules beside the tests: one with three classes, one that raises an error once it is attacked."""
-    Path("mine.py").write_text(
+    Path("three_classes.py").write_text(
         "import torch\n"
         "from torch import nn\n"
         "def three(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
@@ -163,14 +163,14 @@ def broken(monkeypatch):
 def test_a_model_that_fails_leaves_the_others(runs, monkeypatch, capsys):
     broken(monkeypatch)
     trained = runs[0]
-    board = rank(["nowhere", "mine:three", "mine:Fails", str(trained.folder)])
+    board = rank(["nowhere", "three_classes:three", "three_classes:Fails", str(trained.folder)])
     assert board.rows[0].title == "digits-at"
     assert not board.rows[0].why
     assert board.rows[0].numbers.keys() == {"clean", "robust", "AUROC", "seconds", "FD"}
     why = {row.model: row.why for row in board.rows[1:]}
     assert why["nowhere"].startswith("there is no run or model at nowhere")
-    assert "10" in why["mine:three"]
-    assert "no gradient here" in why["mine:Fails"]
+    assert "10" in why["three_classes:three"]
+    assert "no gradient here" in why["three_classes:Fails"]
     told = capsys.readouterr().err
     assert told.count("there is no run or model at nowhere") == 1
     assert told.index("nowhere") < told.index("Accuracy"), "references are checked before anything is measured"

@@ -536,6 +536,9 @@ def searched(kind, net, batch, *views):
         yield flat(found)
 
 
+IN_TRAIN_MODE = {"fast", "n-fgsm"}  # which search without a view
+
+
 @pytest.mark.parametrize("kind", sorted(config.KINDS["objective"]))
 def test_every_inner_loop_goes_through_the_view(kind, net, batch):
     """With the same random numbers it finds the same points, but for rounding in float64."""
@@ -548,10 +551,10 @@ def test_every_inner_loop_goes_through_the_view(kind, net, batch):
     found = searched(kind, net, batch, lambda: None, lambda: SimpleNamespace(refresh=watched, compiled=None))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
-    assert calls or kind == "fast"  # which searches in train mode
+    assert calls or kind in IN_TRAIN_MODE
 
 
-@pytest.mark.parametrize("kind", sorted(set(config.KINDS["objective"]) - {"fast"}))
+@pytest.mark.parametrize("kind", sorted(set(config.KINDS["objective"]) - IN_TRAIN_MODE))
 def test_every_inner_loop_is_compiled_once_and_as_a_whole(kind, net, batch, graphs):
     """Its points are the same to the bit, and a second search compiles nothing."""
     torch._dynamo.utils.counters.clear()

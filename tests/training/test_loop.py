@@ -226,6 +226,7 @@ SEEN: list[tuple[int, float]] = []
 
 
 def exploding(**options):
+    SEEN.clear()
     base = tiny("digits-standard", train__images=3_000, train__checkpoint_every=500)
     return dataclasses.replace(base, objective=Exploding(**options))
 

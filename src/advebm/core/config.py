@@ -186,7 +186,7 @@ def short(text: str, role: str) -> dict[str, str]:
 
 def first_option(role: str, kind: str) -> str:
     """Return the name of a kind's first option, which may be written behind a colon."""
-    return dataclasses.fields(lookup(role, kind))[0].name
+    return next((f.name for f in dataclasses.fields(lookup(role, kind))), "path")
 
 
 def read_options(text: str, role: str, kind: str) -> dict[str, Any]:

@@ -29,9 +29,9 @@ def batch_size_for(shape: Sequence[int], model: nn.Module | None = None) -> int:
 
 def memory_of(device: torch.device) -> int:
     """Return the size of a device's memory in bytes; where torch does not tell, that of the host."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "mps":
+    if device.type == "mps" and torch.mps.is_available():
         return torch.mps.recommended_max_memory()
     return int(psutil.virtual_memory().total)
 
