@@ -1,4 +1,4 @@
-"""Find a model by its reference: a run, a checkpoint, a published model, a weight file or a user-defined module."""
+"""Find a model by its reference: a run, a checkpoint, a published model, a library's network, weights or a module."""
 
 import hashlib
 import re
