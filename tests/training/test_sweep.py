@@ -295,6 +295,7 @@ def test_what_cannot_be_compared_is_refused(trained):
 # Halving and resuming -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_better_half_goes_on_at_twice_the_length(trained):
     """Five rates, of which two learn; a round's schedule ends with the round."""
     rates = [1e-6, 0.05, 1e-7, 0.1, 1e-8]
@@ -349,6 +350,7 @@ def test_only_what_is_missing_is_trained(trained):
 # In processes of their own --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trials_are_ordinary_runs_and_the_planted_optimum_wins(capsys):
     """To the bit what training by itself makes, with one thread; at the other rates nothing is learned."""
     path = Path("more.yaml")
@@ -399,6 +401,7 @@ class Faulty(Standard):
 """
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_leaves_the_others(monkeypatch):
     Path("faulty.py").write_text(FAULTY)
     monkeypatch.syspath_prepend(str(Path.cwd()))
