@@ -1,6 +1,8 @@
 """The processes that share the work of a command, and how they exchange values."""
 
+import multiprocessing
 import os
+import threading
 from typing import Protocol, TypeVar
 
 from advebm.core.errors import UserError
@@ -66,3 +68,14 @@ def launch_command(world: int) -> str:
     nodes = world // local_world if rank_and_world()[1] == world else 1
     options = f"--nproc-per-node {world // nodes}"
     return f"torchrun {f'--nnodes {nodes} ' if nodes > 1 else ''}{options} -m advebm"
+
+
+def end_with_parent() -> None:
+    """Make this process end at once when the one that started it ends, even if that is killed."""
+
+    def follow() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

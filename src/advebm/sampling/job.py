@@ -8,9 +8,7 @@ on the number of processes.  ``manifest.json`` is written last and marks a compl
 import contextlib
 import io
 import multiprocessing
-import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from advebm.core import config, files
 from advebm.core.errors import UserError
-from advebm.core.processes import ALONE, Team
+from advebm.core.processes import ALONE, Team, end_with_parent
 from advebm.data import pictures
 from advebm.data.sources import Data
 from advebm.models.inference import BackendName, View
@@ -240,12 +238,7 @@ _worker_states: list[WorkerState] = []  # one entry, in each worker process
 def _init_worker(job: SampleJob, threads: int) -> None:
     """Load the state of a worker process, and make the process end when its parent does, even if that is killed."""
 
-    def follow() -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     _worker_states.append(WorkerState.open(job))
 

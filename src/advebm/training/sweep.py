@@ -193,7 +193,6 @@ class Row:
 
     @property
     def seconds(self) -> float | None:
-        """Mean seconds of a trial."""
         return statistics.fmean(r.seconds for r in self.results.values()) if self.results else None
 
     @property

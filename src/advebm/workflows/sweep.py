@@ -2,10 +2,8 @@
 
 import functools
 import multiprocessing
-import os
 import signal
 import textwrap
-import threading
 import time
 import warnings
 from collections import deque
@@ -20,6 +18,7 @@ import torch
 from advebm.core import console, files
 from advebm.core.allocator import tune_cpu_allocator
 from advebm.core.errors import Interrupted, UserError, unknown_name
+from advebm.core.processes import end_with_parent
 from advebm.core.threads import count_cores, use_threads
 from advebm.reporting import sweep as pages
 from advebm.runs.recipe import Recipe
@@ -333,12 +332,7 @@ def _start_without_interrupts(process: BaseProcess) -> None:
 def _train(trial: Trial, device: str, channel: Connection) -> None:
     """Train in this process; send the images seen now and then, and why it failed if it does."""
 
-    def follow() -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-            os._exit(1)  # as the sweep was killed: at once, so that it can go on
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
     warnings.simplefilter("ignore")  # the run's log has them, and standard error is the sweep's
     use_threads(1)
     tune_cpu_allocator()

@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -16,8 +17,6 @@ from torch.nn.functional import interpolate
 from advebm.core.errors import UserError
 from advebm.models import public_weights
 from advebm.models.network import Architecture, Network, Normalize, find_logits
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of its pixels
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,17 @@ def need(package: str, what: str) -> Any:
         raise UserError(f"{what} needs {library}, which is not installed: pip install {library}") from None
     except Exception as error:  # a library that was made for another torch raises anything
         raise UserError(f"{what} needs {package}, which cannot be imported here: {one_line(error)}") from error
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn what a library raises into a one-line UserError: ``what`` and the library's own message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # no connection, a damaged file, a version that lacks something, …
+        raise UserError(f"{what}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -1,9 +1,8 @@
 """Networks of RobustBench's model zoo."""
 
-import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -18,7 +17,7 @@ from advebm.core.config import check_choices
 from advebm.core.errors import UserError, suggest
 from advebm.data.cache import cache_folder
 from advebm.models.network import Architecture, Network, Normalize
-from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, load_file, need, one_line
+from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, library_errors, load_file, need
 
 RADII = {("cifar10", "Linf"): 8 / 255, ("cifar100", "Linf"): 8 / 255, ("imagenet", "Linf"): 4 / 255}
 RADII |= {("cifar10", "L2"): 0.5, ("cifar100", "L2"): 0.5}
@@ -59,7 +58,7 @@ class RobustBench:
         entry = _parts()[self.dataset, self.threat].get(self.name)
         if entry is None:
             raise _unknown(self.name)
-        with _as_user_error(self.name):
+        with library_errors(f"RobustBench cannot make {self.name}"):
             return Resized(entry["model"](), self.size, self.crop), None
 
     @property
@@ -80,16 +79,6 @@ def _parts() -> dict[tuple[str, str], Mapping[str, Any]]:
 def _unknown(name: str) -> UserError:
     names = {model for part in _parts().values() for model in part}
     return UserError(f"RobustBench has no model {name!r}{suggest(name, names)}; its page lists {len(names)}")
-
-
-@contextlib.contextmanager
-def _as_user_error(name: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # no connection, a version of timm that lacks something, …
-        raise UserError(f"RobustBench cannot make {name}: {one_line(error)}") from error
 
 
 def find(options: Mapping[str, Any], weights: Path | None) -> Pretrained:
@@ -145,6 +134,6 @@ def _load(backbone: RobustBench, weights: Path | None) -> tuple[Network, Archite
     else:
         folder = cache_folder() / "robustbench"
         console.say(f"RobustBench's weights of {backbone.place} are kept in {folder}")
-        with _as_user_error(backbone.name):
+        with library_errors(f"RobustBench cannot make {backbone.name}"):
             module = library.load_model(backbone.name, folder, backbone.dataset, backbone.threat)
     return assemble(backbone, Resized(module, backbone.size, backbone.crop), None, normalise, 3, size)

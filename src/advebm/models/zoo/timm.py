@@ -15,7 +15,7 @@ from advebm.core import config, files
 from advebm.core.errors import UserError, suggest
 from advebm.models import hub, public_weights
 from advebm.models.network import Architecture, Network, Normalize
-from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, load_file, need, one_line
+from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, library_errors, load_file, need
 
 WEIGHTS = "model.safetensors"
 
@@ -127,11 +127,9 @@ def create(backbone: Timm, channels: int, size: int, **options: Any) -> nn.Modul
     configuration = find_configuration(backbone.name)
     if configuration.fixed_input_size:
         options["img_size"] = backbone.size or size
-    try:
+    pixels = f"{channels} x {backbone.size or size} x {backbone.size or size}"
+    with library_errors(f"timm cannot make {backbone.name} for images of {pixels}"):
         module: nn.Module = need("timm", "").create_model(backbone.name, in_chans=channels, **options)
-    except Exception as error:  # no connection, a size that does not fit, …
-        pixels = f"{channels} x {backbone.size or size} x {backbone.size or size}"
-        raise UserError(f"timm cannot make {backbone.name} for images of {pixels}: {one_line(error)}") from error
     return module
 
 
@@ -147,13 +145,9 @@ def split(module: Any, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Linear]:
     x, training = torch.linspace(-1, 1, math.prod(shape)).view(1, *shape), module.training
     module.eval()
     with torch.no_grad():
-        try:
+        pixels = " x ".join(map(str, shape))
+        with library_errors(f"{type(module).__name__} of timm takes no images of {pixels}"):
             logits = module(x)
-        except Exception as error:  # images that are too small
-            pixels = " x ".join(map(str, shape))
-            raise UserError(
-                f"{type(module).__name__} of timm takes no images of {pixels}: {one_line(error)}"
-            ) from error
         setattr(module.get_submodule(place), name, nn.Identity())  # reset_classifier may take more away than the layer
         try:
             same = torch.allclose(head(module(x)), logits, rtol=1e-4, equal_nan=True)

@@ -1,7 +1,6 @@
 """Image classifiers of Hugging Face's transformers, from the Hub or a folder."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 from advebm.core import config
 from advebm.core.errors import UserError
 from advebm.models.network import Architecture, Network, Normalize
-from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, need, one_line
+from advebm.models.zoo.base import Pretrained, Resized, assemble, check_size, library_errors, need
 
 PROCESSOR = "preprocessor_config.json"
 SAFE = {"trust_remote_code": False}  # else the library asks on the terminal whether to run code of the model's folder
@@ -46,24 +45,13 @@ class Transformers:
         Of a classifier whose last layer is not one linear layer, logits and None.
         """
         transformers = need("transformers", f"transformers:{self.name}")
-        with _as_user_error(self.name):
+        with library_errors(f"transformers cannot make {self.name}"):
             settings = transformers.AutoConfig.from_pretrained(self.name, **SAFE)
             settings.num_channels = channels
             if hasattr(settings, "image_size"):
                 settings.image_size = self.size or size
             module, head = split(transformers.AutoModelForImageClassification.from_config(settings, **SAFE).float())
         return Resized(module, self.size, self.crop), None if head is None else head.in_features
-
-
-@contextmanager
-def _as_user_error(name: str) -> Iterator[None]:
-    """Turn errors of the library into a one-line UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # no connection, a damaged file, a configuration of another version, …
-        raise UserError(f"transformers cannot make {name}: {one_line(error)}") from error
 
 
 def find(options: Mapping[str, Any], weights: Path | None) -> Pretrained:
@@ -160,7 +148,7 @@ def split(module: Any) -> tuple[nn.Module, nn.Linear | None]:
 
 def _load(backbone: Transformers, sized: bool) -> tuple[Network, Architecture]:
     transformers = need("transformers", f"transformers:{backbone.name}")
-    with _as_user_error(backbone.name):
+    with library_errors(f"transformers cannot make {backbone.name}"):
         processor = read_processor(transformers.ImageProcessingMixin.get_image_processor_dict(backbone.name)[0])
         if not sized:
             backbone = replace(backbone, size=processor.size, crop=processor.crop)
@@ -173,5 +161,5 @@ def _load(backbone: Transformers, sized: bool) -> tuple[Network, Architecture]:
     settings = module.config.to_dict()
     size, channels = backbone.size or settings.get("image_size", 224), settings.get("num_channels", 3)
     module, head = split(module.float())
-    with _as_user_error(f"{backbone.name} for images of {size} x {size}"):
+    with library_errors(f"transformers cannot make {backbone.name} for images of {size} x {size}"):
         return assemble(backbone, Resized(module, backbone.size, backbone.crop), head, normalise, channels, size)
