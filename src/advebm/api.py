@@ -63,7 +63,7 @@ from advebm.workflows.sweep import sweep as run_sweep
 
 
 @torch.inference_mode(False)
-def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
+def load(path: Run | str | Path, *, checkpoint: str | int = "latest") -> Network:
     """Load the network of a model of any kind: averaged weights, eval mode, on the CPU.
 
     Args:
@@ -82,7 +82,7 @@ def load(path: str | Path, *, checkpoint: str | int = "latest") -> Network:
         >>> advebm.load("cifar10-at-2h")
         Network cifar10-at-2h: Staged, classifier of 10 classes, 2,797,610 parameters, threat PGD-20 l2 0.5
     """
-    return find_model.find_model(path, checkpoint=str(checkpoint))
+    return find_model.find_model(path.folder if isinstance(path, Run) else path, checkpoint=str(checkpoint))
 
 
 @torch.inference_mode(False)

@@ -261,9 +261,9 @@ def test_cutout_is_one_grey_square_around_a_pixel(edge):
 
 
 def test_what_cannot_be_augmented_is_refused():
-    with pytest.raises(UserError, match="policy is one of none, autoaugment, got 'autoaugmnt'"):
+    with pytest.raises(UserError, match="policy is one of none, autoaugment, color-shape, got 'autoaugmnt'"):
         Augment(policy="autoaugmnt")
-    with pytest.raises(UserError, match="cutout is a number of pixels >= 0, got -1"):
+    with pytest.raises(UserError, match=r"cutout is a number of pixels >= 0 .*, got -1"):
         Augment(cutout=-1)
     with pytest.raises(UserError, match="1 or 3 channels, got 2"):
         Augment(policy="autoaugment")(torch.rand(1, 2, 8, 8), torch.Generator())
@@ -274,3 +274,109 @@ def test_only_what_is_switched_on_is_cited():
     assert citations.keys(Augment(policy="autoaugment")) == ["cubuk2019"]
     assert citations.keys(Augment(policy="autoaugment", cutout=8)) == ["cubuk2019", "devries2017"]
     assert citations.bibtex(Augment(policy="autoaugment", cutout=8)).count("@") == 2
+
+
+# Cropshift, color-shape, erasing --------------------------------------------------------------------------------------
+
+
+def test_cropshift_keeps_a_rectangle_and_moves_it_on_black():
+    """A picture of unique values above 0 shows where each pixel went: one offset an image, black elsewhere."""
+    height, width, most = 9, 12, 5
+    picture = (1 + torch.arange(height * width).view(1, 1, height, width)) / 200
+    moved = Augment(cropshift=most)(picture.expand(4000, -1, -1, -1), rng.generator(0))
+    losses, offsets = set(), set()
+    for image in moved[:, 0]:
+        rows, columns = image.nonzero().T
+        box = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert (box > 0).all()  # no holes
+        origin = round(box[0, 0].item() * 200) - 1
+        top, left = divmod(origin, width)
+        torch.testing.assert_close(box, picture[0, 0, top : top + box.shape[0], left : left + box.shape[1]])
+        losses.add((height - box.shape[0], width - box.shape[1]))
+        offsets.add((rows.min().item() - top, columns.min().item() - left))
+    assert losses == {(i, j) for i in range(most + 1) for j in range(most + 1 - i)}
+    assert {dy for dy, _ in offsets} == {dx for _, dx in offsets} == set(range(-most, most + 1))
+
+
+def test_as_much_is_lost_on_average_as_in_the_paper():
+    """The total is uniform in 0 … 10, and its rows uniform in 0 … total: 5 of them, 2.5 rows and 2.5 columns."""
+    black = Augment(cropshift=10)(torch.ones(20_000, 1, 32, 32), rng.generator(1))[:, 0] == 0
+    rows, columns = (black.all(dim).sum(1).double() for dim in (2, 1))
+    assert abs(rows.mean() - 2.5) < 0.1
+    assert abs(columns.mean() - 2.5) < 0.1
+    total = rows + columns
+    assert abs((total == 0).double().mean() - 1 / 11) < 0.01
+    assert abs((total == 10).double().mean() - 1 / 11) < 0.01
+
+
+def test_a_small_image_keeps_a_pixel():
+    assert (Augment(cropshift=20)(torch.ones(500, 1, 3, 4), rng.generator(0)).flatten(1).sum(1) >= 1).all()
+
+
+def test_each_change_of_color_shape_is_one_of_pillow(monkeypatch):
+    """Every image is what Pillow makes of one of the eight changes; all are drawn, with magnitudes of their range."""
+    photo = pictures((3, 32, 32))[4]
+    names = {
+        "Color": (0.1, 1.9), "Brightness": (0.5, 1.9), "Contrast": (0.5, 1.9), "Sharpness": (0.1, 1.9),
+        "AutoContrast": (0, 0), "Equalize": (0, 0), "ShearX": (0.05, 0.15), "ShearY": (0.05, 0.15), "Rotate": (1, 11),
+    }  # fmt: skip
+    calls = {name: [] for name in names}
+    table = []
+    for functions, low, high, signed in autoaugment.COLOR_SHAPE:
+        spied = []
+        for function in functions:
+            name = next(name for name, operation in OPERATIONS.items() if operation.function is function)
+
+            def spy(pixels, magnitude, name=name, function=function):
+                calls[name].append((pixels.clone(), magnitude.clone()))
+                return function(pixels, magnitude)
+
+            spied.append(spy)
+        table.append((tuple(spied), low, high, signed))
+    monkeypatch.setattr(autoaugment, "COLOR_SHAPE", tuple(table))
+    changed = autoaugment.color_shape(photo.expand(400, -1, -1, -1) / 255, rng.generator(3))
+    counts = {name: sum(len(m) for _, m in calls[name]) for name in names}
+    assert sum(counts.values()) == 400
+    assert all(25 <= counts[name] <= 80 for name in names if not name.startswith("Shear"))
+    assert counts["ShearX"] > 8
+    assert counts["ShearY"] > 8
+    for name, (low, high) in names.items():
+        size = torch.cat([m for _, m in calls[name]])
+        assert (low <= size.abs()).all()
+        assert (size.abs() <= high).all()
+        assert (size < 0).any() == (name in ("ShearX", "ShearY", "Rotate"))
+        if high:
+            assert size.abs().max() - size.abs().min() > 0.7 * (high - low)
+    expected = {
+        with_pillow(photo, [(name, m)]).numpy().tobytes()
+        for name in names for _, sizes in calls[name] for m in sizes.tolist()
+    }  # fmt: skip
+    assert {image.numpy().tobytes() for image in (changed * 255).round().to(torch.uint8)} <= expected
+
+
+def test_erased_boxes_have_the_published_area_and_shape():
+    kept = Augment(erase=0.5)(torch.ones(6000, 3, 32, 40), rng.generator(0))
+    gone = kept[:, 0] == 0
+    assert (gone == (kept[:, 2] == 0)).all()
+    touched = gone.flatten(1).any(1)
+    assert abs(touched.double().mean() - 0.5) < 0.03
+    heights, widths = gone.any(2).sum(1)[touched], gone.any(1).sum(1)[touched]
+    assert (heights * widths == gone.flatten(1).sum(1)[touched]).all()  # a whole rectangle
+    area = (heights * widths) / (32 * 40)
+    assert area.min() < 0.03
+    assert 0.29 < area.max() < 0.36
+    assert abs(area.mean() - 0.172) < 0.01
+    ratio = heights / widths
+    assert ratio.min() >= 0.25
+    assert ratio.max() <= 3.9
+    assert abs(ratio.log().mean()) < 0.06
+    first = gone.any(2).int().argmax(1)[touched]
+    assert first.min() == 0
+    assert (first + heights).max() == 32
+    assert (Augment(erase=1)(torch.ones(50, 1, 8, 8), rng.generator(0)).flatten(1).amin(1) == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"cropshift": -1}, {"erase": 1.5}, {"alternate": True}])
+def test_other_settings_that_make_no_sense_are_refused(options):
+    with pytest.raises(UserError, match=r"cropshift|erase|flip"):
+        Augment(**options)

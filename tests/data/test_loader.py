@@ -116,3 +116,18 @@ def test_augmentation_is_drawn_from_the_generator():
     assert torch.equal(Augment()(x, torch.Generator()), x)
     with pytest.raises(UserError):
         Augment(crop=-1)
+
+
+def test_alternating_flips_show_both_sides_in_turn():
+    """In two epochs each image comes from either side, half of them mirrored in the first one."""
+    count, ramp = 64, torch.arange(8, dtype=torch.uint8).expand(64, 1, 8, 8).contiguous()
+    images = Images(ramp, torch.arange(count))
+    load = Loader(images, seed=0, batch=16, streams=1, augment=(Augment(flip=True, alternate=True),))
+    sides = [{}, {}, {}]
+    for seen in range(0, 3 * count, 16):
+        (x,), y = load(seen, 0, rng.generator(seen))
+        sides[seen // count] |= dict(zip(y.tolist(), (x[:, 0, 0, 0] > 0).tolist(), strict=True))
+    assert all(sides[0][k] != sides[1][k] == (not sides[2][k]) for k in range(count))
+    assert 20 <= sum(sides[0].values()) <= 44
+    batches = [load(seen, 0, rng.generator(9))[0][0] for seen in (count + 8, count + 8)]  # across no state
+    assert torch.equal(*batches)

@@ -29,6 +29,7 @@ from advebm.objectives.trades import TRADES, WEAT
 from advebm.reporting.build import report
 from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
+from advebm.training import cost
 from advebm.training.energy_shift import EnergyShift
 from advebm.training.loop import train
 from tests.helpers import tiny
@@ -493,3 +494,22 @@ def test_a_resumed_run_with_another_buffer_is_refused(tmp_path):
 def test_objectives_round_trip():
     for objective in (AWP(TRADES(beta=2.0), gamma=0.005), RST("x", AWP(TRADES())), JEAT(SHORT)):
         assert config.build(config.describe(objective), "objective") == objective
+
+
+def test_the_search_of_at_grows_step_by_step(net, batch):
+    """After every 100 images one step more, up to those of the attack; the cost is that of the mean."""
+    objective = AT(Attack(eps=0.1, norm="l2", steps=3, step_size=None), images_per_step=100)
+    state = objective.init(batch.x, rng.generator(0))
+    for images, steps in ((0, 1), (99, 1), (100, 2), (199, 2), (200, 3), (900, 3)):
+        ctx = Context(rng.generator(1), images)
+        found = objective.search(net, batch, state, ctx)
+        fixed = AT(dataclasses.replace(objective.attack, steps=steps))
+        assert torch.equal(found, fixed.search(net, batch, None, Context(rng.generator(1), images)))
+    with pytest.raises(UserError, match=r"attack\.steps is 1"):
+        AT(Attack(steps=1), images_per_step=100)
+    options = {"train.images": 60_000, "train.batch": 100, "objective.attack.steps": 3}
+    costs = [
+        cost.estimate(resolve(recipes.find("digits-at"), [*options.items(), *more.items()])).training
+        for more in ({"objective.images_per_step": 20_000}, {"objective.attack.steps": 2})
+    ]
+    assert costs[0] == pytest.approx(costs[1])  # 20,000 images each of 1, 2 and 3 steps

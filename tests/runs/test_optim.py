@@ -1,13 +1,14 @@
-"""LARS and Muon against re-derivations."""
+"""LARS, Muon and lookahead against re-derivations."""
 
 import copy
+import io
 
 import pytest
 import torch
 from torch import nn
 
 from advebm.core.errors import UserError
-from advebm.runs.optim import LARS, Muon, orthogonalize
+from advebm.runs.optim import LARS, SGD, Lookahead, Muon, orthogonalize
 from tests.references.contrastive import lars
 
 
@@ -98,3 +99,31 @@ def test_muon_by_hand(generator):
     torch.testing.assert_close(bias.detach(), second)
     with pytest.raises(UserError, match="momentum must lie in"):
         Muon(momentum=1.0)
+
+
+def test_lookahead_by_hand_and_resumed(generator):
+    """Three fast steps of SGD, then a third of the way from the slow weights, over and over; checkpoints have both."""
+    config = Lookahead(SGD(lr=0.1, momentum=0.5, nesterov=False, weight_decay=0.0), every=3, share=1 / 3)
+    weights = nn.Parameter(torch.randn(4, generator=generator, dtype=torch.float64))
+    slow = fast = weights.detach().clone()
+    velocity, optimizer = torch.zeros_like(fast), config.build([weights])
+    for step in range(1, 9):
+        slope = torch.randn(4, generator=generator, dtype=torch.float64)
+        weights.grad = slope
+        optimizer.step()
+        velocity = 0.5 * velocity + slope
+        fast = fast - 0.1 * velocity
+        if step % 3 == 0:
+            slow = fast = slow + (fast - slow) / 3
+        torch.testing.assert_close(weights.detach(), fast)
+        if step in (2, 4):  # goes on elsewhere
+            buffer = io.BytesIO()
+            torch.save(optimizer.state_dict(), buffer)
+            weights = nn.Parameter(weights.detach().clone())
+            optimizer = config.build([weights])
+            buffer.seek(0)
+            optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+    assert config.lr == 0.1
+    for bad in ({"every": 0}, {"share": 0.0}, {"optimizer": Lookahead()}):
+        with pytest.raises(UserError, match=r"every is at least 1|around another"):
+            Lookahead(**bad)

@@ -78,6 +78,7 @@ KINDS: dict[str, dict[str, str]] = {
         "adam": "advebm.runs.optim:Adam",
         "lars": "advebm.runs.optim:LARS",
         "muon": "advebm.runs.optim:Muon",
+        "lookahead": "advebm.runs.optim:Lookahead",
     },
     "schedule": {
         "cosine": "advebm.runs.optim:Cosine",

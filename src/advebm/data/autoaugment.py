@@ -86,8 +86,7 @@ def apply_plan(x: Tensor, plan: Plan) -> Tensor:
 
     Each operation is called once for all images that need it as their first or as their second operation.
     """
-    if x.shape[1] not in (1, 3):
-        raise UserError(f"autoaugment takes grey or RGB images, 1 or 3 channels, got {x.shape[1]}")
+    check_colours(x)
     pixels = (x * 255).round().to(torch.uint8)
     operation, base, span = (table[plan.sub] for table in _tables(x.device, widest(x.device))[1:])
     operation = torch.where(plan.applied, operation, len(OPERATIONS))
@@ -97,6 +96,35 @@ def apply_plan(x: Tensor, plan: Plan) -> Tensor:
             if len(members):
                 pixels[members] = function(pixels[members], magnitude[members, turn])
     return pixels.to(x.dtype) / 255
+
+
+def color_shape(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Apply one of eight changes of colours or shape to each image, all equally likely, Li and Spratling (2023).
+
+    These are the ranges of the authors' code for CIFAR-10.  ``x (B, C, H, W)`` in [0, 1] -> same shape and type.
+
+    Raises:
+        UserError: images that are neither grey nor RGB.
+    """
+    check_colours(x)
+    drawn = torch.rand(3, len(x), generator=generator, device=x.device, dtype=widest(x.device))
+    chosen = (drawn[0] * len(COLOR_SHAPE)).long()
+    pixels = (x * 255).round().to(torch.uint8)
+    for number, (functions, low, high, signed) in enumerate(COLOR_SHAPE):
+        magnitude = low + (high - low) * drawn[1]
+        magnitude = torch.where((drawn[2] < 0.5) & signed, -magnitude, magnitude)
+        part = (2 * drawn[2] % 1 * len(functions)).long()  # the sign takes the first bit, and this the next
+        for index, function in enumerate(functions):
+            members = ((chosen == number) & (part == index)).nonzero().squeeze(1)
+            if len(members):
+                pixels[members] = function(pixels[members], magnitude[members])
+    return pixels.to(x.dtype) / 255
+
+
+def check_colours(x: Tensor) -> None:
+    """Raise UserError for images that are neither grey nor RGB."""
+    if x.shape[1] not in (1, 3):
+        raise UserError(f"autoaugment and color-shape take grey or RGB images, 1 or 3 channels, got {x.shape[1]}")
 
 
 def group_by_operation(chosen: Tensor, operations: int) -> list[Sequence[Tensor]]:
@@ -288,6 +316,19 @@ OPERATIONS = {
     "Brightness": Operation(brightness, 1, 1.9, mirrored=True),
     "Sharpness": Operation(sharpness, 1, 1.9, mirrored=True),
 }
+
+# The changes of :func:`color_shape`: functions of which one is taken, smallest and largest magnitude, whether its sign
+# is random.
+COLOR_SHAPE: tuple[tuple[tuple[Callable[[Tensor, Tensor], Tensor], ...], float, float, bool], ...] = (
+    ((color,), 0.1, 1.9, False),
+    ((brightness,), 0.5, 1.9, False),
+    ((contrast,), 0.5, 1.9, False),
+    ((sharpness,), 0.1, 1.9, False),
+    ((autocontrast,), 0, 0, False),
+    ((equalize,), 0, 0, False),
+    ((shear_x, shear_y), 0.05, 0.15, True),
+    ((rotate,), 1, 11, True),
+)
 
 
 def _terms(name: str, level: int) -> tuple[float, float]:

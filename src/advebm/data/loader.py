@@ -1,5 +1,6 @@
 """The order of training images, as a pure function of the number of images seen."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -44,10 +45,21 @@ class Loader:
         """Return the views, float32 (B/streams, C, H, W) in [0, 1] each, and the labels, after ``seen`` images."""
         share = self.batch // self.streams
         start = seen + stream * share
-        index = torch.cat([self._positions(e, lo, hi) for e, lo, hi in self._pieces(start, start + share)])
+        pieces = self._pieces(start, start + share)
+        index = torch.cat([self._positions(e, lo, hi) for e, lo, hi in pieces])
         batch = self.images.take(index)
         x, y = batch.x.to(self.device), batch.y.to(self.device)  # those from disk; the others are there
-        return [augment(to_float(x), generator) for augment in self.augment], y
+        turned = None
+        if any(augment.alternate for augment in self.augment):
+            epoch = torch.cat([torch.full((hi - lo,), e) for e, lo, hi in pieces])
+            turned = ((self._sides[index] + epoch.to(index.device)) % 2).bool().to(self.device)
+        return [augment(to_float(x), generator, turned if augment.alternate else None) for augment in self.augment], y
+
+    @functools.cached_property
+    def _sides(self) -> Tensor:
+        """Which images the first epoch mirrors if augmentation alternates: 0 or 1 for each, int64 (N,)."""
+        sides = torch.randint(2, (len(self.images),), generator=rng.generator(self.seed, "sides", self.role))
+        return sides.to(self.images.x.device)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Return the global positions start … stop as (epoch, from, to)."""

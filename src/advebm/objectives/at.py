@@ -1,8 +1,9 @@
 """Adversarial training."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
@@ -10,6 +11,7 @@ from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.models.modes import searching
 from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.curriculum import Curriculum, CurriculumState
 from advebm.objectives.standard import check_smoothing, cross_entropy
 
 ENERGY_STEP = Attack(eps=8 / 255, steps=1, loss="energy")
@@ -35,21 +37,42 @@ class AT(Stateless):
         search_mode: statistics that batch norm uses during the search: ``eval`` (running ones, as in the reference
             code) or ``train`` (those of the batch, without updating the running ones).
         smoothing: share of each label that is spread evenly over all classes in the loss, not in the search.
+        images_per_step: number of training images after which the search gets one step more, from 1 to those of
+            ``attack``; None: all steps from the beginning.
     """
 
     attack: Attack = Attack(steps=7)
     search_mode: Literal["eval", "train"] = "eval"
     smoothing: float = 0.0
+    images_per_step: int | None = None
 
     cites: ClassVar[tuple[str, ...]] = ("madry2018",)
 
     def __post_init__(self) -> None:
         check_choices(self)
         check_smoothing(self.smoothing)
+        if self.images_per_step is not None and self.attack.steps == 1:
+            raise UserError("images_per_step is for a search of several steps, attack.steps is 1")
 
-    def search(self, model: nn.Module, batch: Batch, state: None, ctx: Context) -> Tensor:
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """How the number of steps K of the search grows; None: it does not."""
+        if self.images_per_step is None:
+            return None
+        return Curriculum(self.attack.steps, start=1, gate=None, images_per_step=self.images_per_step)
+
+    def init(self, like: Tensor, generator: torch.Generator) -> Any:
+        return None if self.curriculum is None else self.curriculum.init()
+
+    def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> Tensor:
+        attack = self.inner()
+        if self.curriculum is not None and isinstance(state, CurriculumState):
+            self.curriculum.advance(state, ctx.images)
+            if not state.steps:
+                return batch.x
+            attack = replace(attack, steps=state.steps)
         with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
-            return self.inner().raise_loss(f, batch.x, batch.y, ctx.generator)
+            return attack.raise_loss(f, batch.x, batch.y, ctx.generator)
 
     def inner(self) -> Attack:
         """Return the attack that :meth:`search` runs; subclasses override it to set a default step size."""

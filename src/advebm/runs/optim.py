@@ -20,6 +20,11 @@ class Optimizer(Protocol):
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer: ...
 
 
+def _check_rates(lr: float, weight_decay: float) -> None:
+    if not lr > 0 or not weight_decay >= 0:
+        raise UserError(f"lr must be > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
+
+
 @dataclass(frozen=True)
 class SGD:
     """Stochastic gradient descent with (Nesterov) momentum.
@@ -206,9 +211,58 @@ class Muon:
         return OrthogonalMomentum(parameters, self.lr, self.momentum, self.weight_decay, self.vector_lr)
 
 
-def _check_rates(lr: float, weight_decay: float) -> None:
-    if not lr > 0 or not weight_decay >= 0:
-        raise UserError(f"lr must be > 0 and weight_decay >= 0, got {lr} and {weight_decay}")
+@dataclass(frozen=True)
+class Lookahead:
+    """Another optimiser whose weights go back, every few steps, to a point between them and slower ones.
+
+    Zhang et al. (2019b, algorithm 1): after ``every`` steps the slow weights move by ``share`` of the way to the fast
+    ones, and the fast ones begin there again.
+
+    Attributes:
+        optimizer: takes the fast steps; the learning rate is its own.
+        every: number of fast steps, k in the paper.
+        share: α in the paper, in (0, 1].
+    """
+
+    optimizer: Optimizer = SGD()
+    every: int = 5
+    share: float = 0.5
+
+    cites: ClassVar[tuple[str, ...]] = ("zhang2019lookahead",)
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not 0 < self.share <= 1:
+            raise UserError(f"every is at least 1 step and share in (0, 1], got {self.every} and {self.share}")
+        if isinstance(self.optimizer, Lookahead):
+            raise UserError("lookahead goes around another optimiser, not around itself")
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.lr
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = self.optimizer.build(parameters)
+        optimizer.register_step_pre_hook(self._remember)
+        optimizer.register_step_post_hook(self._pull)
+        return optimizer
+
+    @staticmethod
+    @torch.no_grad()
+    def _remember(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Keep the first weights as the slow ones, in the optimiser's state, so that checkpoints have them."""
+        for group in optimizer.param_groups:
+            if "fast_steps" not in group:
+                group["fast_steps"] = 0
+                group["slow"] = [p.detach().clone() for p in group["params"]]
+
+    @torch.no_grad()
+    def _pull(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            group["fast_steps"] += 1
+            if group["fast_steps"] % self.every == 0:
+                for slow, fast in zip(group["slow"], group["params"], strict=True):
+                    fast.copy_(slow.to(fast.device).lerp_(fast, self.share))
+                    slow.copy_(fast)
 
 
 class Schedule(Protocol):

@@ -133,7 +133,8 @@ class Recipe:
         optimizer, schedule, train: how the objective is minimised.
         seed: seed of everything random except the split of the data.
         init: source of the initial weights: a run, a published model (a folder or ``hf:USER/NAME``), or a weight file.
-            A head for a different number of classes is initialised randomly.
+            A head for a different number of classes is initialised randomly.  ``whitened``: new weights, but those of
+            the first convolution whiten patches of the training images (Jordan, 2024).
         outside: images from outside the data distribution, for objectives that need them.
         extra: further images, used without labels, for objectives that need them.
         normalise: the network's first layer.

@@ -11,7 +11,7 @@ from torch import Tensor
 from advebm.core import rng
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Images
-from advebm.models import public_weights
+from advebm.models import public_weights, whitening
 from advebm.models.factory import Own
 from advebm.models.inference import BackendName, View, find_backend, make_view
 from advebm.models.layers import Staged
@@ -116,10 +116,12 @@ def check_trainable(model: Network, recipe: Recipe) -> None:
 
 
 def load_initial_weights(model: Network, init: str, data: Data, recipe: Recipe) -> None:
-    """Load the weights of a run, a published model or a file into a new network.
+    """Load the weights of a run, a published model or a file into a new network; ``whitened`` sets its first layer.
 
     The normalisation is loaded with them, unless the recipe sets it.
     """
+    if init == "whitened":
+        return whitening.whiten_first_convolution(model, _choose(data.train, whitening.IMAGES).float())
     original, fresh = copy.deepcopy(model.normalise.state_dict()), []
     if isinstance(recipe.backbone, Own) and Path(init).exists():
         load_module_weights(model, Path(init))
