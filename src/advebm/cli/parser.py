@@ -1,7 +1,7 @@
 """All commands, in the order of the help."""
 
 from advebm import __version__
-from advebm.cli import catalog, demo, diagnose, edit, evaluate, page, publish, reproduce, sample, sweep, train
+from advebm.cli import catalog, demo, diagnose, edit, evaluate, page, publish, reproduce, sample, speedrun, sweep, train
 from advebm.cli.options import Commands, Parser
 
 ADD = (
@@ -10,6 +10,7 @@ ADD = (
     train.add_train,
     train.add_run,
     sweep.add_sweep,
+    speedrun.add_speedrun,
     sample.add_sample,
     sample.add_tune_sampler,
     diagnose.add_diagnose,

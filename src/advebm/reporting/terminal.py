@@ -11,10 +11,12 @@ from rich.table import Table
 from advebm.attacks.projected import Attack
 from advebm.diagnostics import doctor
 from advebm.evaluation.leaderboard import Leaderboard
+from advebm.evaluation.speedrun import Speedrun
 from advebm.metrics.base import Record
 from advebm.metrics.keys import key_of
 from advebm.metrics.texts import as_text, short_text
 from advebm.papers import render
+from advebm.reporting import speedrun as speedrun_page
 from advebm.reporting import sweep as sweep_page
 from advebm.reporting.records import best_set, class_tables, find_accuracies, pivot, rate_sets
 from advebm.training.cost import Estimate, Passes
@@ -91,6 +93,14 @@ def print_sweep(sweep: Sweep) -> None:
     _print_rows(heads, rows, width=60 + 12 * len(heads))
     print(*sweep_page.legend(sweep), sep="\n")
     print(sweep.folder)
+
+
+def print_speedrun(found: Speedrun) -> None:
+    """Print a row for each recipe, what the columns are, and where the files are."""
+    heads, rows = found.table()
+    _print_rows(heads, rows, width=60 + 16 * len(heads))
+    print(*speedrun_page.legend(found), sep="\n")
+    print(found.folder)
 
 
 def print_paper_table(summary: Mapping[str, Any]) -> None:

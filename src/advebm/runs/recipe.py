@@ -215,8 +215,8 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
 
     Overrides of a kind (``objective.kind`` or ``objective``) are applied first and keep the options that both kinds
     have; a mapping replaces the whole block.  The others are applied after all defaults are filled in, those of a whole
-    list before those of options inside it.  Stages in ``before`` then take missing options from the recipe, and last
-    come overrides such as ``before.0.…``.
+    list before those of options inside it.  Stages in ``before``, which may be overridden as a whole, then take missing
+    options from the recipe, and last come overrides such as ``before.0.…``.
 
     Raises:
         UserError: an unknown name or option, or a value of the wrong type.
@@ -226,7 +226,12 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
     }
     plain, rest, overrides = _unset_shared(plain), [], list(overrides)
     _say_whose_threat(plain, overrides)
-    before = plain.pop("before", None) or ()
+    before = dict(overrides).get("before", plain.pop("before", None)) or ()
+    if isinstance(before, str):
+        try:
+            before = yaml.safe_load(before)
+        except yaml.YAMLError:
+            raise UserError(f"before takes a list of stages such as [{{name: NAME, …}}], got {before!r}") from None
     if not isinstance(before, list | tuple):
         raise UserError(f"recipe.before takes a list of stages, got {before!r}")
     for dotted, value in [pair for pair in overrides if not pair[0].startswith("before")]:
@@ -246,7 +251,7 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
         if any(inner.startswith(f"{dotted}.") for inner, _ in rest):
             described = _fill_defaults(described)
     described["before"] = [_complete_stage(stage, described, f"before.{i}") for i, stage in enumerate(before)]
-    for dotted, value in [pair for pair in overrides if pair[0].startswith("before")]:
+    for dotted, value in [pair for pair in overrides if pair[0].startswith("before.")]:
         described = config.override(described, dotted, value)
     return config.construct(Recipe, described, where="recipe")
 
