@@ -95,14 +95,15 @@ def same(a, b):
     return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def test_training_without_bfloat16_is_training_in_float32(hardware, tmp_path):
+def test_training_without_bfloat16_is_training_in_float32_with_folded_searches(hardware, tmp_path):
     hardware(False)
     low, full = (
-        train(tiny(train__precision=p, **OPTIONS), tmp_path / p, device="cpu") for p in ("bfloat16", "float32")
+        train(tiny(train__precision=p, train__fast=fast, **OPTIONS), tmp_path / p, device="cpu")
+        for p, fast in (("bfloat16", "auto"), ("float32", "fold"))
     )
     assert same(weights(low), weights(full))
     assert [run.environment["precision"] for run in (low, full)] == ["float32 for bfloat16", "float32"]
-    assert {line["perf/fast"] for line in low.history() if "train/loss" in line} == {"off"}
+    assert {line["perf/fast"] for line in low.history() if "train/loss" in line} == {"fold"}
     hardware(True)
     real = train(tiny(train__precision="bfloat16", **OPTIONS), tmp_path / "real", device="cpu")
     assert real.environment["precision"] == "bfloat16"

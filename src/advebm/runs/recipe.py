@@ -43,7 +43,7 @@ class Training:
             checkpoints, to compare runs closely; images and what is computed from the run later stay float32.
         fast: how searches in eval mode compute the network, see :class:`advebm.models.inference.Backend`: ``off`` (as
             in losses), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` if ``precision`` is
-            bfloat16, else ``off``, which is bit-identical.
+            bfloat16 (``fold`` where that is not multiplied in hardware), else ``off``, which is bit-identical.
         recompute: whether losses store only the input of each block of the backbone and recompute the rest for the
             gradient (activation checkpointing): less memory, one more forward pass, the same numbers.
         clip: largest gradient norm; None: no limit.

@@ -136,18 +136,20 @@ def load_initial_weights(model: Network, init: str, data: Data, recipe: Recipe) 
         warnings.warn(f"{init} has another head than {data.name} takes: {', '.join(fresh)} begin fresh", stacklevel=2)
 
 
-def set_precision(model: Network, asked: str, device: torch.device) -> str:
-    """Set a network to the requested precision, or to its replacement on this device, and return the name of that."""
+def set_precision(model: Network, asked: str, device: torch.device) -> None:
+    """Set a network to the requested precision, or to what takes its place on this device."""
     used = usable_precision(asked, device)
     if used == "float64":
         model.double()
     else:
         model.precision = getattr(torch, used)
-    return used
 
 
 def search_view(model: Network, x: Tensor, fast: BackendName, precision: str) -> View | None:
-    """Return the faster network for searches, see ``train.fast``, or None; ``x`` is a stream's share of a batch."""
+    """Return the faster network for searches, see ``train.fast``, or None.
+
+    ``x`` is a stream's share of a batch, and ``precision`` that of the recipe, whatever takes its place here.
+    """
     if fast == "auto" and precision != "bfloat16":
         return None
     return make_view(model, x, find_backend(fast, "bfloat16"), loud=fast != "auto")

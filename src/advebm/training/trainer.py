@@ -60,7 +60,7 @@ class Trainer:
         self.cfg, self.objective = setup.recipe.train, setup.recipe.objective
         self.seen_before = sum(stage.train.images for stage in setup.recipe.before)
         self.model = setup.model.to(self.engine.device)
-        self.precision = set_precision(self.model, self.cfg.precision, self.engine.device)
+        set_precision(self.model, self.cfg.precision, self.engine.device)
         self.engine.broadcast(self.model)
         self.ema = EMA(self.model, self.cfg.ema) if self.cfg.ema else None
         self.gradients = GradientExchange(self.model.parameters(), self.engine)
@@ -85,7 +85,7 @@ class Trainer:
             warnings.warn(f"the run goes on in {now}; it was begun in {before}", RuntimeWarning, stacklevel=2)
         self.model.train()
         share = self.setup.data.train.take(slice(self.cfg.batch // self.cfg.streams))
-        self.view = search_view(self.model, share.float().to(self.engine.device), self.cfg.fast, self.precision)
+        self.view = search_view(self.model, share.float().to(self.engine.device), self.cfg.fast, self.cfg.precision)
 
     @property
     def finished(self) -> bool:
