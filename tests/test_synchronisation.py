@@ -175,6 +175,8 @@ AUGMENTED = {
     "boxes": (Augment(scale=0.5), 0),
     "colours": (Augment(jitter=0.5, grey=0.2), 1),
     "policy": (Augment(policy="autoaugment"), 1),
+    "idbh": (Augment(cropshift=2, flip=True, erase=0.5), 0),
+    "color-shape": (Augment(policy="color-shape"), 1),
 }
 
 

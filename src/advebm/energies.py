@@ -17,8 +17,11 @@ Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] -> logits (
 
 
 def joint(logits: Tensor, y: Tensor) -> Tensor:
-    """Return ``E(x, y) = -f_y(x)``, nats, JEAT eq. 12, CEM eq. 2.  ``logits (B, K)``, ``y (B,)`` int64 -> ``(B,)``."""
-    return -logits.gather(1, y[:, None]).squeeze(1)
+    """Return ``E(x, y) = -f_y(x)``, nats, JEAT eq. 12, CEM eq. 2.  ``logits (B, K)``, ``y (B,)`` int64 -> ``(B,)``.
+
+    Labels may also be shares of the classes (B, K), of which it is the mean: ``-Σ_k y_k f_k(x)``.
+    """
+    return -(logits * y).sum(1) if y.ndim == 2 else -logits.gather(1, y[:, None]).squeeze(1)
 
 
 def marginal(logits: Tensor) -> Tensor:

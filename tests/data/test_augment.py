@@ -322,17 +322,14 @@ def test_each_change_of_color_shape_is_one_of_pillow(monkeypatch):
     }  # fmt: skip
     calls = {name: [] for name in names}
     table = []
-    for functions, low, high, signed in autoaugment.COLOR_SHAPE:
-        spied = []
-        for function in functions:
-            name = next(name for name, operation in OPERATIONS.items() if operation.function is function)
+    for change in autoaugment.COLOR_SHAPE:
+        name = next(name for name, operation in OPERATIONS.items() if operation.function is change.function)
 
-            def spy(pixels, magnitude, name=name, function=function):
-                calls[name].append((pixels.clone(), magnitude.clone()))
-                return function(pixels, magnitude)
+        def spy(pixels, magnitude, name=name, function=change.function):
+            calls[name].append((pixels.clone(), magnitude.clone()))
+            return function(pixels, magnitude)
 
-            spied.append(spy)
-        table.append((tuple(spied), low, high, signed))
+        table.append(change._replace(function=spy))
     monkeypatch.setattr(autoaugment, "COLOR_SHAPE", tuple(table))
     changed = autoaugment.color_shape(photo.expand(400, -1, -1, -1) / 255, rng.generator(3))
     counts = {name: sum(len(m) for _, m in calls[name]) for name in names}

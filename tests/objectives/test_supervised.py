@@ -20,6 +20,7 @@ from advebm.evaluation.evaluate import evaluate_run
 from advebm.objectives.at import AT, PreJEAT
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context, Loss
+from advebm.objectives.cutmix import CutMix, draw_beta, mix
 from advebm.objectives.fast import FAST, NFGSM, CollapseMonitor
 from advebm.objectives.free import FREE
 from advebm.objectives.langevin import JEAT, JEM, MLE, SGLD
@@ -365,6 +366,73 @@ def test_jeat_ascends_the_likelihood_gradient(net, inside):
     objective = JEAT(SHORT, attack=Attack(eps=0.0, steps=1, loss="energy"))
     found, _, ours = step(objective, net, inside)
     close([-g for g in ours], reference.cem_likelihood(net, inside.x, inside.y, found.negative))
+
+
+# CutMix -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixed_image_has_a_box_of_another_and_labels_by_area(generator):
+    """Image k is all k, so each pixel says whose it is; the label's shares are counted from the pixels."""
+    count = 300
+    x = torch.arange(count, dtype=torch.float64)[:, None, None, None].expand(-1, 2, 9, 12)
+    batch = mix(Batch(x, torch.eye(count, dtype=torch.float64)), 1.0, generator)
+    torch.testing.assert_close(batch.y.sum(1), torch.ones(count, dtype=torch.float64))
+    shares, places = [], set()
+    for k, (image, label) in enumerate(zip(batch.x, batch.y, strict=True)):
+        assert torch.equal(image[0], image[1])
+        foreign = image[0] != k
+        others = image[0][foreign].unique().long().tolist()
+        assert len(others) <= 1
+        assert label[k].item() == pytest.approx(1 - foreign.double().mean().item())
+        if others:
+            assert label[others[0]].item() == pytest.approx(foreign.double().mean().item())
+            rows, columns = foreign.any(1).nonzero(), foreign.any(0).nonzero()
+            height, width = (int(v.max() - v.min()) + 1 for v in (rows, columns))
+            assert height * width == foreign.sum()
+            places.add((int(rows.min()), int(columns.min())))
+        shares.append(foreign.double().mean().item())
+    assert 0.15 < np.mean(shares) < 0.4  # half, less what lies outside and is rounded down
+    assert len(places) > 40
+
+
+@pytest.mark.parametrize(("alpha", "variance"), [(1.0, 1 / 12), (0.2, 0.25 / 1.4), (4.0, 0.25 / 9)])
+def test_shares_are_drawn_from_the_beta_distribution(alpha, variance):
+    drawn = draw_beta(alpha, 40_000, rng.generator(0))
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert drawn.var().item() == pytest.approx(variance, rel=0.03)
+
+
+def test_cutmix_attacks_and_trains_the_mixed_loss(net, batch):
+    """One signed step up the mean of both cross-entropies by their shares, and that mean is the loss."""
+    objective = CutMix(AT(Attack(eps=0.06, steps=1, step_size=0.05, start="clean")))
+    found, loss, ours = step(objective, net, batch)
+    mixed, x_adv = found
+    assert ((mixed.y > 0).sum(1) == 2).any()
+
+    def by_shares(x):
+        return -(mixed.y * net(x).log_softmax(1)).sum(1)
+
+    net.eval()
+    x = mixed.x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(by_shares(x).sum(), x)
+    close(x_adv, (mixed.x + 0.05 * slope.sign()).clamp(0, 1))
+    net.train()
+    expected = by_shares(x_adv).mean()
+    close(loss.total, expected)
+    close(ours, gradients(net, expected))
+    assert objective.adversarial(batch, found) is None
+    with pytest.raises(UserError, match="labels can be mixed, standard, AT or TRADES, not JEM"):
+        CutMix(JEM())
+    with pytest.raises(UserError, match="alpha must be > 0"):
+        CutMix(alpha=0.0)
+
+
+@pytest.mark.parametrize("inner", [Standard(smoothing=0.1), TRADES(), FAST()])
+def test_cutmix_goes_around_others(net, batch, inner):
+    _, loss, ours = step(CutMix(inner), net, batch)
+    assert loss.total.isfinite()
+    assert 0 <= loss.terms["accuracy"] <= 1
+    assert any(g is not None and g.abs().sum() > 0 for g in ours)
 
 
 # In the loop ------------------------------------------------------------------------------------------------------

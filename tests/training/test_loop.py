@@ -563,6 +563,20 @@ def test_an_interrupted_stage_goes_on(tmp_path, monkeypatch):
         assert same(weights(train(Run.open(folder).recipe, folder, resume=True, device="cpu")), whole)
 
 
+def test_stages_may_be_given_as_an_option():
+    """As a list or as text, and they take what they leave out from the recipe with its other options."""
+    stage = {"name": "first", "train": {"images": 640}}
+    given, text = (
+        resolve(recipes.find("digits-at"), [("before", before), ("backbone.width", 24), ("before.0.train.ema", 7)])
+        for before in ([stage], "[{name: first, train: {images: 640}}]")
+    )
+    assert given == text
+    assert (given.before[0].name, given.before[0].train.images, given.before[0].train.ema) == ("first", 640, 7)
+    assert given.before[0].backbone == given.backbone
+    with pytest.raises(UserError, match="before takes a list of stages"):
+        resolve(recipes.find("digits-at"), [("before", "[{")])
+
+
 def test_bad_stages_are_refused():
     plain = recipes.find("digits-at")
     for stage, message in (

@@ -107,17 +107,16 @@ def color_shape(x: Tensor, generator: torch.Generator) -> Tensor:
         UserError: images that are neither grey nor RGB.
     """
     check_colours(x)
-    drawn = torch.rand(3, len(x), generator=generator, device=x.device, dtype=widest(x.device))
-    chosen = (drawn[0] * len(COLOR_SHAPE)).long()
+    chance, size, side = torch.rand(3, len(x), generator=generator, device=x.device, dtype=widest(x.device))
+    slots, low, span, signed = _color_shape_tables(x.device, widest(x.device))
+    chosen = slots[(chance * len(slots)).long()]
+    magnitude = low[chosen] + span[chosen] * size
+    magnitude = torch.where(signed[chosen] & (side < 0.5), -magnitude, magnitude)
     pixels = (x * 255).round().to(torch.uint8)
-    for number, (functions, low, high, signed) in enumerate(COLOR_SHAPE):
-        magnitude = low + (high - low) * drawn[1]
-        magnitude = torch.where((drawn[2] < 0.5) & signed, -magnitude, magnitude)
-        part = (2 * drawn[2] % 1 * len(functions)).long()  # the sign takes the first bit, and this the next
-        for index, function in enumerate(functions):
-            members = ((chosen == number) & (part == index)).nonzero().squeeze(1)
-            if len(members):
-                pixels[members] = function(pixels[members], magnitude[members])
+    (groups,) = group_by_operation(chosen[:, None], len(COLOR_SHAPE))
+    for change, members in zip(COLOR_SHAPE, groups, strict=True):
+        if len(members):
+            pixels[members] = change.function(pixels[members], magnitude[members])
     return pixels.to(x.dtype) / 255
 
 
@@ -317,18 +316,45 @@ OPERATIONS = {
     "Sharpness": Operation(sharpness, 1, 1.9, mirrored=True),
 }
 
-# The changes of :func:`color_shape`: functions of which one is taken, smallest and largest magnitude, whether its sign
-# is random.
-COLOR_SHAPE: tuple[tuple[tuple[Callable[[Tensor, Tensor], Tensor], ...], float, float, bool], ...] = (
-    ((color,), 0.1, 1.9, False),
-    ((brightness,), 0.5, 1.9, False),
-    ((contrast,), 0.5, 1.9, False),
-    ((sharpness,), 0.1, 1.9, False),
-    ((autocontrast,), 0, 0, False),
-    ((equalize,), 0, 0, False),
-    ((shear_x, shear_y), 0.05, 0.15, True),
-    ((rotate,), 1, 11, True),
+
+class Change(NamedTuple):
+    """A change of :func:`color_shape`.
+
+    Attributes:
+        function: uint8 (B, C, H, W) and magnitudes (B,) -> uint8 (B, C, H, W).
+        low, high: smallest and largest magnitude.
+        signed: whether half of the magnitudes are negative.
+        slots: how often it is among the equally likely ones.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    low: float = 0
+    high: float = 0
+    signed: bool = False
+    slots: int = 2
+
+
+COLOR_SHAPE = (
+    Change(color, 0.1, 1.9),
+    Change(brightness, 0.5, 1.9),
+    Change(contrast, 0.5, 1.9),
+    Change(sharpness, 0.1, 1.9),
+    Change(autocontrast),
+    Change(equalize),
+    Change(shear_x, 0.05, 0.15, signed=True, slots=1),
+    Change(shear_y, 0.05, 0.15, signed=True, slots=1),
+    Change(rotate, 1, 11, signed=True),
 )
+
+
+@functools.cache  # a copy to the device makes the host wait
+def _color_shape_tables(device: torch.device, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the number of the change in each slot, and of each change smallest magnitude, span and whether signed."""
+    slots = torch.tensor([i for i, change in enumerate(COLOR_SHAPE) for _ in range(change.slots)], device=device)
+    low, high = (
+        torch.tensor([getattr(c, end) for c in COLOR_SHAPE], dtype=kind, device=device) for end in ("low", "high")
+    )
+    return slots, low, high - low, torch.tensor([change.signed for change in COLOR_SHAPE], device=device)
 
 
 def _terms(name: str, level: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """The images of one training step and stream (a fixed share of the batch with its own random numbers)."""
 
     x: Tensor  # (B, C, H, W) in [0, 1]
-    y: Tensor  # (B,) int64; -1 where the objective needs no labels
+    y: Tensor  # (B,) int64; -1 where the objective needs no labels; of mixed images shares (B, K)
     view: Tensor | None = None  # (B, C, H, W): another augmentation of the same images
     outside: Tensor | None = None  # (B, C, H, W): images from outside the data distribution
     extra: Tensor | None = None  # (B, C, H, W): unlabelled images like the data
@@ -93,6 +93,11 @@ class Objective(Protocol):
 
     def adversarial(self, batch: Batch, found: Any) -> Tensor | None:
         """Return the attacked images (B, C, H, W) in the order of the batch, for monitoring; None: there are none."""
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the share of logits (B, K) whose largest is that of the label (B,), or of the largest share (B, K)."""
+    return (logits.argmax(1) == (y.argmax(1) if y.ndim == 2 else y)).float().mean()
 
 
 def r1(energy: Energy, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.descent import Descent, box, unit
 from advebm.models.modes import freeze_batch_norms, searching
-from advebm.objectives.base import Batch, Context, Loss, Stateless, r1
+from advebm.objectives.base import Batch, Context, Loss, Stateless, accuracy, r1
 from advebm.objectives.curriculum import Curriculum, CurriculumState, auroc
 
 
@@ -90,7 +90,7 @@ class DAT(Stateless):
         with torch.no_grad():
             terms |= {
                 "loss": total.detach(),
-                "accuracy": (logits.argmax(1) == batch.y).float().mean(),
+                "accuracy": accuracy(logits, batch.y),
                 "energy_joint": energies.joint(logits, batch.y).mean(),
                 "energy_marginal": energies.marginal(logits).mean(),
                 "energy_data": real.mean(),

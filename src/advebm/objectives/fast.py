@@ -11,7 +11,7 @@ from advebm.core.errors import EarlyStop, UserError
 from advebm.descent import box
 from advebm.models.modes import searching
 from advebm.objectives.at import AT, with_step
-from advebm.objectives.base import Batch, Context, Loss
+from advebm.objectives.base import Batch, Context, Loss, accuracy
 from advebm.starts import UniformBall
 
 
@@ -74,12 +74,10 @@ class FAST(AT):
         with searching(model) as f:
             x_adv = pgd.raise_loss(f, batch.x, batch.y, ctx.generator)
             with torch.no_grad():
-                accuracy = ctx.mean((f(x_adv).argmax(1) == batch.y).float().mean()).item()
-        previous, state.images, state.accuracy = state.accuracy, ctx.images, accuracy
-        if previous - accuracy > self.fall:
-            raise EarlyStop(
-                f"accuracy under PGD-5 fell from {previous:.0%} to {accuracy:.0%}: catastrophic overfitting"
-            )
+                right = ctx.mean(accuracy(f(x_adv), batch.y)).item()
+        previous, state.images, state.accuracy = state.accuracy, ctx.images, right
+        if previous - right > self.fall:
+            raise EarlyStop(f"accuracy under PGD-5 fell from {previous:.0%} to {right:.0%}: catastrophic overfitting")
 
 
 @dataclass(frozen=True)

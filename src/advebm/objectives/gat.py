@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from advebm import energies
 from advebm.attacks.projected import Attack
 from advebm.models.modes import freeze_batch_norms, searching
-from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.base import Batch, Context, Loss, Stateless, accuracy
 from advebm.objectives.curriculum import auroc
 
 
@@ -60,7 +60,7 @@ class GAT(Stateless):
         with torch.no_grad():
             terms = {
                 "loss": total.detach(),
-                "accuracy": (clean.argmax(1) == batch.y).float().mean(),
+                "accuracy": accuracy(clean, batch.y),
                 "energy_joint": positive.mean(),
                 "energy_negative": negative.mean(),
                 "auroc": auroc(positive, negative),

@@ -10,7 +10,7 @@ from advebm import energies
 from advebm.attacks.projected import Attack
 from advebm.core.errors import UserError
 from advebm.models.modes import searching
-from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.base import Batch, Context, Loss, Stateless, accuracy
 from advebm.objectives.curriculum import auroc
 
 INSIDE = Attack(eps=0.5, norm="l2", steps=10, step_size=0.1, start="clean", momentum=0.9)
@@ -43,7 +43,7 @@ def exposure(model: nn.Module, pair: Pair, y: Tensor, weight: float, scale: floa
         terms = {
             "loss": total.detach(),
             "uniform": unsure.detach(),
-            "accuracy": (inside.argmax(1) == y).float().mean(),
+            "accuracy": accuracy(inside, y),
             "energy_joint": energies.joint(inside, y).mean(),
             "energy_marginal": energies.marginal(inside).mean(),
             "energy_outside": energies.marginal(outside).mean(),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from advebm import energies
 from advebm.core.errors import UserError
 from advebm.core.rng import randn
-from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.base import Batch, Context, Loss, Stateless, accuracy
 
 
 def smoothed(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
@@ -40,7 +40,7 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, smoothing: float = 0.0
     with torch.no_grad():
         terms = {
             "loss": total.detach(),
-            "accuracy": (logits.argmax(1) == y).float().mean(),
+            "accuracy": accuracy(logits, y),
             "energy_joint": energies.joint(logits, y).mean(),
             "energy_marginal": energies.marginal(logits).mean(),
         }

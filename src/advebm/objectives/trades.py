@@ -12,7 +12,7 @@ from advebm.attacks.projected import Attack
 from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.models.modes import searching
-from advebm.objectives.base import Batch, Context, Loss, Stateless
+from advebm.objectives.base import Batch, Context, Loss, Stateless, accuracy
 from advebm.objectives.standard import check_smoothing, smoothed
 
 INNER = Attack(eps=0.031, steps=10, step_size=0.007, start="gaussian", spread=0.001)
@@ -70,8 +70,8 @@ class TRADES(Stateless):
             terms = {
                 "loss": total.detach(),
                 "kl": gap.mean(),
-                "accuracy": (adversarial.argmax(1) == y).float().mean(),
-                "clean_accuracy": (clean.argmax(1) == y).float().mean(),
+                "accuracy": accuracy(adversarial, y),
+                "clean_accuracy": accuracy(clean, y),
                 "energy_joint": energies.joint(adversarial, y).mean(),
                 "energy_marginal": energies.marginal(adversarial).mean(),
             }
