@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 import signal
 
@@ -15,13 +16,15 @@ from advebm import recipes
 from advebm.attacks.projected import Attack
 from advebm.core import config, rng
 from advebm.core.errors import EarlyStop, Interrupted, UserError
-from advebm.data.sources import Digits
+from advebm.data.augment import Augment
+from advebm.data.loader import Loader
+from advebm.data.sources import Digits, Images
 from advebm.evaluation.evaluate import evaluate_run
 from advebm.objectives.at import AT, PreJEAT
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.cutmix import CutMix, draw_beta, mix
-from advebm.objectives.fast import FAST, NFGSM, CollapseMonitor
+from advebm.objectives.fast import FAST, FGSMEP, NFGSM, CollapseMonitor
 from advebm.objectives.free import FREE
 from advebm.objectives.langevin import JEAT, JEM, MLE, SGLD
 from advebm.objectives.rst import RST
@@ -368,6 +371,62 @@ def test_jeat_ascends_the_likelihood_gradient(net, inside):
     close([-g for g in ours], reference.cem_likelihood(net, inside.x, inside.y, found.negative))
 
 
+def test_fgsm_ep_goes_on_from_the_last_epoch(net):
+    """Two epochs of a loader with crops and mirror images: the second step starts where the first one ended.
+
+    The perturbation of an image is followed by hand: pixel by pixel, through the positions that a picture of numbers
+    has after the same augmentation.
+    """
+    count, size = 6, 8
+    images = Images(torch.randint(60, 190, (count, 3, size, size), dtype=torch.uint8), torch.arange(count) % 3)
+    load = Loader(images, seed=0, batch=count, streams=1, augment=(Augment(crop=2, flip=True),))
+    objective = FGSMEP(Attack(eps=0.06, steps=1, step_size=0.05))
+    state, kept = objective.init(torch.empty(count, 3, size, size), rng.generator(0)), {}
+    for epoch in range(2):
+        draws = lambda epoch=epoch: rng.generator("draws", epoch)
+        (x,), y = load(epoch * count, 0, draws())
+        origin = load.trace(epoch * count, 0, draws())
+        for k, image, pixels in zip(origin.images.tolist(), x, origin.pixels, strict=True):
+            source = images.x[k].flatten(1) / 255
+            torch.testing.assert_close(image, torch.where(pixels >= 0, source[:, pixels.clamp_min(0)], 0.0))
+        batch = Batch(x.double(), y, origin=origin)
+        found = objective.search(net, batch, state, Context(rng.generator("start", epoch)))
+        if epoch == 0:
+            start = batch.x + 0.06 * (
+                2 * torch.rand(x.shape, generator=rng.generator("start", 0), dtype=torch.float64) - 1
+            )
+            start = start.clamp(0, 1)
+        else:
+            start = batch.x.clone()
+            for row, (k, pixels) in enumerate(zip(origin.images.tolist(), origin.pixels, strict=True)):
+                for c, i, j in itertools.product(range(3), range(size), range(size)):
+                    start[row, c, i, j] += kept[k].get((c, int(pixels[i, j])), 0.0)
+            start = (batch.x + (start - batch.x).clamp(-0.06, 0.06)).clamp(0, 1)
+        net.eval()
+        at = start.double().requires_grad_()
+        (slope,) = torch.autograd.grad(nn.functional.cross_entropy(net(at), y, reduction="sum"), at)
+        moved = start + 0.05 * slope.sign()
+        moved = (batch.x + (moved - batch.x).clamp(-0.06, 0.06)).clamp(0, 1)
+        close(found, moved, 2e-3)  # bytes
+        deltas = (found - batch.x).flatten(2)
+        for k, delta, pixels in zip(origin.images.tolist(), deltas, origin.pixels.flatten(1), strict=True):
+            kept[k] = {(c, int(p)): float(d) for c in range(3) for p, d in zip(pixels, delta[c], strict=True) if p >= 0}
+    assert any(-1 in pixels for pixels in origin.pixels.flatten(1))
+    copied = objective.init(batch.x, rng.generator(0))
+    copied.load_state_dict(state.state_dict())
+    close(copied.show(batch.x, origin), state.show(batch.x, origin))
+    for bad in ({"images_per_step": 5, "attack": Attack(steps=2)}, {"attack": Attack(steps=1, restarts=2)}):
+        with pytest.raises(UserError, match="goes on from one perturbation"):
+            FGSMEP(**bad)
+
+
+def test_pixels_are_followed_through_whole_pictures_only():
+    with pytest.raises(UserError, match="cannot be followed"):
+        Augment(scale=0.5).trace(torch.zeros(2, 1, 8, 8), rng.generator(0))
+    with pytest.raises(UserError, match="labels can be mixed"):
+        CutMix(FGSMEP())
+
+
 # CutMix -----------------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +499,7 @@ def test_cutmix_goes_around_others(net, batch, inner):
 LOOPED = {
     "fast": {"objective.watch_every": 256},
     "n-fgsm": {"objective.watch_every": 256},
+    "fgsm-ep": {"objective.attack.eps": "0.1"},
     "free": {"objective.replays": 2, "objective.eps": "0.1"},
     "awp": {},
     "jem": {"objective.negatives.buffer": 150, "objective.negatives.steps": 3},

@@ -54,6 +54,7 @@ KINDS: dict[str, dict[str, str]] = {
         "at": "advebm.objectives.at:AT",
         "fast": "advebm.objectives.fast:FAST",
         "n-fgsm": "advebm.objectives.fast:NFGSM",
+        "fgsm-ep": "advebm.objectives.fast:FGSMEP",
         "free": "advebm.objectives.free:FREE",
         "trades": "advebm.objectives.trades:TRADES",
         "weat": "advebm.objectives.trades:WEAT",

@@ -82,6 +82,23 @@ class Augment:
         named["chen2020"] = self.scale < 1 or self.jitter > 0 or self.grey > 0
         return tuple(key for key, used in named.items() if used)
 
+    def trace(self, x: Tensor, generator: torch.Generator, mirrored: Tensor | None = None) -> Tensor:
+        """Return which pixel of its image each pixel of the augmented ones is, for the same generator and ``mirrored``.
+
+        Pixels are counted in rows, -1 is what was not in the image: ``(B, C, H, W)`` -> int64 (B, H, W).
+
+        Raises:
+            UserError: ``scale`` is below 1, which mixes pixels.
+        """
+        if self.scale < 1:
+            raise UserError(
+                f"pixels cannot be followed through boxes that are enlarged; set scale to 1, got {self.scale}"
+            )
+        moves = Augment(crop=self.crop, cropshift=self.cropshift, flip=self.flip)
+        count, _, height, width = x.shape
+        numbers = torch.arange(1.0, height * width + 1, device=x.device).view(1, 1, height, width)
+        return moves(numbers.expand(count, -1, -1, -1), generator, mirrored)[:, 0].long() - 1
+
     def __call__(self, x: Tensor, generator: torch.Generator, mirrored: Tensor | None = None) -> Tensor:
         """Augment ``(B, C, H, W)`` in [0, 1] -> same shape and type; colours and policy round to multiples of 1/255.
 

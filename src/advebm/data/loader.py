@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,20 @@ from advebm.core import rng
 from advebm.data import disk
 from advebm.data.augment import Augment
 from advebm.data.sources import Images, to_float
+
+
+class Origin(NamedTuple):
+    """Where the pixels of B augmented images come from.
+
+    Attributes:
+        images: position of each image in the training split, int64 (B,).
+        pixels: position of each pixel in its image, counted in rows; -1 where it was not in it; int64 (B, H, W).
+        total: number of images in the split.
+    """
+
+    images: Tensor
+    pixels: Tensor
+    total: int
 
 
 @dataclass
@@ -43,17 +58,29 @@ class Loader:
 
     def __call__(self, seen: int, stream: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
         """Return the views, float32 (B/streams, C, H, W) in [0, 1] each, and the labels, after ``seen`` images."""
+        index, turned = self._next(seen, stream)
+        batch = self.images.take(index)
+        x, y = batch.x.to(self.device), batch.y.to(self.device)  # those from disk; the others are there
+        return [augment(to_float(x), generator, turned if augment.alternate else None) for augment in self.augment], y
+
+    def trace(self, seen: int, stream: int, generator: torch.Generator) -> Origin:
+        """Return where the pixels of the first view come from that a call with these arguments returns."""
+        index, turned = self._next(seen, stream)
+        shown = torch.empty(len(index), *self.images.shape, device=self.device)
+        augment = self.augment[0]
+        pixels = augment.trace(shown, generator, turned if augment.alternate else None)
+        return Origin(index.to(self.device), pixels, len(self.images))
+
+    def _next(self, seen: int, stream: int) -> tuple[Tensor, Tensor | None]:
+        """Return the positions of a stream's images and, if augmentation alternates, which of them are mirrored."""
         share = self.batch // self.streams
         start = seen + stream * share
         pieces = self._pieces(start, start + share)
         index = torch.cat([self._positions(e, lo, hi) for e, lo, hi in pieces])
-        batch = self.images.take(index)
-        x, y = batch.x.to(self.device), batch.y.to(self.device)  # those from disk; the others are there
-        turned = None
-        if any(augment.alternate for augment in self.augment):
-            epoch = torch.cat([torch.full((hi - lo,), e) for e, lo, hi in pieces])
-            turned = ((self._sides[index] + epoch.to(index.device)) % 2).bool().to(self.device)
-        return [augment(to_float(x), generator, turned if augment.alternate else None) for augment in self.augment], y
+        if not any(augment.alternate for augment in self.augment):
+            return index, None
+        epoch = torch.cat([torch.full((hi - lo,), e) for e, lo, hi in pieces])
+        return index, ((self._sides[index] + epoch.to(index.device)) % 2).bool().to(self.device)
 
     @functools.cached_property
     def _sides(self) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
+from advebm.data.loader import Origin
 from advebm.descent import Energy
 from advebm.models.modes import SearchView
 
@@ -24,6 +25,7 @@ class Batch(NamedTuple):
     view: Tensor | None = None  # (B, C, H, W): another augmentation of the same images
     outside: Tensor | None = None  # (B, C, H, W): images from outside the data distribution
     extra: Tensor | None = None  # (B, C, H, W): unlabelled images like the data
+    origin: Origin | None = None  # which training images these are, and where their pixels come from
 
 
 class Context(NamedTuple):
@@ -52,7 +54,7 @@ class Objective(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The parts that a batch must have, out of ``labels``, ``view``, ``outside`` and ``extra``."""
+        """The parts that a batch must have, out of ``labels``, ``view``, ``outside``, ``extra`` and ``origin``."""
 
     @property
     def outputs(self) -> int | None:

@@ -34,7 +34,7 @@ class CutMix(Wrapper):
     cites: ClassVar[tuple[str, ...]] = ("yun2019", "rebuffi2021")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.objective, Standard | AT | TRADES):
+        if not isinstance(self.objective, Standard | AT | TRADES) or "origin" in self.objective.needs:
             name = type(self.objective).__name__
             raise UserError(
                 f"cutmix goes around an objective whose labels can be mixed, standard, AT or TRADES, not {name}"

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from advebm.attacks.projected import Attack
 from advebm.core.errors import EarlyStop, UserError
-from advebm.descent import box
+from advebm.data.loader import Origin
+from advebm.descent import box, per_sample
 from advebm.models.modes import searching
 from advebm.objectives.at import AT, with_step
 from advebm.objectives.base import Batch, Context, Loss, accuracy
@@ -78,6 +79,89 @@ class FAST(AT):
         previous, state.images, state.accuracy = state.accuracy, ctx.images, right
         if previous - right > self.fall:
             raise EarlyStop(f"accuracy under PGD-5 fell from {previous:.0%} to {right:.0%}: catastrophic overfitting")
+
+
+LEVELS = 127  # of a byte with a sign
+
+
+class KeptPerturbations:
+    """State of FGSMEP: the last perturbation of every training image, as bytes in units of its largest entry.
+
+    Attributes:
+        levels: int8 (N, C, H, W) in the frame of the images themselves; empty before the first step.
+        largest: largest entry of each, (N,), in pixels of [0, 1]; 0: there is none yet.
+    """
+
+    def __init__(self) -> None:
+        self.levels, self.largest = torch.empty(0, dtype=torch.int8), torch.empty(0)
+
+    def show(self, x: Tensor, origin: Origin) -> Tensor:
+        """Return the kept perturbations (B, C, H, W) of a batch, moved as its images are; 0 where there is none."""
+        self.levels, self.largest = self.levels.to(x.device), self.largest.to(x.device)
+        if not len(self.levels):
+            self.levels = torch.zeros(origin.total, *x.shape[1:], dtype=torch.int8, device=x.device)
+            self.largest = torch.zeros(origin.total, device=x.device)
+        kept = self.levels[origin.images].to(x.dtype) * per_sample(self.largest[origin.images].to(x.dtype) / LEVELS, x)
+        pixels = origin.pixels.flatten(1)[:, None].expand(-1, x.shape[1], -1)
+        moved = kept.flatten(2).gather(2, pixels.clamp_min(0)) * (pixels >= 0)
+        return moved.view_as(x)
+
+    def keep(self, delta: Tensor, origin: Origin) -> None:
+        """Keep the perturbations of a batch, moved back."""
+        pixels = origin.pixels.flatten(1)[:, None].expand(-1, delta.shape[1], -1)
+        inside = (pixels >= 0).to(delta.dtype)
+        back = torch.zeros_like(delta).flatten(2).scatter_add_(2, pixels.clamp_min(0), delta.flatten(2) * inside)
+        largest = back.flatten(1).abs().amax(1)
+        levels = (back * (LEVELS / largest.clamp_min(1e-12))[:, None, None]).round().to(torch.int8)
+        self.levels[origin.images], self.largest[origin.images] = levels.view_as(delta), largest.to(self.largest.dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"levels": self.levels, "largest": self.largest}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.levels, self.largest = state["levels"], state["largest"]
+
+
+@dataclass(frozen=True)
+class FGSMEP(AT):
+    """AT by one step of eps from the perturbation that each image had in the last epoch, Jia et al. (2022), FGSM-EP.
+
+    So that one step attacks like several.  The first epoch starts from uniform draws.  Perturbations follow crops and
+    mirror images, and are kept as bytes: C x H x W bytes an image, in memory and in every checkpoint.  The authors'
+    momentum and their regulariser (FGSM-MEP, FGSM-PGI) are not part of it.
+
+    Attributes:
+        attack: the attack; ``step_size`` None: eps.  Its start is that of an image's first epoch.
+        search_mode, smoothing: see :class:`AT`.
+    """
+
+    attack: Attack = Attack(eps=8 / 255, steps=1)
+
+    needs: ClassVar[frozenset[str]] = frozenset({"labels", "origin"})
+    cites: ClassVar[tuple[str, ...]] = ("jia2022",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images_per_step is not None or self.attack.restarts > 1:
+            raise UserError("fgsm-ep goes on from one perturbation; leave images_per_step and attack.restarts out")
+
+    def inner(self) -> Attack:
+        return with_step(self.attack, 1.0)
+
+    def init(self, like: Tensor, generator: torch.Generator) -> KeptPerturbations:
+        return KeptPerturbations()
+
+    def search(self, model: nn.Module, batch: Batch, state: KeptPerturbations, ctx: Context) -> Tensor:
+        assert batch.origin is not None
+        attack = self.inner()
+        kept = state.show(batch.x, batch.origin)
+        known = per_sample(state.largest[batch.origin.images] > 0, batch.x)
+        descent = attack.descent()
+        start = torch.where(known, descent.constraint(batch.x + kept, batch.x), attack.begin(batch.x, ctx.generator))
+        with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
+            found = descent(attack.negative_loss(f, batch.y), start, origin=batch.x, generator=ctx.generator)
+        state.keep(found - batch.x, batch.origin)
+        return found
 
 
 @dataclass(frozen=True)

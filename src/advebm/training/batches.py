@@ -23,7 +23,7 @@ class BatchSource:
             return Loader(images, recipe.seed, recipe.train.batch, recipe.train.streams, augment, engine.device, role)
 
         self.device, needs, roles = engine.device, recipe.objective.needs, recipe.data.augment
-        self.labels = "labels" in needs
+        self.labels, self.traced = "labels" in needs, "origin" in needs
         self.loader = loader(data.train, (roles.x, roles.view or roles.x) if "view" in needs else (roles.x,))
         self.others: dict[str, Loader] = {}
         self.outside: Images | None = None  # all validation images of the outside source
@@ -48,4 +48,7 @@ class BatchSource:
             for role, loader in self.others.items()
         }
         y = y if self.labels else torch.full_like(y, -1)  # hide labels from objectives that do not ask for them
-        return Batch(views[0], y, view=views[1] if len(views) > 1 else None, **others)
+        view = views[1] if len(views) > 1 else None
+        draws = rng.generator(*keys, "data", device=self.device)  # the same once more
+        origin = self.loader.trace(seen, stream, draws) if self.traced else None
+        return Batch(views[0], y, view=view, origin=origin, **others)
