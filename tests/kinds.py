@@ -7,6 +7,7 @@ import torch
 
 from advebm.core import config
 from advebm.core.config import KINDS
+from advebm.data.loader import Origin
 from advebm.data.sources import Data, Digits, Images, to_float
 from advebm.models.network import Architecture
 from advebm.models.small import SmallConv
@@ -98,4 +99,5 @@ def place(model, device):
 
 def batch_of(data, count, device):
     x = [to_float(data.train.x[i * count : (i + 1) * count]).to(device) for i in range(4)]
-    return Batch(x[0], data.train.y[:count].to(device), view=x[1], outside=x[2], extra=x[3])
+    origin = Origin.of_whole(x[0])
+    return Batch(x[0], data.train.y[:count].to(device), view=x[1], outside=x[2], extra=x[3], origin=origin)

@@ -18,6 +18,7 @@ from advebm.attacks.projected import Attack
 from advebm.cli import main
 from advebm.core import allocator, config, rng
 from advebm.core.errors import Interrupted, UserError
+from advebm.data.loader import Origin
 from advebm.descent import value_and_gradient
 from advebm.metrics.base import Subject
 from advebm.metrics.robustness import RobustAccuracy
@@ -524,7 +525,8 @@ def searched(kind, net, batch, *views):
     objective = default("objective", kind)
     if objective.outputs == 1:
         net[4] = nn.Linear(8 * 36, 1).double()
-    if hasattr(objective, "curriculum"):
+    batch = batch._replace(origin=Origin.of_whole(batch.x))
+    if "curriculum" in {field.name for field in dataclasses.fields(objective)}:
         objective = dataclasses.replace(objective, curriculum=Curriculum(steps=2, start=2))
     if isinstance(getattr(objective, "negatives", None), SGLD):
         objective = type(objective)(negatives=SGLD(steps=2, buffer=8))

@@ -26,6 +26,12 @@ class Origin(NamedTuple):
     pixels: Tensor
     total: int
 
+    @classmethod
+    def of_whole(cls, x: Tensor) -> "Origin":
+        """Return that of images (B, C, H, W) which are all there are, each as it is."""
+        pixels = torch.arange(x.shape[2] * x.shape[3], device=x.device).view(1, *x.shape[2:]).expand(len(x), -1, -1)
+        return cls(torch.arange(len(x), device=x.device), pixels, len(x))
+
 
 @dataclass
 class Loader:

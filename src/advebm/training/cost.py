@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from advebm.core import rng
 from advebm.core.errors import UserError
+from advebm.data.loader import Origin
 from advebm.data.sources import Data, DataSpec, Digits, Images, find_spec
 from advebm.descent import value_and_gradient
 from advebm.models import network
@@ -248,7 +249,7 @@ def count_step(objective: Objective, seen: int, level: int | None = None) -> tup
     def count(images: int) -> list[int]:
         generator, model = rng.generator(0), tiny_architecture(objective).build().train()
         x = torch.rand(images, 3, 8, 8, generator=generator)
-        batch = Batch(x, torch.arange(images), view=x, outside=x, extra=x)
+        batch = Batch(x, torch.arange(images), view=x, outside=x, extra=x, origin=Origin.of_whole(x))
         state, ctx = objective.init(x, generator), Context(generator, seen)
         if isinstance(state, CurriculumState):
             state.steps, state.since = state.largest if level is None else level, seen
