@@ -516,6 +516,7 @@ METHODS = {
     and not any(method in name for method in ("acl", "infonce"))  # CEM's, on CIFAR-10 alone
     and "-l2" not in name
     and not name.endswith(("-resnet50", "-t50", "-2h"))  # rows of a paper with another network, or steps; our longest
+    and "speedrun" not in name
 }
 
 

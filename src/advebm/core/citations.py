@@ -37,9 +37,9 @@ def titles(keys: Iterable[str]) -> list[str]:
 
 
 def _as_letters(text: str) -> str:
-    """Return BibTeX's text as it is printed: ``{\\"a}`` is ä; braces that keep capitals are dropped."""
+    """Return BibTeX's text as it is printed: ``{\\"a}`` is ä, ``\\%`` is %; braces that keep capitals are dropped."""
     text = re.sub(r"\\(.)(\w)", lambda m: unicodedata.normalize("NFC", m[2] + ACCENTS[m[1]]), text.replace("\\l}", "ł"))
-    return re.sub(r"[{}]", "", text)
+    return re.sub(r"[{}]", "", text.replace("\\%", "%"))
 
 
 def bibtex(thing: Any) -> str:
