@@ -1113,6 +1113,7 @@ def test_nothing_is_overwritten(digits_run, tmp_path, monkeypatch, capsys):
     assert command(*compare, "--out", "comparison.html", capsys=capsys)[0] == 2
 
 
+@pytest.mark.slow
 @report("commands", "export of one's own module; loading elsewhere", "", "weights and the factory's name")
 def test_own_modules_are_exported(tmp_path, monkeypatch, capsys):
     home, away = tmp_path / "home", tmp_path / "away"

@@ -58,6 +58,7 @@ def command(*words, **environment):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_the_number_is_said_kept_and_taken_again(tmp_path):
     """A resumed run has the threads that it was begun with: with others its sums are rounded in another order."""
     run, options = tmp_path / "run", ["--train.images", 256, "--train.validate_every", 256]

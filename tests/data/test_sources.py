@@ -384,6 +384,7 @@ class TestRealImages:
     def real(self, own_cache, monkeypatch, request):
         monkeypatch.setenv("ADVEBM_DATA", REAL)
 
+    @pytest.mark.slow
     def test_cifar10(self):
         data = advebm.load_data("cifar10")
         assert (len(data.train), len(data.val), len(data.test)) == (48_000, 2_000, 10_000)
@@ -394,12 +395,14 @@ class TestRealImages:
         assert mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=1e-3)
         assert std == pytest.approx((0.2470, 0.2435, 0.2616), abs=1e-3)
 
+    @pytest.mark.slow
     def test_cifar100(self):
         data = advebm.load_data("cifar100")
         assert len(data.classes) == 100
         assert data.classes[:2] == ("apple", "aquarium_fish")
         assert data.test.y.bincount().tolist() == [100] * 100
 
+    @pytest.mark.slow
     def test_the_kept_models_are_as_accurate_as_their_cards_say(self):
         """On every tenth test image, within three standard errors; their weights are rounded."""
         test = advebm.load_data("cifar10").test

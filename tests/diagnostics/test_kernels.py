@@ -164,6 +164,7 @@ def test_a_process_that_does_not_start_is_no_wrong_convolution(monkeypatch):
         list(check([PLAIN]))
 
 
+@pytest.mark.slow
 def test_the_command_checks_a_model(small_run, capsys):
     assert cli.main(["doctor", "--machine", str(small_run.folder)]) == 0
     out = capsys.readouterr().out

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import pytest
+
 from advebm.objectives.binary import BinaryAT, BinaryMLE
 from advebm.reproduction.binary import GAP, LOSS, STABILITY, binary_at_stability, conclude_stability, stability_records
 from advebm.reproduction.experiment import carry_out
@@ -36,6 +38,7 @@ def test_records_hold_the_widest_gap_and_the_lowest_loss(tmp_path):
     assert (loss["name"], loss["value"]) == (LOSS, -5.0)
 
 
+@pytest.mark.slow
 def test_from_training_to_a_conclusion(tmp_path):
     """In 2,400 images the energies of maximum likelihood come many times further apart than those of binary AT."""
     experiment = binary_at_stability(tmp_path, [("train.images", 2_400), ("train.validate_every", 100_000)])
