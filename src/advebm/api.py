@@ -61,6 +61,8 @@ from advebm.workflows.probe import probe as fit_probe
 from advebm.workflows.sample import Tuning
 from advebm.workflows.sweep import sweep as run_sweep
 
+FOLD_FROM = 2_000  # gradients of one image in a call of :func:`attack`, from which folding the network pays
+
 
 @torch.inference_mode(False)
 def load(path: Run | str | Path, *, checkpoint: str | int = "latest") -> Network:
@@ -164,7 +166,7 @@ def attack(
 ) -> Tensor:
     """Return adversarial images within ``eps`` of ``x``, by projected gradient descent; see :class:`Attack`.
 
-    Batch norms are merged into convolutions meanwhile, which changes outputs by rounding only.
+    In long searches batch norms are merged into convolutions, which changes outputs by rounding only.
 
     Args:
         model: classifier on images in [0, 1].
@@ -195,8 +197,9 @@ def attack(
     y = _check_classifier(model, x, y)
     search = Attack(eps=eps, norm=norm, steps=steps, step_size=step_size, loss=loss, restarts=restarts)
     generator = rng.generator(seed, "attack", device=x.device)
-    with searching(model):
-        f = faster_model(model, x[:2])
+    with searching(model) as f:
+        if steps * restarts * len(x) >= FOLD_FROM and model.precision == torch.float32:
+            f = faster_model(model, x[:2])
         if target is None:
             return search.raise_loss(f, x, y, generator)
         target = checks.labels(target, len(x), f(x[:1]).shape[1])

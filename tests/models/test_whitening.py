@@ -7,9 +7,10 @@ from torch.nn.functional import unfold
 
 import advebm
 from advebm.core.errors import UserError
+from advebm.models import whitening
 from advebm.models.network import Architecture
 from advebm.models.resnet import ResNet
-from advebm.models.whitening import whiten_first_convolution
+from advebm.models.whitening import enough, principal_patches, whiten_first_convolution
 
 
 @pytest.fixture
@@ -52,12 +53,21 @@ def test_narrow_layers_take_the_largest_components_and_wide_ones_keep_their_rest
 def test_a_run_begins_with_it(tmp_path):
     options = {"train.images": 0, "backbone.width": 18, "train.ema": 0}
     runs = []
-    for init in (None, "whitened"):
-        recipe = advebm.load_recipe("digits-at", {**options, "init": init})
-        runs.append(advebm.train(recipe, folder=tmp_path / str(init), device="cpu"))
+    for whiten in (False, True):
+        recipe = advebm.load_recipe("digits-at", {**options, "train.whiten": whiten})
+        runs.append(advebm.train(recipe, folder=tmp_path / str(whiten), device="cpu"))
     plain, whitened = (next(advebm.load(run).parameters()).detach() for run in runs)
     assert torch.equal(whitened[:9], -whitened[9:])
     assert not torch.equal(plain[:9], -plain[9:])
+
+
+def test_large_images_take_few_and_pieces_add_up(images, monkeypatch):
+    assert enough((3, 32, 32)) == 5_000
+    assert enough((3, 512, 512)) * 3 * 512 * 512 <= 2**27
+    whole = principal_patches(images, (3, 3))
+    monkeypatch.setattr(whitening, "PATCH_VALUES", 7 * 18 * 12 * 12)
+    for one, two in zip(whole, principal_patches(images, (3, 3)), strict=True):
+        torch.testing.assert_close(one.abs(), two.abs())  # directions have no sign
 
 
 def test_a_network_without_such_a_layer_is_refused(images):

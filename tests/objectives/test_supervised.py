@@ -420,6 +420,27 @@ def test_fgsm_ep_goes_on_from_the_last_epoch(net):
             FGSMEP(**bad)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("train.streams", 2, "keeps perturbations in one stream"),
+        ("data.augment.x.scale", 0.5, "follows pixels through crops"),
+        ("data.augment.x.policy", "color-shape", "follows pixels through crops"),
+    ],
+)
+def test_what_fgsm_ep_cannot_follow_is_refused_before_anything_is_written(tmp_path, option, value, message):
+    recipe = tiny("digits-standard", objective="fgsm-ep", **{option: value})
+    with pytest.raises(UserError, match=message):
+        train(recipe, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_perturbations_that_do_not_fit_in_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("advebm.data.disk.IN_MEMORY", 1_000)
+    with pytest.raises(UserError, match="which do not fit in memory"):
+        train(tiny("digits-standard", objective="fgsm-ep"), tmp_path / "run", device="cpu")
+
+
 def test_pixels_are_followed_through_whole_pictures_only():
     with pytest.raises(UserError, match="cannot be followed"):
         Augment(scale=0.5).trace(torch.zeros(2, 1, 8, 8), rng.generator(0))
@@ -482,6 +503,8 @@ def test_cutmix_attacks_and_trains_the_mixed_loss(net, batch):
     assert objective.adversarial(batch, found) is None
     with pytest.raises(UserError, match="labels can be mixed, standard, AT or TRADES, not JEM"):
         CutMix(JEM())
+    with pytest.raises(UserError, match="the margin is that of one label"):
+        CutMix(AT(Attack(loss="margin")))
     with pytest.raises(UserError, match="alpha must be > 0"):
         CutMix(alpha=0.0)
 
@@ -497,6 +520,7 @@ def test_cutmix_goes_around_others(net, batch, inner):
 # In the loop ------------------------------------------------------------------------------------------------------
 
 LOOPED = {
+    "at": {"objective.attack.steps": 3, "objective.images_per_step": 300},
     "fast": {"objective.watch_every": 256},
     "n-fgsm": {"objective.watch_every": 256},
     "fgsm-ep": {"objective.attack.eps": "0.1"},
@@ -633,9 +657,12 @@ def test_the_search_of_at_grows_step_by_step(net, batch):
         found = objective.search(net, batch, state, ctx)
         fixed = AT(dataclasses.replace(objective.attack, steps=steps))
         assert torch.equal(found, fixed.search(net, batch, None, Context(rng.generator(1), images)))
-    with pytest.raises(UserError, match=r"attack\.steps is 1"):
+        assert objective.loss(net, batch, found, state, ctx).terms["steps"] == steps
+    with pytest.raises(UserError, match=r"for a search of several steps, got 100 and attack\.steps 1"):
         AT(Attack(steps=1), images_per_step=100)
-    options = {"train.images": 60_000, "train.batch": 100, "objective.attack.steps": 3}
+    with pytest.raises(UserError, match="a number of images >= 1"):
+        AT(images_per_step=0)
+    options = {"train.images": 60_000, "train.batch": 100, "objective.attack.steps": 3, "objective.attack.restarts": 2}
     costs = [
         cost.estimate(resolve(recipes.find("digits-at"), [*options.items(), *more.items()])).training
         for more in ({"objective.images_per_step": 20_000}, {"objective.attack.steps": 2})

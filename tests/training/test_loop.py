@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from advebm import recipes
+from advebm.cli import main
 from advebm.core import console
 from advebm.core.errors import Diverged, Interrupted, UserError
 from advebm.core.rng import rand
@@ -573,8 +574,14 @@ def test_stages_may_be_given_as_an_option():
     assert given == text
     assert (given.before[0].name, given.before[0].train.images, given.before[0].train.ema) == ("first", 640, 7)
     assert given.before[0].backbone == given.backbone
+    assert resolve(recipes.find("digits-at"), [("before", "none")]).before == ()
     with pytest.raises(UserError, match="before takes a list of stages"):
         resolve(recipes.find("digits-at"), [("before", "[{")])
+
+
+def test_stages_are_an_option_of_the_command(capsys):
+    assert main(["train", "--recipe", "digits-at", "--before", "[{name: first}]", "--print-config"]) == 0
+    assert "name: first" in capsys.readouterr().out
 
 
 def test_bad_stages_are_refused():

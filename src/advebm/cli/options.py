@@ -95,7 +95,7 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], Overrides]:
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not ("." in name or name in (*BLOCKS, "metrics")):
+        if not word.startswith("--") or not ("." in name or name in (*BLOCKS, "metrics", "before")):
             plain.append(word)
             continue
         if not equals:

@@ -25,7 +25,7 @@ class Augment:
     They are applied in this order: that of Cubuk et al. (2019) for CIFAR (crop and flip, the policy, then cutout, so
     that no later operation moves or recolours the square), and that of SimCLR, whose settings on CIFAR-10 are ``scale:
     0.08, flip: true, jitter: 0.5, grey: 0.2`` (no blur).  IDBH of Li and Spratling (2023), made for adversarial
-    training, is ``cropshift: 10, flip: true, policy: color-shape, erase: 0.5`` (weak) or ``erase: 1`` (strong).
+    training, is about ``cropshift: 10, flip: true, policy: color-shape, erase: 0.5`` (weak) or ``erase: 1`` (strong).
 
     Attributes:
         crop: pixels of zero padding on each side, which is also the largest shift; 0 leaves images in place.
@@ -35,7 +35,7 @@ class Augment:
             to the whole size; 1: no box.
         flip: whether to mirror each image with probability 1/2.
         alternate: whether training mirrors each image in every other epoch instead, half of them in the first one
-            (Jordan, 2024), so that two epochs never show the same side twice.
+            (Jordan, 2024), so that two epochs in a row show both sides.  Other views of it are mirrored alike.
         jitter: strength of colour changes, applied to 80 % of the images (Chen et al., 2020).  At 1: ± 80 % in
             brightness, contrast and saturation and ± 1/5 of a turn in hue, in random order; grey images only change in
             brightness and contrast.
@@ -85,7 +85,8 @@ class Augment:
     def trace(self, x: Tensor, generator: torch.Generator, mirrored: Tensor | None = None) -> Tensor:
         """Return which pixel of its image each pixel of the augmented ones is, for the same generator and ``mirrored``.
 
-        Pixels are counted in rows, -1 is what was not in the image: ``(B, C, H, W)`` -> int64 (B, H, W).
+        Crops, cropshift and mirror images are followed; a policy, which may shear or rotate, is not.  Pixels are
+        counted in rows, -1 is what was not in the image: ``(B, C, H, W)`` -> int64 (B, H, W).
 
         Raises:
             UserError: ``scale`` is below 1, which mixes pixels.

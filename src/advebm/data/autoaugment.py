@@ -101,7 +101,9 @@ def apply_plan(x: Tensor, plan: Plan) -> Tensor:
 def color_shape(x: Tensor, generator: torch.Generator) -> Tensor:
     """Apply one of eight changes of colours or shape to each image, all equally likely, Li and Spratling (2023).
 
-    These are the ranges of the authors' code for CIFAR-10.  ``x (B, C, H, W)`` in [0, 1] -> same shape and type.
+    The changes, their chances and ranges are those of the authors' code for CIFAR-10, the operations those of
+    AutoAugment here: in their code degrees are whole, shears are about the centre, and what was outside is black.
+    ``x (B, C, H, W)`` in [0, 1] -> same shape and type.
 
     Raises:
         UserError: images that are neither grey nor RGB.

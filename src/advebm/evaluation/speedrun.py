@@ -70,15 +70,21 @@ class Entry:
         recipe: the recipe, with the seed of the first run.
         runs: its runs, one for each seed.
         stages: FLOP of training each stage, the last one last; empty: unknown.
-        records: what was measured of each run, as far as it is there.
-        why: why numbers are missing; empty if there are all.
+        records: what was measured, by the seed of the run; a run that could not be measured has none.
+        faults: why not, by seed.
     """
 
     recipe: Recipe
     runs: list[Run]
     stages: Sequence[float]
-    records: list[Records] = field(default_factory=list)
-    why: str = ""
+    records: dict[int, Records] = field(default_factory=dict)
+    faults: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def note(self) -> str:
+        """What happened to the runs and why numbers are missing, in one line."""
+        notes = {run.recipe.seed: run.diverged or read_result(run).note for run in self.runs} | self.faults
+        return "; ".join(f"seed {seed}: {text}" for seed, text in notes.items() if text)
 
     @property
     def flops(self) -> float | None:
@@ -104,7 +110,7 @@ class Entry:
     def columns(self) -> dict[Key, Records]:
         """Return the records of each kind, one for each seed that has one."""
         found: dict[Key, Records] = {}
-        for records in self.records:
+        for records in self.records.values():
             for record in records:
                 found.setdefault(key_of(record), []).append(record)
         return found
@@ -143,8 +149,8 @@ class Speedrun:
             cost = "" if entry.flops is None else f"{entry.flops / TERA:.4g}"
             cells = [_cell(found[key]) if key in found else "" for key in keys]
             name = f"{entry.recipe.name}{f' x {len(entry.runs)}' if len(entry.runs) > 1 else ''}"
-            rows.append([name, f"{entry.images:,}", cost, f"{entry.seconds:.0f}", *cells, entry.why])
-        noted = any(entry.why for entry in self.entries)
+            rows.append([name, f"{entry.images:,}", cost, f"{entry.seconds:.0f}", *cells, entry.note])
+        noted = any(entry.note for entry in self.entries)
         heads = ["recipe", "images", "TFLOP", "seconds", *heads, "but"]
         keep = len(heads) if noted else -1
         return heads[:keep], [row[:keep] for row in rows]
@@ -154,9 +160,12 @@ class Speedrun:
         entries = []
         for entry in self.entries:
             about = {"recipe": config.describe(entry.recipe), "flops": entry.flops, "seconds": entry.seconds}
-            runs = [{"run": str(run.folder), "seed": run.recipe.seed} for run in entry.runs]
-            records = [[{n: r[n] for n in ("name", "value", "error", "count")} for r in rs] for rs in entry.records]
-            entries.append({**about, "machines": entry.machines, "runs": runs, "records": records, "why": entry.why})
+            runs = []
+            for run in entry.runs:
+                seed, fields = run.recipe.seed, ("name", "value", "error", "count")
+                records = [{name: record[name] for name in fields} for record in entry.records.get(seed, ())]
+                runs.append({"run": str(run.folder), "seed": seed, "records": records})
+            entries.append({**about, "machines": entry.machines, "runs": runs, "note": entry.note})
         return {"tier": self.tier, "environment": dict(self.environment), "entries": entries}
 
 
@@ -164,7 +173,8 @@ def group_by_recipe(runs: Iterable[Run]) -> list[list[Run]]:
     """Return runs in groups of one recipe, whatever the seed."""
     groups: dict[Recipe, list[Run]] = {}
     for run in runs:
-        groups.setdefault(dataclasses.replace(run.recipe, seed=0), []).append(run)
+        stages = tuple(dataclasses.replace(stage, seed=0) for stage in run.recipe.before)
+        groups.setdefault(dataclasses.replace(run.recipe, seed=0, before=stages), []).append(run)
     return list(groups.values())
 
 

@@ -38,7 +38,8 @@ class AT(Stateless):
             code) or ``train`` (those of the batch, without updating the running ones).
         smoothing: share of each label that is spread evenly over all classes in the loss, not in the search.
         images_per_step: number of training images after which the search gets one step more, from 1 to those of
-            ``attack``; None: all steps from the beginning.
+            ``attack``; None: all steps from the beginning.  A ``step_size`` that is set stays the same, so that short
+            searches reach less far; one of None is 2.5 eps / K.
     """
 
     attack: Attack = Attack(steps=7)
@@ -51,8 +52,9 @@ class AT(Stateless):
     def __post_init__(self) -> None:
         check_choices(self)
         check_smoothing(self.smoothing)
-        if self.images_per_step is not None and self.attack.steps == 1:
-            raise UserError("images_per_step is for a search of several steps, attack.steps is 1")
+        if self.images_per_step is not None and (self.images_per_step < 1 or self.attack.steps == 1):
+            got = f"{self.images_per_step} and attack.steps {self.attack.steps}"
+            raise UserError(f"images_per_step is a number of images >= 1, for a search of several steps, got {got}")
 
     @property
     def curriculum(self) -> Curriculum | None:
@@ -68,8 +70,6 @@ class AT(Stateless):
         attack = self.inner()
         if self.curriculum is not None and isinstance(state, CurriculumState):
             self.curriculum.advance(state, ctx.images)
-            if not state.steps:
-                return batch.x
             attack = replace(attack, steps=state.steps)
         with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
             return attack.raise_loss(f, batch.x, batch.y, ctx.generator)
@@ -78,8 +78,11 @@ class AT(Stateless):
         """Return the attack that :meth:`search` runs; subclasses override it to set a default step size."""
         return self.attack
 
-    def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: None, ctx: Context) -> Loss:
-        return cross_entropy(model, found, batch.y, self.smoothing)
+    def loss(self, model: nn.Module, batch: Batch, found: Tensor, state: Any, ctx: Context) -> Loss:
+        loss = cross_entropy(model, found, batch.y, self.smoothing)
+        if isinstance(state, CurriculumState):
+            loss.terms["steps"] = loss.total.new_tensor(float(state.steps))
+        return loss
 
     def adversarial(self, batch: Batch, found: Tensor) -> Tensor:
         return found

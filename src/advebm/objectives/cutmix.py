@@ -39,6 +39,8 @@ class CutMix(Wrapper):
             raise UserError(
                 f"cutmix goes around an objective whose labels can be mixed, standard, AT or TRADES, not {name}"
             )
+        if getattr(getattr(self.objective, "attack", None), "loss", None) == "margin":
+            raise UserError("the margin is that of one label: set attack.loss to cross-entropy or energy")
         if not self.alpha > 0:
             raise UserError(f"alpha must be > 0, got {self.alpha}")
 

@@ -9,6 +9,7 @@ from advebm.core import files
 from advebm.evaluation.speedrun import Entry, Speedrun
 from advebm.reporting.figures import STYLE, png
 from advebm.reporting.records import markdown
+from advebm.training.cost import images_in_whole_batches
 from advebm.training.hardware import TERA
 
 COLORS = ("#0f6fc6", "#d97706", "#059669", "#7c3aed", "#dc2626", "#6b7280")
@@ -74,10 +75,13 @@ def draw(found: Speedrun) -> bytes | None:
 
 
 def learning_curves(entry: Entry) -> Iterator[list[tuple[float, float, float]]]:
-    """Yield (FLOP so far, robust accuracy, accuracy) at each validation of the last stage of each run."""
-    if not entry.stages:
+    """Yield (FLOP so far, robust accuracy, accuracy) at each validation of the last stage of each run.
+
+    FLOP are spread evenly over the images of the stage, also where a search grows.
+    """
+    if not entry.stages or not entry.recipe.train.images:
         return
-    before, share = sum(entry.stages[:-1]), entry.stages[-1] / entry.recipe.train.images
+    before, share = sum(entry.stages[:-1]), entry.stages[-1] / images_in_whole_batches(entry.recipe)
     for run in entry.runs:
         lines = [line for line in run.history() if "val/robust_accuracy" in line and "val/accuracy" in line]
         yield [(before + share * line["images"], line["val/robust_accuracy"], line["val/accuracy"]) for line in lines]

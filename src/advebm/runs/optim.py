@@ -215,11 +215,11 @@ class Muon:
 class Lookahead:
     """Another optimiser whose weights go back, every few steps, to a point between them and slower ones.
 
-    Zhang et al. (2019b, algorithm 1): after ``every`` steps the slow weights move by ``share`` of the way to the fast
-    ones, and the fast ones begin there again.
+    Zhang et al. (2019, algorithm 1): after ``every`` steps the slow weights move by ``share`` of the way to the fast
+    ones, and the fast ones begin there again.  Checkpoints, averages and validation have the fast ones.
 
     Attributes:
-        optimizer: takes the fast steps; the learning rate is its own.
+        optimizer: takes the fast steps; the learning rate is its own, ``optimizer.optimizer.lr``.
         every: number of fast steps, k in the paper.
         share: α in the paper, in (0, 1].
     """
@@ -251,9 +251,9 @@ class Lookahead:
     def _remember(optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Keep the first weights as the slow ones, in the optimiser's state, so that checkpoints have them."""
         for group in optimizer.param_groups:
-            if "fast_steps" not in group:
-                group["fast_steps"] = 0
-                group["slow"] = [p.detach().clone() for p in group["params"]]
+            group.setdefault("fast_steps", 0)
+            slow = group.setdefault("slow", [p.detach().clone() for p in group["params"]])
+            group["slow"] = [w.to(p.device) for w, p in zip(slow, group["params"], strict=True)]  # after a resume
 
     @torch.no_grad()
     def _pull(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -261,8 +261,7 @@ class Lookahead:
             group["fast_steps"] += 1
             if group["fast_steps"] % self.every == 0:
                 for slow, fast in zip(group["slow"], group["params"], strict=True):
-                    fast.copy_(slow.to(fast.device).lerp_(fast, self.share))
-                    slow.copy_(fast)
+                    fast.copy_(slow.lerp_(fast, self.share))
 
 
 class Schedule(Protocol):

@@ -44,6 +44,8 @@ class Training:
         fast: how searches in eval mode compute the network, see :class:`advebm.models.inference.Backend`: ``off`` (as
             in losses), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` if ``precision`` is
             bfloat16 (``fold`` where that is not multiplied in hardware), else ``off``, which is bit-identical.
+        whiten: whether the first convolution of a new network begins with filters that whiten patches of the training
+            images (Jordan, 2024), as many of the strongest components as fit into half of its channels.
         recompute: whether losses store only the input of each block of the backbone and recompute the rest for the
             gradient (activation checkpointing): less memory, one more forward pass, the same numbers.
         clip: largest gradient norm; None: no limit.
@@ -67,6 +69,7 @@ class Training:
     ema: int = 5_000
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     fast: BackendName = "auto"
+    whiten: bool = False
     recompute: bool = False
     clip: float | None = 1.0
     log_every: int = 2_000
@@ -133,8 +136,7 @@ class Recipe:
         optimizer, schedule, train: how the objective is minimised.
         seed: seed of everything random except the split of the data.
         init: source of the initial weights: a run, a published model (a folder or ``hf:USER/NAME``), or a weight file.
-            A head for a different number of classes is initialised randomly.  ``whitened``: new weights, but those of
-            the first convolution whiten patches of the training images (Jordan, 2024).
+            A head for a different number of classes is initialised randomly.
         outside: images from outside the data distribution, for objectives that need them.
         extra: further images, used without labels, for objectives that need them.
         normalise: the network's first layer.
@@ -190,9 +192,14 @@ class Recipe:
             )
 
     def computed_on(self, device: str) -> "Recipe":
-        """Return the recipe with float32 instead of bfloat16 in all stages if the device does not support bfloat16."""
+        """Return the recipe with float32 instead of bfloat16 in all stages if the device does not support bfloat16.
+
+        Searches are then folded where ``fast`` is ``auto``, as training has it.
+        """
         precision: Any = usable_precision(self.train.precision, torch.device(device))
         train = dataclasses.replace(self.train, precision=precision)
+        if precision != self.train.precision and train.fast == "auto":
+            train = dataclasses.replace(train, fast="fold")
         before = tuple(stage.computed_on(device) for stage in self.before)
         return dataclasses.replace(self, train=train, before=before)
 
@@ -227,6 +234,8 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
     plain, rest, overrides = _unset_shared(plain), [], list(overrides)
     _say_whose_threat(plain, overrides)
     before = dict(overrides).get("before", plain.pop("before", None)) or ()
+    if isinstance(before, str) and before.lower() in ("none", "null"):
+        before = ()
     if isinstance(before, str):
         try:
             before = yaml.safe_load(before)

@@ -49,6 +49,7 @@ class BatchSource:
         }
         y = y if self.labels else torch.full_like(y, -1)  # hide labels from objectives that do not ask for them
         view = views[1] if len(views) > 1 else None
-        draws = rng.generator(*keys, "data", device=self.device)  # the same once more
-        origin = self.loader.trace(seen, stream, draws) if self.traced else None
+        origin = None
+        if self.traced:
+            origin = self.loader.trace(seen, stream, rng.generator(*keys, "data", device=self.device))  # the same draws
         return Batch(views[0], y, view=view, origin=origin, **others)

@@ -278,9 +278,10 @@ def count_training(recipe: Recipe) -> tuple[Passes, Passes, ImagesHeld]:
     curriculum = find_curriculum(objective)
     if curriculum is None or not seen:
         return longest, longest, held
-    first, second = (count_step(objective, seen, level)[0] for level in (0, 1))
-    bounds = curriculum.means(images_in_whole_batches(recipe), recipe.train.batch)  # of K; passes are linear in it
-    least, most = (Passes(*(a + k * (b - a) for a, b in zip(first, second, strict=True))) for k in bounds)
+    begin = curriculum.start  # passes are linear in K from there
+    first, second = (count_step(objective, seen, level)[0] for level in (begin, begin + 1))
+    bounds = curriculum.means(images_in_whole_batches(recipe), recipe.train.batch)
+    least, most = (Passes(*(a + (k - begin) * (b - a) for a, b in zip(first, second, strict=True))) for k in bounds)
     return least, most, held
 
 

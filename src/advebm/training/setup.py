@@ -10,6 +10,7 @@ from torch import Tensor
 
 from advebm.core import rng
 from advebm.core.errors import UserError
+from advebm.data import disk
 from advebm.data.sources import Data, Images
 from advebm.models import public_weights, whitening
 from advebm.models.factory import Own
@@ -78,10 +79,14 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
             f"train.streams is {cfg.streams}, and there are {engine.world} processes: an encoder, which tells images "
             f"of all streams apart, takes a stream a process; set --train.streams {engine.world}"
         )
+    if "origin" in objective.needs:
+        check_traceable(recipe, data)
     objective.check(len(data.train), recipe.threat)
     validation = _choose(data.val, cfg.validate_with)
     architecture = design(recipe, data)
     model = architecture.build(recipe.seed)
+    if cfg.whiten:
+        whitening.whiten_first_convolution(model, _choose(data.train, whitening.enough(data.shape)).float())
     batches = BatchSource(recipe, data, engine)
     if objective.hidden is not None:
         scored = objective.validate is not None and len(validation) > 1
@@ -92,6 +97,20 @@ def set_up(recipe: Recipe, engine: Engine) -> Setup:
     x = torch.empty(cfg.batch // cfg.streams, *data.shape)
     states = {stream: objective.init(x, rng.generator(recipe.seed, "init", stream)) for stream in streams}
     return Setup(recipe, engine, data, validation, outside, batches, architecture, model, states, scored, distance)
+
+
+def check_traceable(recipe: Recipe, data: Data) -> None:
+    """Raise UserError if an objective that keeps something of every image cannot know its image, pixel by pixel."""
+    kind, augment = type(recipe.objective).__name__, recipe.data.augment.x
+    if recipe.train.streams > 1:
+        raise UserError(f"{kind} keeps perturbations in one stream; set train.streams to 1, got {recipe.train.streams}")
+    if augment.scale < 1 or augment.policy != "none":
+        raise UserError(
+            f"{kind} follows pixels through crops and mirror images only; set data.augment.x.scale to 1 and "
+            f"data.augment.x.policy to none, got {augment.scale} and {augment.policy}"
+        )
+    if not disk.fits(len(data.train), data.shape):
+        raise UserError(f"{kind} keeps as many bytes as the images of {data.name} have, which do not fit in memory")
 
 
 def _choose(images: Images, count: int | None) -> Images:
@@ -116,12 +135,10 @@ def check_trainable(model: Network, recipe: Recipe) -> None:
 
 
 def load_initial_weights(model: Network, init: str, data: Data, recipe: Recipe) -> None:
-    """Load the weights of a run, a published model or a file into a new network; ``whitened`` sets its first layer.
+    """Load the weights of a run, a published model or a file into a new network.
 
     The normalisation is loaded with them, unless the recipe sets it.
     """
-    if init == "whitened":
-        return whitening.whiten_first_convolution(model, _choose(data.train, whitening.IMAGES).float())
     original, fresh = copy.deepcopy(model.normalise.state_dict()), []
     if isinstance(recipe.backbone, Own) and Path(init).exists():
         load_module_weights(model, Path(init))

@@ -1,5 +1,6 @@
 """Train recipes from nothing, one after the other with the whole machine, and measure them on test images."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from advebm import recipes
 from advebm.core import console, files
 from advebm.core.errors import UserError
 from advebm.evaluation import compare
-from advebm.evaluation.leaderboard import default_features
+from advebm.evaluation.leaderboard import default_features, is_judge
 from advebm.evaluation.speedrun import (
     QUALITIES,
     SAMPLERS,
@@ -27,8 +28,9 @@ from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run, environment
 from advebm.training.cost import estimates
 from advebm.workflows.devices import choose_device
+from advebm.workflows.leaderboard import FAULTS
 from advebm.workflows.sample import draw_set, is_drawn
-from advebm.workflows.train import find_recipe, train_or_resume
+from advebm.workflows.train import find_recipe, fit, train_or_resume
 
 Overrides = Iterable[tuple[str, Any]]
 ON_CPU = ("cifar10-at-15min",)
@@ -68,41 +70,48 @@ def run_recipes(
         raise UserError(f"seeds must be at least 1, got {seeds}")
     device, overrides = choose_device(device), list(overrides)
     sources = sources or (ON_CPU if device == "cpu" else ON_GPU)
-    given = [where for where in sources if where not in recipes.names()]
-    for where in given:
-        if not (Path(where) / "config.yaml").is_file():
-            raise UserError(
-                f"{where} is neither a recipe of the package nor the folder of a run; see advebm list recipe"
-            )
-        if not Run.open(Path(where)).finished:
-            raise UserError(f"the run {where} is not finished: advebm train --resume {where}")
-    planned = [
-        find_recipe(where, overrides, seed=seed) for where in sources for seed in range(seeds) if where not in given
-    ]
+    given = [open_trained(where, overrides) for where in sources if where not in recipes.names()]
+    named = [where for where in sources if where in recipes.names()]
+    planned = [find_recipe(name, overrides, seed=seed) for name in named for seed in range(seeds)]
+    train = functools.partial(fit, device=device)
     with files.locked(out / ".lock", f"another speed-run is at work in {out}"):
         trained = []
         for number, recipe in enumerate(planned, 1):
             console.say(f"{recipe.name}, seed {recipe.seed}: training {number} of {len(planned)}")
-            trained.append(train_or_resume(recipe, out / "runs" / f"{recipe.name}-seed-{recipe.seed}"))
-        groups = group_by_recipe([Run.open(Path(where)) for where in given] + trained)
+            trained.append(train_or_resume(recipe, out / "runs" / f"{recipe.name}-seed-{recipe.seed}", train))
+        groups = group_by_recipe(given + trained)
         entries = [Entry(runs[0].recipe, runs, stage_flops(runs[0].recipe)) for runs in groups]
         found = Speedrun(entries, tier, environment(torch.device(device)), out)
         pages.write(found)
         for entry in entries:
             for run in entry.runs:
                 try:
-                    entry.records.append(measure(run, tier, features, device))
-                except UserError as error:
-                    entry.why = str(error)
+                    entry.records[run.recipe.seed] = measure(run, tier, features, device)
+                except FAULTS as error:
+                    entry.faults[run.recipe.seed] = str(error)
                 pages.write(found)
     return found
+
+
+def open_trained(where: str, overrides: Overrides) -> Run:
+    """Open a run that has ended; ``overrides`` may say where its images are.
+
+    Raises:
+        UserError: there is no run, or its training has not ended.
+    """
+    if not (Path(where) / "config.yaml").is_file():
+        raise UserError(f"{where} is neither a recipe of the package nor a run's folder; see advebm list recipe")
+    run = Run.open(Path(where)).with_images_at(overrides)
+    if not (run.finished or run.stopped_early or run.diverged):
+        raise UserError(f"the run {where} is not finished: advebm train --resume {where}")
+    return run
 
 
 def stage_flops(recipe: Recipe) -> list[float]:
     """Return the FLOP of training each stage, or nothing if counting fails, as it may for networks of users."""
     try:
         return [stage.training[1] for stage in estimates(recipe)]
-    except (UserError, RuntimeError) as error:
+    except Exception as error:
         console.say(f"{recipe.name}: its FLOP cannot be counted: {error}")
         return []
 
@@ -120,8 +129,11 @@ def measure(run: Run, tier: str, features: str | None, device: str) -> compare.R
         plan: dict[str, Any] = {"name": name, "sampler": sampler, "per_class": max(1, samples // classes)}
         if not is_drawn(run, **plan, device=device):
             draw_set(run, **plan, device=device)
-        keys = {q: Key(q, samples=name, space=compare.space_name(judge)) for q in QUALITIES}
-        compare.measure(run, {keys["FD"]: SampleQuality()}, features=judge, sets=(name,), **shown)
-        newest = {key_of(record): record for record in run.records()}
-        records += [newest[key] for key in keys.values() if key in newest]
+        if is_judge(run, judge):
+            raise UserError("it is the judge, so its samples are not judged; give --features")
+        fd = Key("FD", samples=name, space=compare.space_name(judge))
+        (found,) = compare.measure(run, {fd: SampleQuality()}, features=judge, sets=(name,), **shown)
+        keys = [fd._replace(quantity=quantity) for quantity in QUALITIES]
+        same = {key_of(r): r for r in run.records() if key_of(r) in keys and r.get("time") == found["time"]}
+        records += [same[key] for key in keys if key in same]
     return records
