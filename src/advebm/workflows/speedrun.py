@@ -33,7 +33,7 @@ from advebm.workflows.sample import draw_set, is_drawn
 from advebm.workflows.train import find_recipe, fit, train_or_resume
 
 Overrides = Iterable[tuple[str, Any]]
-ON_CPU = ("cifar10-at-15min",)
+ON_CPU = ("cifar10-at-20min",)
 ON_GPU = ("cifar10-speedrun-45", "cifar10-speedrun-48", "cifar10-speedrun-50")
 
 
