@@ -67,7 +67,8 @@ class Loader:
         index, turned = self._next(seen, stream)
         batch = self.images.take(index)
         x, y = batch.x.to(self.device), batch.y.to(self.device)  # those from disk; the others are there
-        return [augment(to_float(x), generator, turned if augment.alternate else None) for augment in self.augment], y
+        views = [a(to_float(x), generator, turned) if a.alternate else a(to_float(x), generator) for a in self.augment]
+        return views, y
 
     def trace(self, seen: int, stream: int, generator: torch.Generator) -> Origin:
         """Return where the pixels of the first view come from that a call with these arguments returns."""
