@@ -18,6 +18,18 @@ ERASED_AREA = (0.02, 0.33)  # share of the area that an erased box covers, as in
 ERASED_RATIO = (0.3, 10 / 3)  # its height divided by its width
 
 
+def take(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return pixels of ``x (B, C, H, W)`` at rows (B, h) and columns (B, w) of each image, (B, C, h, w)."""
+    batch = torch.arange(len(x), device=x.device)[:, None, None]
+    return x.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def covered(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Return which of ``size`` rows or columns a box covers that begins at ``start (B,)``; bool (B, size)."""
+    offset = torch.arange(size, device=start.device) - start[:, None]
+    return (offset >= 0) & (offset < length[:, None])
+
+
 @dataclass(frozen=True)
 class Augment:
     """Random crops, horizontal flips, colour changes, a policy and a box that is cut out, drawn for each image.
@@ -110,9 +122,7 @@ class Augment:
             top, left = (self._draw(2 * self.crop + 1, count, x, generator) for _ in range(2))
             rows = top[:, None] + torch.arange(height, device=x.device)
             columns = left[:, None] + torch.arange(width, device=x.device)
-            batch = torch.arange(count, device=x.device)[:, None, None]
-            padded = pad(x, [self.crop] * 4)
-            x = padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+            x = take(pad(x, [self.crop] * 4), rows, columns)
         if self.cropshift:
             x = self._cropshift(x, generator)
         if self.scale < 1:
@@ -126,7 +136,9 @@ class Augment:
         if self.policy != "none":
             x = (autoaugment if self.policy == "autoaugment" else color_shape)(x, generator)
         if self.cutout:
-            rows, columns = (self._stretch(self._draw(size, count, x, generator), size) for size in (height, width))
+            starts = (self._draw(size, count, x, generator) - self.cutout // 2 for size in (height, width))
+            edge = torch.full((count,), self.cutout, device=x.device)
+            rows, columns = (covered(start, edge, s) for start, s in zip(starts, (height, width), strict=True))
             x = x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], GREY)
         if self.erase:
             x = self._erase(x, generator)
@@ -142,11 +154,9 @@ class Augment:
             lost = lost.clamp(max=size - 1)
             cut, place = self._at_most(lost, generator), self._at_most(lost, generator)
             position = torch.arange(size, device=x.device) - place[:, None]  # within the part that is kept
-            kept.append((position >= 0) & (position < size - lost[:, None]))
+            kept.append(covered(place, size - lost, size))
             source.append((position + cut[:, None]).clamp(0, size - 1))
-        batch = torch.arange(count, device=x.device)[:, None, None]
-        moved = x.permute(0, 2, 3, 1)[batch, source[0][:, :, None], source[1][:, None, :]].permute(0, 3, 1, 2)
-        return moved * (kept[0][:, :, None] & kept[1][:, None, :])[:, None]
+        return take(x, *source) * (kept[0][:, :, None] & kept[1][:, None, :])[:, None]
 
     def _erase(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Blacken a box of random area, shape and place in a share ``erase`` of the images; edges are cut to theirs."""
@@ -157,15 +167,9 @@ class Augment:
         inside = []
         for length, size, place in (((area * ratio).sqrt(), height, top), ((area / ratio).sqrt(), width, left)):
             edge = length.round().clamp(1, size)
-            offset = torch.arange(size, device=x.device) - (place * (size - edge + 1)).floor()[:, None]
-            inside.append((offset >= 0) & (offset < edge[:, None]))
+            inside.append(covered((place * (size - edge + 1)).floor(), edge, size))
         box = inside[0][:, :, None] & inside[1][:, None, :] & (chance < self.erase)[:, None, None]
         return x.masked_fill(box[:, None], 0.0)
-
-    def _stretch(self, centre: Tensor, size: int) -> Tensor:
-        """Return which of ``size`` rows or columns the square covers; ``centre (B,)`` -> bool (B, size)."""
-        offset = torch.arange(size, device=centre.device) - centre[:, None] + self.cutout // 2
-        return (offset >= 0) & (offset < self.cutout)
 
     @staticmethod
     def _at_most(limit: Tensor, generator: torch.Generator) -> Tensor:

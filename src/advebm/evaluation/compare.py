@@ -108,6 +108,13 @@ def measure(run: Run, wanted: Wanted, *, features: str | Path | None = None, see
     return list(current.values())
 
 
+def records_beside(run: Run, record: Mapping[str, Any], quantities: Iterable[str]) -> Records:
+    """Return the records of these quantities, in this order, that were measured together with one of the run."""
+    key = key_of(record)
+    together = {key_of(r): r for r in run.records() if r.get("time") == record["time"]}
+    return [together[k] for q in quantities if (k := key._replace(quantity=q)) in together]
+
+
 def current_records(
     run: Run, wanted: Wanted, *, features: str | Path | None = None, seed: int = 0
 ) -> dict[Key, dict[str, Any]]:

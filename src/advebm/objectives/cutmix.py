@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from advebm.core.errors import UserError
+from advebm.data.augment import covered
 from advebm.models.modes import searching
 from advebm.objectives.at import AT
 from advebm.objectives.base import Batch, Context, Objective
@@ -73,8 +74,7 @@ def mix(batch: Batch, alpha: float, generator: torch.Generator) -> Batch:
     inside = []
     for size, where in ((height, place[0]), (width, place[1])):
         centre, length = (where * size).floor(), (edge * size).floor()
-        offset = torch.arange(size, device=device) - (centre - (length / 2).floor())[:, None]
-        inside.append((offset >= 0) & (offset < length[:, None]))
+        inside.append(covered(centre - (length / 2).floor(), length, size))
     box = inside[0][:, :, None] & inside[1][:, None, :]
     other = torch.randperm(count, generator=generator, device=device)
     area = box.flatten(1).to(batch.x.dtype).mean(1, keepdim=True)

@@ -25,7 +25,6 @@ from advebm.evaluation.leaderboard import (
     measure_seconds,
     most_robust_first,
 )
-from advebm.metrics.keys import key_of
 from advebm.reporting import leaderboard as pages
 from advebm.runs.find_model import trained_threat
 from advebm.runs.find_space import find_space
@@ -193,8 +192,7 @@ def measure(run: Run, row: Row, protocol: Protocol, device: str) -> None:
         draw_set(run, **plan)
     row.samples = run.samples()[protocol.set_name]
     found = compare.measure(run, protocol.quality(), features=protocol.features, sets=(protocol.set_name,), **shown)
-    keys = [key._replace(quantity="class score") for key in protocol.quality()]
-    row.add([*found, *(r for r in run.records() if key_of(r) in keys and r.get("time") == found[0]["time"])])
+    row.add([*found, *compare.records_beside(run, found[0], ("class score",))])
 
 
 def sample_set(run: Run, protocol: Protocol, device: str) -> dict[str, Any]:

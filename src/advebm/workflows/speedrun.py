@@ -21,7 +21,7 @@ from advebm.evaluation.speedrun import (
     find_tier,
     group_by_recipe,
 )
-from advebm.metrics.keys import Key, key_of
+from advebm.metrics.keys import Key
 from advebm.metrics.quality import SampleQuality
 from advebm.reporting import speedrun as pages
 from advebm.runs.recipe import Recipe
@@ -118,22 +118,18 @@ def stage_flops(recipe: Recipe) -> list[float]:
 
 def measure(run: Run, tier: str, features: str | None, device: str) -> compare.Records:
     """Measure what the run does not hold yet; return its accuracies and, of the samples, :data:`QUALITIES`."""
+    judge, samples = features or default_features(run.data), find_tier(tier).samples
+    if samples and is_judge(run, judge):  # said now, not after the attacks
+        raise UserError("it is the judge, so its samples are not judged; give --features")
     shown: dict[str, Any] = {"device": device, "bar": console.bar}
     shown["progress"] = lambda name: console.say(f"{run.recipe.name}, seed {run.recipe.seed}: {name}")
     records = compare.measure(run, accuracies(tier, run.recipe.threat), sets=(), **shown)
-    if not (samples := find_tier(tier).samples):
-        return records
-    judge, classes = features or default_features(run.data), len(run.data.classes)
-    for sampler in SAMPLERS:
+    for sampler in SAMPLERS if samples else ():
         name = f"speedrun-{type(sampler).__name__.lower()}"
-        plan: dict[str, Any] = {"name": name, "sampler": sampler, "per_class": max(1, samples // classes)}
+        plan: dict[str, Any] = {"name": name, "sampler": sampler, "per_class": max(1, samples // len(run.data.classes))}
         if not is_drawn(run, **plan, device=device):
             draw_set(run, **plan, device=device)
-        if is_judge(run, judge):
-            raise UserError("it is the judge, so its samples are not judged; give --features")
         fd = Key("FD", samples=name, space=compare.space_name(judge))
         (found,) = compare.measure(run, {fd: SampleQuality()}, features=judge, sets=(name,), **shown)
-        keys = [fd._replace(quantity=quantity) for quantity in QUALITIES]
-        same = {key_of(r): r for r in run.records() if key_of(r) in keys and r.get("time") == found["time"]}
-        records += [same[key] for key in keys if key in same]
+        records += compare.records_beside(run, found, QUALITIES)
     return records
