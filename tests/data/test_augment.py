@@ -333,6 +333,9 @@ def test_each_change_of_color_shape_is_one_of_pillow(monkeypatch):
     monkeypatch.setattr(autoaugment, "COLOR_SHAPE", tuple(table))
     changed = autoaugment.color_shape(photo.expand(400, -1, -1, -1) / 255, rng.generator(3))
     counts = {name: sum(len(m) for _, m in calls[name]) for name in names}
+    slots = {name: change.slots for name, change in zip(names, table, strict=True)}
+    kinds = [slots.pop("ShearX") + slots.pop("ShearY"), *slots.values()]
+    assert kinds == [2] * 8  # equally likely, a shear in either direction
     assert sum(counts.values()) == 400
     assert all(25 <= counts[name] <= 80 for name in names if not name.startswith("Shear"))
     assert counts["ShearX"] > 8
