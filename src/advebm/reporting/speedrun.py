@@ -69,6 +69,7 @@ def draw(found: Speedrun) -> bytes | None:
                 costs = [point[0] / TERA for point in curve]
                 axis.plot(costs, values, "o-", ms=3.5, lw=1.3, color=COLORS[i % len(COLORS)], label=label)
             axis.set(xlabel="FLOP of training so far, 10¹²", ylabel="accuracy, %")
+            axis.locator_params(axis="x", nbins=5)  # labels of short trainings are long
             axis.set_title(f"Validation images, {title}", loc="left")
         axes[0].legend(frameon=False, fontsize=8)
         return png(figure, tight=False)
