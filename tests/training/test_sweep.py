@@ -83,6 +83,7 @@ def test_combinations():
     assert combine({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
     assert combine({"a": [1, 1]}) == [{"a": 1}]
     assert combine({}, [{"a": 1, "b": 2}, {"c": 3}]) == [{"a": 1, "b": 2}, {"c": 3}]
+    assert combine({}, [{}, {"a": 1}]) == [{}, {"a": 1}]  # the recipe itself
     assert combine({"d": [0, 1]}, [{"a": 1}, {"c": 3}]) == [
         {"a": 1, "d": 0},
         {"a": 1, "d": 1},
@@ -91,6 +92,7 @@ def test_combinations():
     ]
     for vary, given, text in (
         ({}, [], "nothing varies"),
+        ({}, [{}], "nothing varies"),
         ({"a": []}, [], "no values"),
         ({"a": [1]}, [{"a": 2}], "varies in"),
     ):
@@ -490,6 +492,7 @@ def test_the_picture_shows_what_varies(monkeypatch):
     rows[2].faults[rows[2].trials[0].folder] = "diverged"
     pages.draw(Sweep(best_first(rows, "robust"), "robust", None, about, Path()))
     (axis,) = shown[0].axes
+    assert shown[0].get_suptitle() == "Best: lr 0.1"
     assert [text.get_text() for text in axis.get_xticklabels()] == ["0.02", "8/255", "0.1"]
     dots = {
         tuple(line.get_xdata()): list(line.get_ydata())
@@ -502,3 +505,17 @@ def test_the_picture_shows_what_varies(monkeypatch):
     pages.draw(Sweep(best_first(rows, "robust"), "robust", None, about, Path()))
     assert len(shown[1].axes) == 2
     assert pages.draw(Sweep([rows[2]], "robust", None, about, Path())) is None
+
+
+def test_the_recipe_itself_can_be_a_combination(monkeypatch):
+    shown = []
+    monkeypatch.setattr(pages, "png", lambda figure, **_: shown.append(figure) or b"")
+    about = {"device": "cpu", "system": "", "cores": 2, "torch": "", "advebm": "", "started": "2026-01-01"}
+    itself, other = row("0.1", [0.5]), row("0.2", [0.4])
+    found = Sweep([itself, other], "robust", None, about, Path())
+    assert not any("as in the recipe" in line for line in pages.legend(found))
+    itself.options.clear()
+    pages.draw(found)
+    assert shown[0].get_suptitle() == "Best: the recipe itself"
+    assert [text.get_text() for text in shown[0].axes[0].get_xticklabels()] == ["0.2", "recipe's"]
+    assert any("as in the recipe" in line for line in pages.legend(found))

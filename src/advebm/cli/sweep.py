@@ -30,7 +30,10 @@ def add_sweep(verbs: Commands) -> None:
         "[[1,2],[3,4]]; repeat: all combinations",
     )
     parser.add_argument(
-        "--trials", type=Path, metavar="FILE", help="YAML: a list of combinations, as - {optimizer.lr: 0.1}"
+        "--trials",
+        type=Path,
+        metavar="FILE",
+        help="YAML: a list of combinations, as - {optimizer.lr: 0.1}; {} is the recipe itself",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder of table, picture and trials")
     parser.add_argument("--seed", type=int, help="the first seed; the recipe's by default")
@@ -91,6 +94,6 @@ def read_trials(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(trials, list) or not trials or not all(isinstance(t, dict) and t for t in trials):
+    if not isinstance(trials, list) or not trials or not all(isinstance(t, dict) for t in trials):
         raise UserError(f"{path} takes a list of combinations, such as - {{optimizer.lr: 0.1, objective: trades}}")
     return trials

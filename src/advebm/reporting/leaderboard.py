@@ -13,11 +13,10 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from advebm.attacks.base import ball_text
-from advebm.core import files
 from advebm.data import pictures
 from advebm.evaluation.leaderboard import OUTLIERS, TIMED, Leaderboard, Row
 from advebm.reporting.figures import STYLE, png, show_images
-from advebm.reporting.records import markdown
+from advebm.reporting.pages import write_page
 from advebm.sampling import generate
 
 COLUMNS = 10  # classes that the picture shows a sample of, at most
@@ -27,15 +26,11 @@ DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 
 
 def write(board: Leaderboard) -> None:
     """Write ``leaderboard.json``, ``leaderboard.md`` and, if a model has both numbers, ``leaderboard.png``."""
-    picture = draw(board)
-    if picture is not None:
-        files.write(board.folder / "leaderboard.png", picture)
-    files.write(board.folder / "leaderboard.md", page(board, pictured=picture is not None))
-    files.write_json(board.folder / "leaderboard.json", board.describe())
+    write_page(board, "Leaderboard", draw(board), shows="FD against robust accuracy", lines=legend(board))
 
 
-def page(board: Leaderboard, *, pictured: bool) -> str:
-    """Return the table, the picture, and how all of it was measured, in Markdown."""
+def legend(board: Leaderboard) -> list[str]:
+    """Return lines that say how it was measured."""
     protocol, here = board.protocol, board.environment
     trained, tested = len(board.data.train), len(board.data.test)
     attacked = min(protocol.images or tested, tested)
@@ -43,21 +38,17 @@ def page(board: Leaderboard, *, pictured: bool) -> str:
     sets = ", ".join(noise.name for noise in OUTLIERS)
     sampler, threat = protocol.sampler, ball_text(protocol.attack.eps, protocol.attack.norm)
     drawn = f"{generate.set_name(sampler).rpartition('-')[0]}, {sampler.steps} steps of {sampler.step_size:g}"
-    lines = [
-        f"- {board.data.name}: {tested:,} test images; clean accuracy on all, robust accuracy on {which}, under "
+    return [
+        f"{board.data.name}: {tested:,} test images; clean accuracy on all, robust accuracy on {which}, under "
         f"{protocol.attack.name}, whatever a model was trained for.",
-        f"- Samples: about {protocol.samples:,}, by {drawn}, from the same starts ({sampler.start}) for every model.",
-        f"- FD (lower is better) and class score: in the features of `{protocol.features}`, FD from the {trained:,} "
+        f"Samples: about {protocol.samples:,}, by {drawn}, from the same starts ({sampler.start}) for every model.",
+        f"FD (lower is better) and class score: in the features of `{protocol.features}`, FD from the {trained:,} "
         "training images. FD depends on judge and number: compare within this table.",
-        f"- AUROC: E(x) tells up to {protocol.detection.count:,} test images from as many of {sets} noise; the lowest "
+        f"AUROC: E(x) tells up to {protocol.detection.count:,} test images from as many of {sets} noise; the lowest "
         "of these.",
-        f"- s / {TIMED} drawn: seconds on {here['device']}, {here['threads']} thread(s).",
-        f"- ± one standard error over images. Threat {threat}, tier `{protocol.tier}`, seed {protocol.seed}.",
-        f"- {here['system']}, {here['cores']} cores, torch {here['torch']}, advebm {here['advebm']}, "
-        f"{here['started'][:10]}.",
+        f"s / {TIMED} drawn: seconds on {here['device']}, {here['threads']} thread(s).",
+        f"± one standard error over images. Threat {threat}, tier `{protocol.tier}`, seed {protocol.seed}.",
     ]
-    picture = "![FD against robust accuracy](leaderboard.png)\n\n" if pictured else ""
-    return f"# Leaderboard\n\n{markdown(*board.table())}\n\n{picture}## Protocol\n\n" + "\n".join(lines) + "\n"
 
 
 def draw(board: Leaderboard) -> bytes | None:

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from matplotlib import pyplot as plt
 
 from advebm.attacks.base import ball_text
-from advebm.core import files
 from advebm.evaluation.speedrun import Entry, Speedrun
 from advebm.reporting.figures import STYLE, png
-from advebm.reporting.records import markdown
+from advebm.reporting.pages import write_page
 from advebm.training.cost import images_in_whole_batches
 from advebm.training.hardware import TERA
 
@@ -17,11 +16,8 @@ COLORS = ("#0f6fc6", "#d97706", "#059669", "#7c3aed", "#dc2626", "#6b7280")
 
 def write(found: Speedrun) -> None:
     """Write ``speedrun.json``, ``speedrun.md`` and, if there are validations, ``speedrun.png``."""
-    picture = draw(found)
-    if picture is not None:
-        files.write(found.folder / "speedrun.png", picture)
-    files.write(found.folder / "speedrun.md", page(found, pictured=picture is not None))
-    files.write_json(found.folder / "speedrun.json", found.describe())
+    shows = "robust accuracy against FLOP of training"
+    write_page(found, "Speed-run", draw(found), shows=shows, lines=legend(found))
 
 
 def legend(found: Speedrun) -> list[str]:
@@ -39,18 +35,6 @@ def legend(found: Speedrun) -> list[str]:
     if any(quality for entry in found.entries for quality in entry.columns() if quality.samples):
         lines.append("FD (lower is better), class score, intended class and recall: of samples by the named sampler.")
     return lines
-
-
-def page(found: Speedrun, *, pictured: bool) -> str:
-    """Return table, curves, and how it was measured, in Markdown."""
-    here = found.environment
-    lines = [f"- {line}" for line in legend(found)]
-    lines.append(
-        f"- Measured on {here['device']}, {here['system']}, {here['cores']} cores, torch {here['torch']}, advebm "
-        f"{here['advebm']}, {here['started'][:10]}."
-    )
-    picture = "![robust accuracy against FLOP of training](speedrun.png)\n\n" if pictured else ""
-    return f"# Speed-run\n\n{markdown(*found.table())}\n\n{picture}" + "\n".join(lines) + "\n"
 
 
 def draw(found: Speedrun) -> bytes | None:

@@ -9,9 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from advebm.attacks.base import ball_text
-from advebm.core import files
 from advebm.reporting.figures import STYLE, PlainLogFormatter, png
-from advebm.reporting.records import markdown
+from advebm.reporting.pages import write_page
 from advebm.training.hardware import TERA
 from advebm.training.sweep import LOGGED, Row, Sweep
 
@@ -33,11 +32,8 @@ NOTE = (
 
 def write(sweep: Sweep) -> None:
     """Write ``sweep.json``, ``sweep.md`` and, once there is a score, ``sweep.png``."""
-    picture = draw(sweep)
-    if picture is not None:
-        files.write(sweep.folder / "sweep.png", picture)
-    files.write(sweep.folder / "sweep.md", page(sweep, pictured=picture is not None))
-    files.write_json(sweep.folder / "sweep.json", sweep.describe())
+    lines, advice = legend(sweep), advise(sweep)
+    write_page(sweep, "Sweep", draw(sweep), shows="scores of all trials", lines=lines, advice=advice)
 
 
 def legend(sweep: Sweep) -> list[str]:
@@ -53,6 +49,8 @@ def legend(sweep: Sweep) -> list[str]:
         + (f"; means of {seeds} seeds, sd their standard deviation." if seeds > 1 else "; one seed."),
         "TFLOP: of training, without validation; seconds: of a trial, one thread on the CPU.",
     ]
+    if any(len(row.options) < len(sweep.varied) for row in sweep.rows):
+        lines.append("An empty cell: as in the recipe.")
     if sweep.budget is not None:
         lines.append(f"Every trial of the last round trains for at most {sweep.budget:.3g} FLOP.")
     if any(row.rung for row in sweep.rows):
@@ -60,25 +58,14 @@ def legend(sweep: Sweep) -> list[str]:
     return lines
 
 
-def page(sweep: Sweep, *, pictured: bool) -> str:
-    """Return table, picture, and how it was measured, in Markdown."""
-    here = sweep.environment
-    picture = "![scores of all trials](sweep.png)\n\n" if pictured else ""
-    lines = [f"- {line}" for line in legend(sweep)]
-    lines.append(
-        f"- {here['device']}, {here['system']}, {here['cores']} cores, torch {here['torch']}, advebm {here['advebm']}, "
-        f"{here['started'][:10]}."
-    )
-    best = ""
-    if len((row := sweep.rows[0]).values(sweep.by)) == len(row.trials):
-        folder = shlex.quote(str(row.trials[0].folder))
-        config = shlex.quote(str(row.trials[0].folder / "config.yaml"))
-        best = (
-            f"{NOTE}\n\n```\nadvebm evaluate {folder}\n"
-            f"advebm train --config {config} --train.images N   # longer\n"
-            "```\n\n"
-        )
-    return f"# Sweep\n\n{markdown(*sweep.table())}\n\n{best}{picture}" + "\n".join(lines) + "\n"
+def advise(sweep: Sweep) -> str:
+    """Return, in Markdown, what to do with the best combination; nothing as long as there is none."""
+    row = sweep.rows[0]
+    if len(row.values(sweep.by)) < len(row.trials):
+        return ""
+    folder, config = (shlex.quote(str(path)) for path in (row.trials[0].folder, row.trials[0].folder / "config.yaml"))
+    longer = f"advebm train --config {config} --train.images N   # longer"
+    return f"{NOTE}\n\n```\nadvebm evaluate {folder}\n{longer}\n```"
 
 
 def draw(sweep: Sweep) -> bytes | None:
@@ -120,7 +107,7 @@ def draw(sweep: Sweep) -> bytes | None:
         for line in axes:
             line[0].set_ylabel(_label(sweep))
         best = ", ".join(f"{short} {rows[0].options[n]}" for n, short in sweep.varied.items() if n in rows[0].options)
-        figure.suptitle(f"Best: {best}", x=0.01, ha="left", fontsize=10, color=BEST)
+        figure.suptitle(f"Best: {best or 'the recipe itself'}", x=0.01, ha="left", fontsize=10, color=BEST)
         band = "; band: the best ± 1.96 standard errors" if rows[0].error(sweep.by) is not None else ""
         figure.supxlabel(
             f"a dot is a trial{', a ring one of an earlier round' * (last > 0)}{band}",

@@ -33,6 +33,8 @@ LONGEST_NAME = 150  # characters of a trial's folder, which file systems limit
 def combine(vary: Mapping[str, Sequence[Any]], given: Sequence[Options] = ()) -> list[dict[str, Any]]:
     """Return every combination of the values of ``vary``, with each of the combinations ``given``; none twice.
 
+    An empty combination is the recipe itself.
+
     Raises:
         UserError: there is no combination, or an option is in both.
     """
@@ -41,7 +43,7 @@ def combine(vary: Mapping[str, Sequence[Any]], given: Sequence[Options] = ()) ->
             raise UserError(f"{name} has no values to try")
         if any(name in options for options in given):
             raise UserError(f"{name} varies in the given combinations; leave it out of the options that all combine")
-    if not vary and not given:
+    if not vary and not any(given):
         raise UserError("nothing varies; name options and values, such as --vary optimizer.lr=0.05,0.1")
     grid = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
     both = [{**options, **point} for options in given or [{}] for point in grid]
