@@ -3,6 +3,7 @@
 import json
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,7 +53,7 @@ def test_runs_of_a_recipe_are_its_seeds_and_are_measured_on_test_images(trained,
     values = [100 * records[0]["value"] for records in found.entries[0].records.values()]
     assert f"{statistics.fmean(values):.1f} ±" in rows[0][4]
     assert rows[0][4].endswith(f"sd {statistics.stdev(values):.1f}")
-    assert rows[0][0] == "digits-at x 2"
+    assert [row[0] for row in rows] == [f"{trained[i].folder} x 2" for i in (0, 2)]  # recipes of one name
     plain = json.loads((tmp_path / "speedrun.json").read_text())
     assert [[len(run["records"]) for run in entry["runs"]] for entry in plain["entries"]] == [[2, 2], [2, 2]]
     assert (tmp_path / "speedrun.png").read_bytes().startswith(b"\x89PNG")
@@ -113,13 +114,20 @@ def test_samples_are_drawn_and_judged(trained, tmp_path, monkeypatch):
     assert [head.partition(",")[0] for head in heads[6:]] == ["FD cs", "recall cs"]  # pixels name no class
 
 
-def test_what_cannot_be_run_is_refused(tmp_path):
+def test_what_cannot_be_run_is_refused(trained, tmp_path):
     with pytest.raises(UserError, match="neither a recipe of the package nor a run's folder"):
         workflow.run_recipes(["digits-att"], out=tmp_path)
     with pytest.raises(UserError, match="tier"):
         workflow.run_recipes(["digits-at"], out=tmp_path, tier="huge")
     with pytest.raises(UserError, match="seeds must be at least 1"):
         workflow.run_recipes(["digits-at"], out=tmp_path, seeds=0)
+    with pytest.raises(UserError, match="have the same recipe and seed"):
+        workflow.run_recipes([str(trained[0].folder)] * 2, out=tmp_path)
+    np.savez(tmp_path / "other.npz", x=np.zeros((40, 8, 8), np.uint8), y=np.arange(40) % 10)
+    other = [("data", {"kind": "npz", "path": str(tmp_path / "other.npz")})]
+    with pytest.raises(UserError, match="one data set, and these have"):
+        workflow.run_recipes([str(trained[0].folder), "digits-at"], other, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_protocol_of_the_standard_tier():

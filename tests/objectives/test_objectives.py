@@ -12,8 +12,9 @@ from advebm.objectives.at import AT, PreJEAT
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context
 from advebm.objectives.contrastive import ACL, AdversarialInfoNCE, InfoNCE, Negatives
+from advebm.objectives.cutmix import CutMix
 from advebm.objectives.dat import DAT
-from advebm.objectives.fast import FAST
+from advebm.objectives.fast import FAST, NFGSM
 from advebm.objectives.free import FREE
 from advebm.objectives.gat import GAT
 from advebm.objectives.langevin import JEAT, JEM, MLE, SGLD
@@ -30,6 +31,10 @@ OBJECTIVES = [
     AT(Attack(norm="l2", eps=0.5, steps=3), search_mode="train"),
     PreJEAT(),
     FAST(),
+    NFGSM(),
+    CutMix(),
+    CutMix(FAST(watch_every=1)),
+    CutMix(TRADES()),
     FREE(),
     TRADES(),
     WEAT(),

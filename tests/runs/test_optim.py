@@ -78,6 +78,16 @@ def test_an_orthogonalized_matrix_keeps_its_singular_vectors(shape, generator):
     torch.testing.assert_close(orthogonalize(7 * matrix), orthogonalize(matrix))
 
 
+def test_small_singular_values_become_one_down_to_a_hundredth_of_the_norm():
+    values = torch.logspace(-2, 0, 300, dtype=torch.float64)
+    for value in values:
+        rest = (1 - value**2).clamp_min(0).sqrt()
+        found = orthogonalize(torch.diag(torch.stack([value, rest])))
+        assert 0.65 < found[0, 0] < 1.25
+    tiny = orthogonalize(torch.diag(torch.tensor([1e-3, 1.0], dtype=torch.float64)))
+    assert tiny[0, 0] < 0.6
+
+
 def test_muon_by_hand(generator):
     """Nesterov's momentum of filters as matrices, times a step that decays with the schedule; biases as they are."""
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -99,6 +109,19 @@ def test_muon_by_hand(generator):
     torch.testing.assert_close(bias.detach(), second)
     with pytest.raises(UserError, match="momentum must lie in"):
         Muon(momentum=1.0)
+
+
+def test_lookahead_copies_the_weights_once(monkeypatch):
+    copies, clone = [], torch.Tensor.clone
+    optimizer = Lookahead(every=5).build([weight := nn.Parameter(torch.ones(3))])
+    weight.grad = torch.ones(3)
+    monkeypatch.setattr(torch.Tensor, "clone", lambda w, *a, **k: copies.append(w) or clone(w, *a, **k))
+    optimizer.step()
+    first = len(copies)
+    assert first
+    for _ in range(3):
+        optimizer.step()
+    assert len(copies) == first
 
 
 def test_lookahead_by_hand_and_resumed(generator):

@@ -11,7 +11,8 @@ from typing import Any
 from advebm.attacks.autoattack import AutoAttack
 from advebm.attacks.projected import Attack
 from advebm.core import config, notebook
-from advebm.core.errors import unknown_name
+from advebm.core.errors import UserError, unknown_name
+from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.robustness import Accuracy, RobustAccuracy
@@ -132,8 +133,13 @@ class Speedrun:
     environment: Mapping[str, Any]
     folder: Path
 
+    @property
+    def titles(self) -> list[str]:
+        """A title for each entry: its recipe's name, or the folder of its first run if several have that name."""
+        return list(compare.by_title(entry.runs[0] for entry in self.entries))
+
     def __repr__(self) -> str:
-        return f"Speed-run of {', '.join(entry.recipe.name for entry in self.entries)}: {self.folder}"
+        return f"Speed-run of {', '.join(self.titles)}: {self.folder}"
 
     def _repr_html_(self) -> str:
         return notebook.line(self) + notebook.table(*self.table())
@@ -145,10 +151,10 @@ class Speedrun:
         counts = {key: next(found[key][0]["count"] for found in columns if key in found) for key in keys}
         heads = [f"{_title(key)}, n = {counts[key]:,}" for key in keys]
         rows = []
-        for entry, found in zip(self.entries, columns, strict=True):
+        for title, entry, found in zip(self.titles, self.entries, columns, strict=True):
             cost = "" if entry.flops is None else f"{entry.flops / TERA:.4g}"
             cells = [_cell(found[key]) if key in found else "" for key in keys]
-            name = f"{entry.recipe.name}{f' x {len(entry.runs)}' if len(entry.runs) > 1 else ''}"
+            name = f"{title}{f' x {len(entry.runs)}' if len(entry.runs) > 1 else ''}"
             rows.append([name, f"{entry.images:,}", cost, f"{entry.seconds:.0f}", *cells, entry.note])
         noted = any(entry.note for entry in self.entries)
         heads = ["recipe", "images", "TFLOP", "seconds", *heads, "but"]
@@ -170,12 +176,18 @@ class Speedrun:
 
 
 def group_by_recipe(runs: Iterable[Run]) -> list[list[Run]]:
-    """Return runs in groups of one recipe, whatever the seed."""
-    groups: dict[Recipe, list[Run]] = {}
+    """Return runs in groups of one recipe, whatever the seed.
+
+    Raises:
+        UserError: two runs have the same recipe and seed.
+    """
+    groups: dict[Recipe, dict[int, Run]] = {}
     for run in runs:
         stages = tuple(dataclasses.replace(stage, seed=0) for stage in run.recipe.before)
-        groups.setdefault(dataclasses.replace(run.recipe, seed=0, before=stages), []).append(run)
-    return list(groups.values())
+        group = groups.setdefault(dataclasses.replace(run.recipe, seed=0, before=stages), {})
+        if (other := group.setdefault(run.recipe.seed, run)) is not run:
+            raise UserError(f"{other.folder} and {run.folder} have the same recipe and seed; give one of them")
+    return [list(group.values()) for group in groups.values()]
 
 
 def _is_shown(key: Key) -> bool:

@@ -25,10 +25,11 @@ def enough(shape: Sequence[int]) -> int:
 def whiten_first_convolution(model: Network, x: Tensor) -> None:
     """Set the first convolution's filters to those that whiten patches of images, Jordan (2024, section 3.2).
 
-    A filter is a principal component of the normalised patches divided by its standard deviation, so that its output
-    has variance 1 and outputs are uncorrelated.  Filters come in pairs of opposite sign, those of the largest variance
-    first: 3x3 patches of colour images have 27, which take 54 channels.  Fewer channels leave the weakest components
-    out, more keep their own weights.  There the filters stay fixed; here they are trained like all other weights.
+    A filter is a principal component of the normalised patches divided by its standard deviation, so that outputs are
+    uncorrelated and have a variance of about 1, less where the component's own is as small as FLOOR.  Filters come in
+    pairs of opposite sign, those of the largest variance first: 3x3 patches of colour images have 27, which take 54
+    channels.  Fewer channels leave the weakest components out, more keep their own weights.  There the filters stay
+    fixed; here they are trained like all other weights.
 
     Args:
         model: begins with a convolution of one group.

@@ -1,5 +1,6 @@
 """Adversarial training by a single step, with a monitor that detects its collapse."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -42,7 +43,8 @@ class FAST(AT):
         attack: the one-step attack; ``step_size`` None: 1.25 eps.
         search_mode, smoothing: see :class:`AT`.
         watch_every: number of images between checks; 0: no checks.
-        fall: largest fall of the accuracy from one check to the next, as a share.
+        fall: largest fall of the accuracy from one check to the next, as a share; at least four standard errors, as a
+            batch has few images.
     """
 
     attack: Attack = Attack(eps=8 / 255, steps=1)
@@ -77,7 +79,8 @@ class FAST(AT):
             with torch.no_grad():
                 right = ctx.mean(accuracy(f(x_adv), batch.y)).item()
         previous, state.images, state.accuracy = state.accuracy, ctx.images, right
-        if previous - right > self.fall:
+        chance = 4 * math.sqrt((right * (1 - right) + previous * (1 - previous)) / len(batch.x))
+        if previous - right > max(self.fall, chance):
             raise EarlyStop(f"accuracy under PGD-5 fell from {previous:.0%} to {right:.0%}: catastrophic overfitting")
 
 
@@ -113,7 +116,11 @@ class KeptPerturbations:
         back = torch.zeros_like(delta).flatten(2).scatter_add_(2, pixels.clamp_min(0), delta.flatten(2) * inside)
         largest = back.flatten(1).abs().amax(1)
         levels = (back * (LEVELS / largest.clamp_min(1e-12))[:, None, None]).round().to(torch.int8)
-        self.levels[origin.images], self.largest[origin.images] = levels.view_as(delta), largest.to(self.largest.dtype)
+        # At the border of two epochs an image may come twice: all its rows write the last one, in whatever order.
+        rows = torch.arange(len(delta), device=delta.device)
+        last = (rows * (origin.images[:, None] == origin.images)).amax(1)
+        self.levels[origin.images] = levels.view_as(delta)[last]
+        self.largest[origin.images] = largest.to(self.largest.dtype)[last]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"levels": self.levels, "largest": self.largest}
@@ -127,8 +134,9 @@ class FGSMEP(AT):
     """AT by one step of eps from the perturbation that each image had in the last epoch, Jia et al. (2022), FGSM-EP.
 
     So that one step attacks like several.  The first epoch starts from uniform draws.  Perturbations follow crops and
-    mirror images, and are kept as bytes: C x H x W bytes an image, in memory and in every checkpoint.  The authors'
-    momentum and their regulariser (FGSM-MEP, FGSM-PGI) are not part of it.
+    mirror images, and are kept as bytes: C x H x W bytes an image, in memory and in every checkpoint.  The authors
+    search in train mode, which ``search_mode`` can set; their momentum and their regulariser (FGSM-MEP, FGSM-PGI) are
+    not part of it.
 
     Attributes:
         attack: the attack; ``step_size`` None: eps.  Its start is that of an image's first epoch.
@@ -142,8 +150,11 @@ class FGSMEP(AT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.images_per_step is not None or self.attack.restarts > 1:
-            raise UserError("fgsm-ep goes on from one perturbation; leave images_per_step and attack.restarts out")
+        if self.images_per_step is not None or self.attack.restarts > 1 or self.attack.steps != 1:
+            raise UserError(
+                "fgsm-ep goes on from one perturbation by one step: set attack.steps to 1, and leave "
+                "images_per_step and attack.restarts out"
+            )
 
     def inner(self) -> Attack:
         return with_step(self.attack, 1.0)

@@ -47,7 +47,7 @@ def draw(found: Speedrun) -> bytes | None:
         for axis, which, title in ((axes[0], 1, "under the threat"), (axes[1], 2, "clean")):
             named = set()
             for i, curve in curves:
-                label = found.entries[i].recipe.name if i not in named else None
+                label = found.titles[i] if i not in named else None
                 named.add(i)
                 values = [100 * point[which] for point in curve]
                 costs = [point[0] / TERA for point in curve]

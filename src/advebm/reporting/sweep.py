@@ -2,7 +2,7 @@
 
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib import pyplot as plt
@@ -12,7 +12,7 @@ from advebm.attacks.base import ball_text
 from advebm.reporting.figures import STYLE, PlainLogFormatter, png
 from advebm.reporting.pages import write_page
 from advebm.training.hardware import TERA
-from advebm.training.sweep import LOGGED, Row, Sweep
+from advebm.training.sweep import LOGGED, Row, Sweep, options_text, value_text
 
 BEST, OTHER, FAILED = "#0f6fc6", "#6b7280", "#b91c1c"
 MEANINGS = {
@@ -106,8 +106,8 @@ def draw(sweep: Sweep) -> bytes | None:
                 _against_values(axis, sweep, name, last)
         for line in axes:
             line[0].set_ylabel(_label(sweep))
-        best = ", ".join(f"{short} {rows[0].options[n]}" for n, short in sweep.varied.items() if n in rows[0].options)
-        figure.suptitle(f"Best: {best or 'the recipe itself'}", x=0.01, ha="left", fontsize=10, color=BEST)
+        best = {short: rows[0].options[name] for name, short in sweep.varied.items() if name in rows[0].options}
+        figure.suptitle(f"Best: {options_text(best)}", x=0.01, ha="left", fontsize=10, color=BEST)
         band = "; band: the best ± 1.96 standard errors" if rows[0].error(sweep.by) is not None else ""
         figure.supxlabel(
             f"a dot is a trial{', a ring one of an earlier round' * (last > 0)}{band}",
@@ -161,17 +161,17 @@ def _dots(axis: Axes, sweep: Sweep, row: Row, x: float, last: int) -> None:
 
 
 def _against_values(axis: Axes, sweep: Sweep, name: str, last: int) -> None:
-    values = _in_order([row.options.get(name, "recipe's") for row in sweep.rows])
-    places = {str(value): place for place, value in enumerate(values)}
+    value_of = lambda row: value_text(row.options.get(name, "recipe's"))
+    places = {value: place for place, value in enumerate(_in_order(map(value_of, sweep.rows)))}
     tops: dict[int, float] = {}
     for row in sweep.rows:
-        place = places[str(row.options.get(name, "recipe's"))]
+        place = places[value_of(row)]
         _dots(axis, sweep, row, place, last)
         if row.rung == last and len(found := row.values(sweep.by)) == len(row.trials):
             mean, better = _scale(sweep) * statistics.fmean(found), min if sweep.by == "fd" else max
             tops[place] = better(mean, tops.get(place, mean))
     axis.plot(sorted(tops), [tops[place] for place in sorted(tops)], color=OTHER, lw=0.8, alpha=0.5, zorder=2)
-    texts = [text if len(text) <= 14 else f"{text[:12]} …" for text in places]
+    texts = [_label_of(text, places) for text in places]
     slanted = sum(map(len, texts)) > 26
     axis.set_xticks(range(len(texts)), texts, rotation=30 if slanted else 0, ha="right" if slanted else "center")
     axis.set_xlim(-0.5, len(texts) - 0.5)
@@ -179,18 +179,25 @@ def _against_values(axis: Axes, sweep: Sweep, name: str, last: int) -> None:
     axis.grid(visible=False, axis="x")
 
 
-def _in_order(values: Sequence[Any]) -> list[Any]:
-    """Return the different values, by size if all are numbers, else as they come in the best order of rows."""
-    unique = list({str(value): value for value in values}.values())
-    try:
-        return sorted(unique, key=_number)
-    except ValueError:
-        return sorted(unique, key=str)
+def _label_of(value: str, others: Iterable[str]) -> str:
+    """Shorten a long value to what comes before its options, if no other value begins so."""
+    kind = value.partition(",")[0]
+    if kind != value and sum(other.partition(",")[0] == kind for other in others) == 1:
+        return f"{kind} …"
+    return value if len(value) <= 14 else f"{value[:12]} …"
 
 
-def _number(value: Any) -> float:
-    above, slash, below = str(value).partition("/")
-    return float(above) / float(below) if slash else float(above)
+def _in_order(values: Iterable[str]) -> list[str]:
+    """Return the different values: numbers by size, then all others by name."""
+
+    def place(value: str) -> tuple[int, float, str]:
+        above, slash, below = value.partition("/")
+        try:
+            return 0, float(above) / float(below) if slash else float(above), ""
+        except ValueError:
+            return 1, 0.0, value
+
+    return sorted(set(values), key=place)
 
 
 def _against_flops(axis: Axes, sweep: Sweep, rows: Sequence[Row], last: int) -> None:

@@ -187,6 +187,7 @@ def _costs(stage: Estimate, machine: Machine) -> dict[str, str]:
         "validation, forward + backward": validated if stage.validated else "none",
         "samples, forward + backward": _validation(stage.drawn, stage.sampling) if stage.drawn else "",
         "GFLOP, a forward pass": f"{stage.flops.forward / 1e9:.3g}",
+        "PFLOP of training": _span(flops / 1e15 for flops in stage.training) if stage.images else "",
         "PFLOP, in all": _span(flops / 1e15 for flops in stage.total),
     }
     names = ("GB: weights", "  optimiser", "  averaged weights", "  activations, gradients")

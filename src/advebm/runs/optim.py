@@ -172,7 +172,8 @@ class OrthogonalMomentum(torch.optim.Optimizer):
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """Return ``U V^T`` for a matrix ``U S V^T``, with singular values that are only about 1, by Newton-Schulz steps.
 
-    Five steps of the polynomial of Jordan et al. (2024) bring singular values above 1/100 of the largest to 0.7 to 1.2.
+    Five steps of the polynomial of Jordan et al. (2024) bring singular values above 1/100 of the Frobenius norm, the
+    root of the sum of their squares, to 0.7 to 1.2; smaller ones stay smaller.
     """
     x = matrix / matrix.norm().clamp_min(1e-7)
     tall = x.shape[0] > x.shape[1]
@@ -187,8 +188,11 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon:
     """Momentum made orthogonal for matrices and filters, Jordan et al. (2024), see :class:`OrthogonalMomentum`.
 
+    They use it for hidden layers only; here the first and the last layer have it, too.
+
     Attributes:
-        lr: peak learning rate of matrices and filters: the spectral norm of a step.
+        lr: peak learning rate of matrices and filters: about the spectral norm of a step, times √(rows / columns) if
+            there are more rows.
         momentum: of all parameters, in [0, 1).
         weight_decay: share of matrices and filters, times the learning rate, that each step takes off.
         vector_lr: peak learning rate of biases and norms.
@@ -251,9 +255,9 @@ class Lookahead:
     def _remember(optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Keep the first weights as the slow ones, in the optimiser's state, so that checkpoints have them."""
         for group in optimizer.param_groups:
-            group.setdefault("fast_steps", 0)
-            slow = group.setdefault("slow", [p.detach().clone() for p in group["params"]])
-            group["slow"] = [w.to(p.device) for w, p in zip(slow, group["params"], strict=True)]  # after a resume
+            if "slow" not in group:
+                group["fast_steps"], group["slow"] = 0, [p.detach().clone() for p in group["params"]]
+            group["slow"] = [w.to(p.device) for w, p in zip(group["slow"], group["params"], strict=True)]  # resumed
 
     @torch.no_grad()
     def _pull(self, optimizer: torch.optim.Optimizer, *_: object) -> None:

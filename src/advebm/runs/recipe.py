@@ -45,7 +45,8 @@ class Training:
             in losses), ``fold``, ``compile``, ``bf16`` or ``bf16+compile``; ``auto`` is ``bf16`` if ``precision`` is
             bfloat16 (``fold`` where that is not multiplied in hardware), else ``off``, which is bit-identical.
         whiten: whether the first convolution of a new network begins with filters that whiten patches of the training
-            images (Jordan, 2024), as many of the strongest components as fit into half of its channels.
+            images (Jordan, 2024), as many of the strongest components as fit into half of its channels; the weights of
+            ``init`` replace them.
         recompute: whether losses store only the input of each block of the backbone and recompute the rest for the
             gradient (activation checkpointing): less memory, one more forward pass, the same numbers.
         clip: largest gradient norm; None: no limit.
@@ -105,6 +106,11 @@ class Training:
                 "train.select fd needs a feature space for FD; give --train.features RUN (a classifier of these data, "
                 "not the run itself, which would favour its own samples), a model of the package, inception or pixels"
             )
+
+    @property
+    def cites(self) -> tuple[str, ...]:
+        """Return the keys of ``citations.bib`` for the options in use."""
+        return ("jordan2024airbench",) if self.whiten else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,9 +58,24 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return {name: next((end for end in ends(name) if not clash(end, name)), name) for name in names}
 
 
+def value_text(value: Any) -> str:
+    """Return an option's value as text: ``{"kind": "at", "attack": {"steps": 2}}`` -> ``at, attack (steps 2)``."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    nested = lambda part: f"({value_text(part)})" if isinstance(part, Mapping) else str(part)
+    kind = [str(value["kind"])] if "kind" in value else []
+    return ", ".join(kind + [f"{name} {nested(part)}" for name, part in value.items() if name != "kind"])
+
+
+def options_text(options: Options) -> str:
+    """Return a combination of options in one line."""
+    return ", ".join(f"{name}={value_text(value)}" for name, value in options.items()) or "the recipe itself"
+
+
 def trial_name(options: Options, seed: int, images: int) -> str:
     """Return the name of a trial's folder, such as ``optimizer.lr=0.05,seed=0,images=6016``."""
-    text = ",".join(f"{name}={value}" for name, value in {**options, "seed": seed, "images": images}.items())
+    parts = {**options, "seed": seed, "images": images}
+    text = ",".join(f"{name}={value_text(value)}" for name, value in parts.items())
     name = re.sub(r"[^\w.,=+-]+", "-", text)
     if len(name) <= LONGEST_NAME:
         return name
@@ -292,7 +307,8 @@ class Sweep:
         heads = [*self.varied.values(), *scores, "images", "TFLOP", "seconds"]
         rows = []
         for row in self.rows:
-            cells = [str(row.options.get(name, "")) for name in self.varied] + [_cell(row, by) for by in scores]
+            cells = [value_text(row.options.get(name, "")) for name in self.varied]
+            cells += [_cell(row, by) for by in scores]
             cells += [
                 f"{row.images:,}",
                 "" if row.flops is None else f"{row.flops / TERA:.4g}",

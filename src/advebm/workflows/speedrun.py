@@ -33,7 +33,7 @@ from advebm.workflows.sample import draw_set, is_drawn
 from advebm.workflows.train import find_recipe, fit, train_or_resume
 
 Overrides = Iterable[tuple[str, Any]]
-ON_CPU = ("cifar10-at-20min",)
+ON_CPU = ("cifar10-at-20min", "cifar10-at-linf-20min")
 ON_GPU = ("cifar10-speedrun-45", "cifar10-speedrun-48", "cifar10-speedrun-50")
 
 
@@ -62,7 +62,8 @@ def run_recipes(
         device: None: the best one available.
 
     Raises:
-        UserError: an unknown recipe, option or tier, a folder that holds no finished run, or one with other runs.
+        UserError: an unknown recipe, option or tier, a folder that holds no finished run, or one with other runs; the
+            same recipe and seed twice, or several data sets.
         Interrupted: Ctrl-C; what is trained and measured is saved.
     """
     find_tier(tier)
@@ -73,6 +74,9 @@ def run_recipes(
     given = [open_trained(where, overrides) for where in sources if where not in recipes.names()]
     named = [where for where in sources if where in recipes.names()]
     planned = [find_recipe(name, overrides, seed=seed) for name in named for seed in range(seeds)]
+    group_by_recipe(given)  # refuses one seed twice, before the training
+    if len(sets := {run.data.name for run in given} | {recipe.data.load().name for recipe in planned}) > 1:
+        raise UserError(f"a speed-run has one data set, and these have {' and '.join(sorted(sets))}")
     train = functools.partial(fit, device=device)
     with files.locked(out / ".lock", f"another speed-run is at work in {out}"):
         trained = []

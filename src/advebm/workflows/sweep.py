@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 
-from advebm.core import console, files
+from advebm.core import config, console, files
 from advebm.core.allocator import tune_cpu_allocator
 from advebm.core.errors import Interrupted, UserError, unknown_name
 from advebm.core.processes import end_with_parent
@@ -36,6 +36,7 @@ from advebm.training.sweep import (
     combine,
     count_validation,
     images_for,
+    options_text,
     read_result,
     training_flops,
     trial_name,
@@ -75,7 +76,7 @@ def sweep(
         source: name of a recipe, the path of a file, or a recipe.
         overrides: options of all trials.
         vary: values by option, of which every combination is tried.
-        trials: further combinations; each is tried with all combinations of ``vary``.
+        trials: combinations of your own, each tried with all of ``vary``; empty: those of ``vary`` alone.
         out: folder of table, picture and trials.
         seeds: number of seeds, the same for every combination; their mean score counts.
         jobs: number of trials side by side; None: as many as cores, one on a GPU.
@@ -113,7 +114,7 @@ def sweep(
         try:
             first = make(seed)
         except UserError as error:
-            raise UserError(f"{', '.join(f'{name}={value}' for name, value in options.items())}: {error}") from None
+            raise UserError(f"{options_text(options)}: {error}") from None
         return first, *map(make, range(first.seed + 1, first.seed + seeds))
 
     planned = [(options, recipes_of(options)) for options in combinations]
@@ -150,6 +151,7 @@ def check_comparable(recipes: Sequence[Recipe], by: By) -> None:
         "train.validate_with": {recipe.train.validate_with for recipe in recipes},
         "train.features": {recipe.train.features for recipe in recipes},
         "train.samples": {recipe.train.samples for recipe in recipes},
+        "data": {str(_without_augmentation(config.describe(recipe.data))) for recipe in recipes},
         "kind of model": {(r.objective.outputs == 1, r.objective.hidden is None) for r in recipes},
     }
     for what, found in alike.items():
@@ -157,6 +159,13 @@ def check_comparable(recipes: Sequence[Recipe], by: By) -> None:
             raise UserError(f"trials are scored alike, and these differ in {what}; leave it out of what varies")
     if by == "fd" and recipes[0].train.features is None:
         raise UserError("fd needs a feature space; give --train.features")
+
+
+def _without_augmentation(data: Any) -> Any:
+    """Return a described source without what changes training images only."""
+    if not isinstance(data, Mapping):
+        return data
+    return {name: _without_augmentation(value) for name, value in data.items() if name != "augment"}
 
 
 def plan(
@@ -237,7 +246,7 @@ def train_rows(rows: Sequence[Row], jobs: int, device: str, changed: Callable[[]
 
         def ended(trial: Trial, fault: str) -> None:
             if not take(trial, fault):
-                take(trial, "its process ended before its training")
+                take(trial, "its process ended before its training did")
             told(trial, length(trial))
             changed()
 
