@@ -580,7 +580,7 @@ def test_states_survive_an_interruption(tmp_path, kind):
     whole = train(recipe, tmp_path / "whole", device="cpu")
     one, two = (load_file(r.checkpoints.path() / "model.safetensors") for r in (cut, whole))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    if kind != "awp":  # what outlives a step, too
+    if kind not in ("awp", "cutmix"):  # what outlives a step, too
         states = [torch.load(r.checkpoints.path() / "state" / "stream-0.pt", weights_only=True) for r in (cut, whole)]
         assert states[0].keys() == states[1].keys()
         assert all(bool(torch.all(torch.as_tensor(v) == torch.as_tensor(states[1][k]))) for k, v in states[0].items())
