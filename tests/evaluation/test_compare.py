@@ -16,7 +16,7 @@ from advebm.cli import parser as cli_parser
 from advebm.core import config
 from advebm.core.errors import UserError
 from advebm.data.ood_sets import UniformNoise
-from advebm.data.sources import Classes, Digits, Part
+from advebm.data.sources import Classes, Digits, Part, find_spec
 from advebm.evaluation import compare
 from advebm.evaluation.suites import SUITES
 from advebm.metrics.base import Subject
@@ -184,10 +184,26 @@ def test_classes_of_a_source_are_disjoint_and_whole():
         one, two, every = (named(data, getattr(data, name)) for data in (some, rest, whole))
         assert one | two == every
         assert not one & two
-    with pytest.raises(UserError, match="digits has 10 classes, so count is less, got 10"):
+    with pytest.raises(UserError, match="digits has 10 classes, so take fewer, got 10"):
         Classes(count=10).load()
     with pytest.raises(UserError, match="at least 1 class"):
         Classes(count=0)
+
+
+def test_classes_may_be_named():
+    whole = Digits().load()
+    options = [("data", "classes"), ("data.source", "digits"), ("data.names", "7,3")]
+    source = resolve(recipes.find("digits-at"), options).data
+    two, rest = source.load(), dataclasses.replace(source, rest=True).load()
+    assert (two.name, two.classes) == ("digits, 3 and 7", ("3", "7"))
+    assert torch.equal(two.train.x, whole.train.x[(whole.train.y == 3) | (whole.train.y == 7)])
+    assert two.test.y.bincount().tolist() == [(whole.test.y == 3).sum(), (whole.test.y == 7).sum()]
+    assert (rest.name, rest.classes) == ("digits, 8 other classes", tuple("01245689"))
+    assert find_spec(source).classes == 2
+    with pytest.raises(UserError, match="no class of digits 'seven'; there is 0, 1"):
+        Classes(names=("seven",)).load()
+    with pytest.raises(UserError, match="leave count out"):
+        Classes(names=("7",), count=1)
 
 
 def test_recipes_may_stand_on_others(tmp_path):

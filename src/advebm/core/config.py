@@ -365,6 +365,8 @@ def _convert(value: Any, hint: Any, where: str, foreign: bool) -> Any:
             raise UserError(f"{where} is one of {', '.join(map(str, args))}, got {value!r}{suggest(value, args)}")
         return value
     if origin is tuple:
+        if isinstance(value, str) and args[0] is str and not value.startswith("["):
+            value = [part.strip() for part in value.split(",") if part.strip()]  # 7 and no may be names
         if isinstance(value, str):
             try:
                 value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")

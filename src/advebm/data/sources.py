@@ -297,36 +297,50 @@ class Classes(Derived):
     """Some of another source's classes, or the others: for what is to be unseen, down to its kind.
 
     ``--outside classes --outside.source cifar100 --outside.count 80`` trains against 80 classes; the other 20, with
-    ``rest: true``, show how the model handles classes that it has never seen.
+    ``rest: true``, show how the model handles classes that it has never seen.  ``--data classes --data.source cifar10
+    --data.names horse,ship`` trains on two classes.
 
     Attributes:
         source: the other source.
-        count: number of classes to use.
+        count: number of classes to use; None: five, or those of ``names``.
+        names: which classes to use; empty: ``split_seed`` chooses.
         rest: whether to use the classes that are not among them.
         split_seed: chooses which ones.
     """
 
-    count: int = 5
+    count: int | None = None
+    names: tuple[str, ...] = ()
     rest: bool = False
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.count < 1:
+        if self.names and self.count is not None:
+            raise UserError(f"names say which classes and how many; leave count out, got {self.count}")
+        if self.count is not None and self.count < 1:
             raise UserError(f"count must be at least 1 class, got {self.count}")
 
     def outline(self) -> DataSpec:
         """Return the shape and the number of classes."""
         found = find_spec(self.source)
-        others = None if found.classes is None else found.classes - self.count
-        return DataSpec(found.shape, others if self.rest else self.count)
+        others = None if found.classes is None else found.classes - self._size
+        return DataSpec(found.shape, others if self.rest else self._size)
+
+    @property
+    def _size(self) -> int:
+        return len(set(self.names)) or self.count or 5
 
     def load(self) -> Data:
         """Return every split with only the images of these classes, renumbered from 0."""
         data = self.source.load()
-        if self.count >= len(data.classes):
-            raise UserError(f"{data.name} has {len(data.classes)} classes, so count is less, got {self.count}")
-        order = torch.randperm(len(data.classes), generator=rng.generator(self.split_seed, "classes"))
-        kept = (order[self.count :] if self.rest else order[: self.count]).sort().values
+        if self._size >= len(data.classes):
+            raise UserError(f"{data.name} has {len(data.classes)} classes, so take fewer, got {self._size}")
+        order = torch.randperm(len(data.classes), generator=rng.generator(self.split_seed, "classes")).tolist()
+        for name in self.names:
+            if name not in data.classes:
+                raise unknown_name(f"class of {data.name}", name, data.classes)
+        if self.names:  # first
+            order.sort(key=lambda k: data.classes[k] not in self.names)
+        kept = torch.tensor(order[self._size :] if self.rest else order[: self._size]).sort().values
         number = torch.full((len(data.classes),), -1).scatter(0, kept, torch.arange(len(kept)))
 
         def of(images: Images) -> Images:
@@ -334,8 +348,10 @@ class Classes(Derived):
             return replace(chosen, y=number[chosen.y])
 
         names = tuple(data.classes[k] for k in kept.tolist())
-        what = f"{data.name}, {len(kept)} {'other ' * self.rest}classes"
-        return Data(what, names, of(data.train), of(data.val), of(data.test))
+        what = f"{len(kept)} {'other ' * self.rest}class{'es' * (len(kept) > 1)}"
+        if self.names and not self.rest:
+            what = " and ".join(names)
+        return Data(f"{data.name}, {what}", names, of(data.train), of(data.val), of(data.test))
 
 
 def find_spec(source: Source) -> DataSpec:
