@@ -200,7 +200,7 @@ def test_classes_may_be_named():
     assert two.test.y.bincount().tolist() == [(whole.test.y == 3).sum(), (whole.test.y == 7).sum()]
     assert (rest.name, rest.classes) == ("digits, 8 other classes", tuple("01245689"))
     assert find_spec(source).classes == 2
-    with pytest.raises(UserError, match="no class of digits 'seven'; there is 0, 1"):
+    with pytest.raises(UserError, match="no class 'seven'; there is 0, 1"):
         Classes(names=("seven",)).load()
     with pytest.raises(UserError, match="leave count out"):
         Classes(names=("7",), count=1)

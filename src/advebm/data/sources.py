@@ -303,7 +303,7 @@ class Classes(Derived):
     Attributes:
         source: the other source.
         count: number of classes to use; None: five, or those of ``names``.
-        names: which classes to use; empty: ``split_seed`` chooses.
+        names: which classes to use, by name or number; empty: ``split_seed`` chooses.
         rest: whether to use the classes that are not among them.
         split_seed: chooses which ones.
     """
@@ -332,15 +332,11 @@ class Classes(Derived):
     def load(self) -> Data:
         """Return every split with only the images of these classes, renumbered from 0."""
         data = self.source.load()
-        if self._size >= len(data.classes):
+        order = torch.randperm(len(data.classes), generator=rng.generator(self.split_seed, "classes"))
+        chosen = {data.number(name) for name in self.names} or set(order[: self._size].tolist())
+        if max(len(chosen), self._size) >= len(data.classes):
             raise UserError(f"{data.name} has {len(data.classes)} classes, so take fewer, got {self._size}")
-        order = torch.randperm(len(data.classes), generator=rng.generator(self.split_seed, "classes")).tolist()
-        for name in self.names:
-            if name not in data.classes:
-                raise unknown_name(f"class of {data.name}", name, data.classes)
-        if self.names:  # first
-            order.sort(key=lambda k: data.classes[k] not in self.names)
-        kept = torch.tensor(order[self._size :] if self.rest else order[: self._size]).sort().values
+        kept = torch.tensor([k for k in range(len(data.classes)) if (k in chosen) != self.rest])
         number = torch.full((len(data.classes),), -1).scatter(0, kept, torch.arange(len(kept)))
 
         def of(images: Images) -> Images:
