@@ -112,9 +112,10 @@ def test_the_page_opens_without_a_name(tmp_path):
         process.wait(60)
 
 
-def test_its_headline_numbers_are_those_of_the_models_card():
+@pytest.mark.parametrize("model", ["cifar10-at-2h", "cifar10-at-20min"])
+def test_its_headline_numbers_are_those_of_the_models_card(model):
     """Clean accuracy, and accuracy under the two APGD attacks."""
-    card = (ROOT / "models" / "cifar10-at-2h" / "README.md").read_text()
+    card = (ROOT / "models" / model / "README.md").read_text()
     clean = re.search(r"\| accuracy \|  \| (\S+ ± \S+ %) \| 10,000 \|", card)[1]
     attacked = re.search(r"\| accuracy under AutoAttack quick l2 0.5 \|  \| (\S+ ± \S+ %) \| 1,000 \|", card)[1]
     text = " ".join(README.split())
