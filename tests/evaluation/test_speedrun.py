@@ -123,10 +123,12 @@ def test_what_cannot_be_run_is_refused(trained, tmp_path):
         workflow.run_recipes(["digits-at"], out=tmp_path, seeds=0)
     with pytest.raises(UserError, match="have the same recipe and seed"):
         workflow.run_recipes([str(trained[0].folder)] * 2, out=tmp_path)
-    np.savez(tmp_path / "other.npz", x=np.zeros((40, 8, 8), np.uint8), y=np.arange(40) % 10)
-    other = [("data", {"kind": "npz", "path": str(tmp_path / "other.npz")})]
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 8, 8), np.uint8)
+    np.savez(tmp_path / "other.npz", x=pixels, y=np.arange(200) % 10)
+    other = tiny(data={"kind": "npz", "path": str(tmp_path / "other.npz")}, train__images=128)
+    runs = [trained[0].folder, train_or_resume(other, tmp_path / "other").folder]
     with pytest.raises(UserError, match="one data set, and these have"):
-        workflow.run_recipes([str(trained[0].folder), "digits-at"], other, out=tmp_path / "out")
+        workflow.run_recipes([*map(str, runs)], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
