@@ -532,7 +532,7 @@ METHODS = {
     and not any(method in name for method in ("acl", "infonce"))  # CEM's, on CIFAR-10 alone
     and "-l2" not in name
     and not name.endswith(("-resnet50", "-t50"))  # rows of a paper with another network, or steps
-    and not name.endswith(("-2h", "-20min"))  # ours of a budget
+    and not name.endswith(("-2h", "-20min", "-5min"))  # ours of a budget
     and "speedrun" not in name
 }
 
