@@ -334,7 +334,7 @@ class Classes(Derived):
         data = self.source.load()
         order = torch.randperm(len(data.classes), generator=rng.generator(self.split_seed, "classes"))
         chosen = {data.number(name) for name in self.names} or set(order[: self._size].tolist())
-        if max(len(chosen), self._size) >= len(data.classes):
+        if self._size >= len(data.classes):
             raise UserError(f"{data.name} has {len(data.classes)} classes, so take fewer, got {self._size}")
         kept = torch.tensor([k for k in range(len(data.classes)) if (k in chosen) != self.rest])
         number = torch.full((len(data.classes),), -1).scatter(0, kept, torch.arange(len(kept)))

@@ -75,7 +75,8 @@ def run_recipes(
     named = [where for where in sources if where in recipes.names()]
     planned = [find_recipe(name, overrides, seed=seed) for name in named for seed in range(seeds)]
     group_by_recipe(given)  # refuses one seed twice, before the training
-    if len(sets := {run.data.name for run in given} | {recipe.data.load().name for recipe in planned}) > 1:
+    to_read = {recipe.data for recipe in planned}  # once for all seeds
+    if len(sets := {run.data.name for run in given} | {source.load().name for source in to_read}) > 1:
         raise UserError(f"a speed-run has one data set, and these have {' and '.join(sorted(sets))}")
     train = functools.partial(fit, device=device)
     with files.locked(out / ".lock", f"another speed-run is at work in {out}"):
