@@ -25,6 +25,7 @@ from advebm.metrics.overlap import Balls, density_coverage, hits, precision_reca
 from advebm.metrics.quality import SampleQuality
 from advebm.metrics.spaces import InceptionFeatures, Pixels
 from advebm.models import inception
+from advebm.reporting.records import class_tables
 from advebm.runs.find_space import ClassifierFeatures, feature_space, find_space
 from advebm.runs.run import Run
 from advebm.workflows.sample import draw_set
@@ -280,6 +281,7 @@ def test_what_features_may_name(tmp_path):
     assert find_space("pixels") == Pixels()
     assert find_space("./pixels") == ClassifierFeatures("./pixels")
     assert find_space("hf:user/name") == ClassifierFeatures("hf:user/name")
+    assert find_space("cifar10-infonce").load("cpu").classes[:2] == ("airplane", "automobile")
     assert find_space("hf:user/name").judge == "hf:user/name"
     assert find_space(tmp_path / "a").name == "features of a"
     (tmp_path / "b").mkdir()
@@ -381,6 +383,26 @@ def test_a_judge_of_other_classes_says_nothing_of_intended_ones(generator):
     names = {r.name for r in SampleQuality()(subject, generator)}
     assert "class score (the image)" in names
     assert "intended class (the image)" not in names
+
+
+def test_a_judge_of_more_classes_is_asked_by_name(generator):
+    """It has the data's classes in another order and one more, which it assigns the darkest samples to."""
+    train = torch.rand(12, 1, 2, 2, generator=generator)
+    samples = torch.tensor([0.1, 0.1, 0.4, 0.4, 0.4, 0.6, 0.6, 0.6, 0.6, 0.6])[:, None, None, None].expand(-1, 1, 2, 2)
+    by_mean = lambda f: torch.stack([f.mean(1) > 0.5, f.mean(1) < 0.2, (f.mean(1) - 0.35).abs() < 0.1], 1).float()
+    judge = Features("judge", lambda x: x.flatten(1), by_mean, ("bright", "black", "dark"))
+    subject = subject_of(train, samples.contiguous(), judge)
+    (found,) = (r for r in SampleQuality(groups=5)(subject, generator) if r.name == "intended class (judge)")
+    assert (found.value, found.series) == (0.8, {"dark": [pytest.approx(0.6)], "bright": [1.0]})
+    asked_nothing = subject.samples["some"]._replace(y=torch.full((10,), -1))
+    subject = subject._replace(samples={"some": asked_nothing})
+    (found,) = (r for r in SampleQuality(groups=5)(subject, generator) if r.name == "intended class (judge)")
+    assert (found.value, found.series) == (0.8, {})
+    assert class_tables([vars(found)]) == []
+    subject = subject._replace(features=judge._replace(classes=("bright", "black", "grey")))
+    assert not any(r.name.startswith("intended") for r in SampleQuality(groups=5)(subject, generator))
+    subject = subject._replace(features=WHOLE)  # any sample is in one of its two classes
+    assert not any(r.name.startswith("intended") for r in SampleQuality(groups=5)(subject, generator))
 
 
 class Small(nn.Module):

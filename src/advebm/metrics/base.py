@@ -75,12 +75,14 @@ class SampleSet(NamedTuple):
 class Features(NamedTuple):
     """A named feature space: images (B, C, H, W) in [0, 1] -> features (B, D).
 
-    ``logits`` maps the features to logits (B, K).  None: the features are not those of a classifier.
+    ``logits`` maps the features to logits (B, K).  None: the features are not those of a classifier.  ``classes`` are
+    the names of these K classes; empty: unknown.
     """
 
     name: str
     extract: Callable[[Tensor], Tensor]
     logits: Callable[[Tensor], Tensor] | None = None
+    classes: tuple[str, ...] = ()
 
     @torch.no_grad()
     def of(self, x: Tensor, device: torch.device, batch: int = 500) -> Tensor:

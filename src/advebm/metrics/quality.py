@@ -70,8 +70,10 @@ class SampleQuality:
         """Return the records of each set; sets of at most ``NEAR`` samples are skipped with a warning.
 
         These are ``FD``, ``KID``, ``precision``, ``recall``, ``density`` and ``coverage``; for a classifier's features
-        also ``class score``, and ``intended class`` if it has as many classes as the data and every sample has an
-        intended class.  Names end with that of the feature space, except ``FID``, ``KID`` and ``IS`` for Inception.
+        also ``class score``, and ``intended class``: the share of samples that it assigns to the class asked for.  Of
+        samples without one, such as a critic's, it is the share assigned to any class of the data, if the classifier
+        has others.  Classes are matched by their names, else by their numbers if there are as many.  Names of records
+        end with that of the feature space, except ``FID``, ``KID`` and ``IS`` for Inception.
         """
         if not subject.samples:
             return []
@@ -111,8 +113,8 @@ class SampleQuality:
             about = {**settings, "splits": groups, "deviation": deviation}
             error = deviation / (groups - 1) ** 0.5
             records.append(Record(label("class score", space.name), score, error, count, about))
-            if logits.shape[1] == len(subject.data.classes) and (classes >= 0).all():
-                records.append(_intended_class(logits.argmax(1) == classes, classes, space, subject, settings))
+            if (hits := _intended(logits, classes, space, subject.data.classes)) is not None:
+                records.append(_intended_class(hits, classes, space, subject, settings))
         return records
 
 
@@ -148,6 +150,20 @@ def overlap(parts: Sequence[Tensor], real: Reference) -> dict[str, Statistic]:
         "density": lambda subset: torch.cat([wide[i] for i in subset]).double().mean().item() / real.wide.k,
         "coverage": lambda subset: share(covered[list(subset)].sum(0)),
     }
+
+
+def _intended(logits: Tensor, classes: Tensor, space: Features, names: Sequence[str]) -> Tensor | None:
+    """Return whether each sample is classified as what was asked for, as :class:`SampleQuality` says; None: unknown."""
+    outputs, found = logits.shape[1], logits.argmax(1)
+    if set(names) <= set(space.classes):
+        meant = torch.tensor([space.classes.index(name) for name in names])
+    elif outputs == len(names):
+        meant = torch.arange(outputs)
+    else:
+        return None
+    if (classes >= 0).all():
+        return found == meant[classes]
+    return torch.isin(found, meant) if (classes < 0).all() and len(meant) < outputs else None
 
 
 def _intended_class(hits: Tensor, classes: Tensor, space: Features, subject: Subject, settings: dict) -> Record:

@@ -161,7 +161,7 @@ def shifts(history: History, epoch: int) -> bytes | None:
 
 
 def moves(history: History) -> bytes | None:
-    """Plot how far negatives move, how far they could, and the critic's accuracy; None if this was not recorded.
+    """Plot how far negatives move and could move, the critic's accuracy and gradient; None if this was not recorded.
 
     Binary-AT figure 2: when the critic wins, its accuracy is 1 and the negatives stop moving.
     """
@@ -172,8 +172,10 @@ def moves(history: History) -> bytes | None:
         "critic": {"train/accuracy": "accuracy", "train/auroc": "AUROC against negatives"},
         "steps K": {"train/steps": "K"},
     }
+    if any("train/r1" in line for line in history):
+        panels["R1: ½ mean ‖∇f‖² at the data"] = {"train/r1": "R1"}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(11, 3))
+        figure, axes = plt.subplots(1, len(panels), figsize=(11 / 3 * len(panels), 3))
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):
             for name, label in lines.items():
                 axis.plot(*series(history, name), label=label)

@@ -125,7 +125,8 @@ def class_tables(records: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], 
     for record in records:
         if (key := key_of(record)).quantity == "intended class":
             percent = {name: 100 * values[0] for name, values in record["series"].items()}
-            shares.setdefault(record["name"], {})[key.samples or ""] = percent
+            if percent:  # samples of a critic were asked for no class
+                shares.setdefault(record["name"], {})[key.samples or ""] = percent
     tables = []
     for name, sets in shares.items():
         classes = dict.fromkeys(k for percent in sets.values() for k in percent)

@@ -114,6 +114,15 @@ class Reference:
             return None
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes that a model of this package was trained on; empty: unknown."""
+        if self.kind not in ("run", "checkpoint", "model"):
+            return ()
+        folder = Run.open(self.folder).checkpoints.path() if self.kind == "run" else self.folder
+        names = files.read_json(folder / "config.json", default={}).get("classes")
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+    @property
     def _run_folder(self) -> Path:
         return self.folder if self.kind == "run" else self.folder.resolve().parents[1]
 

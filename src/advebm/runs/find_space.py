@@ -40,7 +40,8 @@ class ClassifierFeatures:
         return f"{reference.path.resolve()}{latest}"
 
     def load(self, device: torch.device | str) -> Features:
-        return feature_space(self.name, find_model(self.where).to(device))
+        model = find_model(self.where).to(device)
+        return feature_space(self.name, model)._replace(classes=find_reference(self.where).classes)
 
 
 def find_space(features: str | Path) -> Space:

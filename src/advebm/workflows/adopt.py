@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from advebm.core import checks, config, console, files
+from advebm.core import checks, config, console
 from advebm.core.errors import UserError
 from advebm.data.sources import Data
 from advebm.models.excerpt import Published, has_excerpt
@@ -188,10 +188,8 @@ def _check_data(reference: Reference, architecture: Architecture, data: Data) ->
             f"{reference.text} is for {words(*ours)}, {data.name} has {words(*theirs)}; "
             "evaluate it on data like its own"
         )
-    names = None
-    if reference.kind in ("model", "checkpoint") and reference.path is not None:
-        names = files.read_json(reference.path / "config.json").get("classes")
-    if isinstance(names, list) and len(names) == len(data.classes) and tuple(names) != data.classes:
+    names = reference.classes
+    if len(names) == len(data.classes) and names != data.classes:
         first = next(k for k, (a, b) in enumerate(zip(names, data.classes, strict=True)) if a != b)
         warnings.warn(
             f"{reference.text} was trained on other classes: its class {first} is {names[first]}, that of {data.name} "
