@@ -19,8 +19,8 @@ from advebm import energies, recipes
 from advebm.core import config
 from advebm.core import rng as seeds
 from advebm.core.errors import Diverged, UserError
-from advebm.data.negatives import Mixture, NoiseImages, Patches
-from advebm.data.sources import Digits
+from advebm.data.negatives import GaussianImages, LowResolution, Mixture, NoiseImages, Patches
+from advebm.data.sources import Digits, find_spec
 from advebm.evaluation.evaluate import evaluate_run
 from advebm.evaluation.suites import suite
 from advebm.metrics.base import Features, Subject
@@ -406,6 +406,33 @@ def test_a_mixture_has_equal_shares():
     assert data.classes == ("noise", "noise", "digits")
 
 
+def test_gaussian_images_have_means_and_covariances_of_their_classes():
+    digits, data = Digits().load(), GaussianImages(count=6_000).load()
+    assert [len(s) for s in data.splits] == [6_000, 600, 1_200]
+    assert data.train.y.bincount().tolist() == [600] * 10
+    for k in (0, 7):
+        real, drawn = (split.float()[split.y == k].flatten(1).double() for split in (digits.train, data.train))
+        inner = ((real.mean(0) > 0.25) & (real.mean(0) < 0.75)).nonzero().squeeze(1)  # where few draws are clamped
+        assert len(inner) > 10
+        spread = real.std(0)[inner]
+        assert ((drawn.mean(0) - real.mean(0))[inner].abs() < 0.25 * spread).all()
+        correlation = lambda v: torch.corrcoef(v[:, inner].T)
+        away = (correlation(real) - correlation(drawn)).abs()
+        assert away.mean() < 0.08 < (correlation(real) - torch.eye(len(inner))).abs().mean()
+    again, other = GaussianImages(count=6_000).load(), GaussianImages(count=6_000, split_seed=1).load()
+    assert torch.equal(data.test.x, again.test.x)
+    assert not torch.equal(data.test.x, other.test.x)
+    assert find_spec(GaussianImages(count=60)) == ((1, 8, 8), 10, 60, 6)
+
+
+def test_low_resolution_keeps_means_of_blocks():
+    digits, data = Digits().load(), LowResolution(factor=4).load()
+    for before, after in zip(digits.splits, data.splits, strict=True):
+        blocks = before.x.double().unflatten(3, (2, 4)).unflatten(2, (2, 4)).mean((3, 5))
+        assert torch.equal(after.x, blocks.round().to(torch.uint8)[:, :, [0] * 4 + [1] * 4][..., [0] * 4 + [1] * 4])
+        assert torch.equal(before.y, after.y)
+
+
 def test_bad_sources_are_refused():
     for make, message in (
         (lambda: Patches(channels=2), "channels 1 or 3"),
@@ -416,6 +443,9 @@ def test_bad_sources_are_refused():
         (lambda: Patches(val=0.5, test=0.5), "positive shares"),
         (lambda: Patches(count=5), "too few to split"),
         (lambda: NoiseImages(count=5), "count at least 10"),
+        (lambda: GaussianImages(count=5), "count must be at least 10, got 5"),
+        (lambda: LowResolution(factor=1), "factor must be at least 2 pixels, got 1"),
+        (lambda: LowResolution(factor=3).load(), "blocks of 3 pixels do not fill images of 1 x 8 x 8"),
         (lambda: Mixture((Digits(),)), "at least two sources"),
         (lambda: Mixture((Digits(), NoiseImages(size=9))).load(), r"have one shape, got \(1, 8, 8\) and \(1, 9, 9\)"),
     ):

@@ -34,6 +34,8 @@ KINDS: dict[str, dict[str, str]] = {
         "classes": "advebm.data.sources:Classes",
         "patches": "advebm.data.negatives:Patches",
         "noise": "advebm.data.negatives:NoiseImages",
+        "gaussians": "advebm.data.negatives:GaussianImages",
+        "low-resolution": "advebm.data.negatives:LowResolution",
         "mixture": "advebm.data.negatives:Mixture",
         "published": "advebm.models.excerpt:Published",
     },

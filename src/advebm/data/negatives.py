@@ -6,11 +6,15 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from advebm.core import rng
 from advebm.core.errors import UserError
+from advebm.data import pictures
 from advebm.data.ood_sets import fit_shape
-from advebm.data.sources import Augmentations, Data, Images, Source, gather, to_float
+from advebm.data.sources import Augmentations, Data, DataSpec, Derived, Images, Source, find_spec, gather, to_float
+from advebm.descent import repeat_pixels
+from advebm.starts import ClassGaussians
 
 TRIES, ROUND = 30, 4096  # draws before giving up the search for contrast, and fewest squares per draw
 
@@ -129,6 +133,73 @@ class NoiseImages:
             splits.append(Images(x, torch.zeros(count, dtype=torch.long)))
         train, val, test = splits
         return Data("noise", ("noise",), train, val, test)
+
+
+@dataclass(frozen=True)
+class GaussianImages(Derived):
+    """Draws from a Gaussian for each class of another source: its colours and large shapes, without details.
+
+    They are the seeds that classifiers are drawn from, :class:`advebm.starts.ClassGaussians`, fitted to the source's
+    training images for all three splits.  The label is the class.
+
+    Attributes:
+        source: the other source.
+        count: number of training images, as many of each class; validation has a tenth as many, test a fifth.
+        split_seed: seed of the draws.
+    """
+
+    count: int = 10_000
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 10:
+            raise UserError(f"count must be at least 10, got {self.count}")
+
+    def outline(self) -> DataSpec:
+        """Return the source's specification, with as many images as are drawn."""
+        return find_spec(self.source)._replace(train=self.count, val=self.count // 10)
+
+    def load(self) -> Data:
+        data = self.source.load()
+        start = ClassGaussians.fit(data.train.x, data.train.y, classes=len(data.classes))
+        splits = []
+        for name, count in (("train", self.count), ("val", self.count // 10), ("test", self.count // 5)):
+            generator, y = rng.generator(self.split_seed, "gaussian images", name), torch.arange(count)
+            y = y * len(data.classes) // count
+            seeds = [start(torch.empty(len(part), *data.shape), part, generator) for part in y.split(500)]
+            splits.append(Images((torch.cat(seeds) * 255).round().to(torch.uint8), y))
+        train, val, test = splits
+        return Data(f"Gaussians of {data.name}", data.classes, train, val, test)
+
+
+@dataclass(frozen=True)
+class LowResolution(Derived):
+    """Another source's images without their details: each block of pixels has the mean of the block.
+
+    Attributes:
+        source: the other source; splits and labels are its own.
+        factor: edge of a block in pixels, which divides the edges of the images.
+    """
+
+    factor: int = 4
+
+    def __post_init__(self) -> None:
+        if self.factor < 2:
+            raise UserError(f"factor must be at least 2 pixels, got {self.factor}")
+
+    def outline(self) -> DataSpec:
+        return find_spec(self.source)
+
+    def load(self) -> Data:
+        data = self.source.load()
+        if any(edge % self.factor for edge in data.shape[1:]):
+            raise UserError(f"blocks of {self.factor} pixels do not fill images of {pictures.size_text(data.shape)}")
+        train, val, test = (replace(part, x=self._coarse(part.x), key="") for part in data.splits)
+        return Data(f"{data.name} in low resolution", data.classes, train, val, test)
+
+    def _coarse(self, x: Tensor) -> Tensor:
+        parts = [avg_pool2d(to_float(part), self.factor) for part in x.split(500)]
+        return repeat_pixels((torch.cat(parts) * 255).round().to(torch.uint8), self.factor)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from advebm.objectives.base import Objective
 from advebm.runs.optim import SGD, Cosine, Optimizer, Schedule
 from advebm.samplers.base import Sampler
 
-WRAPPERS = ("part", "classes", "unlabelled", "mixture")  # sources that take their images from others
+WRAPPERS = ("part", "classes", "unlabelled", "gaussians", "low-resolution", "mixture")  # of images of other sources
 
 
 @dataclasses.dataclass(frozen=True)
