@@ -33,7 +33,7 @@ class Descent:
         steps: number of gradient evaluations; 0 returns the start.
         size: step length for pixels in [0, 1] (with ``raw`` a factor on the gradient); a number, or a function of the
             share of steps done.
-        direction: :func:`sign`, :func:`unit`, :func:`raw`, :func:`adam` or :func:`heavy_ball`.
+        direction: :func:`sign`, :func:`unit`, :func:`raw`, :func:`capped`, :func:`adam` or :func:`heavy_ball`.
         constraint: :func:`free`, :class:`box`, :class:`linf_ball`, :class:`l2_ball`, :class:`hold`, :class:`means`, or
             several in :class:`both`.
         noise: standard deviation of the Gaussian noise added at each step; a number or a function, as for ``size``.
@@ -150,6 +150,11 @@ def at(value: float | Schedule, share: float) -> float:
 def raw(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:
     """Return the gradient itself, as Langevin dynamics needs it."""
     return gradient
+
+
+def capped(limit: float) -> Direction:
+    """Return a direction: the gradient with every component cut to ``[-limit, limit]``."""
+    return lambda gradient, memory: gradient.clamp(-limit, limit)
 
 
 def sign(gradient: Tensor, memory: dict[str, Tensor]) -> Tensor:

@@ -372,9 +372,17 @@ class ReplayBuffer:
         """Return a buffer of ``count`` chains of uniform noise; ``shape`` is (C, H, W)."""
         return cls(torch.rand(count, *shape, generator=generator))
 
-    def draw(self, count: int, restart: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return ``count`` distinct slots (count,) and their chains; each is new noise with probability ``restart``.
+    @classmethod
+    def empty(cls, count: int, shape: tuple[int, ...]) -> "ReplayBuffer":
+        """Return a buffer of ``count`` chains that have not begun: they are NaN until :meth:`put` stores them."""
+        return cls(torch.full((count, *shape), math.nan))
 
+    def draw(
+        self, count: int, restart: float, generator: torch.Generator, new: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``count`` distinct slots (count,) and their chains; each starts anew with probability ``restart``.
+
+        New chains are uniform noise, or ``new`` (count, C, H, W), which chains that have not begun start from, too.
         Slots are on the host, where the chains are kept, the drawn chains on the generator's device.
         """
         if count > len(self.chains):
@@ -383,8 +391,10 @@ class ReplayBuffer:
         slots = torch.randperm(len(self.chains), generator=generator, device=device)[:count].cpu()
         fresh = torch.rand(count, generator=generator, device=device) < restart
         kept = self.chains[slots].to(device)
-        noise = torch.rand(kept.shape, generator=generator, device=device)
-        return slots, torch.where(per_sample(fresh, noise), noise, kept)
+        if new is None:
+            new = torch.rand(kept.shape, generator=generator, device=device)
+        fresh |= kept.flatten(1).isnan().any(1)
+        return slots, torch.where(per_sample(fresh, kept), new.to(kept), kept)
 
     def put(self, slots: Tensor, x: Tensor) -> None:
         self.chains[slots] = x.detach().to(self.chains)

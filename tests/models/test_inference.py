@@ -497,7 +497,8 @@ def test_langevin_chains_have_the_same_statistics(trained):
     for name in ("off", "bf16"):
         made = make_view(model, data.test.float()[:200], BACKENDS[name])
         with searching(model, view=made) as f:
-            _, x = chains(lambda z: energies.marginal(f(z)), data.test.float()[:200], None, rng.generator(0))
+            batch = Batch(data.test.float()[:200], data.test.y[:200])
+            _, x = chains(lambda z: energies.marginal(f(z)), batch, None, rng.generator(0))
         with searching(model) as f, torch.no_grad():
             found.append(energies.marginal(f(x)))
     assert abs(found[0].mean() - found[1].mean()) < 0.02 * found[0].std()

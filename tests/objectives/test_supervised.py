@@ -21,7 +21,7 @@ from advebm.data.loader import Loader, Origin
 from advebm.data.sources import Digits, Images
 from advebm.evaluation.evaluate import evaluate_run
 from advebm.objectives.at import AT, PreJEAT
-from advebm.objectives.awp import AWP
+from advebm.objectives.awp import AWP, SAM
 from advebm.objectives.base import Batch, Context, Loss
 from advebm.objectives.cutmix import CutMix, draw_beta, mix
 from advebm.objectives.fast import FAST, FGSMEP, NFGSM, CollapseMonitor, KeptPerturbations
@@ -210,6 +210,21 @@ def test_awp(net, inside, inner):
     assert early.moves == {}
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sam(net, inside, adaptive):
+    objective, before = SAM(AT(Attack(eps=0.05, steps=2)), rho=0.3, adaptive=adaptive), copy.deepcopy(net.state_dict())
+    found = objective.search(net, inside, None, Context(rng.generator(0)))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert found.moves.keys() == dict(net.named_parameters()).keys()
+    if not adaptive:
+        close(torch.cat([v.flatten() for v in found.moves.values()]).norm().item(), 0.3)
+    ours = gradients(net, objective.loss(net, inside, found, None, Context(None)).total)
+    loss = lambda model: reference.at_loss(model, found.inner, inside.y)
+    plain = list(torch.autograd.grad(loss(net), list(net.parameters())))
+    close(ours, reference.sam_gradient(net, loss, 0.3, adaptive))
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(ours, plain, strict=True))
+
+
 def test_negatives_from_noise(net, batch):
     """x ← x - step ∇E + noise ε with the very same draws; in eval mode; not clamped."""
     generator = rng.generator(0)
@@ -242,6 +257,71 @@ def test_chains_go_on_where_they_were(net, batch):
     close(found.negative, reference.sgld(energy, start.double(), torch.zeros(4, *batch.x.shape), 0.3, 0.0))
     objective.after(net, batch, found, state, None, ctx)
     close(state.chains, reference.replay_store(buffer, slots, found.negative.float()))
+
+
+def test_chains_begin_and_restart_at_outside_images(net, batch):
+    """A chain that has not begun starts there, whatever ``restart`` is; without a buffer all do."""
+    outside = torch.rand(batch.x.shape, generator=rng.generator(4), dtype=torch.float64)
+    batch, ctx = batch._replace(outside=outside), Context(rng.generator(0))
+    quiet = copy.deepcopy(net).eval()
+    energy, still = lambda x: reference.marginal_energy(quiet, x), torch.zeros(4, *batch.x.shape)
+    from_outside = reference.sgld(energy, outside.float().double(), still, 0.3, 0.0)
+    negatives = dataclasses.replace(SHORT, buffer=6, restart=0.0, noise=0.0, start="outside")
+    objective = JEM(negatives, data_noise=0.0)
+    assert objective.needs == {"labels", "outside"}
+    assert MLE(negatives).needs == {"outside"}
+    state = objective.init(batch.x.float(), rng.generator(5))
+    found = objective.search(net, batch, state, ctx)
+    close(found.negative, from_outside)
+    objective.after(net, batch, found, state, None, ctx)
+    second = objective.search(net, batch, state, ctx)  # goes on from where the chains are
+    close(second.negative, reference.sgld(energy, state.chains[second.slots].double(), still, 0.3, 0.0))
+    again = dataclasses.replace(objective, negatives=dataclasses.replace(negatives, restart=1.0))
+    close(again.search(net, batch, state, ctx).negative, from_outside)
+    short = dataclasses.replace(objective, negatives=dataclasses.replace(negatives, buffer=0))
+    close(short.search(net, batch, None, ctx).negative, reference.sgld(energy, outside, still, 0.3, 0.0))
+
+
+def test_proximal_steps_are_those_of_sada_jem(net, batch):
+    """x ← clamp(x + clamp(∇LSE, -1, 1), -1, 1) in [-1, 1] is a step of 0.25 with limit 0.5, clamped, in [0, 1]."""
+    loud = copy.deepcopy(net).eval()
+    with torch.no_grad():
+        loud[-1].weight *= 300  # so that most components are cut
+    own = SGLD(steps=3, noise=0.0, buffer=0, clamp=True, limit=0.5)
+    x, cut = 2 * torch.rand(batch.x.shape, generator=rng.generator(0), dtype=torch.float64) - 1, []
+    for _ in range(3):
+        v = x.clone().requires_grad_(True)
+        (g,) = torch.autograd.grad(loud((v + 1) / 2).logsumexp(1).sum(), v)
+        cut.append((g.abs() > 1).double().mean().item())
+        x = (x + g.clamp(-1, 1)).clamp(-1, 1)
+    assert 0.05 < min(cut) <= max(cut) < 1
+    found = JEM(own, data_noise=0.0).search(loud, batch, None, Context(rng.generator(0)))
+    close(found.negative, (x + 1) / 2)
+
+
+def test_searches_with_statistics_of_the_chains(net, batch):
+    """With ``search_mode`` train the energies are those of train mode, and running statistics stay as they were."""
+    before, objective = copy.deepcopy(net.state_dict()), JEM(SHORT, data_noise=0.0, search_mode="train")
+    found = objective.search(net, batch, None, Context(rng.generator(0)))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    generator, loud = rng.generator(0), copy.deepcopy(net).train()
+    draw = lambda kind: kind(batch.x.shape, generator=generator, dtype=torch.float64)
+    start, noises = draw(torch.rand), [draw(torch.randn) for _ in range(4)]
+    close(found.negative, reference.sgld(lambda x: reference.marginal_energy(loud, x), start, noises, 0.3, 0.02))
+    quiet = JEM(SHORT, data_noise=0.0).search(net, batch, None, Context(rng.generator(0)))
+    assert (found.negative - quiet.negative).abs().max() > 1e-3
+
+
+def test_jem_lowers_the_energy_of_the_other_view(net, batch):
+    view = batch.x.flip(3)
+    objective = JEM(SHORT, data_noise=0.1, weight=0.3, positives="view")
+    assert objective.needs == {"labels", "view"}
+    found, loss, ours = step(objective, net, batch._replace(view=view))
+    close(found.positive, view + 0.1 * torch.randn(view.shape, generator=rng.generator(0), dtype=torch.float64))
+    expected = nn.functional.cross_entropy(net(batch.x), batch.y)
+    expected = expected + 0.3 * reference.mle_loss(net, found.positive, found.negative)
+    close(loss.total, expected)
+    close(ours, gradients(net, expected))
 
 
 def test_jem_at_the_scale_of_its_code(net, batch):
@@ -548,6 +628,7 @@ LOOPED = {
     "cutmix": {},
     "free": {"objective.replays": 2, "objective.eps": "0.1"},
     "awp": {},
+    "sam": {},
     "jem": {"objective.negatives.buffer": 150, "objective.negatives.steps": 3},
     "jeat": {"objective.negatives.buffer": 150, "objective.negatives.steps": 3},
     "dat": {
@@ -580,7 +661,7 @@ def test_states_survive_an_interruption(tmp_path, kind):
     whole = train(recipe, tmp_path / "whole", device="cpu")
     one, two = (load_file(r.checkpoints.path() / "model.safetensors") for r in (cut, whole))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    if kind not in ("awp", "cutmix"):  # what outlives a step, too
+    if kind not in ("awp", "sam", "cutmix"):  # what outlives a step, too
         states = [torch.load(r.checkpoints.path() / "state" / "stream-0.pt", weights_only=True) for r in (cut, whole)]
         assert states[0].keys() == states[1].keys()
         assert all(bool(torch.all(torch.as_tensor(v) == torch.as_tensor(states[1][k]))) for k, v in states[0].items())
@@ -627,6 +708,9 @@ def test_bad_settings_are_refused(tmp_path, batch):
         (lambda: AWP(gamma=-1), "gamma and warmup must be >= 0"),
         (lambda: SGLD(restart=2), "restart in"),
         (lambda: SGLD(step_size=0), "step_size must be > 0"),
+        (lambda: SGLD(limit=0), "limit must be > 0 or none, got 0"),
+        (lambda: SGLD(start="class"), "start"),
+        (lambda: SAM(rho=-1), "rho must be >= 0, got -1"),
         (lambda: JEM(SGLD(buffer=4)).init(batch.x, rng.generator(0)), "4 chains is smaller than the 6 images"),
     ):
         with pytest.raises(UserError, match=message):

@@ -187,6 +187,18 @@ def trades_awp(model, x, x_adv, y, beta, gamma):
     return awp_gradient(model, loss, awp_direction(model, loss, gamma))
 
 
+def sam_gradient(model, loss, rho, adaptive):
+    """Foret et al. eq. 2 and 3; adaptive: Kwon et al. eq. 10 with T = |w|, all parameters as one vector."""
+    parameters = list(model.parameters())
+    flat = lambda tensors: torch.cat([t.flatten() for t in tensors])
+    w, g = flat(parameters).detach().clone(), flat(torch.autograd.grad(loss(model), parameters))
+    scale = w.abs() if adaptive else torch.ones_like(w)
+    torch.nn.utils.vector_to_parameters(w + rho * scale * scale * g / (scale * g).pow(2).sum().sqrt(), parameters)
+    moved = torch.autograd.grad(loss(model), parameters)
+    torch.nn.utils.vector_to_parameters(w, parameters)
+    return list(moved)
+
+
 # Sampling for training -----------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ KINDS: dict[str, dict[str, str]] = {
         "trades": "advebm.objectives.trades:TRADES",
         "weat": "advebm.objectives.trades:WEAT",
         "awp": "advebm.objectives.awp:AWP",
+        "sam": "advebm.objectives.awp:SAM",
         "cutmix": "advebm.objectives.cutmix:CutMix",
         "rst": "advebm.objectives.rst:RST",
         "oe": "advebm.objectives.outlier:OE",

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation, applied to another objective."""
+"""Other objectives at weights that are moved to raise the loss: AWP and SAM."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -13,7 +13,7 @@ from advebm.objectives.base import Batch, Context, Loss, Objective
 from advebm.objectives.wrapper import Wrapper
 
 
-class AWPResult(NamedTuple):
+class PerturbedResult(NamedTuple):
     """The search result of the inner objective, and the perturbation of each weight by parameter name."""
 
     inner: Any
@@ -34,8 +34,52 @@ class _Loss(nn.Module):
         return torch.func.functional_call(self, {f"model.{name}": w for name, w in weights.items()}, arguments)
 
 
+class _Perturbing(Wrapper):
+    """Base: the loss of another objective at ``w + v``, where v raises it at the inner search's result."""
+
+    def __post_init__(self) -> None:
+        kind, name = type(self).__name__.lower(), type(self.objective).__name__
+        if self.objective.hidden is not None:
+            raise UserError(f"{kind} goes around an objective of classifiers or critics, not {name}")
+        if self.objective.replays != 1:
+            raise UserError(f"{kind} goes around an objective without replays, not {name}")
+
+    def perturb(self, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return v of each of ``weights``, which ``gradients`` has the loss's gradients of."""
+        raise NotImplementedError
+
+    def moved(self, name: str, weight: Tensor) -> bool:
+        """Return whether a parameter is perturbed."""
+        return True
+
+    def active(self, ctx: Context) -> bool:
+        """Return whether any is, at this point of training."""
+        return True
+
+    def inner(self, batch: Batch, found: PerturbedResult) -> tuple[Batch, Any]:
+        return batch, found.inner
+
+    def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> PerturbedResult:
+        """Run the inner search, then compute the perturbation v of each weight."""
+        inner = self.objective.search(model, batch, state, ctx)
+        if not self.active(ctx):
+            return PerturbedResult(inner, {})
+        weights = {n: p for n, p in model.named_parameters() if p.requires_grad and self.moved(n, p)}
+        with searching(model, training=True), torch.enable_grad():
+            copies = {name: p.detach().clone().requires_grad_() for name, p in weights.items()}
+            total = _Loss(model, self.objective).at(copies, batch, inner, state, ctx).total
+            gradients = torch.autograd.grad(total, list(copies.values()), allow_unused=True)
+        known = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
+        return PerturbedResult(inner, self.perturb({name: weights[name].detach() for name in known}, known))
+
+    def loss(self, model: nn.Module, batch: Batch, found: PerturbedResult, state: Any, ctx: Context) -> Loss:
+        """Return the inner loss at the weights w + v; its gradient flows to w."""
+        perturbed = {name: p + found.moves[name] for name, p in model.named_parameters() if name in found.moves}
+        return _Loss(model, self.objective).at(perturbed, batch, found.inner, state, ctx)
+
+
 @dataclass(frozen=True)
-class AWP(Wrapper):
+class AWP(_Perturbing):
     """The loss of another objective at ``w + v``, ``v`` raising it: Wu et al. (2020), as in their code.
 
     ``v = gamma ‖w‖ g / ‖g‖`` for each weight of a convolution or linear layer (no biases, no norm layers), where g is
@@ -57,33 +101,44 @@ class AWP(Wrapper):
     def __post_init__(self) -> None:
         if not self.gamma >= 0 or self.warmup < 0:
             raise UserError(f"gamma and warmup must be >= 0, got {self.gamma} and {self.warmup}")
-        name = type(self.objective).__name__
-        if self.objective.hidden is not None:
-            raise UserError(f"awp goes around an objective of classifiers or critics, not {name}")
-        if self.objective.replays != 1:
-            raise UserError(f"awp goes around an objective without replays, not {name}")
+        super().__post_init__()
 
-    def inner(self, batch: Batch, found: AWPResult) -> tuple[Batch, Any]:
-        return batch, found.inner
+    def moved(self, name: str, weight: Tensor) -> bool:
+        return "weight" in name and weight.ndim > 1
 
-    def search(self, model: nn.Module, batch: Batch, state: Any, ctx: Context) -> AWPResult:
-        """Run the inner search, then compute the perturbation v of each weight (none during the warm-up)."""
-        inner = self.objective.search(model, batch, state, ctx)
-        if ctx.images < self.warmup:
-            return AWPResult(inner, {})
-        weights = {n: p for n, p in model.named_parameters() if "weight" in n and p.ndim > 1 and p.requires_grad}
-        with searching(model, training=True), torch.enable_grad():
-            copies = {name: p.detach().clone().requires_grad_() for name, p in weights.items()}
-            total = _Loss(model, self.objective).at(copies, batch, inner, state, ctx).total
-            gradients = torch.autograd.grad(total, list(copies.values()), allow_unused=True)
-        moves = {
-            name: self.gamma * w.detach().norm() * g / (g.norm() + 1e-20)
-            for (name, w), g in zip(weights.items(), gradients, strict=True)
-            if g is not None
-        }
-        return AWPResult(inner, moves)
+    def active(self, ctx: Context) -> bool:
+        return ctx.images >= self.warmup
 
-    def loss(self, model: nn.Module, batch: Batch, found: AWPResult, state: Any, ctx: Context) -> Loss:
-        """Return the inner loss at the weights w + v; its gradient flows to w."""
-        perturbed = {name: p + found.moves[name] for name, p in model.named_parameters() if name in found.moves}
-        return _Loss(model, self.objective).at(perturbed, batch, found.inner, state, ctx)
+    def perturb(self, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.gamma * weights[name].norm() * g / (g.norm() + 1e-20) for name, g in gradients.items()}
+
+
+@dataclass(frozen=True)
+class SAM(_Perturbing):
+    """The loss of another objective at ``w + v``, for flat minima: sharpness-aware minimisation, Foret et al. (2021).
+
+    ``v = rho t² g / ‖t g‖``, over all parameters together, where g is the gradient of the loss at the inner search's
+    result and t is 1, or |w| of each number if ``adaptive`` (Kwon et al., 2021, without their η).  The gradient at
+    w + v then updates w.  SADA-JEM (Yang et al., 2023) is ``jem`` in the adaptive form with rho 2.
+
+    Attributes:
+        objective: the objective whose search and loss are used.
+        rho: length of v, in units of the weights, or relative to them if ``adaptive``.
+        adaptive: whether larger weights move further.
+    """
+
+    objective: Objective = AT()
+    rho: float = 0.05
+    adaptive: bool = False
+
+    cites: ClassVar[tuple[str, ...]] = ("foret2021", "kwon2021")
+
+    def __post_init__(self) -> None:
+        if not self.rho >= 0:
+            raise UserError(f"rho must be >= 0, got {self.rho}")
+        super().__post_init__()
+
+    def perturb(self, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        scales = {name: w.abs() if self.adaptive else torch.ones_like(w) for name, w in weights.items()}
+        length = torch.stack([(scales[name] * g).norm() for name, g in gradients.items()]).norm() + 1e-20
+        return {name: self.rho * scales[name].square() * g / length for name, g in gradients.items()}

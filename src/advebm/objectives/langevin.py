@@ -1,17 +1,17 @@
 """Energies trained against samples of the model: maximum likelihood, JEM, JEAT."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from advebm import energies, starts
 from advebm.attacks.projected import Attack
+from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.core.rng import randn
-from advebm.descent import Descent, box, free, raw
+from advebm.descent import Descent, Energy, box, capped, free, raw
 from advebm.models.modes import searching
 from advebm.objectives.at import ENERGY_STEP, check_energy, with_step
 from advebm.objectives.base import Batch, Context, Loss, Stateless
@@ -20,7 +20,7 @@ from advebm.starts import ReplayBuffer
 
 @dataclass(frozen=True)
 class SGLD:
-    """Negatives by ``x ← x - step_size ∇E(x) + noise ε``, from chains kept between training steps or from noise.
+    """Negatives by ``x ← x - step_size ∇E(x) + noise ε``, from chains kept between training steps or from new ones.
 
     The defaults are JEM's (Grathwohl et al., 2020), whose step 1 and noise 0.01 are for images in [-1, 1]: in [0, 1]
     the same chain has a quarter of the step and half of the noise.  Exact Langevin dynamics requires
@@ -30,9 +30,13 @@ class SGLD:
         steps: K, the number of updates of a chain in each training step.
         step_size: factor on the gradient, in pixels² per nat, pixels in [0, 1].
         noise: standard deviation in pixels of [0, 1].
-        buffer: number of chains in each stream's replay buffer; 0: start from noise every time (short-run).
-        restart: probability that a chain restarts from uniform noise.
+        buffer: number of chains in each stream's replay buffer; 0: new chains every time (short-run).
+        restart: probability that a chain starts anew.
         clamp: whether chains are clamped to [0, 1]; in the papers they are not.
+        start: what new chains start from: uniform ``noise``, or ``outside`` images.  JEM++ (Yang and Ji, 2021) and
+            SADA-JEM (Yang et al., 2023) start from the class Gaussians of the data, ``--outside gaussians``.
+        limit: largest change of a pixel in a step, without the noise, in pixels of [0, 1]; None: no limit.  0.5 with
+            the step of 0.25 is the proximal step of JEM++ and SADA-JEM, x + clamp(∇f(x), -1, 1) in [-1, 1].
     """
 
     steps: int = 20
@@ -41,31 +45,41 @@ class SGLD:
     buffer: int = 10_000
     restart: float = 0.05
     clamp: bool = False
+    start: Literal["noise", "outside"] = "noise"
+    limit: float | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.steps < 1 or self.buffer < 0 or not 0 <= self.restart <= 1:
             got = f"{self.steps}, {self.buffer}, {self.restart}"
             raise UserError(f"steps must be at least 1, buffer at least 0 and restart in [0, 1], got {got}")
         if not (self.step_size > 0 and self.noise >= 0):
             raise UserError(f"step_size must be > 0 and noise >= 0, got {self.step_size} and {self.noise}")
+        if self.limit is not None and not self.limit > 0:
+            raise UserError(f"limit must be > 0 or none, got {self.limit}")
 
     def init(self, like: Tensor, generator: torch.Generator) -> ReplayBuffer | None:
         if not self.buffer:
             return None
         if self.buffer < len(like):
             raise UserError(f"a buffer of {self.buffer} chains is smaller than the {len(like)} images of a step")
-        return ReplayBuffer.uniform(self.buffer, tuple(like.shape[1:]), generator)
+        shape = tuple(like.shape[1:])
+        if self.start == "outside":
+            return ReplayBuffer.empty(self.buffer, shape)
+        return ReplayBuffer.uniform(self.buffer, shape, generator)
 
     def __call__(
-        self, energy: Callable[[Tensor], Tensor], like: Tensor, state: ReplayBuffer | None, generator: torch.Generator
+        self, energy: Energy, batch: Batch, state: ReplayBuffer | None, generator: torch.Generator
     ) -> tuple[Tensor | None, Tensor]:
-        """Return buffer slots (None without a buffer) and negatives, as many as ``like`` has images."""
-        if state is None:
-            slots, start = None, starts.noise(like, None, generator)
+        """Return buffer slots (None without a buffer) and negatives, as many as the batch has images."""
+        x, slots, new = batch.x, None, batch.outside if self.start == "outside" else None
+        if state is not None:
+            slots, chains = state.draw(len(x), self.restart, generator, new)
+            start = chains.to(x)
         else:
-            slots, chains = state.draw(len(like), self.restart, generator)
-            start = chains.to(like)
-        descent = Descent(self.steps, self.step_size, raw, box() if self.clamp else free, self.noise)
+            start = starts.noise(x, None, generator) if new is None else new
+        direction = raw if self.limit is None else capped(self.limit / self.step_size)
+        descent = Descent(self.steps, self.step_size, direction, box() if self.clamp else free, self.noise)
         return slots, descent(energy, start, generator=generator)
 
 
@@ -97,13 +111,24 @@ class _Sampled(Stateless):
             0.015 here.
         energy_l2: weight of the squared energies in the loss (Du and Mordatch, 2019), which keeps energies near zero;
             the papers have none, and with weight 0 the energies drift until training diverges.
+        search_mode: statistics that batch norm uses in the search: ``eval`` (running ones) or ``train`` (those of the
+            chains, without updating the running ones), as in JEM++ and SADA-JEM.
     """
 
     negatives: SGLD = SGLD()
     data_noise: float = 0.015
     energy_l2: float = 0.0
+    search_mode: Literal["eval", "train"] = "eval"
+
+    labelled: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        outside = {"outside"} if self.negatives.start == "outside" else set()
+        return frozenset({"labels"} if self.labelled else ()) | outside
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not (self.data_noise >= 0 and self.energy_l2 >= 0):
             raise UserError(f"data_noise and energy_l2 must be >= 0, got {self.data_noise} and {self.energy_l2}")
 
@@ -111,10 +136,16 @@ class _Sampled(Stateless):
         return self.negatives.init(like, generator)
 
     def search(self, model: nn.Module, batch: Batch, state: ReplayBuffer | None, ctx: Context) -> ChainResult:
-        positive = batch.x + self.data_noise * randn(batch.x, ctx.generator) if self.data_noise else batch.x
-        with searching(model, view=ctx.view) as f:
-            slots, negative = self.negatives(lambda x: energies.marginal(f(x)), batch.x, state, ctx.generator)
+        positive = self.data(batch)
+        if self.data_noise:
+            positive = positive + self.data_noise * randn(positive, ctx.generator)
+        with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
+            slots, negative = self.negatives(lambda x: energies.marginal(f(x)), batch, state, ctx.generator)
         return ChainResult(positive, negative, slots)
+
+    def data(self, batch: Batch) -> Tensor:
+        """Return the images whose energy is lowered, before noise is added."""
+        return batch.x
 
     def after(
         self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, loss: Loss, ctx: Context
@@ -133,7 +164,7 @@ class MLE(_Sampled):
     With a buffer the chains are persistent; without one they are short-run (Nijkamp et al., 2019).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    labelled: ClassVar[bool] = False
     cites: ClassVar[tuple[str, ...]] = ("nijkamp2019",)
 
     def loss(
@@ -151,11 +182,15 @@ class JEM(_Sampled):
     The code draws x⁺ independently of the labelled x; here both are the batch, which has the same expectation.
 
     Attributes:
-        negatives, data_noise, energy_l2: see :class:`MLE`.
+        negatives, data_noise, energy_l2, search_mode: see :class:`MLE`.
         weight: weight of -log p(x).
+        positives: data x⁺ of -log p(x): ``same``, the images of the cross-entropy, or ``view``, another augmentation of
+            them, ``data.augment.view``.  SADA-JEM augments for the cross-entropy alone, ``--data.augment.view.flip
+            false``; its cross-entropy is then taken at images without noise.
     """
 
     weight: float = 1.0
+    positives: Literal["same", "view"] = "same"
 
     cites: ClassVar[tuple[str, ...]] = ("grathwohl2020",)
 
@@ -164,12 +199,24 @@ class JEM(_Sampled):
         if not self.weight >= 0:
             raise UserError(f"weight must be >= 0, got {self.weight}")
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return super().needs | ({"view"} if self.positives == "view" else set())
+
+    def data(self, batch: Batch) -> Tensor:
+        if self.positives == "same":
+            return batch.x
+        assert batch.view is not None
+        return batch.view
+
     def loss(
         self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
     ) -> Loss:
-        """Return the sum of both terms; the cross-entropy is taken at the noisy images."""
+        """Return the sum of both terms; the cross-entropy is taken at the noisy images, or at those of the batch."""
         logits, negative = model(found.positive), energies.marginal(model(found.negative))
         likelihood, terms = contrast(energies.marginal(logits), negative, self.energy_l2)
+        if self.positives == "view":
+            logits = model(batch.x)
         total = energies.conditional(logits, batch.y).mean() + self.weight * likelihood
         accuracy = (logits.argmax(1) == batch.y).float().mean()
         return Loss(total, {"loss": total.detach(), "accuracy": accuracy, **terms})
@@ -185,7 +232,7 @@ class JEAT(_Sampled):
     or the mode of batch norm.
 
     Attributes:
-        negatives, energy_l2: see :class:`MLE`.
+        negatives, energy_l2, search_mode: see :class:`MLE`.
         data_noise: see :class:`MLE`; 0, as the paper mentions none.
         attack: one energy-FGSM step from a uniform start, eq. 18; ``step_size`` None: eps.
     """

@@ -184,13 +184,15 @@ class Run:
         return network.load(self.checkpoints.path(which), foreign=True)
 
     def chains(self, which: str = "latest") -> Data:
-        """Return the replay chains of a checkpoint, over all streams, as unlabelled images clamped to [0, 1]."""
+        """Return the replay chains of a checkpoint that have begun, over all streams, unlabelled, clamped to [0, 1]."""
         states = sorted((self.checkpoints.path(which) / "state").glob("stream-*.pt"))
         loaded = [torch.load(path, weights_only=True, map_location="cpu") for path in states]
         chains = [state["chains"].clamp(0, 1) for state in loaded if "chains" in state]
         if not chains:
             raise UserError(f"{self.folder} keeps no replay buffer; runs of jeat, jem and mle with a buffer do")
-        images = Images(x := torch.cat(chains), torch.full((len(x),), -1))
+        x = torch.cat(chains)
+        x = x[x.flatten(1).isfinite().all(1)]
+        images = Images(x, torch.full((len(x),), -1))
         return Data("replay buffer", (), images, images, images)
 
     def samples(self) -> dict[str, Path]:
