@@ -1,4 +1,7 @@
 import dataclasses
+import re
+import textwrap
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -8,6 +11,7 @@ from advebm import recipes
 from advebm.attacks.projected import Attack
 from advebm.core import config
 from advebm.core.errors import UserError
+from advebm.data.negatives import GaussianImages
 from advebm.objectives.at import AT
 from advebm.runs.recipe import Recipe, dump, resolve
 from advebm.samplers.classifier import CS, TA
@@ -77,6 +81,25 @@ def test_another_kind_keeps_the_options_both_have():
     changed = resolve(base, [("sampler.steps", "7"), ("sampler", "cs")])  # kinds first, wherever they stand
     assert changed.sampler == CS(steps=7, step_size=0.1)
     assert resolve(base, [("objective", "noise"), ("objective.std", "0.2")]).objective.std == 0.2
+
+
+def test_options_of_the_objective_say_which_images_it_needs():
+    pairs = [("outside", "gaussians"), ("outside.source", "digits"), ("objective.negatives.start", "outside")]
+    recipe = resolve(recipes.find("digits-jem"), [*pairs, ("objective.negatives.limit", "0.5")])
+    assert (recipe.objective.negatives.start, recipe.objective.negatives.limit) == ("outside", 0.5)
+    assert recipe.outside == GaussianImages()
+    with pytest.raises(UserError, match="objective JEM needs outside images; give them with --outside KIND"):
+        resolve(recipes.find("digits-jem"), pairs[2:])
+    with pytest.raises(UserError, match=r"no option --objective\.negatives\.sart"):
+        resolve(recipes.find("digits-jem"), [("objective.negatives.sart", "outside")])
+
+
+def test_recipes_in_the_docs_can_be_built():
+    texts = [path.read_text() for path in (Path(__file__).parents[2] / "docs").glob("*.md")]
+    blocks = [textwrap.dedent(b) for text in texts for b in re.findall(r"^ *```yaml\n(.*?)^ *```", text, re.M | re.S)]
+    plain = [block for text in blocks if isinstance(block := yaml.safe_load(text), dict) and "base" in block]
+    built = {block["name"]: resolve(recipes.complete(block)) for block in plain}
+    assert built["cifar10-sada-jem"].objective.needs == {"labels", "view", "outside"}
 
 
 def test_public_weights_classes_are_named_by_module_and_kept(monkeypatch):

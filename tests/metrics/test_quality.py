@@ -401,6 +401,9 @@ def test_a_judge_of_more_classes_is_asked_by_name(generator):
     assert class_tables([vars(found)]) == []
     subject = subject._replace(features=judge._replace(classes=("bright", "black", "grey")))
     assert not any(r.name.startswith("intended") for r in SampleQuality(groups=5)(subject, generator))
+    numbers = subject.data._replace(classes=("0", "2"))  # of another data set, whose classes have no names, either
+    of_numbers = subject._replace(data=numbers, features=judge._replace(classes=("0", "1", "2")))
+    assert not any(r.name.startswith("intended") for r in SampleQuality(groups=5)(of_numbers, generator))
     subject = subject._replace(features=WHOLE)  # any sample is in one of its two classes
     assert not any(r.name.startswith("intended") for r in SampleQuality(groups=5)(subject, generator))
 

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_images
 from sklearn.metrics import roc_auc_score
@@ -32,6 +34,7 @@ from advebm.objectives.base import Batch, Context, r1
 from advebm.objectives.binary import BinaryAT, BinaryMLE, BinaryResult
 from advebm.objectives.curriculum import Curriculum
 from advebm.objectives.dat import DAT, DATResult
+from advebm.reporting import figures
 from advebm.reporting.build import report
 from advebm.runs.engine import Engine
 from advebm.runs.recipe import design, resolve
@@ -504,6 +507,10 @@ def test_a_critic_is_trained_and_judged_by_detection(critic_run):
         if "train/reach" in line:
             assert line["train/reach"] == pytest.approx(0.3 * line["train/steps"])
             assert line["train/move"] <= line["train/reach"] + 1e-5
+    assert any("train/r1" in line for line in lines)
+    without = [{k: v for k, v in line.items() if k != "train/r1"} for line in lines]
+    wide, narrow = (Image.open(io.BytesIO(figures.moves(history))).width for history in (lines, without))
+    assert wide == pytest.approx(narrow * 4 / 3, rel=0.05)
     judged = [line for line in lines if "val/auroc" in line]
     assert [line["images"] for line in judged] == [1280, 2560]
     assert not any("val/accuracy" in line for line in lines)

@@ -8,7 +8,7 @@ import torch
 from advebm.attacks.projected import Attack
 from advebm.core import rng
 from advebm.objectives.at import AT
-from advebm.objectives.awp import AWP
+from advebm.objectives.awp import AWP, SAM
 from advebm.objectives.base import Batch, Context, Loss, Objective
 from advebm.objectives.rst import RST
 from advebm.objectives.wrapper import Wrapper
@@ -54,7 +54,7 @@ def test_what_an_objective_is_the_wrapper_is(name):
     assert getattr(Plain(other), name) == values[name]
 
 
-@pytest.mark.parametrize("wrap", [Plain, AWP, RST], ids=lambda wrap: wrap.__name__)
+@pytest.mark.parametrize("wrap", [Plain, AWP, SAM, RST], ids=lambda wrap: wrap.__name__)
 def test_the_inner_objective_does_the_rest(wrap, net, batch, tmp_path, monkeypatch):
     """On its own batch and with its own search result, whatever the wrapper's search gives besides."""
     CALLS.clear()

@@ -140,10 +140,10 @@ class GaussianImages(Derived):
     """Draws from a Gaussian for each class of another source: its colours and large shapes, without details.
 
     They are the seeds that classifiers are drawn from, :class:`advebm.starts.ClassGaussians`, fitted to the source's
-    training images for all three splits.  The label is the class.
+    training images for all three splits.  The label is the class.  Images without labels have one Gaussian.
 
     Attributes:
-        source: the other source.
+        source: the other source; its augmentation, if it has any, moves the drawn images, too.
         count: number of training images, as many of each class; validation has a tenth as many, test a fifth.
         split_seed: seed of the draws.
     """
@@ -161,11 +161,15 @@ class GaussianImages(Derived):
 
     def load(self) -> Data:
         data = self.source.load()
-        start = ClassGaussians.fit(data.train.x, data.train.y, classes=len(data.classes))
+        if data.gaussians is not None:
+            start = data.gaussians.start(by_class=data.labelled)
+        else:
+            y = data.train.y if data.labelled else None
+            start = ClassGaussians.fit(data.train.x, y, classes=len(data.classes))
         splits = []
         for name, count in (("train", self.count), ("val", self.count // 10), ("test", self.count // 5)):
-            generator, y = rng.generator(self.split_seed, "gaussian images", name), torch.arange(count)
-            y = y * len(data.classes) // count
+            generator = rng.generator(self.split_seed, "gaussian images", name)
+            y = torch.arange(count) * len(data.classes) // count
             seeds = [start(torch.empty(len(part), *data.shape), part, generator) for part in y.split(500)]
             splits.append(Images((torch.cat(seeds) * 255).round().to(torch.uint8), y))
         train, val, test = splits
@@ -198,8 +202,8 @@ class LowResolution(Derived):
         return Data(f"{data.name} in low resolution", data.classes, train, val, test)
 
     def _coarse(self, x: Tensor) -> Tensor:
-        parts = [avg_pool2d(to_float(part), self.factor) for part in x.split(500)]
-        return repeat_pixels((torch.cat(parts) * 255).round().to(torch.uint8), self.factor)
+        parts = [avg_pool2d(part.float(), self.factor).round().to(torch.uint8) for part in x.split(500)]
+        return repeat_pixels(torch.cat(parts), self.factor)
 
 
 @dataclass(frozen=True)

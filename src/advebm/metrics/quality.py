@@ -72,8 +72,8 @@ class SampleQuality:
         These are ``FD``, ``KID``, ``precision``, ``recall``, ``density`` and ``coverage``; for a classifier's features
         also ``class score``, and ``intended class``: the share of samples that it assigns to the class asked for.  Of
         samples without one, such as a critic's, it is the share assigned to any class of the data, if the classifier
-        has others.  Classes are matched by their names, else by their numbers if there are as many.  Names of records
-        end with that of the feature space, except ``FID``, ``KID`` and ``IS`` for Inception.
+        has others.  Classes are matched by their names unless these are numbers, else by number if there are as many.
+        Names of records end with that of the feature space, except ``FID``, ``KID`` and ``IS`` for Inception.
         """
         if not subject.samples:
             return []
@@ -155,7 +155,8 @@ def overlap(parts: Sequence[Tensor], real: Reference) -> dict[str, Statistic]:
 def _intended(logits: Tensor, classes: Tensor, space: Features, names: Sequence[str]) -> Tensor | None:
     """Return whether each sample is classified as what was asked for, as :class:`SampleQuality` says; None: unknown."""
     outputs, found = logits.shape[1], logits.argmax(1)
-    if set(names) <= set(space.classes):
+    known = set(names) <= set(space.classes) and not all(name.isdecimal() for name in names)
+    if known:
         meant = torch.tensor([space.classes.index(name) for name in names])
     elif outputs == len(names):
         meant = torch.arange(outputs)

@@ -45,7 +45,7 @@ class _Perturbing(Wrapper):
             raise UserError(f"{kind} goes around an objective without replays, not {name}")
 
     def perturb(self, weights: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return v of each of ``weights``, which ``gradients`` has the loss's gradients of."""
+        """Return v for each weight, given the loss's gradients by the same names."""
         raise NotImplementedError
 
     def moved(self, name: str, weight: Tensor) -> bool:
@@ -53,7 +53,7 @@ class _Perturbing(Wrapper):
         return True
 
     def active(self, ctx: Context) -> bool:
-        """Return whether any is, at this point of training."""
+        """Return whether weights are perturbed yet."""
         return True
 
     def inner(self, batch: Batch, found: PerturbedResult) -> tuple[Batch, Any]:
@@ -118,8 +118,9 @@ class SAM(_Perturbing):
     """The loss of another objective at ``w + v``, for flat minima: sharpness-aware minimisation, Foret et al. (2021).
 
     ``v = rho t² g / ‖t g‖``, over all parameters together, where g is the gradient of the loss at the inner search's
-    result and t is 1, or |w| of each number if ``adaptive`` (Kwon et al., 2021, without their η).  The gradient at
-    w + v then updates w.  SADA-JEM (Yang et al., 2023) is ``jem`` in the adaptive form with rho 2.
+    result and t is 1, or |w| of each number if ``adaptive`` (Kwon et al., 2021, without their η).  The gradient at w +
+    v then updates w.  SADA-JEM (Yang et al., 2023) is ``jem`` in the adaptive form with rho 2.  Batch norm's running
+    statistics are updated at w + v, as in ``awp``; codes of SAM update them at w.
 
     Attributes:
         objective: the objective whose search and loss are used.
@@ -131,7 +132,9 @@ class SAM(_Perturbing):
     rho: float = 0.05
     adaptive: bool = False
 
-    cites: ClassVar[tuple[str, ...]] = ("foret2021", "kwon2021")
+    @property
+    def cites(self) -> tuple[str, ...]:
+        return ("foret2021", "kwon2021") if self.adaptive else ("foret2021",)
 
     def __post_init__(self) -> None:
         if not self.rho >= 0:

@@ -32,11 +32,12 @@ class SGLD:
         noise: standard deviation in pixels of [0, 1].
         buffer: number of chains in each stream's replay buffer; 0: new chains every time (short-run).
         restart: probability that a chain starts anew.
-        clamp: whether chains are clamped to [0, 1]; in the papers they are not.
+        clamp: whether chains are clamped to [0, 1]; in SADA-JEM they are, in JEM they are not.
         start: what new chains start from: uniform ``noise``, or ``outside`` images.  JEM++ (Yang and Ji, 2021) and
-            SADA-JEM (Yang et al., 2023) start from the class Gaussians of the data, ``--outside gaussians``.
+            SADA-JEM (Yang et al., 2023) start from the class Gaussians of the data: ``outside: {kind: gaussians,
+            source: cifar10}``.
         limit: largest change of a pixel in a step, without the noise, in pixels of [0, 1]; None: no limit.  0.5 with
-            the step of 0.25 is the proximal step of JEM++ and SADA-JEM, x + clamp(∇f(x), -1, 1) in [-1, 1].
+            the step of 0.25 and ``clamp`` is SADA-JEM's step, x + clamp(∇f(x), -1, 1) in [-1, 1].
     """
 
     steps: int = 20
@@ -111,8 +112,8 @@ class _Sampled(Stateless):
             0.015 here.
         energy_l2: weight of the squared energies in the loss (Du and Mordatch, 2019), which keeps energies near zero;
             the papers have none, and with weight 0 the energies drift until training diverges.
-        search_mode: statistics that batch norm uses in the search: ``eval`` (running ones) or ``train`` (those of the
-            chains, without updating the running ones), as in JEM++ and SADA-JEM.
+        search_mode: statistics that batch norm uses while chains move: ``eval`` (running ones) or ``train`` (those of
+            the chains, as in SADA-JEM, whose code also updates the running ones by them).
     """
 
     negatives: SGLD = SGLD()
@@ -185,8 +186,8 @@ class JEM(_Sampled):
         negatives, data_noise, energy_l2, search_mode: see :class:`MLE`.
         weight: weight of -log p(x).
         positives: data x⁺ of -log p(x): ``same``, the images of the cross-entropy, or ``view``, another augmentation of
-            them, ``data.augment.view``.  SADA-JEM augments for the cross-entropy alone, ``--data.augment.view.flip
-            false``; its cross-entropy is then taken at images without noise.
+            them, ``data.augment.view``; the cross-entropy is then taken without noise.  SADA-JEM augments for the
+            cross-entropy alone, ``data: {augment: {view: {}}}``.
     """
 
     weight: float = 1.0

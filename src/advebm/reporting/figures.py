@@ -173,7 +173,7 @@ def moves(history: History) -> bytes | None:
         "steps K": {"train/steps": "K"},
     }
     if any("train/r1" in line for line in history):
-        panels["R1: ½ mean ‖∇f‖² at the data"] = {"train/r1": "R1"}
+        panels["R1: ½ mean ‖∇f‖²"] = {"train/r1": "R1"}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(11 / 3 * len(panels), 3))
         for axis, (title, lines) in zip(axes, panels.items(), strict=True):

@@ -25,7 +25,7 @@ from advebm.training.sweep import Sweep
 
 MEANINGS = {
     "FD": "FD: distance to real images, lower is better.",
-    "intended class": "intended class: share that is classified as what was asked for.",
+    "intended class": "intended class: share classified as what was asked for; of critics, as any class of the data.",
     "recall": "recall: share of real images that have samples nearby, higher is better.",
 }
 

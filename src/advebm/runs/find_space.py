@@ -41,7 +41,7 @@ class ClassifierFeatures:
 
     def load(self, device: torch.device | str) -> Features:
         model = find_model(self.where).to(device)
-        return feature_space(self.name, model)._replace(classes=find_reference(self.where).classes)
+        return feature_space(self.name, model)._replace(classes=model.origin.classes)
 
 
 def find_space(features: str | Path) -> Space:

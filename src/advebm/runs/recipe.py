@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,8 +228,8 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
 
     Overrides of a kind (``objective.kind`` or ``objective``) are applied first and keep the options that both kinds
     have; a mapping replaces the whole block.  The others are applied after all defaults are filled in, those of a whole
-    list before those of options inside it.  Stages in ``before``, which may be overridden as a whole, then take missing
-    options from the recipe, and last come overrides such as ``before.0.…``.
+    list before those of options inside it, and those of the objective first.  Stages in ``before``, which may be
+    overridden as a whole, then take missing options from the recipe, and last come overrides such as ``before.0.…``.
 
     Raises:
         UserError: an unknown name or option, or a value of the wrong type.
@@ -260,11 +260,10 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
             plain[block] = config.switch(old if isinstance(old, Mapping) else {}, roles[block], value)
         else:
             rest.append((dotted, value))
-    described = _fill_defaults(plain)
-    for dotted, value in sorted(rest, key=lambda pair: pair[0].count(".")):
-        described = config.override(described, dotted, value)
-        if any(inner.startswith(f"{dotted}.") for inner, _ in rest):
-            described = _fill_defaults(described)
+    own = [pair for pair in rest if pair[0].startswith("objective.") and "objective" in plain]
+    if own:  # first, as they may say which other images the objective needs
+        plain["objective"] = _apply(_fill_objective(plain), own, _fill_objective)["objective"]
+    described = _apply(_fill_defaults(plain), [pair for pair in rest if pair not in own], _fill_defaults)
     described["before"] = [_complete_stage(stage, described, f"before.{i}") for i, stage in enumerate(before)]
     for dotted, value in [pair for pair in overrides if pair[0].startswith("before.")]:
         described = config.override(described, dotted, value)
@@ -299,6 +298,23 @@ def _complete_stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[st
     # The next stage begins with the latest checkpoint, so none is selected by FD
     inherited["train"] = {k: v for k, v in final["train"].items() if k not in ("select", "features")}
     return _fill_defaults(config.merge(inherited, stage), f"recipe.{where}")
+
+
+def _apply(
+    described: dict[str, Any], overrides: Sequence[tuple[str, Any]], fill: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Apply overrides, those of a whole block or list, whose defaults are then filled in, before those inside it."""
+    for dotted, value in sorted(overrides, key=lambda pair: pair[0].count(".")):
+        described = config.override(described, dotted, value)
+        if any(inner.startswith(f"{dotted}.") for inner, _ in overrides):
+            described = fill(described)
+    return described
+
+
+def _fill_objective(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the objective alone, with every default."""
+    objective = config.build(plain["objective"], "objective", where="recipe.objective")
+    return {"objective": config.describe(objective)}
 
 
 def _fill_defaults(plain: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:

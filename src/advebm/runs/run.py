@@ -192,6 +192,8 @@ class Run:
             raise UserError(f"{self.folder} keeps no replay buffer; runs of jeat, jem and mle with a buffer do")
         x = torch.cat(chains)
         x = x[x.flatten(1).isfinite().all(1)]
+        if not len(x):
+            raise UserError(f"no chain of {self.folder} has begun at checkpoint {which}; choose a later one")
         images = Images(x, torch.full((len(x),), -1))
         return Data("replay buffer", (), images, images, images)
 

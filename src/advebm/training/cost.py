@@ -119,8 +119,9 @@ def estimates(recipe: Recipe) -> list[Estimate]:
     running the objective and the validation on a tiny network.  FLOP (2 per multiply-add, of convolutions and linear
     layers) and memory are computed for the recipe's network on the ``meta`` device, that is, on tensors without data.
     A teacher is assumed to be as large as the recipe's network.  Not included: rollbacks, the comparisons that ``fast``
-    makes, diagnostics, the weight copies of ``awp``, and of FD the features and what encoders encode besides the
-    samples.  If the image shape cannot be determined, or the network does not accept it, ``UserError`` is raised.
+    makes, diagnostics, the weight copies of ``awp`` and ``sam``, and of FD the features and what encoders encode
+    besides the samples.  If the image shape cannot be determined, or the network does not accept it, ``UserError`` is
+    raised.
     """
     return [estimate(stage) for stage in (*recipe.before, recipe)]
 
