@@ -314,7 +314,7 @@ def _apply(
 def _fill_objective(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Return the objective alone, with every default."""
     objective = config.build(plain["objective"], "objective", where="recipe.objective")
-    return {"objective": config.describe(objective)}
+    return {"objective": config.describe(objective, Objective)}
 
 
 def _fill_defaults(plain: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
