@@ -155,8 +155,7 @@ def overlap(parts: Sequence[Tensor], real: Reference) -> dict[str, Statistic]:
 def _intended(logits: Tensor, classes: Tensor, space: Features, names: Sequence[str]) -> Tensor | None:
     """Return whether each sample is classified as what was asked for, as :class:`SampleQuality` says; None: unknown."""
     outputs, found = logits.shape[1], logits.argmax(1)
-    known = set(names) <= set(space.classes) and not all(name.isdecimal() for name in names)
-    if known:
+    if set(names) <= set(space.classes) and not all(map(str.isdecimal, names)):
         meant = torch.tensor([space.classes.index(name) for name in names])
     elif outputs == len(names):
         meant = torch.arange(outputs)

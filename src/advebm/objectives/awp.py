@@ -118,8 +118,8 @@ class SAM(_Perturbing):
     """The loss of another objective at ``w + v``, for flat minima: sharpness-aware minimisation, Foret et al. (2021).
 
     ``v = rho t² g / ‖t g‖``, over all parameters together, where g is the gradient of the loss at the inner search's
-    result and t is 1, or |w| of each number if ``adaptive`` (Kwon et al., 2021, without their η).  The gradient at w +
-    v then updates w.  SADA-JEM (Yang et al., 2023) is ``jem`` in the adaptive form with rho 2.  Batch norm's running
+    result and t is 1, or |w| of each number if ``adaptive`` (Kwon et al., 2021, without their η).  The gradient there
+    then updates w.  SADA-JEM (Yang et al., 2023) is ``jem`` in the adaptive form with rho 2.  Batch norm's running
     statistics are updated at w + v, as in ``awp``; codes of SAM update them at w.
 
     Attributes:
