@@ -22,12 +22,13 @@ from advebm.core import config
 from advebm.core import rng as seeds
 from advebm.core.errors import Diverged, UserError
 from advebm.data.negatives import GaussianImages, LowResolution, Mixture, NoiseImages, Patches
-from advebm.data.sources import Digits, find_spec
+from advebm.data.sources import Digits, Unlabelled, find_spec
 from advebm.evaluation.evaluate import evaluate_run
 from advebm.evaluation.suites import suite
 from advebm.metrics.base import Features, Subject
 from advebm.metrics.corruption import CorruptionAccuracy
 from advebm.metrics.robustness import Accuracy, RobustAccuracy, TargetedAccuracy
+from advebm.models.excerpt import Published
 from advebm.models.modes import freeze_batch_norms
 from advebm.objectives.awp import AWP
 from advebm.objectives.base import Batch, Context, r1
@@ -426,6 +427,20 @@ def test_gaussian_images_have_means_and_covariances_of_their_classes():
     assert torch.equal(data.test.x, again.test.x)
     assert not torch.equal(data.test.x, other.test.x)
     assert find_spec(GaussianImages(count=60)) == ((1, 8, 8), 10, 60, 6)
+
+
+def test_gaussian_images_of_unlabelled_images_and_of_published_models():
+    """One Gaussian without labels; of a model that brings no training images the Gaussians that it brings."""
+    data = GaussianImages(Unlabelled(), count=2_000).load()
+    everything = Digits().load().train.float()
+    assert data.classes == ("unlabelled",)
+    assert (data.train.float().mean(0) - everything.mean(0)).abs().max() < 0.1
+    published = Published("cifar10-infonce")
+    brought = published.load().gaussians.means.double() / 255
+    drawn = GaussianImages(published, count=1_000).load().train
+    means = torch.stack([drawn.float()[drawn.y == k].mean(0).double() for k in range(10)])
+    away = (means[:, None] - brought[None]).flatten(2).norm(dim=2)
+    assert torch.equal(away.argmin(1), torch.arange(10))  # each is nearest to its own class
 
 
 def test_low_resolution_keeps_means_of_blocks():

@@ -14,7 +14,6 @@ from advebm.data import pictures
 from advebm.data.ood_sets import fit_shape
 from advebm.data.sources import Augmentations, Data, DataSpec, Derived, Images, Source, find_spec, gather, to_float
 from advebm.descent import repeat_pixels
-from advebm.starts import ClassGaussians
 
 TRIES, ROUND = 30, 4096  # draws before giving up the search for contrast, and fewest squares per draw
 
@@ -161,12 +160,7 @@ class GaussianImages(Derived):
 
     def load(self) -> Data:
         data = self.source.load()
-        if data.gaussians is not None:
-            start = data.gaussians.start(by_class=data.labelled)
-        else:
-            y = data.train.y if data.labelled else None
-            start = ClassGaussians.fit(data.train.x, y, classes=len(data.classes))
-        splits = []
+        start, splits = data.gaussian_seeds(), []
         for name, count in (("train", self.count), ("val", self.count // 10), ("test", self.count // 5)):
             generator = rng.generator(self.split_seed, "gaussian images", name)
             y = torch.arange(count) * len(data.classes) // count

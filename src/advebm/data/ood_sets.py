@@ -10,7 +10,6 @@ from torch.nn.functional import interpolate
 
 from advebm.core.errors import UserError
 from advebm.data.sources import Data, Source, to_float
-from advebm.starts import ClassGaussians
 
 
 class Outlier(Protocol):
@@ -72,10 +71,8 @@ class ClassGaussianNoise(Noise):
 
     def draw(self, data: Data, count: int, generator: torch.Generator) -> Tensor:
         classes, where = len(data.classes), generator.device
-        labels = data.train.y if data.train.labelled else None
-        start = ClassGaussians.fit(data.train.x, labels, classes=classes)
         y = torch.randint(classes, (count,), generator=generator, device=where)
-        return start(torch.empty(count, *data.shape, device=where), y if labels is not None else None, generator)
+        return data.gaussian_seeds()(torch.empty(count, *data.shape, device=where), y, generator)
 
 
 def draw_outliers(outlier: Outlier, data: Data, count: int, generator: torch.Generator) -> tuple[str, Tensor]:

@@ -20,7 +20,7 @@ from advebm.data.augment import Augment
 from advebm.data.cache import remember
 from advebm.data.decode import Progress
 from advebm.data.disk import Shard
-from advebm.starts import CompactGaussians
+from advebm.starts import ClassGaussians, CompactGaussians, Start
 
 Value = TypeVar("Value")
 UNLABELLED = ("unlabelled",)  # the class names of images without labels
@@ -132,6 +132,15 @@ class Data(NamedTuple):
         if str(name).isdecimal() and int(name) < len(self.classes):
             return int(name)
         raise unknown_name("class", name, self.classes)
+
+    def gaussian_seeds(self) -> Start:
+        """Return what draws from a Gaussian for each class of the training images, or from one if they have no labels.
+
+        Gaussians that the data bring are taken as they are.
+        """
+        if self.gaussians is not None:
+            return self.gaussians.start(by_class=self.labelled)
+        return ClassGaussians.fit(self.train.x, self.train.y if self.labelled else None, classes=len(self.classes))
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation of each channel of the training split, computed from histograms."""

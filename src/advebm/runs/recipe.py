@@ -23,7 +23,8 @@ from advebm.objectives.base import Objective
 from advebm.runs.optim import SGD, Cosine, Optimizer, Schedule
 from advebm.samplers.base import Sampler
 
-WRAPPERS = ("part", "classes", "unlabelled", "gaussians", "low-resolution", "mixture")  # of images of other sources
+# Sources that take their images from others, or make them of others' images
+WRAPPERS = ("part", "classes", "unlabelled", "gaussians", "low-resolution", "mixture")
 
 
 @dataclasses.dataclass(frozen=True)
