@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -239,6 +240,21 @@ def test_methods_are_compared_from_the_same_seeds(run, capsys):
 
 
 @few_samples
+def test_a_method_is_compared_with_itself_after_several_numbers_of_steps(run, capsys):
+    arguments = ["--per-class", "2", "--steps", "0,2,5", "--sampler.noise", "0", "--device", "cpu"]
+    assert main(["sample", str(run.folder), "--compare", "ta", *arguments]) == 0
+    assert re.findall(r"ta-\d-steps", capsys.readouterr().out)
+    sets = {k: generate.read_set(run.folder / "comparison" / f"ta-{k}-steps-0") for k in (0, 2, 5)}
+    assert {k: drawn.manifest["sampler"]["steps"] for k, drawn in sets.items()} == {0: 0, 2: 2, 5: 5}
+    model, sampler = run.model()[0], run.recipe.sampler
+    moved = {k: (sets[k].x - sets[0].x).flatten(1).norm(dim=1) for k in (2, 5)}
+    assert (moved[2] <= 2 * sampler.step_size + 0.1).all()
+    assert (moved[5] > moved[2]).float().mean() > 0.9
+    scores = {k: model(drawn.x).gather(1, drawn.y[:, None]).mean() for k, drawn in sets.items()}
+    assert scores[0] < scores[2] < scores[5], "chains go on from the same seeds"
+
+
+@few_samples
 def test_compared_methods_are_as_tuned_and_other_seeds_are_named(run, capsys):
     arguments = ["tune-sampler", str(run.folder), "--method", "ta", "--step-size", "0.03", "--steps", "1"]
     assert main([*arguments, "--per-class", "2", "--device", "cpu"]) == 0
@@ -254,7 +270,9 @@ def test_compared_methods_are_as_tuned_and_other_seeds_are_named(run, capsys):
 
 
 MISTAKES = {
-    "steps": (["--steps", "0"], "--steps must be at least 1, got 0"),
+    "steps": (["--steps", "0"], "--steps is one number of at least 1, got '0'"),
+    "two steps": (["--steps", "4,8"], "got '4,8'; several, and 0, go with --compare"),
+    "no steps": (["--steps", "-1"], "--steps takes numbers such as 0,3,7, got '-1'"),
     "batch": (["--batch", "0"], "--batch must be at least 1, got 0"),
     "processes": (["--processes", "0"], "--processes must be at least 1"),
     "classes": (["--classes", "one"], "--classes takes numbers such as 0,3,7, got 'one'"),

@@ -21,9 +21,14 @@ def add_sample(verbs: Commands) -> None:
     parser.add_run(optional=True, default=DEFAULT_MODEL)
     parser.add_argument("--method", metavar="NAME", help=f"{', '.join(KINDS['sampler'])}; the recipe's by default")
     parser.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
-    parser.add_argument("--steps", type=int, metavar="K", help="short for --sampler.steps, at least 1")
+    parser.add_argument(
+        "--steps",
+        default="",
+        metavar="K",
+        help="short for --sampler.steps, at least 1; with --compare also several, as in 0,8,16",
+    )
     parser.add_argument("--untuned", action="store_true", help="the recipe's settings, whatever tune-sampler found")
-    parser.add_argument("--classes", metavar="K,K", help="numbers of the classes to draw; all by default")
+    parser.add_argument("--classes", default="", metavar="K,K", help="numbers of the classes to draw; all by default")
     parser.add_argument("--fast", default="auto", metavar="WAY", help=f"how the network is computed: {FAST_VALUES}")
     parser.add_argument("--name", help="of the set, METHOD-START by default")
     parser.add_argument(
@@ -57,7 +62,10 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
     from advebm.workflows import sample as workflow
     from advebm.workflows.adopt import open_run
 
-    check_at_least(args, 1, "per_class", "steps", "processes", "batch", "seeds")
+    check_at_least(args, 1, "per_class", "processes", "batch", "seeds")
+    steps = _parse_numbers("--steps", args.steps)
+    if not args.compare and (len(steps) > 1 or 0 in steps):
+        raise UserError(f"--steps is one number of at least 1, got {args.steps!r}; several, and 0, go with --compare")
     if (args.seeds or args.features) and not args.compare:
         raise UserError("--seeds and --features go with --compare")
     if args.compare and (args.method or args.name or args.replace):
@@ -68,13 +76,14 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
         raise UserError("--compare and --processes take one process; leave them out, or run it without torchrun")
     data_overrides, overrides = split_blocks(overrides, "data")
     run = open_run(args.run, data_overrides, whole=bool(args.compare))  # the judge compares with test images
-    if args.steps:
-        overrides = [*overrides, ("sampler.steps", args.steps)]
+    if len(steps) == 1:
+        overrides = [*overrides, ("sampler.steps", steps[0])]
+    classes = _parse_numbers("--classes", args.classes) or None
     options = {"per_class": args.per_class, "seed": args.seed, "checkpoint": args.checkpoint, "batch": args.batch}
-    options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": _parse_numbers(args.classes)}
+    options |= {"processes": args.processes, "trajectory": args.trajectory, "classes": classes}
     options |= {"backend": args.fast, "untuned": args.untuned, "device": args.device}
     if args.compare:
-        options |= {"seeds": args.seeds or 1, "features": args.features}
+        options |= {"seeds": args.seeds or 1, "features": args.features, "steps": steps if len(steps) > 1 else ()}
         records, path = workflow.compare_methods(run, args.compare.split(","), overrides, **options)
         print_runs(records)
         print(path)
@@ -84,13 +93,12 @@ def sample(args: argparse.Namespace, overrides: Overrides) -> None:
         )
 
 
-def _parse_numbers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise UserError(f"--classes takes numbers such as 0,3,7, got {text!r}") from None
+def _parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Read numbers >= 0, separated by commas; none if the text is empty."""
+    words = text.split(",") if text else []
+    if not all(word.strip().isdecimal() for word in words):
+        raise UserError(f"{option} takes numbers such as 0,3,7, got {text!r}")
+    return tuple(map(int, words))
 
 
 def add_tune_sampler(verbs: Commands) -> None:

@@ -110,9 +110,13 @@ def compare_methods(
     checkpoint: str,
     untuned: bool,
     device: str | None,
+    steps: Sequence[int] = (),
     **options: Any,
 ) -> tuple[dict[str, compare.Records], Path]:
-    """Draw by several methods, from the same seeds if their starts agree, and judge: see :func:`compare_sets`."""
+    """Draw by several methods, from the same seeds if their starts agree, and judge: see :func:`compare_sets`.
+
+    With ``steps`` each method draws once for each of these numbers of steps, so that the records show quality by cost.
+    """
     device = choose_device(device)
     settings: dict[str, Any] = {"checkpoint": checkpoint, "untuned": untuned}
     chosen = {m: choose_settings(run, m, overrides, **settings, label=f"{m}: ") for m in methods}
@@ -122,7 +126,11 @@ def compare_methods(
         console.say(f"seeds differ: {starts}; --sampler.start sets all")
     if any(sampler.fit == "test" for sampler in samplers.values()):
         warnings.warn(LEAK, stacklevel=2)
-    options |= {"checkpoint": checkpoint, "device": device, "about": {m: about for m, (_, about) in chosen.items()}}
+    about = {method: how for method, (_, how) in chosen.items()}
+    if steps:
+        about = {f"{method}-{k}-steps": how for method, how in about.items() for k in steps}
+        samplers = {f"{m}-{k}-steps": dataclasses.replace(s, steps=k) for m, s in samplers.items() for k in steps}
+    options |= {"checkpoint": checkpoint, "device": device, "about": about}
     return compare_sets(run, samplers, per_class, seeds, say=console.say, **options)
 
 
@@ -297,7 +305,7 @@ def compare_sets(
         {**r, "settings": {**r["settings"], "samples": m}} for r in records if r["settings"]["samples"] == name
     ]
     rows = compare.over_seeds([{m: records_of(m, f"{m}-{number}") for m in samplers} for number in numbers])
-    quantities = ("FD", "KID", "class score", "intended class")
+    quantities = ("FD", "KID", "class score", "intended class", "recall")
     files.write_json(run.folder / "comparison" / "comparison.json", rows)
     rows = {m: [{**r, "settings": {}} for r in rs if key_of(r).quantity in quantities] for m, rs in rows.items()}
     texts = {m: [f"{r['name'].split(' (')[0]} {r['value']:.3g} ± {r['error']:.2g}" for r in rows[m]] for m in panels}
