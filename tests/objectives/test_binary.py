@@ -40,6 +40,7 @@ from advebm.reporting.build import report
 from advebm.runs.engine import Engine
 from advebm.runs.recipe import design, resolve
 from advebm.runs.run import Run
+from advebm.samplers.classifier import TA
 from advebm.samplers.critic import Ascent
 from advebm.sampling import generate
 from advebm.sampling.tune import tune
@@ -336,7 +337,6 @@ def test_bad_settings_are_refused():
         (lambda: BinaryMLE(radius=0), "radius must be > 0 or none"),
         (lambda: BinaryAT(inside_radius=-1), "inside_radius must be > 0"),
         (lambda: BinaryAT(r1_at="there"), "is one of perturbed, data"),
-        (lambda: Ascent(start="class"), "a critic has no classes"),
     ):
         with pytest.raises(UserError, match=message):
             make()
@@ -682,6 +682,20 @@ def test_samples_of_a_critic(critic_run):
     assert any(name.startswith("FD") for name in names)
     assert not any(name.startswith(("class score", "intended")) for name in names)
     assert "ascent" in report(critic_run).read_text()
+
+
+def test_seeds_of_a_critic_may_be_those_of_classes(critic_run):
+    sampler = dataclasses.replace(critic_run.recipe.sampler, start="class", steps=0)
+    drawn = generate.read_set(draw_set(critic_run, "classes", sampler, 3))
+    assert drawn.y.tolist() == [k for k in range(10) for _ in range(3)]
+    judge = TA(steps=0, start="class")
+    y, data = drawn.y, critic_run.recipe.data.load()
+    same = generate.generate(critic_run.model()[0], judge, data, y, seed=0).x
+    torch.testing.assert_close(drawn.x, generate.to_bytes(same).float() / 255)
+    moved = generate.read_set(draw_set(critic_run, "moved", dataclasses.replace(sampler, steps=6), 3))
+    with torch.no_grad():
+        outputs = [critic_run.model()[0](images.x) for images in (drawn, moved)]
+    assert (outputs[1] > outputs[0]).float().mean() > 0.9
 
 
 def test_tuning_a_critic_begins_from_validation_images(critic_run, tmp_path, monkeypatch):

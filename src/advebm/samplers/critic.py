@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from advebm.core.errors import UserError
 from advebm.samplers.classifier import Langevin
 
 
@@ -11,7 +10,8 @@ from advebm.samplers.classifier import Langevin
 class Ascent(Langevin):
     """Ascent on a critic's f from outside images, Binary-AT eq. 8: descends ``E(x) = -f(x)`` in unit steps.
 
-    The authors take 32 steps of 0.2 from test images of their p0 for CIFAR-10.  On a classifier it descends E(x).
+    The authors take 32 steps of 0.2 from test images of their p0 for CIFAR-10.  On a classifier it descends E(x).  A
+    critic has no classes; with ``start: class`` only the seeds depend on the class.
     """
 
     steps: int = 32
@@ -21,8 +21,3 @@ class Ascent(Langevin):
 
     own: ClassVar[tuple[str, ...]] = ("noise", "start")
     cites: ClassVar[tuple[str, ...]] = ("binary-at",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.start == "class":
-            raise UserError("a critic has no classes; start from outside, global or noise")
