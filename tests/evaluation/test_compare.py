@@ -532,14 +532,15 @@ METHODS = {
     and not any(method in name for method in ("acl", "infonce"))  # CEM's, on CIFAR-10 alone
     and "-l2" not in name
     and not name.endswith(("-resnet50", "-t50"))  # rows of a paper with another network, or steps
-    and not name.endswith(("-2h", "-20min", "-5min"))  # ours of a budget
+    and not name.endswith(("-2h", "-20min", "-10min", "-5min"))  # ours of a budget
     and "speedrun" not in name
 }
 
 
-def test_the_first_stage_of_dat_is_the_recipe_that_it_names():
-    alone, stage = (resolve(recipes.find(f"cifar10-{name}-2h")) for name in ("at", "dat"))
-    stage = dataclasses.replace(stage.before[0], metrics=alone.metrics)
+@pytest.mark.parametrize(("first", "then"), [("at-2h", "dat-2h"), ("at-5min", "binary-at-20min"), ("at-5min", "dat-10min")])
+def test_the_first_stage_is_the_recipe_that_it_names(first, then):
+    alone, stage = (resolve(recipes.find(f"cifar10-{name}")) for name in (first, then))
+    stage = dataclasses.replace(stage.before[0], metrics=alone.metrics, sampler=alone.sampler)
     assert stage == alone
 
 

@@ -455,6 +455,11 @@ def test_metadata_name_sets_of_the_hub_and_what_samples_were_compared_with():
     assert len(accuracy["metrics"]) == 2
     assert (quality["task"]["type"], quality["dataset"]["split"]) == ("unconditional-image-generation", "train")
     assert quality["metrics"] == [{"type": "fd", "value": 0.25, "name": "FD (features of judge), drawn"}]
+    critic = dataclasses.replace(architecture, outputs=1)
+    tags = [
+        yaml.safe_load(hub_metadata("mine", a, {"kind": "cifar10"}, []))["pipeline_tag"] for a in (architecture, critic)
+    ]
+    assert tags == ["image-classification", "unconditional-image-generation"]
     other = yaml.safe_load(hub_metadata("mine", architecture, {"kind": "hf", "path": "me/photos"}, []))
     assert other["datasets"] == ["me/photos"]
     assert "model-index" not in other
@@ -537,11 +542,14 @@ def test_the_kept_models_can_be_used(folder):
     assert {p.name for p in folder.iterdir()} == set(hub.FILES) - {"ema.safetensors"}
     assert sum(p.stat().st_size for p in folder.iterdir()) < 25e6
     plain = json.loads((folder / "config.json").read_text())
-    assert {"accuracy"} < {record["name"] for record in plain["measured"]}
+    names = {record["name"] for record in plain["measured"]}
+    critic = plain["architecture"]["outputs"] == 1
+    assert any(name.startswith("FD") for name in names) if critic else {"accuracy"} < names
     data = card_data(folder)
     assert (data.license, data.datasets) == ("apache-2.0", ["uoft-cs/cifar10"])
     listed = {result.metric_name.partition(",")[0]: result.metric_value for result in data.eval_results}
-    assert listed["accuracy"] == next(r["value"] for r in plain["measured"] if r["name"] == "accuracy")
+    quantity = "fd" if critic else "accuracy"
+    assert listed[quantity] == next(r["value"] for r in plain["measured"] if r["name"].lower().startswith(quantity))
     assert _hide_local_paths(plain["options"]) == plain["options"]
     size = plain["architecture"]["size"]
     images = torch.rand(4, plain["architecture"]["channels"], size, size)

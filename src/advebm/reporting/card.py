@@ -219,6 +219,8 @@ def hub_metadata(
     kind = str(data.get("kind"))
     dataset = data["path"] if _is_on_hub(data) else HUB_DATASETS.get(kind)
     task = "image-classification" if architecture.hidden is None else "image-feature-extraction"
+    if architecture.outputs == 1:  # a critic
+        task = "unconditional-image-generation"
     results = []
     for record in records:
         quantity = next((q for q in QUANTITIES if re.fullmatch(rf"{q}( under .*| \(.*)?", record["name"])), None)

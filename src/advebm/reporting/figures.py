@@ -299,7 +299,8 @@ def grids(panels: Mapping[str, Tensor], texts: Mapping[str, Sequence[str]]) -> b
     """Show grids of images (rows, columns, C, H, W) side by side, each below its name and above some lines of text."""
     with plt.rc_context({**STYLE, "axes.grid": False}):
         height = max(3 * rows.shape[0] / rows.shape[1] for rows in panels.values())
-        figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 0.9 + height), squeeze=False)
+        height += 0.4 + 0.19 * max(map(len, texts.values()))
+        figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), height), squeeze=False)
         for axis, (name, rows) in zip(axes.flat, panels.items(), strict=True):
             show_images(axis, rows, name)
             axis.set_xlabel("\n".join(texts[name]))
