@@ -22,6 +22,7 @@ from advebm.runs.run import Run
 from advebm.sampling import generate
 from advebm.workflows.adopt import adopt
 from advebm.workflows.evaluate import import_samples
+from advebm.workflows.sample import draw_set
 from tests.helpers import few_samples
 
 
@@ -146,6 +147,23 @@ def test_images_from_a_folder_are_judged_as_samples(run, tmp_path, capsys):
     other = pictures(tmp_path / "elsewhere" / "mine", ["."])
     with pytest.raises(UserError, match="has samples called mine already"):
         import_samples(run, other)
+
+
+@few_samples
+def test_sets_that_were_drawn_elsewhere_are_judged(run, tmp_path):
+    drawn = draw_set(run, "here", run.recipe.sampler, 2)
+    elsewhere = Path(shutil.copytree(drawn, tmp_path / "there"))
+    for folder in (drawn, elsewhere, elsewhere):
+        import_samples(run, folder)
+    here, there = (generate.read_set(run.folder / "samples" / name) for name in ("here", "there"))
+    assert torch.equal(here.x, there.x)
+    assert torch.equal(here.y, there.y)
+    assert there.manifest == {**here.manifest, "images": str(elsewhere), "film": []}
+    generate.write_set(
+        tmp_path / "small", generate.SampleSet(torch.rand(4, 1, 6, 6), torch.zeros(4), here.manifest), 10
+    )
+    with pytest.raises(UserError, match="holds images of 1 x 6 x 6, digits has 1 x 8 x 8"):
+        import_samples(run, tmp_path / "small")
 
 
 def test_images_of_another_size_are_refused(run, tmp_path):

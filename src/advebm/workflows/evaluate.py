@@ -9,6 +9,7 @@ from advebm.attacks.base import ball_text
 from advebm.attacks.projected import Attack
 from advebm.core import config, console, files, notebook
 from advebm.core.errors import UserError
+from advebm.data import pictures
 from advebm.data.folders import read_folder
 from advebm.evaluation import compare, evaluate
 from advebm.evaluation.suites import suite
@@ -118,11 +119,29 @@ def threat_text(threat: Attack, trained: Attack | None) -> str:
 
 
 def import_samples(run: Run, folder: Path) -> str:
-    """Import the images of a folder as a sample set of a run; return its name, which is the folder's."""
-    data, name = run.data, folder.resolve().name
-    images = read_folder(folder, data.classes, data.shape)
-    about = {"images": str(folder.resolve())}
-    if name in run.samples() and generate.read_set(run.samples()[name]).manifest.get("images") != about["images"]:
-        raise UserError(f"{run.folder} has samples called {name} already; rename {folder}")
-    generate.write_set(run.folder / "samples" / name, SampleSet(images.float(), images.y, about), len(data.classes))
+    """Copy images into a run as one of its sample sets; return its name, which is the folder's.
+
+    Args:
+        run: the run.
+        folder: a set that ``sample`` drew, from this or another run, or pictures as :func:`read_folder` takes them.
+
+    Raises:
+        UserError: the run has another set of that name, or the images are not of the size of the run's data.
+    """
+    data, name, origin = run.data, folder.resolve().name, str(folder.resolve())
+    if (kept := run.samples().get(name)) is not None:
+        if str(kept.resolve()) == origin:
+            return name
+        if generate.read_set(kept).manifest.get("images") != origin:
+            raise UserError(f"{run.folder} has samples called {name} already; rename {folder}")
+    if (folder / "images.npz").exists():
+        drawn = generate.read_set(folder)
+        if drawn.x.shape[1:] != data.shape:
+            what = pictures.size_text(tuple(drawn.x.shape[1:]))
+            raise UserError(f"{folder} holds images of {what}, {data.name} has {pictures.size_text(data.shape)}")
+        samples = drawn._replace(manifest={**drawn.manifest, "images": origin})
+    else:
+        images = read_folder(folder, data.classes, data.shape)
+        samples = SampleSet(images.float(), images.y, {"images": origin})
+    generate.write_set(run.folder / "samples" / name, samples, len(data.classes))
     return name
