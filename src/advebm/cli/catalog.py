@@ -82,8 +82,6 @@ def _print_overview() -> None:
         trained = f"trained against {threat['norm']} {_as_written(threat['eps'])}"
         if "probed" in about:
             trained = "a linear probe, for --features"
-        elif about["architecture"]["outputs"] == 1:
-            trained = "a critic, which draws without labels"
         print(f"  {name:23} {network}, {trained}")
     print("\nall of a kind: advebm list WHAT; what one of them is: advebm explain NAME")
     for role, text in ROLES.items():

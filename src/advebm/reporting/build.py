@@ -126,7 +126,7 @@ def report(
 
 def describe_sampler(manifest: Mapping[str, Any]) -> str:
     """Return the sampler settings of a set of samples as one line, from its manifest."""
-    if "images" in manifest:
+    if "sampler" not in manifest:
         return f"from {manifest['images']}"
     sampler = manifest["sampler"]
     parts = [
