@@ -164,6 +164,10 @@ def test_sets_that_were_drawn_elsewhere_are_judged(run, tmp_path):
     )
     with pytest.raises(UserError, match="holds images of 1 x 6 x 6, digits has 1 x 8 x 8"):
         import_samples(run, tmp_path / "small")
+    generate.write_set(tmp_path / "more", here._replace(y=here.y + 1), 11)
+    with pytest.raises(UserError, match="holds images of class 10, and the 10 classes of digits begin with 0"):
+        import_samples(run, tmp_path / "more")
+    assert set(run.samples()) == {"here", "there"}
 
 
 def test_images_of_another_size_are_refused(run, tmp_path):

@@ -126,7 +126,7 @@ def import_samples(run: Run, folder: Path) -> str:
         folder: a set that ``sample`` drew, from this or another run, or pictures as :func:`read_folder` takes them.
 
     Raises:
-        UserError: the run has another set of that name, or the images are not of the size of the run's data.
+        UserError: the run has another set of that name, or the images are not of the size or classes of the run's data.
     """
     data, name, origin = run.data, folder.resolve().name, str(folder.resolve())
     if (kept := run.samples().get(name)) is not None:
@@ -139,6 +139,9 @@ def import_samples(run: Run, folder: Path) -> str:
         if drawn.x.shape[1:] != data.shape:
             what = pictures.size_text(tuple(drawn.x.shape[1:]))
             raise UserError(f"{folder} holds images of {what}, {data.name} has {pictures.size_text(data.shape)}")
+        if (largest := int(drawn.y.max())) >= len(data.classes):
+            what = f"{folder} holds images of class {largest}"
+            raise UserError(f"{what}, and the {len(data.classes)} classes of {data.name} begin with 0")
         samples = drawn._replace(manifest={**drawn.manifest, "images": origin})
     else:
         images = read_folder(folder, data.classes, data.shape)
