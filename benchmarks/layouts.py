@@ -1,7 +1,8 @@
 """``python -m benchmarks.layouts [TURNS]``: an attack's gradient in float32, by memory layout, folding and compiling.
 
 In turn, medians, and the share of this CPU's speed in float32 convolutions.  To compute as a CPU without AVX-512 does:
-``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.layouts``.
+``ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=FOLDER python -m benchmarks.layouts``, with a
+cache of its own, as torch's does not tell these settings apart.
 """
 
 import copy
