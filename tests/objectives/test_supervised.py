@@ -312,6 +312,19 @@ def test_searches_with_statistics_of_the_chains(net, batch):
     assert (found.negative - quiet.negative).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", [MLE, JEM, JEAT])
+def test_keeps_statistics_that_are_frozen(kind, net, batch):
+    """With ``freeze`` loss and gradients are those of eval mode, and the statistics stay as they were."""
+    before, quiet, ctx = copy.deepcopy(net.state_dict()), copy.deepcopy(net).eval(), Context(rng.generator(0))
+    objective = kind(SHORT, freeze=True)
+    loss = objective.loss(net, batch, objective.search(net, batch, None, ctx), None, ctx)
+    assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    _, expected, gradient = step(kind(SHORT), quiet, batch)
+    close(loss.total, expected.total)
+    close(gradients(net, loss.total), gradient)
+    assert (step(kind(SHORT), net, batch)[1].total - expected.total).abs() > 1e-3
+
+
 def test_jem_lowers_the_energy_of_the_other_view(net, batch):
     view = batch.x.flip(3)
     objective = JEM(SHORT, data_noise=0.1, weight=0.3, positives="view")

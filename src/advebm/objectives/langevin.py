@@ -1,5 +1,6 @@
 """Energies trained against samples of the model: maximum likelihood, JEM, JEAT."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -12,7 +13,7 @@ from advebm.core.config import check_choices
 from advebm.core.errors import UserError
 from advebm.core.rng import randn
 from advebm.descent import Descent, Energy, box, capped, free, raw
-from advebm.models.modes import searching
+from advebm.models.modes import freeze_batch_norms, searching
 from advebm.objectives.at import ENERGY_STEP, check_energy, with_step
 from advebm.objectives.base import Batch, Context, Loss, Stateless
 from advebm.starts import ReplayBuffer
@@ -114,12 +115,16 @@ class _Sampled(Stateless):
             the papers have none, and with weight 0 the energies drift until training diverges.
         search_mode: statistics that batch norm uses while chains move: ``eval`` (running ones) or ``train`` (those of
             the chains, as in SADA-JEM, whose code also updates the running ones by them).
+        freeze: whether batch norm keeps the running statistics that it has and uses them throughout, as in ``dat``: for
+            networks that were trained before.  Otherwise the statistics become those of data and negatives together,
+            with which data are told apart less well.
     """
 
     negatives: SGLD = SGLD()
     data_noise: float = 0.015
     energy_l2: float = 0.0
     search_mode: Literal["eval", "train"] = "eval"
+    freeze: bool = False
 
     labelled: ClassVar[bool] = True
 
@@ -132,6 +137,8 @@ class _Sampled(Stateless):
         check_choices(self)
         if not (self.data_noise >= 0 and self.energy_l2 >= 0):
             raise UserError(f"data_noise and energy_l2 must be >= 0, got {self.data_noise} and {self.energy_l2}")
+        if self.freeze and self.search_mode == "train":
+            raise UserError("freeze keeps the running statistics: set search_mode to eval, or freeze to false")
 
     def init(self, like: Tensor, generator: torch.Generator) -> ReplayBuffer | None:
         return self.negatives.init(like, generator)
@@ -143,6 +150,16 @@ class _Sampled(Stateless):
         with searching(model, view=ctx.view, training=self.search_mode == "train") as f:
             slots, negative = self.negatives(lambda x: energies.marginal(f(x)), batch, state, ctx.generator)
         return ChainResult(positive, negative, slots)
+
+    def loss(
+        self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
+    ) -> Loss:
+        with freeze_batch_norms(model) if self.freeze else nullcontext():
+            return self.compute_loss(model, batch, found)
+
+    def compute_loss(self, model: nn.Module, batch: Batch, found: ChainResult) -> Loss:
+        """Return the loss, of the network in the mode that it is in."""
+        raise NotImplementedError
 
     def data(self, batch: Batch) -> Tensor:
         """Return the images whose energy is lowered, before noise is added."""
@@ -168,9 +185,7 @@ class MLE(_Sampled):
     labelled: ClassVar[bool] = False
     cites: ClassVar[tuple[str, ...]] = ("nijkamp2019",)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
-    ) -> Loss:
+    def compute_loss(self, model: nn.Module, batch: Batch, found: ChainResult) -> Loss:
         positive, negative = (energies.marginal(model(x)) for x in (found.positive, found.negative))
         total, terms = contrast(positive, negative, self.energy_l2)
         return Loss(total, {"loss": total.detach(), **terms})
@@ -183,7 +198,7 @@ class JEM(_Sampled):
     The code draws x⁺ independently of the labelled x; here both are the batch, which has the same expectation.
 
     Attributes:
-        negatives, data_noise, energy_l2, search_mode: see :class:`MLE`.
+        negatives, data_noise, energy_l2, search_mode, freeze: see :class:`MLE`.
         weight: weight of -log p(x).
         positives: data x⁺ of -log p(x): ``same``, the images of the cross-entropy, or ``view``, another augmentation of
             them, ``data.augment.view``; the cross-entropy is then taken without noise.  SADA-JEM augments for the
@@ -210,9 +225,7 @@ class JEM(_Sampled):
         assert batch.view is not None
         return batch.view
 
-    def loss(
-        self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
-    ) -> Loss:
+    def compute_loss(self, model: nn.Module, batch: Batch, found: ChainResult) -> Loss:
         """Return the sum of both terms; the cross-entropy is taken at the noisy images, or at those of the batch."""
         logits, negative = model(found.positive), energies.marginal(model(found.negative))
         likelihood, terms = contrast(energies.marginal(logits), negative, self.energy_l2)
@@ -233,7 +246,7 @@ class JEAT(_Sampled):
     or the mode of batch norm.
 
     Attributes:
-        negatives, energy_l2, search_mode: see :class:`MLE`.
+        negatives, energy_l2, search_mode, freeze: see :class:`MLE`.
         data_noise: see :class:`MLE`; 0, as the paper mentions none.
         attack: one energy-FGSM step from a uniform start, eq. 18; ``step_size`` None: eps.
     """
@@ -255,9 +268,7 @@ class JEAT(_Sampled):
             x_adv = attack.raise_loss(f, chains.positive.clamp(0, 1), batch.y, ctx.generator)
         return chains._replace(positive=x_adv, adversarial=x_adv)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
-    ) -> Loss:
+    def compute_loss(self, model: nn.Module, batch: Batch, found: ChainResult) -> Loss:
         logits, negative = model(found.positive), energies.marginal(model(found.negative))
         likelihood, terms = contrast(energies.marginal(logits), negative, self.energy_l2)
         total = energies.conditional(logits, batch.y).mean() + likelihood
