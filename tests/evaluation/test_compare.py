@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -532,13 +533,14 @@ METHODS = {
     and not any(method in name for method in ("acl", "infonce"))  # CEM's, on CIFAR-10 alone
     and "-l2" not in name
     and not name.endswith(("-resnet50", "-t50"))  # rows of a paper with another network, or steps
-    and not name.endswith(("-2h", "-20min", "-10min", "-5min"))  # ours of a budget
+    and not re.search(r"-\d+(min|h)$", name)  # ours of a budget
     and "speedrun" not in name
 }
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [("at-2h", "dat-2h"), ("at-5min", "binary-at-20min"), ("at-5min", "dat-10min")]
+    ("first", "then"),
+    [("at-2h", "dat-2h"), ("at-5min", "binary-at-20min"), ("at-5min", "dat-10min"), ("at-20min", "jem-30min")],
 )
 def test_the_first_stage_is_the_recipe_that_it_names(first, then):
     alone, stage = (resolve(recipes.find(f"cifar10-{name}")) for name in (first, then))

@@ -579,6 +579,15 @@ def test_stages_may_be_given_as_an_option():
         resolve(recipes.find("digits-at"), [("before", "[{")])
 
 
+def test_a_stage_may_be_named(tmp_path):
+    """It is that recipe, but for where its data are, the seed, and how it is computed."""
+    changes = [("before", "[cifar10-at-5min]"), ("data.path", str(tmp_path)), ("seed", 3), ("train.precision", "float32")]
+    final = resolve(recipes.find("cifar10-at-2h"), [*changes, ("train.clip", None), ("data.augment.view", {"crop": 4})])
+    alone = resolve(recipes.find("cifar10-at-5min"), changes[1:])
+    assert final.train.clip is None
+    assert final.before == (dataclasses.replace(alone, sampler=final.sampler, metrics=final.metrics),)
+
+
 def test_stages_are_an_option_of_the_command(capsys):
     assert main(["train", "--recipe", "digits-at", "--before", "[{name: first}]", "--print-config"]) == 0
     assert "name: first" in capsys.readouterr().out
@@ -587,7 +596,9 @@ def test_stages_are_an_option_of_the_command(capsys):
 def test_bad_stages_are_refused():
     plain = recipes.find("digits-at")
     for stage, message in (
-        ({"objective": "standard"}, "takes a block with a name"),
+        ({"objective": "standard"}, "takes the name of a recipe, or a block with a name"),
+        ("digits-art", "did you mean 'digits-at'"),
+        ("digits-dat", "begins with the stage before it"),
         ({"name": "a", "init": "x"}, "begins with the stage before it"),
         ({"name": "a", "objectiv": "standard"}, "did you mean 'objective'"),
         ({"name": "../a"}, "a name is part of a folder's, without /"),

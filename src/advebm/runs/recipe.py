@@ -25,6 +25,7 @@ from advebm.samplers.base import Sampler
 
 # Sources that take their images from others, or make them of others' images
 WRAPPERS = ("part", "classes", "unlabelled", "gaussians", "low-resolution", "mixture")
+OTHER_IMAGES = ("outside", "extra")  # sources besides the data, which each stage has for itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +148,10 @@ class Recipe:
         outside: images from outside the data distribution, for objectives that need them.
         extra: further images, used without labels, for objectives that need them.
         normalise: the network's first layer.
-        before: stages to train before this one, each starting from the weights of the previous one.  Options that a
-            stage omits are taken from this recipe, except ``init``, ``outside``, ``extra``, ``train.select`` and
-            ``train.features``.
+        before: stages to train before this one, each starting from the weights of the previous one: names of recipes,
+            or blocks.  Options that a block omits are taken from this recipe, except ``init``, ``outside``, ``extra``,
+            ``train.select`` and ``train.features``.  A recipe that is named takes ``seed``, ``train.precision``,
+            ``train.fast``, and options of ``data`` that it does not set itself.
     """
 
     name: str
@@ -247,7 +249,7 @@ def resolve(plain: Mapping[str, Any], overrides: Iterable[tuple[str, Any]] = ())
         try:
             before = yaml.safe_load(before)
         except yaml.YAMLError:
-            raise UserError(f"before takes a list of stages such as [{{name: NAME, …}}], got {before!r}") from None
+            raise UserError(f"before takes a list of stages such as [RECIPE], got {before!r}") from None
     if not isinstance(before, list | tuple):
         raise UserError(f"recipe.before takes a list of stages, got {before!r}")
     for dotted, value in [pair for pair in overrides if not pair[0].startswith("before")]:
@@ -291,14 +293,26 @@ def _say_whose_threat(plain: Mapping[str, Any], overrides: Iterable[tuple[str, A
 
 def _complete_stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a stage with its missing options, also those inside blocks of the same kind, taken from the final one."""
+    if isinstance(stage, str):
+        stage = _named_stage(stage)
     if not isinstance(stage, Mapping) or "name" not in stage:
-        raise UserError(f"recipe.{where} takes a block with a name and the options that differ, got {stage!r}")
+        what = "the name of a recipe, or a block with a name and the options that differ"
+        raise UserError(f"recipe.{where} takes {what}, got {stage!r}")
     if stage.get("before") or stage.get("init"):
         raise UserError(f"recipe.{where} is a stage: it begins with the stage before it and has no init or before")
-    inherited = {k: v for k, v in final.items() if k not in ("before", "init", "outside", "extra")}
+    inherited = {k: v for k, v in final.items() if k not in ("before", "init", *OTHER_IMAGES)}
     # The next stage begins with the latest checkpoint, so none is selected by FD
     inherited["train"] = {k: v for k, v in final["train"].items() if k not in ("select", "features")}
     return _fill_defaults(config.merge(inherited, stage), f"recipe.{where}")
+
+
+def _named_stage(name: str) -> dict[str, Any]:
+    """Return a recipe as a stage, without what it takes from the final one though its file does not say so."""
+    plain = recipes.find(name)
+    before = plain.pop("before", [])
+    full = {k: v for k, v in _fill_defaults(plain).items() if k not in ("seed", "sampler", "metrics", *OTHER_IMAGES)}
+    train = {k: v for k, v in full["train"].items() if k not in ("precision", "fast")}
+    return {**full, "train": train, "data": plain["data"], "before": before}
 
 
 def _apply(
