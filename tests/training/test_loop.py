@@ -581,9 +581,10 @@ def test_stages_may_be_given_as_an_option():
 
 def test_a_stage_may_be_named(tmp_path):
     """It is that recipe, but for where its data are, the seed, and how it is computed."""
-    changes = [("before", "[cifar10-at-5min]"), ("data.path", str(tmp_path)), ("seed", 3), ("train.precision", "float32")]
-    final = resolve(recipes.find("cifar10-at-2h"), [*changes, ("train.clip", None), ("data.augment.view", {"crop": 4})])
-    alone = resolve(recipes.find("cifar10-at-5min"), changes[1:])
+    shared = [("data.path", str(tmp_path)), ("seed", 3), ("train.precision", "float32")]
+    own = [("before", "[cifar10-at-5min]"), ("train.clip", None), ("data.augment.view", {"crop": 4})]
+    final = resolve(recipes.find("cifar10-at-2h"), [*shared, *own])
+    alone = resolve(recipes.find("cifar10-at-5min"), shared)
     assert final.train.clip is None
     assert final.before == (dataclasses.replace(alone, sampler=final.sampler, metrics=final.metrics),)
 
