@@ -17,7 +17,7 @@ RECOMMENDED = (  # to begin with: the methods' families, on digits in minutes an
     "cifar10-at-2h",
     "cifar10-standard-small",
     "cifar10-trades-small",
-    "cifar10-jem-small",
+    "cifar10-jem-30min",
     "cifar10-binary-at-small",
 )
 
