@@ -540,7 +540,13 @@ METHODS = {
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [("at-2h", "dat-2h"), ("at-5min", "binary-at-20min"), ("at-5min", "dat-10min"), ("at-20min", "jem-30min")],
+    [
+        ("at-2h", "dat-2h"),
+        ("at-5min", "binary-at-20min"),
+        ("at-5min", "dat-10min"),
+        ("at-20min", "jem-30min"),
+        ("at-linf-20min", "jeat-30min"),
+    ],
 )
 def test_the_first_stage_is_the_recipe_that_it_names(first, then):
     alone, stage = (resolve(recipes.find(f"cifar10-{name}")) for name in (first, then))
