@@ -314,9 +314,9 @@ def test_searches_with_statistics_of_the_chains(net, batch):
 
 @pytest.mark.parametrize("kind", [MLE, JEM, JEAT])
 def test_keeps_statistics_that_are_frozen(kind, net, batch):
-    """With ``freeze`` loss and gradients are those of eval mode, and the statistics stay as they were."""
+    """With ``freeze_norms`` loss and gradients are those of eval mode, and the statistics stay as they were."""
     before, quiet, ctx = copy.deepcopy(net.state_dict()), copy.deepcopy(net).eval(), Context(rng.generator(0))
-    objective = kind(SHORT, freeze=True)
+    objective = kind(SHORT, freeze_norms=True)
     loss = objective.loss(net, batch, objective.search(net, batch, None, ctx), None, ctx)
     assert net.training
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

@@ -75,7 +75,7 @@ def print_list(args: argparse.Namespace, overrides: Overrides) -> None:
 def _print_overview() -> None:
     """Print a screenful: where to begin, and how to see the rest."""
     _print_recipes(recipes.RECOMMENDED, "recipes to begin with", _width())
-    print("\nmodels of the package, which take the place of a run: advebm sample NAME")
+    print("models of the package, which take the place of a run: advebm sample NAME")
     for name, folder in bundled_models().items():
         about = files.read_json(folder / "config.json")
         network, threat = f"{about['architecture']['backbone']['kind']} for {about['data']}", about["threat"]
@@ -83,7 +83,7 @@ def _print_overview() -> None:
         if "probed" in about:
             trained = "a linear probe, for --features"
         print(f"  {name:23} {network}, {trained}")
-    print("\nall of a kind: advebm list WHAT; what one of them is: advebm explain NAME")
+    print("all of a kind: advebm list WHAT; what one of them is: advebm explain NAME")
     for role, text in ROLES.items():
         count = len(recipes.names() if role == "recipe" else KINDS[role])
         print(f"  {role:10} {count:3}  {text}")

@@ -115,16 +115,16 @@ class _Sampled(Stateless):
             the papers have none, and with weight 0 the energies drift until training diverges.
         search_mode: statistics that batch norm uses while chains move: ``eval`` (running ones) or ``train`` (those of
             the chains, as in SADA-JEM, whose code also updates the running ones by them).
-        freeze: whether batch norm keeps the running statistics that it has and uses them throughout, as in ``dat``: for
-            networks that were trained before.  Otherwise the statistics become those of data and negatives together,
-            with which data are told apart less well.
+        freeze_norms: whether batch norm keeps the running statistics that it has and uses them throughout, as in
+            ``dat``: for networks that were trained before.  Otherwise the statistics become those of data and negatives
+            together, with which data are told apart less well.
     """
 
     negatives: SGLD = SGLD()
     data_noise: float = 0.015
     energy_l2: float = 0.0
     search_mode: Literal["eval", "train"] = "eval"
-    freeze: bool = False
+    freeze_norms: bool = False
 
     labelled: ClassVar[bool] = True
 
@@ -137,8 +137,8 @@ class _Sampled(Stateless):
         check_choices(self)
         if not (self.data_noise >= 0 and self.energy_l2 >= 0):
             raise UserError(f"data_noise and energy_l2 must be >= 0, got {self.data_noise} and {self.energy_l2}")
-        if self.freeze and self.search_mode == "train":
-            raise UserError("freeze keeps the running statistics: set search_mode to eval, or freeze to false")
+        if self.freeze_norms and self.search_mode == "train":
+            raise UserError("freeze_norms keeps running statistics: set it to false, or search_mode to eval")
 
     def init(self, like: Tensor, generator: torch.Generator) -> ReplayBuffer | None:
         return self.negatives.init(like, generator)
@@ -154,7 +154,7 @@ class _Sampled(Stateless):
     def loss(
         self, model: nn.Module, batch: Batch, found: ChainResult, state: ReplayBuffer | None, ctx: Context
     ) -> Loss:
-        with freeze_batch_norms(model) if self.freeze else nullcontext():
+        with freeze_batch_norms(model) if self.freeze_norms else nullcontext():
             return self.compute_loss(model, batch, found)
 
     def compute_loss(self, model: nn.Module, batch: Batch, found: ChainResult) -> Loss:
@@ -198,7 +198,7 @@ class JEM(_Sampled):
     The code draws x⁺ independently of the labelled x; here both are the batch, which has the same expectation.
 
     Attributes:
-        negatives, data_noise, energy_l2, search_mode, freeze: see :class:`MLE`.
+        negatives, data_noise, energy_l2, search_mode, freeze_norms: see :class:`MLE`.
         weight: weight of -log p(x).
         positives: data x⁺ of -log p(x): ``same``, the images of the cross-entropy, or ``view``, another augmentation of
             them, ``data.augment.view``; the cross-entropy is then taken without noise.  SADA-JEM augments for the
@@ -246,7 +246,7 @@ class JEAT(_Sampled):
     or the mode of batch norm.
 
     Attributes:
-        negatives, energy_l2, search_mode, freeze: see :class:`MLE`.
+        negatives, energy_l2, search_mode, freeze_norms: see :class:`MLE`.
         data_noise: see :class:`MLE`; 0, as the paper mentions none.
         attack: one energy-FGSM step from a uniform start, eq. 18; ``step_size`` None: eps.
     """

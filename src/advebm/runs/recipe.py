@@ -150,8 +150,8 @@ class Recipe:
         normalise: the network's first layer.
         before: stages to train before this one, each starting from the weights of the previous one: names of recipes,
             or blocks.  Options that a block omits are taken from this recipe, except ``init``, ``outside``, ``extra``,
-            ``train.select`` and ``train.features``.  A recipe that is named takes ``seed``, ``train.precision``,
-            ``train.fast``, and options of ``data`` that it does not set itself.
+            ``train.select`` and ``train.features``.  A stage that is named is that recipe, with this one's ``seed``,
+            ``train.precision`` and ``train.fast``, and its options of ``data`` where the file of the stage has none.
     """
 
     name: str
@@ -307,7 +307,7 @@ def _complete_stage(stage: Any, final: Mapping[str, Any], where: str) -> dict[st
 
 
 def _named_stage(name: str) -> dict[str, Any]:
-    """Return a recipe as a stage, without what it takes from the final one though its file does not say so."""
+    """Return a recipe of the package as a stage: all of its options but those that it takes from the final recipe."""
     plain = recipes.find(name)
     before = plain.pop("before", [])
     full = {k: v for k, v in _fill_defaults(plain).items() if k not in ("seed", "sampler", "metrics", *OTHER_IMAGES)}
