@@ -109,7 +109,7 @@ def check_moments(x, mean, covariance, tolerance):
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.3, 1.0])
 def test_compact_gaussians_are_the_exact_ones_where_nothing_is_left_out(generator, shrinkage):
-    """Small images have as many components as pixels: what remains is rounding to 8 bits."""
+    """Of small images all frequencies have covariances: what remains is rounding to 8 bits."""
     x = correlated(400, (2, 3, 4), generator)
     draw = draws(CompactGaussians.fit(x).start(by_class=False, shrinkage=shrinkage), x[:1], 40_000)
     exact = torch.cov(x.flatten(1).double().T)
@@ -117,34 +117,66 @@ def test_compact_gaussians_are_the_exact_ones_where_nothing_is_left_out(generato
     check_moments(draw, x.mean(0), expected, tolerance=0.02)
 
 
+def reduced(x, frequencies):
+    """The covariance of ``x`` in float64, of whose cosines only those of ``frequencies`` keep covariances."""
+    size = x[0].numel()
+    basis = cosines(torch.eye(size, dtype=torch.float64).view(size, *x.shape[1:])).flatten(1)
+    covariance = torch.cov((x.double().flatten(1) @ basis).T)
+    kept = torch.diag(covariance.diagonal())
+    kept[torch.meshgrid(frequencies, frequencies, indexing="ij")] = covariance[frequencies][:, frequencies]
+    return basis @ kept @ basis.T
+
+
 @pytest.mark.parametrize("shrinkage", [0.0, 0.4])
-def test_what_components_leave_out_keeps_the_variance_of_each_frequency(generator, monkeypatch, shrinkage):
-    """With 3 of 24 components the diagonal of the covariance among the cosines is still right."""
-    monkeypatch.setattr(starts, "RANK", 3)
+def test_frequencies_that_vary_less_keep_their_variances_alone(generator, monkeypatch, shrinkage):
+    monkeypatch.setattr(starts, "COVARIANCE_BYTES", 6)
     x = correlated(400, (1, 4, 6), generator)
     compact = CompactGaussians.fit(x)
-    assert compact.components.shape == (1, 3, 1, 4, 6)
+    assert compact.roots.shape == (1, 6)
+    most = cosines(x).flatten(1).var(0).argsort(descending=True)[:3]
+    assert set(compact.frequencies.tolist()) == set(most.tolist())
     draw = draws(compact.start(by_class=False, shrinkage=shrinkage), x[:1], 40_000)
-    variances = cosines(x).flatten(1).var(0)
-    expected = (1 - shrinkage) * variances + shrinkage * variances.mean()
-    got = cosines(draw).flatten(1).var(0)
-    assert (got / expected - 1).abs().max() < 4.5 * math.sqrt(2 / 40_000) + 0.02
+    kept = reduced(x, most)
+    expected = (1 - shrinkage) * kept + shrinkage * kept.diagonal().mean() * torch.eye(24)
+    check_moments(draw, x.mean(0), expected, tolerance=0.02)
 
 
-def test_one_gaussian_for_all_is_that_of_the_mixture(generator):
+def test_a_coarse_spectrum_keeps_the_sum_of_the_variances(generator, monkeypatch):
+    """Each block of it is a mean over the frequencies that have no covariance."""
+    monkeypatch.setattr(starts, "COVARIANCE_BYTES", 6)
+    monkeypatch.setattr(starts, "SPECTRUM_EDGE", 2)
+    x = correlated(400, (1, 4, 6), generator)
+    compact = CompactGaussians.fit(x)
+    assert compact.spectra.shape == (1, 1, 2, 2)
+    drawn = draws(compact.start(by_class=False, shrinkage=0.0), x[:1], 40_000)
+    assert drawn.var(0).sum().item() == pytest.approx(x.var(0).sum().item(), rel=0.03)
+
+
+@pytest.mark.parametrize("kept", [9, 3])
+def test_one_gaussian_for_all_is_that_of_the_mixture(generator, monkeypatch, kept):
     """Means and covariances of classes of different sizes give the moments of all images."""
+    monkeypatch.setattr(starts, "COVARIANCE_BYTES", kept * (kept + 1))
     a = correlated(300, (1, 3, 3), generator, 0.4)
     b = correlated(100, (1, 3, 3), generator, 0.6, 0.03)
+    b[:, :, 1] -= 0.15  # their means differ in frequencies that vary little, too
     x, y = torch.cat([a, b]), torch.cat([torch.zeros(300), torch.ones(100)]).long()
     compact = CompactGaussians.fit(x, y, classes=2)
     assert compact.shares.tolist() == [0.75, 0.25]
-    whole = torch.cov(x.flatten(1).double().T)
-    check_moments(draws(compact.start(by_class=False, shrinkage=0.0), x[:1], 40_000), x.mean(0), whole, 0.02)
+    assert compact.roots.shape == (2, kept * (kept + 1) // 2)
+    drawn = draws(compact.start(by_class=False, shrinkage=0.0), x[:1], 40_000)
+    check_moments(drawn, x.mean(0), reduced(x, compact.frequencies), tolerance=0.02)
     classes = compact.start(by_class=True, shrinkage=0.0)
     few = classes(torch.empty(4, 1, 3, 3), torch.tensor([0, 1, 0, 1]), generator)
-    assert [round(v, 1) for v in few.mean((1, 2, 3)).tolist()] == [0.4, 0.6, 0.4, 0.6]
+    assert (few[:, 0, 0].mean(1) > 0.5).tolist() == [False, True, False, True]
     with pytest.raises(UserError, match="classes 0 to 1 have seeds, got 2"):
         classes(torch.empty(1, 1, 3, 3), torch.tensor([2]), generator)
+
+
+def test_classes_of_fewer_images_than_frequencies(generator):
+    """Their covariances have no inverse; the draws have them all the same."""
+    x = correlated(5, (1, 3, 4), generator)
+    drawn = draws(CompactGaussians.fit(x).start(by_class=False, shrinkage=0.0), x[:1], 40_000)
+    check_moments(drawn, x.mean(0), torch.cov(x.flatten(1).double().T), tolerance=0.02)
 
 
 def test_compact_gaussians_of_large_images_stay_small(generator):
@@ -152,7 +184,7 @@ def test_compact_gaussians_of_large_images_stay_small(generator):
     x = (255 * torch.rand(6, 3, 80, 100, generator=generator)).to(torch.uint8)
     compact = CompactGaussians.fit(x, torch.arange(6) % 2, classes=2)
     sizes = {name: tuple(value.shape[-2:]) for name, value in vars(compact).items() if value.ndim > 3}
-    assert sizes == {"means": (64, 64), "components": (16, 16), "spectra": (32, 32)}
+    assert sizes == {"means": (64, 64), "spectra": (32, 32)}
     drawn = compact.start(by_class=True)(torch.empty(4, 3, 80, 100), torch.tensor([0, 1, 1, 0]), generator)
     assert drawn.shape == (4, 3, 80, 100)
     assert 0 <= drawn.min() < drawn.max() <= 1

@@ -1,7 +1,8 @@
 """Starting points of a search: a Start maps images, labels and a generator to images."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -162,8 +163,7 @@ def shrink(x: Tensor, edge: int) -> Tensor:
 
 
 PIECE = 2**30  # bytes of the images of a class that are held in floating point at once
-RANK, RANK_EDGE = 64, 16  # components of a class of compact Gaussians, at most, and pixels of their edges
-RANK_BYTES = 500_000  # of the components of all classes, at most
+COVARIANCE_BYTES = 500_000  # of the covariances of all classes in compact Gaussians, at most
 SPECTRUM_EDGE, MEAN_EDGE = 32, 64  # frequencies along an edge, and pixels of a mean's edge, at most
 
 
@@ -171,22 +171,24 @@ SPECTRUM_EDGE, MEAN_EDGE = 32, 64  # frequencies along an edge, and pixels of a 
 class CompactGaussians:
     """Class Gaussians in a few hundred kB, which a published model brings along in the place of its training images.
 
-    A class keeps its mean and the principal components of its images with the largest variance, in a low resolution.
-    What they leave of the covariance is kept as the variance of each frequency, of the orthonormal discrete cosine
-    transform of rows, columns and channels.  Seeds are otherwise those of :class:`ClassGaussians`.
+    Images are described by frequencies: the orthonormal discrete cosine transform of rows, columns and channels.  A
+    class keeps its mean, the covariance of the frequencies that vary most, and the variances of the others.  Seeds are
+    otherwise those of :class:`ClassGaussians`.
 
     Attributes:
         means: mean image of each class, uint8 (K, C, h, w).
-        components: principal components times their standard deviations, int8 (K, r, C, h, w), in units of ``scales``.
-        scales: the unit of each component, (K, r), in pixels of [0, 1].
-        spectra: variance of each frequency that the components leave out, float16 (K, C, h, w), in units of ``powers``.
+        frequencies: the m frequencies with covariances, the same for all classes, as indices into (C, H, W).
+        roots: lower triangles, row by row, of roots L of the covariances L Lᵀ, int8 (K, m (m + 1) / 2).
+        scales: the unit of each row of a root, (K, m), in pixels of [0, 1].
+        spectra: mean variance of the other frequencies in each part of (C, H, W), float16 (K, C, h, w).
         powers: the unit of each spectrum, (K,).
         shares: share of each class in the training images, (K,).
         shape: (C, H, W) of an image, as a tensor.
     """
 
     means: Tensor = field(repr=False)
-    components: Tensor = field(repr=False)
+    frequencies: Tensor = field(repr=False)
+    roots: Tensor = field(repr=False)
     scales: Tensor = field(repr=False)
     spectra: Tensor = field(repr=False)
     powers: Tensor = field(repr=False)
@@ -201,30 +203,43 @@ class CompactGaussians:
             UserError: a class has fewer than 2 images, or only equal ones.
         """
         exact, shape = ClassGaussians.fit(x, y, classes=classes), tuple(x.shape[1:])
-        small, size = _at_most(shape, RANK_EDGE), _at_most(shape, SPECTRUM_EDGE)
-        rank = min(RANK, max(1, RANK_BYTES // (classes * math.prod(small))))
-        parts, spectra = [], []
-        for mean, index in zip(exact.means, exact.members, strict=True):
-            products, power = torch.zeros(()), torch.zeros(())
-            for piece in _pieces(x, index):
-                away = (_rows(x, piece) - mean).view(-1, *shape)
-                low = adaptive_avg_pool2d(away, small[1:]).flatten(1)
-                products, power = products + low.T @ low, power + cosines(away).square().sum(0)
-            values, vectors = torch.linalg.eigh(products / (len(index) - 1))
-            part = (vectors * values.clamp_min(0).sqrt()).T[-rank:].view(-1, *small)
-            left = power / (len(index) - 1) - cosines(_resize(part, shape)).square().sum(0)
-            parts.append(part)
-            spectra.append(adaptive_avg_pool2d(left.clamp_min(0), size[1:]))
-        scales = torch.stack(parts).abs().amax((2, 3, 4)).clamp_min(1e-12) / 127
-        powers = torch.stack(spectra).amax((1, 2, 3)).clamp_min(1e-12)
+
+        counts = [len(index) for index in exact.members]
+
+        def coefficients(k: int) -> Iterator[Tensor]:
+            """Yield the frequencies of a class's images, less their mean, as rows whose products sum to covariances."""
+            for piece in _pieces(x, exact.members[k]):
+                away = (_rows(x, piece) - exact.means[k]).view(-1, *shape)
+                yield cosines(away).flatten(1) / (counts[k] - 1) ** 0.5
+
+        variances = torch.zeros(math.prod(shape))
+        for z in itertools.chain.from_iterable(map(coefficients, range(classes))):
+            variances += z.square().sum(0)
+        room = int(((1 + 8 * COVARIANCE_BYTES / classes) ** 0.5 - 1) / 2)  # m (m + 1) / 2 bytes a class
+        frequencies = variances.topk(min(max(room, 1), len(variances))).indices.sort().values
+        others = torch.ones(shape)
+        others.view(-1)[frequencies] = 0
+        pool = lambda image: adaptive_avg_pool2d(image.view(1, *shape), _at_most(shape, SPECTRUM_EDGE)[1:])[0]
+        triangles, spectra = [], []
+        for k in range(classes):
+            covariance, power = torch.zeros(()), torch.zeros(())
+            for z in coefficients(k):
+                covariance, power = covariance + z[:, frequencies].T @ z[:, frequencies], power + z.square().sum(0)
+            triangles.append(_triangular_root(covariance))
+            spectra.append(pool(power.view(shape) * others) / pool(others).clamp_min(1e-6))
+        roots, spectrum = torch.stack(triangles), torch.stack(spectra)
+        scales = roots.abs().amax(2).clamp_min(1e-12) / 127
+        rows, columns = torch.tril_indices(len(frequencies), len(frequencies))
+        powers = spectrum.amax((1, 2, 3)).clamp_min(1e-12)
         means = adaptive_avg_pool2d(exact.means.view(-1, *shape), _at_most(shape, MEAN_EDGE)[1:])
         return cls(
             means=(means * 255).round().to(torch.uint8),
-            components=(torch.stack(parts) / scales[..., None, None, None]).round().to(torch.int8),
+            frequencies=frequencies,
+            roots=(roots / scales[..., None]).round().to(torch.int8)[:, rows, columns],
             scales=scales,
-            spectra=(torch.stack(spectra) / powers[:, None, None, None]).half(),
+            spectra=(spectrum / powers[:, None, None, None]).half(),
             powers=powers,
-            shares=torch.tensor([len(index) for index in exact.members]) / sum(map(len, exact.members)),
+            shares=torch.tensor(counts) / sum(counts),
             shape=torch.tensor(shape),
         )
 
@@ -232,39 +247,54 @@ class CompactGaussians:
         """Return the source of seeds: of one Gaussian for each class or, unless ``by_class``, of one for all images."""
         classes = [self._class(k) for k in range(len(self.means))]
         if not by_class:
-            shares = self.shares.tolist()
-            mean = sum(share * c.mean for share, c in zip(shares, classes, strict=True))
-            between = [share**0.5 * (c.mean - mean)[None] for share, c in zip(shares, classes, strict=True)]
-            within = [share**0.5 * c.factor for share, c in zip(shares, classes, strict=True)]
-            spectrum = sum(share * c.spectrum for share, c in zip(shares, classes, strict=True))
-            classes = [_Gaussian(mean, torch.cat([*between, *within]), spectrum)]
+            weighted = list(zip(self.shares.tolist(), classes, strict=True))
+            mean = sum(share * c.mean for share, c in weighted)
+            covariance, spectrum = torch.zeros(()), torch.zeros(())
+            for share, c in weighted:
+                away = cosines((c.mean - mean)[None])[0]
+                among = away.flatten()[self.frequencies]
+                covariance = covariance + share * (c.root @ c.root.T + torch.outer(among, among))
+                spectrum = spectrum + share * (c.spectrum + away.square())
+            spectrum.view(-1)[self.frequencies] = 0
+            classes = [_Gaussian(mean, self.frequencies, _triangular_root(covariance), spectrum)]
         return _GaussianStart(tuple(classes), shrinkage)
 
     def _class(self, k: int) -> "_Gaussian":
-        shape = tuple(self.shape.tolist())
-        component = self.components[k].float() * self.scales[k, :, None, None, None]
+        shape, m = tuple(self.shape.tolist()), len(self.frequencies)
+        root = torch.zeros(m, m)
+        root[tuple(torch.tril_indices(m, m))] = self.roots[k].float()
         spectrum = interpolate(self.spectra[k][None].float() * self.powers[k], size=shape[1:], mode="nearest-exact")[0]
-        return _Gaussian(_resize(self.means[k][None].float() / 255, shape)[0], _resize(component, shape), spectrum)
+        spectrum.view(-1)[self.frequencies] = 0
+        mean = _resize(self.means[k][None].float() / 255, shape)[0]
+        return _Gaussian(mean, self.frequencies, root * self.scales[k][:, None], spectrum)
+
+
+def _triangular_root(covariance: Tensor) -> Tensor:
+    """Return the lower triangular L with ``L Lᵀ = covariance``, which may be singular."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return torch.linalg.qr((vectors * values.clamp_min(0).sqrt()).T).R.T
 
 
 class _Gaussian(NamedTuple):
-    """A Gaussian of images: the sum of ``factor``'s rows with random weights, and of noise with a spectrum.
+    """A Gaussian of images, whose frequencies are independent but for some.
 
-    ``mean`` (C, H, W), ``factor`` (r, C, H, W), ``spectrum`` (C, H, W): the variance of each frequency.
+    ``mean`` (C, H, W); ``frequencies`` (m,) those with a covariance, as indices into (C, H, W), and ``root`` (m, m) its
+    root; ``spectrum`` (C, H, W) the variances of the others, 0 for those.
     """
 
     mean: Tensor
-    factor: Tensor
+    frequencies: Tensor
+    root: Tensor
     spectrum: Tensor
 
     def draw(self, white: Tensor, shrinkage: float, generator: torch.Generator | None) -> Tensor:
         """Draw as many images as ``white (n, C, H, W)`` has, with the covariance shrunk to white noise of its trace."""
-        mean, factor, spectrum = (part.to(white) for part in self)
-        variance = factor.square().sum() / mean.numel() + spectrum.mean()
-        draws = torch.randn(len(white), len(factor), generator=generator, device=white.device, dtype=white.dtype)
-        deviation = ((1 - shrinkage) * spectrum + shrinkage * variance).sqrt()
-        coloured = (draws @ factor.flatten(1)).view_as(white)
-        return mean + (1 - shrinkage) ** 0.5 * coloured + cosines(deviation * white, inverse=True)
+        mean, root, spectrum = (part.to(white) for part in (self.mean, self.root, self.spectrum))
+        variance = (root.square().sum() + spectrum.sum()) / mean.numel()
+        draws = torch.randn(len(white), len(root), generator=generator, device=white.device, dtype=white.dtype)
+        z = (((1 - shrinkage) * spectrum + shrinkage * variance).sqrt() * white).flatten(1)
+        z[:, self.frequencies.to(z.device)] += (1 - shrinkage) ** 0.5 * draws @ root.T
+        return mean + cosines(z.view_as(white), inverse=True)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_gaussians_come_from_the_training_images_and_images_from_the_test_split(
         assert (brought.gaussians.means[k].float() - mean).abs().max() <= 0.5
     whole = Published(str(published), whole=True).load()
     assert torch.equal(whole.train.x, data.train.x)
-    assert torch.equal(whole.gaussians.components, brought.gaussians.components)
+    assert torch.equal(whole.gaussians.roots, brought.gaussians.roots)
 
 
 def test_other_images_are_not_taken_for_its_data_set(published):
@@ -123,7 +123,7 @@ def test_a_run_around_a_published_model_is_published_with_what_it_brought(publis
     first, second = (Published(str(folder)).load() for folder in (published, again))
     assert second.name == first.name
     assert torch.equal(second.test.x, first.test.x)
-    assert torch.equal(second.gaussians.components, first.gaussians.components)
+    assert torch.equal(second.gaussians.roots, first.gaussians.roots)
     about, original = (json.loads((folder / "config.json").read_text()) for folder in (again, published))
     assert about["options"]["data"]["kind"] == "digits"
     assert about["images_digest"] == original["images_digest"]
@@ -134,7 +134,7 @@ def test_test_images_do_not_become_seeds(published):
         CS(fit="test").prepare(Published(str(published)).load())
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "shape", "classes"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "extra", "shape", "classes"])
 def test_a_damaged_excerpt_is_named(published, damage):
     path = published / EXCERPT
     tensors = safetensors.load_file(path)
@@ -142,6 +142,8 @@ def test_a_damaged_excerpt_is_named(published, damage):
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "missing":
         safetensors.save_file({k: v for k, v in tensors.items() if k != "means"}, path)
+    elif damage == "extra":
+        safetensors.save_file({**tensors, "components": torch.zeros(1)}, path)
     elif damage == "shape":
         safetensors.save_file({**tensors, "images": torch.zeros(40, 1, 4, 4, dtype=torch.uint8)}, path)
     else:

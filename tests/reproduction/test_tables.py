@@ -387,14 +387,12 @@ def test_the_rows_of_a_table_see_equally_many_images(name, scale, tmp_path):
 def test_jem_is_drawn_by_the_dynamics_of_its_training(tmp_path):
     """From noise, not from Gaussians of the data, and not with the defaults."""
     recipe = binary.hybrid("jem", tmp_path, ())
-    run = SimpleNamespace(recipe=recipe)
     for own in (TABLES["binary-at-table2"].of("JEM"), TABLES["jeat-figure6"].of("JEM")):
-        sampler = unsupervised.with_sampler(run, own["sampler"], own["start"]).sampler
+        sampler = recipe.with_sampler(own["sampler"], [("sampler.start", own["start"])]).sampler
         assert (type(sampler).__name__, sampler.start) == ("SGLD", "noise")
         assert (sampler.step_size, sampler.noise) == (0.1, 0.01)
     assert unsupervised.rows_of("jem") == {"SGLD": ("sgld", "noise")}
-    cs = unsupervised.with_sampler(run, "cs", "class").sampler
-    assert cs.step_size == recipe.sampler.step_size
+    assert recipe.with_sampler("cs").sampler.step_size == recipe.sampler.step_size
 
 
 def test_detection_is_by_the_scores_of_the_papers(tmp_path, monkeypatch):

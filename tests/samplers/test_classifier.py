@@ -1,18 +1,22 @@
 import itertools
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import advebm
-from advebm import energies
+from advebm import energies, recipes
 from advebm.core import config
 from advebm.core.errors import UserError
 from advebm.data.sources import Images
 from advebm.descent import value_and_gradient
+from advebm.runs.recipe import resolve
 from advebm.samplers.base import Sampler
 from advebm.samplers.classifier import CS, JEAT16, JEAT17, RCS, SGLD, TA, Langevin
 from advebm.sampling import generate
+from advebm.workflows.sample import choose_sampler
 from tests.helpers import Plain
 from tests.references import attacks as reference
 
@@ -214,6 +218,31 @@ def test_another_method_keeps_what_means_the_same():
     assert switched("sgld") == SGLD()
     assert switched("cs", config.describe(JEAT17(radius=2.0))) == CS(radius=2.0)
     assert switched("cs") == CS(steps=7, step_size=0.1, start="global")
+
+
+GAUSSIANS = {"objective.negatives.start": "outside", "outside": {"kind": "gaussians", "source": "digits"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("cifar10-jem-30min", {}, SGLD(steps=10, step_size=3.0, noise=0.0, start="class")),
+        ("cifar10-jem-30min", {"outside": "patches"}, SGLD(steps=10, step_size=3.0, noise=0.0, start="outside")),
+        ("digits-short-run-mle", GAUSSIANS, SGLD(steps=40, step_size=0.1, noise=0.01, start="class")),
+        ("digits-short-run-mle", {}, SGLD(steps=40, step_size=0.1, noise=0.01)),
+        ("digits-jem", {}, SGLD(step_size=0.1, noise=0.01)),  # whose chains go on, from one training step to the next
+        ("digits-at", {}, SGLD()),
+    ],
+)
+def test_sgld_draws_by_the_chains_of_training(name, changes, expected):
+    recipe = resolve(recipes.find(name), changes.items())
+    assert recipe.with_sampler("sgld").sampler == choose_sampler(SimpleNamespace(recipe=recipe), "sgld") == expected
+    own = recipe.with_sampler("sgld", [("sampler.step_size", 7.0)])
+    assert own.sampler == replace(expected, step_size=7.0)
+    assert own.with_sampler("sgld").sampler == own.sampler
+    assert recipe.with_sampler("cs").sampler.step_size == recipe.sampler.step_size
+    if changes is GAUSSIANS:
+        assert recipe.unlabelled().with_sampler("sgld").sampler.start == "global"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What a published model brings of its data: Gaussians to draw from, and a few test images to edit."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +118,14 @@ def read_excerpt(folder: Path) -> Data:
         raise UserError(f"{folder} brings no images; say where its data are: --data NAME --data.path DIR")
     try:
         tensors = safetensors.load_file(path)
-        images = Images(tensors.pop("images"), tensors.pop("labels"))
-        gaussians = CompactGaussians(**tensors)
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+    expected = {"images", "labels", *(field.name for field in fields(CompactGaussians))}
+    if differing := expected ^ tensors.keys():
+        what = ", ".join(f"{'extra' if name in tensors else 'missing'} {name}" for name in sorted(differing))
+        raise UserError(f"{path} is damaged, or of another version of advebm; export the model again ({what})")
+    images = Images(tensors.pop("images"), tensors.pop("labels"))
+    gaussians = CompactGaussians(**tensors)
     about = _read_about(folder)
     name, classes = str(about.get("data", "images")), tuple(map(str, about.get("classes", ())))
     shape = tuple(images.x.shape[1:])

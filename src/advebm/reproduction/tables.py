@@ -225,7 +225,9 @@ def numbers(
     for key in attacks.keys() & table.columns.keys():
         metrics[Key("accuracy", attack_key(attacks[key]))] = RobustAccuracy(attacks[key], images=scale.images)
     if features is not None:
-        recipe = run.recipe if sampler is None else unsupervised.with_sampler(run, *sampler)
+        recipe = run.recipe
+        if sampler is not None:
+            recipe = recipe.with_sampler(sampler[0], [("sampler.start", sampler[1])])
         best = study.tune(run, recipe.sampler, features, scale.trials)["best"]
         count = scale.samples // max(1, len(run.data.classes))
         set_name = study.draw_if_missing(run, dataclasses.replace(recipe, sampler=best), count, table.name)

@@ -3,20 +3,17 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from advebm.core import config
 from advebm.data import pictures
 from advebm.evaluation import compare
 from advebm.evaluation.compare import Records, Wanted
 from advebm.metrics.keys import Key, attack_key, key_of
 from advebm.metrics.probing import LinearProbe, NearestNeighbours
 from advebm.metrics.quality import SampleQuality
-from advebm.objectives.langevin import SGLD
 from advebm.reporting import figure_store, figures
 from advebm.reproduction.experiment import Experiment, Options, Results
 from advebm.reproduction.study import COMMON_STEPS, DIGITS_L2, draw_if_missing, find_recipe, measure_missing, tune
-from advebm.runs.recipe import Recipe, resolve
+from advebm.runs.recipe import Recipe
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler
 from advebm.sampling import generate
@@ -86,22 +83,13 @@ def compare_samplers(
     return results
 
 
-def with_sampler(run: Run, kind: str, start: str) -> Recipe:
-    """Return a run's recipe with another kind and start of sampler; ``sgld`` has the step and noise of its training."""
-    changes: list[tuple[str, Any]] = [("sampler", kind), ("sampler.start", start)]
-    negatives = getattr(run.recipe.objective, "negatives", None)
-    if kind == "sgld" and isinstance(negatives, SGLD):
-        changes += [("sampler.step_size", negatives.step_size), ("sampler.noise", negatives.noise)]
-    return resolve(config.describe(run.recipe), changes)
-
-
 def choose_samplers(
     run: Run, rows: Mapping[str, tuple[str, str]], features: str | Path, trials: int
 ) -> dict[str, Sampler]:
     """Return a tuned sampler for each row of (kind, start), and one of 16 steps for ``ROW, 16 steps``."""
     chosen = {}
     for row, (kind, start) in rows.items():
-        sampler = with_sampler(run, kind, start).sampler
+        sampler = run.recipe.with_sampler(kind, [("sampler.start", start)]).sampler
         if NO_STEPS in row:
             chosen[row] = dataclasses.replace(sampler, steps=0)
         else:

@@ -14,12 +14,14 @@ from advebm.attacks.base import ball_text
 from advebm.attacks.projected import Attack
 from advebm.core import config
 from advebm.core.errors import Notice, UserError
+from advebm.data.negatives import GaussianImages
 from advebm.data.sources import Data, Source, Unlabelled
 from advebm.metrics.base import Metric
 from advebm.models.inference import BackendName
 from advebm.models.network import Architecture, Backbone, Head
 from advebm.models.precision import usable_precision
 from advebm.objectives.base import Objective
+from advebm.objectives.langevin import SGLD
 from advebm.runs.optim import SGD, Cosine, Optimizer, Schedule
 from advebm.samplers.base import Sampler
 
@@ -211,6 +213,22 @@ class Recipe:
             train = dataclasses.replace(train, fast="fold")
         before = tuple(stage.computed_on(device) for stage in self.before)
         return dataclasses.replace(self, train=train, before=before)
+
+    def with_sampler(self, kind: str, changes: Iterable[tuple[str, Any]] = ()) -> "Recipe":
+        """Return the recipe with another kind of sampler, which keeps the settings that mean the same, and changes.
+
+        ``sgld`` takes step and noise of the chains of training (``objective.negatives``) and, where these begin anew at
+        each training step, also their number of steps and their start.
+        """
+        plain, chains = config.describe(self), getattr(self.objective, "negatives", None)
+        own: dict[str, Any] = {}
+        if kind == "sgld" and plain["sampler"]["kind"] != kind and isinstance(chains, SGLD):
+            own = {"step_size": chains.step_size, "noise": chains.noise}
+            if not chains.buffer:
+                gaussians = "global" if isinstance(self.data, Unlabelled) else "class"
+                outside = gaussians if isinstance(self.outside, GaussianImages) else "outside"
+                own |= {"steps": chains.steps, "start": "noise" if chains.start == "noise" else outside}
+        return resolve(plain, [("sampler", kind), *((f"sampler.{k}", v) for k, v in own.items()), *changes])
 
     def unlabelled(self) -> "Recipe":
         """Return the recipe without labels, with seeds from one global Gaussian instead of one per class.

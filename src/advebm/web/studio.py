@@ -17,7 +17,6 @@ from advebm.data.sources import to_float
 from advebm.models.batching import batch_size_for, device_of
 from advebm.models.modes import searching
 from advebm.models.network import Network
-from advebm.runs.recipe import resolve
 from advebm.runs.run import Run
 from advebm.samplers.base import Sampler, marginal
 from advebm.samplers.critic import Ascent
@@ -162,7 +161,7 @@ class Studio:
         if method not in (None, config.describe(sampler)["kind"]):
             if method not in config.KINDS["sampler"]:
                 raise unknown_name("method", method, config.KINDS["sampler"])
-            sampler = resolve(config.describe(recipe), [("sampler", method)]).sampler
+            sampler = recipe.with_sampler(method).sampler
         tuned = find_tuned(self.run, sampler)
         if tuned is not None and tuned[1].get("checkpoint") == self._checkpoint:
             return tuned[0]

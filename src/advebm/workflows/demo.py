@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from advebm import recipes
-from advebm.core import config, console
+from advebm.core import console
 from advebm.core.errors import Interrupted
 from advebm.evaluation import evaluate
 from advebm.reporting.build import report
@@ -64,9 +64,9 @@ def _demo(folder: Path, seed: int) -> Demo:
     say(f"[3/5] sample {PER_CLASS * 10:,} images each by {', '.join(SETS)} from both")
     for run in runs.values():
         for name, (kind, start) in SETS.items():
-            recipe = resolve(config.describe(run.recipe), [("sampler", kind), ("sampler.start", start)])
             if name not in run.samples():
-                draw_set(run, name, recipe.sampler, PER_CLASS, seed=seed)
+                sampler = run.recipe.with_sampler(kind, [("sampler.start", start)]).sampler
+                draw_set(run, name, sampler, PER_CLASS, seed=seed)
     say(f"[4/5] evaluate both; sample quality in the features of {STANDARD}")
     for run in runs.values():
         evaluate.evaluate_run(run, features=runs[STANDARD].folder, seed=seed)

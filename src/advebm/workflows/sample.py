@@ -194,7 +194,9 @@ def tune_sampler(
 
 def choose_sampler(run: Run, method: str | None, overrides: Overrides = ()) -> Sampler:
     """Return the run's sampler, or another method with its settings, with ``overrides`` applied."""
-    return resolve(config.describe(run.recipe), [*([("sampler", method)] if method else []), *overrides]).sampler
+    if method is not None:
+        return run.recipe.with_sampler(method, overrides).sampler
+    return resolve(config.describe(run.recipe), overrides).sampler
 
 
 def choose_settings(
