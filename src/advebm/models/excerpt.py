@@ -16,7 +16,7 @@ from advebm.models.hub import EXCERPT
 from advebm.models.network import locate
 from advebm.starts import CompactGaussians
 
-PUBLIC = ("digits", "cifar10", "cifar100")  # data sets of which everybody may have images
+PUBLIC = ("digits", "mnist-5k", "cifar10", "cifar100")  # data sets of which everybody may have images
 IMAGES_BYTES = 500_000  # of the test images, at most
 
 

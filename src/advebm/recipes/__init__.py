@@ -13,10 +13,10 @@ RECOMMENDED = (  # to begin with: the methods' families, on digits in minutes an
     "digits-standard",
     "digits-binary-at",
     "digits-acl",
+    "mnist-5k-at",
     "cifar10-at-small",
     "cifar10-at-2h",
     "cifar10-standard-small",
-    "cifar10-trades-small",
     "cifar10-jem-30min",
     "cifar10-binary-at-small",
 )
