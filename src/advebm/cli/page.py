@@ -3,7 +3,7 @@
 import argparse
 
 from advebm.cli.options import Commands, Overrides
-from advebm.models.hub import DEFAULT_MODEL
+from advebm.models.hub import EDITING_MODEL
 
 
 def add_app(verbs: Commands) -> None:
@@ -13,7 +13,7 @@ def add_app(verbs: Commands) -> None:
         "Serve a page for the browser: draw, edit, explain, attack, look at energies and reports.",
         "On this machine alone unless --host says otherwise; needs pip install 'advebm[app]'.",
     )
-    parser.add_run(several=True, optional=True, default=DEFAULT_MODEL)
+    parser.add_run(several=True, optional=True, default=EDITING_MODEL)
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="the address to answer at (127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="the port to answer at (7860)")
     parser.add_shared("checkpoint", "device", "threads")

@@ -6,7 +6,7 @@ from advebm.cli.options import FAST_VALUES, FEATURES, Commands, Overrides, check
 from advebm.core import processes
 from advebm.core.config import KINDS
 from advebm.core.errors import UserError
-from advebm.models.hub import DEFAULT_MODEL
+from advebm.models.hub import DRAWING_MODEL
 
 
 def add_sample(verbs: Commands) -> None:
@@ -18,7 +18,7 @@ def add_sample(verbs: Commands) -> None:
         takes=("sampler",),
         shared=True,
     )
-    parser.add_run(optional=True, default=DEFAULT_MODEL)
+    parser.add_run(optional=True, default=DRAWING_MODEL)
     parser.add_argument("--method", metavar="NAME", help=f"{', '.join(KINDS['sampler'])}; the recipe's by default")
     parser.add_argument("--per-class", type=int, default=10, metavar="N", help="images of each class (10)")
     parser.add_argument(

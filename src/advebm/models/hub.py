@@ -12,7 +12,8 @@ from advebm.core.errors import UserError
 EXCERPT = "excerpt.safetensors"  # see models.excerpt
 # Files of a published model (see network.save); nothing else is transferred, in particular no training state.
 FILES = ["config.json", "model.safetensors", "ema.safetensors", "README.md", EXCERPT]
-DEFAULT_MODEL = "cifar10-at-2h"  # of the package, for commands that are given none
+DRAWING_MODEL = "cifar10-jeat-30min"  # of the package, for `advebm sample` without a model
+EDITING_MODEL = "cifar10-at-2h"  # for `advebm app`: it fills holes better
 
 
 def push(folder: Path, name: str, *, private: bool = False) -> str:
