@@ -246,7 +246,7 @@ class CompactGaussians:
     def start(self, *, by_class: bool, shrinkage: float = 0.01) -> Start:
         """Return the source of seeds: of one Gaussian for each class or, unless ``by_class``, of one for all images."""
         classes = [self._class(k) for k in range(len(self.means))]
-        if not by_class:
+        if not by_class and len(classes) > 1:
             weighted = list(zip(self.shares.tolist(), classes, strict=True))
             mean = sum(share * c.mean for share, c in weighted)
             covariance, spectrum = torch.zeros(()), torch.zeros(())
@@ -270,9 +270,10 @@ class CompactGaussians:
 
 
 def _triangular_root(covariance: Tensor) -> Tensor:
-    """Return the lower triangular L with ``L Lᵀ = covariance``, which may be singular."""
+    """Return the lower triangular L with ``L Lᵀ = covariance`` and no negative diagonal; it may be singular."""
     values, vectors = torch.linalg.eigh(covariance)
-    return torch.linalg.qr((vectors * values.clamp_min(0).sqrt()).T).R.T
+    root = torch.linalg.qr((vectors * values.clamp_min(0).sqrt()).T).R.T
+    return torch.where(root.diagonal() < 0, -root, root)
 
 
 class _Gaussian(NamedTuple):

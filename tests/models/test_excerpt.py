@@ -134,7 +134,7 @@ def test_test_images_do_not_become_seeds(published):
         CS(fit="test").prepare(Published(str(published)).load())
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "extra", "shape", "classes"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "extra", "shape", "roots", "frequencies", "classes"])
 def test_a_damaged_excerpt_is_named(published, damage):
     path = published / EXCERPT
     tensors = safetensors.load_file(path)
@@ -146,6 +146,10 @@ def test_a_damaged_excerpt_is_named(published, damage):
         safetensors.save_file({**tensors, "components": torch.zeros(1)}, path)
     elif damage == "shape":
         safetensors.save_file({**tensors, "images": torch.zeros(40, 1, 4, 4, dtype=torch.uint8)}, path)
+    elif damage == "roots":
+        safetensors.save_file({**tensors, "roots": tensors["roots"][:, 1:].contiguous()}, path)
+    elif damage == "frequencies":
+        safetensors.save_file({**tensors, "frequencies": tensors["frequencies"] + 1}, path)
     else:
         safetensors.save_file({**tensors, "means": tensors["means"][:3].contiguous()}, path)
     with pytest.raises(UserError, match=r"excerpt.safetensors is damaged"):

@@ -131,6 +131,11 @@ def read_excerpt(folder: Path) -> Data:
     shape = tuple(images.x.shape[1:])
     if images.x.dtype != torch.uint8 or tuple(gaussians.shape.tolist()) != shape:
         raise UserError(f"{path} is damaged: images of {shape}, Gaussians of {tuple(gaussians.shape.tolist())}")
+    m = len(gaussians.frequencies)
+    if gaussians.roots.shape[1:] != (m * (m + 1) // 2,) or not set(gaussians.frequencies.tolist()) <= set(
+        range(images.x[0].numel())
+    ):
+        raise UserError(f"{path} is damaged: {m} frequencies and {tuple(gaussians.roots.shape)} values of their roots")
     if len(gaussians.means) not in (1, len(classes)) or int(images.y.max()) >= len(classes):
         raise UserError(f"{path} is damaged: {len(gaussians.means)} Gaussians for {len(classes)} classes")
     few = f"{name} ({len(images)} test image{'s' * (len(images) != 1)})"

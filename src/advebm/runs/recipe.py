@@ -218,17 +218,24 @@ class Recipe:
         """Return the recipe with another kind of sampler, which keeps the settings that mean the same, and changes.
 
         ``sgld`` takes step and noise of the chains of training (``objective.negatives``) and, where these begin anew at
-        each training step, also their number of steps and their start.
+        each training step, also their number of steps and their start; it does not limit a pixel's step as they may.
         """
         plain, chains = config.describe(self), getattr(self.objective, "negatives", None)
         own: dict[str, Any] = {}
         if kind == "sgld" and plain["sampler"]["kind"] != kind and isinstance(chains, SGLD):
             own = {"step_size": chains.step_size, "noise": chains.noise}
             if not chains.buffer:
-                gaussians = "global" if isinstance(self.data, Unlabelled) else "class"
-                outside = gaussians if isinstance(self.outside, GaussianImages) else "outside"
-                own |= {"steps": chains.steps, "start": "noise" if chains.start == "noise" else outside}
+                own |= {"steps": chains.steps, "start": chains.start}
+            if own.get("start") == "outside" and "labels" in self.objective.needs and self._outside_is_gaussians():
+                own |= {"start": "class", "shrinkage": Sampler.shrinkage}
         return resolve(plain, [("sampler", kind), *((f"sampler.{k}", v) for k, v in own.items()), *changes])
+
+    def _outside_is_gaussians(self) -> bool:
+        """Return whether the outside images are drawn from Gaussians of the data's own classes."""
+        if not isinstance(self.outside, GaussianImages):
+            return False
+        fitted, own = ({**config.describe(source), "augment": None} for source in (self.outside.source, self.data))
+        return fitted == own
 
     def unlabelled(self) -> "Recipe":
         """Return the recipe without labels, with seeds from one global Gaussian instead of one per class.
