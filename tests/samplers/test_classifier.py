@@ -232,6 +232,7 @@ CHAINS = SGLD(steps=10, step_size=3.0, noise=0.0, start="outside")
             {},
             SGLD(steps=10, step_size=3.0, noise=0.0, start="class"),
         ),  # its CS has no white noise
+        ("cifar10-jem-30min", {"data.path": "some/where"}, replace(CHAINS, start="class")),
         ("cifar10-jem-30min", {"outside": "patches"}, CHAINS),
         ("cifar10-jem-30min", {"outside": {"kind": "gaussians", "source": "cifar100"}}, CHAINS),
         ("cifar10-jem-30min", {"objective": "mle"}, CHAINS),

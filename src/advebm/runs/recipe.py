@@ -231,10 +231,12 @@ class Recipe:
         return resolve(plain, [("sampler", kind), *((f"sampler.{k}", v) for k, v in own.items()), *changes])
 
     def _outside_is_gaussians(self) -> bool:
-        """Return whether the outside images are drawn from Gaussians of the data's own classes."""
+        """Return whether the outside images are drawn from Gaussians of the data's own classes, wherever these are."""
         if not isinstance(self.outside, GaussianImages):
             return False
         fitted, own = ({**config.describe(source), "augment": None} for source in (self.outside.source, self.data))
+        if None in (fitted.get("path"), own.get("path")):
+            fitted["path"] = own["path"] = None
         return fitted == own
 
     def unlabelled(self) -> "Recipe":
