@@ -203,7 +203,6 @@ class CompactGaussians:
             UserError: a class has fewer than 2 images, or only equal ones.
         """
         exact, shape = ClassGaussians.fit(x, y, classes=classes), tuple(x.shape[1:])
-
         counts = [len(index) for index in exact.members]
 
         def coefficients(k: int) -> Iterator[Tensor]:

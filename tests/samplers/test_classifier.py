@@ -221,27 +221,21 @@ def test_another_method_keeps_what_means_the_same():
 
 
 CHAINS = SGLD(steps=10, step_size=3.0, noise=0.0, start="outside")
+OF_CLASSES = replace(CHAINS, start="class")
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
-        ("cifar10-jem-30min", {}, SGLD(steps=10, step_size=3.0, noise=0.0, start="class")),
-        (
-            "cifar10-jeat-30min",
-            {},
-            SGLD(steps=10, step_size=3.0, noise=0.0, start="class"),
-        ),  # its CS has no white noise
-        ("cifar10-jem-30min", {"data.path": "some/where"}, replace(CHAINS, start="class")),
+        ("cifar10-jem-30min", {}, OF_CLASSES),
+        ("cifar10-jeat-30min", {}, OF_CLASSES),  # with the white noise of training, which its CS does without
+        ("cifar10-jem-30min", {"data.path": "some/where"}, OF_CLASSES),
         ("cifar10-jem-30min", {"outside": "patches"}, CHAINS),
         ("cifar10-jem-30min", {"outside": {"kind": "gaussians", "source": "cifar100"}}, CHAINS),
         ("cifar10-jem-30min", {"objective": "mle"}, CHAINS),
         ("digits-short-run-mle", {}, SGLD(steps=40, step_size=0.1, noise=0.01)),
-        (
-            "digits-jem",
-            {"objective.negatives.steps": 7},
-            SGLD(step_size=0.1, noise=0.01),
-        ),  # whose chains go on, from one training step to the next
+        # whose chains go on from one training step to the next
+        ("digits-jem", {"objective.negatives.steps": 7}, SGLD(step_size=0.1, noise=0.01)),
         ("digits-at", {}, SGLD()),
     ],
 )
